@@ -1,0 +1,64 @@
+"""RPA v3's schedules: what to compile, a cache of the dumps, and the scalar operands of a batch."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rpac.schedule.dump import Dump, dump_command
+
+_SCRIPT = Path(__file__).parent / "peers" / "compile_rpa_v3.py"
+
+Tiles = tuple[int, int, int, int]
+"""RPA v3's (queries fetched, KV fetched, queries computed, KV computed) a block, in tokens."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One compile of RPA v3. Tiles of None are its defaults."""
+
+    target: str
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    max_model_len: int
+    max_seqs: int
+    tokens: int
+    pages: int
+    decode_tiles: Tiles | None
+    mixed_tiles: Tiles | None
+
+
+def dump(config: Config, python: str, cache: Path) -> Dump:
+    """The dump of a config, from the cache or compiled by the peers' interpreter. Raises ScheduleError."""
+    request = json.dumps(asdict(config), sort_keys=True)
+    path = cache / f"rpa-v3-{hashlib.sha256(request.encode()).hexdigest()[:16]}.json.gz"
+    if path.exists():
+        return Dump(**json.loads(gzip.decompress(path.read_bytes())))
+    found = dump_command([python, str(_SCRIPT), request], config.target)
+    cache.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(json.dumps(asdict(found)).encode(), 5))
+    return found
+
+
+def parameters(config: Config, kv_lens: Sequence[int], q_lens: Sequence[int], case: str) -> dict[int, list[int]]:
+    """The int32 arguments of the call, by parameter number. `case` is `decode` or `mixed`: which kernel has the work."""
+    per_seq = config.max_model_len // config.page_size
+    padding = config.max_seqs - len(kv_lens)
+    ends = [0]
+    for q_len in q_lens:
+        ends.append(ends[-1] + q_len)
+    count = len(kv_lens)
+    # Pages in an order that no two neighbours share; which page it is makes no difference to the model.
+    table = [(i * 7919) % config.pages for i in range(config.max_seqs * per_seq)]
+    return {
+        4: [*kv_lens, *[0] * padding],
+        5: table,
+        6: [*ends, *[ends[-1]] * padding],
+        7: [count if case == "decode" else 0, count if case == "decode" else 0, count],
+    }

@@ -1,0 +1,78 @@
+"""rpac: ahead-of-time compiled ragged paged attention.
+
+    engine = rpac.load("llama3-8b.rpac")
+    batch = rpac.Batch.build(engine.limits, q_lens, context_lens, page_tables)
+    out, kv_cache = engine(
+        queries, keys, values, kv_cache, batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution
+    )
+
+Importing rpac imports nothing but its errors; the rest comes at first use, so that the command line and tools which
+never touch an array start without jax.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rpac.errors import (
+    BatchError,
+    BundleError,
+    CheckError,
+    CompileError,
+    OutputError,
+    PlanError,
+    Problem,
+    RpacError,
+    ScheduleError,
+    SelectionError,
+    SpecError,
+    TargetError,
+)
+
+if TYPE_CHECKING:
+    from rpac.batch import Batch, Limits
+    from rpac.bundle import Variant
+    from rpac.engine import Count, Engine, load
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Batch": "rpac.batch",
+    "Count": "rpac.engine",
+    "Engine": "rpac.engine",
+    "Limits": "rpac.batch",
+    "Variant": "rpac.bundle",
+    "load": "rpac.engine",
+}
+
+__all__ = [
+    "Batch",
+    "BatchError",
+    "BundleError",
+    "CheckError",
+    "CompileError",
+    "Count",
+    "Engine",
+    "Limits",
+    "OutputError",
+    "PlanError",
+    "Problem",
+    "RpacError",
+    "ScheduleError",
+    "SelectionError",
+    "SpecError",
+    "TargetError",
+    "Variant",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'rpac' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

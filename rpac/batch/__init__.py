@@ -1,0 +1,15 @@
+"""The batch contract: the metadata arrays of a call, built from plain lists and validated.
+
+Sequences lie in rows: [0, i) decode (one new token), [i, j) prefill (exactly `prefill_chunk` new tokens) and
+[j, k) mixed (any number of new tokens, one at least), where (i, j, k) is the distribution. The new tokens of row r
+are queries[cu_q_lens[r]:cu_q_lens[r + 1]], at positions kv_lens[r] - q_len to kv_lens[r] - 1 of their sequence.
+Only the first ceil(kv_lens[r] / page_size) entries of row r's page table are read. Rows at or past k are dead: they,
+and cu_q_lens past index k, may hold anything.
+"""
+
+from rpac.batch.build import Batch, SequenceView
+from rpac.batch.kind import Kind, select_kind
+from rpac.batch.limits import Limits
+from rpac.batch.validate import validate
+
+__all__ = ["Batch", "Kind", "Limits", "SequenceView", "select_kind", "validate"]

@@ -1,0 +1,213 @@
+"""Builds the metadata arrays of a call from plain lists, and reads them back row by row."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rpac import layout
+from rpac.batch.kind import Int32s, Kind, row_kind, select_kind
+from rpac.batch.limits import Limits
+from rpac.batch.validate import validate
+from rpac.errors import BatchError
+
+if TYPE_CHECKING:
+    from rpac.spec import Spec
+
+Int64s = NDArray[np.int64]
+INT32 = np.iinfo(np.int32)
+
+
+class SequenceView(NamedTuple):
+    """One live row of a batch; `queries` are the rows of its new tokens, `pages` those that its KV fills."""
+
+    row: int
+    kind: Kind
+    queries: range
+    kv_len: int
+    pages: tuple[int, ...]
+
+    @property
+    def q_len(self) -> int:
+        return len(self.queries)
+
+    @property
+    def context_len(self) -> int:
+        """Tokens that were in the cache before this call."""
+        return self.kv_len - self.q_len
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Validated metadata of one call: read-only int32 arrays in the contract's shapes.
+
+    `tokens` is the bucket that queries, keys and values are padded to, `num_tokens` how many of them are real,
+    `kind` the program that takes the batch. `order[r]` is the caller's index of the sequence in row r: the caller
+    concatenates queries, keys and values in that order.
+    """
+
+    kv_lens: Int32s
+    page_indices: Int32s
+    cu_q_lens: Int32s
+    distribution: Int32s
+    tokens: int
+    kind: Kind
+    order: tuple[int, ...]
+    limits: Limits
+
+    @classmethod
+    def build(
+        cls,
+        limits: Limits | Spec,
+        q_lens: Sequence[int],
+        context_lens: Sequence[int],
+        page_tables: Sequence[Sequence[int]],
+    ) -> Batch:
+        """The batch of some sequences, given in any order.
+
+        `q_lens` counts each sequence's new tokens, `context_lens` its tokens already in the cache; `page_tables`
+        lists its pages, which must hold both. Rows are sorted into decode, prefill and mixed, in the caller's order
+        within each; a sequence of one token is decode, one of exactly `prefill_chunk` is prefill. The token bucket
+        is the smallest that fits. Raises BatchError, or SelectionError where no bucket is large enough.
+        """
+        limits = limits if isinstance(limits, Limits) else Limits.of(limits)
+        new = _integers("q_lens", q_lens, 1)
+        context = _integers("context_lens", context_lens, 0)
+        pages, sizes = _page_lists(page_tables)
+        _check_sizes(limits, new, context, sizes)
+        ranks = np.where(new == 1, 0, np.where(new == limits.prefill_chunk, 1, 2))
+        order = np.argsort(ranks, kind="stable")
+        decodes, prefills, k = int((ranks == 0).sum()), int((ranks == 1).sum()), len(order)
+
+        kv_lens = np.zeros(layout.kv_lens_shape(limits), np.int32)
+        kv_lens[:k] = (new + context)[order]
+        cu_q_lens = np.zeros(layout.cu_q_lens_shape(limits), np.int32)
+        cu_q_lens[1 : k + 1] = np.cumsum(new[order])
+        cu_q_lens[k + 1 :] = cu_q_lens[k]
+        as_given = np.zeros((k, limits.pages_per_seq), np.int32)
+        as_given[np.arange(limits.pages_per_seq) < sizes[:, None]] = pages
+        page_indices = np.zeros(layout.page_indices_shape(limits), np.int32)
+        page_indices[: as_given.size] = as_given[order].reshape(-1)
+        distribution = np.array([decodes, decodes + prefills, k], np.int32)
+        tokens = limits.bucket(int(cu_q_lens[k]))
+        arrays = kv_lens, page_indices, cu_q_lens, distribution
+        return cls.of_arrays(limits, tokens, *arrays, order=tuple(order.tolist()))
+
+    @classmethod
+    def of_arrays(
+        cls,
+        limits: Limits,
+        tokens: int,
+        kv_lens: Int32s,
+        page_indices: Int32s,
+        cu_q_lens: Int32s,
+        distribution: Int32s,
+        order: tuple[int, ...] | None = None,
+    ) -> Batch:
+        """The batch that the arrays of a call describe; they are copied. Raises as `validate` does."""
+        validate(limits, tokens, kv_lens, page_indices, cu_q_lens, distribution)
+        return cls(
+            kv_lens=_frozen(kv_lens),
+            page_indices=_frozen(page_indices),
+            cu_q_lens=_frozen(cu_q_lens),
+            distribution=_frozen(distribution),
+            tokens=tokens,
+            kind=select_kind(distribution),
+            order=tuple(range(distribution[2])) if order is None else order,
+            limits=limits,
+        )
+
+    def __len__(self) -> int:
+        """Live sequences."""
+        return int(self.distribution[2])
+
+    def __iter__(self) -> Iterator[SequenceView]:
+        """The live rows, first to last."""
+        return (self._row(row) for row in range(len(self)))
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens without padding."""
+        return int(self.cu_q_lens[len(self)])
+
+    def _row(self, row: int) -> SequenceView:
+        kv_len = int(self.kv_lens[row])
+        first = row * self.limits.pages_per_seq
+        pages = self.page_indices[first : first + layout.cdiv(kv_len, self.limits.page_size)]
+        queries = range(int(self.cu_q_lens[row]), int(self.cu_q_lens[row + 1]))
+        return SequenceView(row, row_kind(self.distribution, row), queries, kv_len, tuple(pages.tolist()))
+
+
+def _integers(name: str, values: Sequence[int], low: int) -> Int64s:
+    """The list as an array. Raises BatchError for the first element that is no integer from `low` to int32's end."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # a list of lists of several lengths
+        array = np.array(None)
+    if array.ndim == 1 and not array.size:
+        return np.zeros(0, np.int64)
+    if array.ndim == 1 and array.dtype.kind in "iu" and low <= array.min() and array.max() <= INT32.max:
+        return array.astype(np.int64)
+    if not isinstance(values, (list, tuple, np.ndarray)):
+        raise BatchError(f"{name} is a {type(values).__name__}; must be a list of integers")
+    for index, value in enumerate(values):
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not low <= value <= INT32.max:
+            raise BatchError(f"{name}[{index}] is {value}; must be an integer from {low} to {INT32.max}")
+    raise BatchError(f"{name} has dtype {array.dtype}; must be a list of integers")
+
+
+def _page_lists(page_tables: Sequence[Sequence[int]]) -> tuple[Int64s, Int64s]:
+    """All pages, sequence after sequence, and how many each sequence has."""
+    if not isinstance(page_tables, (list, tuple, np.ndarray)):
+        raise BatchError(f"page_tables is a {type(page_tables).__name__}; must be a list of lists of integers")
+    try:
+        sizes = [len(pages) for pages in page_tables]
+        return _integers("pages", list(itertools.chain.from_iterable(page_tables)), INT32.min), np.array(
+            sizes, np.int64
+        )
+    except (BatchError, TypeError):
+        # Once more list by list, which is slower and knows where.
+        tables = [_integers(f"page_tables[{n}]", pages, INT32.min) for n, pages in enumerate(page_tables)]
+        return np.concatenate(tables), np.array([len(table) for table in tables])
+
+
+def _check_sizes(limits: Limits, new: Int64s, context: Int64s, sizes: Int64s) -> None:
+    """What `validate` cannot see, because arrays of these sizes could not be made."""
+    count = len(new)
+    if not len(context) == len(sizes) == count:
+        raise BatchError(
+            f"found {count} q_lens, {len(context)} context_lens and {len(sizes)} page_tables; "
+            "must be one of each a sequence"
+        )
+    if count > limits.max_num_seqs:
+        raise BatchError(
+            f"found {count} sequences; must be at most max_num_seqs ({limits.max_num_seqs}); split the batch"
+        )
+    needed = -(-(new + context) // limits.page_size)
+    bad = (needed > limits.pages_per_seq) | (sizes > limits.pages_per_seq) | (sizes < needed)
+    if not bad.any():
+        return
+    index = int(bad.argmax())
+    held = f"{context[index]} context and {new[index]} new tokens"
+    if needed[index] > limits.pages_per_seq:
+        raise BatchError(
+            f"sequence {index}: has {held}; must be at most {limits.max_kv_len} in all = pages_per_seq "
+            f"({limits.pages_per_seq}) x page_size ({limits.page_size}); build with a larger max_model_len"
+        )
+    table = f"sequence {index}: page_tables[{index}] has {sizes[index]} pages"
+    if sizes[index] > limits.pages_per_seq:
+        raise BatchError(
+            f"{table}; must be at most pages_per_seq ({limits.pages_per_seq}); build with a larger max_model_len"
+        )
+    raise BatchError(f"{table} of {limits.page_size} tokens; must hold its {held}; give it {needed[index]} pages")
+
+
+def _frozen(array: Int32s) -> Int32s:
+    copy = array.copy()
+    copy.flags.writeable = False
+    return copy

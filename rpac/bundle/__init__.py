@@ -1,0 +1,31 @@
+"""The artifact directory: written once and whole, everything hashed, nothing unpickled.
+
+    NAME.rpac/
+      manifest.json     the commit mark, with a digest over itself
+      blobs/<sha256>    exported programs and TPU executables, named by their hash
+      source/...        the kernels that were compiled
+      spec.yaml         as given
+
+Reading goes: size limits, manifest, hash of the bytes that are used. Compatibility and deserialization are the engine's.
+"""
+
+from rpac.bundle.manifest import Content, Dims, Manifest, Program, Target, Variant
+from rpac.bundle.read import LoadedTarget, describe, read_manifest, read_target, verify_bundle
+from rpac.bundle.write import is_bundle, stage_bundle, write_bundle
+
+__all__ = [
+    "Content",
+    "Dims",
+    "LoadedTarget",
+    "Manifest",
+    "Program",
+    "Target",
+    "Variant",
+    "describe",
+    "is_bundle",
+    "read_manifest",
+    "read_target",
+    "stage_bundle",
+    "verify_bundle",
+    "write_bundle",
+]

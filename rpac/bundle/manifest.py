@@ -1,0 +1,323 @@
+"""What a bundle says of itself: the manifest's data, and its one form in bytes.
+
+`manifest.json` is canonical: sorted keys, one-space indent, and a `digest` over all the rest. `parse` refuses bytes
+that `render` would not have made of what they say, so that every flipped byte is found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, cast, get_args
+
+from rpac import layout
+from rpac.batch import Kind, Limits
+from rpac.bundle.schema import Node
+from rpac.errors import BundleError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+SPEC = "spec.yaml"
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_BLOB_BYTES = 256 << 20
+MAX_FILE_BYTES = 4 << 20
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+ARGS = ("queries", "keys", "values", "kv_cache", "kv_lens", "page_indices", "cu_q_lens", "distribution")
+RESULTS = ("out", "kv_cache")
+
+_SHA256 = r"[0-9a-f]{64}"
+_NAME = r"[a-z0-9][a-z0-9.-]{0,63}"
+_PATH = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*"
+_INT32 = 2**31 - 1
+
+
+class Content(NamedTuple):
+    """The hash and size, in bytes, that a file must have; a blob's name is its hash."""
+
+    sha256: str
+    size: int
+
+    @classmethod
+    def of(cls, data: bytes) -> Content:
+        return cls(hashlib.sha256(data).hexdigest(), len(data))
+
+
+class Variant(NamedTuple):
+    """Which program of a target: the batches it takes and its token bucket."""
+
+    kind: Kind
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.tokens}"
+
+
+@dataclass(frozen=True)
+class Program:
+    """One variant as built. `plan`, `aliases`, `memory` and `check` are records for people and tools, not for loading.
+
+    `source` is the kernel's file under `source/`; `executable` is None where only the portable tier was built;
+    `check` holds tolerances and results where the variant was checked.
+    """
+
+    variant: Variant
+    source: str
+    plan: Mapping[str, Any]
+    args: tuple[layout.ArrayDims, ...]
+    results: tuple[layout.ArrayDims, ...]
+    exported: Content
+    executable: Content | None
+    flags: Mapping[str, str]
+    aliases: Mapping[str, Any]
+    memory: Mapping[str, Any]
+    check: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Target:
+    """All programs for one device kind. `topology` is what the executables were compiled for, None on cpu."""
+
+    name: str
+    device_kind: str
+    topology: str | None
+    toolchain: Mapping[str, str]
+    programs: tuple[Program, ...]
+
+    @property
+    def blobs(self) -> frozenset[Content]:
+        """Every blob of both tiers."""
+        both = {blob for program in self.programs for blob in (program.exported, program.executable)}
+        return frozenset(blob for blob in both if blob is not None)
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The model's part of what a server needs to know; as `rpac.spec.Model`, without YAML behind it."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    q_dtype: str
+    kv_dtype: str
+    sm_scale: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole bundle. `files` maps paths in it (`spec.yaml`, `source/...`) to what must be there."""
+
+    name: str
+    spec_hash: str
+    model: Dims
+    limits: Limits
+    targets: Mapping[str, Target]
+    files: Mapping[str, Content]
+
+    @property
+    def blobs(self) -> frozenset[Content]:
+        """Every blob of every target."""
+        return frozenset(blob for target in self.targets.values() for blob in target.blobs)
+
+
+def render(manifest: Manifest) -> bytes:
+    """The bytes of `manifest.json`."""
+    return _seal(as_data(manifest))
+
+
+def as_data(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as plain data, without its digest."""
+    return {
+        "schema": SCHEMA,
+        "name": manifest.name,
+        "spec_hash": manifest.spec_hash,
+        "model": asdict(manifest.model),
+        "limits": manifest.limits.as_dict(),
+        "files": {path: content._asdict() for path, content in manifest.files.items()},
+        "targets": {
+            target.name: {
+                "device_kind": target.device_kind,
+                "topology": target.topology,
+                "toolchain": dict(target.toolchain),
+                "programs": [_program_data(program) for program in target.programs],
+            }
+            for target in manifest.targets.values()
+        },
+    }
+
+
+def _program_data(program: Program) -> dict[str, Any]:
+    return {
+        "kind": program.variant.kind,
+        "tokens": program.variant.tokens,
+        "source": program.source,
+        "plan": dict(program.plan),
+        "args": [[dims.name, dims.dtype, list(dims.shape)] for dims in program.args],
+        "results": [[dims.name, dims.dtype, list(dims.shape)] for dims in program.results],
+        "exported": program.exported._asdict(),
+        "executable": None if program.executable is None else program.executable._asdict(),
+        "flags": dict(program.flags),
+        "aliases": dict(program.aliases),
+        "memory": dict(program.memory),
+        "check": None if program.check is None else dict(program.check),
+    }
+
+
+def _seal(data: Mapping[str, Any]) -> bytes:
+    digest = hashlib.sha256(_canonical(data)).hexdigest()
+    return _canonical({**data, "digest": digest})
+
+
+def _canonical(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+
+
+def parse(data: bytes, file: str) -> Manifest:
+    """The manifest in `data`; `file` names it in messages. Raises BundleError."""
+    document = _document(data, file)
+    root = Node(file, "manifest", document)
+    version = root.mapping().get("schema")
+    if type(version) is not int:
+        raise root.refuse("an object with an integer `schema`")
+    if version != SCHEMA:
+        age, fix = ("newer", "use a newer rpac") if version > SCHEMA else ("older", "build the bundle again")
+        raise BundleError(
+            f"{file}: found schema {version}, {age} than this rpac reads; must be schema {SCHEMA}; {fix}, "
+            f"or build the bundle with this rpac"
+        )
+    if not _is_sealed(document, data):
+        raise BundleError(
+            f"{file}: its digest does not match its content; the file was changed or damaged after it was built; "
+            "copy or build the bundle again"
+        )
+    return _manifest(root)
+
+
+def _is_sealed(document: Mapping[str, Any], data: bytes) -> bool:
+    """Whether `data` is what `render` makes of its own content, digest included."""
+    try:
+        return data == _seal({key: value for key, value in document.items() if key != "digest"})
+    except (ValueError, RecursionError):  # 1e999 is read as an infinity; nesting can be too deep to write
+        return False
+
+
+def _document(data: bytes, file: str) -> Any:
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{file}: found {len(data)} bytes that are no JSON ({error}); the file is damaged or cut short; "
+            "copy or build the bundle again"
+        ) from error
+
+
+def _manifest(root: Node) -> Manifest:
+    fields = root.fields("schema", "digest", "name", "spec_hash", "model", "limits", "targets", "files")
+    limits = _limits(fields["limits"])
+    files = {path: _file(path, node) for path, node in fields["files"].items().items()}
+    targets = {name: _target(name, node, limits) for name, node in fields["targets"].items().items()}
+    for name, target in targets.items():
+        for program in target.programs:
+            if f"source/{program.source}" not in files:
+                raise fields["files"].refuse(f"a list of files with source/{program.source} ({name})")
+    if SPEC not in files:
+        raise fields["files"].refuse(f"a list of files with {SPEC}")
+    return Manifest(
+        name=fields["name"].text(_NAME, "a spec's name"),
+        spec_hash=fields["spec_hash"].text(_SHA256, "64 hex digits"),
+        model=_dims(fields["model"]),
+        limits=limits,
+        targets=targets,
+        files=files,
+    )
+
+
+def _dims(node: Node) -> Dims:
+    fields = node.fields("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
+    return Dims(
+        q_heads=fields["q_heads"].integer(1, _INT32),
+        kv_heads=fields["kv_heads"].integer(1, _INT32),
+        head_dim=fields["head_dim"].integer(1, _INT32),
+        q_dtype=fields["q_dtype"].choice(layout.BITS),
+        kv_dtype=fields["kv_dtype"].choice(layout.BITS),
+        sm_scale=fields["sm_scale"].number(),
+    )
+
+
+def _limits(node: Node) -> Limits:
+    try:
+        return Limits.from_dict(node.mapping())
+    except ValueError as error:
+        raise BundleError(f"{node.file}: {error}; build the bundle again") from error
+
+
+def _file(path: str, node: Node) -> Content:
+    Node(node.file, "files", path).text(rf"{SPEC}|source/{_PATH}", f"{SPEC} or a plain path under source/")
+    return _content(node, MAX_FILE_BYTES)
+
+
+def _content(node: Node, limit: int) -> Content:
+    fields = node.fields("sha256", "size")
+    return Content(fields["sha256"].text(_SHA256, "64 hex digits"), fields["size"].integer(1, limit))
+
+
+def _target(name: str, node: Node, limits: Limits) -> Target:
+    Node(node.file, "targets", name).text(_NAME, "a target's name")
+    fields = node.fields("device_kind", "topology", "toolchain", "programs")
+    programs = tuple(_program(program, limits) for program in fields["programs"].elements())
+    if not programs or len({program.variant for program in programs}) < len(programs):
+        raise fields["programs"].refuse("a list with one program or more, each of another kind or token bucket")
+    topology = fields["topology"]
+    return Target(
+        name=name,
+        device_kind=fields["device_kind"].text(r".+", "a device kind"),
+        topology=None if topology.value is None else topology.text(r".+", "null or a topology's name"),
+        toolchain=fields["toolchain"].strings(),
+        programs=programs,
+    )
+
+
+def _program(node: Node, limits: Limits) -> Program:
+    fields = node.fields(
+        "kind", "tokens", "source", "plan", "args", "results", "exported", "executable", "flags", "aliases", "memory",
+        "check",
+    )  # fmt: skip
+    kind = cast(Kind, fields["kind"].choice(KINDS))
+    tokens = fields["tokens"].integer(1, _INT32)
+    if tokens not in limits.token_buckets:
+        raise fields["tokens"].refuse(f"one of the token buckets {list(limits.token_buckets)}")
+    executable, check = fields["executable"], fields["check"]
+    return Program(
+        variant=Variant(kind, tokens),
+        source=fields["source"].text(_PATH, "a plain path under source/"),
+        plan=fields["plan"].mapping(),
+        args=_arrays(fields["args"], ARGS),
+        results=_arrays(fields["results"], RESULTS),
+        exported=_content(fields["exported"], MAX_BLOB_BYTES),
+        executable=None if executable.value is None else _content(executable, MAX_BLOB_BYTES),
+        flags=fields["flags"].strings(),
+        aliases=fields["aliases"].mapping(),
+        memory=fields["memory"].mapping(),
+        check=None if check.value is None else check.mapping(),
+    )
+
+
+def _arrays(node: Node, names: tuple[str, ...]) -> tuple[layout.ArrayDims, ...]:
+    arrays = tuple(_array(element) for element in node.elements())
+    if tuple(array.name for array in arrays) != names:
+        raise node.refuse(f"the arrays {', '.join(names)}, in this order")
+    return arrays
+
+
+def _array(node: Node) -> layout.ArrayDims:
+    parts = node.elements()
+    if len(parts) != 3:
+        raise node.refuse("a name, a dtype and a shape")
+    name, dtype, shape = parts
+    sizes = tuple(size.integer(1, _INT32) for size in shape.elements())
+    return layout.ArrayDims(name.text(r"\w+", "a name"), sizes, dtype.choice(layout.BITS))

@@ -1,0 +1,102 @@
+"""Writes a bundle: blobs by their hash, sources, the spec as given, and last the manifest, the commit mark.
+
+Nothing of the machine goes in: no time, no path. Two builds of one spec in two folders are byte-identical.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from rpac import layout
+from rpac.batch import Kind, Limits
+from rpac.bundle.manifest import KINDS, MANIFEST, SPEC, Content, Dims, Manifest, Program, Target, Variant, parse, render
+from rpac.publish import Stage, publish
+
+if TYPE_CHECKING:
+    from rpac.lower import Lowered
+    from rpac.spec import Spec
+
+Checks = Mapping[tuple[str, str, int], Mapping[str, Any]]
+
+
+def write_bundle(
+    path: str | os.PathLike[str],
+    spec: Spec,
+    lowered: Iterable[Lowered],
+    checks: Checks | None = None,
+    wait_s: float = 0,
+) -> Manifest:
+    """Publishes the bundle of `spec` at `path`, whole or not at all.
+
+    `checks` maps (target, kind, tokens) to tolerances and results, where a variant was checked. `wait_s`: seconds to
+    wait for another build into the same folder. Raises OutputError, and then what was at `path` is as it was.
+    """
+    with publish(path, is_bundle, wait_s) as stage:
+        return stage_bundle(stage, spec, lowered, checks)
+
+
+def stage_bundle(stage: Stage, spec: Spec, lowered: Iterable[Lowered], checks: Checks | None = None) -> Manifest:
+    """`write_bundle` into a stage that the caller holds, so that a long build owns its folder from its start."""
+    lowered = sorted(lowered, key=lambda one: (one.target, KINDS.index(cast(Kind, one.kind)), one.tokens))
+    blobs = {Content.of(data): data for one in lowered for data in (one.exported, one.executable) if data is not None}
+    files = {f"source/{one.source.path}": one.source.text.encode() for one in lowered}
+    files[SPEC] = spec.source.encode()
+    manifest = Manifest(
+        name=spec.name,
+        spec_hash=spec.hash,
+        model=Dims(**asdict(spec.model)),
+        limits=Limits.of(spec),
+        targets=_targets(spec, lowered, checks or {}),
+        files={name: Content.of(data) for name, data in files.items()},
+    )
+    data = render(manifest)
+    parse(data, MANIFEST)  # what cannot be read back is never published
+    for blob, content in blobs.items():
+        stage.write(f"blobs/{blob.sha256}", content)
+    for name, content in files.items():
+        stage.write(name, content)
+    stage.write(MANIFEST, data)
+    return manifest
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a build may replace the folder at `path`."""
+    return (path / MANIFEST).is_file()
+
+
+def _targets(spec: Spec, lowered: list[Lowered], checks: Checks) -> dict[str, Target]:
+    targets: dict[str, Target] = {}
+    for name in dict.fromkeys(program.target for program in lowered):
+        programs = [program for program in lowered if program.target == name]
+        first = programs[0]
+        shared = {(one.device_kind, one.topology, tuple(sorted(one.toolchain.items()))) for one in programs}
+        if len(shared) > 1:
+            raise ValueError(f"programs of target {name} differ in device kind, topology or toolchain: {shared}")
+        targets[name] = Target(
+            name=name,
+            device_kind=first.device_kind,
+            topology=first.topology,
+            toolchain=first.toolchain,
+            programs=tuple(_program(spec, one, checks.get((name, one.kind, one.tokens))) for one in programs),
+        )
+    return targets
+
+
+def _program(spec: Spec, lowered: Lowered, check: Mapping[str, Any] | None) -> Program:
+    return Program(
+        variant=Variant(cast(Kind, lowered.kind), lowered.tokens),
+        source=lowered.source.path,
+        plan=lowered.plan,
+        args=layout.arg_specs(spec, lowered.tokens),
+        results=layout.result_specs(spec, lowered.tokens),
+        exported=Content.of(lowered.exported),
+        executable=None if lowered.executable is None else Content.of(lowered.executable),
+        flags=lowered.flags,
+        aliases=lowered.aliases,
+        memory=lowered.memory,
+        check=check,
+    )

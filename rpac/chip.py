@@ -1,0 +1,88 @@
+"""Facts of each TPU target, read from JAX's own tables. No tuning lives here.
+
+A *device* is what JAX calls one: a TensorCore on tpu7x, v6e and v5e, both TensorCores of a chip on v5p (megacore).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rpac.errors import TargetError
+
+
+class _Entry(NamedTuple):
+    device_kind: str
+    topology: str
+    chip_version: str
+    cores: int
+
+
+# The smallest topology of each generation that libtpu describes without a TPU; what it makes is for any slice.
+_ENTRIES = {
+    "tpu7x": _Entry("TPU7x", "tpu7x:2x2x1", "7x", 1),
+    "v6e": _Entry("TPU v6 lite", "v6e:2x2", "v6e", 1),
+    "v5p": _Entry("TPU v5", "v5p:2x2x1", "v5p", 2),
+    "v5e": _Entry("TPU v5 lite", "v5e:2x2", "v5e", 1),
+}
+
+TPU_TARGETS = tuple(_ENTRIES)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device of a target. Memory in bytes, bandwidth in bytes/s, peak in flop/s (a multiply-add is two).
+
+    VMEM, SMEM and the MXUs are counted in one core; HBM and the peak in the whole device.
+    """
+
+    target: str
+    device_kind: str
+    topology: str
+    generation: int
+    cores: int
+    lanes: int
+    sublanes: int
+    mxu_size: int
+    mxus: int
+    vmem_bytes: int
+    smem_bytes: int
+    hbm_bytes: int
+    hbm_bandwidth: int
+    peak_bf16_flops: int
+
+
+def is_tpu(target: str) -> bool:
+    """Whether a target has a chip; `cpu` has none."""
+    return target in _ENTRIES
+
+
+def target_of(device_kind: str) -> str | None:
+    """The target whose devices report exactly this kind, or None. Needs no JAX."""
+    return next((target for target, entry in _ENTRIES.items() if entry.device_kind == device_kind), None)
+
+
+def chip(target: str) -> Chip:
+    """The facts of one TPU target; imports JAX. Raises TargetError where `target` is no TPU."""
+    if not is_tpu(target):
+        raise TargetError(f"target {target!r} has no chip; must be one of {', '.join(TPU_TARGETS)}")
+    from jax.experimental.pallas import tpu as pltpu
+
+    entry = _ENTRIES[target]
+    core = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(entry.chip_version), entry.cores)
+    return Chip(
+        target=target,
+        device_kind=entry.device_kind,
+        topology=entry.topology,
+        generation=core.generation,
+        cores=core.num_cores,
+        lanes=core.num_lanes,
+        sublanes=core.num_sublanes,
+        mxu_size=core.mxu_column_size,
+        mxus=core.num_mxus,
+        vmem_bytes=core.vmem_capacity_bytes,
+        smem_bytes=core.smem_capacity_bytes,
+        hbm_bytes=core.num_cores * core.hbm_capacity_bytes,
+        hbm_bandwidth=core.num_cores * core.mem_bw_bytes_per_second,
+        peak_bf16_flops=core.num_cores * core.bf16_ops_per_second,
+    )

@@ -1,0 +1,143 @@
+"""The one authority on shapes: what each argument of a program is, in elements and in bytes.
+
+Dtypes are names ("bfloat16"), so that no array library is needed to reason about a shape.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from rpac.spec import Model, Spec
+
+LANES = 128
+WORD_BITS = 32
+BITS = {"float32": 32, "int32": 32, "bfloat16": 16}
+
+Shape = tuple[int, ...]
+
+
+class ArrayDims(NamedTuple):
+    """One array of a program's signature; `dtype` is a name that numpy with ml_dtypes understands."""
+
+    name: str
+    shape: Shape
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.shape, self.dtype)
+
+
+class Rows(Protocol):
+    """What sizes the metadata; both `Serving` and `Limits` are this."""
+
+    @property
+    def max_num_seqs(self) -> int: ...
+
+    @property
+    def pages_per_seq(self) -> int: ...
+
+
+def cdiv(value: int, by: int) -> int:
+    """`value / by`, rounded up."""
+    return -(-value // by)
+
+
+def align(value: int, to: int) -> int:
+    """`value` rounded up to a multiple of `to`."""
+    return cdiv(value, to) * to
+
+
+def packing(dtype: str) -> int:
+    """How many elements of `dtype` share one 32-bit word."""
+    return WORD_BITS // BITS[dtype]
+
+
+def nbytes(shape: Shape, dtype: str) -> int:
+    """Bytes of an array without tiling padding."""
+    return math.prod(shape) * BITS[dtype] // 8
+
+
+def kv_row_shape(model: Model) -> Shape:
+    """K and V of one token: `[ceil(2 * kv_heads / packing), packing, align(head_dim, 128)]`.
+
+    Flattened over its first two axes the order is K0, V0, K1, V1, ...
+    """
+    pack = packing(model.kv_dtype)
+    return (cdiv(2 * model.kv_heads, pack), pack, align(model.head_dim, LANES))
+
+
+def kv_page_shape(spec: Spec) -> Shape:
+    """One page of one layer: `[page_size, *kv_row_shape]`."""
+    return (spec.serving.page_size, *kv_row_shape(spec.model))
+
+
+def kv_cache_shape(spec: Spec) -> Shape:
+    """The cache of one layer: `[num_pages, *kv_page_shape]`."""
+    return (spec.serving.num_pages, *kv_page_shape(spec))
+
+
+def queries_shape(spec: Spec, tokens: int) -> Shape:
+    """`[tokens, q_heads, head_dim]`; the output has this shape too."""
+    return (tokens, spec.model.q_heads, spec.model.head_dim)
+
+
+out_shape = queries_shape
+
+
+def kv_new_shape(spec: Spec, tokens: int) -> Shape:
+    """`keys` or `values` of the new tokens: `[tokens, kv_heads, head_dim]`."""
+    return (tokens, spec.model.kv_heads, spec.model.head_dim)
+
+
+def kv_lens_shape(rows: Rows) -> Shape:
+    """`[max_num_seqs]`"""
+    return (rows.max_num_seqs,)
+
+
+def page_indices_shape(rows: Rows) -> Shape:
+    """`[max_num_seqs * pages_per_seq]`: the page tables, row after row."""
+    return (rows.max_num_seqs * rows.pages_per_seq,)
+
+
+def cu_q_lens_shape(rows: Rows) -> Shape:
+    """`[max_num_seqs + 1]`"""
+    return (rows.max_num_seqs + 1,)
+
+
+def distribution_shape() -> Shape:
+    """`[3]`"""
+    return (3,)
+
+
+def metadata_specs(rows: Rows) -> tuple[ArrayDims, ...]:
+    """The int32 arguments that describe a batch, in argument order."""
+    return (
+        ArrayDims("kv_lens", kv_lens_shape(rows), "int32"),
+        ArrayDims("page_indices", page_indices_shape(rows), "int32"),
+        ArrayDims("cu_q_lens", cu_q_lens_shape(rows), "int32"),
+        ArrayDims("distribution", distribution_shape(), "int32"),
+    )
+
+
+def arg_specs(spec: Spec, tokens: int) -> tuple[ArrayDims, ...]:
+    """The eight arguments of a program of one token bucket, in argument order."""
+    model = spec.model
+    return (
+        ArrayDims("queries", queries_shape(spec, tokens), model.q_dtype),
+        ArrayDims("keys", kv_new_shape(spec, tokens), model.kv_dtype),
+        ArrayDims("values", kv_new_shape(spec, tokens), model.kv_dtype),
+        ArrayDims("kv_cache", kv_cache_shape(spec), model.kv_dtype),
+        *metadata_specs(spec.serving),
+    )
+
+
+def result_specs(spec: Spec, tokens: int) -> tuple[ArrayDims, ...]:
+    """The two results of a program: the output, and the cache in the donated argument's memory."""
+    model = spec.model
+    return (
+        ArrayDims("out", out_shape(spec, tokens), model.q_dtype),
+        ArrayDims("kv_cache", kv_cache_shape(spec), model.kv_dtype),
+    )

@@ -1,0 +1,77 @@
+"""What goes into a lowering and what comes out. No JAX here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rpac.chip import is_tpu
+from rpac.layout import ArrayDims, arg_specs
+from rpac.plan import KernelPlan
+from rpac.render import Source
+from rpac.spec import Spec
+
+FORMAT = 1  # of the cache's entries and of what this package puts in an artifact
+
+
+@dataclass(frozen=True)
+class Task:
+    """One variant to lower: a source at one token bucket."""
+
+    target: str
+    kind: str
+    tokens: int
+    source: Source
+    plan: Mapping[str, Any]
+    args: tuple[ArrayDims, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.target} {self.kind} t{self.tokens}"
+
+    def key(self, toolchain: Mapping[str, str]) -> str:
+        """sha256 over everything that decides the result, 64 hex digits."""
+        what = {
+            "format": FORMAT,
+            "target": self.target,
+            "kind": self.kind,
+            "tokens": self.tokens,
+            "source": self.source.text,
+            "path": self.source.path,
+            "plan": self.plan,
+            "args": self.args,
+            "toolchain": dict(toolchain),
+        }
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One variant, lowered. `exported` is the portable tier; `executable` the raw bytes of the device's own, or None."""
+
+    target: str
+    kind: str
+    tokens: int
+    source: Source
+    plan: Mapping[str, Any]
+    exported: bytes = field(repr=False)
+    executable: bytes | None = field(repr=False)
+    device_kind: str
+    topology: str | None
+    toolchain: Mapping[str, str]
+    flags: Mapping[str, str]
+    aliases: Mapping[str, Any]
+    memory: Mapping[str, Any]
+
+
+def tasks_of(spec: Spec, plans: Sequence[tuple[KernelPlan, Source]]) -> list[Task]:
+    """A task for every token bucket of every plan, the longest to compile first, so that no worker ends alone."""
+    tasks = [
+        Task(plan.target, plan.kind, tokens, source, plan.as_dict(), arg_specs(spec, tokens))
+        for plan, source in plans
+        for tokens in plan.tokens
+    ]
+    return sorted(tasks, key=lambda task: (not is_tpu(task.target), -len(task.source.text), -task.tokens))

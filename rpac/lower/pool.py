@@ -1,0 +1,63 @@
+"""Runs lowerings in parallel processes, the cache in front of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+
+from rpac.errors import CompileError
+from rpac.lower.cache import Cache
+from rpac.lower.lowered import Lowered, Task
+from rpac.toolchain import prepare, toolchain
+
+Progress = Callable[[Task, str], None]
+
+
+def lower_all(
+    tasks: Sequence[Task], cache: Cache, jobs: int | None = None, progress: Progress = lambda task, what: None
+) -> list[Lowered]:
+    """Every task's result, in the order of `tasks`; `progress(task, "cached" | "compiled")` as each is there.
+
+    Raises the CompileError of the first task that fails; what was finished by then stays in the cache.
+    """
+    tools = toolchain()
+    done: dict[int, Lowered] = {}
+    for index, task in enumerate(tasks):
+        found = cache.get(task, tools)
+        if found is not None:
+            done[index] = found
+            progress(task, "cached")
+    todo = [index for index in range(len(tasks)) if index not in done]
+    if todo:
+        workers = min(jobs or os.cpu_count() or 1, len(todo))
+        # Spawned, not forked: JAX and libtpu hold threads and locks, and read their environment when first loaded.
+        with ProcessPoolExecutor(workers, get_context("spawn"), prepare) as pool:
+            futures = {pool.submit(_run, tasks[index], tools): index for index in todo}
+            try:
+                for future in as_completed(futures):
+                    index = futures[future]
+                    done[index] = _result(future, tasks[index])
+                    cache.put(tasks[index], tools, done[index])
+                    progress(tasks[index], "compiled")
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return [done[index] for index in range(len(tasks))]
+
+
+def _result(future: Future[Lowered], task: Task) -> Lowered:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise CompileError(
+            f"{task.label}: a compiling process died; it may have run out of memory: build with fewer --jobs"
+        ) from error
+
+
+def _run(task: Task, tools: Mapping[str, str]) -> Lowered:
+    from rpac.lower.worker import lower  # JAX is for the worker alone
+
+    return lower(task, tools)

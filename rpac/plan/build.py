@@ -1,0 +1,164 @@
+"""Builds the plans of a spec: which programs there are, the tiles of each, and whether they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TypeAlias, TypeVar
+
+from rpac.chip import Chip, chip, is_tpu
+from rpac.errors import PlanError
+from rpac.layout import align, metadata_specs, nbytes
+from rpac.plan.tiles import BlockTiles, DecodeTiles, KernelPlan, RowDims, XlaTiles
+from rpac.spec import Spec
+
+KIND_ORDER = ("decode", "prefill", "mixed")
+MIB = 1 << 20
+FETCH_BYTES = 2 * MIB  # of a decode block: long enough a DMA to hide its start, short enough to have several in flight
+SMEM_RESERVE = 64 << 10  # for what the compiler keeps there itself
+VMEM_HEADROOM = 8 * MIB  # above what we count, for values that the compiler spills
+MERGE_TOKENS = 16
+INT32_BYTES = 4
+
+Tiles: TypeAlias = DecodeTiles | BlockTiles
+AnyTiles = TypeVar("AnyTiles", DecodeTiles, BlockTiles)
+
+
+def kinds_of(spec: Spec, tokens: int) -> tuple[str, ...]:
+    """The distributions that a token bucket can hold: a prefill-only batch needs room for one chunk."""
+    return tuple(kind for kind in KIND_ORDER if kind != "prefill" or tokens >= spec.serving.prefill_chunk)
+
+
+def plan_spec(spec: Spec, target: str) -> tuple[KernelPlan, ...]:
+    """The plans of one target: one for every (case, tiles), holding the token buckets that share them.
+
+    Raises PlanError where the page table does not fit SMEM or no tile fits VMEM; it names the need and the limit.
+    """
+    device = chip(target) if is_tpu(target) else None
+    if device is not None:
+        _check_smem(spec, device)
+    plans: list[KernelPlan] = []
+    for kind in KIND_ORDER:
+        groups: dict[KernelPlan, list[int]] = {}
+        for tokens in spec.serving.token_buckets:
+            if kind in kinds_of(spec, tokens):
+                plan = _plan_tpu(spec, device, kind, tokens) if device else _plan_xla(spec, target, kind)
+                groups.setdefault(plan, []).append(tokens)
+        for plan, buckets in groups.items():
+            name = kind if len(groups) == 1 else f"{kind}_t{buckets[-1]}"
+            plans.append(replace(plan, tokens=tuple(buckets), path=f"{target}/{name}.py"))
+    return tuple(plans)
+
+
+def smem_need(spec: Spec) -> int:
+    """Bytes of the scalars that every kernel keeps in SMEM."""
+    return sum(dims.nbytes for dims in metadata_specs(spec.serving))
+
+
+def _check_smem(spec: Spec, device: Chip) -> None:
+    need, limit = smem_need(spec), device.smem_bytes - SMEM_RESERVE
+    if need > limit:
+        serving = spec.serving
+        rows = (limit // INT32_BYTES - 4) // (serving.pages_per_seq + 2)
+        raise PlanError(
+            f"{spec.file}: serving: the page table of {serving.max_num_seqs} sequences x {serving.pages_per_seq} pages "
+            f"needs {need:,} bytes of SMEM; {device.target} has {device.smem_bytes:,}, {limit:,} of them for it; "
+            f"raise page_size (now {serving.page_size}), lower max_model_len, or write max_num_seqs: {rows} or less"
+        )
+
+
+def _plan_xla(spec: Spec, target: str, kind: str) -> KernelPlan:
+    page = spec.serving.page_size
+    decode = XlaTiles(block=max(page, 64), blocks=16)
+    block = XlaTiles(block=max(page, 256), q_block=64)
+    return KernelPlan(
+        target, kind, (), "", decode if kind != "prefill" else None, block if kind != "decode" else None, 0, 0, 0, 0, 0
+    )
+
+
+def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
+    decode = _fit(spec, device, _decode_choices(spec, tokens)) if kind != "prefill" else None
+    block = _fit(spec, device, _block_choices(spec, kind, tokens)) if kind != "decode" else None
+    need = max(vmem_need(spec, tiles) for tiles in (decode, block) if tiles is not None)
+    limit = min(align(need, VMEM_HEADROOM) + VMEM_HEADROOM, _vmem_usable(device))
+    return KernelPlan(
+        device.target, kind, (), "", decode, block, need, limit, device.vmem_bytes, smem_need(spec), device.smem_bytes
+    )
+
+
+def _vmem_usable(device: Chip) -> int:
+    return device.vmem_bytes - device.vmem_bytes // 16
+
+
+def vmem_need(spec: Spec, tiles: Tiles) -> int:
+    """Bytes of VMEM that a kernel with these tiles takes."""
+    scratch = tiles.scratch(spec.model, spec.serving.page_size)
+    return sum(buffer.vmem_bytes for buffer in scratch) + tiles.temporaries(spec.model)
+
+
+def _fit(spec: Spec, device: Chip, choices: Iterator[AnyTiles]) -> AnyTiles:
+    """The first choice that fits. The last one is the smallest there is."""
+    limit = _vmem_usable(device) - VMEM_HEADROOM
+    for tiles in choices:
+        if vmem_need(spec, tiles) <= limit:
+            return tiles
+    scratch = tiles.scratch(spec.model, spec.serving.page_size)
+    largest = max(scratch, key=lambda buffer: buffer.vmem_bytes)
+    raise PlanError(
+        f"{spec.file}: no tile fits {device.target}: the smallest, {tiles}, needs {vmem_need(spec, tiles):,} bytes of VMEM "
+        f"and {limit:,} are usable; its largest buffer is {largest.name} {largest.shape} ({largest.note}); "
+        f"lower serving.page_size (now {spec.serving.page_size}), serving.max_num_seqs, or the heads of the shard"
+    )
+
+
+def _decode_choices(spec: Spec, tokens: int) -> Iterator[DecodeTiles]:
+    """From the tiles that the chip is kept busy with down to the smallest that work."""
+    model, serving = spec.model, spec.serving
+    token_bytes = nbytes((RowDims.of(model).token_rows, 128), model.kv_dtype)
+    most = power_of_two_from(serving.max_model_len)
+    # One flash step's scores should stay in registers: kv_heads * 8 rows of `tile` float32.
+    tile = min(power_of_two_to(4096 // model.kv_heads), 512, power_of_two_from(min(serving.context_lens)), most)
+    block = min(power_of_two_to(FETCH_BYTES // token_bytes), most)
+    loaded = min(tokens, serving.max_num_seqs)
+    for buffers in (4, 3, 2):
+        size = block
+        while True:
+            size = max(size, serving.page_size)
+            yield DecodeTiles(block=size, tile=min(tile, size), buffers=buffers, writes=4, loaded=loaded)
+            if size == serving.page_size:
+                break
+            size //= 2
+
+
+def _block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[BlockTiles]:
+    """Likewise; a prefill kernel's query block divides the chunk, so that it has no partial block."""
+    model, serving = spec.model, spec.serving
+    most = power_of_two_from(serving.max_model_len)
+    new_tokens = min(tokens, serving.page_size)
+    for q_block in (128, 64, 32, 16):
+        if kind == "prefill":
+            if serving.prefill_chunk % q_block:
+                continue
+            copy_sizes: tuple[int, ...] = (q_block,)
+        else:
+            q_block = min(q_block, max(power_of_two_from(tokens), 16))
+            copy_sizes = tuple(1 << bit for bit in reversed(range(power_of_two_to(min(q_block, tokens)).bit_length())))
+        rows = model.group * q_block
+        step_rows = next(step for step in (512, 256, 128, 64, 32, 16, rows) if rows % step == 0)
+        for block in (1024, 512, 256, serving.page_size):
+            block = max(min(block, most), serving.page_size)
+            tile = min(512, block)
+            for buffers in (3, 2):
+                yield BlockTiles(
+                    q_block, block, tile, step_rows, buffers, 3, MERGE_TOKENS, new_tokens, copy_sizes
+                )
+
+
+def power_of_two_to(value: int) -> int:
+    """The largest power of two that is not above `value` (at least 1)."""
+    return 1 << (max(value, 1).bit_length() - 1)
+
+
+def power_of_two_from(value: int) -> int:
+    """The smallest power of two that is not below `value`."""
+    return 1 << (value - 1).bit_length()

@@ -1,0 +1,198 @@
+"""What a plan is: tiles of each kernel, the buffers that follow from them, and their bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rpac.layout import LANES, align, nbytes, packing
+from rpac.spec import Model
+
+SUBLANES = 8  # of a 32-bit register tile, on every generation supported
+
+
+@dataclass(frozen=True)
+class RowDims:
+    """How one token's K and V lie in the cache seen as rows of 128 lanes.
+
+    A *row* has the cache's dtype; a *packed row* has 32 bits a lane, so that two bfloat16 rows (K and V) share one.
+    """
+
+    lane_tiles: int
+    packed_rows: int
+    token_rows: int
+    unit: int
+
+    @classmethod
+    def of(cls, model: Model) -> RowDims:
+        """The rows of a model's cache."""
+        pack = packing(model.kv_dtype)
+        lane_tiles = model.head_dim // LANES
+        token_rows = 2 * model.kv_heads * lane_tiles
+        tile_rows = SUBLANES * pack
+        return cls(lane_tiles, token_rows // pack, token_rows, tile_rows // math.gcd(tile_rows, token_rows))
+
+    @property
+    def unit_rows(self) -> int:
+        """Rows of the smallest group of tokens that fills whole register tiles."""
+        return self.unit * self.token_rows
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One scratch array of a kernel. `dtype` "dma" is an array of DMA semaphores."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    note: str
+
+    @property
+    def vmem_bytes(self) -> int:
+        """Bytes in VMEM with the padding that tiling adds; semaphores lie elsewhere."""
+        if self.dtype == "dma":
+            return 0
+        dtype = "float32" if self.dtype == "uint32" else self.dtype
+        *major, rows, lanes = self.shape
+        tile = min(SUBLANES * packing(dtype), 1 << max(rows - 1, packing(dtype) - 1).bit_length())
+        return nbytes((*major, align(rows, tile), align(lanes, LANES)), dtype)
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    """Tiles of a decode kernel, in tokens: `block` is fetched at once, `tile` is computed at once."""
+
+    block: int
+    tile: int
+    buffers: int
+    writes: int
+    loaded: int
+
+    def scratch(self, model: Model, page_size: int) -> tuple[Buffer, ...]:
+        """The scratch arrays, in the order of the kernel's parameters."""
+        rows = RowDims.of(model)
+        query_rows = model.kv_heads * align(model.group, SUBLANES)
+        new = (self.loaded, model.kv_heads, model.head_dim)
+        return (
+            Buffer("kv", (self.buffers, self.block * rows.token_rows, LANES), model.kv_dtype, "fetched blocks"),
+            *split_words(model, self.tile),
+            Buffer("q_all", (self.loaded, model.q_heads, model.head_dim), model.q_dtype, "queries of every sequence"),
+            Buffer("new_keys", new, model.kv_dtype, "new keys of every sequence"),
+            Buffer("new_values", new, model.kv_dtype, "new values of every sequence"),
+            Buffer("packed", (rows.unit * rows.packed_rows, LANES), word_dtype(model), "a new token in the cache's form"),
+            Buffer("unit_out", (self.writes, rows.unit_rows, LANES), model.kv_dtype, "rows on their way to the cache"),
+            Buffer("q_rows", (query_rows, model.head_dim), "float32", "queries of one sequence by KV head"),
+            Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),
+            Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
+            Buffer("acc", (query_rows, model.head_dim), "float32", "running output"),
+            Buffer("out_rows", (self.writes, model.q_heads, model.head_dim), model.q_dtype, "outputs on their way out"),
+            Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
+            Buffer("load_sem", (3,), "dma", "queries, keys, values"),
+            Buffer("unit_sem", (self.writes,), "dma", "cache writes"),
+            Buffer("out_sem", (self.writes,), "dma", "outputs"),
+        )
+
+    def temporaries(self, model: Model) -> int:
+        """Bytes of the values of one flash step that registers cannot hold: scores and weights."""
+        return 2 * nbytes((model.kv_heads * align(model.group, SUBLANES), self.tile), "float32")
+
+
+@dataclass(frozen=True)
+class BlockTiles:
+    """Tiles of a prefill or mixed kernel, in tokens; `step_rows` are query rows (tokens times group) of one flash step."""
+
+    q_block: int
+    block: int
+    tile: int
+    step_rows: int
+    buffers: int
+    update_buffers: int
+    merge_tokens: int
+    new_tokens: int
+    copy_sizes: tuple[int, ...]
+
+    def scratch(self, model: Model, page_size: int) -> tuple[Buffer, ...]:
+        """The scratch arrays, in the order of the kernel's parameters."""
+        rows = RowDims.of(model)
+        q_rows = model.group * self.q_block
+        new = (self.update_buffers, 2 * page_size + self.new_tokens, model.kv_heads, model.head_dim)
+        queries = (self.q_block, model.q_heads, model.head_dim)
+        state = (model.kv_heads, q_rows, LANES)
+        return (
+            Buffer("kv", (self.buffers, self.block * rows.token_rows, LANES), model.kv_dtype, "fetched blocks"),
+            *split_words(model, self.tile),
+            Buffer("new_keys", new, model.kv_dtype, "new keys, around the page they go to"),
+            Buffer("new_values", new, model.kv_dtype, "new values, likewise"),
+            Buffer("page_rows", (self.update_buffers, page_size * rows.token_rows, LANES), model.kv_dtype, "pages to update"),
+            Buffer("packed", (self.merge_tokens * rows.packed_rows, LANES), word_dtype(model), "new tokens in the cache's form"),
+            Buffer("q_in", (self.buffers, *queries), model.q_dtype, "query blocks as they come"),
+            Buffer("by_token", (self.q_block * align(model.q_heads, SUBLANES), model.head_dim), "float32", "one by token"),
+            Buffer("q_rows", (model.kv_heads, q_rows, model.head_dim), model.q_dtype, "one by KV head"),
+            Buffer("row_max", state, "float32", "running maximum, the same in every lane"),
+            Buffer("row_sum", state, "float32", "running sum, the same in every lane"),
+            Buffer("acc", (model.kv_heads, q_rows, model.head_dim), "float32", "running output"),
+            Buffer("out_rows", (1, *queries), model.q_dtype, "an output block on its way out"),
+            Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
+            Buffer("new_sem", (self.update_buffers,), "dma", "new keys and values"),
+            Buffer("old_sem", (self.update_buffers,), "dma", "pages that hold old tokens"),
+            Buffer("write_sem", (self.update_buffers,), "dma", "cache writes"),
+            Buffer("q_sem", (self.buffers,), "dma", "query blocks"),
+            Buffer("out_sem", (1,), "dma", "output blocks"),
+        )
+
+    def temporaries(self, model: Model) -> int:
+        """Bytes of the values of one flash step that registers cannot hold: scores and weights."""
+        return 2 * nbytes((self.step_rows, self.tile), "float32")
+
+
+def word_dtype(model: Model) -> str:
+    """The 32-bit type in which new tokens are packed."""
+    return "uint32" if packing(model.kv_dtype) > 1 else model.kv_dtype
+
+
+def split_words(model: Model, tile: int) -> tuple[Buffer, ...]:
+    """The two arrays that a tile's K and V are split into, where they share words."""
+    pack = packing(model.kv_dtype)
+    if pack == 1:
+        return ()
+    shape = (tile // pack * RowDims.of(model).packed_rows, LANES)
+    return (
+        Buffer("k_words", shape, "uint32", "keys of one tile, two tokens a word"),
+        Buffer("v_words", shape, "uint32", "values of one tile, two tokens a word"),
+    )
+
+
+@dataclass(frozen=True)
+class XlaTiles:
+    """Tiles of a portable program: `block` tokens of KV a step; `blocks` of them (decode), or `q_block` queries."""
+
+    block: int
+    blocks: int = 1
+    q_block: int = 1
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """The plan of one generated source: a case on a target, for the token buckets that share its tiles.
+
+    Bytes are per core. `vmem_need` is what the buffers and the temporaries of the larger of its kernels take,
+    `vmem_limit` what the compiler is told it may use, `vmem_bytes` what the core has; zero for cpu.
+    """
+
+    target: str
+    kind: str
+    tokens: tuple[int, ...]
+    path: str
+    decode: DecodeTiles | XlaTiles | None
+    block: BlockTiles | XlaTiles | None
+    vmem_need: int
+    vmem_limit: int
+    vmem_bytes: int
+    smem_need: int
+    smem_bytes: int
+
+    def as_dict(self) -> Mapping[str, Any]:
+        """Plain data for a manifest, a table or a cache key."""
+        return asdict(self)

@@ -1,0 +1,78 @@
+"""The oracle: ragged paged attention straight from its definition, one sequence and one head at a time.
+
+Sums and exponentials are taken in float64, so that the result is the float32 nearest to the truth and every
+difference from it is the kernel's. Shares nothing with the kernels or with `layout`, on purpose.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Int32s = NDArray[np.int32]
+
+
+def ragged_paged_attention(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    kv_cache: Array,
+    kv_lens: Int32s,
+    page_indices: Int32s,
+    cu_q_lens: Int32s,
+    distribution: Int32s,
+    *,
+    sm_scale: float,
+) -> tuple[NDArray[np.float32], Array]:
+    """Causal attention of every new token over its sequence, and the cache with the new tokens in it.
+
+    Arguments are those of a program, as numpy arrays, of a batch that `validate` accepts. Returns the output
+    `[tokens, q_heads, head_dim]` in float32, zero in the rows past the last sequence, and a new cache in the cache's
+    dtype: each new token's K and V as given, every other bit as it was. The caller rounds the output to its dtype.
+    """
+    _, q_heads, head_dim = queries.shape
+    kv_heads = keys.shape[1]
+    page_size = kv_cache.shape[1]
+    page_tables = page_indices.reshape(len(kv_lens), -1)
+    count = int(distribution[2])
+
+    cache = kv_cache.copy()
+    for seq in range(count):
+        start, end = int(cu_q_lens[seq]), int(cu_q_lens[seq + 1])
+        for token in range(start, end):
+            position = int(kv_lens[seq]) - end + token
+            page = page_tables[seq, position // page_size]
+            # A view of one token's K0, V0, K1, V1, ...: a row for each, padded to whole words and lanes.
+            rows = cache[page, position % page_size].reshape(-1, cache.shape[-1])
+            for head in range(kv_heads):
+                rows[2 * head, :head_dim] = keys[token, head]
+                rows[2 * head + 1, :head_dim] = values[token, head]
+
+    out = np.zeros(queries.shape, np.float32)
+    for seq in range(count):
+        start, end = int(cu_q_lens[seq]), int(cu_q_lens[seq + 1])
+        kv_len = int(kv_lens[seq])
+        pages = page_tables[seq, : -(-kv_len // page_size)]
+        k, v = split_kv(cache[pages], kv_heads, head_dim)
+        k = k.reshape(-1, kv_heads, head_dim)[:kv_len].astype(np.float64)
+        v = v.reshape(-1, kv_heads, head_dim)[:kv_len].astype(np.float64)
+        q_positions = np.arange(kv_len - (end - start), kv_len)
+        visible = np.arange(kv_len) <= q_positions[:, None]
+        for head in range(q_heads):
+            kv_head = head * kv_heads // q_heads
+            scores = sm_scale * (queries[start:end, head].astype(np.float64) @ k[:, kv_head].T)
+            scores = np.where(visible, scores, -np.inf)
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            weights /= weights.sum(axis=-1, keepdims=True)
+            out[start:end, head] = weights @ v[:, kv_head]
+    return out, cache
+
+
+def split_kv(kv_cache: Array, kv_heads: int, head_dim: int) -> tuple[Array, Array]:
+    """K and V of a cache or of some of its pages, without padding, each `[pages, page_size, kv_heads, head_dim]`."""
+    pages, page_size = kv_cache.shape[:2]
+    rows = kv_cache.reshape(pages, page_size, -1, kv_cache.shape[-1])[:, :, : 2 * kv_heads, :head_dim]
+    return rows[:, :, 0::2], rows[:, :, 1::2]

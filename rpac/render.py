@@ -1,0 +1,179 @@
+"""`KernelPlan` + templates -> source text: pure, byte-reproducible. Every number a template shows is worked out here."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+import rpac
+from rpac.chip import is_tpu
+from rpac.layout import LANES, align, packing
+from rpac.plan import BlockTiles, Buffer, DecodeTiles, KernelPlan, RowDims
+from rpac.plan.tiles import XlaTiles
+from rpac.spec import Model, Spec
+
+MASKED = -2.0e38
+HEADER_END = '"""\n'
+
+
+@dataclass(frozen=True)
+class Source:
+    """One generated module. `path` is relative to the spec's folder in generated/ and to source/ in a bundle."""
+
+    path: str
+    text: str
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the text, 64 hex digits."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @property
+    def body(self) -> str:
+        """The text after the header: targets whose plans agree have the same."""
+        return self.text.split(HEADER_END, 2)[1]
+
+
+def templates_dir() -> Path:
+    """Where the templates are: in the installed package, or beside it in a checkout."""
+    package = Path(rpac.__file__).parent
+    installed = package / "templates"
+    return installed if installed.is_dir() else package.parent / "templates"
+
+
+def render(spec: Spec, plan: KernelPlan) -> Source:
+    """The source of one plan."""
+    family = "pallas_tpu" if is_tpu(plan.target) else "xla"
+    text = _environment(family).get_template(f"{plan.kind}.py.jinja").render(_context(spec, plan))
+    return Source(plan.path, text.rstrip("\n") + "\n")
+
+
+@functools.cache
+def _environment(family: str) -> jinja2.Environment:
+    root = templates_dir()
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader([root / family, root / "common"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+
+
+def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
+    model, serving = spec.model, spec.serving
+    rows = RowDims.of(model)
+    highest = model.kv_dtype == "float32"
+    return {
+        "title": f"Ragged paged attention of {spec.name}: {plan.kind} batches on {plan.target}.",
+        "spec_hash": spec.hash,
+        "command": f"rpac build {Path(spec.file).name} --target {plan.target}",
+        "specialized": _specialized(spec, plan),
+        "kind": plan.kind,
+        "q_heads": model.q_heads,
+        "kv_heads": model.kv_heads,
+        "group": model.group,
+        "group_rows": align(model.group, 8),
+        "q_stride": align(model.q_heads, 8),
+        "head_dim": model.head_dim,
+        "q_jnp": f"jnp.{model.q_dtype}",
+        "kv_dtype": model.kv_dtype,
+        "kv_jnp": f"jnp.{model.kv_dtype}",
+        "word_dtype": {16: "uint16", 32: "uint32"}[32 // packing(model.kv_dtype)],
+        "packing": packing(model.kv_dtype),
+        # Without it a float32 product would be made of bfloat16 ones.
+        "precision_arg": " precision=lax.Precision.HIGHEST," if highest else "",
+        "precision_tail": ", precision=lax.Precision.HIGHEST" if highest else "",
+        "sm_scale": repr(model.sm_scale),
+        "score_scale": repr(model.sm_scale * math.log2(math.e)),
+        "masked": repr(MASKED),
+        "page_size": serving.page_size,
+        "pages_per_seq": serving.pages_per_seq,
+        "max_seqs": serving.max_num_seqs,
+        "prefill_chunk": serving.prefill_chunk,
+        "lane_tiles": rows.lane_tiles,
+        "lane_step": 2 * rows.lane_tiles,
+        "word_rows": rows.packed_rows,
+        "token_rows": rows.token_rows,
+        "page_rows": serving.page_size * rows.token_rows,
+        "unit": rows.unit,
+        "unit_rows": rows.unit_rows,
+        "row_order": _row_order(model, rows),
+        "vmem_limit": plan.vmem_limit,
+        "decode": _tile_context(spec, plan.decode),
+        "block": _tile_context(spec, plan.block),
+    }
+
+
+def _row_order(model: Model, rows: RowDims) -> str:
+    lanes = "lane tile" if rows.lane_tiles > 1 else ""
+    order = [lanes, "K and V"] if packing(model.kv_dtype) > 1 else ["K and V", lanes]
+    return ", then ".join(["by token", "KV head", *filter(None, order)])
+
+
+def _tile_context(spec: Spec, tiles: DecodeTiles | BlockTiles | XlaTiles | None) -> Mapping[str, Any]:
+    if tiles is None:
+        return {}
+    page = spec.serving.page_size
+    context: dict[str, Any] = {**vars(tiles), "block_pages": tiles.block // page}
+    if isinstance(tiles, XlaTiles):
+        return context
+    rows = RowDims.of(spec.model)
+    context |= {
+        "half_tile": tiles.tile // 2,
+        "half_tile_rows": tiles.tile // 2 * rows.token_rows,
+        "tile_rows": tiles.tile * rows.token_rows,
+        "units_per_tile": tiles.tile // rows.unit,
+        "buffers_declared": [_declared(buffer) for buffer in tiles.scratch(spec.model, page)],
+    }
+    if isinstance(tiles, BlockTiles):
+        context |= {
+            "q_rows": spec.model.group * tiles.q_block,
+            "merge_rows": tiles.merge_tokens * rows.token_rows,
+        }
+    return context
+
+
+def _declared(buffer: Buffer) -> Mapping[str, str]:
+    if buffer.dtype == "dma":
+        declaration = f"pltpu.SemaphoreType.DMA({buffer.shape})"
+    else:
+        declaration = f"pltpu.VMEM({buffer.shape}, jnp.{buffer.dtype})"
+    return {"name": buffer.name, "declaration": declaration, "note": buffer.note}
+
+
+def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
+    """What a reader should know was decided before this source was written, and why."""
+    model, serving = spec.model, spec.serving
+    lines = [
+        f"{model.q_heads} query heads over {model.kv_heads} KV heads, head_dim {model.head_dim}, "
+        f"queries {model.q_dtype}, KV {model.kv_dtype}: constants",
+        f"pages of {serving.page_size} tokens, {serving.pages_per_seq} a sequence, up to {serving.max_num_seqs} sequences",
+        f"token buckets that use it: {', '.join(map(str, plan.tokens))}",
+        "causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code",
+    ]
+    if plan.kind != "mixed":
+        lines.append(f"only {plan.kind} batches: the other kernels are not in this program")
+    if isinstance(plan.decode, DecodeTiles):
+        d = plan.decode
+        lines.append(
+            f"decode: fetches {d.block} tokens at once with {d.buffers} buffers, so that DMA latency hides behind "
+            f"{d.buffers - 1} blocks in flight; computes {d.tile} tokens at once, so that the scores stay in registers"
+        )
+    if isinstance(plan.block, BlockTiles):
+        b = plan.block
+        lines.append(
+            f"{plan.kind}: blocks of {b.q_block} queries against {b.block} fetched tokens ({b.buffers} buffers); "
+            f"computes {b.step_rows} query rows of a head against {b.tile} tokens at once"
+        )
+    if is_tpu(plan.target):
+        lines.append(f"VMEM: {plan.vmem_need:,} bytes counted, {plan.vmem_limit:,} allowed, {plan.vmem_bytes:,} there")
+    return lines

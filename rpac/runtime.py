@@ -1,0 +1,99 @@
+"""The calls into JAX's runtime: bytes whose hash was checked become something that runs.
+
+Two tiers, one interface. The executable goes straight to the device's client, with no pickle around it; the portable
+export is traced and compiled here. Raises TargetError where the runtime refuses bytes that are what was built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+from jax.extend.backend import get_compile_options
+
+from rpac.bundle import Program
+from rpac.errors import BundleError, TargetError
+
+Run = Callable[[Sequence[Any]], tuple[jax.Array, jax.Array]]
+
+KV_CACHE_ARG = 3
+
+
+def build_string(client: Any) -> str:
+    """The build of the runtime behind a client, as an executable depends on it: on TPU, libtpu's date and change.
+
+    A client at serving time and the compile-only one of a topology name themselves differently in the lines before.
+    """
+    return str(client.platform_version).splitlines()[-1]
+
+
+def load_portable(data: bytes, program: Program, device: jax.Device) -> Run:
+    """Compiles an exported program for `device`; takes the time of one XLA compile.
+
+    Raises BundleError where the export is not of the manifest's shapes.
+    """
+    try:
+        exported = export.deserialize(bytearray(data))
+        _check_version(exported)
+        _check_signature(program, exported)
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        call = jax.jit(exported.call, in_shardings=sharding, out_shardings=sharding, donate_argnums=KV_CACHE_ARG)
+        compiled = call.lower(*exported.in_avals).compile()
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        raise TargetError(
+            f"program {program.variant}: jax {jax.__version__} cannot compile its export for {device} ({error}); "
+            "build the bundle again with this jax, or serve with the jax that built it"
+        ) from error
+
+    def run(args: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+        out, kv_cache = compiled(*args)
+        return out, kv_cache
+
+    return run
+
+
+def load_native(data: bytes, program: Program, device: jax.Device) -> Run:
+    """Hands an executable's raw bytes to `device`'s client; nothing is traced or compiled.
+
+    Raises TargetError where the client does not take them.
+    """
+    # Without an assignment it would run on the device number that it was compiled for, whichever `device` is.
+    options = get_compile_options(num_replicas=1, num_partitions=1, device_assignment=np.array([[device.id]]))
+    try:
+        loaded = device.client.deserialize_executable(data, [device], options)
+    except jax.errors.JaxRuntimeError as error:
+        raise TargetError(
+            f"program {program.variant}: the runtime of {device} does not take its executable ({error}); "
+            "build the bundle again for this device and runtime"
+        ) from error
+
+    def run(args: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+        # Only what lies on the host is moved: the cache must be donated as the caller's own array.
+        moved = iter(jax.device_put([arg for arg in args if not isinstance(arg, jax.Array)], device))
+        results = loaded.execute_sharded([arg if isinstance(arg, jax.Array) else next(moved) for arg in args])
+        (out,), (kv_cache,) = results.disassemble_into_single_device_arrays()
+        return out, kv_cache
+
+    return run
+
+
+def _check_version(exported: export.Exported) -> None:
+    """What JAX checks when it exports, and not when it reads."""
+    low = export.minimum_supported_calling_convention_version
+    high = export.maximum_supported_calling_convention_version
+    found = exported.calling_convention_version
+    if not low <= found <= high:
+        raise ValueError(f"found calling convention {found}; must be {low} to {high}")
+
+
+def _check_signature(program: Program, exported: export.Exported) -> None:
+    wanted = [f"{dims.dtype}{list(dims.shape)}" for dims in (*program.args, *program.results)]
+    found = [f"{aval.dtype.name}{list(aval.shape)}" for aval in (*exported.in_avals, *exported.out_avals)]
+    if found != wanted:
+        raise BundleError(
+            f"program {program.variant}: its export takes and returns {', '.join(found)}; must be {', '.join(wanted)}, "
+            "as the manifest says; build the bundle again"
+        )

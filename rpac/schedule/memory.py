@@ -1,0 +1,141 @@
+"""The memory that a walk keeps: where pointers point, what SMEM holds, and values that the walk does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from rpac.errors import ScheduleError
+from rpac.schedule.isa import GRANULE_BYTES
+from rpac.schedule.parse import Address, Operand, Schedule
+
+_OPERAND_BITS: Final = 40
+"""An operand's address in granules is its index + 1 above this bit; the offset in granules is below."""
+
+_VMEM_POINTER_GRANULES: Final = 16
+"""A VMEM operand's address counts 512-byte rows, and is shifted to granules before use."""
+
+_SPILL_WORDS: Final = 64
+_ALLOCATION_WORDS: Final = 1 << 18
+"""Room for an allocation in the walk's own numbering: all of SMEM in words, or 128 MiB of VMEM in rows."""
+
+
+class Unknown:
+    """A value that the walk cannot know, and why. Arithmetic on it stays unknown; deciding on it is an error."""
+
+    __slots__ = ("reason",)
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def _same(self, *_: object) -> Unknown:
+        return self
+
+    def __and__(self, other: Value) -> Value:
+        # The compiler reads ahead of a predicate and only then combines with it.
+        return False if other is False else self
+
+    def __or__(self, other: Value) -> Value:
+        return True if other is True else self
+
+    __rand__, __ror__ = __and__, __or__
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _same
+    __xor__ = __rxor__ = __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _same
+    __lt__ = __le__ = __gt__ = __ge__ = _same
+
+    def __eq__(self, other: object) -> Unknown:  # type: ignore[override]
+        return self
+
+    def __ne__(self, other: object) -> Unknown:  # type: ignore[override]
+        return self
+
+    def __hash__(self) -> int:
+        raise ScheduleError(f"an address depends on a value that the walk cannot know: {self.reason}")
+
+    def __bool__(self) -> bool:
+        raise ScheduleError(f"a branch or predicate depends on a value that the walk cannot know: {self.reason}")
+
+
+Value = int | bool | Unknown
+
+
+class Layout:
+    """Numbers for a schedule's allocations and operands, so that pointers are plain integers."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._bases: dict[str, int] = {}
+        self._names: list[tuple[int, str]] = []
+        self._next = _ALLOCATION_WORDS
+        self._hbm_unit = schedule.generation.hbm_pointer_granules
+        self.operands = {operand.index: operand for operand in schedule.operands}
+
+    def address(self, address: Address) -> int:
+        """The constant part of an address: the allocation's number plus the offset."""
+        return address.offset + (self._base(address.allocation) if address.allocation else 0)
+
+    def _base(self, name: str) -> int:
+        if name not in self._bases:
+            self._bases[name] = self._next
+            self._names.append((self._next, name))
+            self._next += _SPILL_WORDS if name.endswith("_spill") else _ALLOCATION_WORDS
+        return self._bases[name]
+
+    def pointer(self, operand: Operand, operands: Mapping[int, Sequence[int]]) -> Value:
+        """What the register that names an operand holds at entry: its address, or the value of a scalar."""
+        if operand.space == "register":
+            value = operands.get(operand.index)
+            return int(value[0]) if value else Unknown(f"operand {operand.index}, a scalar {operand.dtype}, is missing")
+        unit = {"hbm": self._hbm_unit, "vmem": _VMEM_POINTER_GRANULES}.get(operand.space, 1)
+        return (operand.index + 1 << _OPERAND_BITS) // unit
+
+    def operand(self, address: int) -> tuple[Operand, int] | None:
+        """The operand that a DMA's address lies in and the offset in bytes; None for scratch memory."""
+        index = (address >> _OPERAND_BITS) - 1
+        if index < 0:
+            return None
+        operand = self.operands.get(index)
+        if operand is None:
+            raise ScheduleError(f"a DMA's address lies in operand {index}, which the kernel does not have")
+        return operand, (address & (1 << _OPERAND_BITS) - 1) * GRANULE_BYTES
+
+    def describe(self, address: int) -> str:
+        """An SMEM or semaphore address as the schedule writes it: `#allocation7 + 0x4`."""
+        for base, name in reversed(self._names):
+            if address >= base:
+                return f"#{name} + {address - base:#x}"
+        return f"{address:#x}"
+
+
+class Smem:
+    """Scalar memory: words written so far, by address."""
+
+    def __init__(self, layout: Layout, operands: Mapping[int, Sequence[int]], name: str) -> None:
+        self.words: dict[int, Value] = {}
+        self._layout = layout
+        self._operands = operands
+        self._name = name
+
+    def load(self, address: int | Unknown, line: int) -> Value:
+        """The word at an address; unknown where the address is, or where nothing was ever written."""
+        if isinstance(address, Unknown):
+            return address
+        value = self.words.get(address)
+        if value is None:
+            return Unknown(f"{self._name}:{line} reads smem[{self._layout.describe(address)}], which was never written")
+        return value
+
+    def copy_in(self, source: int, granules: int, destination: int) -> None:
+        """A DMA of an operand's int32 words into SMEM. Raises ScheduleError where the operand's values are missing."""
+        found = self._layout.operand(source)
+        if found is None:
+            raise ScheduleError(f"{self._name}: a DMA fills SMEM from memory that holds no operand; cannot walk it")
+        operand, offset = found
+        values = self._operands.get(operand.index)
+        if values is None:
+            raise ScheduleError(
+                f"{self._name}: the scalar program reads operand {operand.index} ({operand.dtype}{list(operand.shape)}), "
+                f"which is missing; given: {sorted(self._operands) or 'none'}; pass its values"
+            )
+        first = offset // 4
+        for i, value in enumerate(values[first : first + granules * GRANULE_BYTES // 4]):
+            self.words[destination + i] = value

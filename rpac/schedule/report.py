@@ -1,0 +1,243 @@
+"""The time of a whole call: its kernels, walked with the batch's scalars, and XLA's operations around them.
+
+Definitions. *Needed* bytes and flops are what the attention of the batch cannot do without (`attention_work`), whatever
+a kernel moves. MBU = needed bytes / (time x the chip's peak HBM bytes/s); MFU = needed flops / (time x its peak bf16
+flop/s); a multiply-add is two flops. Both are given over the whole call, and over its kernels alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rpac.chip import chip
+from rpac.errors import ScheduleError
+from rpac.schedule.dump import Dump
+from rpac.schedule.hlo import Module, Operation, parse_module
+from rpac.schedule.loops import loops_of
+from rpac.schedule.model import Model, model_of
+from rpac.schedule.parse import Spills, parse_schedule
+from rpac.schedule.program import Program, translate
+from rpac.schedule.walk import Walk, walk
+
+DEFINITIONS = {
+    "seconds": "the whole call, XLA's operations included, one after another",
+    "kernel_seconds": "the Pallas kernels of the call",
+    "mbu": "needed_bytes / (seconds x the chip's peak HBM bytes/s)",
+    "mfu": "needed_flops / (seconds x the chip's peak bf16 flop/s); a multiply-add is two flops",
+    "needed_bytes": "cached K and V read once, new K and V read and written once, queries read, output written",
+    "needed_flops": "4 x head_dim x q_heads for each pair of a query and a token that it may attend to",
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a batch's attention needs: bytes in HBM and flops."""
+
+    bytes: int
+    flops: int
+
+
+def attention_work(
+    kv_lens: Sequence[int],
+    q_lens: Sequence[int],
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    q_bytes: int,
+    kv_bytes: int,
+) -> Work:
+    """Needed bytes and flops of causal attention; `kv_lens` include the new tokens, `*_bytes` are of one element."""
+    kv_row = 2 * kv_heads * head_dim * kv_bytes
+    tokens = sum(q_lens)
+    cached = sum(kv_lens) - tokens
+    pairs = sum(q * (kv - q) + q * (q + 1) // 2 for kv, q in zip(kv_lens, q_lens, strict=True))
+    moved = cached * kv_row + 2 * tokens * kv_row + 2 * tokens * q_heads * head_dim * q_bytes
+    return Work(moved, 4 * head_dim * q_heads * pairs)
+
+
+@dataclass(frozen=True)
+class WaitReport:
+    """One wait of a kernel: where, on what, how often, and how long it stalled in all."""
+
+    bundle: int
+    line: int
+    semaphore: str
+    count: int
+    stall_seconds: float
+
+
+@dataclass(frozen=True)
+class LoopReport:
+    """One loop of a kernel, without the loops inside it. Utilization by slot, None where the dump does not say."""
+
+    first_bundle: int
+    last_bundle: int
+    depth: int
+    turns: int
+    compute_seconds: float
+    stall_seconds: float
+    utilization: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One kernel. seconds = compute_seconds (bundles issued) + stall_seconds; the channel's dma_seconds overlap both."""
+
+    name: str
+    seconds: float
+    compute_seconds: float
+    stall_seconds: float
+    dma_seconds: float
+    dmas: int
+    read_bytes: int
+    written_bytes: int
+    bundles: int
+    spills: Spills
+    waits: tuple[WaitReport, ...]
+    loops: tuple[LoopReport, ...]
+
+
+@dataclass(frozen=True)
+class XlaReport:
+    """One operation of XLA around the kernels. timed_by: `schedule` (walked) or `bytes` (over the HBM bandwidth)."""
+
+    name: str
+    opcode: str
+    seconds: float
+    read_bytes: int
+    written_bytes: int
+    timed_by: str
+
+
+@dataclass(frozen=True)
+class CallReport:
+    """The prediction for one call and batch. Times in seconds, sizes in bytes; see DEFINITIONS."""
+
+    target: str
+    compiler: str
+    seconds: float
+    kernel_seconds: float
+    mbu: float | None
+    mfu: float | None
+    kernel_mbu: float | None
+    kernel_mfu: float | None
+    needed_bytes: int | None
+    needed_flops: int | None
+    moved_bytes: int
+    kernels: tuple[KernelReport, ...]
+    xla: tuple[XlaReport, ...]
+    model: Model
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with the definitions of its fields under `definitions`."""
+        return {**asdict(self), "definitions": DEFINITIONS}
+
+
+class Call:
+    """A dumped call, read and translated once, to be predicted for any number of batches."""
+
+    def __init__(self, dump: Dump, model: Model | None = None) -> None:
+        self.dump = dump
+        self.model = model or model_of(dump.target)
+        self.module: Module = parse_module(dump.hlo)
+        self._programs: dict[str, Program] = {}
+        self._xla: dict[str, XlaReport] = {}
+        self.kernels = tuple(o for o in self.module.operations if o.is_kernel)
+        if not self.kernels:
+            raise ScheduleError("the dumped call holds no Pallas kernel; nothing to predict")
+
+    def operands(self, parameters: Mapping[int, Sequence[int]]) -> dict[str, dict[int, list[int]]]:
+        """Kernel name -> its int32 operands by index, as far as the call's int32 parameters and constants give them."""
+        return {kernel.name: self.module.scalars(kernel, parameters) for kernel in self.kernels}
+
+    def walk_kernel(self, name: str, operands: Mapping[int, Sequence[int]], *, trace: bool = False) -> Walk:
+        """Walks one kernel of the call. Raises ScheduleError as `walk`."""
+        return walk(self._program(name), operands, self.model, trace=trace)
+
+    def predict(self, parameters: Mapping[int, Sequence[int]], work: Work | None = None) -> CallReport:
+        """Times the call for one batch.
+
+        `parameters`: the call's int32 arguments, flattened, by parameter number. Raises ScheduleError where a kernel
+        needs a scalar that they and the call's constants do not give, and as `walk`.
+        """
+        operands = self.operands(parameters)
+        kernels = tuple(self._kernel(kernel, operands[kernel.name]) for kernel in self.kernels)
+        xla = tuple(self._operation(o) for o in self.module.operations if not (o.is_kernel or o.is_free))
+        kernel_seconds = sum(kernel.seconds for kernel in kernels)
+        seconds = kernel_seconds + sum(operation.seconds for operation in xla)
+        moved = sum(k.read_bytes + k.written_bytes for k in kernels) + sum(x.read_bytes + x.written_bytes for x in xla)
+        facts = chip(self.dump.target)
+        # Both in seconds at the chip's peak.
+        by_bytes = work.bytes / facts.hbm_bandwidth if work else None
+        by_flops = work.flops / facts.peak_bf16_flops if work else None
+        return CallReport(
+            target=self.dump.target,
+            compiler=self.dump.compiler,
+            seconds=seconds,
+            kernel_seconds=kernel_seconds,
+            mbu=None if by_bytes is None else by_bytes / seconds,
+            mfu=None if by_flops is None else by_flops / seconds,
+            kernel_mbu=None if by_bytes is None else by_bytes / kernel_seconds,
+            kernel_mfu=None if by_flops is None else by_flops / kernel_seconds,
+            needed_bytes=work.bytes if work else None,
+            needed_flops=work.flops if work else None,
+            moved_bytes=moved,
+            kernels=kernels,
+            xla=xla,
+            model=self.model,
+        )
+
+    def _program(self, name: str) -> Program:
+        if name not in self._programs:
+            text = self.dump.schedules.get(name)
+            if text is None:
+                raise ScheduleError(
+                    f"the dump has no schedule of {name}; it has {', '.join(sorted(self.dump.schedules))}"
+                )
+            schedule = parse_schedule(text, self.dump.target, name, self.dump.utilizations.get(name))
+            self._programs[name] = translate(schedule)
+        return self._programs[name]
+
+    def _kernel(self, kernel: Operation, operands: Mapping[int, Sequence[int]]) -> KernelReport:
+        done = self.walk_kernel(kernel.name, operands)
+        second = 1 / self.model.clock_hz
+        return KernelReport(
+            name=kernel.name,
+            seconds=done.cycles * second,
+            compute_seconds=done.issued * second,
+            stall_seconds=done.stalled * second,
+            dma_seconds=done.dma_busy * second,
+            dmas=done.dmas,
+            read_bytes=done.read_bytes,
+            written_bytes=done.written_bytes,
+            bundles=len(done.schedule.bundles),
+            spills=done.schedule.spills,
+            waits=tuple(WaitReport(w.bundle, w.line, w.semaphore, w.count, w.stalled * second) for w in done.waits),
+            loops=tuple(
+                LoopReport(
+                    loop.first,
+                    loop.last,
+                    loop.depth,
+                    loop.turns,
+                    loop.issued * second,
+                    loop.stalled * second,
+                    dict(loop.utilization) if loop.utilization else None,
+                )
+                for loop in loops_of(done)
+            ),
+        )
+
+    def _operation(self, operation: Operation) -> XlaReport:
+        """XLA's operations take the same time for every batch, so each is timed once."""
+        if operation.name not in self._xla:
+            read, written = self.module.traffic(operation)
+            try:
+                cycles, timed_by = walk(self._program(operation.name), {}, self.model).cycles, "schedule"
+                seconds = cycles / self.model.clock_hz
+            except ScheduleError:
+                # It runs on another core, or turns on what only XLA knows; its bytes still bound it from below.
+                seconds, timed_by = (read + written) / self.model.hbm_bytes_per_s, "bytes"
+            self._xla[operation.name] = XlaReport(operation.name, operation.opcode, seconds, read, written, timed_by)
+        return self._xla[operation.name]

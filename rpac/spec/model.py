@@ -1,0 +1,84 @@
+"""What a valid spec is: frozen data, with the values that follow from it. No YAML here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+TARGETS = ("tpu7x", "v6e", "v5p", "v5e", "cpu")
+MIN_DEFAULT_BUCKET = 16
+
+
+@dataclass(frozen=True)
+class Model:
+    """The attention of one model shard; heads are counted in the shard."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    q_dtype: str
+    kv_dtype: str
+    sm_scale: float
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.q_heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How the model is served; lengths and buckets in tokens, `num_pages` in pages of one layer's cache."""
+
+    page_size: int
+    max_model_len: int
+    max_num_tokens: int
+    token_buckets: tuple[int, ...]
+    max_num_seqs: int
+    prefill_chunk: int
+    context_lens: tuple[int, ...]
+    num_pages: int
+
+    @property
+    def pages_per_seq(self) -> int:
+        return self.max_model_len // self.page_size
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A valid spec. `source` is the text as given and `file` its name: neither takes part in equality or `hash`."""
+
+    name: str
+    model: Model
+    serving: Serving
+    targets: tuple[str, ...]
+    source: str = field(compare=False, repr=False)
+    file: str = field(compare=False)
+
+    def meaning(self) -> dict[str, Any]:
+        """The spec as plain data with every default filled in; comments and layout of the file are gone."""
+        return {
+            "name": self.name,
+            "model": asdict(self.model),
+            "serving": asdict(self.serving),
+            "targets": list(self.targets),
+        }
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of the meaning, 64 hex digits: equal for files that differ only in comments or written defaults."""
+        text = json.dumps(self.meaning(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def default_token_buckets(max_num_tokens: int) -> tuple[int, ...]:
+    """Powers of two from 16 below `max_num_tokens`, then `max_num_tokens` itself."""
+    buckets = []
+    bucket = MIN_DEFAULT_BUCKET
+    while bucket < max_num_tokens:
+        buckets.append(bucket)
+        bucket *= 2
+    return (*buckets, max_num_tokens)

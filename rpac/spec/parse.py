@@ -1,0 +1,203 @@
+"""The rules of the spec format: which keys there are, what each may be, and which combinations are impossible."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rpac.errors import SpecError
+from rpac.spec.model import TARGETS, Model, Serving, Spec, default_token_buckets
+from rpac.spec.nodes import MAX_SIZE, Report, Section, compose
+
+ROOT_KEYS = ("name", "model", "serving", "targets")
+MODEL_KEYS = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
+SERVING_KEYS = (
+    "page_size",
+    "max_model_len",
+    "max_num_tokens",
+    "token_buckets",
+    "max_num_seqs",
+    "prefill_chunk",
+    "context_lens",
+    "num_pages",
+)
+HOMES = {
+    **dict.fromkeys(ROOT_KEYS, ""),
+    **dict.fromkeys(MODEL_KEYS, "model"),
+    **dict.fromkeys(SERVING_KEYS, "serving"),
+}
+DTYPES = ("bfloat16", "float32")
+HEAD_DIMS = (128, 256)
+PAGE_SIZES = (16, 32, 64, 128, 256)
+NAME = r"[a-z0-9][a-z0-9.-]{0,63}"
+
+MAX_HEADS = 1024
+MAX_GROUP = 16
+MAX_MODEL_LEN = 1 << 20
+MAX_TOKENS = 1 << 20
+MAX_SEQS = 4096
+MAX_SLOTS = 2**31 - 1
+SM_SCALES = (1e-6, 1e6)
+
+
+def load_spec(path: str | os.PathLike[str]) -> Spec:
+    """The spec in the file at `path`. Raises SpecError with every problem of the file, or why it cannot be read."""
+    report = Report(os.fspath(path))
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_SIZE + 1)
+    except OSError as error:
+        found = f"a file that cannot be read ({error.strerror})"
+        report.at(None, None, "", found, "must be a readable YAML file", "check the path")
+        raise SpecError(report.problems) from error
+    if len(data) > MAX_SIZE:
+        report.too_large()
+        raise SpecError(report.problems)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        column = error.start - data.rfind(b"\n", 0, error.start)
+        report.at(line, column, "", f"byte {data[error.start]:#04x}", "must be UTF-8", "save the file as UTF-8")
+        raise SpecError(report.problems) from error
+    return parse_spec(text, report.file)
+
+
+def parse_spec(text: str, file: str) -> Spec:
+    """The spec written in `text`; `file` names it in messages. Raises SpecError with every problem found."""
+    report = Report(file)
+    spec = _read(text, report)
+    if spec is None or report.problems:
+        raise SpecError(report.in_order())
+    return spec
+
+
+def _read(text: str, report: Report) -> Spec | None:
+    node = compose(text, report)
+    if node is None:
+        return None
+    root = Section(report, node, "", ROOT_KEYS, HOMES)
+    allowed = "must be lower-case letters, digits, dots and dashes, 64 at most, a letter or digit first"
+    name = root.text("name", NAME, allowed, "my-model")
+    model_section = root.section("model", MODEL_KEYS, HOMES)
+    serving_section = root.section("serving", SERVING_KEYS, HOMES)
+    targets = root.words("targets", TARGETS, "[tpu7x, cpu]")
+    model = None if model_section is None else _model(model_section)
+    serving = None if serving_section is None else _serving(serving_section)
+    if name is None or model is None or serving is None or targets is None:
+        return None
+    return Spec(name, model, serving, targets, source=text, file=report.file)
+
+
+def _model(section: Section) -> Model | None:
+    q_heads = section.integer("q_heads", 1, MAX_HEADS, 32)
+    kv_heads = section.integer("kv_heads", 1, MAX_HEADS, 8)
+    head_dim = section.integer("head_dim", 1, max(HEAD_DIMS), 128)
+    q_dtype = section.choice("q_dtype", DTYPES)
+    kv_dtype = section.choice("kv_dtype", DTYPES)
+    sm_scale = section.number("sm_scale", *SM_SCALES) if section.has("sm_scale") else None
+
+    if q_heads is not None and kv_heads is not None:
+        if q_heads % kv_heads:
+            near = max(1, round(q_heads / kv_heads)) * kv_heads
+            section.clash("q_heads", f"must be a multiple of kv_heads ({kv_heads})", f"write {near} or change kv_heads")
+        elif q_heads // kv_heads > MAX_GROUP:
+            allowed = f"must be at most {MAX_GROUP} times kv_heads ({kv_heads})"
+            section.clash("q_heads", allowed, f"write {MAX_GROUP * kv_heads} or less, or change kv_heads")
+    if head_dim is not None and head_dim not in HEAD_DIMS:
+        section.clash("head_dim", f"must be {_either(HEAD_DIMS)}", f"write {_nearest(head_dim, HEAD_DIMS)}")
+    if q_dtype is not None and kv_dtype is not None and q_dtype != kv_dtype:
+        section.clash("kv_dtype", f"must equal q_dtype ({q_dtype})", f"write {q_dtype}")
+
+    if q_heads is None or kv_heads is None or head_dim is None or q_dtype is None or kv_dtype is None:
+        return None
+    return Model(q_heads, kv_heads, head_dim, q_dtype, kv_dtype, head_dim**-0.5 if sm_scale is None else sm_scale)
+
+
+def _serving(section: Section) -> Serving | None:
+    page_size = section.integer("page_size", 1, PAGE_SIZES[-1], 128)
+    max_model_len = section.integer("max_model_len", 1, MAX_MODEL_LEN, 8192)
+    max_num_tokens = section.integer("max_num_tokens", 1, MAX_TOKENS, 2048)
+    buckets = section.integers("token_buckets", 1, MAX_TOKENS, "[64, 2048]") if section.has("token_buckets") else None
+    max_num_seqs = section.integer("max_num_seqs", 1, MAX_SEQS, 64)
+    prefill_chunk = section.integer("prefill_chunk", 1, MAX_TOKENS, 512)
+    context_lens = section.integers("context_lens", 1, MAX_MODEL_LEN, "[1024, 4096]")
+    num_pages = section.integer("num_pages", 1, MAX_SLOTS, 1024) if section.has("num_pages") else None
+
+    if max_num_tokens is not None:
+        _check_tokens(section, max_num_tokens, buckets, max_num_seqs, prefill_chunk)
+    if max_model_len is not None:
+        _check_lengths(section, max_model_len, prefill_chunk, context_lens)
+    if page_size is not None and page_size not in PAGE_SIZES:
+        section.clash("page_size", f"must be {_either(PAGE_SIZES)}", f"write {_nearest(page_size, PAGE_SIZES)}")
+    elif page_size is not None and max_model_len is not None:
+        if max_model_len % page_size:
+            near = -(-max_model_len // page_size) * page_size
+            section.clash("max_model_len", f"must be a multiple of page_size ({page_size})", f"write {near}")
+        else:
+            num_pages = _check_pages(section, page_size, max_model_len // page_size, max_num_seqs, num_pages)
+
+    if page_size is None or max_model_len is None or max_num_tokens is None or max_num_seqs is None:
+        return None
+    if prefill_chunk is None or context_lens is None or num_pages is None:
+        return None
+    buckets = buckets or default_token_buckets(max_num_tokens)
+    return Serving(
+        page_size, max_model_len, max_num_tokens, buckets, max_num_seqs, prefill_chunk, context_lens, num_pages
+    )
+
+
+def _check_tokens(
+    section: Section,
+    max_num_tokens: int,
+    buckets: tuple[int, ...] | None,
+    max_num_seqs: int | None,
+    prefill_chunk: int | None,
+) -> None:
+    if buckets is not None and buckets[-1] != max_num_tokens:
+        allowed = f"must end in max_num_tokens ({max_num_tokens})"
+        below = [bucket for bucket in buckets if bucket < max_num_tokens]
+        section.clash("token_buckets", allowed, f"write {[*below, max_num_tokens]}", f"{buckets[-1]} at its end")
+    if max_num_seqs is not None and max_num_seqs > max_num_tokens:
+        allowed = f"must be at most max_num_tokens ({max_num_tokens}): decode takes a token of every sequence"
+        section.clash("max_num_seqs", allowed, f"write {max_num_tokens} or raise max_num_tokens")
+    if prefill_chunk is not None and prefill_chunk > max_num_tokens:
+        allowed = f"must be at most max_num_tokens ({max_num_tokens})"
+        section.clash("prefill_chunk", allowed, f"write {max_num_tokens} or raise max_num_tokens")
+
+
+def _check_lengths(
+    section: Section, max_model_len: int, prefill_chunk: int | None, context_lens: tuple[int, ...] | None
+) -> None:
+    allowed = f"must be at most max_model_len ({max_model_len})"
+    if prefill_chunk is not None and prefill_chunk > max_model_len:
+        section.clash("prefill_chunk", allowed, f"write {max_model_len} or raise max_model_len")
+    if context_lens is not None and context_lens[-1] > max_model_len:
+        fix = "remove what is above it, or raise max_model_len"
+        section.clash("context_lens", allowed, fix, f"{context_lens[-1]} at its end")
+
+
+def _check_pages(
+    section: Section, page_size: int, pages_per_seq: int, max_num_seqs: int | None, num_pages: int | None
+) -> int | None:
+    """The pages of one layer's cache, where they are known."""
+    if num_pages is not None:
+        if num_pages < pages_per_seq:
+            allowed = f"must be at least {pages_per_seq}, the pages of one sequence of max_model_len"
+            section.clash("num_pages", allowed, f"write {pages_per_seq} or lower max_model_len")
+    elif max_num_seqs is not None and not section.has("num_pages"):
+        num_pages = max_num_seqs * pages_per_seq
+    if num_pages is not None and num_pages * page_size > MAX_SLOTS:
+        most = MAX_SLOTS // page_size
+        allowed = f"must be at most {most}, so that int32 can count the cache's tokens"
+        found = str(num_pages) if section.has("num_pages") else f"{num_pages}, its default"
+        section.clash("num_pages", allowed, f"write `num_pages: {most}` or less", found)
+    return num_pages
+
+
+def _either(values: tuple[int, ...]) -> str:
+    return f"{', '.join(map(str, values[:-1]))} or {values[-1]}"
+
+
+def _nearest(value: int, values: tuple[int, ...]) -> int:
+    return min(values, key=lambda allowed: abs(allowed - value))

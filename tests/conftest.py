@@ -1,0 +1,108 @@
+"""Stand-in programs of the tiny spec: they keep the contract's signature and donation, and compute almost nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rpac import layout
+from rpac.bundle import write_bundle
+from rpac.spec import Spec, load_spec
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+KIND_CODES = {"decode": 1, "prefill": 2, "mixed": 3}
+VARIANTS = [("decode", 8), ("decode", 32), ("prefill", 32), ("mixed", 8), ("mixed", 32)]
+
+
+@dataclass(frozen=True)
+class StandInSource:
+    path: str
+    text: str = "raise SystemExit('a kernel source was run')\n"
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What the lowering of one variant hands on."""
+
+    kind: str
+    tokens: int
+    source: StandInSource
+    exported: bytes
+    executable: bytes | None = None
+    target: str = "cpu"
+    device_kind: str = "cpu"
+    topology: str | None = None
+    toolchain: dict[str, str] = field(default_factory=lambda: {"jax": "any", "libtpu_build": "none"})
+    plan: dict[str, Any] = field(default_factory=lambda: {"tile": [8, 128]})
+    flags: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, Any] = field(default_factory=lambda: {"kv_cache": 1})
+    memory: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Spec:
+    return load_spec(Path(__file__).parents[1] / "specs" / "tiny.yaml")
+
+
+@pytest.fixture(scope="session")
+def programs(tiny: Spec) -> list[StandIn]:
+    """All variants of tiny for cpu. A program returns 2 * queries + its kind's code, and writes the first of `kv_lens`
+    all over the page that `page_indices` names first."""
+    return [stand_in(tiny, kind, tokens) for kind, tokens in VARIANTS]
+
+
+@pytest.fixture(scope="session")
+def native_programs(tiny: Spec) -> list[StandIn]:
+    """As `programs`, with executables for this machine's CPU in place of a TPU's."""
+    return [stand_in(tiny, kind, tokens, native=True) for kind, tokens in VARIANTS]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, tiny: Spec, programs: list[StandIn]) -> Path:
+    return written(tmp_path, tiny, programs)
+
+
+@pytest.fixture
+def native_bundle(tmp_path: Path, tiny: Spec, native_programs: list[StandIn]) -> Path:
+    return written(tmp_path, tiny, native_programs)
+
+
+def written(folder: Path, spec: Spec, programs: list[StandIn]) -> Path:
+    path = folder / "tiny.rpac"
+    write_bundle(path, spec, programs)
+    return path
+
+
+@cache
+def stand_in(spec: Spec, kind: str, tokens: int, native: bool = False) -> StandIn:
+    import jax
+    from jax import export
+
+    from rpac.runtime import build_string
+
+    def program(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):  # type: ignore[no-untyped-def]
+        return 2 * queries + KIND_CODES[kind], kv_cache.at[page_indices[0]].set(kv_lens[0].astype(kv_cache.dtype))
+
+    # An executable has no argument list but its own: without keep_unused, those it ignores would be missing from it.
+    jitted = jax.jit(program, donate_argnums=3, keep_unused=True)
+    shapes = [jax.ShapeDtypeStruct(dims.shape, dims.dtype) for dims in layout.arg_specs(spec, tokens)]
+    exported = bytes(export.export(jitted, platforms=("cpu",))(*shapes).serialize(vjp_order=0))
+    source = StandInSource(f"cpu/{kind}.py")
+    if not native:
+        return StandIn(kind, tokens, source, exported)
+    executable = jitted.lower(*shapes).compile().runtime_executable().serialize()
+    toolchain = {"jax": jax.__version__, "libtpu": "0.0.0", "libtpu_build": build_string(jax.devices()[0].client)}
+    return StandIn(kind, tokens, source, exported, executable, toolchain=toolchain)
+
+
+@pytest.fixture
+def tree() -> Callable[[Path], dict[str, bytes]]:
+    """Every file under a folder, with its bytes."""
+    return lambda root: {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}

@@ -1,0 +1,265 @@
+"""The oracle does what the definition says, held against plain Python sums and against laws of attention."""
+
+from __future__ import annotations
+
+import ast
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from rpac import reference
+from rpac.batch import Batch, Limits
+from rpac.reference import ragged_paged_attention, split_kv
+
+Array = NDArray[Any]
+
+SM_SCALE = 0.25
+LIMITS = Limits(page_size=4, pages_per_seq=6, max_num_seqs=5, num_pages=40, prefill_chunk=3, token_buckets=(8, 16))
+BF16 = np.dtype(ml_dtypes.bfloat16)
+F32 = np.dtype(np.float32)
+
+
+@dataclass
+class Call:
+    """A random call, and the K and V of every sequence as plain arrays `[kv_len, kv_heads, head_dim]`."""
+
+    q_lens: list[int]
+    context_lens: list[int]
+    seed: int = 0
+    q_heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    lanes: int = 16
+    dtype: Any = F32
+    batch: Batch = field(init=False)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        pages = iter(rng.permutation(LIMITS.num_pages).tolist())
+        needs = [-(-(q + c) // LIMITS.page_size) for q, c in zip(self.q_lens, self.context_lens, strict=True)]
+        tables = [[next(pages) for _ in range(need)] for need in needs]
+        self.batch = Batch.build(LIMITS, self.q_lens, self.context_lens, tables)
+        tokens = self.batch.tokens
+
+        def random(*shape: int) -> Array:
+            return rng.standard_normal(shape).astype(self.dtype)
+
+        packing = 4 // self.dtype.itemsize
+        self.queries = random(tokens, self.q_heads, self.head_dim)
+        self.keys = random(tokens, self.kv_heads, self.head_dim)
+        self.values = random(tokens, self.kv_heads, self.head_dim)
+        # Whatever the batch does not fill is poison.
+        words = -(-2 * self.kv_heads // packing)
+        self.cache = np.full((LIMITS.num_pages, LIMITS.page_size, words, packing, self.lanes), np.nan, self.dtype)
+        self.k = [random(row.kv_len, self.kv_heads, self.head_dim) for row in self.batch]
+        self.v = [random(row.kv_len, self.kv_heads, self.head_dim) for row in self.batch]
+        for row in self.batch:
+            new = slice(row.queries.start, row.queries.stop)
+            self.k[row.row][row.context_len :] = self.keys[new]
+            self.v[row.row][row.context_len :] = self.values[new]
+            self.put(self.cache, row.row, range(row.context_len))
+
+    def put(self, cache: Array, row: int, positions: range) -> None:
+        """Writes K0, V0, K1, V1, ... of some positions of a row, element by element."""
+        view = list(self.batch)[row]
+        packing = cache.shape[3]
+        for position in positions:
+            page, slot = view.pages[position // LIMITS.page_size], position % LIMITS.page_size
+            for head in range(self.kv_heads):
+                for which, source in enumerate((self.k, self.v)):
+                    word, part = divmod(2 * head + which, packing)
+                    cache[page, slot, word, part, : self.head_dim] = source[row][position, head]
+
+    def run(self, **changes: Any) -> tuple[Array, Array]:
+        print(f"seed {self.seed}")
+        arguments = {
+            "queries": self.queries,
+            "keys": self.keys,
+            "values": self.values,
+            "kv_cache": self.cache,
+            "kv_lens": self.batch.kv_lens,
+            "page_indices": self.batch.page_indices,
+            "cu_q_lens": self.batch.cu_q_lens,
+            "distribution": self.batch.distribution,
+        }
+        return ragged_paged_attention(**(arguments | changes), sm_scale=SM_SCALE)
+
+    def expected(self) -> Array:
+        """The output by the definition, in plain Python floats."""
+        out = np.zeros(self.queries.shape)
+        for row in self.batch:
+            for step, token in enumerate(row.queries):
+                for head in range(self.q_heads):
+                    kv_head = head // (self.q_heads // self.kv_heads)
+                    query = [float(x) for x in self.queries[token, head]]
+                    visible = range(row.context_len + step + 1)
+                    keys = [[float(x) for x in self.k[row.row][position, kv_head]] for position in visible]
+                    scores = [SM_SCALE * sum(a * b for a, b in zip(query, key, strict=True)) for key in keys]
+                    weights = [math.exp(score - max(scores)) for score in scores]
+                    for position, weight in zip(visible, weights, strict=True):
+                        out[token, head] += weight / sum(weights) * self.v[row.row][position, kv_head].astype(float)
+        return out
+
+
+def bits(array: Array) -> Array:
+    return np.ascontiguousarray(array).view(np.uint8)
+
+
+CALLS = {
+    "empty": Call([], []),
+    "one token, no context": Call([1], [0]),
+    "decode": Call([1, 1, 1], [6, 0, 20], seed=1),
+    "prefill": Call([3, 3], [0, 9], seed=2),
+    "mixed": Call([1, 3, 5, 2], [11, 4, 0, 7], seed=3),
+    "every row": Call([1, 1, 1, 1, 1], [3, 4, 5, 22, 23], seed=4),
+    "page boundary": Call([4, 5, 3, 4], [4, 3, 4, 5], seed=5),
+    "one kv head": Call([1, 3], [5, 2], seed=6, kv_heads=1),
+    "as many kv heads": Call([1, 3], [5, 2], seed=7, kv_heads=4),
+    "odd kv heads": Call([1, 3], [5, 2], seed=8, q_heads=6, kv_heads=3),
+    "bfloat16": Call([1, 3, 5, 2], [11, 4, 0, 7], seed=9, dtype=BF16),
+    "bfloat16, one kv head": Call([1, 3], [5, 2], seed=10, kv_heads=1, dtype=BF16),
+    "padded lanes": Call([1, 3], [5, 2], seed=11, lanes=24, dtype=BF16),
+}
+every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+
+
+@every_call
+def test_output_is_the_definition(call: Call) -> None:
+    """To the last bit but one of float32: both sum in float64, in different orders."""
+    out, _ = call.run()
+    assert out.dtype == np.float32
+    np.testing.assert_allclose(out, call.expected(), rtol=2e-7, atol=1e-12)
+
+
+@every_call
+def test_new_tokens_are_in_the_cache_and_every_other_bit_is_as_it_was(call: Call) -> None:
+    expected = call.cache.copy()
+    for row in call.batch:
+        call.put(expected, row.row, range(row.context_len, row.kv_len))
+    before = call.cache.copy()
+    _, cache = call.run()
+    assert cache.dtype == call.dtype
+    np.testing.assert_array_equal(bits(cache), bits(expected))
+    np.testing.assert_array_equal(bits(call.cache), bits(before))
+
+
+@every_call
+def test_padding_rows_of_the_output_are_zero(call: Call) -> None:
+    out, _ = call.run()
+    assert not out[call.batch.num_tokens :].any()
+
+
+def test_padding_rows_dead_rows_and_unused_pages_change_nothing() -> None:
+    call = CALLS["mixed"]
+    live = len(call.batch)
+    rows = {name: getattr(call, name).copy() for name in ("queries", "keys", "values")}
+    for array in rows.values():
+        array[call.batch.num_tokens :] = np.nan
+    kv_lens, cu_q_lens = call.batch.kv_lens.copy(), call.batch.cu_q_lens.copy()
+    page_indices = call.batch.page_indices.copy()
+    kv_lens[live:] = -7
+    cu_q_lens[live + 1 :] = 2**30
+    table = page_indices.reshape(LIMITS.max_num_seqs, -1)
+    table[live:] = 2**30
+    for row in call.batch:
+        table[row.row, len(row.pages) :] = 2**30
+    out, cache = call.run(**rows, kv_lens=kv_lens, cu_q_lens=cu_q_lens, page_indices=page_indices)
+    want_out, want_cache = call.run()
+    np.testing.assert_array_equal(out, want_out)
+    np.testing.assert_array_equal(bits(cache), bits(want_cache))
+
+
+def test_where_pages_lie_changes_nothing() -> None:
+    call = CALLS["mixed"]
+    place = np.random.default_rng(0).permutation(LIMITS.num_pages).astype(np.int32)
+    moved = np.empty_like(call.cache)
+    moved[place] = call.cache
+    out, cache = call.run(kv_cache=moved, page_indices=place[call.batch.page_indices])
+    want_out, want_cache = call.run()
+    np.testing.assert_array_equal(out, want_out)
+    np.testing.assert_array_equal(bits(cache[place]), bits(want_cache))
+
+
+def test_a_chunk_gives_what_its_tokens_give_one_by_one() -> None:
+    whole = Call([5], [6], seed=12)
+    want, want_cache = whole.run()
+    cache = whole.cache
+    pages = [next(iter(whole.batch)).pages]
+    for step in range(5):
+        batch = Batch.build(LIMITS, [1], [6 + step], pages)
+        rows = {
+            n: np.repeat(getattr(whole, n)[step : step + 1], batch.tokens, 0) for n in ("queries", "keys", "values")
+        }
+        metadata = {n: getattr(batch, n) for n in ("kv_lens", "page_indices", "cu_q_lens", "distribution")}
+        out, cache = whole.run(**rows, **metadata, kv_cache=cache)
+        np.testing.assert_allclose(out[0], want[step], rtol=2e-7, atol=1e-12)
+    np.testing.assert_array_equal(bits(cache), bits(want_cache))
+
+
+def test_the_first_token_of_a_sequence_gives_its_own_value() -> None:
+    call = CALLS["one token, no context"]
+    out, _ = call.run()
+    np.testing.assert_array_equal(out[0], call.values[0].repeat(2, axis=0))
+
+
+def test_equal_keys_give_the_mean_of_the_values() -> None:
+    call = Call([1], [15], seed=13)
+    call.k[0][:] = 1
+    call.keys[:] = 1
+    call.put(call.cache, 0, range(15))
+    out, _ = call.run()
+    np.testing.assert_allclose(out[0], call.v[0].mean(0).repeat(2, axis=0), rtol=1e-5)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    call = CALLS["mixed"]
+    out, _ = call.run(queries=call.queries * np.float32(1e4))
+    assert np.isfinite(out).all()
+
+
+def test_a_prefix_may_be_shared() -> None:
+    alone = Call([1], [9], seed=14)
+    pages = next(iter(alone.batch)).pages
+    free = next(page for page in range(LIMITS.num_pages) if page not in pages)
+    cache = alone.cache.copy()
+    cache[free] = cache[pages[2]]
+    batch = Batch.build(LIMITS, [1, 1], [9, 9], [pages, [*pages[:2], free]])
+    rows = {n: np.repeat(getattr(alone, n)[:1], batch.tokens, 0) for n in ("queries", "keys", "values")}
+    metadata = {n: getattr(batch, n) for n in ("kv_lens", "page_indices", "cu_q_lens", "distribution")}
+    out, _ = alone.run(**rows, **metadata, kv_cache=cache)
+    want, _ = alone.run()
+    np.testing.assert_array_equal(out[0], want[0])
+    np.testing.assert_array_equal(out[1], want[0])
+
+
+def test_k_and_v_alternate_in_the_cache() -> None:
+    cache = np.arange(2 * 4 * 3 * 2 * 8).reshape(2, 4, 3, 2, 8)
+    k, v = split_kv(cache, kv_heads=3, head_dim=8)
+    assert k.shape == v.shape == (2, 4, 3, 8)
+    np.testing.assert_array_equal(k, cache[:, :, :, 0])
+    np.testing.assert_array_equal(v, cache[:, :, :, 1])
+
+
+def test_padding_of_words_and_lanes_is_left_out() -> None:
+    cache = np.arange(2 * 4 * 2 * 4 * 8).reshape(2, 4, 2, 4, 8)
+    k, v = split_kv(cache, kv_heads=3, head_dim=5)
+    assert k.shape == v.shape == (2, 4, 3, 5)
+    np.testing.assert_array_equal(k[0, 0, 2], cache[0, 0, 1, 0, :5])
+    np.testing.assert_array_equal(v[0, 0, 2], cache[0, 0, 1, 1, :5])
+
+
+def test_the_oracle_shares_no_code_with_what_it_judges() -> None:
+    tree = ast.parse(Path(reference.__file__).read_text())
+    imports = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    assert imports == {"__future__", "typing", "numpy"}
