@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from rpac.batch import Limits, validate
+from rpac.batch import Limits
+from rpac.batch import validate as validate_metadata
 from rpac.batch.kind import Int32s
 from rpac.bundle import Dims, LoadedTarget, Manifest, Program, Target, Variant, read_target
 from rpac.errors import BatchError, TargetError
@@ -122,7 +123,7 @@ class Engine:
         metadata = (kv_lens, page_indices, cu_q_lens, distribution)
         ends, parts = np.asarray(cu_q_lens), np.asarray(distribution)
         if validate:
-            _validate(self.limits, tokens, np.asarray(kv_lens), np.asarray(page_indices), ends, parts)
+            validate_metadata(self.limits, tokens, np.asarray(kv_lens), np.asarray(page_indices), ends, parts)
         elif parts.shape != (3,):
             _refuse(ArrayDims("distribution", (3,), "int32"), distribution)
         variant = self.select(tokens, parts)
@@ -149,9 +150,6 @@ class Engine:
             old = self._counts.get(variant, Count())
             padding = old.padding + variant.tokens - tokens
             self._counts[variant] = Count(old.calls + 1, old.rows + rows, old.tokens + tokens, padding)
-
-
-_validate = validate  # `Engine.__call__` has an argument of this name
 
 
 class _Slot:
@@ -237,22 +235,23 @@ def _choose(path: str, target: str | None, device: jax.Device, manifest: Manifes
 
 def _use_executables(path: str, target: Target, device: jax.Device, allow_compile: bool) -> bool:
     """Whether the executables run here. Raises TargetError where they do not and nothing else may."""
-    without = [program for program in target.programs if program.executable is None]
-    if without and device.platform == "cpu":
-        return False
+    without = [str(program.variant) for program in target.programs if program.executable is None]
     built, found = target.toolchain.get("libtpu_build"), build_string(device.client)
-    if not without and built == found:
-        return True
-    why = (
-        f"{path}: target {target.name} has no executable of {', '.join(str(one.variant) for one in without)}"
-        if without
-        else f"{path}: target {target.name} was compiled by libtpu build {built!r}; this process has {found!r}"
-    )
-    if not allow_compile:
-        version = target.toolchain.get("libtpu", "of the build")
-        raise TargetError(
-            f"{why}; must be the same; install libtpu {version}, build the bundle with this one, "
-            "or compile its portable programs here with allow_compile=True"
+    if without and device.platform == "cpu":
+        return False  # a CPU target has the portable tier alone
+    if without:
+        why = f"holds no executable of {', '.join(without)}; must hold one of every program; build it again"
+    elif built != found:
+        version = target.toolchain.get("libtpu", "of that build")
+        why = (
+            f"was compiled by libtpu build {built!r}; this process has {found!r}; must be the same; "
+            f"install libtpu {version}, build the bundle with this one"
         )
-    _LOG.warning("%s; compiling its portable programs instead (allow_compile)", why)
+    else:
+        return True
+    if not allow_compile:
+        raise TargetError(
+            f"{path}: target {target.name} {why}, or compile its portable programs here with allow_compile=True"
+        )
+    _LOG.warning("%s: target %s %s; compiling its portable programs (allow_compile)", path, target.name, why)
     return False

@@ -136,7 +136,7 @@ def _lock(path: Path, final: Path, deadline: float) -> int:
 def _is_at(lock: int, path: Path) -> bool:
     """Whether a lock file is still the one at its path: its last owner may have removed it since it was opened."""
     try:
-        return os.path.samestat(os.fstat(lock), os.stat(path))
+        return os.path.samestat(os.fstat(lock), path.stat())
     except FileNotFoundError:
         return False
 
@@ -153,7 +153,7 @@ def _recover(final: Path, stage: Path) -> None:
     """Puts back what was moved aside and removes the rest, whether this process left it or one that was killed."""
     old = _beside(final, "old")
     if old.exists() and not final.exists():
-        os.rename(old, final)
+        old.rename(final)
     shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(stage, ignore_errors=True)
 
@@ -183,13 +183,13 @@ def _sync(folder: Path) -> None:
 def _swap_in(stage: Path, final: Path) -> None:
     """Puts the stage at `final`; what was there ends up at the stage's path or at `.old`."""
     if not final.exists():
-        os.rename(stage, final)
+        stage.rename(final)
     elif not _exchange(stage, final):
         # Between these two renames `final` is absent: a reader then sees no folder, never half of one, and a writer
         # killed here leaves `.old`, which the next one puts back.
         old = _beside(final, "old")
-        os.rename(final, old)
-        os.rename(stage, final)
+        final.rename(old)
+        stage.rename(final)
     _sync(final.parent)
 
 

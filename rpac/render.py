@@ -137,6 +137,7 @@ def _tile_context(spec: Spec, tiles: DecodeTiles | BlockTiles | XlaTiles | None)
     if isinstance(tiles, BlockTiles):
         context |= {
             "q_rows": spec.model.group * tiles.q_block,
+            "token_heads": spec.model.q_heads * tiles.q_block,
             "merge_rows": tiles.merge_tokens * rows.token_rows,
         }
     return context

@@ -46,7 +46,9 @@ def toolchain() -> dict[str, str]:
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            raise TargetError(f"{name} is not installed; install jax[tpu], which pins the libtpu that matches") from None
+            raise TargetError(
+                f"{name} is not installed; install jax[tpu], which pins the libtpu that matches"
+            ) from None
         record = distribution.read_text("RECORD") or ""
         # Byte-compiled files and installer notes differ between machines with the same package.
         files = sorted(line for line in record.splitlines() if ".pyc," not in line and ".dist-info/" not in line)

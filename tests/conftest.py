@@ -71,7 +71,7 @@ def bundle(tmp_path: Path, tiny: Spec, programs: list[StandIn]) -> Path:
 
 @pytest.fixture
 def native_bundle(tmp_path: Path, tiny: Spec, native_programs: list[StandIn]) -> Path:
-    return written(tmp_path, tiny, native_programs)
+    return written(tmp_path / "native", tiny, native_programs)
 
 
 def written(folder: Path, spec: Spec, programs: list[StandIn]) -> Path:

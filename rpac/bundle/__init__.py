@@ -6,7 +6,8 @@
       source/...        the kernels that were compiled
       spec.yaml         as given
 
-Reading goes: size limits, manifest, hash of the bytes that are used. Compatibility and deserialization are the engine's.
+Reading goes: size limits, manifest, hash of the bytes that are used. Whether they fit the device and what runs them
+is the engine's.
 """
 
 from rpac.bundle.manifest import Content, Dims, Manifest, Program, Target, Variant

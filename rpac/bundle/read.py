@@ -10,6 +10,7 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rpac.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Content, Manifest, Target, as_data, parse, render
@@ -70,7 +71,8 @@ def _verify(folder: _Folder) -> Manifest:
     extra = sorted(folder.names() - expected)
     if extra:
         raise BundleError(
-            f"{folder.path}: found {', '.join(extra[:5])}; must hold only what {MANIFEST} lists; remove it, or {_REBUILD}"
+            f"{folder.path}: found {', '.join(extra[:5])}; must hold only what {MANIFEST} lists; "
+            f"remove it, or {_REBUILD}"
         )
     return manifest
 
@@ -113,7 +115,7 @@ class _Folder:
     def is_replaced(self) -> bool:
         """Whether the path leads to another folder by now."""
         try:
-            return not os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+            return not os.path.samestat(os.fstat(self._descriptor), Path(self.path).stat())
         except FileNotFoundError:
             return False
 
@@ -143,7 +145,7 @@ class _Folder:
         """Every file, by its path in the bundle."""
         names: set[str] = set()
         for root, _, files, _ in os.fwalk(".", dir_fd=self._descriptor):
-            names.update(os.path.normpath(os.path.join(root, file)) for file in files)
+            names.update((Path(root) / file).as_posix() for file in files)
         return names
 
     def _bytes(self, name: str, limit: int) -> bytes:

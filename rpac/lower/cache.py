@@ -95,6 +95,4 @@ def _lowered(task: Task, facts: Mapping[str, Any], blobs: Mapping[str, bytes | N
     exported = blobs["exported"]
     if exported is None:
         raise ValueError("an entry without an export")
-    return Lowered(
-        task.target, task.kind, task.tokens, task.source, task.plan, exported, blobs["executable"], **facts
-    )
+    return Lowered(task.target, task.kind, task.tokens, task.source, task.plan, exported, blobs["executable"], **facts)

@@ -109,7 +109,9 @@ def _reported(task: Task) -> Iterator[None]:
     except Exception as error:
         message = str(error).strip()
         lines = message.splitlines() or [type(error).__name__]
-        if re.search(r"vmem", message, re.IGNORECASE) and re.search(r"exceed|exhaust|out of memory", message, re.IGNORECASE):
+        if re.search(r"vmem", message, re.IGNORECASE) and re.search(
+            r"exceed|exhaust|out of memory", message, re.IGNORECASE
+        ):
             plan = task.plan
             tiles = "; ".join(f"{name} {plan[name]}" for name in ("decode", "block") if plan[name])
             raise CompileError(

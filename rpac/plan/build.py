@@ -149,9 +149,7 @@ def _block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[BlockTiles]:
             block = max(min(block, most), serving.page_size)
             tile = min(512, block)
             for buffers in (3, 2):
-                yield BlockTiles(
-                    q_block, block, tile, step_rows, buffers, 3, MERGE_TOKENS, new_tokens, copy_sizes
-                )
+                yield BlockTiles(q_block, block, tile, step_rows, buffers, 3, MERGE_TOKENS, new_tokens, copy_sizes)
 
 
 def power_of_two_to(value: int) -> int:

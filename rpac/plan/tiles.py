@@ -81,7 +81,9 @@ class DecodeTiles:
             Buffer("q_all", (self.loaded, model.q_heads, model.head_dim), model.q_dtype, "queries of every sequence"),
             Buffer("new_keys", new, model.kv_dtype, "new keys of every sequence"),
             Buffer("new_values", new, model.kv_dtype, "new values of every sequence"),
-            Buffer("packed", (rows.unit * rows.packed_rows, LANES), word_dtype(model), "a new token in the cache's form"),
+            Buffer(
+                "packed", (rows.unit * rows.packed_rows, LANES), word_dtype(model), "a new token in the cache's form"
+            ),
             Buffer("unit_out", (self.writes, rows.unit_rows, LANES), model.kv_dtype, "rows on their way to the cache"),
             Buffer("q_rows", (query_rows, model.head_dim), "float32", "queries of one sequence by KV head"),
             Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),
@@ -120,15 +122,28 @@ class BlockTiles:
         new = (self.update_buffers, 2 * page_size + self.new_tokens, model.kv_heads, model.head_dim)
         queries = (self.q_block, model.q_heads, model.head_dim)
         state = (model.kv_heads, q_rows, LANES)
+        by_token: tuple[int, ...] = (self.q_block * align(model.q_heads, SUBLANES), LANES)
+        if rows.lane_tiles > 1:  # a strided load or store is of 128 lanes
+            by_token = (rows.lane_tiles, *by_token)
         return (
             Buffer("kv", (self.buffers, self.block * rows.token_rows, LANES), model.kv_dtype, "fetched blocks"),
             *split_words(model, self.tile),
             Buffer("new_keys", new, model.kv_dtype, "new keys, around the page they go to"),
             Buffer("new_values", new, model.kv_dtype, "new values, likewise"),
-            Buffer("page_rows", (self.update_buffers, page_size * rows.token_rows, LANES), model.kv_dtype, "pages to update"),
-            Buffer("packed", (self.merge_tokens * rows.packed_rows, LANES), word_dtype(model), "new tokens in the cache's form"),
+            Buffer(
+                "page_rows",
+                (self.update_buffers, page_size * rows.token_rows, LANES),
+                model.kv_dtype,
+                "pages to update",
+            ),
+            Buffer(
+                "packed",
+                (self.merge_tokens * rows.packed_rows, LANES),
+                word_dtype(model),
+                "new tokens in the cache's form",
+            ),
             Buffer("q_in", (self.buffers, *queries), model.q_dtype, "query blocks as they come"),
-            Buffer("by_token", (self.q_block * align(model.q_heads, SUBLANES), model.head_dim), "float32", "one by token"),
+            Buffer("by_token", by_token, "float32", "one by token"),
             Buffer("q_rows", (model.kv_heads, q_rows, model.head_dim), model.q_dtype, "one by KV head"),
             Buffer("row_max", state, "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", state, "float32", "running sum, the same in every lane"),

@@ -23,7 +23,7 @@ _BITS: Final = {
 _FREE: Final = frozenset(
     {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id"}
 )
-_SAME: Final = frozenset({"bitcast", "copy", "reshape", "copy-done", "opt-barrier", "convert"})
+_SAME: Final = frozenset({"bitcast", "copy", "reshape", "copy-start", "copy-done", "opt-barrier"})
 KERNEL: Final = "tpu_custom_call"
 
 

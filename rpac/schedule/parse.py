@@ -95,7 +95,7 @@ class Schedule:
         return isa.GENERATIONS[self.target]
 
 
-_COMMENT = re.compile(r"/\*(?!\w+=\*/)((?:[^/*]+|/\*\w+=\*/|/|\*(?!/))*)\*/")
+_COMMENT = re.compile(r"/\*(?!\w+=\*/)((?:[^/*]++|/\*\w+=\*/|/|\*(?!/))*+)\*/")
 _NAMED = re.compile(r"/\*\w+=\*/")
 _NOTE = re.compile(r"\s*(kDivAndRem|kDiv|kRem|core id)\b")
 _HINT = re.compile(r"(?<=\S) \[#\w+\]$|\[resolvable:\$\w+\] ")

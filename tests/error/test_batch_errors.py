@@ -1,5 +1,8 @@
 """What a batch that breaks the contract is told: the row, its values, the rule."""
 
+# A case a line, however long its message is.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import re

@@ -1,5 +1,7 @@
 """Whatever is wrong with a bundle or a call, the error is rpac's own, says what and where, and exits as documented."""
 
+# ruff: noqa: E501  (a row a case)
+
 from __future__ import annotations
 
 import copy
@@ -238,7 +240,9 @@ def test_a_flipped_byte_of_any_other_file(bundle: Path) -> None:
             flip = rng.randrange(1, 256)
             data[at] ^= flip
             path.write_bytes(data)
-            with pytest.raises(BundleError, match=f"{path.name}: found sha256 .*; must be .*; it was changed or damaged"):
+            with pytest.raises(
+                BundleError, match=f"{path.name}: found sha256 .*; must be .*; it was changed or damaged"
+            ):
                 verify_bundle(bundle)
             if path.parent.name == "blobs":
                 with pytest.raises(BundleError, match="it was changed or damaged"):
@@ -320,7 +324,9 @@ def test_an_export_that_jax_cannot_use(
 
     changed = bytes(change(export.deserialize(bytearray(programs[0].exported))).serialize(vjp_order=0))
     write_bundle(tmp_path / "tiny.rpac", tiny, [dataclasses.replace(programs[0], exported=changed)])
-    with pytest.raises(TargetError, match=rf"program decode/8: jax {jax.__version__} cannot compile .*{text}") as raised:
+    with pytest.raises(
+        TargetError, match=rf"program decode/8: jax {jax.__version__} cannot compile .*{text}"
+    ) as raised:
         load(tmp_path / "tiny.rpac", target="cpu").warm()
     assert raised.value.exit_code == 3
 
@@ -339,7 +345,9 @@ def test_a_target_that_this_device_is_not(tmp_path: Path, tiny: Spec, programs: 
     path = tmp_path / "tiny.rpac"
     tpu = [dataclasses.replace(one, target="v6e", device_kind="TPU v6 lite") for one in programs]
     write_bundle(path, tiny, [*programs, *tpu])
-    with pytest.raises(TargetError, match=r"found target 'v6e' and device .* of kind 'cpu'; the bundle has cpu \(cpu\), v6e"):
+    with pytest.raises(
+        TargetError, match=r"found target 'v6e' and device .* of kind 'cpu'; the bundle has cpu \(cpu\), v6e"
+    ):
         load(path, target="v6e")
 
 
@@ -368,7 +376,7 @@ def test_an_executable_of_another_libtpu(tmp_path: Path, tiny: Spec, native_prog
 def test_an_executable_that_the_runtime_does_not_take(tmp_path: Path, tiny: Spec, native_programs: list[Any]) -> None:
     path = tmp_path / "tiny.rpac"
     write_bundle(path, tiny, [dataclasses.replace(one, executable=b"of another runtime") for one in native_programs])
-    with pytest.raises(TargetError, match="program decode/8: the runtime of .* does not take its executable"):
+    with pytest.raises(TargetError, match=r"program decode/8: the runtime of .* does not take its executable"):
         load(path, target="cpu").warm()
 
 
@@ -385,10 +393,6 @@ def decode_args(engine: Engine) -> dict[str, Any]:
     return {**arrays, **{name: getattr(batch, name).copy() for name in names}}
 
 
-def cut(name: str) -> Callable[[Any], Any]:
-    return lambda array: array[..., :-1]
-
-
 CALLS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "a list": ("queries", lambda _: [[1.0]], "queries are a list; must be bfloat16[tokens, 4, 128]"),
     "two axes": ("queries", lambda array: array[0], "queries are bfloat16[4, 128]; must be bfloat16[tokens, 4, 128]"),
@@ -402,18 +406,14 @@ CALLS: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "int64": ("cu_q_lens", lambda array: array.astype(np.int64), "cu_q_lens has dtype int64; must be int32"),
     "lengths": ("kv_lens", lambda array: array * 100, "row 0 (decode): kv_lens[0] is 400; must be at most 128"),
     "page id": ("page_indices", lambda array: array + 31, "row 0 (decode): entry 0 of its page table is 32; must be 0 to 31"),
-    "distribution": ("distribution", lambda array: array[::-1].copy() + [3, 2, 0], "distribution is (5, 4, 2)"),
+    "distribution": ("distribution", lambda array: np.array([5, 4, 2], array.dtype), "distribution is (5, 4, 2)"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "edit", "text"), CALLS.values(), ids=CALLS)
-def test_a_call_that_breaks_the_contract(
-    engine: Engine, name: str, edit: Callable[[Any], Any], text: str
-) -> None:
+def test_a_call_that_breaks_the_contract(engine: Engine, name: str, edit: Callable[[Any], Any], text: str) -> None:
     good = decode_args(engine)
     args = {**good, name: edit(good[name])}
-    if isinstance(args["distribution"], np.ndarray):
-        args["distribution"] = args["distribution"].astype(np.int32)
     with pytest.raises(BatchError) as raised:
         engine(*args.values())
     assert text in str(raised.value)
@@ -433,13 +433,15 @@ def test_shapes_are_checked_even_where_values_are_not(engine: Engine, name: str)
 def test_a_cache_that_was_donated_before(engine: Engine) -> None:
     args = decode_args(engine)
     engine(*args.values())
-    with pytest.raises(BatchError, match="kv_cache was deleted or donated; .* pass on the kv_cache that the last call"):
+    with pytest.raises(
+        BatchError, match=r"kv_cache was deleted or donated; .* pass on the kv_cache that the last call"
+    ):
         engine(*args.values())
 
 
 def test_a_call_inside_jit(engine: Engine) -> None:
     args = decode_args(engine)
-    with pytest.raises(BatchError, match="queries are traced; .*; call the engine outside jit"):
+    with pytest.raises(BatchError, match=r"queries are traced; .*; call the engine outside jit"):
         jax.jit(lambda queries: engine(queries, *list(args.values())[1:]))(args["queries"])
 
 

@@ -1,5 +1,8 @@
 """What a wrong spec is told: the whole line, place, value, rule and fix."""
 
+# A case a line, however long its message is.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -55,6 +55,9 @@ def _kernel(lens, table, cache, out, buffer, loads, stores) -> None:
 
 def gather(lens, table, cache, interpret=False):
     """`lens` [SEQS] pages of each sequence, `table` [SEQS * PAGES_PER_SEQ], `cache` [PAGES, PAGE_ROWS, 128] f32."""
+    if not interpret:
+        # Else the compiler moves so small a cache into VMEM first.
+        cache = pltpu.with_memory_space_constraint(cache, pltpu.HBM)
     return pl.pallas_call(
         _kernel,
         name="gather",

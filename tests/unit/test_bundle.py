@@ -24,7 +24,9 @@ from rpac.spec import Spec
 Tree = Callable[[Path], dict[str, bytes]]
 
 
-def test_two_builds_in_two_folders_are_byte_identical(tmp_path: Path, tiny: Spec, programs: list[Any], tree: Tree) -> None:
+def test_two_builds_in_two_folders_are_byte_identical(
+    tmp_path: Path, tiny: Spec, programs: list[Any], tree: Tree
+) -> None:
     write_bundle(tmp_path / "a" / "tiny.rpac", tiny, programs)
     write_bundle(tmp_path / "elsewhere" / "b.rpac", tiny, reversed(programs))
     assert tree(tmp_path / "a" / "tiny.rpac") == tree(tmp_path / "elsewhere" / "b.rpac")

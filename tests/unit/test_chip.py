@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_target_of_a_spec_is_a_chip_or_cpu() -> None:
-    assert TARGETS == (*TPU_TARGETS, "cpu")
+    assert (*TPU_TARGETS, "cpu") == TARGETS
     assert [target for target in TARGETS if not is_tpu(target)] == ["cpu"]
 
 

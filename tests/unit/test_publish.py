@@ -54,6 +54,11 @@ def texts(final: Path) -> set[str]:
     return {(final / name).read_text() for name in ("text", "more")}
 
 
+def read_at(folder: int, name: str) -> bytes:
+    with os.fdopen(os.open(name, os.O_RDONLY, dir_fd=folder), "rb") as file:
+        return file.read()
+
+
 def writer(final: Path, text: str, middle: str = "") -> subprocess.Popen[str]:
     command = [sys.executable, "-c", WRITER, str(final), text, middle]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -126,14 +131,10 @@ def test_a_reader_finds_a_whole_folder_at_every_moment(tmp_path: Path) -> None:
     while not done.is_set():
         folder = os.open(final, os.O_RDONLY)  # raises if the path is empty for a moment
         try:
-            with (
-                open("text", opener=lambda name, flags: os.open(name, flags, dir_fd=folder)) as text,
-                open("more", opener=lambda name, flags: os.open(name, flags, dir_fd=folder)) as more,
-            ):
-                assert text.read() == more.read()
-                reads += 1
+            assert read_at(folder, "text") == read_at(folder, "more")
+            reads += 1
         except FileNotFoundError:
-            assert not os.path.samestat(os.fstat(folder), os.stat(final))  # replaced: a reader starts again
+            assert not os.path.samestat(os.fstat(folder), final.stat())  # replaced: a reader starts again
         finally:
             os.close(folder)
     thread.join()
@@ -250,9 +251,9 @@ def test_what_somebody_else_made_is_never_replaced(tmp_path: Path, what: str) ->
     else:
         final.mkdir()
         (final / "mine").touch()
-    with pytest.raises(OutputError, match=f"found a {what} that this command did not make"):
-        with publish(final, lambda path: False):
-            pass
+    refused = pytest.raises(OutputError, match=f"found a {what} that this command did not make")
+    with refused, publish(final, lambda path: False):
+        pass
     assert final.is_file() or (final / "mine").exists()
     assert list(tmp_path.iterdir()) == [final]
 
@@ -274,7 +275,7 @@ def test_a_link_stays_and_the_folder_behind_it_is_replaced(tmp_path: Path) -> No
 
 def test_a_path_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="cannot be written .*; nothing was published; check the path"):
+    with pytest.raises(OutputError, match=r"cannot be written .*; nothing was published; check the path"):
         put(tmp_path / "file" / "out", "new")
 
 

@@ -146,7 +146,9 @@ LARGEST = {
     "page_size": ({"page_size: 16": "page_size: 256", "len: 128": "len: 256"}, 256, lambda s: s.serving.page_size),
     "length": ({"len: 128": "len: 1048576"}, 2**20, lambda s: s.serving.max_model_len),
     "tokens": ({"tokens: 32": "tokens: 1048576", "8, 32": "8, 1048576"}, 2**20, lambda s: s.serving.token_buckets[-1]),
-    "sequences": ({"tokens: 32": "tokens: 4096", "8, 32": "4096", "seqs: 4": "seqs: 4096"}, 4096, lambda s: s.serving.max_num_seqs),
+    "sequences": (
+        {"tokens: 32": "tokens: 4096", "8, 32": "4096", "seqs: 4": "seqs: 4096"}, 4096, lambda s: s.serving.max_num_seqs
+    ),
     "one sequence a token": ({"max_num_seqs: 4": "max_num_seqs: 32"}, 32, lambda s: s.serving.max_num_seqs),
     "chunk": ({"chunk: 16": "chunk: 32"}, 32, lambda s: s.serving.prefill_chunk),
     "context": ({"40, 100": "40, 128"}, 128, lambda s: s.serving.context_lens[-1]),
@@ -214,43 +216,39 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
     max_leaves=12,
 )
-TOKENS = st.sampled_from(
-    [
-        "\t",
-        "\n",
-        "---\n",
-        "...\n",
-        ": ",
-        "- ",
-        "[",
-        "{",
-        "]",
-        "}",
-        "&a ",
-        "*a",
-        "!!int ",
-        "!x ",
-        "%YAML 3.0\n",
-        '"',
-        "'",
-    ]
-    + [
-        "\x00",
-        "\ud800",
-        "\U0001f600",
-        "\u2028",
-        "\\UFFFFFFFF",
-        '"\\UFFFFFFFF"',
-        "#",
-        "|",
-        ">",
-        "? ",
-        "<<: ",
-        "1:30",
-        "0x10",
-    ]
-    + ["9" * 5000, "-1", "nan", ".nan", ".inf", "true", "null", "~", "2024-01-01", "[" * 3000, "model:", "q_heads: 3"]
-)
+YAML_MARKS = [
+    "\t",
+    "\n",
+    "---\n",
+    "...\n",
+    ": ",
+    "- ",
+    "? ",
+    "[",
+    "{",
+    "]",
+    "}",
+    '"',
+    "'",
+    "#",
+    "|",
+    ">",
+    "%YAML 3.0\n",
+]
+YAML_TRAPS = ["&a ", "*a", "!!int ", "!x ", "<<: ", "1:30", "0x10", "nan", ".nan", ".inf", "true", "~", "2024-01-01"]
+ODD_TEXT = [
+    "\x00",
+    "\ud800",
+    "\U0001f600",
+    "\u2028",
+    '"\\UFFFFFFFF"',
+    "9" * 5000,
+    "-1",
+    "[" * 3000,
+    "model:",
+    "q_heads: 3",
+]
+TOKENS = st.sampled_from([*YAML_MARKS, *YAML_TRAPS, *ODD_TEXT])
 
 
 @given(st.data())
@@ -294,10 +292,7 @@ INTS = st.integers(-2, 300) | st.sampled_from([2048, 8192, 2**31])
                 {"q_heads": INTS, "kv_heads": INTS, "head_dim": st.sampled_from([64, 128, 256])}
             ),
             "serving": st.fixed_dictionaries(
-                {
-                    key: INTS
-                    for key in ("page_size", "max_model_len", "max_num_tokens", "max_num_seqs", "prefill_chunk")
-                },
+                dict.fromkeys(("page_size", "max_model_len", "max_num_tokens", "max_num_seqs", "prefill_chunk"), INTS),
                 optional={"num_pages": INTS, "token_buckets": st.lists(INTS), "context_lens": st.lists(INTS)},
             ),
         }

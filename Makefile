@@ -1,0 +1,71 @@
+# Every target sets up what it needs, in .venv; nothing is expected but python3.11 or later.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+SPECS := $(wildcard specs/*.yaml)
+
+# A second interpreter for the newest jax, which needs Python 3.12 or later; the compile tests run there too.
+NEWEST_PYTHON := $(shell command -v python3.14 || command -v python3.13 || command -v python3.12 || \
+	ls -d $(HOME)/.pyenv/versions/3.1[2-9].*/bin/python 2>/dev/null | sort -V | head -n 1)
+NEWEST := .venv-newest
+
+.PHONY: demo test test-newest test-slow lint generate generated check bench-cpu calibrate build-all clean
+
+demo: $(VENV)/ready
+	$(BIN)/rpac build specs/llama3-8b.yaml --target tpu7x --target cpu
+	$(BIN)/python examples/demo.py build/llama3-8b.rpac
+
+test: $(VENV)/ready lint generated
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(MAKE) test-newest
+
+test-newest:
+ifeq ($(NEWEST_PYTHON),)
+	@echo "no Python 3.12 or later here: the compile tests ran on one jax only"
+else
+	$(MAKE) $(NEWEST)/ready
+	$(NEWEST)/bin/python -m pytest -n $(JOBS) -m "compile and not slow"
+endif
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -n $(JOBS) -m slow
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+generate: $(VENV)/ready
+	@for spec in $(SPECS); do $(BIN)/rpac generate $$spec || exit; done
+
+# Fails where generated/ is not what the templates make of specs/, and shows the difference.
+generated: $(VENV)/ready
+	@rm -rf build/generated
+	@for spec in $(SPECS); do $(BIN)/rpac generate $$spec -o build/generated || exit; done
+	@diff -r generated build/generated || { echo "generated/ is stale: run 'make generate' and commit it"; exit 1; }
+
+check: $(VENV)/ready
+	@for spec in $(SPECS); do echo "== $$spec"; $(BIN)/rpac check $$spec || exit; done
+
+build-all: $(VENV)/ready
+	@for spec in $(SPECS); do $(BIN)/rpac build $$spec || exit; done
+
+bench-cpu: $(VENV)/ready
+	$(BIN)/python benchmarks/cpu.py
+
+calibrate: $(VENV)/ready
+	$(BIN)/python benchmarks/calibrate.py
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+$(NEWEST)/ready: pyproject.toml
+	$(NEWEST_PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install -q -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf build $(VENV) $(NEWEST)

@@ -1,0 +1,71 @@
+"""Serves ragged batches from a bundle on this machine's CPU, and holds every step against the float32 oracle.
+
+python examples/demo.py build/llama3-8b.rpac
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+START = time.perf_counter()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is installed to compile, and would look for a TPU
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import ml_dtypes  # noqa: E402
+import numpy as np  # noqa: E402
+
+import rpac  # noqa: E402
+from rpac.reference import ragged_paged_attention as oracle  # noqa: E402
+
+PROMPTS = [600, 512, 37, 1024]  # tokens
+DECODE_STEPS = 3
+
+
+def main(path: str) -> None:
+    engine = rpac.load(path, target="cpu")
+    model, limits = engine.model, engine.limits
+    print(f"{path}: loaded {time.perf_counter() - START:.2f} s after the start, imports included")
+    rng = np.random.default_rng(0)
+    pages = iter(rng.permutation(limits.num_pages))
+    per_prompt = -(-(max(PROMPTS) + DECODE_STEPS) // limits.page_size)
+    tables = [[int(next(pages)) for _ in range(per_prompt)] for _ in PROMPTS]
+    cached = [0] * len(PROMPTS)
+    cache_dims = next(iter(engine.programs.values())).args[3]
+    kv_cache = jnp.zeros(cache_dims.shape, cache_dims.dtype)
+
+    print(f"{'batch':34} {'program':14} {'new tokens':>10} {'ms':>8} {'error':>8}")
+    while min(c - p for c, p in zip(cached, PROMPTS, strict=True)) < DECODE_STEPS:
+        new = [next_tokens(c, p, limits.prefill_chunk) for c, p in zip(cached, PROMPTS, strict=True)]
+        batch = rpac.Batch.build(limits, new, cached, tables)
+        queries, keys, values = (
+            rng.standard_normal((batch.tokens, heads, model.head_dim)).astype(ml_dtypes.bfloat16)
+            for heads in (model.q_heads, model.kv_heads, model.kv_heads)
+        )
+        metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+        wanted, _ = oracle(queries, keys, values, np.asarray(kv_cache), *metadata, sm_scale=model.sm_scale)
+        start = time.perf_counter()
+        out, kv_cache = engine(queries, keys, values, kv_cache, *metadata)
+        out = np.asarray(jax.block_until_ready(out), np.float32)[: batch.num_tokens]
+        elapsed = time.perf_counter() - start
+        wanted = wanted[: batch.num_tokens]
+        error = np.linalg.norm(out - wanted) / np.linalg.norm(wanted)
+        program = engine.select(batch.tokens, batch.distribution)
+        print(f"{new!s:34} {program!s:14} {batch.num_tokens:10} {1e3 * elapsed:8.1f} {error:8.4f}")
+        if error > 0.01:
+            sys.exit("the output is not the oracle's")
+        cached = [c + n for c, n in zip(cached, new, strict=True)]
+    print("every output is the oracle's; the first use of a program includes its XLA compile")
+    for program, count in engine.counts.items():
+        print(f"  {program}: {count}")
+
+
+def next_tokens(cached: int, prompt: int, chunk: int) -> int:
+    """A chunk of the prompt while any is left, then one token at a time."""
+    return min(chunk, prompt - cached) if cached < prompt else 1
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,455 @@
+"""Ragged paged attention of llama3-8b: prefill batches on v5p.
+
+Do not edit: made from spec 6adaf8584982251dce80c5da747c8f73e08cff09a665f68f64f9773a868f301c by
+    rpac build llama3-8b.yaml --target v5p
+Change the spec or the templates and run it again.
+
+What was specialized:
+- 32 query heads over 8 KV heads, head_dim 128, queries bfloat16, KV bfloat16: constants
+- pages of 128 tokens, 64 a sequence, up to 64 sequences
+- token buckets that use it: 1024, 2048
+- causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
+- only prefill batches: the other kernels are not in this program
+- prefill: blocks of 128 queries against 1024 fetched tokens (3 buffers); computes 512 query rows of a head against 512 tokens at once
+- VMEM: 36,765,696 bytes counted, 50,331,648 allowed, 67,108,864 there
+"""
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+Q_HEADS = 32
+KV_HEADS = 8
+GROUP = 4  # query heads that share a KV head
+HEAD_DIM = 128
+PAGE_SIZE = 128  # tokens
+PAGES_PER_SEQ = 64
+CHUNK = 512  # new tokens of every sequence
+SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * log2(e): probabilities are powers of two
+MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
+
+# The cache of one layer is seen as rows of 128 lanes: by token, then KV head, then K and V.
+TOKEN_ROWS = 16  # rows of one token
+PAGE_ROWS = 2048
+UNIT = 1  # tokens of the smallest piece that a DMA or a store reaches
+UNIT_ROWS = 16
+
+
+def pack_token(keys, values, packed, token):
+    """Lays one token's new keys and values `[KV_HEADS, HEAD_DIM]` into 32-bit words: K in the low half, V in the high."""
+    keys = pltpu.bitcast(keys.astype(jnp.float32), jnp.uint32)  # a bfloat16 is the high half of a float32
+    values = pltpu.bitcast(values.astype(jnp.float32), jnp.uint32)
+    words = (keys >> 16) | values
+    packed[token * 8 : (token + 1) * 8] = words
+
+
+def rows_as_words(rows):
+    return pltpu.bitcast(rows, jnp.uint32)
+
+
+def words_as_rows(words):
+    return pltpu.bitcast(words, jnp.bfloat16)
+
+
+def token_of_word(tokens):
+    """Which of `tokens` consecutive tokens each packed row belongs to."""
+    return lax.broadcasted_iota(jnp.int32, (tokens * 8, 128), 0) // 8
+
+
+def prefill_kernel(
+    # scalars in SMEM
+    kv_lens, page_indices, distribution,
+    # arrays in HBM; the cache is updated in place
+    q_hbm, k_hbm, v_hbm, _cache, out_hbm, cache_hbm,
+    # scratch
+    kv,
+    k_words,
+    v_words,
+    new_keys,
+    new_values,
+    page_rows,
+    packed,
+    q_in,
+    by_token,
+    q_rows,
+    row_max,
+    row_sum,
+    acc,
+    out_rows,
+    kv_sem,
+    new_sem,
+    old_sem,
+    write_sem,
+    q_sem,
+    out_sem,
+):  # fmt: skip
+    """CHUNK new tokens for each of the sequences [0, distribution[1]): update their pages, then attend, causally.
+
+    A step is one KV block against one query block. The fetch runs 2 steps ahead, across the ends of both.
+    """
+    first_seq = jnp.int32(0)
+    end_seq = distribution[1]
+
+    def q_start(seq):
+        return seq * CHUNK
+
+    def q_len(seq):
+        return CHUNK
+
+    # ---- update cache: page by page, old tokens kept, new ones packed in; 3 pages in flight
+
+    def page_span(seq, page):
+        """The new tokens of a page, as a range within it."""
+        kv_len = kv_lens[seq]
+        return jnp.maximum(kv_len - q_len(seq) - page * PAGE_SIZE, 0), jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
+
+    def new_token_copies(seq, page, slot):
+        # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
+        wanted = q_start(seq) + page * PAGE_SIZE - (kv_lens[seq] - q_len(seq))
+        source = jnp.clip(wanted, 0, k_hbm.shape[0] - 128)
+        take, put = pl.ds(source, 128), pl.ds(PAGE_SIZE + source - wanted, 128)
+        return (
+            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[slot, put], new_sem.at[slot]),
+            pltpu.make_async_copy(v_hbm.at[take], new_values.at[slot, put], new_sem.at[slot]),
+        )
+
+    def old_page_copy(seq, page, slot):
+        physical = page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(cache_hbm.at[physical], page_rows.at[slot], old_sem.at[slot])
+
+    def page_write(seq, page, slot):
+        physical = page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(page_rows.at[slot], cache_hbm.at[physical], write_sem.at[slot])
+
+    def first_page(seq):
+        return (kv_lens[seq] - q_len(seq)) // PAGE_SIZE
+
+    def next_page(seq, page):
+        last = (page + 1) * PAGE_SIZE >= kv_lens[seq]
+        next_seq = jnp.where(last, seq + 1, seq)
+        return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
+
+    def load_page(step, seq, page):
+        slot = lax.rem(step, 3)
+
+        @pl.when(seq < end_seq)
+        def _():
+            @pl.when(step >= 3)
+            def _():
+                page_write(seq, page, slot).wait()  # the write of 3 steps ago: as many bytes, this semaphore
+
+            for copy in new_token_copies(seq, page, slot):
+                copy.start()
+            first, end = page_span(seq, page)
+
+            @pl.when((first > 0) | (end < PAGE_SIZE))
+            def _():
+                old_page_copy(seq, page, slot).start()
+
+        next_seq, next_index = next_page(jnp.minimum(seq, end_seq - 1), page)
+        return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
+
+    def merge_page(step, seq, page):
+        slot = lax.rem(step, 3)
+        first, end = page_span(seq, page)
+        for copy in new_token_copies(seq, page, slot):
+            copy.wait()
+
+        @pl.when((first > 0) | (end < PAGE_SIZE))
+        def _():
+            old_page_copy(seq, page, slot).wait()
+
+        def merge(piece, _):
+            start = piece * 16
+            for i in range(16):
+                pack_token(new_keys[slot, PAGE_SIZE + start + i], new_values[slot, PAGE_SIZE + start + i], packed, i)
+            rows = pl.ds(pl.multiple_of(piece * 256, 256), 256)
+            token = start + token_of_word(16)
+            words = jnp.where((token >= first) & (token < end), packed[...], rows_as_words(page_rows[slot, rows]))
+            page_rows[slot, rows] = words_as_rows(words)
+            return 0
+
+        lax.fori_loop(first // 16, pl.cdiv(end, 16), merge, 0)
+        page_write(seq, page, slot).start()
+
+    def update_cache():
+        def body(carry):
+            step, seq, page, *ahead = carry
+            ahead = load_page(step + 1, *ahead)
+            merge_page(step, seq, page)
+            return step + 1, *next_page(seq, page), *ahead
+
+        start = (first_seq, first_page(first_seq))
+        ahead = load_page(jnp.int32(0), *start)
+        steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
+
+        def drain(i, _):
+            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 3)).wait()
+            return 0
+
+        lax.fori_loop(0, jnp.minimum(steps, 3), drain, 0)
+
+    # ---- fetch KV: whole pages, into one of 3 buffers of 1024 tokens
+
+    def page_copy(seq, block, slot, page):
+        physical = page_indices[seq * PAGES_PER_SEQ + block * 8 + page]
+        rows = pl.ds(page * PAGE_ROWS, PAGE_ROWS)
+        return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, rows], kv_sem.at[slot])
+
+    def each_page(kv_end, seq, block, slot, act):
+        def one(page, _):
+            act(page_copy(seq, block, slot, page))
+            return 0
+
+        pages = jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
+        lax.fori_loop(0, pages, one, 0)
+
+    def kv_end(seq, q_block):
+        """The number of tokens that the last query of a block attends to."""
+        return kv_lens[seq] - CHUNK + (q_block + 1) * 128
+
+    def advance(seq, q_block, q_step, block):
+        last = (block + 1) * 1024 >= kv_end(seq, q_block)
+        last_of_seq = last & ((q_block + 1) * 128 >= q_len(seq))
+        return (
+            jnp.where(last_of_seq, seq + 1, seq),
+            jnp.where(last, jnp.where(last_of_seq, 0, q_block + 1), q_block),
+            jnp.where(last, q_step + 1, q_step),
+            jnp.where(last, 0, block + 1),
+        )
+
+    def fetch_ahead(step, *at):
+        seq, q_block, q_step, block = at
+
+        @pl.when(seq < end_seq)
+        def _():
+            @pl.when(block == 0)
+            def _():
+                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.start())
+
+            each_page(kv_end(seq, q_block), seq, block, lax.rem(step, 3), lambda copy: copy.start())
+
+        following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
+        return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
+
+    # ---- query blocks: 128 tokens in and out in their natural layout, by head and token inside
+
+    def block_copies(seq, block, make, act):
+        act(make(q_start(seq) + block * 128, 0, 128))
+
+    def query_copies(seq, block, slot, act):
+        def make(token, first, size):
+            return pltpu.make_async_copy(q_hbm.at[pl.ds(token, size)], q_in.at[slot, pl.ds(first, size)], q_sem.at[slot])
+
+        block_copies(seq, block, make, act)
+
+    def out_copies(seq, block, slot, act):
+        def make(token, first, size):
+            return pltpu.make_async_copy(out_rows.at[slot, pl.ds(first, size)], out_hbm.at[pl.ds(token, size)], out_sem.at[slot])
+
+        block_copies(seq, block, make, act)
+
+    def begin(slot):
+        """Sorts a query block by head, `[KV_HEADS, GROUP * 128, HEAD_DIM]`, and clears the running state."""
+        queries = q_in[slot].astype(jnp.float32).reshape(4096, HEAD_DIM)
+        by_token[...] = queries
+        for head in range(Q_HEADS):
+            strided = pl.ds(head, 128, stride=32)
+            rows = pl.ds(head % GROUP * 128, 128)
+            q_rows[head // GROUP, rows] = by_token[strided, :].astype(q_rows.dtype)
+        row_max[...] = jnp.full_like(row_max, MASKED)
+        row_sum[...] = jnp.zeros_like(row_sum)
+        acc[...] = jnp.zeros_like(acc)
+
+    def finish(slot):
+        for head in range(Q_HEADS):
+            strided = pl.ds(head, 128, stride=32)
+            rows = pl.ds(head % GROUP * 128, 128)
+            out = acc[head // GROUP, rows] / row_sum[head // GROUP, rows, :1]
+            by_token[strided, :] = out
+        out = by_token[...]
+        out_rows[slot] = out.reshape(128, Q_HEADS, HEAD_DIM).astype(out_rows.dtype)
+
+    def clear_tail(slot, valid):
+        """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
+
+        def zero(unit, _):
+            kv[slot, pl.ds(pl.multiple_of(unit * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)] = jnp.zeros((UNIT_ROWS, 128), kv.dtype)
+            return 0
+
+        lax.fori_loop(pl.cdiv(valid, UNIT), pl.cdiv(valid, 512) * 512, zero, 0)
+
+    # ---- read KV: one compute tile of 512 tokens, one head at a time
+
+    def separate(slot, tile):
+        """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 256 in its high."""
+        rows = 4096
+        first = pl.multiple_of(tile * (2 * rows), 2 * rows)
+        low = rows_as_words(kv[slot, pl.ds(first, rows)])
+        high = rows_as_words(kv[slot, pl.ds(first + rows, rows)])
+        half = jnp.uint32(0xFFFF)
+        k_words[...] = (low & half) | (high << 16)
+        v_words[...] = (low >> 16) | (high & ~half)
+
+    def head_of(words, head):
+        """`[512, HEAD_DIM]` of one head, in the order of `tile_tokens`."""
+        return words_as_rows(words[pl.ds(head, 256, stride=8), :])
+
+    def head_keys(slot, tile, head):
+        return head_of(k_words, head)
+
+    def head_values(slot, tile, head):
+        return head_of(v_words, head)
+
+    def tile_tokens(shape):
+        """The token of each column of a score: the halves of the words, interleaved."""
+        column = lax.broadcasted_iota(jnp.int32, shape, 1)
+        return (column >> 1) + (column & 1) * 256
+
+    # ---- flash step: the query rows of one head, 512 at a time, against one tile
+
+    def flash_step(slot, tile, head, rows, first_token, first_query, masked):
+        scores = lax.dot_general(
+            q_rows[head, rows], head_keys(slot, tile, head), (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        scores = scores * SCORE_SCALE
+        if masked:
+            row = rows.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+            query = first_query + lax.rem(row, 128)
+            scores = jnp.where(first_token + tile_tokens(scores.shape) <= query, scores, MASKED)
+        old_max = row_max[head, rows]
+        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
+        weights = jnp.exp2(scores - new_max[:, :1])
+        rescale = jnp.exp2(old_max - new_max)
+        row_max[head, rows] = new_max
+        row_sum[head, rows] = rescale * row_sum[head, rows] + jnp.sum(weights, axis=1, keepdims=True)
+        part = jnp.dot(
+            weights.astype(jnp.bfloat16), head_values(slot, tile, head), preferred_element_type=jnp.float32
+        )
+        acc[head, rows] = rescale[:, :1] * acc[head, rows] + part
+
+    def flash_tile(slot, tile, first_token, first_query):
+        separate(slot, tile)
+
+        def all_heads(masked):
+            def one_head(head, _):
+                for first in range(0, 512, 512):
+                    flash_step(slot, tile, head, pl.ds(first, 512), first_token, first_query, masked)
+                return 0
+
+            lax.fori_loop(0, KV_HEADS, one_head, 0)
+
+        reaches_diagonal = first_token + 511 > first_query
+        pl.when(reaches_diagonal)(lambda: all_heads(True))
+        pl.when(jnp.logical_not(reaches_diagonal))(lambda: all_heads(False))
+
+    def attend():
+        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        ahead = start
+        for step in range(2):
+            ahead = fetch_ahead(step, *ahead)
+
+        def body(carry):
+            step, at, ahead, sent = carry
+            seq, q_block, q_step, block = at
+            ahead = fetch_ahead(step + 2, *ahead)
+            slot = lax.rem(step, 3)
+            end = kv_end(seq, q_block)
+            valid = jnp.minimum(end - block * 1024, 1024)
+            last = (block + 1) * 1024 >= end
+            first_query = kv_lens[seq] - q_len(seq) + q_block * 128
+
+            @pl.when(block == 0)
+            def _():
+                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.wait())
+                begin(lax.rem(q_step, 3))
+
+            each_page(end, seq, block, slot, lambda copy: copy.wait())
+
+            @pl.when(last)
+            def _():
+                clear_tail(slot, valid)
+
+            def one_tile(tile, _):
+                flash_tile(slot, tile, block * 1024 + tile * 512, first_query)
+                return 0
+
+            lax.fori_loop(0, pl.cdiv(valid, 512), one_tile, 0)
+
+            @pl.when(last)
+            def _():
+                @pl.when(q_step > 0)
+                def _():
+                    out_copies(*sent, 0, lambda copy: copy.wait())
+
+                finish(0)
+                out_copies(seq, q_block, 0, lambda copy: copy.start())
+
+            sent = tuple(jnp.where(last, new, old) for new, old in zip((seq, q_block), sent))
+            return step + 1, advance(*at), ahead, sent
+
+        state = (jnp.int32(0), start, ahead, start[:2])
+        *_, sent = lax.while_loop(lambda carry: carry[1][0] < end_seq, body, state)
+        out_copies(*sent, 0, lambda copy: copy.wait())
+
+    @pl.when(first_seq < end_seq)
+    def _():
+        update_cache()
+        attend()
+
+
+def attend_prefill(queries, keys, values, rows, kv_lens, page_indices, distribution):
+    """`(out, rows)` of the prefill sequences; other rows of `out` are not written."""
+    smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
+    return pl.pallas_call(
+        prefill_kernel,
+        in_specs=[smem] * 3 + [hbm] * 4,
+        out_specs=[hbm] * 2,
+        out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
+        input_output_aliases={6: 1},
+        scratch_shapes=[
+            pltpu.VMEM((3, 16384, 128), jnp.bfloat16),  # kv: fetched blocks
+            pltpu.VMEM((2048, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
+            pltpu.VMEM((2048, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
+            pltpu.VMEM((3, 384, 8, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
+            pltpu.VMEM((3, 384, 8, 128), jnp.bfloat16),  # new_values: new values, likewise
+            pltpu.VMEM((3, 2048, 128), jnp.bfloat16),  # page_rows: pages to update
+            pltpu.VMEM((128, 128), jnp.uint32),  # packed: new tokens in the cache's form
+            pltpu.VMEM((3, 128, 32, 128), jnp.bfloat16),  # q_in: query blocks as they come
+            pltpu.VMEM((4096, 128), jnp.float32),  # by_token: one by token
+            pltpu.VMEM((8, 512, 128), jnp.bfloat16),  # q_rows: one by KV head
+            pltpu.VMEM((8, 512, 128), jnp.float32),  # row_max: running maximum, the same in every lane
+            pltpu.VMEM((8, 512, 128), jnp.float32),  # row_sum: running sum, the same in every lane
+            pltpu.VMEM((8, 512, 128), jnp.float32),  # acc: running output
+            pltpu.VMEM((1, 128, 32, 128), jnp.bfloat16),  # out_rows: an output block on its way out
+            pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
+            pltpu.SemaphoreType.DMA((3,)),  # new_sem: new keys and values
+            pltpu.SemaphoreType.DMA((3,)),  # old_sem: pages that hold old tokens
+            pltpu.SemaphoreType.DMA((3,)),  # write_sem: cache writes
+            pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
+            pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=50331648),
+        name="rpa_prefill",
+    )(kv_lens, page_indices, distribution, queries, keys, values, rows)
+
+
+def cache_rows(kv_cache):
+    """The cache as rows of 128 lanes, `[pages, PAGE_ROWS, 128]`. The bytes lie the same: the compiler makes it a bitcast."""
+    return kv_cache.reshape(kv_cache.shape[0], PAGE_ROWS, 128)
+
+
+def rows_cache(rows, shape):
+    """The inverse of `cache_rows`."""
+    return rows.reshape(shape)
+
+
+def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
+    """Attention of a batch of prefill chunks only; returns `(out, kv_cache)`, the cache in the donated argument's memory.
+
+    Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` has nothing to add.
+    """
+    out, rows = attend_prefill(queries, keys, values, cache_rows(kv_cache), kv_lens, page_indices, distribution)
+    return out, rows_cache(rows, kv_cache.shape)

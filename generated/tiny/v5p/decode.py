@@ -1,0 +1,341 @@
+"""Ragged paged attention of tiny: decode batches on v5p.
+
+Do not edit: made from spec c8aed47f9e016d40da8cb52790bd84fbdf8df3c1519652c17048b9a1db55900d by
+    rpac build tiny.yaml --target v5p
+Change the spec or the templates and run it again.
+
+What was specialized:
+- 4 query heads over 2 KV heads, head_dim 128, queries bfloat16, KV bfloat16: constants
+- pages of 16 tokens, 8 a sequence, up to 4 sequences
+- token buckets that use it: 8, 32
+- causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
+- only decode batches: the other kernels are not in this program
+- decode: fetches 128 tokens at once with 4 buffers, so that DMA latency hides behind 3 blocks in flight; computes 64 tokens at once, so that the scores stay in registers
+- VMEM: 663,552 bytes counted, 16,777,216 allowed, 67,108,864 there
+"""
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+Q_HEADS = 4
+KV_HEADS = 2
+GROUP = 2  # query heads that share a KV head
+HEAD_DIM = 128
+PAGE_SIZE = 16  # tokens
+PAGES_PER_SEQ = 8
+SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * log2(e): probabilities are powers of two
+MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
+
+# The cache of one layer is seen as rows of 128 lanes: by token, then KV head, then K and V.
+TOKEN_ROWS = 4  # rows of one token
+PAGE_ROWS = 64
+UNIT = 4  # tokens of the smallest piece that a DMA or a store reaches
+UNIT_ROWS = 16
+
+
+def pack_token(keys, values, packed, token):
+    """Lays one token's new keys and values `[KV_HEADS, HEAD_DIM]` into 32-bit words: K in the low half, V in the high."""
+    keys = pltpu.bitcast(keys.astype(jnp.float32), jnp.uint32)  # a bfloat16 is the high half of a float32
+    values = pltpu.bitcast(values.astype(jnp.float32), jnp.uint32)
+    words = (keys >> 16) | values
+    packed[token * 2 : (token + 1) * 2] = words
+
+
+def rows_as_words(rows):
+    return pltpu.bitcast(rows, jnp.uint32)
+
+
+def words_as_rows(words):
+    return pltpu.bitcast(words, jnp.bfloat16)
+
+
+def token_of_word(tokens):
+    """Which of `tokens` consecutive tokens each packed row belongs to."""
+    return lax.broadcasted_iota(jnp.int32, (tokens * 2, 128), 0) // 2
+
+
+def decode_kernel(
+    # scalars in SMEM
+    kv_lens, page_indices, distribution,
+    # arrays in HBM; the cache is updated in place
+    q_hbm, k_hbm, v_hbm, _cache, out_hbm, cache_hbm,
+    # scratch
+    kv,
+    k_words,
+    v_words,
+    q_all,
+    new_keys,
+    new_values,
+    packed,
+    unit_out,
+    q_rows,
+    row_max,
+    row_sum,
+    acc,
+    out_rows,
+    kv_sem,
+    load_sem,
+    unit_sem,
+    out_sem,
+):  # fmt: skip
+    """One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.
+
+    A step is one KV block of one sequence. The fetch runs 3 steps ahead, across the ends of sequences.
+    """
+    num_seqs = distribution[0]
+
+    # ---- fetch KV: whole pages, into one of 4 buffers of 128 tokens
+
+    def page_copy(seq, block, slot, page):
+        physical = page_indices[seq * PAGES_PER_SEQ + block * 8 + page]
+        rows = pl.ds(page * PAGE_ROWS, PAGE_ROWS)
+        return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, rows], kv_sem.at[slot])
+
+    def each_page(kv_end, seq, block, slot, act):
+        def one(page, _):
+            act(page_copy(seq, block, slot, page))
+            return 0
+
+        pages = jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
+        lax.fori_loop(0, pages, one, 0)
+
+    def advance(seq, block):
+        last = (block + 1) * 128 >= kv_lens[seq]
+        return jnp.where(last, seq + 1, seq), jnp.where(last, 0, block + 1)
+
+    def fetch_ahead(step, seq, block):
+        @pl.when(seq < num_seqs)
+        def _():
+            each_page(kv_lens[seq], seq, block, lax.rem(step, 4), lambda copy: copy.start())
+
+        next_seq, next_block = advance(jnp.minimum(seq, num_seqs - 1), block)
+        return jnp.where(seq < num_seqs, next_seq, seq), jnp.where(seq < num_seqs, next_block, block)
+
+    # ---- update cache: the new token's row goes into the fetched block, and from a copy of it back to its page
+
+    def unit_copy(seq):
+        slot = lax.rem(seq, 4)
+        position = kv_lens[seq] - 1
+        page = page_indices[seq * PAGES_PER_SEQ + position // PAGE_SIZE]
+        row = pl.multiple_of(lax.rem(position, PAGE_SIZE) // UNIT * UNIT_ROWS, UNIT_ROWS)
+        return pltpu.make_async_copy(unit_out.at[slot], cache_hbm.at[page, pl.ds(row, UNIT_ROWS)], unit_sem.at[slot])
+
+    def update_cache(seq, block, slot):
+        @pl.when(seq >= 4)
+        def _():
+            unit_copy(seq - 4).wait()
+
+        token = kv_lens[seq] - 1 - block * 128
+        rows = pl.ds(pl.multiple_of(token // UNIT * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
+        for i in range(UNIT):
+            pack_token(new_keys[seq], new_values[seq], packed, i)
+        words = jnp.where(token_of_word(UNIT) == lax.rem(token, UNIT), packed[...], rows_as_words(kv[slot, rows]))
+        kv[slot, rows] = words_as_rows(words)
+        unit_out[lax.rem(seq, 4)] = words_as_rows(words)
+        unit_copy(seq).start()
+
+    def clear_tail(slot, valid):
+        """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
+        rows = pl.ds(pl.multiple_of(valid // UNIT * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
+
+        @pl.when(lax.rem(valid, UNIT) > 0)
+        def _():
+            words = rows_as_words(kv[slot, rows])
+            kv[slot, rows] = words_as_rows(jnp.where(token_of_word(UNIT) < lax.rem(valid, UNIT), words, jnp.zeros_like(words)))
+
+        def zero(unit, _):
+            kv[slot, pl.ds(pl.multiple_of(unit * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)] = jnp.zeros((UNIT_ROWS, 128), kv.dtype)
+            return 0
+
+        lax.fori_loop(pl.cdiv(valid, UNIT), pl.cdiv(valid, 64) * 16, zero, 0)
+
+    # ---- read KV: one compute tile of 64 tokens, one head at a time
+
+    def separate(slot, tile):
+        """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 32 in its high."""
+        rows = 128
+        first = pl.multiple_of(tile * (2 * rows), 2 * rows)
+        low = rows_as_words(kv[slot, pl.ds(first, rows)])
+        high = rows_as_words(kv[slot, pl.ds(first + rows, rows)])
+        half = jnp.uint32(0xFFFF)
+        k_words[...] = (low & half) | (high << 16)
+        v_words[...] = (low >> 16) | (high & ~half)
+
+    def head_of(words, head):
+        """`[64, HEAD_DIM]` of one head, in the order of `tile_tokens`."""
+        return words_as_rows(words[pl.ds(head, 32, stride=2), :])
+
+    def head_keys(slot, tile, head):
+        return head_of(k_words, head)
+
+    def head_values(slot, tile, head):
+        return head_of(v_words, head)
+
+    def tile_tokens(shape):
+        """The token of each column of a score: the halves of the words, interleaved."""
+        column = lax.broadcasted_iota(jnp.int32, shape, 1)
+        return (column >> 1) + (column & 1) * 32
+
+    # ---- flash step: every KV head's 8 query rows against one tile, under one softmax
+
+    def heads(head):
+        return slice(head * 8, (head + 1) * 8)
+
+    def flash_step(slot, tile, valid):
+        separate(slot, tile)
+        scores = [
+            lax.dot_general(
+                q_rows[heads(head)].astype(jnp.bfloat16), head_keys(slot, tile, head), (((1,), (1,)), ((), ())),
+                preferred_element_type=jnp.float32,
+            )
+            for head in range(KV_HEADS)
+        ]  # fmt: skip
+        scores = jnp.concatenate(scores, axis=0) * SCORE_SCALE
+        scores = jnp.where(tile * 64 + tile_tokens(scores.shape) < valid, scores, MASKED)
+        old_max = row_max[...]
+        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
+        weights = jnp.exp2(scores - new_max[:, :1])
+        rescale = jnp.exp2(old_max - new_max)
+        row_max[...] = new_max
+        row_sum[...] = rescale * row_sum[...] + jnp.sum(weights, axis=1, keepdims=True)
+        weights = weights.astype(jnp.bfloat16)
+        for head in range(KV_HEADS):
+            part = jnp.dot(
+                weights[heads(head)], head_values(slot, tile, head), preferred_element_type=jnp.float32
+            )
+            acc[heads(head)] = rescale[heads(head), :1] * acc[heads(head)] + part
+
+    def begin(seq):
+        queries = q_all[seq].astype(jnp.float32)
+        for head in range(KV_HEADS):
+            q_rows[head * 8 : head * 8 + GROUP] = queries[head * GROUP : (head + 1) * GROUP]
+        row_max[...] = jnp.full_like(row_max, MASKED)
+        row_sum[...] = jnp.zeros_like(row_sum)
+        acc[...] = jnp.zeros_like(acc)
+
+    # ---- send output
+
+    def out_copy(seq):
+        slot = lax.rem(seq, 4)
+        return pltpu.make_async_copy(out_rows.at[slot], out_hbm.at[seq], out_sem.at[slot])
+
+    def finish(seq):
+        @pl.when(seq >= 4)
+        def _():
+            out_copy(seq - 4).wait()
+
+        out = (acc[...] / row_sum[:, :1]).astype(out_rows.dtype)
+        for head in range(KV_HEADS):
+            rows = out[head * 8 : head * 8 + GROUP]
+            out_rows[lax.rem(seq, 4), head * GROUP : (head + 1) * GROUP] = rows
+        out_copy(seq).start()
+
+    @pl.when(num_seqs > 0)
+    def _():
+        start = (jnp.int32(0), jnp.int32(0))
+        ahead = start
+        for step in range(3):
+            ahead = fetch_ahead(step, *ahead)
+        loads = [
+            pltpu.make_async_copy(source.at[pl.ds(0, 4)], target, load_sem.at[i])
+            for i, (source, target) in enumerate([(q_hbm, q_all), (k_hbm, new_keys), (v_hbm, new_values)])
+        ]
+        for load in loads:
+            load.start()
+        q_rows[...] = jnp.zeros_like(q_rows)
+        for load in loads:
+            load.wait()
+
+        def body(carry):
+            step, seq, block, *ahead = carry
+            ahead = fetch_ahead(step + 3, *ahead)
+            slot = lax.rem(step, 4)
+            kv_len = kv_lens[seq]
+            valid = jnp.minimum(kv_len - block * 128, 128)
+            last = (block + 1) * 128 >= kv_len
+
+            @pl.when(block == 0)
+            def _():
+                begin(seq)
+
+            each_page(kv_len, seq, block, slot, lambda copy: copy.wait())
+
+            @pl.when(last)
+            def _():
+                update_cache(seq, block, slot)
+                clear_tail(slot, valid)
+
+            def one_tile(tile, _):
+                flash_step(slot, tile, valid)
+                return 0
+
+            lax.fori_loop(0, pl.cdiv(valid, 64), one_tile, 0)
+
+            @pl.when(last)
+            def _():
+                finish(seq)
+
+            return step + 1, *advance(seq, block), *ahead
+
+        lax.while_loop(lambda carry: carry[1] < num_seqs, body, (jnp.int32(0), *start, *ahead))
+
+        def drain(i, _):
+            unit_copy(num_seqs - 1 - i).wait()
+            out_copy(num_seqs - 1 - i).wait()
+            return 0
+
+        lax.fori_loop(0, jnp.minimum(num_seqs, 4), drain, 0)
+
+
+def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distribution):
+    """`(out, rows)` of the decode sequences; other rows of `out` are not written."""
+    smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
+    return pl.pallas_call(
+        decode_kernel,
+        in_specs=[smem] * 3 + [hbm] * 4,
+        out_specs=[hbm] * 2,
+        out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
+        input_output_aliases={6: 1},
+        scratch_shapes=[
+            pltpu.VMEM((4, 512, 128), jnp.bfloat16),  # kv: fetched blocks
+            pltpu.VMEM((64, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
+            pltpu.VMEM((64, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
+            pltpu.VMEM((4, 4, 128), jnp.bfloat16),  # q_all: queries of every sequence
+            pltpu.VMEM((4, 2, 128), jnp.bfloat16),  # new_keys: new keys of every sequence
+            pltpu.VMEM((4, 2, 128), jnp.bfloat16),  # new_values: new values of every sequence
+            pltpu.VMEM((8, 128), jnp.uint32),  # packed: a new token in the cache's form
+            pltpu.VMEM((4, 16, 128), jnp.bfloat16),  # unit_out: rows on their way to the cache
+            pltpu.VMEM((16, 128), jnp.float32),  # q_rows: queries of one sequence by KV head
+            pltpu.VMEM((16, 128), jnp.float32),  # row_max: running maximum, the same in every lane
+            pltpu.VMEM((16, 128), jnp.float32),  # row_sum: running sum, the same in every lane
+            pltpu.VMEM((16, 128), jnp.float32),  # acc: running output
+            pltpu.VMEM((4, 4, 128), jnp.bfloat16),  # out_rows: outputs on their way out
+            pltpu.SemaphoreType.DMA((4,)),  # kv_sem: fetches
+            pltpu.SemaphoreType.DMA((3,)),  # load_sem: queries, keys, values
+            pltpu.SemaphoreType.DMA((4,)),  # unit_sem: cache writes
+            pltpu.SemaphoreType.DMA((4,)),  # out_sem: outputs
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=16777216),
+        name="rpa_decode",
+    )(kv_lens, page_indices, distribution, queries, keys, values, rows)
+
+
+def cache_rows(kv_cache):
+    """The cache as rows of 128 lanes, `[pages, PAGE_ROWS, 128]`. The bytes lie the same: the compiler makes it a bitcast."""
+    return kv_cache.reshape(kv_cache.shape[0], PAGE_ROWS, 128)
+
+
+def rows_cache(rows, shape):
+    """The inverse of `cache_rows`."""
+    return rows.reshape(shape)
+
+
+def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
+    """Attention of a batch of decode rows only; returns `(out, kv_cache)`, the cache in the donated argument's memory.
+
+    Row s of `queries` is sequence s: with one new token each, `cu_q_lens` has nothing to add.
+    """
+    out, rows = attend_decode(queries, keys, values, cache_rows(kv_cache), kv_lens, page_indices, distribution)
+    return out, rows_cache(rows, kv_cache.shape)

@@ -1,0 +1,75 @@
+"""The main job, whole: a spec's plans, their sources, their lowering, and the bundle published at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rpac.bundle.manifest import Manifest
+from rpac.bundle.write import is_bundle, stage_bundle
+from rpac.errors import TargetError
+from rpac.lower import Cache, Lowered, lower_all, tasks_of
+from rpac.lower.pool import Progress
+from rpac.plan import KernelPlan, plan_spec
+from rpac.publish import publish
+from rpac.render import Source, render
+from rpac.spec import Spec
+
+GENERATED_MARK = "SPEC_SHA256"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A published bundle and the variants in it."""
+
+    path: Path
+    manifest: Manifest
+    lowered: tuple[Lowered, ...]
+
+
+def chosen_targets(spec: Spec, wanted: Sequence[str]) -> tuple[str, ...]:
+    """`wanted`, or all targets of the spec. Raises TargetError for one that the spec does not list."""
+    for target in wanted:
+        if target not in spec.targets:
+            raise TargetError(
+                f"{spec.file}: target {target!r} is not in the spec, which has {', '.join(spec.targets)}; "
+                f"add it to targets, or leave it out"
+            )
+    return tuple(dict.fromkeys(wanted)) or spec.targets
+
+
+def sources_of(spec: Spec, targets: Iterable[str]) -> list[tuple[KernelPlan, Source]]:
+    """Every plan of these targets with the source that it makes."""
+    return [(plan, render(spec, plan)) for target in targets for plan in plan_spec(spec, target)]
+
+
+def build(
+    spec: Spec,
+    targets: Sequence[str],
+    folder: Path,
+    cache: Cache,
+    jobs: int | None = None,
+    progress: Progress = lambda task, what: None,
+    wait_s: float = 0.0,
+) -> Built:
+    """Builds `folder/NAME.rpac`. The folder is held from the start, so that a second build into it fails at once.
+
+    Raises PlanError, CompileError or OutputError; then what was there is as it was.
+    """
+    tasks = tasks_of(spec, sources_of(spec, targets))
+    path = folder / f"{spec.name}.rpac"
+    with publish(path, is_bundle, wait_s) as stage:
+        lowered = lower_all(tasks, cache, jobs, progress)
+        manifest = stage_bundle(stage, spec, lowered)
+    return Built(path, manifest, tuple(lowered))
+
+
+def generate(spec: Spec, folder: Path) -> list[Source]:
+    """Writes the sources of every target of a spec to `folder/NAME/`, for people to read and diff."""
+    sources = [source for _, source in sources_of(spec, spec.targets)]
+    with publish(folder / spec.name, lambda path: (path / GENERATED_MARK).is_file()) as stage:
+        for source in sources:
+            stage.write(source.path, source.text.encode())
+        stage.write(GENERATED_MARK, f"{spec.hash}\n".encode())
+    return sources

@@ -1,0 +1,40 @@
+"""The command line: parse, call, print. Exit codes are those of `rpac.errors`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+import rpac
+from rpac.cli.build import build, generate
+from rpac.cli.inspect import inspect
+from rpac.cli.plan import plan
+from rpac.errors import RpacError
+
+
+class Group(click.Group):
+    """Ends with an error's own exit code, its message on stderr."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RpacError as error:
+            click.echo(f"rpac: {type(error).__name__}: {error}", err=True)
+            sys.exit(error.exit_code)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(rpac.__version__, prog_name="rpac")
+def main() -> None:
+    """Ahead-of-time compiler for ragged paged attention on TPU.
+
+    \b
+    Exit codes: 0 done, 1 a check failed, 2 bad spec, batch or usage, 3 incompatible target or toolchain,
+    4 corrupt bundle, 5 output cannot be written, 6 schedule cannot be read.
+    """
+
+
+for command in (plan, build, inspect, generate):
+    main.add_command(command)

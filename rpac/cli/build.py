@@ -1,0 +1,87 @@
+"""`rpac build` and `rpac generate`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from rpac import build as job
+from rpac.cli.common import (
+    cache_of,
+    cache_option,
+    jobs_option,
+    json_option,
+    lowering_progress,
+    print_json,
+    size,
+    spec_argument,
+    table,
+    target_option,
+)
+from rpac.lower import Lowered, tasks_of
+from rpac.spec import load_spec
+
+
+@click.command()
+@spec_argument
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("build"), show_default=True, help="Folder.")
+@target_option
+@jobs_option
+@cache_option
+@click.option("--wait", "wait_s", type=float, default=0.0, help="Seconds to wait for another build into the folder.")
+@json_option
+def build(
+    spec_file: Path,
+    out: Path,
+    targets: tuple[str, ...],
+    jobs: int | None,
+    no_cache: bool,
+    wait_s: float,
+    as_json: bool,
+) -> None:
+    """Build the bundle OUT/NAME.rpac of SPEC, for all its targets or those given."""
+    start = time.monotonic()
+    spec = load_spec(spec_file)
+    chosen = job.chosen_targets(spec, targets)
+    total = len(tasks_of(spec, job.sources_of(spec, chosen)))
+    built = job.build(spec, chosen, out, cache_of(no_cache), jobs, lowering_progress(total), wait_s)
+    seconds = time.monotonic() - start
+    if as_json:
+        variants = [_facts(one) for one in built.lowered]
+        print_json({"bundle": str(built.path), "spec_hash": spec.hash, "seconds": seconds, "variants": variants})
+        return
+    rows = [
+        (one.target, one.kind, one.tokens, one.source.path, size(len(one.exported)), _size_of(one.executable))
+        for one in sorted(built.lowered, key=lambda one: (chosen.index(one.target), one.kind, one.tokens))
+    ]
+    click.echo(table(("target", "program", "tokens", "source", "export", "executable"), rows))
+    click.echo(f"{built.path}: {len(rows)} programs in {seconds:.1f} s")
+
+
+@click.command()
+@spec_argument
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), default=Path("generated"), show_default=True, help="Folder."
+)
+def generate(spec_file: Path, out: Path) -> None:
+    """Write the kernels of SPEC to OUT/NAME/, to read or to diff; nothing is compiled."""
+    spec = load_spec(spec_file)
+    sources = job.generate(spec, out)
+    click.echo(f"{out / spec.name}: {len(sources)} sources")
+
+
+def _facts(one: Lowered) -> dict[str, object]:
+    return {
+        "target": one.target,
+        "kind": one.kind,
+        "tokens": one.tokens,
+        "source": one.source.path,
+        "exported_bytes": len(one.exported),
+        "executable_bytes": None if one.executable is None else len(one.executable),
+    }
+
+
+def _size_of(data: bytes | None) -> str:
+    return "-" if data is None else size(len(data))

@@ -1,0 +1,55 @@
+"""What the commands share: options, progress and tables."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from tabulate import tabulate
+
+from rpac.lower import Cache, Task, default_cache_dir
+from rpac.spec import TARGETS
+
+spec_argument = click.argument("spec_file", metavar="SPEC", type=click.Path(path_type=Path))
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout and nothing else there.")
+target_option = click.option(
+    "--target", "targets", multiple=True, type=click.Choice(TARGETS), help="Only this target; repeat for several."
+)
+jobs_option = click.option("--jobs", type=click.IntRange(1), help="Compiling processes; default: one a core.")
+cache_option = click.option("--no-cache", is_flag=True, help="Compile everything again, and keep nothing.")
+
+
+def cache_of(no_cache: bool) -> Cache:
+    """The user's cache, or none."""
+    return Cache(None if no_cache else default_cache_dir())
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, sort_keys=True))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in plain text; numbers to the right."""
+    return tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True)
+
+
+def lowering_progress(total: int) -> Callable[[Task, str], None]:
+    """Says on stderr, a line each, what is done out of `total`."""
+    start = time.monotonic()
+    done = 0
+
+    def report(task: Task, what: str) -> None:
+        nonlocal done
+        done += 1
+        click.echo(f"[{done:3}/{total}] {time.monotonic() - start:6.1f} s  {task.label}: {what}", err=True)
+
+    return report
+
+
+def size(count: int) -> str:
+    """Bytes for people: KiB below a MiB, then MiB."""
+    return f"{count / 1024:.0f} KiB" if count < 1 << 20 else f"{count / (1 << 20):.2f} MiB"

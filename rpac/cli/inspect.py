@@ -1,0 +1,49 @@
+"""`rpac inspect`: what is in a bundle, every byte hashed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rpac.bundle import describe
+from rpac.cli.common import json_option, print_json, size, table
+
+HEADER = ("target", "device kind", "program", "tokens", "source", "export", "executable")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@json_option
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Verify every byte of BUNDLE and print what is in it."""
+    facts = describe(bundle)
+    if as_json:
+        print_json(facts)
+        return
+    model, limits = facts["model"], facts["limits"]
+    click.echo(f"{facts['name']}  spec {facts['spec_hash'][:16]}  {size(facts['size'])}, every hash holds")
+    click.echo(
+        f"{model['q_heads']}/{model['kv_heads']} heads, head_dim {model['head_dim']}, {model['kv_dtype']}; "
+        f"{limits['num_pages']} pages of {limits['page_size']}, {limits['pages_per_seq']} a sequence, "
+        f"{limits['max_num_seqs']} sequences, chunks of {limits['prefill_chunk']}"
+    )
+    for name, target in facts["targets"].items():
+        tools = ", ".join(f"{key} {value}" for key, value in target["toolchain"].items() if not key.endswith("_files"))
+        click.echo(f"{name}: {tools}")
+    click.echo(table(HEADER, [_row(name, one) for name, one in _programs(facts)]))
+
+
+def _programs(facts: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [
+        (name, {**one, "device_kind": target["device_kind"]})
+        for name, target in facts["targets"].items()
+        for one in target["programs"]
+    ]
+
+
+def _row(target: str, one: Mapping[str, Any]) -> tuple[str, ...]:
+    sizes = ["-" if one[tier] is None else size(one[tier]["size"]) for tier in ("exported", "executable")]
+    return (target, one["device_kind"], one["kind"], str(one["tokens"]), one["source"], *sizes)

@@ -1,0 +1,51 @@
+"""`rpac plan`: the tiles, buffers and budgets, before anything compiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rpac.build import chosen_targets
+from rpac.cli.common import json_option, print_json, size, spec_argument, table, target_option
+from rpac.plan import BlockTiles, DecodeTiles, KernelPlan, plan_spec
+from rpac.plan.tiles import XlaTiles
+from rpac.spec import load_spec
+
+HEADER = ("source", "token buckets", "decode", "prefill or mixed", "VMEM need", "limit", "of", "SMEM need", "of")
+
+
+@click.command()
+@spec_argument
+@target_option
+@json_option
+def plan(spec_file: Path, targets: tuple[str, ...], as_json: bool) -> None:
+    """Print the tiles, buffers and budgets of every kernel of SPEC.
+
+    Tiles are in tokens: fetched/computed at once x buffers; for prefill and mixed, queries x those.
+    """
+    spec = load_spec(spec_file)
+    plans = [one for target in chosen_targets(spec, targets) for one in plan_spec(spec, target)]
+    if as_json:
+        print_json({"spec": spec.name, "spec_hash": spec.hash, "plans": [one.as_dict() for one in plans]})
+        return
+    click.echo(table(HEADER, [_row(one) for one in plans]))
+
+
+def _row(one: KernelPlan) -> tuple[str, ...]:
+    budgets = [
+        size(n) if n else "-" for n in (one.vmem_need, one.vmem_limit, one.vmem_bytes, one.smem_need, one.smem_bytes)
+    ]
+    return (one.path, " ".join(map(str, one.tokens)), _tiles(one.decode), _tiles(one.block), *budgets)
+
+
+def _tiles(tiles: DecodeTiles | BlockTiles | XlaTiles | None) -> str:
+    match tiles:
+        case None:
+            return "-"
+        case DecodeTiles():
+            return f"{tiles.block}/{tiles.tile} x{tiles.buffers}"
+        case BlockTiles():
+            return f"{tiles.q_block} q, {tiles.block}/{tiles.tile} x{tiles.buffers}"
+        case XlaTiles():
+            return f"{tiles.q_block} q, {tiles.block}" if tiles.q_block > 1 else f"{tiles.block} x{tiles.blocks}"
