@@ -181,8 +181,8 @@ def check_agreement(workers: list[Worker]) -> None:
 def table(results: list[Result], machine: dict[str, Any]) -> str:
     width = max(map(len, LABELS.values()))
     lines = [
-        f"Decode of {SEQUENCES} sequences of {CONTEXT} tokens, 32/8 heads, d128, bfloat16. Milliseconds a call, measured",
-        f"on this machine, {machine['cores']} cores, in {ROUNDS} alternating rounds of {CALLS} calls.",
+        f"Decode of {SEQUENCES} sequences of {CONTEXT} tokens, 32/8 heads, d128, bfloat16: milliseconds a call,",
+        f"measured on this machine, {machine['cores']} cores; {ROUNDS} alternating rounds of {CALLS} calls.",
         "",
         f"{'page':>4}  {'':{width}}  {'min':>7}  {'median':>7}  {'max':>7}  median / rpac's",
     ]

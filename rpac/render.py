@@ -14,12 +14,13 @@ import jinja2
 
 import rpac
 from rpac.chip import is_tpu
-from rpac.layout import LANES, align, packing
+from rpac.layout import align, packing
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, KernelPlan, RowDims
 from rpac.plan.tiles import XlaTiles
 from rpac.spec import Model, Spec
 
 MASKED = -2.0e38
+CLEAR_UNITS = 16  # zeroed by one turn of a loop: enough to hide what the turn itself costs
 HEADER_END = '"""\n'
 
 
@@ -127,11 +128,13 @@ def _tile_context(spec: Spec, tiles: DecodeTiles | BlockTiles | XlaTiles | None)
     if isinstance(tiles, XlaTiles):
         return context
     rows = RowDims.of(spec.model)
+    clear_units = math.gcd(tiles.tile // rows.unit, CLEAR_UNITS)
     context |= {
         "half_tile": tiles.tile // 2,
         "half_tile_rows": tiles.tile // 2 * rows.token_rows,
         "tile_rows": tiles.tile * rows.token_rows,
-        "units_per_tile": tiles.tile // rows.unit,
+        "clear_units": clear_units,
+        "clears_per_tile": tiles.tile // (rows.unit * clear_units),
         "buffers_declared": [_declared(buffer) for buffer in tiles.scratch(spec.model, page)],
     }
     if isinstance(tiles, BlockTiles):

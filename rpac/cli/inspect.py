@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from rpac.bundle import describe
+from rpac.bundle import describe, verify_bundle
 from rpac.cli.common import json_option, print_json, size, table
 
 HEADER = ("target", "device kind", "program", "tokens", "source", "export", "executable")
@@ -19,6 +19,7 @@ HEADER = ("target", "device kind", "program", "tokens", "source", "export", "exe
 @json_option
 def inspect(bundle: Path, as_json: bool) -> None:
     """Verify every byte of BUNDLE and print what is in it."""
+    verify_bundle(bundle)
     facts = describe(bundle)
     if as_json:
         print_json(facts)

@@ -18,6 +18,7 @@ FETCH_BYTES = 2 * MIB  # of a decode block: long enough a DMA to hide its start,
 SMEM_RESERVE = 64 << 10  # for what the compiler keeps there itself
 VMEM_HEADROOM = 8 * MIB  # above what we count, for values that the compiler spills
 MERGE_TOKENS = 16
+MIN_Q_BLOCK = 16
 INT32_BYTES = 4
 
 Tiles: TypeAlias = DecodeTiles | BlockTiles
@@ -37,6 +38,7 @@ def plan_spec(spec: Spec, target: str) -> tuple[KernelPlan, ...]:
     device = chip(target) if is_tpu(target) else None
     if device is not None:
         _check_smem(spec, device)
+        _check_chunk(spec)
     plans: list[KernelPlan] = []
     for kind in KIND_ORDER:
         groups: dict[KernelPlan, list[int]] = {}
@@ -64,6 +66,15 @@ def _check_smem(spec: Spec, device: Chip) -> None:
             f"{spec.file}: serving: the page table of {serving.max_num_seqs} sequences x {serving.pages_per_seq} pages "
             f"needs {need:,} bytes of SMEM; {device.target} has {device.smem_bytes:,}, {limit:,} of them for it; "
             f"raise page_size (now {serving.page_size}), lower max_model_len, or write max_num_seqs: {rows} or less"
+        )
+
+
+def _check_chunk(spec: Spec) -> None:
+    chunk = spec.serving.prefill_chunk
+    if chunk % MIN_Q_BLOCK:
+        raise PlanError(
+            f"{spec.file}: serving.prefill_chunk: found {chunk}; a TPU kernel needs a multiple of {MIN_Q_BLOCK}, "
+            f"for it works in whole blocks of queries; write {align(chunk, MIN_Q_BLOCK)}"
         )
 
 
@@ -135,16 +146,16 @@ def _block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[BlockTiles]:
     model, serving = spec.model, spec.serving
     most = power_of_two_from(serving.max_model_len)
     new_tokens = min(tokens, serving.page_size)
-    for q_block in (128, 64, 32, 16):
+    for q_block in (128, 64, 32, MIN_Q_BLOCK):
         if kind == "prefill":
             if serving.prefill_chunk % q_block:
                 continue
             copy_sizes: tuple[int, ...] = (q_block,)
         else:
-            q_block = min(q_block, max(power_of_two_from(tokens), 16))
+            q_block = min(q_block, max(power_of_two_from(tokens), MIN_Q_BLOCK))
             copy_sizes = tuple(1 << bit for bit in reversed(range(power_of_two_to(min(q_block, tokens)).bit_length())))
         rows = model.group * q_block
-        step_rows = next(step for step in (512, 256, 128, 64, 32, 16, rows) if rows % step == 0)
+        step_rows = next(step for step in (256, 128, 64, 32, 16, rows) if rows % step == 0)
         for block in (1024, 512, 256, serving.page_size):
             block = max(min(block, most), serving.page_size)
             tile = min(512, block)

@@ -56,6 +56,7 @@ PURE: Final[dict[str, str]] = {
     "ssub.s32": _wrap("{0}-{1}"),
     "smul.u32": _wrap("{0}*{1}"),
     "smul.s32": _wrap("{0}*{1}"),
+    "smulhi.u32": _wrap("(({0} & M) * ({1} & M) >> 32)"),
     "sand.u32": "{0} & {1}",
     "sor.u32": "{0} | {1}",
     "sxor.u32": "{0} ^ {1}",
@@ -123,7 +124,7 @@ _VECTOR_STEMS: Final = frozenset(
         "vclamps", "vlaneseq", "vcmask", "vmand", "vmor", "vmxor", "vmneg", "vmnand", "vmmov", "vnez", "vstv", "vmpackc",
         "vmpack", "vmunpack", "vcombine", "vweird", "vmad", "vfma", "vsmask", "vmatmul", "vmatpush", "vmatpush1",
         "vmatpush2", "vmatpush3", "vmatprep", "vlatch", "vdwg", "vrot", "vperm", "vpermute", "vxpose", "vbcast",
-        "vsetpat", "vsettm", "vsetiar", "vrng", "vpow", "vpow2", "vrcp", "vrsqrt", "vtanh", "vlog2", "verf", "vsin",
+        "vset", "vsetpat", "vsettm", "vsetiar", "vrng", "vpow", "vpow2", "vrcp", "vrsqrt", "vtanh", "vlog2", "verf", "vsin",
         "vcos", "vpop", "vld", "vst", "vpush", "vtrace", "vdelay"
     }
 )

@@ -106,6 +106,7 @@ _INSTRUCTION = re.compile(r"(?:%([\w.]+) = )?([\w.\-]+(?:<no memory space>)?)(?:
 _PREDICATE = re.compile(r"\((!?)%(p\w+)(?:, ([^)]+))?\),?\s*")
 _BRANCH = re.compile(r"target bundleno = (\d+)")
 _OPERAND = re.compile(r"\[shape: (\w+)\[([\d,]*)\].*?index: (\d+), kind: (\w+)")
+_ALLOCATION = re.compile(r"#\w+")
 _SPILLS = tuple(re.compile(rf"\b{opcode} \[[^\]]*_spill\]") for opcode in ("vst", "vld", "sst", "sld"))
 _THREAD = re.compile(r"\[thread:[^\]]*\]\s*")
 
@@ -130,7 +131,7 @@ def parse_schedule(text: str, target: str, name: str = "schedule", utilization: 
         number += 1
         match = _BUNDLE.match(line)
         if match is None:
-            if bundles and line.strip() or _START.match(line):
+            if (bundles and line.strip()) or _START.match(line):
                 raise ScheduleError(
                     f"{name}:{number}: found {line.strip()[:80]!r}; a bundle must be one line, `N : {{ ... }}`; the file "
                     "is truncated or of another compiler version: dump it again"
@@ -268,7 +269,7 @@ def _address(text: str, line: int, name: str) -> Address:
     inner = text.strip("[]").removeprefix("smem:[")
     allocation, registers, offset = None, [], 0
     for term in inner.split(" + "):
-        if term.startswith("#"):
+        if _ALLOCATION.fullmatch(term):
             allocation = term[1:]
         elif term.startswith("%"):
             registers.append(term[1:])

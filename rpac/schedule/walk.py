@@ -152,7 +152,7 @@ class _Walker:
             "divrem": divrem,
             "take": lambda results: results.pop(0) if isinstance(results, list) else results,
         }
-        exec(self.program.code, space)  # noqa: S102 - our own translation, not the text of the dump
+        exec(self.program.code, space)  # the code is this package's own translation, not text of the dump
         return {leader: space[f"b{leader}"] for leader in self.program.leaders}
 
     def _place(self, site: int) -> str:

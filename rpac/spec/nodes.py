@@ -104,13 +104,9 @@ def compose(text: str, report: Report) -> yaml.MappingNode | None:
         report.at(line, column, "", f"character {error.character:#06x}", "must be printable text", "remove it")
         return None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        fix = "indent with spaces" if "\\t" in (error.problem or "") else "correct the syntax at this place"
-        found = f"a syntax error ({error.problem or error.context})"
-        if mark is None:
-            report.at(None, None, "", found, "must be YAML", fix)
-        else:
-            report.at_mark(mark, "", found, "must be YAML", fix)
+        assert error.problem is not None and error.problem_mark is not None  # every raise in PyYAML gives both
+        fix = "indent with spaces" if "\\t" in error.problem else "correct the syntax at this place"
+        report.at_mark(error.problem_mark, "", f"a syntax error ({error.problem})", "must be YAML", fix)
         return None
     except RecursionError:
         report.at(None, None, "", "lists or mappings nested too deeply", "must be at most two deep", "flatten it")

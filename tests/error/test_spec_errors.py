@@ -137,6 +137,17 @@ def test_one_mistake_is_reported_once_where_it_is(old: str, new: str, line: str)
     assert report(GOOD.replace(old, new)) == [f"x.yaml:{line}"]
 
 
+REQUIRED = [line for line in GOOD.splitlines() if not line.endswith(":") and "token_buckets" not in line]
+
+
+@pytest.mark.parametrize("line", REQUIRED, ids=lambda line: line.split(":")[0].strip())
+def test_a_key_that_is_missing_is_named_with_a_line_to_add(line: str) -> None:
+    (problem,) = report(GOOD.replace(f"{line}\n", ""))
+    key = line.split(":")[0].strip()
+    assert f"{key}: found no such key; must be " in problem
+    assert f"; add `{key}: " in problem
+
+
 WHOLE_FILES = {
     "empty": ("", ":1:1: found an empty file; must be a spec; start from one of the shipped specs"),
     "comments only": ("# nothing\n", ":1:1: found an empty file; must be a spec; start from one of the shipped specs"),

@@ -57,7 +57,7 @@ def test_the_walk_moves_exactly_the_pages_that_the_batch_names(target: str, seed
     assert writes == [(OUT, place * PAGE_BYTES, PAGE_BYTES) for _, place in pages], f"{seed=}"
     scalars = done.read_bytes - len(pages) * PAGE_BYTES
     assert done.written_bytes == len(pages) * PAGE_BYTES
-    assert 0 < scalars <= 2048  # the lengths and the table, padded
+    assert 0 <= scalars <= 2048  # the lengths and the table, padded; none where XLA moved them to VMEM first
 
 
 @each_target
@@ -65,7 +65,7 @@ def test_a_longer_batch_takes_longer_and_an_empty_one_still_takes_time(target: s
     call = Call(load(target))
     table = list(range(PAGES))
     seconds = [call.predict({LENS: [n] * SEQS, TABLE: table}).seconds for n in range(PAGES_PER_SEQ + 1)]
-    assert 0 < seconds[0]
+    assert seconds[0] > 0
     assert sorted(seconds) == seconds
     # Every page is waited for twice: once read, once written.
     assert seconds[1] - seconds[0] > SEQS * 2 * call.model.latency_s
@@ -104,9 +104,9 @@ def test_a_missing_operand_is_named_with_its_shape(target: str) -> None:
 
 def test_an_operand_of_another_length_is_refused() -> None:
     call = Call(load("tpu7x"))
-    with pytest.raises(ScheduleError, match="operand 0 has 3 values; the kernel takes .8., so 8"):
+    with pytest.raises(ScheduleError, match=r"operand 0 has 3 values; the kernel takes .8., so 8"):
         call.walk_kernel(call.kernels[0].name, {0: [1, 2, 3]})
-    with pytest.raises(ScheduleError, match="operand 9 was given; the kernel has .0, 1, 2, 3."):
+    with pytest.raises(ScheduleError, match=r"operand 9 was given; the kernel has .0, 1, 2, 3."):
         call.walk_kernel(call.kernels[0].name, {9: []})
 
 

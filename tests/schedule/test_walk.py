@@ -196,6 +196,8 @@ def test_transfers_inside_the_core_leave_hbm_alone(target: str) -> None:
         ("%s9_s9 = sadd.s32 4294967168, 200", 72),
         ("%s9_s9 = ssub.s32 0, 5", -5),
         ("%s9_s9 = smul.u32 65536, 65537", 65536),
+        ("%s9_s9 = smulhi.u32 3435973837, 10240", 8192),
+        ("%s9_s9 = smulhi.u32 4294967295, 4294967295", -2),
         ("%s9_s9 = sshll.u32 3, 31", -(2**31)),
         ("%s9_s9 = sshll.u32 3, 32", 0),
         ("%s9_s9 = sshrl.u32 4294967295, 28", 15),

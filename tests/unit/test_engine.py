@@ -306,24 +306,29 @@ def test_a_tpu_is_handed_the_very_bytes_of_its_executable(tmp_path: Path, tiny: 
     ((data, devices, options),) = device.handed
     assert data == b"prefill 32"
     assert devices == [device]
-    assert options.device_assignment.serialize() == runtime_assignment(device.id)
+    assert "Computation0{3}" in str(options.device_assignment)
 
 
-def test_an_executable_of_another_build_never_reaches_the_tpu(
-    tmp_path: Path, tiny: Spec, programs: list[Any]
-) -> None:
+def test_an_executable_of_another_build_never_reaches_the_tpu(tmp_path: Path, tiny: Spec, programs: list[Any]) -> None:
     write_bundle(tmp_path / "tiny.rpac", tiny, tpu_programs(programs))
     device: Any = StandInTpu("Built on Oct 22 2026 cl/1004524046")
-    with pytest.raises(TargetError, match=r"'Built on Jun 17 2026 cl/933746096'; this process has 'Built on Oct 22 2026"):
+    with pytest.raises(
+        TargetError, match=r"'Built on Jun 17 2026 cl/933746096'; this process has 'Built on Oct 22 2026"
+    ):
         load(tmp_path / "tiny.rpac", device=device)
     assert device.handed == []
 
 
 def test_a_tpu_target_without_an_executable_is_refused(tmp_path: Path, tiny: Spec, programs: list[Any]) -> None:
-    odd = [dataclasses.replace(one, executable=one.executable if one.kind != "mixed" else None) for one in tpu_programs(programs)]
+    odd = [
+        dataclasses.replace(one, executable=one.executable if one.kind != "mixed" else None)
+        for one in tpu_programs(programs)
+    ]
     write_bundle(tmp_path / "tiny.rpac", tiny, odd)
     device: Any = StandInTpu("Built on Jun 17 2026 cl/933746096")
-    with pytest.raises(TargetError, match="target v6e holds no executable of mixed/8, mixed/32; must hold one of every"):
+    with pytest.raises(
+        TargetError, match="target v6e holds no executable of mixed/8, mixed/32; must hold one of every"
+    ):
         load(tmp_path / "tiny.rpac", device=device)
 
 

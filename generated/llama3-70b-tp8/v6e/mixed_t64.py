@@ -10,7 +10,7 @@ What was specialized:
 - token buckets that use it: 64
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - decode: fetches 4096 tokens at once with 4 buffers, so that DMA latency hides behind 3 blocks in flight; computes 512 tokens at once, so that the scores stay in registers
-- mixed: blocks of 64 queries against 1024 fetched tokens (3 buffers); computes 512 query rows of a head against 512 tokens at once
+- mixed: blocks of 64 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
 - VMEM: 8,925,184 bytes counted, 25,165,824 allowed, 134,217,728 there
 """
 import jax
@@ -145,11 +145,19 @@ def decode_kernel(
             words = rows_as_words(kv[slot, rows])
             kv[slot, rows] = words_as_rows(jnp.where(token_of_word(UNIT) < lax.rem(valid, UNIT), words, jnp.zeros_like(words)))
 
-        def zero(unit, _):
-            kv[slot, pl.ds(pl.multiple_of(unit * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)] = jnp.zeros((UNIT_ROWS, 128), kv.dtype)
-            return 0
+        def zero(units):
+            def one(index, _):
+                rows = units * UNIT_ROWS
+                kv[slot, pl.ds(pl.multiple_of(index * rows, rows), rows)] = jnp.zeros((rows, 128), kv.dtype)
+                return 0
 
-        lax.fori_loop(pl.cdiv(valid, UNIT), pl.cdiv(valid, 512) * 64, zero, 0)
+            return one
+
+        # One unit at a time to where 16 at a time can go on.
+        first = pl.cdiv(valid, UNIT)
+        wide = pl.cdiv(first, 16)
+        lax.fori_loop(first, wide * 16, zero(1), 0)
+        lax.fori_loop(wide, pl.cdiv(valid, 512) * 4, zero(16), 0)
 
     # ---- read KV: one compute tile of 512 tokens, one head at a time
 
@@ -317,7 +325,7 @@ def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distributi
             pltpu.SemaphoreType.DMA((4,)),  # unit_sem: cache writes
             pltpu.SemaphoreType.DMA((4,)),  # out_sem: outputs
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=25165824),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=25165824, disable_bounds_checks=True),
         name="rpa_decode",
     )(kv_lens, page_indices, distribution, queries, keys, values, rows)
 
@@ -553,11 +561,19 @@ def mixed_kernel(
             words = rows_as_words(kv[slot, rows])
             kv[slot, rows] = words_as_rows(jnp.where(token_of_word(UNIT) < lax.rem(valid, UNIT), words, jnp.zeros_like(words)))
 
-        def zero(unit, _):
-            kv[slot, pl.ds(pl.multiple_of(unit * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)] = jnp.zeros((UNIT_ROWS, 128), kv.dtype)
-            return 0
+        def zero(units):
+            def one(index, _):
+                rows = units * UNIT_ROWS
+                kv[slot, pl.ds(pl.multiple_of(index * rows, rows), rows)] = jnp.zeros((rows, 128), kv.dtype)
+                return 0
 
-        lax.fori_loop(pl.cdiv(valid, UNIT), pl.cdiv(valid, 512) * 64, zero, 0)
+            return one
+
+        # One unit at a time to where 16 at a time can go on.
+        first = pl.cdiv(valid, UNIT)
+        wide = pl.cdiv(first, 16)
+        lax.fori_loop(first, wide * 16, zero(1), 0)
+        lax.fori_loop(wide, pl.cdiv(valid, 512) * 4, zero(16), 0)
 
     # ---- read KV: one compute tile of 512 tokens, one head at a time
 
@@ -586,7 +602,7 @@ def mixed_kernel(
         column = lax.broadcasted_iota(jnp.int32, shape, 1)
         return (column >> 1) + (column & 1) * 256
 
-    # ---- flash step: the query rows of one head, 512 at a time, against one tile
+    # ---- flash step: the query rows of one head, 256 at a time, against one tile
 
     def flash_step(slot, tile, head, rows, first_token, first_query, masked):
         scores = lax.dot_general(
@@ -614,8 +630,8 @@ def mixed_kernel(
 
         def all_heads(masked):
             def one_head(head, _):
-                for first in range(0, 512, 512):
-                    flash_step(slot, tile, head, pl.ds(first, 512), first_token, first_query, masked)
+                for first in range(0, 512, 256):
+                    flash_step(slot, tile, head, pl.ds(first, 256), first_token, first_query, masked)
                 return 0
 
             lax.fori_loop(0, KV_HEADS, one_head, 0)
@@ -710,7 +726,7 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
             pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=25165824),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=25165824, disable_bounds_checks=True),
         name="rpa_mixed",
     )(kv_lens, page_indices, cu_q_lens, distribution, queries, keys, values, rows, out)
 

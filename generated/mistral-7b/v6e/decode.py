@@ -138,11 +138,19 @@ def decode_kernel(
     def clear_tail(slot, valid):
         """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
 
-        def zero(unit, _):
-            kv[slot, pl.ds(pl.multiple_of(unit * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)] = jnp.zeros((UNIT_ROWS, 128), kv.dtype)
-            return 0
+        def zero(units):
+            def one(index, _):
+                rows = units * UNIT_ROWS
+                kv[slot, pl.ds(pl.multiple_of(index * rows, rows), rows)] = jnp.zeros((rows, 128), kv.dtype)
+                return 0
 
-        lax.fori_loop(pl.cdiv(valid, UNIT), pl.cdiv(valid, 512) * 512, zero, 0)
+            return one
+
+        # One unit at a time to where 16 at a time can go on.
+        first = pl.cdiv(valid, UNIT)
+        wide = pl.cdiv(first, 16)
+        lax.fori_loop(first, wide * 16, zero(1), 0)
+        lax.fori_loop(wide, pl.cdiv(valid, 512) * 32, zero(16), 0)
 
     # ---- read KV: one compute tile of 512 tokens, one head at a time
 
@@ -310,7 +318,7 @@ def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distributi
             pltpu.SemaphoreType.DMA((4,)),  # unit_sem: cache writes
             pltpu.SemaphoreType.DMA((4,)),  # out_sem: outputs
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=25165824),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=25165824, disable_bounds_checks=True),
         name="rpa_decode",
     )(kv_lens, page_indices, distribution, queries, keys, values, rows)
 

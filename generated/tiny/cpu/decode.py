@@ -101,6 +101,7 @@ def attend_decode(queries, kv_cache, kv_lens, page_indices, num_seqs):
     """One query for each of the sequences [0, num_seqs), row s of `queries`.
 
     Returns `[min(tokens, MAX_SEQS), Q_HEADS, HEAD_DIM]`, zero in the rows past the last sequence.
+
     The KV blocks of all sequences form one list, and a step takes the next DECODE_ITEMS of it, whichever sequences
     they are of: the work is that of the blocks in use, and a step of it is large enough to occupy the cores.
     """

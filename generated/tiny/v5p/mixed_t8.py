@@ -145,11 +145,19 @@ def decode_kernel(
             words = rows_as_words(kv[slot, rows])
             kv[slot, rows] = words_as_rows(jnp.where(token_of_word(UNIT) < lax.rem(valid, UNIT), words, jnp.zeros_like(words)))
 
-        def zero(unit, _):
-            kv[slot, pl.ds(pl.multiple_of(unit * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)] = jnp.zeros((UNIT_ROWS, 128), kv.dtype)
-            return 0
+        def zero(units):
+            def one(index, _):
+                rows = units * UNIT_ROWS
+                kv[slot, pl.ds(pl.multiple_of(index * rows, rows), rows)] = jnp.zeros((rows, 128), kv.dtype)
+                return 0
 
-        lax.fori_loop(pl.cdiv(valid, UNIT), pl.cdiv(valid, 64) * 16, zero, 0)
+            return one
+
+        # One unit at a time to where 16 at a time can go on.
+        first = pl.cdiv(valid, UNIT)
+        wide = pl.cdiv(first, 16)
+        lax.fori_loop(first, wide * 16, zero(1), 0)
+        lax.fori_loop(wide, pl.cdiv(valid, 64) * 1, zero(16), 0)
 
     # ---- read KV: one compute tile of 64 tokens, one head at a time
 
@@ -317,7 +325,7 @@ def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distributi
             pltpu.SemaphoreType.DMA((4,)),  # unit_sem: cache writes
             pltpu.SemaphoreType.DMA((4,)),  # out_sem: outputs
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=16777216),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=16777216, disable_bounds_checks=True),
         name="rpa_decode",
     )(kv_lens, page_indices, distribution, queries, keys, values, rows)
 
@@ -557,11 +565,19 @@ def mixed_kernel(
             words = rows_as_words(kv[slot, rows])
             kv[slot, rows] = words_as_rows(jnp.where(token_of_word(UNIT) < lax.rem(valid, UNIT), words, jnp.zeros_like(words)))
 
-        def zero(unit, _):
-            kv[slot, pl.ds(pl.multiple_of(unit * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)] = jnp.zeros((UNIT_ROWS, 128), kv.dtype)
-            return 0
+        def zero(units):
+            def one(index, _):
+                rows = units * UNIT_ROWS
+                kv[slot, pl.ds(pl.multiple_of(index * rows, rows), rows)] = jnp.zeros((rows, 128), kv.dtype)
+                return 0
 
-        lax.fori_loop(pl.cdiv(valid, UNIT), pl.cdiv(valid, 128) * 32, zero, 0)
+            return one
+
+        # One unit at a time to where 16 at a time can go on.
+        first = pl.cdiv(valid, UNIT)
+        wide = pl.cdiv(first, 16)
+        lax.fori_loop(first, wide * 16, zero(1), 0)
+        lax.fori_loop(wide, pl.cdiv(valid, 128) * 2, zero(16), 0)
 
     # ---- read KV: one compute tile of 128 tokens, one head at a time
 
@@ -714,7 +730,7 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
             pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=16777216),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=16777216, disable_bounds_checks=True),
         name="rpa_mixed",
     )(kv_lens, page_indices, cu_q_lens, distribution, queries, keys, values, rows, out)
 

@@ -1,0 +1,101 @@
+"""The HLO around kernels, the work that a batch needs, and the report of a call."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rpac.errors import ScheduleError
+from rpac.schedule import Call, attention_work
+from rpac.schedule.hlo import parse_module
+
+from .gather import PAGE_BYTES, SEQS
+from .test_fixtures import LENS, TABLE, load
+
+HEAD = "HloModule m\n\nENTRY %main (a: s32[4]) -> s32[4] {\n"
+KERNEL = 'custom-call(%arg, %c, %b), custom_call_target="tpu_custom_call", operand_layout_constraints={}'
+
+
+def module(*lines: str) -> str:
+    return HEAD + "".join(f"  {line}\n" for line in lines) + "}\n"
+
+
+def test_bytes_count_padding_by_tiles_and_leave_vmem_out() -> None:
+    found = parse_module(
+        module(
+            "%a = bf16[3,100]{1,0:T(8,128)(2,1)} parameter(0)",
+            "%b = f32[10]{0:T(128)} parameter(1)",
+            "%c = bf16[3,100]{0,1:T(8,128)(2,1)} copy(%a)",
+            "%d = f32[10]{0:T(128)S(1)} copy(%b)",
+            "%e = (f32[10]{0:T(128)}, u32[]{:S(2)}) fusion(%d, %b), kind=kLoop",
+        )
+    )
+    assert found.traffic(found["c"]) == (8 * 128 * 2, 104 * 128 * 2)
+    assert found.traffic(found["d"]) == (512, 0)
+    assert found.traffic(found["e"]) == (512, 512)
+
+
+def test_an_asynchronous_operation_is_counted_once() -> None:
+    found = parse_module(
+        module(
+            "%a = f32[128]{0:T(128)} parameter(0)",
+            "%s = ((f32[128]{0:T(128)}, token[]), f32[128]{0:T(128)}, u32[]{:S(2)}) call-start(%a, %a)",
+            "%d = f32[128]{0:T(128)} call-done(%s)",
+        )
+    )
+    assert found.traffic(found["d"]) == (0, 0)
+    assert sum(found.traffic(found["s"])) == 1024
+
+
+def test_scalars_of_a_kernel_follow_from_parameters_and_constants() -> None:
+    found = parse_module(
+        module(
+            "%p = s32[4]{0:T(128)} parameter(5)",
+            "%arg = s32[4]{0:T(128)} copy(%p)",
+            "%one = s32[]{:T(128)} constant(-1)",
+            "%c = s32[3]{0:T(128)} broadcast(%one), dimensions={}",
+            "%b = s32[2]{0:T(128)} constant({7, 8})",
+            f"ROOT %k = s32[4]{{0:T(128)}} {KERNEL}",
+        )
+    )
+    kernel = found["k"]
+    assert kernel.is_kernel
+    assert found.scalars(kernel, {5: [1, 2, 3, 4]}) == {0: [1, 2, 3, 4], 1: [-1, -1, -1], 2: [7, 8]}
+    assert found.scalars(kernel, {}) == {1: [-1, -1, -1], 2: [7, 8]}
+
+
+def test_a_kernel_in_a_branch_or_loop_is_refused() -> None:
+    text = f"%inner {{\n  ROOT %k = s32[4]{{0}} {KERNEL}\n}}\n" + module("%a = s32[4]{0} parameter(0)")
+    with pytest.raises(ScheduleError, match="inside a conditional or loop"):
+        parse_module(text)
+
+
+@pytest.mark.parametrize("text", ["", "HloModule m\n", HEAD, HEAD + "  %a = nonsense\n}\n"])
+def test_a_broken_module_is_refused(text: str) -> None:
+    with pytest.raises(ScheduleError):
+        parse_module(text)
+
+
+def test_needed_work_counts_each_pair_that_may_attend() -> None:
+    kv_lens, q_lens, q_heads, kv_heads, head_dim = [9, 1, 30], [3, 1, 30], 4, 2, 128
+    pairs = sum(
+        1 for kv, q in zip(kv_lens, q_lens, strict=True) for i in range(q) for j in range(kv) if j <= kv - q + i
+    )
+    work = attention_work(kv_lens, q_lens, q_heads, kv_heads, head_dim, 2, 2)
+    assert work.flops == 4 * head_dim * q_heads * pairs
+    rows = (40 - 34) + 2 * 34  # cached rows read, new rows read and written
+    assert work.bytes == rows * 2 * kv_heads * head_dim * 2 + 2 * 34 * q_heads * head_dim * 2
+
+
+def test_the_report_is_plain_json_with_its_definitions() -> None:
+    call = Call(load("v6e"))
+    parameters = {LENS: [2] * SEQS, TABLE: list(range(32))}
+    work = attention_work([64] * 4, [1] * 4, 8, 1, 128, 2, 2)
+    report = call.predict(parameters, work)
+    data = json.loads(json.dumps(report.to_json()))
+    assert {"seconds", "kernel_seconds", "mbu", "mfu", "kernels", "xla", "definitions", "compiler"} <= data.keys()
+    assert data["seconds"] == pytest.approx(data["kernel_seconds"] + sum(x["seconds"] for x in data["xla"]))
+    assert data["mbu"] == pytest.approx(work.bytes / data["seconds"] / 1.64e12)
+    assert data["moved_bytes"] >= 2 * 2 * SEQS * PAGE_BYTES
+    assert call.predict(parameters).mbu is None
