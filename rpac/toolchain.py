@@ -20,6 +20,8 @@ JAX_FLAGS = {
     "jax_traceback_in_locations_limit": "0",
 }
 
+# Of JAX, XLA and libtpu: matmul precision, 64-bit mode, compiler flags, another libtpu.
+SETTINGS = ("JAX_", "XLA_", "LIBTPU_", "TPU_")
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
@@ -31,7 +33,11 @@ ENVIRONMENT = {
 
 
 def prepare(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Sets what a compiling process needs. Must run before JAX is imported there."""
+    """Sets what a compiling process needs, and nothing else of the kind: the user's own settings are no part of a
+    cache key, and would change what is built. Must run before JAX is imported there.
+    """
+    for name in [name for name in environment if name.startswith(SETTINGS)]:
+        del environment[name]
     environment.update(ENVIRONMENT)
 
 

@@ -11,6 +11,7 @@ import rpac
 from rpac.cli.build import build, generate
 from rpac.cli.inspect import inspect
 from rpac.cli.plan import plan
+from rpac.cli.predict import predict_command
 from rpac.errors import RpacError
 
 
@@ -36,5 +37,5 @@ def main() -> None:
     """
 
 
-for command in (plan, build, inspect, generate):
+for command in (plan, build, inspect, generate, predict_command):
     main.add_command(command)

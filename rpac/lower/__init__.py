@@ -1,7 +1,7 @@
 """Source -> `jax.export` artifact and TPU executable, in parallel processes, through a content-addressed cache."""
 
-from rpac.lower.cache import Cache, default_cache_dir
+from rpac.lower.cache import Cache
 from rpac.lower.lowered import Lowered, Task, tasks_of
 from rpac.lower.pool import lower_all
 
-__all__ = ["Cache", "Lowered", "Task", "default_cache_dir", "lower_all", "tasks_of"]
+__all__ = ["Cache", "Lowered", "Task", "lower_all", "tasks_of"]

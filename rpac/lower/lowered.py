@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rpac.chip import is_tpu
@@ -32,10 +32,11 @@ class Task:
     def label(self) -> str:
         return f"{self.target} {self.kind} t{self.tokens}"
 
-    def key(self, toolchain: Mapping[str, str]) -> str:
-        """sha256 over everything that decides the result, 64 hex digits."""
+    def key(self, toolchain: Mapping[str, str], result: str = "lowered") -> str:
+        """sha256 over everything that decides a result of this task, 64 hex digits."""
         what = {
             "format": FORMAT,
+            "result": result,
             "target": self.target,
             "kind": self.kind,
             "tokens": self.tokens,
@@ -46,6 +47,17 @@ class Task:
             "toolchain": dict(toolchain),
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """For another process."""
+        return json.dumps({**asdict(self), "source": [self.source.path, self.source.text]})
+
+    @classmethod
+    def from_json(cls, text: str) -> Task:
+        """The inverse of `to_json`."""
+        data = json.loads(text)
+        args = tuple(ArrayDims(name, tuple(shape), dtype) for name, shape, dtype in data["args"])
+        return cls(**{**data, "source": Source(*data["source"]), "args": args})
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 from rpac.errors import CompileError
 from rpac.lower.cache import Cache
@@ -34,7 +35,7 @@ def lower_all(
     if todo:
         workers = min(jobs or os.cpu_count() or 1, len(todo))
         # Spawned, not forked: JAX and libtpu hold threads and locks, and read their environment when first loaded.
-        with ProcessPoolExecutor(workers, get_context("spawn"), prepare) as pool:
+        with ProcessPoolExecutor(workers, get_context("spawn"), _start) as pool:
             futures = {pool.submit(_run, tasks[index], tools): index for index in todo}
             try:
                 for future in as_completed(futures):
@@ -46,6 +47,19 @@ def lower_all(
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     return [done[index] for index in range(len(tasks))]
+
+
+def _start() -> None:
+    prepare()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without it the workers of a killed build would wait for ever for work that nobody can send."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _result(future: Future[Lowered], task: Task) -> Lowered:

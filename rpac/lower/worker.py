@@ -37,34 +37,53 @@ def load_program(source: Source) -> Program:
 
 def lower(task: Task, toolchain: Mapping[str, str]) -> Lowered:
     """Exports a variant and compiles it for its target. Raises CompileError, naming the tile, the need and the limit."""
-    for name, value in JAX_FLAGS.items():
-        jax.config.update(name, int(value) if value.isdigit() else value)
-    # An executable has no argument list but its own: without keep_unused, those it ignores would be missing from it.
-    jitted = jax.jit(load_program(task.source), donate_argnums=KV_CACHE_ARG, keep_unused=True)
+    jitted = _jitted(task)
     with _reported(task):
         if is_tpu(task.target):
             return _lower_tpu(task, toolchain, jitted, chip(task.target))
         return _lower_cpu(task, toolchain, jitted)
 
 
+def compile_only(task: Task) -> None:
+    """Compiles a TPU variant as `lower` does, for what the compiler writes down meanwhile. Raises CompileError."""
+    jitted = _jitted(task)
+    with _reported(task):
+        _compiled(task, jitted, chip(task.target))
+
+
+def _jitted(task: Task) -> Any:
+    for name, value in JAX_FLAGS.items():
+        jax.config.update(name, int(value) if value.isdigit() else value)
+    # An executable has no argument list but its own: without keep_unused, those it ignores would be missing from it.
+    return jax.jit(load_program(task.source), donate_argnums=KV_CACHE_ARG, keep_unused=True)
+
+
+def _compiled(task: Task, jitted: Any, device: Chip) -> tuple[Any, jax.Device]:
+    first = topologies.get_topology_desc(device.topology, "tpu").devices[0]
+    sharding = jax.sharding.SingleDeviceSharding(first)
+    shapes = [jax.ShapeDtypeStruct(dims.shape, dims.dtype, sharding=sharding) for dims in task.args]
+    with target_mesh(device.device_kind):
+        return jitted.trace(*shapes).lower(lowering_platforms=("tpu",)).compile(), first
+
+
+def _shapes(task: Task) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(dims.shape, dims.dtype) for dims in task.args]
+
+
 def _lower_cpu(task: Task, toolchain: Mapping[str, str], jitted: Any) -> Lowered:
-    shapes = [jax.ShapeDtypeStruct(dims.shape, dims.dtype) for dims in task.args]
-    exported = export.export(jitted, platforms=("cpu",))(*shapes)
+    exported = export.export(jitted, platforms=("cpu",))(*_shapes(task))
     facts = {"device_kind": "cpu", "topology": None, "flags": {}, "aliases": {"kv_cache": 1}, "memory": {}}
     return _lowered(task, toolchain, exported, None, **facts)
 
 
 def _lower_tpu(task: Task, toolchain: Mapping[str, str], jitted: Any, device: Chip) -> Lowered:
-    topology = topologies.get_topology_desc(device.topology, "tpu")
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    shapes = [jax.ShapeDtypeStruct(dims.shape, dims.dtype, sharding=sharding) for dims in task.args]
     with target_mesh(device.device_kind):
-        exported = export.export(jitted, platforms=("tpu",))(*[jax.ShapeDtypeStruct(s.shape, s.dtype) for s in shapes])
-        compiled = jitted.trace(*shapes).lower(lowering_platforms=("tpu",)).compile()
+        exported = export.export(jitted, platforms=("tpu",))(*_shapes(task))
+    compiled, first = _compiled(task, jitted, device)
     memory = compiled.memory_analysis()
     return _lowered(
         task,
-        {**toolchain, "libtpu_build": build_string(topology.devices[0].client)},
+        {**toolchain, "libtpu_build": build_string(first.client)},
         exported,
         compiled.runtime_executable().serialize(),
         device_kind=device.device_kind,

@@ -1,0 +1,94 @@
+"""Batches to predict, from the command line's notation, a trace file, or a spec's expected lengths."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rpac.batch import Batch, Limits
+from rpac.errors import BatchError
+
+_DECODE = re.compile(r"(\d+)x(\d+)")
+_PREFILL = re.compile(r"(\d+)x(\d+)/(\d+)")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A batch by its lengths, in tokens: new ones of each sequence, and those it has then (`kv_lens` include them)."""
+
+    label: str
+    q_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+
+    @property
+    def longest(self) -> int:
+        return max(self.kv_lens)
+
+    def batch(self, limits: Limits) -> Batch:
+        """The metadata, on pages of its own for each sequence, in order; as many pages as it takes.
+
+        Raises BatchError or SelectionError where the program's limits do not hold it.
+        """
+        pages = [-(-kv // limits.page_size) for kv in self.kv_lens]
+        firsts = [sum(pages[:row]) for row in range(len(pages))]
+        tables = [list(range(first, first + count)) for first, count in zip(firsts, pages, strict=True)]
+        context = [kv - q for q, kv in zip(self.q_lens, self.kv_lens, strict=True)]
+        # How many pages the cache has does not change what a program does.
+        roomy = replace(limits, num_pages=max(limits.num_pages, sum(pages)))
+        return Batch.build(roomy, list(self.q_lens), context, tables)
+
+
+def parse_decode(text: str) -> Workload:
+    """`64x1024`: 64 sequences with one new token each, the last of 1024. Raises BatchError."""
+    match = _DECODE.fullmatch(text)
+    if match is None or not all(map(int, match.groups())):
+        raise BatchError(f"--decode: found {text!r}; must be SEQUENCESxCONTEXT, such as 64x1024")
+    rows, context = map(int, match.groups())
+    return Workload(f"decode {text}", (1,) * rows, (context,) * rows)
+
+
+def parse_prefill(text: str) -> Workload:
+    """`4x512/4096`: 4 sequences with 512 new tokens each, the last of 4096. Raises BatchError."""
+    match = _PREFILL.fullmatch(text)
+    if match is None or not all(map(int, match.groups())) or int(match[2]) > int(match[3]):
+        raise BatchError(
+            f"--prefill: found {text!r}; must be SEQUENCESxNEW/END with NEW at most END, such as 4x512/4096"
+        )
+    rows, new, end = map(int, match.groups())
+    return Workload(f"prefill {text}", (new,) * rows, (end,) * rows)
+
+
+def read_trace(path: Path) -> Iterator[Workload]:
+    """The batches of a trace: JSON lines `{"q_lens": [...], "kv_lens": [...]}`; `kv_lens` include the new tokens.
+
+    Raises BatchError naming the line.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BatchError(f"{path}: cannot be read ({error}); give a file of JSON lines") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        wanted = f'{path}:{number}: must be {{"q_lens": [...], "kv_lens": [...]}} with as many integers in both'
+        try:
+            row = json.loads(line)
+            q_lens, kv_lens = tuple(row["q_lens"]), tuple(row["kv_lens"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BatchError(f"{wanted}; found {line[:80]!r}") from error
+        sound = all(type(n) is int and n > 0 for n in (*q_lens, *kv_lens)) and len(q_lens) == len(kv_lens) > 0
+        if not sound or any(q > kv for q, kv in zip(q_lens, kv_lens, strict=True)):
+            raise BatchError(f"{wanted}, each above 0 and q at most kv; found {line[:80]!r}")
+        yield Workload(f"{path.name}:{number}", q_lens, kv_lens)
+
+
+def expected(limits: Limits, context_lens: tuple[int, ...]) -> Iterator[Workload]:
+    """What a spec expects: all sequences decoding at each of its lengths, and one chunk prefilled up to it."""
+    for length in context_lens:
+        yield parse_decode(f"{limits.max_num_seqs}x{length}")
+    for length in context_lens:
+        if length >= limits.prefill_chunk:
+            yield parse_prefill(f"1x{limits.prefill_chunk}/{length}")

@@ -1,0 +1,120 @@
+"""The programs of a spec or a bundle on one target, each with its schedule, dumped once and then cached."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rpac.batch import Limits
+from rpac.build import chosen_targets, sources_of
+from rpac.bundle import Variant, read_manifest, verify_bundle
+from rpac.chip import TPU_TARGETS, is_tpu
+from rpac.errors import ScheduleError, TargetError
+from rpac.lower import Task, tasks_of
+from rpac.render import Source
+from rpac.schedule import Call, Dump, dump_command
+from rpac.spec import load_spec
+from rpac.store import Store
+from rpac.toolchain import toolchain
+
+Progress = Callable[[str], None]
+DUMP = "dump.json.gz"
+
+
+@dataclass(frozen=True)
+class Dims:
+    """What the needed bytes and flops follow from."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    q_dtype: str
+    kv_dtype: str
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Every program of one target, by variant; a schedule is dumped when first asked for."""
+
+    name: str
+    target: str
+    dims: Dims
+    limits: Limits
+    context_lens: tuple[int, ...]
+    tasks: Mapping[Variant, Task]
+    store: Store
+    progress: Progress
+    _calls: dict[Variant, Call] = field(default_factory=dict)
+
+    def call(self, variant: Variant) -> Call:
+        """The schedule of a program, ready to walk. Raises ScheduleError where it cannot be compiled or read."""
+        if variant not in self._calls:
+            self._calls[variant] = Call(self._dump(self.tasks[variant]))
+        return self._calls[variant]
+
+    def _dump(self, task: Task) -> Dump:
+        key = task.key(toolchain(), "dump")
+        stored = self.store.read(key)
+        if stored is not None:
+            return Dump(**json.loads(gzip.decompress(stored[DUMP])))
+        self.progress(f"compiling {task.label} for its schedule")
+        with tempfile.TemporaryDirectory(prefix="rpac-task-") as folder:
+            path = Path(folder, "task.json")
+            path.write_text(task.to_json())
+            dump = dump_command([sys.executable, "-m", "rpac.predict.dump_task", str(path)], task.target)
+        self.store.write(key, {DUMP: gzip.compress(json.dumps(asdict(dump)).encode(), 6, mtime=0)})
+        return dump
+
+
+def programs_of(path: Path, target: str, store: Store, progress: Progress = lambda line: None) -> Programs:
+    """The programs that a spec would build for a TPU target, or that a bundle holds for it.
+
+    Raises SpecError, BundleError, PlanError, or TargetError where there is nothing for that target.
+    """
+    if not is_tpu(target):
+        raise TargetError(f"target {target!r} has no schedule to predict from; must be one of {', '.join(TPU_TARGETS)}")
+    return _of_bundle(path, target, store, progress) if path.is_dir() else _of_spec(path, target, store, progress)
+
+
+def _of_spec(path: Path, target: str, store: Store, progress: Progress) -> Programs:
+    spec = load_spec(path)
+    chosen_targets(spec, [target])
+    model = spec.model
+    dims = Dims(model.q_heads, model.kv_heads, model.head_dim, model.q_dtype, model.kv_dtype)
+    tasks = tasks_of(spec, sources_of(spec, [target]))
+    return Programs(
+        spec.name, target, dims, Limits.of(spec), spec.serving.context_lens, _by_variant(tasks), store, progress
+    )
+
+
+def _of_bundle(path: Path, target: str, store: Store, progress: Progress) -> Programs:
+    verify_bundle(path)
+    manifest = read_manifest(path)
+    if target not in manifest.targets:
+        raise TargetError(f"{path}: holds no programs for {target}; it has {', '.join(manifest.targets)}")
+    built = manifest.targets[target].toolchain.get("libtpu")
+    if built != toolchain()["libtpu"]:
+        raise ScheduleError(
+            f"{path}: built with libtpu {built}; this one is {toolchain()['libtpu']} and would schedule it otherwise; "
+            "install the libtpu of the build, or build again"
+        )
+    tasks = []
+    for program in manifest.targets[target].programs:
+        text = (path / "source" / program.source).read_text()
+        variant = program.variant
+        tasks.append(
+            Task(target, variant.kind, variant.tokens, Source(program.source, text), program.plan, program.args)
+        )
+    model = manifest.model
+    dims = Dims(model.q_heads, model.kv_heads, model.head_dim, model.q_dtype, model.kv_dtype)
+    context_lens = load_spec(path / "spec.yaml").serving.context_lens
+    return Programs(manifest.name, target, dims, manifest.limits, context_lens, _by_variant(tasks), store, progress)
+
+
+def _by_variant(tasks: list[Task]) -> dict[Variant, Task]:
+    return {Variant(task.kind, task.tokens): task for task in tasks}  # type: ignore[arg-type]

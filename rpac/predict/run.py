@@ -1,0 +1,80 @@
+"""Predicts batches on programs, and writes down what a prediction rests on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rpac.batch import Batch
+from rpac.bundle import Variant
+from rpac.layout import BITS
+from rpac.predict.batches import Workload
+from rpac.predict.programs import Programs
+from rpac.publish import publish
+from rpac.schedule import CallReport, attention_work
+from rpac.select import select
+
+FIRST_SCALAR = 4  # of a program's arguments; the metadata follows the arrays
+OPERANDS = "operands.json"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One batch on the program that it selects."""
+
+    name: str
+    workload: Workload
+    variant: Variant
+    report: CallReport
+
+    def to_json(self) -> dict[str, Any]:
+        """The report's fields at the top, so that `seconds`, `mbu` and the rest are where one looks."""
+        batch = {
+            "label": self.workload.label,
+            "q_lens": list(self.workload.q_lens),
+            "kv_lens": list(self.workload.kv_lens),
+        }
+        return {"name": self.name, "program": str(self.variant), "batch": batch, **self.report.to_json()}
+
+
+def predict(programs: Programs, workload: Workload) -> Prediction:
+    """Raises BatchError or SelectionError for a batch that the programs do not take, ScheduleError from the walk."""
+    batch = workload.batch(programs.limits)
+    variant = select(programs.tasks, programs.limits, batch.tokens, batch.distribution)
+    dims = programs.dims
+    work = attention_work(
+        workload.kv_lens,
+        workload.q_lens,
+        dims.q_heads,
+        dims.kv_heads,
+        dims.head_dim,
+        BITS[dims.q_dtype] // 8,
+        BITS[dims.kv_dtype] // 8,
+    )
+    report = programs.call(variant).predict(scalars_of(batch), work)
+    return Prediction(programs.name, workload, variant, report)
+
+
+def scalars_of(batch: Batch) -> dict[int, list[int]]:
+    """A batch's metadata by parameter number."""
+    arrays = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+    return {FIRST_SCALAR + index: array.tolist() for index, array in enumerate(arrays)}
+
+
+def emit(programs: Programs, workload: Workload, folder: Path) -> list[str]:
+    """Writes each kernel's schedule as the compiler left it, and its operands; returns the files' names.
+
+    `operands.json`: {"NAME.txt": {"0": [int32, ...], ...}}. Raises OutputError, and then nothing is there.
+    """
+    batch = workload.batch(programs.limits)
+    variant = select(programs.tasks, programs.limits, batch.tokens, batch.distribution)
+    call = programs.call(variant)
+    operands = call.operands(scalars_of(batch))
+    with publish(folder, lambda path: (path / OPERANDS).is_file()) as stage:
+        for name in operands:
+            stage.write(f"{name}.txt", call.dump.schedules[name].encode())
+        values = {f"{name}.txt": {str(index): row for index, row in of.items()} for name, of in operands.items()}
+        stage.write(OPERANDS, json.dumps(values, sort_keys=True).encode())
+    return [*(f"{name}.txt" for name in operands), OPERANDS]
