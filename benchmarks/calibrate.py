@@ -82,8 +82,8 @@ def fit(predictor: Predictor, base: Model) -> tuple[Model, float]:
     def loss(model: Model) -> float:
         return sum(math.log1p(predictor.row(p, model).error) ** 2 for p in points) / len(points)
 
-    clocks = [ghz * 1e9 for ghz in (1.65, 1.70, 1.725, 1.75, 1.775, 1.80, 1.85, 2.2)]
-    latencies = [us * 1e-6 for us in (0.75, 1.0, 1.25, 1.5, 1.75)]
+    clocks = [ghz * 1e9 for ghz in (1.70, 1.73, 1.75, 1.76, 1.77, 1.78, 1.79, 1.82, 2.2)]
+    latencies = [us * 1e-6 for us in (1.0, 1.2, 1.25, 1.3, 1.35, 1.4, 1.45, 1.5, 1.75)]
     models = [dataclasses.replace(base, clock_hz=c, latency_s=s) for c, s in itertools.product(clocks, latencies)]
     best = min(models, key=loss)
     return best, math.sqrt(loss(best))
@@ -158,6 +158,9 @@ def document(
         "worst_known": worst(row for row in rows if row.point.tiles_known),
         "worst_held_known": worst(row for row in rows if row.point.tiles_known and not row.point.fit),
         "worst_decode_unknown": worst(row for row in rows if not row.point.tiles_known and row.point.case == "decode"),
+        "worst_prefill_unknown": worst(
+            row for row in rows if row.point.source == "paper" and row.point.case == "mixed"
+        ),
         "worst_held_decode": worst(
             row for row in rows if row.point.source == "flywheel" and row.point.case == "decode"
         ),

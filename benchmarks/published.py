@@ -74,9 +74,20 @@ def _flywheel_prefill() -> list[Point]:
 def _flywheel_decode() -> list[Point]:
     tried = (None, (1, 4096, 1, 2048), (1, 2048, 1, 2048), (1, 2048, 1, 1024))
     gqa = tuple(_decode_config(32, 4, 256, 128, 16384, 256, tiles) for tiles in tried)
+    mha = (Config("tpu7x", 32, 32, 256, 128, 16384, 128, 128, 16384, None, _SMALL_MIXED),)
+    rows = ((256, 4, 5.148e-3, gqa), (128, 4, 2.574e-3, gqa), (128, 32, 22.43e-3, mha))
     return [
-        Point("flywheel", f"decode {n} x 15K, 32:4 heads, d256", "decode", seconds, (15360,) * n, (1,) * n, gqa, False)
-        for n, seconds in ((256, 5.148e-3), (128, 2.574e-3))
+        Point(
+            "flywheel",
+            f"decode {n} x 15K, 32:{kv} heads, d256",
+            "decode",
+            seconds,
+            (15360,) * n,
+            (1,) * n,
+            configs,
+            False,
+        )
+        for n, kv, seconds, configs in rows
     ]
 
 
@@ -106,7 +117,8 @@ def _paper_decode() -> list[Point]:
             # Each TensorCore has half of the 128 sequences.
             lens, ones = (context,) * 64, (1,) * 64
             label = f"decode 128 x {context}, 32:8 heads, d{head_dim}"
-            points.append(Point("paper", label, "decode", time * 1e-6, lens, ones, configs, False))
+            # At 512 a sequence is one block or two, whatever the tiles, and the wait for it is all there is.
+            points.append(Point("paper", label, "decode", time * 1e-6, lens, ones, configs, False, context == 512))
     return points
 
 

@@ -35,7 +35,7 @@ WITNESSES = (
         "TPU7x: fetch more than is computed at once",
         "tpu-inference pull request 3102: RPA v3's default computes the whole fetched block (up to 16,384 tokens); fetching "
         "16,384 and computing 4,096 at a time raised decode throughput of a served model by 49% (64,929 to 96,273 "
-        "tokens/s), the best of a sweep whose curve turns down on both sides. Its recipe (pull request 3165) names the model:\n"
+        "tokens/s), the best of a sweep whose curve turns down on both sides. Its recipe (pull request 3165) names the model: "
         "Qwen3-0.6B over 4 devices, so 4 query and 2 KV heads a device, responses of up to 8,192 tokens. The walk assumes "
         "128 sequences, pages of 128 and a limit of 10,240 tokens.",
         "tpu7x",

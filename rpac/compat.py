@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import source_info_util
+from jax._src import dispatch, source_info_util
 from jax._src.mesh import AbstractDevice
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax._src.pallas.mosaic.interpret import race_detection_state
@@ -51,6 +51,12 @@ def set_dma_mode(params: pltpu.InterpretParams, mode: str) -> None:
     JAX reads the mode when a kernel starts, not when it is traced: one compile, which takes longer than a run, does for both.
     """
     object.__setattr__(params, "dma_execution_mode", mode)
+
+
+def reset_interpreter() -> None:
+    """Makes the interpreter fit to run again after a kernel raised in it."""
+    pltpu.reset_tpu_interpret_mode_state()
+    dispatch.runtime_tokens.clear()  # of effects in order: with the failed one left there, every later run fails with it
 
 
 @contextlib.contextmanager
@@ -129,9 +135,8 @@ class _Accesses:
     def add(self, ticks: NDArray[np.int32], where: Any, place: str) -> None:
         count = len(self._places)
         if count == len(self._clocks):
-            grown = np.zeros((max(64, 2 * count), len(ticks)), np.int32)
-            grown[:count] = self._clocks[:count]
-            self._clocks = grown
+            more = np.zeros((max(64, count), len(ticks)), np.int32)
+            self._clocks = np.concatenate([self._clocks, more]) if count else more
         self._clocks[count] = ticks
         self._places.append((where, place))
 

@@ -16,11 +16,13 @@ import rpac
 from rpac.chip import is_tpu
 from rpac.layout import align, packing
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, KernelPlan, RowDims
-from rpac.plan.tiles import XlaTiles
+from rpac.plan.tiles import SUBLANES, XlaTiles
 from rpac.spec import Model, Spec
 
 MASKED = -2.0e38
 CLEAR_UNITS = 16  # zeroed by one turn of a loop: enough to hide what the turn itself costs
+SPLIT_ROWS = 512  # bfloat16 rows that are split into K and V in one turn of a loop: 32 registers
+SORT_TOKENS = 16  # tokens of a query block that one turn of a loop moves; divides every query block
 HEADER_END = '"""\n'
 
 
@@ -82,8 +84,8 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "q_heads": model.q_heads,
         "kv_heads": model.kv_heads,
         "group": model.group,
-        "group_rows": align(model.group, 8),
-        "q_stride": align(model.q_heads, 8),
+        "group_rows": align(model.group, SUBLANES),
+        "q_stride": align(model.q_heads, SUBLANES),
         "head_dim": model.head_dim,
         "q_jnp": f"jnp.{model.q_dtype}",
         "kv_dtype": model.kv_dtype,
@@ -91,7 +93,6 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "word_dtype": {16: "uint16", 32: "uint32"}[32 // packing(model.kv_dtype)],
         "packing": packing(model.kv_dtype),
         # Without it a float32 product would be made of bfloat16 ones.
-        "precision_arg": " precision=lax.Precision.HIGHEST," if highest else "",
         "precision_tail": ", precision=lax.Precision.HIGHEST" if highest else "",
         "sm_scale": repr(model.sm_scale),
         "score_scale": repr(model.sm_scale * math.log2(math.e)),
@@ -128,19 +129,31 @@ def _tile_context(spec: Spec, tiles: DecodeTiles | BlockTiles | XlaTiles | None)
     if isinstance(tiles, XlaTiles):
         return context
     rows = RowDims.of(spec.model)
+    half_rows = tiles.tile // 2 * rows.token_rows
+    split_rows = math.gcd(half_rows, SPLIT_ROWS)
     clear_units = math.gcd(tiles.tile // rows.unit, CLEAR_UNITS)
     context |= {
         "half_tile": tiles.tile // 2,
-        "half_tile_rows": tiles.tile // 2 * rows.token_rows,
+        "half_tile_rows": half_rows,
+        "split_rows": split_rows,
+        "split_words": split_rows // 2,
+        "splits": half_rows // split_rows,
         "tile_rows": tiles.tile * rows.token_rows,
         "clear_units": clear_units,
         "clears_per_tile": tiles.tile // (rows.unit * clear_units),
         "buffers_declared": [_declared(buffer) for buffer in tiles.scratch(spec.model, page)],
     }
+    if isinstance(tiles, DecodeTiles):
+        context |= {
+            "groups": spec.model.kv_heads // tiles.pair,
+            "pair_rows": tiles.pair * align(spec.model.group, SUBLANES),
+        }
     if isinstance(tiles, BlockTiles):
         context |= {
             "q_rows": spec.model.group * tiles.q_block,
-            "token_heads": spec.model.q_heads * tiles.q_block,
+            "sort_tokens": SORT_TOKENS,
+            "sort_rows": SORT_TOKENS * spec.model.q_heads,
+            "sort_pieces": tiles.q_block // SORT_TOKENS,
             "merge_rows": tiles.merge_tokens * rows.token_rows,
         }
     return context

@@ -7,15 +7,17 @@ export is traced and compiled here. Raises TargetError where the runtime refuses
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax import export
 from jax.extend.backend import get_compile_options
 
-from rpac.bundle import Program
 from rpac.errors import BundleError, TargetError
+
+if TYPE_CHECKING:
+    from rpac.bundle import Program
 
 Run = Callable[[Sequence[Any]], tuple[jax.Array, jax.Array]]
 

@@ -17,12 +17,15 @@ from pathlib import Path
 DIGESTS = "sha256.json"
 
 
-def default_cache_dir() -> Path:
-    """`$RPAC_CACHE`, or `rpac` in the user's cache folder."""
+def default_cache_dir() -> Path | None:
+    """`$RPAC_CACHE`, or `rpac` in the user's cache folder; None for a user who has no home."""
     given = os.environ.get("RPAC_CACHE")
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rpac"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rpac"
+    except RuntimeError:
+        return None
 
 
 class Store:
@@ -39,12 +42,8 @@ class Store:
         try:
             digests = json.loads((folder / DIGESTS).read_text())
             return {name: _hashed(folder / name, digest) for name, digest in digests.items()}
-        except FileNotFoundError as error:
-            if Path(error.filename).name != DIGESTS:
-                self.drop(key)
-            return None
         except (OSError, ValueError, AttributeError, TypeError):
-            self.drop(key)
+            self.drop(key)  # also where only a part is missing: what is left would keep a new entry from its place
             return None
 
     def write(self, key: str, files: Mapping[str, bytes]) -> None:

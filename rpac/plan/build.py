@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeAlias, TypeVar
@@ -18,7 +19,11 @@ FETCH_BYTES = 2 * MIB  # of a decode block: long enough a DMA to hide its start,
 SMEM_RESERVE = 64 << 10  # for what the compiler keeps there itself
 VMEM_HEADROOM = 8 * MIB  # above what we count, for values that the compiler spills
 MERGE_TOKENS = 16
+WRITES = 4  # outputs and cache rows of sequences that may still be on their way
 MIN_Q_BLOCK = 16
+# A mixed batch has short sequences too, and a block is computed whole.
+Q_BLOCKS = {"prefill": (256, 128, 64, 32, MIN_Q_BLOCK), "mixed": (128, 64, 32, MIN_Q_BLOCK)}
+STEP_ROWS = 1024  # query rows of a flash step: enough independent ones to fill the chain of MXU, exp2 and MXU
 INT32_BYTES = 4
 
 Tiles: TypeAlias = DecodeTiles | BlockTiles
@@ -88,7 +93,7 @@ def _plan_xla(spec: Spec, target: str, kind: str) -> KernelPlan:
 
 
 def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
-    decode = _fit(spec, device, _decode_choices(spec, tokens)) if kind != "prefill" else None
+    decode = _fit(spec, device, _decode_choices(spec, device, tokens)) if kind != "prefill" else None
     block = _fit(spec, device, _block_choices(spec, kind, tokens)) if kind != "decode" else None
     need = max(vmem_need(spec, tiles) for tiles in (decode, block) if tiles is not None)
     limit = min(align(need, VMEM_HEADROOM) + VMEM_HEADROOM, _vmem_usable(device))
@@ -122,20 +127,22 @@ def _fit(spec: Spec, device: Chip, choices: Iterator[AnyTiles]) -> AnyTiles:
     )
 
 
-def _decode_choices(spec: Spec, tokens: int) -> Iterator[DecodeTiles]:
+def _decode_choices(spec: Spec, device: Chip, tokens: int) -> Iterator[DecodeTiles]:
     """From the tiles that the chip is kept busy with down to the smallest that work."""
     model, serving = spec.model, spec.serving
     token_bytes = nbytes((RowDims.of(model).token_rows, 128), model.kv_dtype)
     most = power_of_two_from(serving.max_model_len)
-    # One flash step's scores should stay in registers: kv_heads * 8 rows of `tile` float32.
-    tile = min(power_of_two_to(4096 // model.kv_heads), 512, power_of_two_from(min(serving.context_lens)), most)
-    block = min(power_of_two_to(FETCH_BYTES // token_bytes), most)
+    # As long a tile as pays, for a step's chain of MXU, softmax and MXU is paid once a tile; but computed whole, so no
+    # longer than the sequences, and with scores (kv_heads * 8 rows of `tile` float32) that do not fill the registers.
+    tile = min(power_of_two_to(8192 // model.kv_heads), 1024, power_of_two_from(min(serving.context_lens)), most)
+    block = max(min(power_of_two_to(FETCH_BYTES // token_bytes), most), tile)
     loaded = min(tokens, serving.max_num_seqs)
+    pair = math.gcd(model.kv_heads, max(device.mxu_size // model.head_dim, 1))
     for buffers in (4, 3, 2):
         size = block
         while True:
             size = max(size, serving.page_size)
-            yield DecodeTiles(block=size, tile=min(tile, size), buffers=buffers, writes=4, loaded=loaded)
+            yield DecodeTiles(size, min(tile, size), pair, buffers, WRITES, loaded)
             if size == serving.page_size:
                 break
             size //= 2
@@ -146,7 +153,7 @@ def _block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[BlockTiles]:
     model, serving = spec.model, spec.serving
     most = power_of_two_from(serving.max_model_len)
     new_tokens = min(tokens, serving.page_size)
-    for q_block in (128, 64, 32, MIN_Q_BLOCK):
+    for q_block in Q_BLOCKS[kind]:
         if kind == "prefill":
             if serving.prefill_chunk % q_block:
                 continue
@@ -155,7 +162,9 @@ def _block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[BlockTiles]:
             q_block = min(q_block, max(power_of_two_from(tokens), MIN_Q_BLOCK))
             copy_sizes = tuple(1 << bit for bit in reversed(range(power_of_two_to(min(q_block, tokens)).bit_length())))
         rows = model.group * q_block
-        step_rows = next(step for step in (256, 128, 64, 32, 16, rows) if rows % step == 0)
+        step_rows = next(
+            rows // parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= STEP_ROWS
+        )
         for block in (1024, 512, 256, serving.page_size):
             block = max(min(block, most), serving.page_size)
             tile = min(512, block)

@@ -62,10 +62,14 @@ class Buffer:
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """Tiles of a decode kernel, in tokens: `block` is fetched at once, `tile` is computed at once."""
+    """Tiles of a decode kernel, in tokens: `block` is fetched at once, `tile` is computed at once.
+
+    `pair` KV heads share a matrix product, side by side: as many as fill the width of the MXU.
+    """
 
     block: int
     tile: int
+    pair: int
     buffers: int
     writes: int
     loaded: int
@@ -85,7 +89,7 @@ class DecodeTiles:
                 "packed", (rows.unit * rows.packed_rows, LANES), word_dtype(model), "a new token in the cache's form"
             ),
             Buffer("unit_out", (self.writes, rows.unit_rows, LANES), model.kv_dtype, "rows on their way to the cache"),
-            Buffer("q_rows", (query_rows, model.head_dim), "float32", "queries of one sequence by KV head"),
+            Buffer("q_rows", (query_rows, self.pair * model.head_dim), "float32", "queries of one sequence by KV head"),
             Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (query_rows, model.head_dim), "float32", "running output"),

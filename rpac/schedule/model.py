@@ -42,10 +42,10 @@ class Model:
         return seconds * self.clock_hz
 
 
-_CLOCK_HZ: Final = {"tpu7x": 1.75e9, "v6e": 1.75e9, "v5p": 1.75e9, "v5e": 1.5e9}
+_CLOCK_HZ: Final = {"tpu7x": 1.77e9, "v6e": 1.75e9, "v5p": 1.75e9, "v5e": 1.5e9}
 """Fitted for tpu7x (nominally 2.2 GHz). For the others, peak flop/s over multiply-adds a cycle."""
 
-_LATENCY_S: Final = 1.25e-6
+_LATENCY_S: Final = 1.45e-6
 _LOCAL_LATENCY_S: Final = 0.5e-6
 _FITTED: Final = "tpu7x"
 
@@ -66,7 +66,7 @@ def model_of(target: str) -> Model:
             ("clock_hz", "fitted" if fitted else "nominal"),
             ("hbm_bytes_per_s", "nominal"),
             ("latency_s", "fitted" if fitted else "assumed"),
-            ("setup_s", "fitted" if fitted else "assumed"),
+            ("setup_s", "assumed"),
             ("local_latency_s", "assumed"),
         ),
     )

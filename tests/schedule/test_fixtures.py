@@ -7,13 +7,15 @@ import json
 import random
 import re
 
+import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from rpac.errors import ScheduleError
 from rpac.schedule import Call, Dump, parse_schedule
 from rpac.schedule.isa import GENERATIONS
 
-from .gather import FIXTURES, PAGE_BYTES, PAGES, PAGES_PER_SEQ, SEQS, TARGETS
+from .gather import FIXTURES, PAGE_BYTES, PAGES, PAGES_PER_SEQ, SEQS, TARGETS, gather
 
 each_target = pytest.mark.parametrize("target", TARGETS)
 LENS, TABLE, CACHE, OUT = 0, 1, 2, 3
@@ -127,3 +129,23 @@ def test_a_file_that_lost_a_line_is_refused(target: str) -> None:
     for lost in bundles[:-1:7]:
         with pytest.raises(ScheduleError):
             parse_schedule("\n".join(lines[:lost] + lines[lost + 1 :]), target)
+
+
+@each_target
+def test_the_walk_moves_the_pages_that_an_interpreted_run_copies(target: str) -> None:
+    """The interpreter executes the kernel's own DMAs on real data: each page that it copied is a transfer of the walk."""
+    lens, table = random_batch(3)
+    cache = np.arange(PAGES, dtype=np.float32)[:, None, None] * np.ones((1, PAGE_BYTES // 512, 128), np.float32) + 1
+    out = np.asarray(
+        gather(np.int32(lens), np.int32(table), cache, interpret=pltpu.InterpretParams(uninitialized_memory="nan"))
+    )
+    copied = {(int(out[s, p, 0, 0]) - 1, s * PAGES_PER_SEQ + p) for s in range(SEQS) for p in range(lens[s])}
+    call = Call(load(target))
+    name = call.kernels[0].name
+    done = call.walk_kernel(name, call.operands({LENS: lens, TABLE: table})[name], trace=True)
+    moved = [t for t in done.transfers if t.operand in (CACHE, OUT)]
+    reads = sorted(t.offset // PAGE_BYTES for t in moved if t.operand == CACHE)
+    writes = sorted(t.offset // PAGE_BYTES for t in moved if t.operand == OUT)
+    assert reads == sorted(page for page, _ in copied)
+    assert writes == sorted(place for _, place in copied)
+    assert np.isnan(out).sum() == (SEQS * PAGES_PER_SEQ - len(writes)) * PAGE_BYTES // 4

@@ -9,9 +9,9 @@ What was specialized:
 - pages of 128 tokens, 64 a sequence, up to 64 sequences
 - token buckets that use it: 256, 1024, 2048
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
-- decode: fetches 512 tokens at once with 4 buffers, so that DMA latency hides behind 3 blocks in flight; computes 512 tokens at once, so that the scores stay in registers
-- mixed: blocks of 128 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
-- VMEM: 35,717,120 bytes counted, 50,331,648 allowed, 67,108,864 there
+- decode: fetches 1024 tokens at once with 4 buffers, so that DMA latency hides behind 3 blocks in flight; computes 1024 tokens at once, so that the scores stay in registers
+- mixed: blocks of 128 queries against 1024 fetched tokens (3 buffers); computes 512 query rows of a head against 512 tokens at once
+- VMEM: 36,765,696 bytes counted, 50,331,648 allowed, 67,108,864 there
 """
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,17 @@ def token_of_word(tokens):
     return lax.broadcasted_iota(jnp.int32, (tokens * 8, 128), 0) // 8
 
 
+def widen(rows, lanes):
+    """Rows that hold one value in all 128 lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
+    return jnp.concatenate([rows] * (lanes // 128), axis=1)
+
+
+def products(rows, matrix, contracted):
+    """`rows` times `matrix` along its dimension `contracted`, in float32."""
+    dims = (((1,), (contracted,)), ((), ()))
+    return lax.dot_general(rows, matrix, dims, preferred_element_type=jnp.float32)
+
+
 def decode_kernel(
     # scalars in SMEM
     kv_lens, page_indices, distribution,
@@ -86,10 +97,10 @@ def decode_kernel(
     """
     num_seqs = distribution[0]
 
-    # ---- fetch KV: whole pages, into one of 4 buffers of 512 tokens
+    # ---- fetch KV: whole pages, into one of 4 buffers of 1024 tokens
 
     def page_copy(seq, block, slot, page):
-        physical = page_indices[seq * PAGES_PER_SEQ + block * 4 + page]
+        physical = page_indices[seq * PAGES_PER_SEQ + block * 8 + page]
         rows = pl.ds(page * PAGE_ROWS, PAGE_ROWS)
         return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, rows], kv_sem.at[slot])
 
@@ -98,11 +109,11 @@ def decode_kernel(
             act(page_copy(seq, block, slot, page))
             return 0
 
-        pages = jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 4, 4)
+        pages = jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
         lax.fori_loop(0, pages, one, 0)
 
     def advance(seq, block):
-        last = (block + 1) * 512 >= kv_lens[seq]
+        last = (block + 1) * 1024 >= kv_lens[seq]
         return jnp.where(last, seq + 1, seq), jnp.where(last, 0, block + 1)
 
     def fetch_ahead(step, seq, block):
@@ -127,7 +138,7 @@ def decode_kernel(
         def _():
             unit_copy(seq - 4).wait()
 
-        token = kv_lens[seq] - 1 - block * 512
+        token = kv_lens[seq] - 1 - block * 1024
         rows = pl.ds(pl.multiple_of(token // UNIT * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
         pack_token(new_keys[seq], new_values[seq], packed, 0)
         words = packed[...]
@@ -150,23 +161,31 @@ def decode_kernel(
         first = pl.cdiv(valid, UNIT)
         wide = pl.cdiv(first, 16)
         lax.fori_loop(first, wide * 16, zero(1), 0)
-        lax.fori_loop(wide, pl.cdiv(valid, 512) * 32, zero(16), 0)
+        lax.fori_loop(wide, pl.cdiv(valid, 1024) * 64, zero(16), 0)
 
-    # ---- read KV: one compute tile of 512 tokens, one head at a time
+    # ---- read KV: one compute tile of 1024 tokens, one head at a time
 
     def separate(slot, tile):
-        """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 256 in its high."""
-        rows = 4096
-        first = pl.multiple_of(tile * (2 * rows), 2 * rows)
-        low = rows_as_words(kv[slot, pl.ds(first, rows)])
-        high = rows_as_words(kv[slot, pl.ds(first + rows, rows)])
+        """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 512 in its high."""
+        first = tile * 16384
         half = jnp.uint32(0xFFFF)
-        k_words[...] = (low & half) | (high << 16)
-        v_words[...] = (low >> 16) | (high & ~half)
+
+        def split(piece, _):  # few enough rows at a time to stay in registers
+            start = piece * 512
+            lower = pl.multiple_of(first + start, 512)
+            upper = pl.multiple_of(first + 8192 + start, 512)
+            low = rows_as_words(kv[slot, pl.ds(lower, 512)])
+            high = rows_as_words(kv[slot, pl.ds(upper, 512)])
+            words = pl.ds(pl.multiple_of(piece * 256, 256), 256)
+            k_words[words] = (low & half) | (high << 16)
+            v_words[words] = (low >> 16) | (high & ~half)
+            return 0
+
+        lax.fori_loop(0, 16, split, 0)
 
     def head_of(words, head):
-        """`[512, HEAD_DIM]` of one head, in the order of `tile_tokens`."""
-        return words_as_rows(words[pl.ds(head, 256, stride=8), :])
+        """`[1024, HEAD_DIM]` of one head, in the order of `tile_tokens`."""
+        return words_as_rows(words[pl.ds(head, 512, stride=8), :])
 
     def head_keys(slot, tile, head):
         return head_of(k_words, head)
@@ -177,7 +196,7 @@ def decode_kernel(
     def tile_tokens(shape):
         """The token of each column of a score: the halves of the words, interleaved."""
         column = lax.broadcasted_iota(jnp.int32, shape, 1)
-        return (column >> 1) + (column & 1) * 256
+        return (column >> 1) + (column & 1) * 512
 
     # ---- flash step: every KV head's 8 query rows against one tile, under one softmax
 
@@ -187,31 +206,26 @@ def decode_kernel(
     def flash_step(slot, tile, valid):
         separate(slot, tile)
         scores = [
-            lax.dot_general(
-                q_rows[heads(head)].astype(jnp.bfloat16), head_keys(slot, tile, head), (((1,), (1,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
-            for head in range(KV_HEADS)
-        ]  # fmt: skip
+            products(q_rows[heads(head)].astype(jnp.bfloat16), head_keys(slot, tile, head), 1) for head in range(KV_HEADS)
+        ]
         scores = jnp.concatenate(scores, axis=0) * SCORE_SCALE
-        scores = jnp.where(tile * 512 + tile_tokens(scores.shape) < valid, scores, MASKED)
+        scores = jnp.where(tile * 1024 + tile_tokens(scores.shape) < valid, scores, MASKED)
         old_max = row_max[...]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - new_max[:, :1])
+        weights = jnp.exp2(scores - widen(new_max, 1024))
         rescale = jnp.exp2(old_max - new_max)
         row_max[...] = new_max
         row_sum[...] = rescale * row_sum[...] + jnp.sum(weights, axis=1, keepdims=True)
         weights = weights.astype(jnp.bfloat16)
         for head in range(KV_HEADS):
-            part = jnp.dot(
-                weights[heads(head)], head_values(slot, tile, head), preferred_element_type=jnp.float32
-            )
-            acc[heads(head)] = rescale[heads(head), :1] * acc[heads(head)] + part
+            part = products(weights[heads(head)], head_values(slot, tile, head), 0)
+            acc[heads(head)] = widen(rescale[heads(head)], HEAD_DIM) * acc[heads(head)] + part
 
     def begin(seq):
         queries = q_all[seq].astype(jnp.float32)
         for head in range(KV_HEADS):
-            q_rows[head * 8 : head * 8 + GROUP] = queries[head * GROUP : (head + 1) * GROUP]
+            rows = slice(head * 8, head * 8 + GROUP)
+            q_rows[rows] = queries[head * GROUP : (head + 1) * GROUP]
         row_max[...] = jnp.full_like(row_max, MASKED)
         row_sum[...] = jnp.zeros_like(row_sum)
         acc[...] = jnp.zeros_like(acc)
@@ -227,7 +241,7 @@ def decode_kernel(
         def _():
             out_copy(seq - 4).wait()
 
-        out = (acc[...] / row_sum[:, :1]).astype(out_rows.dtype)
+        out = (acc[...] / widen(row_sum[...], HEAD_DIM)).astype(out_rows.dtype)
         for head in range(KV_HEADS):
             rows = out[head * 8 : head * 8 + GROUP]
             out_rows[lax.rem(seq, 4), head * GROUP : (head + 1) * GROUP] = rows
@@ -254,8 +268,8 @@ def decode_kernel(
             ahead = fetch_ahead(step + 3, *ahead)
             slot = lax.rem(step, 4)
             kv_len = kv_lens[seq]
-            valid = jnp.minimum(kv_len - block * 512, 512)
-            last = (block + 1) * 512 >= kv_len
+            valid = jnp.minimum(kv_len - block * 1024, 1024)
+            last = (block + 1) * 1024 >= kv_len
 
             @pl.when(block == 0)
             def _():
@@ -272,7 +286,7 @@ def decode_kernel(
                 flash_step(slot, tile, valid)
                 return 0
 
-            lax.fori_loop(0, pl.cdiv(valid, 512), one_tile, 0)
+            lax.fori_loop(0, pl.cdiv(valid, 1024), one_tile, 0)
 
             @pl.when(last)
             def _():
@@ -300,9 +314,9 @@ def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distributi
         out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
         input_output_aliases={6: 1},
         scratch_shapes=[
-            pltpu.VMEM((4, 8192, 128), jnp.bfloat16),  # kv: fetched blocks
-            pltpu.VMEM((2048, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
-            pltpu.VMEM((2048, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
+            pltpu.VMEM((4, 16384, 128), jnp.bfloat16),  # kv: fetched blocks
+            pltpu.VMEM((4096, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
+            pltpu.VMEM((4096, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
             pltpu.VMEM((64, 32, 128), jnp.bfloat16),  # q_all: queries of every sequence
             pltpu.VMEM((64, 8, 128), jnp.bfloat16),  # new_keys: new keys of every sequence
             pltpu.VMEM((64, 8, 128), jnp.bfloat16),  # new_values: new values of every sequence
@@ -524,26 +538,56 @@ def mixed_kernel(
 
         block_copies(seq, block, make, act)
 
+    def loop(count, body):
+        """Runs `body(index)` for each index below `count`, as one piece of code."""
+
+        def turn(index, _):
+            body(index)
+            return 0
+
+        lax.fori_loop(0, count, turn, 0)
+
     def begin(slot):
         """Sorts a query block by head, `[KV_HEADS, GROUP * 128, HEAD_DIM]`, and clears the running state."""
-        queries = q_in[slot].astype(jnp.float32).reshape(4096, HEAD_DIM)
-        by_token[...] = queries
-        for head in range(Q_HEADS):
+
+        def spread(piece):
+            tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
+            rows = pl.ds(pl.multiple_of(piece * 512, 512), 512)
+            queries = q_in[slot, tokens].astype(jnp.float32).reshape(512, HEAD_DIM)
+            by_token[rows] = queries
+
+        def sort(head):
+            rows = head_rows(head)
             strided = pl.ds(head, 128, stride=32)
-            rows = pl.ds(head % GROUP * 128, 128)
             q_rows[head // GROUP, rows] = by_token[strided, :].astype(q_rows.dtype)
-        row_max[...] = jnp.full_like(row_max, MASKED)
-        row_sum[...] = jnp.zeros_like(row_sum)
-        acc[...] = jnp.zeros_like(acc)
+            row_max[head // GROUP, rows] = jnp.full((128, 128), MASKED)
+            row_sum[head // GROUP, rows] = jnp.zeros((128, 128))
+            acc[head // GROUP, rows] = jnp.zeros((128, HEAD_DIM))
+
+        loop(8, spread)
+        loop(Q_HEADS, sort)
+
+    def head_rows(head):
+        """Where one query head's tokens are among the rows of its KV head."""
+        return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * 128, 128), 128)
 
     def finish(slot):
-        for head in range(Q_HEADS):
+        """Puts a block's output back in the order of its tokens."""
+
+        def unsort(head):
+            rows = head_rows(head)
             strided = pl.ds(head, 128, stride=32)
-            rows = pl.ds(head % GROUP * 128, 128)
-            out = acc[head // GROUP, rows] / row_sum[head // GROUP, rows, :1]
+            out = acc[head // GROUP, rows] / widen(row_sum[head // GROUP, rows], HEAD_DIM)
             by_token[strided, :] = out
-        out = by_token[...]
-        out_rows[slot] = out.reshape(128, Q_HEADS, HEAD_DIM).astype(out_rows.dtype)
+
+        def gather(piece):
+            tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
+            rows = pl.ds(pl.multiple_of(piece * 512, 512), 512)
+            out = by_token[rows]
+            out_rows[slot, tokens] = out.reshape(16, Q_HEADS, HEAD_DIM).astype(out_rows.dtype)
+
+        loop(Q_HEADS, unsort)
+        loop(8, gather)
 
     def clear_tail(slot, valid):
         """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
@@ -566,13 +610,21 @@ def mixed_kernel(
 
     def separate(slot, tile):
         """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 256 in its high."""
-        rows = 4096
-        first = pl.multiple_of(tile * (2 * rows), 2 * rows)
-        low = rows_as_words(kv[slot, pl.ds(first, rows)])
-        high = rows_as_words(kv[slot, pl.ds(first + rows, rows)])
+        first = tile * 8192
         half = jnp.uint32(0xFFFF)
-        k_words[...] = (low & half) | (high << 16)
-        v_words[...] = (low >> 16) | (high & ~half)
+
+        def split(piece, _):  # few enough rows at a time to stay in registers
+            start = piece * 512
+            lower = pl.multiple_of(first + start, 512)
+            upper = pl.multiple_of(first + 4096 + start, 512)
+            low = rows_as_words(kv[slot, pl.ds(lower, 512)])
+            high = rows_as_words(kv[slot, pl.ds(upper, 512)])
+            words = pl.ds(pl.multiple_of(piece * 256, 256), 256)
+            k_words[words] = (low & half) | (high << 16)
+            v_words[words] = (low >> 16) | (high & ~half)
+            return 0
+
+        lax.fori_loop(0, 8, split, 0)
 
     def head_of(words, head):
         """`[512, HEAD_DIM]` of one head, in the order of `tile_tokens`."""
@@ -589,13 +641,10 @@ def mixed_kernel(
         column = lax.broadcasted_iota(jnp.int32, shape, 1)
         return (column >> 1) + (column & 1) * 256
 
-    # ---- flash step: the query rows of one head, 256 at a time, against one tile
+    # ---- flash step: the query rows of one head, 512 at a time, against one tile
 
     def flash_step(slot, tile, head, rows, first_token, first_query, masked):
-        scores = lax.dot_general(
-            q_rows[head, rows], head_keys(slot, tile, head), (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        scores = products(q_rows[head, rows], head_keys(slot, tile, head), 1)
         scores = scores * SCORE_SCALE
         if masked:
             row = rows.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
@@ -603,22 +652,20 @@ def mixed_kernel(
             scores = jnp.where(first_token + tile_tokens(scores.shape) <= query, scores, MASKED)
         old_max = row_max[head, rows]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - new_max[:, :1])
+        weights = jnp.exp2(scores - widen(new_max, 512))
         rescale = jnp.exp2(old_max - new_max)
         row_max[head, rows] = new_max
         row_sum[head, rows] = rescale * row_sum[head, rows] + jnp.sum(weights, axis=1, keepdims=True)
-        part = jnp.dot(
-            weights.astype(jnp.bfloat16), head_values(slot, tile, head), preferred_element_type=jnp.float32
-        )
-        acc[head, rows] = rescale[:, :1] * acc[head, rows] + part
+        part = products(weights.astype(jnp.bfloat16), head_values(slot, tile, head), 0)
+        acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part
 
     def flash_tile(slot, tile, first_token, first_query):
         separate(slot, tile)
 
         def all_heads(masked):
             def one_head(head, _):
-                for first in range(0, 512, 256):
-                    flash_step(slot, tile, head, pl.ds(first, 256), first_token, first_query, masked)
+                for first in range(0, 512, 512):
+                    flash_step(slot, tile, head, pl.ds(first, 512), first_token, first_query, masked)
                 return 0
 
             lax.fori_loop(0, KV_HEADS, one_head, 0)

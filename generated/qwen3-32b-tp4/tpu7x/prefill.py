@@ -10,8 +10,8 @@ What was specialized:
 - token buckets that use it: 1024, 2048
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - only prefill batches: the other kernels are not in this program
-- prefill: blocks of 128 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
-- VMEM: 13,123,584 bytes counted, 25,165,824 allowed, 67,108,864 there
+- prefill: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 1024 query rows of a head against 512 tokens at once
+- VMEM: 23,085,056 bytes counted, 33,554,432 allowed, 67,108,864 there
 """
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,17 @@ def words_as_rows(words):
 def token_of_word(tokens):
     """Which of `tokens` consecutive tokens each packed row belongs to."""
     return lax.broadcasted_iota(jnp.int32, (tokens * 2, 128), 0) // 2
+
+
+def widen(rows, lanes):
+    """Rows that hold one value in all 128 lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
+    return jnp.concatenate([rows] * (lanes // 128), axis=1)
+
+
+def products(rows, matrix, contracted):
+    """`rows` times `matrix` along its dimension `contracted`, in float32."""
+    dims = (((1,), (contracted,)), ((), ()))
+    return lax.dot_general(rows, matrix, dims, preferred_element_type=jnp.float32)
 
 
 def prefill_kernel(
@@ -207,11 +218,11 @@ def prefill_kernel(
 
     def kv_end(seq, q_block):
         """The number of tokens that the last query of a block attends to."""
-        return kv_lens[seq] - CHUNK + (q_block + 1) * 128
+        return kv_lens[seq] - CHUNK + (q_block + 1) * 256
 
     def advance(seq, q_block, q_step, block):
         last = (block + 1) * 1024 >= kv_end(seq, q_block)
-        last_of_seq = last & ((q_block + 1) * 128 >= q_len(seq))
+        last_of_seq = last & ((q_block + 1) * 256 >= q_len(seq))
         return (
             jnp.where(last_of_seq, seq + 1, seq),
             jnp.where(last, jnp.where(last_of_seq, 0, q_block + 1), q_block),
@@ -233,10 +244,10 @@ def prefill_kernel(
         following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
         return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
 
-    # ---- query blocks: 128 tokens in and out in their natural layout, by head and token inside
+    # ---- query blocks: 256 tokens in and out in their natural layout, by head and token inside
 
     def block_copies(seq, block, make, act):
-        act(make(q_start(seq) + block * 128, 0, 128))
+        act(make(q_start(seq) + block * 256, 0, 256))
 
     def query_copies(seq, block, slot, act):
         def make(token, first, size):
@@ -250,26 +261,56 @@ def prefill_kernel(
 
         block_copies(seq, block, make, act)
 
+    def loop(count, body):
+        """Runs `body(index)` for each index below `count`, as one piece of code."""
+
+        def turn(index, _):
+            body(index)
+            return 0
+
+        lax.fori_loop(0, count, turn, 0)
+
     def begin(slot):
-        """Sorts a query block by head, `[KV_HEADS, GROUP * 128, HEAD_DIM]`, and clears the running state."""
-        queries = q_in[slot].astype(jnp.float32).reshape(2048, HEAD_DIM)
-        by_token[...] = queries
-        for head in range(Q_HEADS):
-            strided = pl.ds(head, 128, stride=16)
-            rows = pl.ds(head % GROUP * 128, 128)
+        """Sorts a query block by head, `[KV_HEADS, GROUP * 256, HEAD_DIM]`, and clears the running state."""
+
+        def spread(piece):
+            tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
+            rows = pl.ds(pl.multiple_of(piece * 256, 256), 256)
+            queries = q_in[slot, tokens].astype(jnp.float32).reshape(256, HEAD_DIM)
+            by_token[rows] = queries
+
+        def sort(head):
+            rows = head_rows(head)
+            strided = pl.ds(head, 256, stride=16)
             q_rows[head // GROUP, rows] = by_token[strided, :].astype(q_rows.dtype)
-        row_max[...] = jnp.full_like(row_max, MASKED)
-        row_sum[...] = jnp.zeros_like(row_sum)
-        acc[...] = jnp.zeros_like(acc)
+            row_max[head // GROUP, rows] = jnp.full((256, 128), MASKED)
+            row_sum[head // GROUP, rows] = jnp.zeros((256, 128))
+            acc[head // GROUP, rows] = jnp.zeros((256, HEAD_DIM))
+
+        loop(16, spread)
+        loop(Q_HEADS, sort)
+
+    def head_rows(head):
+        """Where one query head's tokens are among the rows of its KV head."""
+        return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * 256, 256), 256)
 
     def finish(slot):
-        for head in range(Q_HEADS):
-            strided = pl.ds(head, 128, stride=16)
-            rows = pl.ds(head % GROUP * 128, 128)
-            out = acc[head // GROUP, rows] / row_sum[head // GROUP, rows, :1]
+        """Puts a block's output back in the order of its tokens."""
+
+        def unsort(head):
+            rows = head_rows(head)
+            strided = pl.ds(head, 256, stride=16)
+            out = acc[head // GROUP, rows] / widen(row_sum[head // GROUP, rows], HEAD_DIM)
             by_token[strided, :] = out
-        out = by_token[...]
-        out_rows[slot] = out.reshape(128, Q_HEADS, HEAD_DIM).astype(out_rows.dtype)
+
+        def gather(piece):
+            tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
+            rows = pl.ds(pl.multiple_of(piece * 256, 256), 256)
+            out = by_token[rows]
+            out_rows[slot, tokens] = out.reshape(16, Q_HEADS, HEAD_DIM).astype(out_rows.dtype)
+
+        loop(Q_HEADS, unsort)
+        loop(16, gather)
 
     def clear_tail(slot, valid):
         """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
@@ -298,13 +339,21 @@ def prefill_kernel(
 
     def separate(slot, tile):
         """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 256 in its high."""
-        rows = 1024
-        first = pl.multiple_of(tile * (2 * rows), 2 * rows)
-        low = rows_as_words(kv[slot, pl.ds(first, rows)])
-        high = rows_as_words(kv[slot, pl.ds(first + rows, rows)])
+        first = tile * 2048
         half = jnp.uint32(0xFFFF)
-        k_words[...] = (low & half) | (high << 16)
-        v_words[...] = (low >> 16) | (high & ~half)
+
+        def split(piece, _):  # few enough rows at a time to stay in registers
+            start = piece * 512
+            lower = pl.multiple_of(first + start, 512)
+            upper = pl.multiple_of(first + 1024 + start, 512)
+            low = rows_as_words(kv[slot, pl.ds(lower, 512)])
+            high = rows_as_words(kv[slot, pl.ds(upper, 512)])
+            words = pl.ds(pl.multiple_of(piece * 256, 256), 256)
+            k_words[words] = (low & half) | (high << 16)
+            v_words[words] = (low >> 16) | (high & ~half)
+            return 0
+
+        lax.fori_loop(0, 2, split, 0)
 
     def head_of(words, head):
         """`[512, HEAD_DIM]` of one head, in the order of `tile_tokens`."""
@@ -321,36 +370,31 @@ def prefill_kernel(
         column = lax.broadcasted_iota(jnp.int32, shape, 1)
         return (column >> 1) + (column & 1) * 256
 
-    # ---- flash step: the query rows of one head, 256 at a time, against one tile
+    # ---- flash step: the query rows of one head, 1024 at a time, against one tile
 
     def flash_step(slot, tile, head, rows, first_token, first_query, masked):
-        scores = lax.dot_general(
-            q_rows[head, rows], head_keys(slot, tile, head), (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        scores = products(q_rows[head, rows], head_keys(slot, tile, head), 1)
         scores = scores * SCORE_SCALE
         if masked:
             row = rows.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-            query = first_query + lax.rem(row, 128)
+            query = first_query + lax.rem(row, 256)
             scores = jnp.where(first_token + tile_tokens(scores.shape) <= query, scores, MASKED)
         old_max = row_max[head, rows]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - new_max[:, :1])
+        weights = jnp.exp2(scores - widen(new_max, 512))
         rescale = jnp.exp2(old_max - new_max)
         row_max[head, rows] = new_max
         row_sum[head, rows] = rescale * row_sum[head, rows] + jnp.sum(weights, axis=1, keepdims=True)
-        part = jnp.dot(
-            weights.astype(jnp.bfloat16), head_values(slot, tile, head), preferred_element_type=jnp.float32
-        )
-        acc[head, rows] = rescale[:, :1] * acc[head, rows] + part
+        part = products(weights.astype(jnp.bfloat16), head_values(slot, tile, head), 0)
+        acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part
 
     def flash_tile(slot, tile, first_token, first_query):
         separate(slot, tile)
 
         def all_heads(masked):
             def one_head(head, _):
-                for first in range(0, 1024, 256):
-                    flash_step(slot, tile, head, pl.ds(first, 256), first_token, first_query, masked)
+                for first in range(0, 2048, 1024):
+                    flash_step(slot, tile, head, pl.ds(first, 1024), first_token, first_query, masked)
                 return 0
 
             lax.fori_loop(0, KV_HEADS, one_head, 0)
@@ -373,7 +417,7 @@ def prefill_kernel(
             end = kv_end(seq, q_block)
             valid = jnp.minimum(end - block * 1024, 1024)
             last = (block + 1) * 1024 >= end
-            first_query = kv_lens[seq] - q_len(seq) + q_block * 128
+            first_query = kv_lens[seq] - q_len(seq) + q_block * 256
 
             @pl.when(block == 0)
             def _():
@@ -431,13 +475,13 @@ def attend_prefill(queries, keys, values, rows, kv_lens, page_indices, distribut
             pltpu.VMEM((3, 384, 2, 128), jnp.bfloat16),  # new_values: new values, likewise
             pltpu.VMEM((3, 512, 128), jnp.bfloat16),  # page_rows: pages to update
             pltpu.VMEM((32, 128), jnp.uint32),  # packed: new tokens in the cache's form
-            pltpu.VMEM((3, 128, 16, 128), jnp.bfloat16),  # q_in: query blocks as they come
-            pltpu.VMEM((2048, 128), jnp.float32),  # by_token: one by token
-            pltpu.VMEM((2, 1024, 128), jnp.bfloat16),  # q_rows: one by KV head
-            pltpu.VMEM((2, 1024, 128), jnp.float32),  # row_max: running maximum, the same in every lane
-            pltpu.VMEM((2, 1024, 128), jnp.float32),  # row_sum: running sum, the same in every lane
-            pltpu.VMEM((2, 1024, 128), jnp.float32),  # acc: running output
-            pltpu.VMEM((1, 128, 16, 128), jnp.bfloat16),  # out_rows: an output block on its way out
+            pltpu.VMEM((3, 256, 16, 128), jnp.bfloat16),  # q_in: query blocks as they come
+            pltpu.VMEM((4096, 128), jnp.float32),  # by_token: one by token
+            pltpu.VMEM((2, 2048, 128), jnp.bfloat16),  # q_rows: one by KV head
+            pltpu.VMEM((2, 2048, 128), jnp.float32),  # row_max: running maximum, the same in every lane
+            pltpu.VMEM((2, 2048, 128), jnp.float32),  # row_sum: running sum, the same in every lane
+            pltpu.VMEM((2, 2048, 128), jnp.float32),  # acc: running output
+            pltpu.VMEM((1, 256, 16, 128), jnp.bfloat16),  # out_rows: an output block on its way out
             pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
             pltpu.SemaphoreType.DMA((3,)),  # new_sem: new keys and values
             pltpu.SemaphoreType.DMA((3,)),  # old_sem: pages that hold old tokens
@@ -445,7 +489,7 @@ def attend_prefill(queries, keys, values, rows, kv_lens, page_indices, distribut
             pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=25165824, disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=33554432, disable_bounds_checks=True),
         name="rpa_prefill",
     )(kv_lens, page_indices, distribution, queries, keys, values, rows)
 

@@ -56,6 +56,17 @@ def token_of_word(tokens):
     return lax.broadcasted_iota(jnp.int32, (tokens * 2, 128), 0) // 2
 
 
+def widen(rows, lanes):
+    """Rows that hold one value in all 128 lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
+    return jnp.concatenate([rows] * (lanes // 128), axis=1)
+
+
+def products(rows, matrix, contracted):
+    """`rows` times `matrix` along its dimension `contracted`, in float32."""
+    dims = (((1,), (contracted,)), ((), ()))
+    return lax.dot_general(rows, matrix, dims, preferred_element_type=jnp.float32)
+
+
 def decode_kernel(
     # scalars in SMEM
     kv_lens, page_indices, distribution,
@@ -163,13 +174,21 @@ def decode_kernel(
 
     def separate(slot, tile):
         """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 32 in its high."""
-        rows = 128
-        first = pl.multiple_of(tile * (2 * rows), 2 * rows)
-        low = rows_as_words(kv[slot, pl.ds(first, rows)])
-        high = rows_as_words(kv[slot, pl.ds(first + rows, rows)])
+        first = tile * 256
         half = jnp.uint32(0xFFFF)
-        k_words[...] = (low & half) | (high << 16)
-        v_words[...] = (low >> 16) | (high & ~half)
+
+        def split(piece, _):  # few enough rows at a time to stay in registers
+            start = piece * 128
+            lower = pl.multiple_of(first + start, 128)
+            upper = pl.multiple_of(first + 128 + start, 128)
+            low = rows_as_words(kv[slot, pl.ds(lower, 128)])
+            high = rows_as_words(kv[slot, pl.ds(upper, 128)])
+            words = pl.ds(pl.multiple_of(piece * 64, 64), 64)
+            k_words[words] = (low & half) | (high << 16)
+            v_words[words] = (low >> 16) | (high & ~half)
+            return 0
+
+        lax.fori_loop(0, 1, split, 0)
 
     def head_of(words, head):
         """`[64, HEAD_DIM]` of one head, in the order of `tile_tokens`."""
@@ -194,31 +213,26 @@ def decode_kernel(
     def flash_step(slot, tile, valid):
         separate(slot, tile)
         scores = [
-            lax.dot_general(
-                q_rows[heads(head)].astype(jnp.bfloat16), head_keys(slot, tile, head), (((1,), (1,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
-            for head in range(KV_HEADS)
-        ]  # fmt: skip
+            products(q_rows[heads(head)].astype(jnp.bfloat16), head_keys(slot, tile, head), 1) for head in range(KV_HEADS)
+        ]
         scores = jnp.concatenate(scores, axis=0) * SCORE_SCALE
         scores = jnp.where(tile * 64 + tile_tokens(scores.shape) < valid, scores, MASKED)
         old_max = row_max[...]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - new_max[:, :1])
+        weights = jnp.exp2(scores - widen(new_max, 64))
         rescale = jnp.exp2(old_max - new_max)
         row_max[...] = new_max
         row_sum[...] = rescale * row_sum[...] + jnp.sum(weights, axis=1, keepdims=True)
         weights = weights.astype(jnp.bfloat16)
         for head in range(KV_HEADS):
-            part = jnp.dot(
-                weights[heads(head)], head_values(slot, tile, head), preferred_element_type=jnp.float32
-            )
-            acc[heads(head)] = rescale[heads(head), :1] * acc[heads(head)] + part
+            part = products(weights[heads(head)], head_values(slot, tile, head), 0)
+            acc[heads(head)] = widen(rescale[heads(head)], HEAD_DIM) * acc[heads(head)] + part
 
     def begin(seq):
         queries = q_all[seq].astype(jnp.float32)
         for head in range(KV_HEADS):
-            q_rows[head * 8 : head * 8 + GROUP] = queries[head * GROUP : (head + 1) * GROUP]
+            rows = slice(head * 8, head * 8 + GROUP)
+            q_rows[rows] = queries[head * GROUP : (head + 1) * GROUP]
         row_max[...] = jnp.full_like(row_max, MASKED)
         row_sum[...] = jnp.zeros_like(row_sum)
         acc[...] = jnp.zeros_like(acc)
@@ -234,7 +248,7 @@ def decode_kernel(
         def _():
             out_copy(seq - 4).wait()
 
-        out = (acc[...] / row_sum[:, :1]).astype(out_rows.dtype)
+        out = (acc[...] / widen(row_sum[...], HEAD_DIM)).astype(out_rows.dtype)
         for head in range(KV_HEADS):
             rows = out[head * 8 : head * 8 + GROUP]
             out_rows[lax.rem(seq, 4), head * GROUP : (head + 1) * GROUP] = rows

@@ -11,7 +11,7 @@ What was specialized:
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - only decode batches: the other kernels are not in this program
 - decode: fetches 128 tokens at once with 4 buffers, so that DMA latency hides behind 3 blocks in flight; computes 64 tokens at once, so that the scores stay in registers
-- VMEM: 663,552 bytes counted, 16,777,216 allowed, 134,217,728 there
+- VMEM: 671,744 bytes counted, 16,777,216 allowed, 134,217,728 there
 """
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,17 @@ def words_as_rows(words):
 def token_of_word(tokens):
     """Which of `tokens` consecutive tokens each packed row belongs to."""
     return lax.broadcasted_iota(jnp.int32, (tokens * 2, 128), 0) // 2
+
+
+def widen(rows, lanes):
+    """Rows that hold one value in all 128 lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
+    return jnp.concatenate([rows] * (lanes // 128), axis=1)
+
+
+def products(rows, matrix, contracted):
+    """`rows` times `matrix` along its dimension `contracted`, in float32."""
+    dims = (((1,), (contracted,)), ((), ()))
+    return lax.dot_general(rows, matrix, dims, preferred_element_type=jnp.float32)
 
 
 def decode_kernel(
@@ -163,13 +174,21 @@ def decode_kernel(
 
     def separate(slot, tile):
         """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 32 in its high."""
-        rows = 128
-        first = pl.multiple_of(tile * (2 * rows), 2 * rows)
-        low = rows_as_words(kv[slot, pl.ds(first, rows)])
-        high = rows_as_words(kv[slot, pl.ds(first + rows, rows)])
+        first = tile * 256
         half = jnp.uint32(0xFFFF)
-        k_words[...] = (low & half) | (high << 16)
-        v_words[...] = (low >> 16) | (high & ~half)
+
+        def split(piece, _):  # few enough rows at a time to stay in registers
+            start = piece * 128
+            lower = pl.multiple_of(first + start, 128)
+            upper = pl.multiple_of(first + 128 + start, 128)
+            low = rows_as_words(kv[slot, pl.ds(lower, 128)])
+            high = rows_as_words(kv[slot, pl.ds(upper, 128)])
+            words = pl.ds(pl.multiple_of(piece * 64, 64), 64)
+            k_words[words] = (low & half) | (high << 16)
+            v_words[words] = (low >> 16) | (high & ~half)
+            return 0
+
+        lax.fori_loop(0, 1, split, 0)
 
     def head_of(words, head):
         """`[64, HEAD_DIM]` of one head, in the order of `tile_tokens`."""
@@ -186,39 +205,46 @@ def decode_kernel(
         column = lax.broadcasted_iota(jnp.int32, shape, 1)
         return (column >> 1) + (column & 1) * 32
 
-    # ---- flash step: every KV head's 8 query rows against one tile, under one softmax
+    # ---- flash step: every KV head's 8 query rows against one tile, under one softmax. A product takes
+    # 2 heads side by side: together they are as wide as the MXU, and rows are zero in the other heads' lanes.
 
     def heads(head):
         return slice(head * 8, (head + 1) * 8)
 
+    def group_heads(group):
+        return range(group * 2, (group + 1) * 2)
+
+    def group_rows(group):
+        return slice(group * 16, (group + 1) * 16)
+
     def flash_step(slot, tile, valid):
         separate(slot, tile)
-        scores = [
-            lax.dot_general(
-                q_rows[heads(head)].astype(jnp.bfloat16), head_keys(slot, tile, head), (((1,), (1,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
-            for head in range(KV_HEADS)
-        ]  # fmt: skip
+        scores = []
+        for group in range(1):
+            keys = jnp.concatenate([head_keys(slot, tile, head) for head in group_heads(group)], axis=1)
+            scores.append(products(q_rows[group_rows(group)].astype(jnp.bfloat16), keys, 1))
         scores = jnp.concatenate(scores, axis=0) * SCORE_SCALE
         scores = jnp.where(tile * 64 + tile_tokens(scores.shape) < valid, scores, MASKED)
         old_max = row_max[...]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - new_max[:, :1])
+        weights = jnp.exp2(scores - widen(new_max, 64))
         rescale = jnp.exp2(old_max - new_max)
         row_max[...] = new_max
         row_sum[...] = rescale * row_sum[...] + jnp.sum(weights, axis=1, keepdims=True)
         weights = weights.astype(jnp.bfloat16)
-        for head in range(KV_HEADS):
-            part = jnp.dot(
-                weights[heads(head)], head_values(slot, tile, head), preferred_element_type=jnp.float32
-            )
-            acc[heads(head)] = rescale[heads(head), :1] * acc[heads(head)] + part
+        for group in range(1):
+            values = jnp.concatenate([head_values(slot, tile, head) for head in group_heads(group)], axis=1)
+            part = products(weights[group_rows(group)], values, 0)
+            for i, head in enumerate(group_heads(group)):
+                own = part[heads(i), i * HEAD_DIM : (i + 1) * HEAD_DIM]
+                acc[heads(head)] = widen(rescale[heads(head)], HEAD_DIM) * acc[heads(head)] + own
 
     def begin(seq):
         queries = q_all[seq].astype(jnp.float32)
         for head in range(KV_HEADS):
-            q_rows[head * 8 : head * 8 + GROUP] = queries[head * GROUP : (head + 1) * GROUP]
+            rows = slice(head * 8, head * 8 + GROUP)
+            first = head % 2 * HEAD_DIM
+            q_rows[rows, first : first + HEAD_DIM] = queries[head * GROUP : (head + 1) * GROUP]
         row_max[...] = jnp.full_like(row_max, MASKED)
         row_sum[...] = jnp.zeros_like(row_sum)
         acc[...] = jnp.zeros_like(acc)
@@ -234,7 +260,7 @@ def decode_kernel(
         def _():
             out_copy(seq - 4).wait()
 
-        out = (acc[...] / row_sum[:, :1]).astype(out_rows.dtype)
+        out = (acc[...] / widen(row_sum[...], HEAD_DIM)).astype(out_rows.dtype)
         for head in range(KV_HEADS):
             rows = out[head * 8 : head * 8 + GROUP]
             out_rows[lax.rem(seq, 4), head * GROUP : (head + 1) * GROUP] = rows
@@ -315,7 +341,7 @@ def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distributi
             pltpu.VMEM((4, 2, 128), jnp.bfloat16),  # new_values: new values of every sequence
             pltpu.VMEM((8, 128), jnp.uint32),  # packed: a new token in the cache's form
             pltpu.VMEM((4, 16, 128), jnp.bfloat16),  # unit_out: rows on their way to the cache
-            pltpu.VMEM((16, 128), jnp.float32),  # q_rows: queries of one sequence by KV head
+            pltpu.VMEM((16, 256), jnp.float32),  # q_rows: queries of one sequence by KV head
             pltpu.VMEM((16, 128), jnp.float32),  # row_max: running maximum, the same in every lane
             pltpu.VMEM((16, 128), jnp.float32),  # row_sum: running sum, the same in every lane
             pltpu.VMEM((16, 128), jnp.float32),  # acc: running output

@@ -56,6 +56,17 @@ def token_of_word(tokens):
     return lax.broadcasted_iota(jnp.int32, (tokens * 2, 128), 0) // 2
 
 
+def widen(rows, lanes):
+    """Rows that hold one value in all 128 lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
+    return jnp.concatenate([rows] * (lanes // 128), axis=1)
+
+
+def products(rows, matrix, contracted):
+    """`rows` times `matrix` along its dimension `contracted`, in float32."""
+    dims = (((1,), (contracted,)), ((), ()))
+    return lax.dot_general(rows, matrix, dims, preferred_element_type=jnp.float32)
+
+
 def decode_kernel(
     # scalars in SMEM
     kv_lens, page_indices, distribution,
@@ -163,13 +174,21 @@ def decode_kernel(
 
     def separate(slot, tile):
         """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 32 in its high."""
-        rows = 128
-        first = pl.multiple_of(tile * (2 * rows), 2 * rows)
-        low = rows_as_words(kv[slot, pl.ds(first, rows)])
-        high = rows_as_words(kv[slot, pl.ds(first + rows, rows)])
+        first = tile * 256
         half = jnp.uint32(0xFFFF)
-        k_words[...] = (low & half) | (high << 16)
-        v_words[...] = (low >> 16) | (high & ~half)
+
+        def split(piece, _):  # few enough rows at a time to stay in registers
+            start = piece * 128
+            lower = pl.multiple_of(first + start, 128)
+            upper = pl.multiple_of(first + 128 + start, 128)
+            low = rows_as_words(kv[slot, pl.ds(lower, 128)])
+            high = rows_as_words(kv[slot, pl.ds(upper, 128)])
+            words = pl.ds(pl.multiple_of(piece * 64, 64), 64)
+            k_words[words] = (low & half) | (high << 16)
+            v_words[words] = (low >> 16) | (high & ~half)
+            return 0
+
+        lax.fori_loop(0, 1, split, 0)
 
     def head_of(words, head):
         """`[64, HEAD_DIM]` of one head, in the order of `tile_tokens`."""
@@ -186,39 +205,46 @@ def decode_kernel(
         column = lax.broadcasted_iota(jnp.int32, shape, 1)
         return (column >> 1) + (column & 1) * 32
 
-    # ---- flash step: every KV head's 8 query rows against one tile, under one softmax
+    # ---- flash step: every KV head's 8 query rows against one tile, under one softmax. A product takes
+    # 2 heads side by side: together they are as wide as the MXU, and rows are zero in the other heads' lanes.
 
     def heads(head):
         return slice(head * 8, (head + 1) * 8)
 
+    def group_heads(group):
+        return range(group * 2, (group + 1) * 2)
+
+    def group_rows(group):
+        return slice(group * 16, (group + 1) * 16)
+
     def flash_step(slot, tile, valid):
         separate(slot, tile)
-        scores = [
-            lax.dot_general(
-                q_rows[heads(head)].astype(jnp.bfloat16), head_keys(slot, tile, head), (((1,), (1,)), ((), ())),
-                preferred_element_type=jnp.float32,
-            )
-            for head in range(KV_HEADS)
-        ]  # fmt: skip
+        scores = []
+        for group in range(1):
+            keys = jnp.concatenate([head_keys(slot, tile, head) for head in group_heads(group)], axis=1)
+            scores.append(products(q_rows[group_rows(group)].astype(jnp.bfloat16), keys, 1))
         scores = jnp.concatenate(scores, axis=0) * SCORE_SCALE
         scores = jnp.where(tile * 64 + tile_tokens(scores.shape) < valid, scores, MASKED)
         old_max = row_max[...]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - new_max[:, :1])
+        weights = jnp.exp2(scores - widen(new_max, 64))
         rescale = jnp.exp2(old_max - new_max)
         row_max[...] = new_max
         row_sum[...] = rescale * row_sum[...] + jnp.sum(weights, axis=1, keepdims=True)
         weights = weights.astype(jnp.bfloat16)
-        for head in range(KV_HEADS):
-            part = jnp.dot(
-                weights[heads(head)], head_values(slot, tile, head), preferred_element_type=jnp.float32
-            )
-            acc[heads(head)] = rescale[heads(head), :1] * acc[heads(head)] + part
+        for group in range(1):
+            values = jnp.concatenate([head_values(slot, tile, head) for head in group_heads(group)], axis=1)
+            part = products(weights[group_rows(group)], values, 0)
+            for i, head in enumerate(group_heads(group)):
+                own = part[heads(i), i * HEAD_DIM : (i + 1) * HEAD_DIM]
+                acc[heads(head)] = widen(rescale[heads(head)], HEAD_DIM) * acc[heads(head)] + own
 
     def begin(seq):
         queries = q_all[seq].astype(jnp.float32)
         for head in range(KV_HEADS):
-            q_rows[head * 8 : head * 8 + GROUP] = queries[head * GROUP : (head + 1) * GROUP]
+            rows = slice(head * 8, head * 8 + GROUP)
+            first = head % 2 * HEAD_DIM
+            q_rows[rows, first : first + HEAD_DIM] = queries[head * GROUP : (head + 1) * GROUP]
         row_max[...] = jnp.full_like(row_max, MASKED)
         row_sum[...] = jnp.zeros_like(row_sum)
         acc[...] = jnp.zeros_like(acc)
@@ -234,7 +260,7 @@ def decode_kernel(
         def _():
             out_copy(seq - 4).wait()
 
-        out = (acc[...] / row_sum[:, :1]).astype(out_rows.dtype)
+        out = (acc[...] / widen(row_sum[...], HEAD_DIM)).astype(out_rows.dtype)
         for head in range(KV_HEADS):
             rows = out[head * 8 : head * 8 + GROUP]
             out_rows[lax.rem(seq, 4), head * GROUP : (head + 1) * GROUP] = rows
@@ -315,7 +341,7 @@ def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distributi
             pltpu.VMEM((4, 2, 128), jnp.bfloat16),  # new_values: new values of every sequence
             pltpu.VMEM((8, 128), jnp.uint32),  # packed: a new token in the cache's form
             pltpu.VMEM((4, 16, 128), jnp.bfloat16),  # unit_out: rows on their way to the cache
-            pltpu.VMEM((16, 128), jnp.float32),  # q_rows: queries of one sequence by KV head
+            pltpu.VMEM((16, 256), jnp.float32),  # q_rows: queries of one sequence by KV head
             pltpu.VMEM((16, 128), jnp.float32),  # row_max: running maximum, the same in every lane
             pltpu.VMEM((16, 128), jnp.float32),  # row_sum: running sum, the same in every lane
             pltpu.VMEM((16, 128), jnp.float32),  # acc: running output
@@ -531,30 +557,58 @@ def mixed_kernel(
 
         block_copies(seq, block, make, act)
 
+    def loop(count, body):
+        """Runs `body(index)` for each index below `count`, as one piece of code."""
+
+        def turn(index, _):
+            body(index)
+            return 0
+
+        lax.fori_loop(0, count, turn, 0)
+
     def begin(slot):
         """Sorts a query block by head, `[KV_HEADS, GROUP * 16, HEAD_DIM]`, and clears the running state."""
-        for token in range(16):
-            queries = q_in[slot, token].astype(jnp.float32)
-            here = slice(token * 8, token * 8 + Q_HEADS)
-            by_token[here] = queries
-        for head in range(Q_HEADS):
+
+        def spread(piece):
+            for i in range(16):
+                token = piece * 16 + i
+                queries = q_in[slot, token].astype(jnp.float32)
+                rows = pl.ds(pl.multiple_of(token * 8, 8), Q_HEADS)
+                by_token[rows] = queries
+
+        def sort(head):
+            rows = head_rows(head)
             strided = pl.ds(head, 16, stride=8)
-            rows = pl.ds(head % GROUP * 16, 16)
             q_rows[head // GROUP, rows] = by_token[strided, :].astype(q_rows.dtype)
-        row_max[...] = jnp.full_like(row_max, MASKED)
-        row_sum[...] = jnp.zeros_like(row_sum)
-        acc[...] = jnp.zeros_like(acc)
+            row_max[head // GROUP, rows] = jnp.full((16, 128), MASKED)
+            row_sum[head // GROUP, rows] = jnp.zeros((16, 128))
+            acc[head // GROUP, rows] = jnp.zeros((16, HEAD_DIM))
+
+        loop(1, spread)
+        loop(Q_HEADS, sort)
+
+    def head_rows(head):
+        """Where one query head's tokens are among the rows of its KV head."""
+        return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * 16, 16), 16)
 
     def finish(slot):
-        for head in range(Q_HEADS):
+        """Puts a block's output back in the order of its tokens."""
+
+        def unsort(head):
+            rows = head_rows(head)
             strided = pl.ds(head, 16, stride=8)
-            rows = pl.ds(head % GROUP * 16, 16)
-            out = acc[head // GROUP, rows] / row_sum[head // GROUP, rows, :1]
+            out = acc[head // GROUP, rows] / widen(row_sum[head // GROUP, rows], HEAD_DIM)
             by_token[strided, :] = out
-        for token in range(16):
-            here = slice(token * 8, token * 8 + Q_HEADS)
-            out = by_token[here]
-            out_rows[slot, token] = out.astype(out_rows.dtype)
+
+        def gather(piece):
+            for i in range(16):
+                token = piece * 16 + i
+                rows = pl.ds(pl.multiple_of(token * 8, 8), Q_HEADS)
+                out = by_token[rows]
+                out_rows[slot, token] = out.astype(out_rows.dtype)
+
+        loop(Q_HEADS, unsort)
+        loop(1, gather)
 
     def clear_tail(slot, valid):
         """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
@@ -583,13 +637,21 @@ def mixed_kernel(
 
     def separate(slot, tile):
         """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 64 in its high."""
-        rows = 256
-        first = pl.multiple_of(tile * (2 * rows), 2 * rows)
-        low = rows_as_words(kv[slot, pl.ds(first, rows)])
-        high = rows_as_words(kv[slot, pl.ds(first + rows, rows)])
+        first = tile * 512
         half = jnp.uint32(0xFFFF)
-        k_words[...] = (low & half) | (high << 16)
-        v_words[...] = (low >> 16) | (high & ~half)
+
+        def split(piece, _):  # few enough rows at a time to stay in registers
+            start = piece * 256
+            lower = pl.multiple_of(first + start, 256)
+            upper = pl.multiple_of(first + 256 + start, 256)
+            low = rows_as_words(kv[slot, pl.ds(lower, 256)])
+            high = rows_as_words(kv[slot, pl.ds(upper, 256)])
+            words = pl.ds(pl.multiple_of(piece * 128, 128), 128)
+            k_words[words] = (low & half) | (high << 16)
+            v_words[words] = (low >> 16) | (high & ~half)
+            return 0
+
+        lax.fori_loop(0, 1, split, 0)
 
     def head_of(words, head):
         """`[128, HEAD_DIM]` of one head, in the order of `tile_tokens`."""
@@ -609,10 +671,7 @@ def mixed_kernel(
     # ---- flash step: the query rows of one head, 32 at a time, against one tile
 
     def flash_step(slot, tile, head, rows, first_token, first_query, masked):
-        scores = lax.dot_general(
-            q_rows[head, rows], head_keys(slot, tile, head), (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        scores = products(q_rows[head, rows], head_keys(slot, tile, head), 1)
         scores = scores * SCORE_SCALE
         if masked:
             row = rows.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
@@ -620,14 +679,12 @@ def mixed_kernel(
             scores = jnp.where(first_token + tile_tokens(scores.shape) <= query, scores, MASKED)
         old_max = row_max[head, rows]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - new_max[:, :1])
+        weights = jnp.exp2(scores - widen(new_max, 128))
         rescale = jnp.exp2(old_max - new_max)
         row_max[head, rows] = new_max
         row_sum[head, rows] = rescale * row_sum[head, rows] + jnp.sum(weights, axis=1, keepdims=True)
-        part = jnp.dot(
-            weights.astype(jnp.bfloat16), head_values(slot, tile, head), preferred_element_type=jnp.float32
-        )
-        acc[head, rows] = rescale[:, :1] * acc[head, rows] + part
+        part = products(weights.astype(jnp.bfloat16), head_values(slot, tile, head), 0)
+        acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part
 
     def flash_tile(slot, tile, first_token, first_query):
         separate(slot, tile)

@@ -57,6 +57,17 @@ def token_of_word(tokens):
     return lax.broadcasted_iota(jnp.int32, (tokens * 2, 128), 0) // 2
 
 
+def widen(rows, lanes):
+    """Rows that hold one value in all 128 lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
+    return jnp.concatenate([rows] * (lanes // 128), axis=1)
+
+
+def products(rows, matrix, contracted):
+    """`rows` times `matrix` along its dimension `contracted`, in float32."""
+    dims = (((1,), (contracted,)), ((), ()))
+    return lax.dot_general(rows, matrix, dims, preferred_element_type=jnp.float32)
+
+
 def prefill_kernel(
     # scalars in SMEM
     kv_lens, page_indices, distribution,
@@ -250,30 +261,58 @@ def prefill_kernel(
 
         block_copies(seq, block, make, act)
 
+    def loop(count, body):
+        """Runs `body(index)` for each index below `count`, as one piece of code."""
+
+        def turn(index, _):
+            body(index)
+            return 0
+
+        lax.fori_loop(0, count, turn, 0)
+
     def begin(slot):
         """Sorts a query block by head, `[KV_HEADS, GROUP * 16, HEAD_DIM]`, and clears the running state."""
-        for token in range(16):
-            queries = q_in[slot, token].astype(jnp.float32)
-            here = slice(token * 8, token * 8 + Q_HEADS)
-            by_token[here] = queries
-        for head in range(Q_HEADS):
+
+        def spread(piece):
+            for i in range(16):
+                token = piece * 16 + i
+                queries = q_in[slot, token].astype(jnp.float32)
+                rows = pl.ds(pl.multiple_of(token * 8, 8), Q_HEADS)
+                by_token[rows] = queries
+
+        def sort(head):
+            rows = head_rows(head)
             strided = pl.ds(head, 16, stride=8)
-            rows = pl.ds(head % GROUP * 16, 16)
             q_rows[head // GROUP, rows] = by_token[strided, :].astype(q_rows.dtype)
-        row_max[...] = jnp.full_like(row_max, MASKED)
-        row_sum[...] = jnp.zeros_like(row_sum)
-        acc[...] = jnp.zeros_like(acc)
+            row_max[head // GROUP, rows] = jnp.full((16, 128), MASKED)
+            row_sum[head // GROUP, rows] = jnp.zeros((16, 128))
+            acc[head // GROUP, rows] = jnp.zeros((16, HEAD_DIM))
+
+        loop(1, spread)
+        loop(Q_HEADS, sort)
+
+    def head_rows(head):
+        """Where one query head's tokens are among the rows of its KV head."""
+        return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * 16, 16), 16)
 
     def finish(slot):
-        for head in range(Q_HEADS):
+        """Puts a block's output back in the order of its tokens."""
+
+        def unsort(head):
+            rows = head_rows(head)
             strided = pl.ds(head, 16, stride=8)
-            rows = pl.ds(head % GROUP * 16, 16)
-            out = acc[head // GROUP, rows] / row_sum[head // GROUP, rows, :1]
+            out = acc[head // GROUP, rows] / widen(row_sum[head // GROUP, rows], HEAD_DIM)
             by_token[strided, :] = out
-        for token in range(16):
-            here = slice(token * 8, token * 8 + Q_HEADS)
-            out = by_token[here]
-            out_rows[slot, token] = out.astype(out_rows.dtype)
+
+        def gather(piece):
+            for i in range(16):
+                token = piece * 16 + i
+                rows = pl.ds(pl.multiple_of(token * 8, 8), Q_HEADS)
+                out = by_token[rows]
+                out_rows[slot, token] = out.astype(out_rows.dtype)
+
+        loop(Q_HEADS, unsort)
+        loop(1, gather)
 
     def clear_tail(slot, valid):
         """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
@@ -302,13 +341,21 @@ def prefill_kernel(
 
     def separate(slot, tile):
         """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 64 in its high."""
-        rows = 256
-        first = pl.multiple_of(tile * (2 * rows), 2 * rows)
-        low = rows_as_words(kv[slot, pl.ds(first, rows)])
-        high = rows_as_words(kv[slot, pl.ds(first + rows, rows)])
+        first = tile * 512
         half = jnp.uint32(0xFFFF)
-        k_words[...] = (low & half) | (high << 16)
-        v_words[...] = (low >> 16) | (high & ~half)
+
+        def split(piece, _):  # few enough rows at a time to stay in registers
+            start = piece * 256
+            lower = pl.multiple_of(first + start, 256)
+            upper = pl.multiple_of(first + 256 + start, 256)
+            low = rows_as_words(kv[slot, pl.ds(lower, 256)])
+            high = rows_as_words(kv[slot, pl.ds(upper, 256)])
+            words = pl.ds(pl.multiple_of(piece * 128, 128), 128)
+            k_words[words] = (low & half) | (high << 16)
+            v_words[words] = (low >> 16) | (high & ~half)
+            return 0
+
+        lax.fori_loop(0, 1, split, 0)
 
     def head_of(words, head):
         """`[128, HEAD_DIM]` of one head, in the order of `tile_tokens`."""
@@ -328,10 +375,7 @@ def prefill_kernel(
     # ---- flash step: the query rows of one head, 32 at a time, against one tile
 
     def flash_step(slot, tile, head, rows, first_token, first_query, masked):
-        scores = lax.dot_general(
-            q_rows[head, rows], head_keys(slot, tile, head), (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        scores = products(q_rows[head, rows], head_keys(slot, tile, head), 1)
         scores = scores * SCORE_SCALE
         if masked:
             row = rows.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
@@ -339,14 +383,12 @@ def prefill_kernel(
             scores = jnp.where(first_token + tile_tokens(scores.shape) <= query, scores, MASKED)
         old_max = row_max[head, rows]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - new_max[:, :1])
+        weights = jnp.exp2(scores - widen(new_max, 128))
         rescale = jnp.exp2(old_max - new_max)
         row_max[head, rows] = new_max
         row_sum[head, rows] = rescale * row_sum[head, rows] + jnp.sum(weights, axis=1, keepdims=True)
-        part = jnp.dot(
-            weights.astype(jnp.bfloat16), head_values(slot, tile, head), preferred_element_type=jnp.float32
-        )
-        acc[head, rows] = rescale[:, :1] * acc[head, rows] + part
+        part = products(weights.astype(jnp.bfloat16), head_values(slot, tile, head), 0)
+        acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part
 
     def flash_tile(slot, tile, first_token, first_query):
         separate(slot, tile)

@@ -1,0 +1,80 @@
+"""The arrays of a call: random where the contract reads them, poison everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rpac import layout
+from rpac.batch import Limits, validate
+from rpac.check.trials import Trial
+from rpac.spec import Spec
+
+Array = NDArray[Any]
+Int32s = NDArray[np.int32]
+
+# What metadata holds where nothing may read it: as an index, one wraps around and the other is out of bounds.
+GARBAGE = (-7, np.iinfo(np.int32).max)
+
+
+class Arguments(NamedTuple):
+    """The eight arguments of a program, as numpy arrays."""
+
+    queries: Array
+    keys: Array
+    values: Array
+    kv_cache: Array
+    kv_lens: Int32s
+    page_indices: Int32s
+    cu_q_lens: Int32s
+    distribution: Int32s
+
+
+def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.random.Generator) -> Arguments:
+    """The call of a trial in a bucket of `tokens`, on a cache of `pages` pages, which are dealt out shuffled.
+
+    NaN are: pages of no row, rows of the cache past a sequence's old tokens, and the padding of queries, keys and values.
+    Raises BatchError where the trial breaks the batch contract.
+    """
+    # The generated code takes the number of pages from the cache, and a cache of all of them would take gigabytes.
+    spec = replace(spec, serving=replace(spec.serving, num_pages=pages))
+    serving = spec.serving
+    queries, keys, values, kv_cache = (
+        np.full(dims.shape, np.nan, dims.dtype) for dims in layout.arg_specs(spec, tokens)[:4]
+    )
+    for array in (queries, keys, values):
+        array[: trial.new_tokens] = _normal(rng, array[: trial.new_tokens])
+
+    kv_lens, page_indices, cu_q_lens, _ = (_garbage(dims.shape) for dims in layout.metadata_specs(serving))
+    count = len(trial.q_lens)
+    kv_lens[:count] = trial.kv_lens
+    cu_q_lens[: count + 1] = np.cumsum([0, *trial.q_lens])
+    distribution = np.array(trial.distribution, np.int32)
+    table = page_indices.reshape(serving.max_num_seqs, serving.pages_per_seq)  # a view
+    free = iter(rng.permutation(pages).tolist())
+    shared = [next(free) for _ in range(trial.shared_pages)]
+    for row, context in enumerate(kv_len - q_len for q_len, kv_len in zip(trial.q_lens, trial.kv_lens, strict=True)):
+        mine = [*shared, *_take(free, layout.cdiv(trial.kv_lens[row], serving.page_size) - len(shared))]
+        table[row, : len(mine)] = mine
+        held = np.arange(0 if row == 0 else len(shared) * serving.page_size, context)
+        at = table[row, held // serving.page_size], held % serving.page_size
+        kv_cache[at] = _normal(rng, kv_cache[at])
+    limits = Limits.of(spec)
+    validate(limits, tokens, kv_lens, page_indices, cu_q_lens, distribution)
+    return Arguments(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)
+
+
+def _normal(rng: np.random.Generator, like: Array) -> Array:
+    return rng.standard_normal(like.shape, np.float32).astype(like.dtype)
+
+
+def _garbage(shape: tuple[int, ...]) -> Int32s:
+    return np.resize(np.array(GARBAGE, np.int32), shape)
+
+
+def _take(numbers: Iterator[int], count: int) -> Iterator[int]:
+    return (next(numbers) for _ in range(count))

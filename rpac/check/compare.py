@@ -1,0 +1,85 @@
+"""What a kernel returned against what the oracle says: attention within a tolerance, the cache bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rpac.check.arrays import Arguments, Array
+
+# Of the norm of one token's output in one head, relative to the oracle's.
+# bfloat16: weights are rounded before they are multiplied, and the output in the end, by 2**-8 of an element at most each.
+# float32: sums and products round by 2**-24 each, but an error in a score is one of an exponent, and scores are tens.
+TOLERANCE = {"bfloat16": 2.0**-7, "float32": 2.0**-15}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`error` is the largest of any token and head, infinite where the output is no number; `notes` say where."""
+
+    error: float
+    tolerance: float
+    cache_ok: bool
+    notes: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance and self.cache_ok
+
+
+def compare(args: Arguments, out: Array, cache: Array, want_out: NDArray[np.float32], want_cache: Array) -> Difference:
+    """Rows of padding are not compared: nobody reads them. Every bit of the cache is, poison included."""
+    dtype = args.queries.dtype.name
+    live = int(args.cu_q_lens[args.distribution[2]])
+    notes = []
+    error, where = attention_error(out[:live].astype(np.float32), want_out[:live])
+    tolerance = TOLERANCE[dtype]
+    if not error <= tolerance:
+        token, head = where
+        row = _row_of(args, token)
+        position = args.kv_lens[row] - args.cu_q_lens[row + 1] + token
+        notes.append(f"attention of query head {head} at row {row}, position {position} is off by {error:.2g}")
+    differs = _bits(cache) != _bits(want_cache)
+    if differs.any():
+        page, slot = (int(index[0]) for index in np.nonzero(differs.any(axis=(2, 3, 4)))[:2])
+        notes.append(
+            f"cache differs in {int(differs.any(axis=(2, 3, 4)).sum())} tokens, first {_owner(args, page, slot)}"
+        )
+    return Difference(error, tolerance, not differs.any(), tuple(notes))
+
+
+def attention_error(out: NDArray[np.float32], want: NDArray[np.float32]) -> tuple[float, tuple[int, int]]:
+    """The largest relative error of `[tokens, heads, head_dim]`, and the token and head that have it."""
+    if not out.size:
+        return 0.0, (0, 0)
+    errors = np.linalg.norm(out - want, axis=-1) / np.linalg.norm(want, axis=-1)
+    errors = np.where(np.isfinite(errors), errors, np.inf)
+    token, head = np.unravel_index(int(errors.argmax()), errors.shape)
+    return float(errors.max()), (int(token), int(head))
+
+
+def _bits(array: Array) -> NDArray[Any]:
+    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+
+
+def _row_of(args: Arguments, token: int) -> int:
+    count = int(args.distribution[2])
+    return int(np.searchsorted(args.cu_q_lens[: count + 1], token, side="right")) - 1
+
+
+def _owner(args: Arguments, page: int, slot: int) -> str:
+    """Whose token a place in the cache is, in words."""
+    page_size = args.kv_cache.shape[1]
+    table = args.page_indices.reshape(len(args.kv_lens), -1)
+    for row in range(int(args.distribution[2])):
+        kv_len = int(args.kv_lens[row])
+        entries = np.flatnonzero(table[row, : -(-kv_len // page_size)] == page)
+        if entries.size:
+            position = int(entries[0]) * page_size + slot
+            q_len = int(args.cu_q_lens[row + 1] - args.cu_q_lens[row])
+            kind = "past its end" if position >= kv_len else "new" if position >= kv_len - q_len else "old"
+            return f"at page {page}, slot {slot}: row {row}, position {position} ({kind})"
+    return f"at page {page}, slot {slot}: of no sequence"

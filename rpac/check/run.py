@@ -1,0 +1,182 @@
+"""Checks the sources of a spec: every batch, in every mode, against the oracle; and compiles every target."""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rpac import reference
+from rpac.check.arrays import Arguments, Array, make_arguments
+from rpac.check.compare import TOLERANCE, Difference, compare
+from rpac.check.execute import TIME_LIMIT, Outcome, modes_of, prepare_run
+from rpac.check.report import CheckReport, CompileResult, Result
+from rpac.check.trials import Trial, trials_of
+from rpac.errors import CheckError, CompileError
+from rpac.lower import Task, tasks_of
+from rpac.plan import KernelPlan, plan_spec
+from rpac.render import Source, render
+from rpac.spec import Spec
+from rpac.toolchain import prepare
+
+RANDOM_BATCHES = 2
+SPARE_PAGES = 2  # of no sequence
+
+Compile = Callable[[Sequence[Task]], object]
+Progress = Callable[[Result | CompileResult], None]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One source to check, for all the targets whose plans make the same code."""
+
+    spec: Spec
+    plan: KernelPlan
+    source: Source
+    targets: tuple[str, ...]
+
+
+def check_spec(
+    spec: Spec,
+    *,
+    targets: Sequence[str] | None = None,
+    kinds: Sequence[str] | None = None,
+    seed: int | None = None,
+    random_batches: int = RANDOM_BATCHES,
+    jobs: int = 1,
+    compile: Compile | None = None,
+    progress: Progress = lambda row: None,
+) -> CheckReport:
+    """Checks every source of a spec, or those of some targets and kinds, and compiles what it checked.
+
+    `seed` decides the data and the random batches; None draws one, which the report holds. `jobs` processes run sources
+    side by side; with one, this process does it all. `compile` takes the tasks of one target, is called once a target
+    and raises CompileError; None compiles nothing. `progress` is called with each row as it is known. Never raises for
+    a kernel that fails: see the report's `failed`.
+    """
+    seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
+    planned = [
+        (plan, render(spec, plan))
+        for target in targets or spec.targets
+        for plan in plan_spec(spec, target)
+        if kinds is None or plan.kind in kinds
+    ]
+    results = []
+    for result in _run_units(_units(spec, planned), seed, random_batches, jobs):
+        progress(result)
+        results.append(result)
+    compiled = []
+    if compile is not None:
+        for target in dict.fromkeys(plan.target for plan, _ in planned):
+            tasks = tasks_of(spec, [(plan, source) for plan, source in planned if plan.target == target])
+            compiled.append(_compile(compile, target, tasks))
+            progress(compiled[-1])
+    return CheckReport(spec.name, spec.hash, seed, tuple(results), tuple(compiled))
+
+
+def check_source(
+    spec: Spec,
+    plan: KernelPlan,
+    source: Source,
+    *,
+    targets: Sequence[str] = (),
+    trials: Sequence[Trial] | None = None,
+    modes: Sequence[str] | None = None,
+    seed: int = 0,
+    random_batches: int = RANDOM_BATCHES,
+    time_limit: float = TIME_LIMIT,
+) -> Iterator[Result]:
+    """Runs one source on its trials, or on those given, in every mode that its target has; yields each result at once.
+
+    `targets` is what the results say they are for: the plan's own target if empty. A run in the interpreter that takes
+    longer than `time_limit` seconds fails.
+    """
+    if trials is None:
+        trials = trials_of(spec, plan, np.random.default_rng(seed), random_batches)
+    run = prepare_run(plan, source, time_limit)
+    # One number of pages, for each is another program to compile.
+    pages = max(trial.pages(spec.serving.page_size) for trial in trials) + SPARE_PAGES
+    for trial in trials:
+        tokens = next(bucket for bucket in plan.tokens if bucket >= trial.new_tokens)
+        rng = np.random.default_rng([seed, zlib.crc32(trial.name.encode())])
+        args = make_arguments(spec, trial, tokens, pages, rng)
+        wanted = reference.ragged_paged_attention(*args, sm_scale=spec.model.sm_scale)
+        for mode in modes or modes_of(plan):
+            start = time.perf_counter()
+            outcome = run(args, mode)
+            seconds = time.perf_counter() - start
+            found = _judged(args, outcome, *wanted)
+            yield Result(
+                source=source.path,
+                kind=plan.kind,
+                targets=tuple(targets) or (plan.target,),
+                mode=mode,
+                batch=trial.name,
+                tokens=tokens,
+                error=found.error,
+                tolerance=found.tolerance,
+                cache_ok=found.cache_ok,
+                races=outcome.races,
+                notes=found.notes,
+                seconds=seconds,
+            )
+
+
+def _judged(args: Arguments, outcome: Outcome, want_out: NDArray[np.float32], want_cache: Array) -> Difference:
+    if outcome.out is None or outcome.kv_cache is None:
+        return Difference(math.inf, TOLERANCE[args.queries.dtype.name], False, (f"raised {outcome.failure}",))
+    return compare(args, outcome.out, outcome.kv_cache, want_out, want_cache)
+
+
+def _units(spec: Spec, planned: Sequence[tuple[KernelPlan, Source]]) -> list[Unit]:
+    """Sources with one body are one unit: targets differ in what their headers say."""
+    same: dict[str, list[tuple[KernelPlan, Source]]] = {}
+    for plan, source in planned:
+        same.setdefault(source.body, []).append((plan, source))
+    return [Unit(spec, *group[0], tuple(plan.target for plan, _ in group)) for group in same.values()]
+
+
+def _check_unit(unit: Unit, seed: int, random_batches: int) -> list[Result]:
+    """For a process of its own, which hands back a list."""
+    return list(_results(unit, seed, random_batches))
+
+
+def _results(unit: Unit, seed: int, random_batches: int) -> Iterator[Result]:
+    return check_source(
+        unit.spec, unit.plan, unit.source, targets=unit.targets, seed=seed, random_batches=random_batches
+    )
+
+
+def _run_units(units: Sequence[Unit], seed: int, random_batches: int, jobs: int) -> Iterator[Result]:
+    if jobs == 1:
+        for unit in units:
+            yield from _results(unit, seed, random_batches)
+        return
+    # Spawned: JAX holds threads and locks. The interpreter keeps one kernel's state a process.
+    with ProcessPoolExecutor(min(jobs, len(units)), get_context("spawn"), prepare) as pool:
+        futures = [pool.submit(_check_unit, unit, seed, random_batches) for unit in units]
+        try:
+            for future in as_completed(futures):
+                yield from future.result()
+        except BrokenProcessPool as error:
+            raise CheckError(
+                "a checking process died; it may have run out of memory: check with fewer --jobs"
+            ) from error
+
+
+def _compile(compile: Compile, target: str, tasks: Sequence[Task]) -> CompileResult:
+    start = time.perf_counter()
+    message = ""
+    try:
+        compile(tasks)
+    except CompileError as error:
+        message = str(error)
+    return CompileResult(target, len(tasks), message, time.perf_counter() - start)
