@@ -41,7 +41,7 @@ class Source:
     @property
     def body(self) -> str:
         """The text after the header: targets whose plans agree have the same."""
-        return self.text.split(HEADER_END, 2)[1]
+        return self.text.split(HEADER_END, 1)[1]
 
 
 def templates_dir() -> Path:

@@ -9,7 +9,7 @@ from typing import TypeAlias, TypeVar
 
 from rpac.chip import Chip, chip, is_tpu
 from rpac.errors import PlanError
-from rpac.layout import align, metadata_specs, nbytes
+from rpac.layout import LANES, align, metadata_specs, nbytes
 from rpac.plan.tiles import BlockTiles, DecodeTiles, KernelPlan, RowDims, XlaTiles
 from rpac.spec import Spec
 
@@ -130,28 +130,25 @@ def _fit(spec: Spec, device: Chip, choices: Iterator[AnyTiles]) -> AnyTiles:
 def _decode_choices(spec: Spec, device: Chip, tokens: int) -> Iterator[DecodeTiles]:
     """From the tiles that the chip is kept busy with down to the smallest that work."""
     model, serving = spec.model, spec.serving
-    token_bytes = nbytes((RowDims.of(model).token_rows, 128), model.kv_dtype)
-    most = power_of_two_from(serving.max_model_len)
+    token_bytes = nbytes((RowDims.of(model).token_rows, LANES), model.kv_dtype)
+    most = max(power_of_two_from(max(serving.context_lens)), LANES)
     # As long a tile as pays, for a step's chain of MXU, softmax and MXU is paid once a tile; but computed whole, so no
     # longer than the sequences, and with scores (kv_heads * 8 rows of `tile` float32) that do not fill the registers.
-    tile = min(power_of_two_to(8192 // model.kv_heads), 1024, power_of_two_from(min(serving.context_lens)), most)
+    tile = min(power_of_two_to(8192 // model.kv_heads), 1024, max(power_of_two_from(min(serving.context_lens)), LANES))
     block = max(min(power_of_two_to(FETCH_BYTES // token_bytes), most), tile)
     loaded = min(tokens, serving.max_num_seqs)
     pair = math.gcd(model.kv_heads, max(device.mxu_size // model.head_dim, 1))
     for buffers in (4, 3, 2):
-        size = block
-        while True:
-            size = max(size, serving.page_size)
+        size = max(block, serving.page_size)
+        while size >= max(serving.page_size, LANES):  # a row of scores is at least one register wide
             yield DecodeTiles(size, min(tile, size), pair, buffers, WRITES, loaded)
-            if size == serving.page_size:
-                break
             size //= 2
 
 
 def _block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[BlockTiles]:
     """Likewise; a prefill kernel's query block divides the chunk, so that it has no partial block."""
     model, serving = spec.model, spec.serving
-    most = power_of_two_from(serving.max_model_len)
+    most = max(power_of_two_from(max(serving.context_lens)), LANES)
     new_tokens = min(tokens, serving.page_size)
     for q_block in Q_BLOCKS[kind]:
         if kind == "prefill":
@@ -165,7 +162,7 @@ def _block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[BlockTiles]:
         step_rows = next(
             rows // parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= STEP_ROWS
         )
-        for block in (1024, 512, 256, serving.page_size):
+        for block in (1024, 512, 256, LANES):
             block = max(min(block, most), serving.page_size)
             tile = min(512, block)
             for buffers in (3, 2):

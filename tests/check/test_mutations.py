@@ -47,7 +47,6 @@ BOTH = [
     dropped("clear_tail removed", r"clear_tail\(slot, valid\)"),
     Mutation("wrong slot", r"^( *slot = lax\.rem\(step), (\d)\)(?=\n *(kv_len|end) =)", r"\1 + 1, \2)"),
     Mutation("K for V", r"return head_of\(v_words, head\)", "return head_of(k_words, head)"),
-    Mutation("maximum forgotten", r"= jnp\.maximum\(old_max, (jnp\.max\(.*\))\)$", r"= jnp.broadcast_to(\1, old_max.shape)"),
     Mutation("sum not rescaled", r"= rescale \* (row_sum\[.*\]) \+", r"= \1 +"),
 ]
 DECODE = [

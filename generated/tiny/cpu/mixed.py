@@ -1,12 +1,12 @@
 """Ragged paged attention of tiny: mixed batches on cpu.
 
-Do not edit: made from spec c8aed47f9e016d40da8cb52790bd84fbdf8df3c1519652c17048b9a1db55900d by
+Do not edit: made from spec cd1fc6b2c4ef8e582cd34be627151b11cf2ec82071c3bedaf185330bfb23b048 by
     rpac build tiny.yaml --target cpu
 Change the spec or the templates and run it again.
 
 What was specialized:
 - 4 query heads over 2 KV heads, head_dim 128, queries bfloat16, KV bfloat16: constants
-- pages of 16 tokens, 8 a sequence, up to 4 sequences
+- pages of 16 tokens, 32 a sequence, up to 4 sequences
 - token buckets that use it: 8, 32
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 """
@@ -21,7 +21,7 @@ HEAD_DIM = 128
 DTYPE = jnp.bfloat16
 WORD = jnp.uint16  # an integer as wide as DTYPE
 PAGE_SIZE = 16  # tokens
-PAGES_PER_SEQ = 8
+PAGES_PER_SEQ = 32
 MAX_SEQS = 4
 DECODE_BLOCK = 64  # tokens of KV that are one item of decode work
 DECODE_BLOCK_PAGES = 4

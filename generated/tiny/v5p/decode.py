@@ -1,17 +1,17 @@
 """Ragged paged attention of tiny: decode batches on v5p.
 
-Do not edit: made from spec c8aed47f9e016d40da8cb52790bd84fbdf8df3c1519652c17048b9a1db55900d by
+Do not edit: made from spec cd1fc6b2c4ef8e582cd34be627151b11cf2ec82071c3bedaf185330bfb23b048 by
     rpac build tiny.yaml --target v5p
 Change the spec or the templates and run it again.
 
 What was specialized:
 - 4 query heads over 2 KV heads, head_dim 128, queries bfloat16, KV bfloat16: constants
-- pages of 16 tokens, 8 a sequence, up to 4 sequences
+- pages of 16 tokens, 32 a sequence, up to 4 sequences
 - token buckets that use it: 8, 32
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - only decode batches: the other kernels are not in this program
-- decode: fetches 128 tokens at once with 4 buffers, so that DMA latency hides behind 3 blocks in flight; computes 64 tokens at once, so that the scores stay in registers
-- VMEM: 663,552 bytes counted, 16,777,216 allowed, 67,108,864 there
+- decode: fetches 128 tokens at once with 4 buffers, so that DMA latency hides behind 3 blocks in flight; computes 128 tokens at once, so that the scores stay in registers
+- VMEM: 737,280 bytes counted, 16,777,216 allowed, 67,108,864 there
 """
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ KV_HEADS = 2
 GROUP = 2  # query heads that share a KV head
 HEAD_DIM = 128
 PAGE_SIZE = 16  # tokens
-PAGES_PER_SEQ = 8
+PAGES_PER_SEQ = 32
 SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * log2(e): probabilities are powers of two
 MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
 
@@ -168,22 +168,22 @@ def decode_kernel(
         first = pl.cdiv(valid, UNIT)
         wide = pl.cdiv(first, 16)
         lax.fori_loop(first, wide * 16, zero(1), 0)
-        lax.fori_loop(wide, pl.cdiv(valid, 64) * 1, zero(16), 0)
+        lax.fori_loop(wide, pl.cdiv(valid, 128) * 2, zero(16), 0)
 
-    # ---- read KV: one compute tile of 64 tokens, one head at a time
+    # ---- read KV: one compute tile of 128 tokens, one head at a time
 
     def separate(slot, tile):
-        """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 32 in its high."""
-        first = tile * 256
+        """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 64 in its high."""
+        first = tile * 512
         half = jnp.uint32(0xFFFF)
 
         def split(piece, _):  # few enough rows at a time to stay in registers
-            start = piece * 128
-            lower = pl.multiple_of(first + start, 128)
-            upper = pl.multiple_of(first + 128 + start, 128)
-            low = rows_as_words(kv[slot, pl.ds(lower, 128)])
-            high = rows_as_words(kv[slot, pl.ds(upper, 128)])
-            words = pl.ds(pl.multiple_of(piece * 64, 64), 64)
+            start = piece * 256
+            lower = pl.multiple_of(first + start, 256)
+            upper = pl.multiple_of(first + 256 + start, 256)
+            low = rows_as_words(kv[slot, pl.ds(lower, 256)])
+            high = rows_as_words(kv[slot, pl.ds(upper, 256)])
+            words = pl.ds(pl.multiple_of(piece * 128, 128), 128)
             k_words[words] = (low & half) | (high << 16)
             v_words[words] = (low >> 16) | (high & ~half)
             return 0
@@ -191,8 +191,8 @@ def decode_kernel(
         lax.fori_loop(0, 1, split, 0)
 
     def head_of(words, head):
-        """`[64, HEAD_DIM]` of one head, in the order of `tile_tokens`."""
-        return words_as_rows(words[pl.ds(head, 32, stride=2), :])
+        """`[128, HEAD_DIM]` of one head, in the order of `tile_tokens`."""
+        return words_as_rows(words[pl.ds(head, 64, stride=2), :])
 
     def head_keys(slot, tile, head):
         return head_of(k_words, head)
@@ -203,7 +203,7 @@ def decode_kernel(
     def tile_tokens(shape):
         """The token of each column of a score: the halves of the words, interleaved."""
         column = lax.broadcasted_iota(jnp.int32, shape, 1)
-        return (column >> 1) + (column & 1) * 32
+        return (column >> 1) + (column & 1) * 64
 
     # ---- flash step: every KV head's 8 query rows against one tile, under one softmax
 
@@ -216,10 +216,10 @@ def decode_kernel(
             products(q_rows[heads(head)].astype(jnp.bfloat16), head_keys(slot, tile, head), 1) for head in range(KV_HEADS)
         ]
         scores = jnp.concatenate(scores, axis=0) * SCORE_SCALE
-        scores = jnp.where(tile * 64 + tile_tokens(scores.shape) < valid, scores, MASKED)
+        scores = jnp.where(tile * 128 + tile_tokens(scores.shape) < valid, scores, MASKED)
         old_max = row_max[...]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - widen(new_max, 64))
+        weights = jnp.exp2(scores - widen(new_max, 128))
         rescale = jnp.exp2(old_max - new_max)
         row_max[...] = new_max
         row_sum[...] = rescale * row_sum[...] + jnp.sum(weights, axis=1, keepdims=True)
@@ -293,7 +293,7 @@ def decode_kernel(
                 flash_step(slot, tile, valid)
                 return 0
 
-            lax.fori_loop(0, pl.cdiv(valid, 64), one_tile, 0)
+            lax.fori_loop(0, pl.cdiv(valid, 128), one_tile, 0)
 
             @pl.when(last)
             def _():
@@ -322,8 +322,8 @@ def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distributi
         input_output_aliases={6: 1},
         scratch_shapes=[
             pltpu.VMEM((4, 512, 128), jnp.bfloat16),  # kv: fetched blocks
-            pltpu.VMEM((64, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
-            pltpu.VMEM((64, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
+            pltpu.VMEM((128, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
+            pltpu.VMEM((128, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
             pltpu.VMEM((4, 4, 128), jnp.bfloat16),  # q_all: queries of every sequence
             pltpu.VMEM((4, 2, 128), jnp.bfloat16),  # new_keys: new keys of every sequence
             pltpu.VMEM((4, 2, 128), jnp.bfloat16),  # new_values: new values of every sequence

@@ -1,12 +1,12 @@
 """Ragged paged attention of tiny: prefill batches on v5p.
 
-Do not edit: made from spec c8aed47f9e016d40da8cb52790bd84fbdf8df3c1519652c17048b9a1db55900d by
+Do not edit: made from spec cd1fc6b2c4ef8e582cd34be627151b11cf2ec82071c3bedaf185330bfb23b048 by
     rpac build tiny.yaml --target v5p
 Change the spec or the templates and run it again.
 
 What was specialized:
 - 4 query heads over 2 KV heads, head_dim 128, queries bfloat16, KV bfloat16: constants
-- pages of 16 tokens, 8 a sequence, up to 4 sequences
+- pages of 16 tokens, 32 a sequence, up to 4 sequences
 - token buckets that use it: 32
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - only prefill batches: the other kernels are not in this program
@@ -24,7 +24,7 @@ KV_HEADS = 2
 GROUP = 2  # query heads that share a KV head
 HEAD_DIM = 128
 PAGE_SIZE = 16  # tokens
-PAGES_PER_SEQ = 8
+PAGES_PER_SEQ = 32
 CHUNK = 16  # new tokens of every sequence
 SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * log2(e): probabilities are powers of two
 MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number

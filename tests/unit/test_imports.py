@@ -1,0 +1,91 @@
+"""Imports go downward: each stage knows those before it, and none that come after."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rpac
+
+PACKAGE = Path(rpac.__file__).parent
+
+# From the lowest to the highest; a module, or a package as a whole, imports only from above its own line.
+ORDER = [
+    "errors",
+    "spec", "chip", "layout", "batch", "plan", "render",
+    "publish", "store",  # files and folders: a bundle's and a cache's
+    "compat", "runtime", "toolchain",  # JAX: what differs, what runs, what it is
+    "lower", "schedule", "tune", "bundle", "select", "engine",
+    "reference", "check", "build", "predict",
+    "cli",
+]  # fmt: skip
+
+# May be imported where it is needed, because it imports nothing but `errors`: `rpac.__version__` is there.
+ROOT = "rpac"
+
+
+def parts() -> list[str]:
+    return sorted({path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")})
+
+
+def imports(node: ast.AST) -> Iterator[str]:
+    """The parts of rpac that some code imports, at any depth, but for what only a type checker sees."""
+    for child in ast.iter_child_nodes(node):
+        match child:
+            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
+                continue
+            case ast.Import(names=names):
+                yield from (name.name for name in names)
+            case ast.ImportFrom(module=module, names=names, level=0) if module is not None:
+                yield from (f"rpac.{name.name}" for name in names) if module == "rpac" else (module,)
+            case ast.ImportFrom():
+                raise AssertionError(f"line {child.lineno}: a relative import")
+        yield from imports(child)
+
+
+def edges(part: str) -> set[str]:
+    files = (PACKAGE / part).rglob("*.py") if (PACKAGE / part).is_dir() else [PACKAGE / f"{part}.py"]
+    found = {name for file in files for name in imports(ast.parse(file.read_text(), str(file)))}
+    return {(name.split(".") + [ROOT])[1] if name != "rpac" else ROOT for name in found if name.split(".")[0] == "rpac"}
+
+
+def test_every_part_has_its_place() -> None:
+    assert set(parts()) - {"__init__"} <= set(ORDER)
+
+
+@pytest.mark.parametrize("part", [part for part in parts() if part in ORDER])
+def test_a_part_imports_only_downward(part: str) -> None:
+    below = ORDER[: ORDER.index(part) + 1]
+    upward = {other for other in edges(part) if other != ROOT and other not in below}
+    assert upward == set()
+
+
+def test_errors_imports_nothing_of_rpac() -> None:
+    assert edges("errors") == set()
+
+
+def test_the_oracle_shares_nothing_with_what_it_judges() -> None:
+    assert edges("reference") == set()
+
+
+def test_nobody_knows_the_command_line() -> None:
+    assert [part for part in parts() if part != "cli" and "cli" in edges(part)] == []
+
+
+@pytest.mark.parametrize("part", ["spec", "batch", "render"])
+def test_the_first_stages_need_no_jax(part: str) -> None:
+    code = f"import sys, rpac.{part}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"jax", "jaxlib", "libtpu"} & set(done.stdout.split())
+
+
+def test_no_part_does_work_when_imported() -> None:
+    """Importing all of the command line loads neither JAX nor a compiler."""
+    code = "import sys, rpac.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"jax", "jaxlib", "libtpu"} & set(done.stdout.split())
