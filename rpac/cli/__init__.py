@@ -9,6 +9,7 @@ import click
 
 import rpac
 from rpac.cli.build import build, generate
+from rpac.cli.check import check
 from rpac.cli.inspect import inspect
 from rpac.cli.plan import plan
 from rpac.cli.predict import predict_command
@@ -37,5 +38,5 @@ def main() -> None:
     """
 
 
-for command in (plan, build, inspect, generate, predict_command):
+for command in (plan, build, check, inspect, generate, predict_command):
     main.add_command(command)

@@ -85,7 +85,8 @@ def test_the_first_stages_need_no_jax(part: str) -> None:
 
 
 def test_no_part_does_work_when_imported() -> None:
-    """Importing all of the command line loads neither JAX nor a compiler."""
+    """Importing all of the command line loads neither JAX nor a compiler. A build's workers import it too, before
+    the settings of JAX are what a build needs."""
     code = "import sys, rpac.cli; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"jax", "jaxlib", "libtpu"} & set(done.stdout.split())

@@ -1,0 +1,71 @@
+"""`rpac check`: generated kernels against the oracle, and a compile for every target."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import click
+
+from rpac.build import chosen_targets
+from rpac.check import CheckReport, CompileResult, Result, check_spec
+from rpac.cli.common import cache_of, cache_option, jobs_option, json_option, spec_argument, target_option
+from rpac.errors import CheckError
+from rpac.lower import lower_all
+from rpac.plan import KIND_ORDER
+from rpac.spec import load_spec
+from rpac.toolchain import prepare
+
+
+@click.command()
+@spec_argument
+@target_option
+@click.option("--kind", "kinds", multiple=True, type=click.Choice(KIND_ORDER), help="Only this kind; repeat for several.")
+@click.option("--seed", type=int, help="Of the data and the random batches; default: a fresh one, which is printed.")
+@click.option("--random", "random_batches", type=click.IntRange(0), default=2, show_default=True, help="A source.")
+@click.option("--no-compile", is_flag=True, help="Only run the kernels; compile them for no target.")
+@jobs_option
+@cache_option
+@json_option
+def check(
+    spec_file: Path,
+    targets: tuple[str, ...],
+    kinds: tuple[str, ...],
+    seed: int | None,
+    random_batches: int,
+    no_compile: bool,
+    jobs: int | None,
+    no_cache: bool,
+    as_json: bool,
+) -> None:
+    """Run every kernel of SPEC in the TPU interpreter against the float32 oracle, and compile it for every target.
+
+    Attention within a stated tolerance, the cache bit for bit, no race, in memory poisoned with NaN, both DMA modes.
+    """
+    prepare()  # before JAX is imported, here and in every process below
+    spec = load_spec(spec_file)
+    start = time.monotonic()
+
+    def progress(row: Result | CompileResult) -> None:
+        name = f"{row.source} {row.mode} {row.batch}" if isinstance(row, Result) else f"compile {row.target}"
+        click.echo(f"{time.monotonic() - start:7.1f} s  {name}: {'ok' if row.ok else 'FAILED'}", err=True)
+
+    cache = cache_of(no_cache)
+    report = check_spec(
+        spec,
+        targets=chosen_targets(spec, targets),
+        kinds=kinds or None,
+        seed=seed,
+        random_batches=random_batches,
+        jobs=jobs or os.cpu_count() or 1,
+        compile=None if no_compile else lambda tasks: lower_all(tasks, cache, jobs),
+        progress=progress,
+    )
+    click.echo(report.to_json() if as_json else report.table())
+    _exit(report)
+
+
+def _exit(report: CheckReport) -> None:
+    if report.failed:
+        raise SystemExit(CheckError.exit_code)
