@@ -177,10 +177,7 @@ class _Mixed(_Trials):
         ]
         yield self.mixed("only decode", [(1, length) for length in some_decodes], decodes=len(some_decodes))
         yield self.mixed("full bucket", self.filling(bucket))
-        one = min(bucket, full)
-        yield self.mixed("one sequence", [(one, one)])
-        last = min(3, bucket - 1, full)
-        yield self.mixed("full table", [(1, full), (last, full)], decodes=1)
+        yield self.mixed("one sequence, full table", [(min(self.q_block, bucket, full), full)])
         yield self.many("max sequences, shared prefix")
         if self.chunk < self.buckets[-1]:
             yield from self.with_chunks()
