@@ -21,6 +21,8 @@ from rpac.spec import Model, Spec
 
 MASKED = -2.0e38
 CLEAR_UNITS = 16  # zeroed by one turn of a loop: enough to hide what the turn itself costs
+SPLIT_PHASES = 2  # of a decode step that the split of the next block is spread over: products with K and with V
+SPLIT_PIECE = 32  # bfloat16 rows that are split at once beside other work: 2 registers
 SPLIT_ROWS = 512  # bfloat16 rows that are split into K and V in one turn of a loop: 32 registers
 SORT_TOKENS = 16  # tokens of a query block that one turn of a loop moves; divides every query block
 HEADER_END = '"""\n'
@@ -129,23 +131,29 @@ def _tile_context(spec: Spec, tiles: DecodeTiles | BlockTiles | XlaTiles | None)
     if isinstance(tiles, XlaTiles):
         return context
     rows = RowDims.of(spec.model)
-    half_rows = tiles.tile // 2 * rows.token_rows
-    split_rows = math.gcd(half_rows, SPLIT_ROWS)
-    clear_units = math.gcd(tiles.tile // rows.unit, CLEAR_UNITS)
+    tile, piece = (tiles.tile, SPLIT_ROWS) if isinstance(tiles, BlockTiles) else (tiles.block, SPLIT_PIECE)
+    half_rows = tile // 2 * rows.token_rows
+    split_rows = math.gcd(half_rows, piece)
+    clear_units = math.gcd(tile // rows.unit, CLEAR_UNITS)
     context |= {
-        "half_tile": tiles.tile // 2,
+        "tile": tile,
+        "tile_end": tile - 1,
+        "ahead": tiles.buffers - 1,
+        "half_tile": tile // 2,
         "half_tile_rows": half_rows,
         "split_rows": split_rows,
         "split_words": split_rows // 2,
         "splits": half_rows // split_rows,
-        "tile_rows": tiles.tile * rows.token_rows,
+        "tile_rows": tile * rows.token_rows,
         "clear_units": clear_units,
-        "clears_per_tile": tiles.tile // (rows.unit * clear_units),
+        "clears_per_tile": tile // (rows.unit * clear_units),
         "buffers_declared": [_declared(buffer) for buffer in tiles.scratch(spec.model, page)],
     }
     if isinstance(tiles, DecodeTiles):
+        groups = spec.model.kv_heads // tiles.pair
         context |= {
-            "groups": spec.model.kv_heads // tiles.pair,
+            "groups": groups,
+            "split_share": math.ceil(half_rows / (split_rows * SPLIT_PHASES * groups)),
             "pair_rows": tiles.pair * align(spec.model.group, SUBLANES),
         }
     if isinstance(tiles, BlockTiles):
@@ -182,8 +190,8 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
     if isinstance(plan.decode, DecodeTiles):
         d = plan.decode
         lines.append(
-            f"decode: fetches {d.block} tokens at once with {d.buffers} buffers, so that DMA latency hides behind "
-            f"{d.buffers - 1} blocks in flight; computes {d.tile} tokens at once, so that the scores stay in registers"
+            f"decode: blocks of {d.block} tokens, as long as the expected lengths and the registers for scores allow; "
+            f"{d.buffers} buffers, so that DMA latency hides behind {d.buffers - 1} blocks in flight"
         )
     if isinstance(plan.block, BlockTiles):
         b = plan.block

@@ -22,7 +22,7 @@ HEADER = ("source", "token buckets", "decode", "prefill or mixed", "VMEM need", 
 def plan(spec_file: Path, targets: tuple[str, ...], as_json: bool) -> None:
     """Print the tiles, buffers and budgets of every kernel of SPEC.
 
-    Tiles are in tokens: fetched/computed at once x buffers; for prefill and mixed, queries x those.
+    Tiles are in tokens: decode, block x buffers; prefill and mixed, queries, fetched/computed at once x buffers.
     """
     spec = load_spec(spec_file)
     plans = [one for target in chosen_targets(spec, targets) for one in plan_spec(spec, target)]
@@ -44,7 +44,7 @@ def _tiles(tiles: DecodeTiles | BlockTiles | XlaTiles | None) -> str:
         case None:
             return "-"
         case DecodeTiles():
-            return f"{tiles.block}/{tiles.tile} x{tiles.buffers}"
+            return f"{tiles.block} x{tiles.buffers}"
         case BlockTiles():
             return f"{tiles.q_block} q, {tiles.block}/{tiles.tile} x{tiles.buffers}"
         case XlaTiles():

@@ -15,10 +15,13 @@ from rpac.spec import Spec
 
 KIND_ORDER = ("decode", "prefill", "mixed")
 MIB = 1 << 20
-FETCH_BYTES = 2 * MIB  # of a decode block: long enough a DMA to hide its start, short enough to have several in flight
+IN_FLIGHT_BYTES = 8 * MIB  # more than the HBM delivers within one DMA's latency (5.4 MB on TPU7x)
+MIN_BUFFERS, MAX_BUFFERS = 3, 16
 SMEM_RESERVE = 64 << 10  # for what the compiler keeps there itself
 VMEM_HEADROOM = 8 * MIB  # above what we count, for values that the compiler spills
 MERGE_TOKENS = 16
+XLA_DECODE_BLOCK = 128  # these two: fastest of those timed on two CPU cores, by small margins
+XLA_STEP_BYTES = MIB
 WRITES = 4  # outputs and cache rows of sequences that may still be on their way
 MIN_Q_BLOCK = 16
 # A mixed batch has short sequences too, and a block is computed whole.
@@ -85,8 +88,11 @@ def _check_chunk(spec: Spec) -> None:
 
 def _plan_xla(spec: Spec, target: str, kind: str) -> KernelPlan:
     page = spec.serving.page_size
-    decode = XlaTiles(block=max(page, 64), blocks=16)
-    block = XlaTiles(block=max(page, 256), q_block=64)
+    token_bytes = nbytes((RowDims.of(spec.model).token_rows, LANES), spec.model.kv_dtype)
+    size = max(page, XLA_DECODE_BLOCK)
+    blocks = min(max(XLA_STEP_BYTES // (size * token_bytes), 1), 16)
+    decode = XlaTiles(block=size, blocks=blocks)
+    block = XlaTiles(block=max(page, 256), q_block=128) if kind == "prefill" else XlaTiles(max(page, 512), q_block=32)
     return KernelPlan(
         target, kind, (), "", decode if kind != "prefill" else None, block if kind != "decode" else None, 0, 0, 0, 0, 0
     )
@@ -131,18 +137,17 @@ def _decode_choices(spec: Spec, device: Chip, tokens: int) -> Iterator[DecodeTil
     """From the tiles that the chip is kept busy with down to the smallest that work."""
     model, serving = spec.model, spec.serving
     token_bytes = nbytes((RowDims.of(model).token_rows, LANES), model.kv_dtype)
-    most = max(power_of_two_from(max(serving.context_lens)), LANES)
-    # As long a tile as pays, for a step's chain of MXU, softmax and MXU is paid once a tile; but computed whole, so no
-    # longer than the sequences, and with scores (kv_heads * 8 rows of `tile` float32) that do not fill the registers.
-    tile = min(power_of_two_to(8192 // model.kv_heads), 1024, max(power_of_two_from(min(serving.context_lens)), LANES))
-    block = max(min(power_of_two_to(FETCH_BYTES // token_bytes), most), tile)
+    # As long a block as pays, for the chain of MXU, softmax and MXU is paid once a block; but it is computed whole, so no
+    # longer than the sequences, and with scores (kv_heads * 8 rows of `block` float32) that do not fill the registers.
+    shortest = max(power_of_two_from(min(serving.context_lens)), LANES)
+    block = max(min(power_of_two_to(8192 // model.kv_heads), 1024, shortest), serving.page_size)
     loaded = min(tokens, serving.max_num_seqs)
     pair = math.gcd(model.kv_heads, max(device.mxu_size // model.head_dim, 1))
-    for buffers in (4, 3, 2):
-        size = max(block, serving.page_size)
-        while size >= max(serving.page_size, LANES):  # a row of scores is at least one register wide
-            yield DecodeTiles(size, min(tile, size), pair, buffers, WRITES, loaded)
-            size //= 2
+    while block >= max(serving.page_size, LANES):  # a row of scores is at least one register wide
+        most = min(IN_FLIGHT_BYTES // (block * token_bytes) + 2, MAX_BUFFERS)
+        for buffers in range(max(most, MIN_BUFFERS), MIN_BUFFERS - 1, -1):
+            yield DecodeTiles(block, pair, buffers, WRITES, loaded)
+        block //= 2
 
 
 def _block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[BlockTiles]:

@@ -62,13 +62,12 @@ class Buffer:
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """Tiles of a decode kernel, in tokens: `block` is fetched at once, `tile` is computed at once.
+    """Tiles of a decode kernel: `block` tokens are fetched at once and computed at once, `buffers` of them in flight.
 
     `pair` KV heads share a matrix product, side by side: as many as fill the width of the MXU.
     """
 
     block: int
-    tile: int
     pair: int
     buffers: int
     writes: int
@@ -81,7 +80,7 @@ class DecodeTiles:
         new = (self.loaded, model.kv_heads, model.head_dim)
         return (
             Buffer("kv", (self.buffers, self.block * rows.token_rows, LANES), model.kv_dtype, "fetched blocks"),
-            *split_words(model, self.tile),
+            *split_words(model, self.block, 2),
             Buffer("q_all", (self.loaded, model.q_heads, model.head_dim), model.q_dtype, "queries of every sequence"),
             Buffer("new_keys", new, model.kv_dtype, "new keys of every sequence"),
             Buffer("new_values", new, model.kv_dtype, "new values of every sequence"),
@@ -102,7 +101,7 @@ class DecodeTiles:
 
     def temporaries(self, model: Model) -> int:
         """Bytes of the values of one flash step that registers cannot hold: scores and weights."""
-        return 2 * nbytes((model.kv_heads * align(model.group, SUBLANES), self.tile), "float32")
+        return 2 * nbytes((model.kv_heads * align(model.group, SUBLANES), self.block), "float32")
 
 
 @dataclass(frozen=True)
@@ -171,12 +170,14 @@ def word_dtype(model: Model) -> str:
     return "uint32" if packing(model.kv_dtype) > 1 else model.kv_dtype
 
 
-def split_words(model: Model, tile: int) -> tuple[Buffer, ...]:
-    """The two arrays that a tile's K and V are split into, where they share words."""
+def split_words(model: Model, tile: int, copies: int = 0) -> tuple[Buffer, ...]:
+    """The two arrays that a tile's K and V are split into, where they share words; `copies` of each, if given."""
     pack = packing(model.kv_dtype)
     if pack == 1:
         return ()
-    shape = (tile // pack * RowDims.of(model).packed_rows, LANES)
+    shape: tuple[int, ...] = (tile // pack * RowDims.of(model).packed_rows, LANES)
+    if copies:
+        shape = (copies, *shape)
     return (
         Buffer("k_words", shape, "uint32", "keys of one tile, two tokens a word"),
         Buffer("v_words", shape, "uint32", "values of one tile, two tokens a word"),
