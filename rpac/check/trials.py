@@ -102,7 +102,7 @@ def _block_and_tile(tiles: DecodeTiles | BlockTiles | XlaTiles | None) -> tuple[
     """What is fetched at once and what is computed at once: the same in a portable program."""
     if tiles is None:
         return 0, 0
-    return tiles.block, tiles.block if isinstance(tiles, XlaTiles) else tiles.tile
+    return tiles.block, tiles.tile if isinstance(tiles, BlockTiles) else tiles.block
 
 
 class _Decode(_Trials):
@@ -172,10 +172,8 @@ class _Mixed(_Trials):
         for part in self.packed([*self.around_ends(), *self.around_pages()]):
             yield self.mixed("rows " + " ".join(f"{q_len}:{kv_len}" for q_len, kv_len in part), part)
         yield self.mixed("empty", [])
-        some_decodes = [min(length, full) for length in (page + 1, 1, self.decode_tile + 1)][
-            : min(bucket, self.max_seqs)
-        ]
-        yield self.mixed("only decode", [(1, length) for length in some_decodes], decodes=len(some_decodes))
+        some = [(1, min(length, full)) for length in (page + 1, 1, self.decode_tile + 1)][: min(bucket, self.max_seqs)]
+        yield self.mixed("only decode", some, decodes=len(some))
         yield self.mixed("full bucket", self.filling(bucket))
         yield self.mixed("one sequence, full table", [(min(self.q_block, bucket, full), full)])
         yield self.many("max sequences, shared prefix")
@@ -191,13 +189,8 @@ class _Mixed(_Trials):
 
     def around_pages(self) -> Iterator[tuple[int, int]]:
         """New tokens that begin and end around the end of a page, and a single one that is no decode row."""
-        for context, q_len in (
-            (0, 1),
-            (self.page - 1, 1),
-            (self.page, 1),
-            (self.page - 1, 2),
-            (self.page - 1, self.page + 2),
-        ):
+        page = self.page
+        for context, q_len in ((0, 1), (page - 1, 1), (page, 1), (page - 1, 2), (page - 1, page + 2)):
             if q_len <= self.bucket and context + q_len <= self.max_len:
                 yield q_len, context + q_len
 
@@ -216,7 +209,7 @@ class _Mixed(_Trials):
         page = self.page
         second = min(2 * chunk, self.max_len)
         yield self.mixed("only prefill", [(chunk, second)], prefills=1)
-        if 2 * chunk <= room and chunk < self.max_len:
+        if 1 < chunk < self.max_len and 2 * chunk <= room and self.max_seqs > 1:
             yield self.mixed("around a chunk", [(chunk + 1, min(chunk + page, self.max_len)), (chunk - 1, chunk - 1)])
         rest = min(room - chunk - 1, page + 1)
         if rest > 0 and self.max_seqs > 2:

@@ -43,8 +43,8 @@ class Case:
     max_seqs: int = 8
     chunk: int = 20
     tokens: int = 64
-    decode_tiles: XlaTiles = XlaTiles(block=32, blocks=3)
-    block_tiles: XlaTiles = XlaTiles(block=32, q_block=8)
+    decode_tiles: XlaTiles = XlaTiles(block=32, blocks=3)  # noqa: RUF009 - frozen
+    block_tiles: XlaTiles = XlaTiles(block=32, q_block=8)  # noqa: RUF009
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.dtype}-{self.q_heads}:{self.kv_heads}-{self.head_dim}"

@@ -9,9 +9,9 @@ What was specialized:
 - pages of 128 tokens, 64 a sequence, up to 64 sequences
 - token buckets that use it: 64
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
-- decode: fetches 4096 tokens at once with 4 buffers, so that DMA latency hides behind 3 blocks in flight; computes 1024 tokens at once, so that the scores stay in registers
+- decode: blocks of 1024 tokens, as long as the expected lengths and the registers for scores allow; 16 buffers, so that DMA latency hides behind 15 blocks in flight
 - mixed: blocks of 64 queries against 1024 fetched tokens (3 buffers); computes 512 query rows of a head against 512 tokens at once
-- VMEM: 9,220,096 bytes counted, 25,165,824 allowed, 67,108,864 there
+- VMEM: 9,744,384 bytes counted, 25,165,824 allowed, 67,108,864 there
 """
 import jax
 import jax.numpy as jnp
@@ -93,33 +93,60 @@ def decode_kernel(
 ):  # fmt: skip
     """One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.
 
-    A step is one KV block of one sequence. The fetch runs 3 steps ahead, across the ends of sequences.
+    A step is one KV block of one sequence. The fetch runs 15 steps ahead, across the ends of sequences.
+    While one block is computed, the words of the next are split into K and V: the one keeps the MXU busy, the other the stores.
     """
     num_seqs = distribution[0]
 
-    # ---- fetch KV: whole pages, into one of 4 buffers of 4096 tokens
+    # ---- fetch KV: whole pages, into one of 16 buffers of 1024 tokens
 
     def page_copy(seq, block, slot, page):
-        physical = page_indices[seq * PAGES_PER_SEQ + block * 32 + page]
+        physical = page_indices[seq * PAGES_PER_SEQ + block * 8 + page]
         rows = pl.ds(page * PAGE_ROWS, PAGE_ROWS)
         return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, rows], kv_sem.at[slot])
 
-    def each_page(kv_end, seq, block, slot, act):
+    def pages_of(kv_end, block):
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
+
+    def start_block(kv_end, seq, block, slot):
         def one(page, _):
-            act(page_copy(seq, block, slot, page))
+            page_copy(seq, block, slot, page).start()
             return 0
 
-        pages = jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 32, 32)
-        lax.fori_loop(0, pages, one, 0)
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 8)
+        def _():
+            for page in range(8):
+                one(page, 0)
+
+        @pl.when(pages < 8)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
+
+    def wait_block(kv_end, seq, block, slot):
+        def one(page, _):
+            page_copy(seq, block, slot, page).wait()
+            return 0
+
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 8)
+        def _():
+            pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
+
+        @pl.when(pages < 8)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
 
     def advance(seq, block):
-        last = (block + 1) * 4096 >= kv_lens[seq]
+        last = (block + 1) * 1024 >= kv_lens[seq]
         return jnp.where(last, seq + 1, seq), jnp.where(last, 0, block + 1)
 
     def fetch_ahead(step, seq, block):
         @pl.when(seq < num_seqs)
         def _():
-            each_page(kv_lens[seq], seq, block, lax.rem(step, 4), lambda copy: copy.start())
+            start_block(kv_lens[seq], seq, block, lax.rem(step, 16))
 
         next_seq, next_block = advance(jnp.minimum(seq, num_seqs - 1), block)
         return jnp.where(seq < num_seqs, next_seq, seq), jnp.where(seq < num_seqs, next_block, block)
@@ -138,7 +165,7 @@ def decode_kernel(
         def _():
             unit_copy(seq - 4).wait()
 
-        token = kv_lens[seq] - 1 - block * 4096
+        token = kv_lens[seq] - 1 - block * 1024
         rows = pl.ds(pl.multiple_of(token // UNIT * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
         for i in range(UNIT):
             pack_token(new_keys[seq], new_values[seq], packed, i)
@@ -170,53 +197,59 @@ def decode_kernel(
         lax.fori_loop(first, wide * 16, zero(1), 0)
         lax.fori_loop(wide, pl.cdiv(valid, 1024) * 8, zero(16), 0)
 
-    # ---- read KV: one compute tile of 1024 tokens, one head at a time
+    # ---- read KV: one head of a block at a time
 
-    def separate(slot, tile):
-        """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 512 in its high."""
-        first = tile * 2048
-        half = jnp.uint32(0xFFFF)
+    class Split:
+        """The split of a block's words into K and V at `here` (0 or 1), in pieces to be done beside other work.
 
-        def split(piece, _):  # few enough rows at a time to stay in registers
-            start = piece * 512
-            lower = pl.multiple_of(first + start, 512)
-            upper = pl.multiple_of(first + 1024 + start, 512)
-            low = rows_as_words(kv[slot, pl.ds(lower, 512)])
-            high = rows_as_words(kv[slot, pl.ds(upper, 512)])
-            words = pl.ds(pl.multiple_of(piece * 256, 256), 256)
-            k_words[words] = (low & half) | (high << 16)
-            v_words[words] = (low >> 16) | (high & ~half)
-            return 0
+        A word of either holds token t in its low half, t + 512 in its high.
+        """
 
-        lax.fori_loop(0, 2, split, 0)
+        def __init__(self, slot, here):
+            self.slot, self.here, self.done = slot, here, 0
 
-    def head_of(words, head):
-        """`[1024, HEAD_DIM]` of one head, in the order of `tile_tokens`."""
-        return words_as_rows(words[pl.ds(head, 512, stride=1), :])
+        def go_on(self, pieces):
+            for piece in range(self.done, min(self.done + pieces, 32)):
+                first = piece * 32
+                low = rows_as_words(kv[self.slot, pl.ds(first, 32)])
+                high = rows_as_words(kv[self.slot, pl.ds(1024 + first, 32)])
+                words = pl.ds(piece * 16, 16)
+                k_words[self.here, words] = (low & jnp.uint32(0xFFFF)) | (high << 16)
+                v_words[self.here, words] = (low >> 16) | (high & jnp.uint32(0xFFFF0000))
+            self.done += pieces
 
-    def head_keys(slot, tile, head):
-        return head_of(k_words, head)
+        def finish(self):
+            self.go_on(32)
 
-    def head_values(slot, tile, head):
-        return head_of(v_words, head)
+    def head_of(words, here, head):
+        """`[1024, HEAD_DIM]` of one head, in the order of `block_tokens`."""
+        return words_as_rows(words[here, pl.ds(head, 512, stride=1), :])
 
-    def tile_tokens(shape):
+    def head_keys(here, head):
+        return head_of(k_words, here, head)
+
+    def head_values(here, head):
+        return head_of(v_words, here, head)
+
+    def block_tokens(shape):
         """The token of each column of a score: the halves of the words, interleaved."""
         column = lax.broadcasted_iota(jnp.int32, shape, 1)
         return (column >> 1) + (column & 1) * 512
 
-    # ---- flash step: every KV head's 8 query rows against one tile, under one softmax
+    # ---- flash step: every KV head's 8 query rows against one block, under one softmax
 
     def heads(head):
         return slice(head * 8, (head + 1) * 8)
 
-    def flash_step(slot, tile, valid):
-        separate(slot, tile)
-        scores = [
-            products(q_rows[heads(head)].astype(jnp.bfloat16), head_keys(slot, tile, head), 1) for head in range(KV_HEADS)
-        ]
+    def flash_step(valid, here, next_slot):
+        """One block, whose words are split already at `here` (0 or 1), while those of the next go to the other place."""
+        split = Split(next_slot, 1 - here)
+        scores = []
+        for head in range(KV_HEADS):
+            scores.append(products(q_rows[heads(head)].astype(jnp.bfloat16), head_keys(here, head), 1))
+            split.go_on(16)
         scores = jnp.concatenate(scores, axis=0) * SCORE_SCALE
-        scores = jnp.where(tile * 1024 + tile_tokens(scores.shape) < valid, scores, MASKED)
+        scores = jnp.where(block_tokens(scores.shape) < valid, scores, MASKED)
         old_max = row_max[...]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
         weights = jnp.exp2(scores - widen(new_max, 1024))
@@ -225,8 +258,10 @@ def decode_kernel(
         row_sum[...] = rescale * row_sum[...] + jnp.sum(weights, axis=1, keepdims=True)
         weights = weights.astype(jnp.bfloat16)
         for head in range(KV_HEADS):
-            part = products(weights[heads(head)], head_values(slot, tile, head), 0)
+            part = products(weights[heads(head)], head_values(here, head), 0)
+            split.go_on(16)
             acc[heads(head)] = widen(rescale[heads(head)], HEAD_DIM) * acc[heads(head)] + part
+        split.finish()
 
     def begin(seq):
         queries = q_all[seq].astype(jnp.float32)
@@ -258,7 +293,7 @@ def decode_kernel(
     def _():
         start = (jnp.int32(0), jnp.int32(0))
         ahead = start
-        for step in range(3):
+        for step in range(15):
             ahead = fetch_ahead(step, *ahead)
         loads = [
             pltpu.make_async_copy(source.at[pl.ds(0, 64)], target, load_sem.at[i])
@@ -270,36 +305,44 @@ def decode_kernel(
         for load in loads:
             load.wait()
 
+        def arrive(step, seq, block):
+            """Waits for a block; at the end of its sequence, puts the new token in and clears what lies behind."""
+            slot = lax.rem(step, 16)
+            kv_len = kv_lens[seq]
+            wait_block(kv_len, seq, block, slot)
+
+            @pl.when((block + 1) * 1024 >= kv_len)
+            def _():
+                update_cache(seq, block, slot)
+                clear_tail(slot, kv_len - block * 1024)
+
+        arrive(0, *start)
+        Split(0, 0).finish()
+
         def body(carry):
             step, seq, block, *ahead = carry
-            ahead = fetch_ahead(step + 3, *ahead)
-            slot = lax.rem(step, 4)
+            ahead = fetch_ahead(step + 15, *ahead)
             kv_len = kv_lens[seq]
-            valid = jnp.minimum(kv_len - block * 4096, 4096)
-            last = (block + 1) * 4096 >= kv_len
+            valid = jnp.minimum(kv_len - block * 1024, 1024)
+            following = advance(seq, block)
+
+            @pl.when(following[0] < num_seqs)
+            def _():
+                arrive(step + 1, *following)
 
             @pl.when(block == 0)
             def _():
                 begin(seq)
 
-            each_page(kv_len, seq, block, slot, lambda copy: copy.wait())
+            next_slot = lax.rem(step + 1, 16)
+            pl.when(lax.rem(step, 2) == 0)(lambda: flash_step(valid, 0, next_slot))
+            pl.when(lax.rem(step, 2) == 1)(lambda: flash_step(valid, 1, next_slot))
 
-            @pl.when(last)
-            def _():
-                update_cache(seq, block, slot)
-                clear_tail(slot, valid)
-
-            def one_tile(tile, _):
-                flash_step(slot, tile, valid)
-                return 0
-
-            lax.fori_loop(0, pl.cdiv(valid, 1024), one_tile, 0)
-
-            @pl.when(last)
+            @pl.when((block + 1) * 1024 >= kv_len)
             def _():
                 finish(seq)
 
-            return step + 1, *advance(seq, block), *ahead
+            return step + 1, *following, *ahead
 
         lax.while_loop(lambda carry: carry[1] < num_seqs, body, (jnp.int32(0), *start, *ahead))
 
@@ -321,9 +364,9 @@ def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distributi
         out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
         input_output_aliases={6: 1},
         scratch_shapes=[
-            pltpu.VMEM((4, 8192, 128), jnp.bfloat16),  # kv: fetched blocks
-            pltpu.VMEM((512, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
-            pltpu.VMEM((512, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
+            pltpu.VMEM((16, 2048, 128), jnp.bfloat16),  # kv: fetched blocks
+            pltpu.VMEM((2, 512, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
+            pltpu.VMEM((2, 512, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
             pltpu.VMEM((64, 8, 128), jnp.bfloat16),  # q_all: queries of every sequence
             pltpu.VMEM((64, 1, 128), jnp.bfloat16),  # new_keys: new keys of every sequence
             pltpu.VMEM((64, 1, 128), jnp.bfloat16),  # new_values: new values of every sequence
@@ -334,7 +377,7 @@ def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distributi
             pltpu.VMEM((8, 128), jnp.float32),  # row_sum: running sum, the same in every lane
             pltpu.VMEM((8, 128), jnp.float32),  # acc: running output
             pltpu.VMEM((4, 8, 128), jnp.bfloat16),  # out_rows: outputs on their way out
-            pltpu.SemaphoreType.DMA((4,)),  # kv_sem: fetches
+            pltpu.SemaphoreType.DMA((16,)),  # kv_sem: fetches
             pltpu.SemaphoreType.DMA((3,)),  # load_sem: queries, keys, values
             pltpu.SemaphoreType.DMA((4,)),  # unit_sem: cache writes
             pltpu.SemaphoreType.DMA((4,)),  # out_sem: outputs
@@ -484,13 +527,39 @@ def mixed_kernel(
         rows = pl.ds(page * PAGE_ROWS, PAGE_ROWS)
         return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, rows], kv_sem.at[slot])
 
-    def each_page(kv_end, seq, block, slot, act):
+    def pages_of(kv_end, block):
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
+
+    def start_block(kv_end, seq, block, slot):
         def one(page, _):
-            act(page_copy(seq, block, slot, page))
+            page_copy(seq, block, slot, page).start()
             return 0
 
-        pages = jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
-        lax.fori_loop(0, pages, one, 0)
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 8)
+        def _():
+            for page in range(8):
+                one(page, 0)
+
+        @pl.when(pages < 8)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
+
+    def wait_block(kv_end, seq, block, slot):
+        def one(page, _):
+            page_copy(seq, block, slot, page).wait()
+            return 0
+
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 8)
+        def _():
+            pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
+
+        @pl.when(pages < 8)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
 
     def kv_end(seq, q_block):
         """The number of tokens that the last query of a block attends to."""
@@ -516,7 +585,7 @@ def mixed_kernel(
             def _():
                 query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.start())
 
-            each_page(kv_end(seq, q_block), seq, block, lax.rem(step, 3), lambda copy: copy.start())
+            start_block(kv_end(seq, q_block), seq, block, lax.rem(step, 3))
 
         following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
         return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
@@ -619,7 +688,7 @@ def mixed_kernel(
         lax.fori_loop(first, wide * 16, zero(1), 0)
         lax.fori_loop(wide, pl.cdiv(valid, 512) * 4, zero(16), 0)
 
-    # ---- read KV: one compute tile of 512 tokens, one head at a time
+    # ---- read KV: a tile of 512 tokens at a time, one head of it at a time
 
     def separate(slot, tile):
         """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 256 in its high."""
@@ -708,7 +777,7 @@ def mixed_kernel(
                 query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.wait())
                 begin(lax.rem(q_step, 3))
 
-            each_page(end, seq, block, slot, lambda copy: copy.wait())
+            wait_block(end, seq, block, slot)
 
             @pl.when(last)
             def _():

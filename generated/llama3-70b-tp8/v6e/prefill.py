@@ -208,13 +208,39 @@ def prefill_kernel(
         rows = pl.ds(page * PAGE_ROWS, PAGE_ROWS)
         return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, rows], kv_sem.at[slot])
 
-    def each_page(kv_end, seq, block, slot, act):
+    def pages_of(kv_end, block):
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
+
+    def start_block(kv_end, seq, block, slot):
         def one(page, _):
-            act(page_copy(seq, block, slot, page))
+            page_copy(seq, block, slot, page).start()
             return 0
 
-        pages = jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
-        lax.fori_loop(0, pages, one, 0)
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 8)
+        def _():
+            for page in range(8):
+                one(page, 0)
+
+        @pl.when(pages < 8)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
+
+    def wait_block(kv_end, seq, block, slot):
+        def one(page, _):
+            page_copy(seq, block, slot, page).wait()
+            return 0
+
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 8)
+        def _():
+            pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
+
+        @pl.when(pages < 8)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
 
     def kv_end(seq, q_block):
         """The number of tokens that the last query of a block attends to."""
@@ -239,7 +265,7 @@ def prefill_kernel(
             def _():
                 query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.start())
 
-            each_page(kv_end(seq, q_block), seq, block, lax.rem(step, 3), lambda copy: copy.start())
+            start_block(kv_end(seq, q_block), seq, block, lax.rem(step, 3))
 
         following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
         return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
@@ -335,7 +361,7 @@ def prefill_kernel(
         lax.fori_loop(first, wide * 16, zero(1), 0)
         lax.fori_loop(wide, pl.cdiv(valid, 512) * 4, zero(16), 0)
 
-    # ---- read KV: one compute tile of 512 tokens, one head at a time
+    # ---- read KV: a tile of 512 tokens at a time, one head of it at a time
 
     def separate(slot, tile):
         """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 256 in its high."""
@@ -424,7 +450,7 @@ def prefill_kernel(
                 query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.wait())
                 begin(lax.rem(q_step, 3))
 
-            each_page(end, seq, block, slot, lambda copy: copy.wait())
+            wait_block(end, seq, block, slot)
 
             @pl.when(last)
             def _():

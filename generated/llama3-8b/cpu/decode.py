@@ -26,7 +26,7 @@ PAGES_PER_SEQ = 64
 MAX_SEQS = 64
 DECODE_BLOCK = 128  # tokens of KV that are one item of decode work
 DECODE_BLOCK_PAGES = 1
-DECODE_ITEMS = 16  # items of a step
+DECODE_ITEMS = 2  # items of a step
 SM_SCALE = 0.08838834764831845
 MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
 

@@ -9,7 +9,7 @@ What was specialized:
 - pages of 128 tokens, 64 a sequence, up to 64 sequences
 - token buckets that use it: 256, 1024, 2048
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
-- decode: fetches 1024 tokens at once with 4 buffers, so that DMA latency hides behind 3 blocks in flight; computes 1024 tokens at once, so that the scores stay in registers
+- decode: blocks of 1024 tokens, as long as the expected lengths and the registers for scores allow; 4 buffers, so that DMA latency hides behind 3 blocks in flight
 - mixed: blocks of 128 queries against 1024 fetched tokens (3 buffers); computes 512 query rows of a head against 512 tokens at once
 - VMEM: 36,765,696 bytes counted, 50,331,648 allowed, 67,108,864 there
 """
@@ -94,6 +94,7 @@ def decode_kernel(
     """One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.
 
     A step is one KV block of one sequence. The fetch runs 3 steps ahead, across the ends of sequences.
+    While one block is computed, the words of the next are split into K and V: the one keeps the MXU busy, the other the stores.
     """
     num_seqs = distribution[0]
 
@@ -104,13 +105,39 @@ def decode_kernel(
         rows = pl.ds(page * PAGE_ROWS, PAGE_ROWS)
         return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, rows], kv_sem.at[slot])
 
-    def each_page(kv_end, seq, block, slot, act):
+    def pages_of(kv_end, block):
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
+
+    def start_block(kv_end, seq, block, slot):
         def one(page, _):
-            act(page_copy(seq, block, slot, page))
+            page_copy(seq, block, slot, page).start()
             return 0
 
-        pages = jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
-        lax.fori_loop(0, pages, one, 0)
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 8)
+        def _():
+            for page in range(8):
+                one(page, 0)
+
+        @pl.when(pages < 8)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
+
+    def wait_block(kv_end, seq, block, slot):
+        def one(page, _):
+            page_copy(seq, block, slot, page).wait()
+            return 0
+
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 8)
+        def _():
+            pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
+
+        @pl.when(pages < 8)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
 
     def advance(seq, block):
         last = (block + 1) * 1024 >= kv_lens[seq]
@@ -119,7 +146,7 @@ def decode_kernel(
     def fetch_ahead(step, seq, block):
         @pl.when(seq < num_seqs)
         def _():
-            each_page(kv_lens[seq], seq, block, lax.rem(step, 4), lambda copy: copy.start())
+            start_block(kv_lens[seq], seq, block, lax.rem(step, 4))
 
         next_seq, next_block = advance(jnp.minimum(seq, num_seqs - 1), block)
         return jnp.where(seq < num_seqs, next_seq, seq), jnp.where(seq < num_seqs, next_block, block)
@@ -163,42 +190,46 @@ def decode_kernel(
         lax.fori_loop(first, wide * 16, zero(1), 0)
         lax.fori_loop(wide, pl.cdiv(valid, 1024) * 64, zero(16), 0)
 
-    # ---- read KV: one compute tile of 1024 tokens, one head at a time
+    # ---- read KV: one head of a block at a time
 
-    def separate(slot, tile):
-        """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 512 in its high."""
-        first = tile * 16384
-        half = jnp.uint32(0xFFFF)
+    class Split:
+        """The split of a block's words into K and V at `here` (0 or 1), in pieces to be done beside other work.
 
-        def split(piece, _):  # few enough rows at a time to stay in registers
-            start = piece * 512
-            lower = pl.multiple_of(first + start, 512)
-            upper = pl.multiple_of(first + 8192 + start, 512)
-            low = rows_as_words(kv[slot, pl.ds(lower, 512)])
-            high = rows_as_words(kv[slot, pl.ds(upper, 512)])
-            words = pl.ds(pl.multiple_of(piece * 256, 256), 256)
-            k_words[words] = (low & half) | (high << 16)
-            v_words[words] = (low >> 16) | (high & ~half)
-            return 0
+        A word of either holds token t in its low half, t + 512 in its high.
+        """
 
-        lax.fori_loop(0, 16, split, 0)
+        def __init__(self, slot, here):
+            self.slot, self.here, self.done = slot, here, 0
 
-    def head_of(words, head):
-        """`[1024, HEAD_DIM]` of one head, in the order of `tile_tokens`."""
-        return words_as_rows(words[pl.ds(head, 512, stride=8), :])
+        def go_on(self, pieces):
+            for piece in range(self.done, min(self.done + pieces, 256)):
+                first = piece * 32
+                low = rows_as_words(kv[self.slot, pl.ds(first, 32)])
+                high = rows_as_words(kv[self.slot, pl.ds(8192 + first, 32)])
+                words = pl.ds(piece * 16, 16)
+                k_words[self.here, words] = (low & jnp.uint32(0xFFFF)) | (high << 16)
+                v_words[self.here, words] = (low >> 16) | (high & jnp.uint32(0xFFFF0000))
+            self.done += pieces
 
-    def head_keys(slot, tile, head):
-        return head_of(k_words, head)
+        def finish(self):
+            self.go_on(256)
 
-    def head_values(slot, tile, head):
-        return head_of(v_words, head)
+    def head_of(words, here, head):
+        """`[1024, HEAD_DIM]` of one head, in the order of `block_tokens`."""
+        return words_as_rows(words[here, pl.ds(head, 512, stride=8), :])
 
-    def tile_tokens(shape):
+    def head_keys(here, head):
+        return head_of(k_words, here, head)
+
+    def head_values(here, head):
+        return head_of(v_words, here, head)
+
+    def block_tokens(shape):
         """The token of each column of a score: the halves of the words, interleaved."""
         column = lax.broadcasted_iota(jnp.int32, shape, 1)
         return (column >> 1) + (column & 1) * 512
 
-    # ---- flash step: every KV head's 8 query rows against one tile, under one softmax. A product takes
+    # ---- flash step: every KV head's 8 query rows against one block, under one softmax. A product takes
     # 2 heads side by side: together they are as wide as the MXU, and rows are zero in the other heads' lanes.
 
     def heads(head):
@@ -210,14 +241,16 @@ def decode_kernel(
     def group_rows(group):
         return slice(group * 16, (group + 1) * 16)
 
-    def flash_step(slot, tile, valid):
-        separate(slot, tile)
+    def flash_step(valid, here, next_slot):
+        """One block, whose words are split already at `here` (0 or 1), while those of the next go to the other place."""
+        split = Split(next_slot, 1 - here)
         scores = []
         for group in range(4):
-            keys = jnp.concatenate([head_keys(slot, tile, head) for head in group_heads(group)], axis=1)
+            keys = jnp.concatenate([head_keys(here, head) for head in group_heads(group)], axis=1)
             scores.append(products(q_rows[group_rows(group)].astype(jnp.bfloat16), keys, 1))
+            split.go_on(32)
         scores = jnp.concatenate(scores, axis=0) * SCORE_SCALE
-        scores = jnp.where(tile * 1024 + tile_tokens(scores.shape) < valid, scores, MASKED)
+        scores = jnp.where(block_tokens(scores.shape) < valid, scores, MASKED)
         old_max = row_max[...]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
         weights = jnp.exp2(scores - widen(new_max, 1024))
@@ -226,11 +259,13 @@ def decode_kernel(
         row_sum[...] = rescale * row_sum[...] + jnp.sum(weights, axis=1, keepdims=True)
         weights = weights.astype(jnp.bfloat16)
         for group in range(4):
-            values = jnp.concatenate([head_values(slot, tile, head) for head in group_heads(group)], axis=1)
+            values = jnp.concatenate([head_values(here, head) for head in group_heads(group)], axis=1)
             part = products(weights[group_rows(group)], values, 0)
+            split.go_on(32)
             for i, head in enumerate(group_heads(group)):
                 own = part[heads(i), i * HEAD_DIM : (i + 1) * HEAD_DIM]
                 acc[heads(head)] = widen(rescale[heads(head)], HEAD_DIM) * acc[heads(head)] + own
+        split.finish()
 
     def begin(seq):
         queries = q_all[seq].astype(jnp.float32)
@@ -275,36 +310,44 @@ def decode_kernel(
         for load in loads:
             load.wait()
 
+        def arrive(step, seq, block):
+            """Waits for a block; at the end of its sequence, puts the new token in and clears what lies behind."""
+            slot = lax.rem(step, 4)
+            kv_len = kv_lens[seq]
+            wait_block(kv_len, seq, block, slot)
+
+            @pl.when((block + 1) * 1024 >= kv_len)
+            def _():
+                update_cache(seq, block, slot)
+                clear_tail(slot, kv_len - block * 1024)
+
+        arrive(0, *start)
+        Split(0, 0).finish()
+
         def body(carry):
             step, seq, block, *ahead = carry
             ahead = fetch_ahead(step + 3, *ahead)
-            slot = lax.rem(step, 4)
             kv_len = kv_lens[seq]
             valid = jnp.minimum(kv_len - block * 1024, 1024)
-            last = (block + 1) * 1024 >= kv_len
+            following = advance(seq, block)
+
+            @pl.when(following[0] < num_seqs)
+            def _():
+                arrive(step + 1, *following)
 
             @pl.when(block == 0)
             def _():
                 begin(seq)
 
-            each_page(kv_len, seq, block, slot, lambda copy: copy.wait())
+            next_slot = lax.rem(step + 1, 4)
+            pl.when(lax.rem(step, 2) == 0)(lambda: flash_step(valid, 0, next_slot))
+            pl.when(lax.rem(step, 2) == 1)(lambda: flash_step(valid, 1, next_slot))
 
-            @pl.when(last)
-            def _():
-                update_cache(seq, block, slot)
-                clear_tail(slot, valid)
-
-            def one_tile(tile, _):
-                flash_step(slot, tile, valid)
-                return 0
-
-            lax.fori_loop(0, pl.cdiv(valid, 1024), one_tile, 0)
-
-            @pl.when(last)
+            @pl.when((block + 1) * 1024 >= kv_len)
             def _():
                 finish(seq)
 
-            return step + 1, *advance(seq, block), *ahead
+            return step + 1, *following, *ahead
 
         lax.while_loop(lambda carry: carry[1] < num_seqs, body, (jnp.int32(0), *start, *ahead))
 
@@ -327,8 +370,8 @@ def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distributi
         input_output_aliases={6: 1},
         scratch_shapes=[
             pltpu.VMEM((4, 16384, 128), jnp.bfloat16),  # kv: fetched blocks
-            pltpu.VMEM((4096, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
-            pltpu.VMEM((4096, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
+            pltpu.VMEM((2, 4096, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
+            pltpu.VMEM((2, 4096, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
             pltpu.VMEM((64, 32, 128), jnp.bfloat16),  # q_all: queries of every sequence
             pltpu.VMEM((64, 8, 128), jnp.bfloat16),  # new_keys: new keys of every sequence
             pltpu.VMEM((64, 8, 128), jnp.bfloat16),  # new_values: new values of every sequence
@@ -489,13 +532,39 @@ def mixed_kernel(
         rows = pl.ds(page * PAGE_ROWS, PAGE_ROWS)
         return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, rows], kv_sem.at[slot])
 
-    def each_page(kv_end, seq, block, slot, act):
+    def pages_of(kv_end, block):
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
+
+    def start_block(kv_end, seq, block, slot):
         def one(page, _):
-            act(page_copy(seq, block, slot, page))
+            page_copy(seq, block, slot, page).start()
             return 0
 
-        pages = jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
-        lax.fori_loop(0, pages, one, 0)
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 8)
+        def _():
+            for page in range(8):
+                one(page, 0)
+
+        @pl.when(pages < 8)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
+
+    def wait_block(kv_end, seq, block, slot):
+        def one(page, _):
+            page_copy(seq, block, slot, page).wait()
+            return 0
+
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 8)
+        def _():
+            pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
+
+        @pl.when(pages < 8)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
 
     def kv_end(seq, q_block):
         """The number of tokens that the last query of a block attends to."""
@@ -521,7 +590,7 @@ def mixed_kernel(
             def _():
                 query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.start())
 
-            each_page(kv_end(seq, q_block), seq, block, lax.rem(step, 3), lambda copy: copy.start())
+            start_block(kv_end(seq, q_block), seq, block, lax.rem(step, 3))
 
         following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
         return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
@@ -618,7 +687,7 @@ def mixed_kernel(
         lax.fori_loop(first, wide * 16, zero(1), 0)
         lax.fori_loop(wide, pl.cdiv(valid, 512) * 32, zero(16), 0)
 
-    # ---- read KV: one compute tile of 512 tokens, one head at a time
+    # ---- read KV: a tile of 512 tokens at a time, one head of it at a time
 
     def separate(slot, tile):
         """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 256 in its high."""
@@ -707,7 +776,7 @@ def mixed_kernel(
                 query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.wait())
                 begin(lax.rem(q_step, 3))
 
-            each_page(end, seq, block, slot, lambda copy: copy.wait())
+            wait_block(end, seq, block, slot)
 
             @pl.when(last)
             def _():

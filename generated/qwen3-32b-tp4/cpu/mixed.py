@@ -25,10 +25,10 @@ PAGES_PER_SEQ = 256
 MAX_SEQS = 64
 DECODE_BLOCK = 128  # tokens of KV that are one item of decode work
 DECODE_BLOCK_PAGES = 1
-DECODE_ITEMS = 16  # items of a step
-Q_BLOCK = 64  # new tokens that are computed together
-KV_BLOCK = 256  # tokens of KV that they are computed against in a step
-KV_BLOCK_PAGES = 2
+DECODE_ITEMS = 8  # items of a step
+Q_BLOCK = 32  # new tokens that are computed together
+KV_BLOCK = 512  # tokens of KV that they are computed against in a step
+KV_BLOCK_PAGES = 4
 SM_SCALE = 0.08838834764831845
 MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
 

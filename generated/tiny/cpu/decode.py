@@ -24,9 +24,9 @@ WORD = jnp.uint16  # an integer as wide as DTYPE
 PAGE_SIZE = 16  # tokens
 PAGES_PER_SEQ = 32
 MAX_SEQS = 4
-DECODE_BLOCK = 64  # tokens of KV that are one item of decode work
-DECODE_BLOCK_PAGES = 4
-DECODE_ITEMS = 16  # items of a step
+DECODE_BLOCK = 128  # tokens of KV that are one item of decode work
+DECODE_BLOCK_PAGES = 8
+DECODE_ITEMS = 8  # items of a step
 SM_SCALE = 0.08838834764831845
 MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
 

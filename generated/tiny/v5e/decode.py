@@ -10,8 +10,8 @@ What was specialized:
 - token buckets that use it: 8, 32
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - only decode batches: the other kernels are not in this program
-- decode: fetches 128 tokens at once with 4 buffers, so that DMA latency hides behind 3 blocks in flight; computes 128 tokens at once, so that the scores stay in registers
-- VMEM: 737,280 bytes counted, 16,777,216 allowed, 134,217,728 there
+- decode: blocks of 128 tokens, as long as the expected lengths and the registers for scores allow; 16 buffers, so that DMA latency hides behind 15 blocks in flight
+- VMEM: 2,441,216 bytes counted, 16,777,216 allowed, 134,217,728 there
 """
 import jax
 import jax.numpy as jnp
@@ -93,24 +93,51 @@ def decode_kernel(
 ):  # fmt: skip
     """One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.
 
-    A step is one KV block of one sequence. The fetch runs 3 steps ahead, across the ends of sequences.
+    A step is one KV block of one sequence. The fetch runs 15 steps ahead, across the ends of sequences.
+    While one block is computed, the words of the next are split into K and V: the one keeps the MXU busy, the other the stores.
     """
     num_seqs = distribution[0]
 
-    # ---- fetch KV: whole pages, into one of 4 buffers of 128 tokens
+    # ---- fetch KV: whole pages, into one of 16 buffers of 128 tokens
 
     def page_copy(seq, block, slot, page):
         physical = page_indices[seq * PAGES_PER_SEQ + block * 8 + page]
         rows = pl.ds(page * PAGE_ROWS, PAGE_ROWS)
         return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, rows], kv_sem.at[slot])
 
-    def each_page(kv_end, seq, block, slot, act):
+    def pages_of(kv_end, block):
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
+
+    def start_block(kv_end, seq, block, slot):
         def one(page, _):
-            act(page_copy(seq, block, slot, page))
+            page_copy(seq, block, slot, page).start()
             return 0
 
-        pages = jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
-        lax.fori_loop(0, pages, one, 0)
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 8)
+        def _():
+            for page in range(8):
+                one(page, 0)
+
+        @pl.when(pages < 8)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
+
+    def wait_block(kv_end, seq, block, slot):
+        def one(page, _):
+            page_copy(seq, block, slot, page).wait()
+            return 0
+
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 8)
+        def _():
+            pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
+
+        @pl.when(pages < 8)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
 
     def advance(seq, block):
         last = (block + 1) * 128 >= kv_lens[seq]
@@ -119,7 +146,7 @@ def decode_kernel(
     def fetch_ahead(step, seq, block):
         @pl.when(seq < num_seqs)
         def _():
-            each_page(kv_lens[seq], seq, block, lax.rem(step, 4), lambda copy: copy.start())
+            start_block(kv_lens[seq], seq, block, lax.rem(step, 16))
 
         next_seq, next_block = advance(jnp.minimum(seq, num_seqs - 1), block)
         return jnp.where(seq < num_seqs, next_seq, seq), jnp.where(seq < num_seqs, next_block, block)
@@ -170,53 +197,59 @@ def decode_kernel(
         lax.fori_loop(first, wide * 16, zero(1), 0)
         lax.fori_loop(wide, pl.cdiv(valid, 128) * 2, zero(16), 0)
 
-    # ---- read KV: one compute tile of 128 tokens, one head at a time
+    # ---- read KV: one head of a block at a time
 
-    def separate(slot, tile):
-        """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 64 in its high."""
-        first = tile * 512
-        half = jnp.uint32(0xFFFF)
+    class Split:
+        """The split of a block's words into K and V at `here` (0 or 1), in pieces to be done beside other work.
 
-        def split(piece, _):  # few enough rows at a time to stay in registers
-            start = piece * 256
-            lower = pl.multiple_of(first + start, 256)
-            upper = pl.multiple_of(first + 256 + start, 256)
-            low = rows_as_words(kv[slot, pl.ds(lower, 256)])
-            high = rows_as_words(kv[slot, pl.ds(upper, 256)])
-            words = pl.ds(pl.multiple_of(piece * 128, 128), 128)
-            k_words[words] = (low & half) | (high << 16)
-            v_words[words] = (low >> 16) | (high & ~half)
-            return 0
+        A word of either holds token t in its low half, t + 64 in its high.
+        """
 
-        lax.fori_loop(0, 1, split, 0)
+        def __init__(self, slot, here):
+            self.slot, self.here, self.done = slot, here, 0
 
-    def head_of(words, head):
-        """`[128, HEAD_DIM]` of one head, in the order of `tile_tokens`."""
-        return words_as_rows(words[pl.ds(head, 64, stride=2), :])
+        def go_on(self, pieces):
+            for piece in range(self.done, min(self.done + pieces, 8)):
+                first = piece * 32
+                low = rows_as_words(kv[self.slot, pl.ds(first, 32)])
+                high = rows_as_words(kv[self.slot, pl.ds(256 + first, 32)])
+                words = pl.ds(piece * 16, 16)
+                k_words[self.here, words] = (low & jnp.uint32(0xFFFF)) | (high << 16)
+                v_words[self.here, words] = (low >> 16) | (high & jnp.uint32(0xFFFF0000))
+            self.done += pieces
 
-    def head_keys(slot, tile, head):
-        return head_of(k_words, head)
+        def finish(self):
+            self.go_on(8)
 
-    def head_values(slot, tile, head):
-        return head_of(v_words, head)
+    def head_of(words, here, head):
+        """`[128, HEAD_DIM]` of one head, in the order of `block_tokens`."""
+        return words_as_rows(words[here, pl.ds(head, 64, stride=2), :])
 
-    def tile_tokens(shape):
+    def head_keys(here, head):
+        return head_of(k_words, here, head)
+
+    def head_values(here, head):
+        return head_of(v_words, here, head)
+
+    def block_tokens(shape):
         """The token of each column of a score: the halves of the words, interleaved."""
         column = lax.broadcasted_iota(jnp.int32, shape, 1)
         return (column >> 1) + (column & 1) * 64
 
-    # ---- flash step: every KV head's 8 query rows against one tile, under one softmax
+    # ---- flash step: every KV head's 8 query rows against one block, under one softmax
 
     def heads(head):
         return slice(head * 8, (head + 1) * 8)
 
-    def flash_step(slot, tile, valid):
-        separate(slot, tile)
-        scores = [
-            products(q_rows[heads(head)].astype(jnp.bfloat16), head_keys(slot, tile, head), 1) for head in range(KV_HEADS)
-        ]
+    def flash_step(valid, here, next_slot):
+        """One block, whose words are split already at `here` (0 or 1), while those of the next go to the other place."""
+        split = Split(next_slot, 1 - here)
+        scores = []
+        for head in range(KV_HEADS):
+            scores.append(products(q_rows[heads(head)].astype(jnp.bfloat16), head_keys(here, head), 1))
+            split.go_on(2)
         scores = jnp.concatenate(scores, axis=0) * SCORE_SCALE
-        scores = jnp.where(tile * 128 + tile_tokens(scores.shape) < valid, scores, MASKED)
+        scores = jnp.where(block_tokens(scores.shape) < valid, scores, MASKED)
         old_max = row_max[...]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
         weights = jnp.exp2(scores - widen(new_max, 128))
@@ -225,8 +258,10 @@ def decode_kernel(
         row_sum[...] = rescale * row_sum[...] + jnp.sum(weights, axis=1, keepdims=True)
         weights = weights.astype(jnp.bfloat16)
         for head in range(KV_HEADS):
-            part = products(weights[heads(head)], head_values(slot, tile, head), 0)
+            part = products(weights[heads(head)], head_values(here, head), 0)
+            split.go_on(2)
             acc[heads(head)] = widen(rescale[heads(head)], HEAD_DIM) * acc[heads(head)] + part
+        split.finish()
 
     def begin(seq):
         queries = q_all[seq].astype(jnp.float32)
@@ -258,7 +293,7 @@ def decode_kernel(
     def _():
         start = (jnp.int32(0), jnp.int32(0))
         ahead = start
-        for step in range(3):
+        for step in range(15):
             ahead = fetch_ahead(step, *ahead)
         loads = [
             pltpu.make_async_copy(source.at[pl.ds(0, 4)], target, load_sem.at[i])
@@ -270,36 +305,44 @@ def decode_kernel(
         for load in loads:
             load.wait()
 
+        def arrive(step, seq, block):
+            """Waits for a block; at the end of its sequence, puts the new token in and clears what lies behind."""
+            slot = lax.rem(step, 16)
+            kv_len = kv_lens[seq]
+            wait_block(kv_len, seq, block, slot)
+
+            @pl.when((block + 1) * 128 >= kv_len)
+            def _():
+                update_cache(seq, block, slot)
+                clear_tail(slot, kv_len - block * 128)
+
+        arrive(0, *start)
+        Split(0, 0).finish()
+
         def body(carry):
             step, seq, block, *ahead = carry
-            ahead = fetch_ahead(step + 3, *ahead)
-            slot = lax.rem(step, 4)
+            ahead = fetch_ahead(step + 15, *ahead)
             kv_len = kv_lens[seq]
             valid = jnp.minimum(kv_len - block * 128, 128)
-            last = (block + 1) * 128 >= kv_len
+            following = advance(seq, block)
+
+            @pl.when(following[0] < num_seqs)
+            def _():
+                arrive(step + 1, *following)
 
             @pl.when(block == 0)
             def _():
                 begin(seq)
 
-            each_page(kv_len, seq, block, slot, lambda copy: copy.wait())
+            next_slot = lax.rem(step + 1, 16)
+            pl.when(lax.rem(step, 2) == 0)(lambda: flash_step(valid, 0, next_slot))
+            pl.when(lax.rem(step, 2) == 1)(lambda: flash_step(valid, 1, next_slot))
 
-            @pl.when(last)
-            def _():
-                update_cache(seq, block, slot)
-                clear_tail(slot, valid)
-
-            def one_tile(tile, _):
-                flash_step(slot, tile, valid)
-                return 0
-
-            lax.fori_loop(0, pl.cdiv(valid, 128), one_tile, 0)
-
-            @pl.when(last)
+            @pl.when((block + 1) * 128 >= kv_len)
             def _():
                 finish(seq)
 
-            return step + 1, *advance(seq, block), *ahead
+            return step + 1, *following, *ahead
 
         lax.while_loop(lambda carry: carry[1] < num_seqs, body, (jnp.int32(0), *start, *ahead))
 
@@ -321,9 +364,9 @@ def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distributi
         out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
         input_output_aliases={6: 1},
         scratch_shapes=[
-            pltpu.VMEM((4, 512, 128), jnp.bfloat16),  # kv: fetched blocks
-            pltpu.VMEM((128, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
-            pltpu.VMEM((128, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
+            pltpu.VMEM((16, 512, 128), jnp.bfloat16),  # kv: fetched blocks
+            pltpu.VMEM((2, 128, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
+            pltpu.VMEM((2, 128, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
             pltpu.VMEM((4, 4, 128), jnp.bfloat16),  # q_all: queries of every sequence
             pltpu.VMEM((4, 2, 128), jnp.bfloat16),  # new_keys: new keys of every sequence
             pltpu.VMEM((4, 2, 128), jnp.bfloat16),  # new_values: new values of every sequence
@@ -334,7 +377,7 @@ def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distributi
             pltpu.VMEM((16, 128), jnp.float32),  # row_sum: running sum, the same in every lane
             pltpu.VMEM((16, 128), jnp.float32),  # acc: running output
             pltpu.VMEM((4, 4, 128), jnp.bfloat16),  # out_rows: outputs on their way out
-            pltpu.SemaphoreType.DMA((4,)),  # kv_sem: fetches
+            pltpu.SemaphoreType.DMA((16,)),  # kv_sem: fetches
             pltpu.SemaphoreType.DMA((3,)),  # load_sem: queries, keys, values
             pltpu.SemaphoreType.DMA((4,)),  # unit_sem: cache writes
             pltpu.SemaphoreType.DMA((4,)),  # out_sem: outputs
