@@ -10,7 +10,7 @@ NEWEST_PYTHON := $(shell command -v python3.14 || command -v python3.13 || comma
 	ls -d $(HOME)/.pyenv/versions/3.1[2-9].*/bin/python 2>/dev/null | sort -V | head -n 1)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow lint generate generated check bench-cpu calibrate build-all clean
+.PHONY: demo test test-newest test-slow lint generate generated check bench-cpu bench-peers calibrate build-all clean
 
 demo: $(VENV)/ready
 	$(BIN)/rpac build specs/llama3-8b.yaml --target tpu7x --target cpu
@@ -53,6 +53,9 @@ build-all: $(VENV)/ready
 
 bench-cpu: $(VENV)/ready
 	$(BIN)/python benchmarks/cpu.py
+
+bench-peers: $(VENV)/ready
+	$(BIN)/python benchmarks/peers.py
 
 calibrate: $(VENV)/ready
 	$(BIN)/python benchmarks/calibrate.py

@@ -78,7 +78,9 @@ def time_limit(seconds: float) -> Iterator[None]:
     def give_up() -> None:
         memory = interpreter._shared_memory
         if memory is not None:
-            memory.set_failed(TimeoutError(f"did not end within {seconds:g} s: does it wait for a DMA never started?"))
+            # Not as the top level: that would clean up what the kernel still needs in order to fail with this message.
+            message = f"did not end within {seconds:g} s: does it wait for a DMA never started?"
+            memory.set_failed(TimeoutError(message), top_level=False)
 
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True

@@ -13,7 +13,9 @@ TINY = ROOT / "specs" / "tiny.yaml"
 RPAC = [sys.executable, "-m", "rpac.cli"]
 
 
-def rpac(*args: object, cache: Path, env: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+def rpac(
+    *args: object, cache: Path, env: dict[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
     """The finished command, with its output."""
     return subprocess.run(
         [*RPAC, *map(str, args)], capture_output=True, text=True, timeout=300, env=environment(cache, env), **options

@@ -1,25 +1,34 @@
-"""The peers' own environment: the jax that RPA v3 was measured with, and the package without its dependencies."""
+"""The peers' own environments: a jax, and their packages without dependencies.
+
+`COMPILER` is the jax that RPA v3 was measured with, `PINNED` the one that tpu-inference asks for: its experimental
+kernels use internals of jax and compile with no other.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 COMPILER = ("jax==0.11.0", "jaxlib==0.11.0", "libtpu==0.0.44")
-PEERS = ("tpu-inference==0.32.0",)
+PINNED = ("jax==0.11.2", "jaxlib==0.11.2", "libtpu==0.0.48")
+PEERS = ("tpu-inference==0.32.0", "flywheel-tpu==0.3.0")
 
 
-def ensure(folder: Path) -> str:
+def ensure(folder: Path, compiler: Sequence[str] = COMPILER) -> str:
     """The interpreter of the environment in `folder`, made where it is not there. Needs Python 3.12 or later."""
     python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
+    ready = folder / "ready"  # written last, so that half an environment is made again
+    wanted = json.dumps([*compiler, *PEERS])
+    if not ready.exists() or ready.read_text() != wanted:
         subprocess.run([_interpreter(), "-m", "venv", "--clear", str(folder)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, *COMPILER], check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, *compiler], check=True)
         subprocess.run([*pip, "--no-deps", *PEERS], check=True)
-        (folder / "ready").touch()
+        ready.write_text(wanted)
     return str(python)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from rpac.build import chosen_targets
-from rpac.check import CheckReport, CompileResult, Result, check_spec
 from rpac.cli.common import cache_of, cache_option, jobs_option, json_option, spec_argument, target_option
 from rpac.errors import CheckError
 from rpac.lower import lower_all
@@ -17,11 +17,16 @@ from rpac.plan import KIND_ORDER
 from rpac.spec import load_spec
 from rpac.toolchain import prepare
 
+if TYPE_CHECKING:
+    from rpac.check import CheckReport, CompileResult, Result
+
 
 @click.command()
 @spec_argument
 @target_option
-@click.option("--kind", "kinds", multiple=True, type=click.Choice(KIND_ORDER), help="Only this kind; repeat for several.")
+@click.option(
+    "--kind", "kinds", multiple=True, type=click.Choice(KIND_ORDER), help="Only this kind; repeat for several."
+)
 @click.option("--seed", type=int, help="Of the data and the random batches; default: a fresh one, which is printed.")
 @click.option("--random", "random_batches", type=click.IntRange(0), default=2, show_default=True, help="A source.")
 @click.option("--no-compile", is_flag=True, help="Only run the kernels; compile them for no target.")
@@ -44,6 +49,8 @@ def check(
     Attention within a stated tolerance, the cache bit for bit, no race, in memory poisoned with NaN, both DMA modes.
     """
     prepare()  # before JAX is imported, here and in every process below
+    from rpac.check import Result, check_spec
+
     spec = load_spec(spec_file)
     start = time.monotonic()
 

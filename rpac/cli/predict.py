@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from rpac.errors import BatchError
 from rpac.predict import (
     Prediction,
     Programs,
-    Workload,
+    check_plot,
+    draw,
     emit,
     expected,
     parse_decode,
@@ -26,8 +28,9 @@ from rpac.predict import (
 from rpac.schedule.report import DEFINITIONS, CallReport, KernelReport
 from rpac.store import Store, default_cache_dir
 
-HEADER = ("name", "batch", "program", "us", "MBU", "MFU", "kernels us", "compute us", "stall us", "DMA us", "XLA us")
-TOP = 6
+HEADER = ("batch", "name", "program", "us", "MBU", "MFU", "kernels us", "compute us", "stall us", "DMA us", "XLA us")
+TOP = 6  # waits, loops
+TOP_SLOTS = 4
 
 
 @click.command("predict")
@@ -39,6 +42,7 @@ TOP = 6
 @click.option("--emit", "emit_to", type=click.Path(path_type=Path), help="Write the schedules and their operands here.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw MBU and MFU against context length into this file.")
 @click.option("--detail", is_flag=True, help="For each batch: waits, loops, slots, spills, XLA's operations.")
+@click.option("--any-compiler", is_flag=True, help="Also read schedules of a libtpu that nobody has verified.")
 @click.option("--no-cache", is_flag=True, help="Compile again for the schedules, and keep none.")
 @json_option
 def predict_command(
@@ -50,45 +54,72 @@ def predict_command(
     emit_to: Path | None,
     plot: Path | None,
     detail: bool,
+    any_compiler: bool,
     no_cache: bool,
     as_json: bool,
 ) -> None:
     """Predict batches on the programs of each SPEC or BUNDLE; without any, those that the spec expects."""
-    store = Store(None if no_cache else default_cache_dir())
-    all_programs = [programs_of(path, target, store, lambda line: click.echo(line, err=True)) for path in paths]
     given = list(
         chain(map(parse_decode, decode), map(parse_prefill, prefill), read_trace(mixed) if mixed is not None else ())
     )
-    predictions = [
-        predict(programs, workload)
-        for programs in all_programs
+    if plot is not None:
+        check_plot(plot)
+    store = Store(None if no_cache else default_cache_dir())
+    pairs = [
+        (programs, workload)
+        for programs in _named_apart([_programs(path, target, store, any_compiler) for path in paths], paths)
         for workload in given or expected(programs.limits, programs.context_lens)
     ]
+    if emit_to is not None and len(pairs) != 1:
+        raise BatchError(f"--emit: found {len(pairs)} batches and programs; takes one spec or bundle and one batch")
+    predictions = [predict(programs, workload) for programs, workload in pairs]
     if emit_to is not None:
-        _emit_one(all_programs, given, emit_to)
+        click.echo(f"{emit_to}: {', '.join(emit(*pairs[0], emit_to))}", err=True)
     if plot is not None:
-        from rpac.predict.plot import draw  # matplotlib is asked for only here
-
         draw(predictions, plot)
         click.echo(f"{plot}: drawn", err=True)
+    if not predictions[0].report.compiler_verified:
+        click.echo(f"warning: nobody has verified this reading of libtpu {predictions[0].report.compiler}", err=True)
     if as_json:
         found = [one.to_json() for one in predictions]
         print_json(found[0] if len(found) == 1 else {"predictions": found})
-        return
-    click.echo(table(HEADER, [_row(one) for one in predictions]))
-    if detail or len(predictions) == 1:
-        for one in predictions:
+    else:
+        _print(predictions, target, detail or len(predictions) == 1)
+
+
+def _programs(path: Path, target: str, store: Store, any_compiler: bool) -> Programs:
+    return programs_of(path, target, store, lambda line: click.echo(line, err=True), any_compiler=any_compiler)
+
+
+def _named_apart(programs: Sequence[Programs], paths: Sequence[Path]) -> list[Programs]:
+    """Two bundles of one spec are compared as often as those of two."""
+    names = [one.name for one in programs]
+    return [
+        replace(one, name=f"{one.name} ({path})") if names.count(one.name) > 1 else one
+        for one, path in zip(programs, paths, strict=True)
+    ]
+
+
+def _print(predictions: Sequence[Prediction], target: str, detail: bool) -> None:
+    # Side by side: one batch on each of what is compared, then the next batch.
+    labels = list(dict.fromkeys(one.workload.label for one in predictions))
+    ordered = sorted(predictions, key=lambda one: labels.index(one.workload.label))
+    first = {one.workload.label: one.report.seconds for one in reversed(ordered)}
+    compared = len(labels) < len(ordered)
+    rows = [_row(one) for one in ordered]
+    if compared:
+        rows = [
+            (*row, f"{one.report.seconds / first[one.workload.label]:.2f}")
+            for one, row in zip(ordered, rows, strict=True)
+        ]
+    click.echo(table((*HEADER, "of the first") if compared else HEADER, rows))
+    if detail:
+        for one in ordered:
             click.echo("\n" + _details(one))
-    click.echo(f"\npredicted for one {target} TensorCore; MBU = {DEFINITIONS['mbu']}; MFU = {DEFINITIONS['mfu']}")
-
-
-def _emit_one(all_programs: Sequence[Programs], given: Sequence[Workload], folder: Path) -> None:
-    if len(all_programs) != 1 or len(given) != 1:
-        raise BatchError(
-            f"--emit: found {len(all_programs)} specs or bundles and {len(given)} batches; takes one of each"
-        )
-    files = emit(all_programs[0], given[0], folder)
-    click.echo(f"{folder}: {', '.join(files)}", err=True)
+    click.echo(
+        f"\nPredicted for one {target} device. MBU = {DEFINITIONS['mbu']}; MFU = {DEFINITIONS['mfu']}. Needed bytes: "
+        f"{DEFINITIONS['needed_bytes']}."
+    )
 
 
 def _row(one: Prediction) -> tuple[str, ...]:
@@ -103,15 +134,16 @@ def _row(one: Prediction) -> tuple[str, ...]:
     )
     label = one.workload.label
     return (
-        one.name, label, str(one.variant), _us(report.seconds), _share(report.mbu), _share(report.mfu), *map(_us, parts)
+        label, one.name, str(one.variant), _us(report.seconds), _share(report.mbu), _share(report.mfu), *map(_us, parts)
     )  # fmt: skip
 
 
 def _details(one: Prediction) -> str:
     report = one.report
     lines = [
-        f"{one.name}, {one.workload.label}, {one.variant}: needs {size(report.needed_bytes or 0)} and "
-        f"{(report.needed_flops or 0) / 1e9:.2f} GFLOP; moves {size(report.moved_bytes)}"
+        f"{one.name}, {one.workload.label}, {one.variant}: needs {_size(report.needed_bytes or 0)} and "
+        f"{(report.needed_flops or 0) / 1e9:.3f} GFLOP; moves {_size(report.moved_bytes)}; kernels alone: "
+        f"MBU {_share(report.kernel_mbu)}, MFU {_share(report.kernel_mfu)}"
     ]
     for kernel in report.kernels:
         lines += _kernel_lines(kernel)
@@ -122,31 +154,46 @@ def _details(one: Prediction) -> str:
 def _kernel_lines(kernel: KernelReport) -> list[str]:
     spills = kernel.spills
     lines = [
-        f"  {kernel.name}: {_us(kernel.seconds)} us, {kernel.bundles} bundles, {kernel.dmas} DMAs, reads "
-        f"{size(kernel.read_bytes)}, writes {size(kernel.written_bytes)}; spills: {spills.vector_stores} vector stores, "
-        f"{spills.vector_fills} fills, {spills.scalar_stores} scalar stores, {spills.scalar_fills} fills"
+        f"  {kernel.name}: {_us(kernel.seconds)} us = {_us(kernel.compute_seconds)} compute + {_us(kernel.stall_seconds)} "
+        f"stalls; HBM channel busy {_us(kernel.dma_seconds)} us",
+        f"    {kernel.bundles} bundles, {kernel.dmas} DMAs, reads {_size(kernel.read_bytes)}, writes "
+        f"{_size(kernel.written_bytes)}; spills: {spills.vector_stores} vector stores, {spills.vector_fills} fills, "
+        f"{spills.scalar_stores} scalar stores, {spills.scalar_fills} fills",
     ]
-    stalled = sorted(kernel.waits, key=lambda wait: -wait.stall_seconds)[:TOP]
-    lines += [
-        f"    wait at bundle {wait.bundle} on {wait.semaphore}: {wait.count} times, {_us(wait.stall_seconds)} us stalled"
-        for wait in stalled
-        if wait.stall_seconds > 0
-    ]
-    for loop in sorted(kernel.loops, key=lambda loop: -(loop.compute_seconds + loop.stall_seconds))[:TOP]:
-        slots = ", ".join(f"{name} {share:.2f}" for name, share in (loop.utilization or {}).items() if share >= 0.05)
+    for wait in sorted(kernel.waits, key=lambda wait: -wait.stall_seconds)[:TOP]:
+        if wait.stall_seconds > 0:
+            around = "outside of all loops" if wait.loop is None else f"in the loop at {wait.loop}"
+            lines.append(
+                f"    wait at bundle {wait.bundle}, {around}, on {wait.semaphore}: {wait.count} times, "
+                f"{_us(wait.stall_seconds)} us stalled"
+            )
+    turned = [loop for loop in kernel.loops if loop.turns]
+    for loop in sorted(turned, key=lambda loop: -(loop.compute_seconds + loop.stall_seconds))[:TOP]:
         lines.append(
             f"    loop at bundles {loop.first_bundle}-{loop.last_bundle}, depth {loop.depth}: {loop.turns} turns, "
-            f"{_us(loop.compute_seconds)} us, {_us(loop.stall_seconds)} us stalled; {slots or 'slots unknown'}"
+            f"{_us(loop.compute_seconds)} us, {_us(loop.stall_seconds)} us stalled; {_slots(loop.utilization)}"
         )
     return lines
 
 
+def _slots(utilization: dict[str, float] | None) -> str:
+    if utilization is None:
+        return "slots unknown"
+    busiest = sorted(utilization.items(), key=lambda item: -item[1])[:TOP_SLOTS]
+    return ", ".join(f"{name} {share:.2f}" for name, share in busiest if share > 0) or "no slot used"
+
+
 def _xla_lines(report: CallReport) -> list[str]:
     return [
-        f"  XLA {one.name} ({one.opcode}): {_us(one.seconds)} us by its {one.timed_by}, reads {size(one.read_bytes)}, "
-        f"writes {size(one.written_bytes)}"
+        f"  XLA {one.name} ({one.opcode}): {_us(one.seconds)} us by its {one.timed_by}, reads {_size(one.read_bytes)}, "
+        f"writes {_size(one.written_bytes)}"
         for one in report.xla
+        if one.seconds or one.read_bytes or one.written_bytes  # else the end of one that counts at its start
     ]
+
+
+def _size(count: int) -> str:
+    return f"{count} B" if count < 1024 else size(count)
 
 
 def _us(seconds: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 
@@ -34,9 +34,8 @@ def lower_all(
     todo = [index for index in range(len(tasks)) if index not in done]
     if todo:
         workers = min(jobs or os.cpu_count() or 1, len(todo))
-        # Spawned, not forked: JAX and libtpu hold threads and locks, and read their environment when first loaded.
-        with ProcessPoolExecutor(workers, get_context("spawn"), _start) as pool:
-            futures = {pool.submit(_run, tasks[index], tools): index for index in todo}
+        with ThreadPoolExecutor(workers) as pool:
+            futures = {pool.submit(_run_alone, tasks[index], tools): index for index in todo}
             try:
                 for future in as_completed(futures):
                     index = futures[future]
@@ -47,6 +46,15 @@ def lower_all(
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     return [done[index] for index in range(len(tasks))]
+
+
+def _run_alone(task: Task, tools: Mapping[str, str]) -> Lowered:
+    """Lowers one task in a process of its own: libtpu numbers what it compiles through the life of a process, and since
+    0.0.50 these numbers are in the executable.
+    """
+    # Spawned, not forked: JAX and libtpu hold threads and locks, and read their environment when first loaded.
+    with ProcessPoolExecutor(1, get_context("spawn"), _start) as process:
+        return process.submit(_run, task, tools).result()
 
 
 def _start() -> None:

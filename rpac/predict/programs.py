@@ -7,23 +7,24 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rpac.batch import Limits
 from rpac.build import chosen_targets, sources_of
 from rpac.bundle import Variant, read_manifest, verify_bundle
 from rpac.chip import TPU_TARGETS, is_tpu
-from rpac.errors import ScheduleError, TargetError
+from rpac.errors import TargetError
 from rpac.lower import Task, tasks_of
 from rpac.render import Source
-from rpac.schedule import Call, Dump, dump_command
+from rpac.schedule import Call, Dump, check_compiler, dump_command
 from rpac.spec import load_spec
 from rpac.store import Store
 from rpac.toolchain import toolchain
 
 Progress = Callable[[str], None]
 DUMP = "dump.json.gz"
+COMPILERS = ("jax", "jaxlib", "libtpu")  # all three decide a schedule: Pallas lowers, XLA and Mosaic compile
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,13 @@ class Programs:
     tasks: Mapping[Variant, Task]
     store: Store
     progress: Progress
+    any_compiler: bool = False
     _calls: dict[Variant, Call] = field(default_factory=dict)
 
     def call(self, variant: Variant) -> Call:
         """The schedule of a program, ready to walk. Raises ScheduleError where it cannot be compiled or read."""
         if variant not in self._calls:
-            self._calls[variant] = Call(self._dump(self.tasks[variant]))
+            self._calls[variant] = Call(self._dump(self.tasks[variant]), any_compiler=self.any_compiler)
         return self._calls[variant]
 
     def _dump(self, task: Task) -> Dump:
@@ -71,14 +73,25 @@ class Programs:
         return dump
 
 
-def programs_of(path: Path, target: str, store: Store, progress: Progress = lambda line: None) -> Programs:
-    """The programs that a spec would build for a TPU target, or that a bundle holds for it.
+def programs_of(
+    path: Path,
+    target: str,
+    store: Store,
+    progress: Progress = lambda line: None,
+    *,
+    any_compiler: bool = False,
+) -> Programs:
+    """The programs that a spec would build for a TPU target, or that a bundle (a folder) holds for it.
 
-    Raises SpecError, BundleError, PlanError, or TargetError where there is nothing for that target.
+    Raises SpecError, BundleError, PlanError; TargetError where there is nothing for that target, or where a bundle was
+    built with other compilers than are here; ScheduleError where those are not verified, unless `any_compiler`.
     """
     if not is_tpu(target):
         raise TargetError(f"target {target!r} has no schedule to predict from; must be one of {', '.join(TPU_TARGETS)}")
-    return _of_bundle(path, target, store, progress) if path.is_dir() else _of_spec(path, target, store, progress)
+    if not any_compiler:
+        check_compiler(toolchain()["libtpu"])
+    found = (_of_bundle if path.is_dir() else _of_spec)(path, target, store, progress)
+    return replace(found, any_compiler=any_compiler)
 
 
 def _of_spec(path: Path, target: str, store: Store, progress: Progress) -> Programs:
@@ -97,12 +110,13 @@ def _of_bundle(path: Path, target: str, store: Store, progress: Progress) -> Pro
     manifest = read_manifest(path)
     if target not in manifest.targets:
         raise TargetError(f"{path}: holds no programs for {target}; it has {', '.join(manifest.targets)}")
-    built = manifest.targets[target].toolchain.get("libtpu")
-    if built != toolchain()["libtpu"]:
-        raise ScheduleError(
-            f"{path}: built with libtpu {built}; this one is {toolchain()['libtpu']} and would schedule it otherwise; "
-            "install the libtpu of the build, or build again"
-        )
+    for package in COMPILERS:
+        built = manifest.targets[target].toolchain.get(package)
+        if built != toolchain()[package]:
+            raise TargetError(
+                f"{path}: built with {package} {built}; this one is {toolchain()[package]} and would schedule it "
+                f"otherwise; install the {package} of the build, or build again"
+            )
     tasks = []
     for program in manifest.targets[target].programs:
         text = (path / "source" / program.source).read_text()

@@ -41,8 +41,7 @@ class Prediction:
 
 def predict(programs: Programs, workload: Workload) -> Prediction:
     """Raises BatchError or SelectionError for a batch that the programs do not take, ScheduleError from the walk."""
-    batch = workload.batch(programs.limits)
-    variant = select(programs.tasks, programs.limits, batch.tokens, batch.distribution)
+    variant, scalars = _selected(programs, workload)
     dims = programs.dims
     work = attention_work(
         workload.kv_lens,
@@ -53,8 +52,24 @@ def predict(programs: Programs, workload: Workload) -> Prediction:
         BITS[dims.q_dtype] // 8,
         BITS[dims.kv_dtype] // 8,
     )
-    report = programs.call(variant).predict(scalars_of(batch), work)
-    return Prediction(programs.name, workload, variant, report)
+    return Prediction(programs.name, workload, variant, programs.call(variant).predict(scalars, work))
+
+
+def emit(programs: Programs, workload: Workload, folder: Path) -> list[str]:
+    """Writes each kernel's schedule as the compiler left it, and its scalar operands; returns the files' names.
+
+    `operands.json`: {"NAME.txt": {"0": [int32, ...], ...}}. Raises OutputError, and then nothing is there; otherwise as
+    `predict`.
+    """
+    variant, scalars = _selected(programs, workload)
+    call = programs.call(variant)
+    operands = call.operands(scalars)
+    with publish(folder, lambda path: (path / OPERANDS).is_file()) as stage:
+        for name in operands:
+            stage.write(f"{name}.txt", call.dump.schedules[name].encode())
+        values = {f"{name}.txt": {str(index): row for index, row in of.items()} for name, of in operands.items()}
+        stage.write(OPERANDS, json.dumps(values, sort_keys=True).encode())
+    return [*(f"{name}.txt" for name in operands), OPERANDS]
 
 
 def scalars_of(batch: Batch) -> dict[int, list[int]]:
@@ -63,18 +78,6 @@ def scalars_of(batch: Batch) -> dict[int, list[int]]:
     return {FIRST_SCALAR + index: array.tolist() for index, array in enumerate(arrays)}
 
 
-def emit(programs: Programs, workload: Workload, folder: Path) -> list[str]:
-    """Writes each kernel's schedule as the compiler left it, and its operands; returns the files' names.
-
-    `operands.json`: {"NAME.txt": {"0": [int32, ...], ...}}. Raises OutputError, and then nothing is there.
-    """
+def _selected(programs: Programs, workload: Workload) -> tuple[Variant, dict[int, list[int]]]:
     batch = workload.batch(programs.limits)
-    variant = select(programs.tasks, programs.limits, batch.tokens, batch.distribution)
-    call = programs.call(variant)
-    operands = call.operands(scalars_of(batch))
-    with publish(folder, lambda path: (path / OPERANDS).is_file()) as stage:
-        for name in operands:
-            stage.write(f"{name}.txt", call.dump.schedules[name].encode())
-        values = {f"{name}.txt": {str(index): row for index, row in of.items()} for name, of in operands.items()}
-        stage.write(OPERANDS, json.dumps(values, sort_keys=True).encode())
-    return [*(f"{name}.txt" for name in operands), OPERANDS]
+    return select(programs.tasks, programs.limits, batch.tokens, batch.distribution), scalars_of(batch)

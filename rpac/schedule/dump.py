@@ -129,7 +129,7 @@ def collect(folder: Path, target: str, compiler: str) -> Dump:
         for pattern, found in ((_SCHEDULE, schedules), (_UTILIZATION, utilizations)):
             match = pattern.fullmatch(path.name)
             if match and not match[1].endswith("schedule-analysis") and match[1] not in _NO_OPERATION:
-                found[match[1]] = path.read_text()
+                found[match[1]] = path.read_bytes().decode()
     if len(modules) != 1 or not schedules:
         raise ScheduleError(
             f"{folder}: found {len(modules)} HLO modules and {len(schedules)} schedules; a dump has one module and a "

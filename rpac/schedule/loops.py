@@ -46,6 +46,12 @@ def loops_of(walk: Walk) -> tuple[Loop, ...]:
     return tuple(sorted(found, key=lambda loop: -(loop.issued + loop.stalled)))
 
 
+def loop_around(loops: Sequence[Loop], bundle: int) -> int | None:
+    """The first bundle of the innermost loop that holds a bundle; None outside of all."""
+    around = [loop for loop in loops if loop.first <= bundle <= loop.last]
+    return max(around, key=lambda loop: loop.depth).first if around else None
+
+
 def _ranges(schedule: Schedule) -> list[tuple[int, int]]:
     delay = schedule.generation.delay_slots
     last_of: dict[int, int] = {}

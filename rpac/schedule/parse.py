@@ -95,9 +95,10 @@ class Schedule:
         return isa.GENERATIONS[self.target]
 
 
-_COMMENT = re.compile(r"/\*(?!\w+=\*/)((?:[^/*]++|/\*\w+=\*/|/|\*(?!/))*+)\*/")
+_COMMENT = re.compile(r"/\*(?!\w+=\*/)((?:[^/*]++|/\*\w+=\*/|/(?!\*)|\*(?!/))*+)\*/")
+_BREAK = re.compile(r"[\n\v]")
 _NAMED = re.compile(r"/\*\w+=\*/")
-_NOTE = re.compile(r"\s*(kDivAndRem|kDiv|kRem|core id)\b")
+_NOTE = re.compile(r"\s*(?:[\w ]+ :: )*(kDivAndRem|kDiv|kRem|core id)\b")
 _HINT = re.compile(r"(?<=\S) \[#\w+\]$|\[resolvable:\$\w+\] ")
 _BUNDLE = re.compile(r"^\s*(0x[0-9a-f]+|0)\s+([A-Z]*)\s*:[\s>]*\{(.*)\}\s*$")
 _START = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+[A-Z]*\s*:")
@@ -177,13 +178,17 @@ def _strip_comments(text: str) -> str:
     """Drops remarks, but keeps argument names (`/*hbm=*/`, also inside of remarks) and what kind of division is meant.
 
     A remark can span lines inside one bundle: each line break in it becomes a vertical tab, so that lines still count.
+    And it can hold others (those of bounds checks quote the DMA that they guard, remarks and all): innermost first.
     """
 
     def replace(match: re.Match[str]) -> str:
         note = _NOTE.match(match[1])
-        return f"@{note[1]}" if note else "\v" * match[1].count("\n")
+        return f"@{note[1]}" if note else "\v" * len(_BREAK.findall(match[1]))
 
-    return _COMMENT.sub(replace, text)
+    count = 1
+    while count:
+        text, count = _COMMENT.subn(replace, text)
+    return text
 
 
 def _bundle(body: str, line: int, name: str, operands: list[Operand], opcodes: set[str]) -> tuple[Instruction, ...]:

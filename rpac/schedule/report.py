@@ -13,9 +13,10 @@ from typing import Any
 
 from rpac.chip import chip
 from rpac.errors import ScheduleError
+from rpac.schedule.compilers import check_compiler, is_verified
 from rpac.schedule.dump import Dump
 from rpac.schedule.hlo import Module, Operation, parse_module
-from rpac.schedule.loops import loops_of
+from rpac.schedule.loops import loop_around, loops_of
 from rpac.schedule.model import Model, model_of
 from rpac.schedule.parse import Spills, parse_schedule
 from rpac.schedule.program import Program, translate
@@ -28,6 +29,11 @@ DEFINITIONS = {
     "mfu": "needed_flops / (seconds x the chip's peak bf16 flop/s); a multiply-add is two flops",
     "needed_bytes": "cached K and V read once, new K and V read and written once, queries read, output written",
     "needed_flops": "4 x head_dim x q_heads for each pair of a query and a token that it may attend to",
+    "moved_bytes": "what DMAs between HBM and the core move, with what XLA's operations read and write",
+    "compute_seconds": "bundles issued, empty ones included, over the clock",
+    "stall_seconds": "what waits add to them; the two make up a kernel's seconds",
+    "dma_seconds": "how long the HBM channel was busy; overlaps both",
+    "utilization": "share of a slot's capacity that the bundles issued in a loop used, as the compiler counts it",
 }
 
 
@@ -59,10 +65,15 @@ def attention_work(
 
 @dataclass(frozen=True)
 class WaitReport:
-    """One wait of a kernel: where, on what, how often, and how long it stalled in all."""
+    """One wait of a kernel: where, on what, how often, and how long it stalled in all.
+
+    line: of the schedule's text. loop: first bundle of the innermost loop around it, None outside of all. semaphore: the
+    first that it waited on; a wait in a loop goes through those of several buffers.
+    """
 
     bundle: int
     line: int
+    loop: int | None
     semaphore: str
     count: int
     stall_seconds: float
@@ -101,7 +112,10 @@ class KernelReport:
 
 @dataclass(frozen=True)
 class XlaReport:
-    """One operation of XLA around the kernels. timed_by: `schedule` (walked) or `bytes` (over the HBM bandwidth)."""
+    """One operation of XLA around the kernels.
+
+    timed_by: `schedule` (walked) or `bytes` (over the HBM bandwidth). reason: why it was not walked, or empty.
+    """
 
     name: str
     opcode: str
@@ -109,14 +123,19 @@ class XlaReport:
     read_bytes: int
     written_bytes: int
     timed_by: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class CallReport:
-    """The prediction for one call and batch. Times in seconds, sizes in bytes; see DEFINITIONS."""
+    """The prediction for one call and batch. Times in seconds, sizes in bytes; see DEFINITIONS.
+
+    compiler: libtpu's version; compiler_verified: whether the reading of its schedules is.
+    """
 
     target: str
     compiler: str
+    compiler_verified: bool
     seconds: float
     kernel_seconds: float
     mbu: float | None
@@ -136,9 +155,15 @@ class CallReport:
 
 
 class Call:
-    """A dumped call, read and translated once, to be predicted for any number of batches."""
+    """A dumped call, read and translated once, to be predicted for any number of batches.
 
-    def __init__(self, dump: Dump, model: Model | None = None) -> None:
+    Raises ScheduleError for a module that cannot be read, and for a compiler that is not verified, unless
+    `any_compiler`.
+    """
+
+    def __init__(self, dump: Dump, model: Model | None = None, *, any_compiler: bool = False) -> None:
+        if not any_compiler:
+            check_compiler(dump.compiler)
         self.dump = dump
         self.model = model or model_of(dump.target)
         self.module: Module = parse_module(dump.hlo)
@@ -175,6 +200,7 @@ class Call:
         return CallReport(
             target=self.dump.target,
             compiler=self.dump.compiler,
+            compiler_verified=is_verified(self.dump.compiler),
             seconds=seconds,
             kernel_seconds=kernel_seconds,
             mbu=None if by_bytes is None else by_bytes / seconds,
@@ -201,7 +227,11 @@ class Call:
         return self._programs[name]
 
     def _kernel(self, kernel: Operation, operands: Mapping[int, Sequence[int]]) -> KernelReport:
-        done = self.walk_kernel(kernel.name, operands)
+        try:
+            done = self.walk_kernel(kernel.name, operands)
+        except ScheduleError as error:
+            raise ScheduleError(f"{error}{self._computed(kernel, operands)}") from None
+        loops = loops_of(done)
         second = 1 / self.model.clock_hz
         return KernelReport(
             name=kernel.name,
@@ -214,7 +244,10 @@ class Call:
             written_bytes=done.written_bytes,
             bundles=len(done.schedule.bundles),
             spills=done.schedule.spills,
-            waits=tuple(WaitReport(w.bundle, w.line, w.semaphore, w.count, w.stalled * second) for w in done.waits),
+            waits=tuple(
+                WaitReport(w.bundle, w.line, loop_around(loops, w.bundle), w.semaphore, w.count, w.stalled * second)
+                for w in done.waits
+            ),
             loops=tuple(
                 LoopReport(
                     loop.first,
@@ -225,19 +258,30 @@ class Call:
                     loop.stalled * second,
                     dict(loop.utilization) if loop.utilization else None,
                 )
-                for loop in loops_of(done)
+                for loop in loops
             ),
         )
+
+    def _computed(self, kernel: Operation, operands: Mapping[int, Sequence[int]]) -> str:
+        """Which scalar operands the call's own operations compute, for the report of a walk that failed."""
+        names = [
+            f"operand {index} is %{name}, a {self.module[name].opcode}"
+            for index, name in enumerate(kernel.inputs)
+            if index not in operands and self.module[name].shapes[0][0] == "s32"
+        ]
+        return f"; not followed from the call's parameters: {'; '.join(names)}" if names else ""
 
     def _operation(self, operation: Operation) -> XlaReport:
         """XLA's operations take the same time for every batch, so each is timed once."""
         if operation.name not in self._xla:
             read, written = self.module.traffic(operation)
+            timed_by, reason = "schedule", ""
             try:
-                cycles, timed_by = walk(self._program(operation.name), {}, self.model).cycles, "schedule"
-                seconds = cycles / self.model.clock_hz
-            except ScheduleError:
-                # It runs on another core, or turns on what only XLA knows; its bytes still bound it from below.
-                seconds, timed_by = (read + written) / self.model.hbm_bytes_per_s, "bytes"
-            self._xla[operation.name] = XlaReport(operation.name, operation.opcode, seconds, read, written, timed_by)
+                seconds = walk(self._program(operation.name), {}, self.model).cycles / self.model.clock_hz
+            except ScheduleError as error:
+                # It is a DMA, runs on another core, or turns on what only XLA knows: its bytes bound it from below.
+                seconds, timed_by, reason = (read + written) / self.model.hbm_bytes_per_s, "bytes", str(error)
+            self._xla[operation.name] = XlaReport(
+                operation.name, operation.opcode, seconds, read, written, timed_by, reason
+            )
         return self._xla[operation.name]

@@ -97,7 +97,7 @@ def test_heads_too_large_for_vmem_name_the_smallest_tile(target: str, heads: int
         plan_spec(spec, target)
     message = str(raised.value)
     assert re.match(
-        rf"large\.yaml: no tile fits {target}: the smallest, (Decode|Block)Tiles\(.*block=256.*buffers=2", message
+        rf"large\.yaml: no tile fits {target}: the smallest, (Decode|Block)Tiles\(.*block=256.*buffers=\d", message
     )
     need, limit = number(r"needs ([\d,]+) bytes of VMEM", message), number(r"and ([\d,]+) are usable", message)
     assert need > limit
@@ -112,7 +112,9 @@ def test_a_plan_error_is_exit_2_with_nothing_compiled_or_written(command: str, t
     done = rpac(command, file, "--target", "v5e", cache=tmp_path / "cache", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith(f"rpac: PlanError: {file}: serving: the page table of 64 sequences x 8192 pages needs ")
+    assert done.stderr.startswith(
+        f"rpac: PlanError: {file}: serving: the page table of 64 sequences x 8192 pages needs "
+    )
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == [file]
 
@@ -121,7 +123,7 @@ def test_targets_that_the_spec_does_not_list_are_refused_by_name() -> None:
     spec = dataclasses.replace(spec_with(), targets=("v6e", "cpu"))
     assert chosen_targets(spec, []) == ("v6e", "cpu")
     assert chosen_targets(spec, ["cpu", "cpu"]) == ("cpu",)
-    with pytest.raises(TargetError, match="large.yaml: target 'v5e' is not in the spec, which has v6e, cpu; add it"):
+    with pytest.raises(TargetError, match=r"large\.yaml: target 'v5e' is not in the spec, which has v6e, cpu; add it"):
         chosen_targets(spec, ["cpu", "v5e"])
 
 
@@ -136,7 +138,9 @@ def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     rendering._environment.cache_clear()
 
 
-@pytest.mark.parametrize("bug", ["{{ no_such_name }}", "{{ decode.no_such_tile }}", "{% if no_such_name %}x{% endif %}"])
+@pytest.mark.parametrize(
+    "bug", ["{{ no_such_name }}", "{{ decode.no_such_tile }}", "{% if no_such_name %}x{% endif %}"]
+)
 @pytest.mark.parametrize("target", ["v6e", "cpu"])
 def test_an_undefined_name_in_a_template_is_an_error_when_it_is_rendered(
     tiny: Spec, templates: Path, target: str, bug: str

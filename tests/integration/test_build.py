@@ -64,8 +64,9 @@ steps = [
     {1: 1, 0: 4},
     {3: 16},
     {},
-    {1: 32}, {1: 32}, {1: 14}, {1: 1},  # to the last token of the table
 ]
+left = limits.max_kv_len - sum(step.get(1, 0) for step in steps)
+steps += [{1: min(32, left - 1 - at)} for at in range(0, left - 1, 32)] + [{1: 1}]  # to the last token of the table
 report = []
 for step in steps:
     batch = rpac.Batch.build(limits, list(step.values()), [cached[s] for s in step], [tables[s] for s in step])
@@ -244,7 +245,8 @@ def test_what_a_killed_build_had_compiled_is_not_compiled_again(tmp_path: Path) 
 
 def test_the_workers_of_a_killed_build_end_with_it(tmp_path: Path) -> None:
     process = half_way("-o", tmp_path, "--no-cache", cache=tmp_path)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    threads = Path(f"/proc/{process.pid}/task").iterdir()  # each has children of its own
+    children = [pid for thread in threads for pid in (thread / "children").read_text().split()]
     assert alive(children)
     process.kill()
     process.communicate()

@@ -111,7 +111,7 @@ def test_two_builds_in_two_folders_with_two_empty_caches_are_byte_identical(
     assert one.returncode == 0, one.stderr
     assert "compiled" not in one.stderr  # it is of the cold builds above
     other = rpac(
-        "build", TINY, "--target", "cpu", "--target", "v6e", "-o", "a/deeper/other", "--jobs", 2,
+        "build", TINY, "--target", "cpu", "--target", "v6e", "-o", "a/deeper/other", "--jobs", 1,
         cache=tmp_path / "cache",
         cwd=tmp_path,
         env={
@@ -136,21 +136,25 @@ def test_the_decode_program_of_a_real_model_compiles_for_tpu7x() -> None:
 
 def test_the_largest_page_table_that_a_plan_allows_compiles() -> None:
     """The limit of SMEM is where PlanError says: one sequence more is refused there, and this is not too many."""
-    text = TINY.read_text().replace("max_model_len: 128", "max_model_len: 32768").replace("[8, 32]", "[256]")
-    text = text.replace("max_num_tokens: 32", "max_num_tokens: 256")
-    most = next(seqs for seqs in range(256, 0, -1) if fits(text, seqs))
+    most = next(seqs for seqs in range(256, 0, -1) if fits(seqs))
     assert 100 < most < 256
-    result = lowered(with_seqs(text, most), "v5e", "mixed", 256)
+    result = lowered(with_seqs(most), "v5e", "mixed", 256)
     assert result.executable is not None
 
 
-def with_seqs(text: str, seqs: int) -> Spec:
-    return parse_spec(text.replace("max_num_seqs: 4", f"max_num_seqs: {seqs}\n  num_pages: 4096"), "long.yaml")
+def with_seqs(seqs: int) -> Spec:
+    """Tiny with page tables of 2048 pages each."""
+    text = TINY.read_text()
+    values = {"max_model_len": "32768", "max_num_tokens": "256", "token_buckets": "[256]", "max_num_seqs": f"{seqs}"}
+    for name, value in {**values, "prefill_chunk": "16\n  num_pages: 4096"}.items():
+        text, count = re.subn(rf"\b{name}: .*", f"{name}: {value}", text)
+        assert count == 1, name
+    return parse_spec(text, "long.yaml")
 
 
-def fits(text: str, seqs: int) -> bool:
+def fits(seqs: int) -> bool:
     try:
-        plan_spec(with_seqs(text, seqs), "v5e")
+        plan_spec(with_seqs(seqs), "v5e")
     except PlanError:
         return False
     return True

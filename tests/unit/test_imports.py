@@ -50,8 +50,8 @@ def imports(node: ast.AST) -> Iterator[str]:
 
 def edges(part: str) -> set[str]:
     files = (PACKAGE / part).rglob("*.py") if (PACKAGE / part).is_dir() else [PACKAGE / f"{part}.py"]
-    found = {name for file in files for name in imports(ast.parse(file.read_text(), str(file)))}
-    return {(name.split(".") + [ROOT])[1] if name != "rpac" else ROOT for name in found if name.split(".")[0] == "rpac"}
+    found = [name.split(".") for file in files for name in imports(ast.parse(file.read_text(), str(file)))]
+    return {name[1] if len(name) > 1 else ROOT for name in found if name[0] == "rpac"}
 
 
 def test_every_part_has_its_place() -> None:

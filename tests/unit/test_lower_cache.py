@@ -71,7 +71,9 @@ def test_whatever_goes_into_a_variant_changes_its_key(task: Task, change: dict[s
 
 def test_every_field_of_a_task_is_in_its_key() -> None:
     """So that a field added later is not forgotten above."""
-    assert {field.name for field in dataclasses.fields(Task)} == {name for change in CHANGES.values() for name in change}
+    assert {field.name for field in dataclasses.fields(Task)} == {
+        name for change in CHANGES.values() for name in change
+    }
 
 
 @pytest.mark.parametrize("name", TOOLS)

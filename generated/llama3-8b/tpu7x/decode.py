@@ -19,7 +19,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-Q_HEADS = 32
 KV_HEADS = 8
 GROUP = 4  # query heads that share a KV head
 HEAD_DIM = 128
@@ -29,8 +28,7 @@ SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * l
 MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
 
 # The cache of one layer is seen as rows of 128 lanes: by token, then KV head, then K and V.
-TOKEN_ROWS = 16  # rows of one token
-PAGE_ROWS = 2048
+PAGE_ROWS = 2048  # 16 of each token
 UNIT = 1  # tokens of the smallest piece that a DMA or a store reaches
 UNIT_ROWS = 16
 
@@ -49,11 +47,6 @@ def rows_as_words(rows):
 
 def words_as_rows(words):
     return pltpu.bitcast(words, jnp.bfloat16)
-
-
-def token_of_word(tokens):
-    """Which of `tokens` consecutive tokens each packed row belongs to."""
-    return lax.broadcasted_iota(jnp.int32, (tokens * 8, 128), 0) // 8
 
 
 def widen(rows, lanes):

@@ -29,8 +29,7 @@ SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * l
 MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
 
 # The cache of one layer is seen as rows of 128 lanes: by token, then KV head, then K and V.
-TOKEN_ROWS = 4  # rows of one token
-PAGE_ROWS = 64
+PAGE_ROWS = 64  # 4 of each token
 UNIT = 4  # tokens of the smallest piece that a DMA or a store reaches
 UNIT_ROWS = 16
 

@@ -1,0 +1,100 @@
+"""Ours beside its peers on the same batches, predicted from the compiler's schedules; writes docs/benchmarks.md.
+
+    python benchmarks/peers.py [--quick] [--only NAME]... [--target T]... [--page N]...
+
+What has run is kept under `build/bench-peers`, by content: a second run takes what it can from there, and a restricted
+one fills the rest of the document from it. The first full run compiles for hours on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from peers import environment
+from peers.cases import CASES, PAGE_SIZES, TARGETS
+from peers.contenders import CONTENDERS
+from peers.document import OURS, Section, choices, refusals, table
+from peers.picture import draw
+from peers.run import Bench, progress
+from peers.store import Result
+
+from rpac.toolchain import toolchain
+
+ROOT = Path(__file__).parents[1]
+TEMPLATE = Path(__file__).with_name("benchmarks.md.in")
+QUICK = "RPA v3, best"
+
+
+def sections(bench: Bench, options: argparse.Namespace) -> Iterator[tuple[Section, ...]]:
+    """All sections after each contender of each of them, so that the document grows while the run goes on."""
+    names = (*OURS, *(one.name for one in CONTENDERS))
+    found: dict[tuple[str, int], dict[tuple[str, str], Result]] = {(t, p): {} for t in TARGETS for p in PAGE_SIZES}
+
+    def fill(target: str, page: int, name: str, may_run: bool) -> None:
+        for case in CASES:
+            if name in OURS:
+                result = bench.ours(name != OURS[0], target, page, case, may_run)
+            else:
+                peer = next(one for one in CONTENDERS if one.name == name)
+                result = bench.peer(peer, target, page, case, may_run)
+            found[target, page][name, case.label] = result
+
+    def snapshot() -> tuple[Section, ...]:
+        return tuple(Section(target, page, CASES, names, results) for (target, page), results in found.items())
+
+    for target, page in found:
+        for name in names:
+            fill(target, page, name, may_run=False)
+    for name in names:
+        for target, page in found:
+            if wanted(options, name, target, page):
+                fill(target, page, name, may_run=True)
+                yield snapshot()
+    yield snapshot()
+
+
+def wanted(options: argparse.Namespace, name: str, target: str, page: int) -> bool:
+    """Whether the command line asks for a contender on a target and page size; without restrictions, for all."""
+    named = not options.only or any(part.lower() in name.lower() for part in options.only)
+    if options.quick:
+        named = named and (name in OURS or name == QUICK)
+        return named and (target, page) == (TARGETS[0], PAGE_SIZES[0])
+    return named and target in (options.target or TARGETS) and page in (options.page or PAGE_SIZES)
+
+
+def document(found: Sequence[Section]) -> str:
+    """docs/benchmarks.md."""
+    parts = []
+    for section in found:
+        parts += [f"## {section.title}", "", *table(section), "", "What ran:", "", *choices(section), ""]
+    fields = {
+        "about": "\n".join(f"- **{one.name}**: {one.about}" for one in CONTENDERS),
+        "tables": "\n".join(parts).rstrip(),
+        "refusals": "\n".join(refusals(found)),
+        "compiler": " ".join(environment.COMPILER),
+        "pinned": " ".join(environment.PINNED),
+        "packages": " and ".join(environment.PEERS),
+        "ours": ", ".join(f"{name} {version}" for name, version in toolchain().items() if name in ("jax", "libtpu")),
+    }
+    return TEMPLATE.read_text().format(**fields)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", action="append", help="run only contenders with this in their name")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="run only this target")
+    parser.add_argument("--page", action="append", type=int, choices=PAGE_SIZES, help="run only this page size")
+    parser.add_argument("--quick", action="store_true", help=f"run rpac and {QUICK} on one target and page size")
+    parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    bench = Bench(ROOT / "build" / "bench-peers", dict(pair.split("=", 1) for pair in options.python))
+    for found in sections(bench, options):
+        (ROOT / "docs" / "benchmarks.md").write_text(document(found))
+        draw(found, ROOT / "docs" / "img" / "benchmarks.png")
+    progress("docs/benchmarks.md and docs/img/benchmarks.png written")
+
+
+if __name__ == "__main__":
+    main()

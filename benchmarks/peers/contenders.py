@@ -1,0 +1,186 @@
+"""The peers: what to compile for a batch, in which environment, and how its metadata become the call's arguments."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from peers.cases import DECODE_TOKENS, HEAD_DIM, KV_HEADS, MAX_MODEL_LEN, MAX_SEQS, Q_HEADS, Case
+from rpac.batch import Batch
+
+Parameters = dict[int, list[int]]
+Tiles = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Compile:
+    """One compiled call: a script of this folder, the environment that it runs in, and its request."""
+
+    choice: str
+    script: str
+    environment: Literal["measured", "pinned"]
+    request: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A peer. `compiles` gives the choices for a batch, of which the fastest counts, or says why there are none.
+
+    `about` says in the document what it is and what its figures hold.
+    """
+
+    name: str
+    about: str
+    compiles: Callable[[str, int, Case], tuple[Compile, ...] | str]
+    parameters: Callable[[Batch, Case], Parameters]
+
+
+def shapes(target: str, page_size: int, tokens: int) -> dict[str, Any]:
+    """The part of a request that is the same for all."""
+    return {
+        "target": target,
+        "q_heads": Q_HEADS,
+        "kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "page_size": page_size,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_seqs": MAX_SEQS,
+        "tokens": tokens,
+        "pages": MAX_SEQS * MAX_MODEL_LEN // page_size,
+    }
+
+
+def contract_parameters(batch: Batch, case: Case) -> Parameters:
+    """RPA v3's arguments: a prefill row counts as mixed, which its kernel runs it as where no chunk is fixed."""
+    decodes, _, count = batch.distribution.tolist()
+    return {
+        4: batch.kv_lens.tolist(),
+        5: batch.page_indices.tolist(),
+        6: batch.cu_q_lens.tolist(),
+        7: [decodes, decodes, count],
+    }
+
+
+# KV fetched and KV computed at once, in tokens.
+V3_DECODE_TILES = ((4096, 2048), (2048, 2048), (2048, 1024), (1024, 1024), (512, 512))
+# Queries fetched, KV fetched, queries computed, KV computed. On v6e the default is (256, 1024, 128, 512).
+V3_MIXED_TILES: tuple[Tiles, ...] = ((256, 2048, 128, 512), (128, 1024, 128, 512), (256, 1024, 256, 512))
+V3_IDLE_DECODE_TILES = (1, 2048, 1, 2048)  # where the batch is about the other kernel
+V3_IDLE_MIXED_TILES = (16, 256, 16, 256)
+
+
+def _v3(target: str, page_size: int, tokens: int, choice: str, decode: Tiles | None, mixed: Tiles | None) -> Compile:
+    request = {**shapes(target, page_size, tokens), "decode_tiles": decode, "mixed_tiles": mixed}
+    return Compile(choice, "compile_rpa_v3.py", "measured", request)
+
+
+def v3_default(target: str, page_size: int, case: Case) -> tuple[Compile, ...]:
+    return (_v3(target, page_size, case.tokens, "default", None, None),)
+
+
+def v3_sweep(target: str, page_size: int, case: Case) -> tuple[Compile, ...]:
+    """The default and the sweep. A decode batch is about the decode tiles, all others about the mixed ones."""
+    found = list(v3_default(target, page_size, case))
+    if case.tokens == DECODE_TOKENS:
+        for fetched, computed in V3_DECODE_TILES:
+            tiles = (1, fetched, 1, computed)
+            found.append(_v3(target, page_size, case.tokens, f"{fetched}, {computed}", tiles, V3_IDLE_MIXED_TILES))
+    else:
+        for mixed in V3_MIXED_TILES:
+            name = ", ".join(map(str, mixed))
+            found.append(_v3(target, page_size, case.tokens, name, V3_IDLE_DECODE_TILES, mixed))
+    return tuple(found)
+
+
+# KV fetched and computed, and queries, at once; the first is the kernel's own table.
+V2_DECODE_BLOCKS = ((None, None), (2048, 16), (1024, 16), (512, 16))
+V2_MIXED_BLOCKS = ((None, None), (1024, 64), (512, 128), (1024, 128))
+V2_VMEM_MIB = {"tpu7x": 60, "v6e": 100}
+
+
+def v2_sweep(target: str, page_size: int, case: Case) -> tuple[Compile, ...]:
+    found = []
+    for kv_block, q_block in V2_DECODE_BLOCKS if case.tokens == DECODE_TOKENS else V2_MIXED_BLOCKS:
+        blocks = {"kv_block": kv_block, "q_block": q_block, "vmem_mib": V2_VMEM_MIB[target]}
+        request = {**shapes(target, page_size, case.tokens), **blocks}
+        choice = "its table" if kv_block is None else f"{kv_block}, {q_block}"
+        found.append(Compile(choice, "compile_v2.py", "measured", request))
+    return tuple(found)
+
+
+def v2_parameters(batch: Batch, case: Case) -> Parameters:
+    count = int(batch.distribution[2])
+    return {
+        2: batch.kv_lens.tolist(),
+        3: batch.page_indices.tolist(),
+        4: batch.cu_q_lens.tolist(),
+        5: [count],
+    }
+
+
+FLYWHEEL_PAGES = 128  # it takes multiples of this
+FLYWHEEL_Q_BLOCK = 1024  # what it chooses for 2048 tokens, on both targets
+FLYWHEEL_ROWS = 16  # of a bfloat16 tile in HBM on TPU7x; 8 on v6e, which gives these batches the same blocks
+
+
+def flywheel(target: str, page_size: int, case: Case) -> tuple[Compile, ...] | str:
+    if page_size % FLYWHEEL_PAGES:
+        return f"takes pages of a multiple of {FLYWHEEL_PAGES} tokens only."
+    request = shapes(target, page_size, case.tokens)
+    if case.kind == "decode":
+        return (Compile("decode call", "compile_flywheel.py", "measured", {**request, "q_block": None}),)
+    return (Compile("packed call", "compile_flywheel.py", "measured", {**request, "q_block": FLYWHEEL_Q_BLOCK}),)
+
+
+def flywheel_parameters(batch: Batch, case: Case) -> Parameters:
+    ends = batch.cu_q_lens.tolist()
+    kv_lens = batch.kv_lens.tolist()
+    cached = [kv - (end - start) for kv, start, end in zip(kv_lens, ends, ends[1:], strict=False)]
+    found = {4: cached, 5: batch.page_indices.tolist(), 6: [int(batch.distribution[2])]}
+    if case.kind == "decode":
+        return found
+    return {**found, 7: ends, 8: kv_lens, 9: flywheel_blocks_before(ends)}
+
+
+def flywheel_blocks_before(ends: Sequence[int]) -> list[int]:
+    """Blocks of queries before each sequence: it cuts each sequence's rows into blocks from a tile's edge on."""
+    before = [0]
+    for start, end in itertools.pairwise(ends):
+        rows = end - start // FLYWHEEL_ROWS * FLYWHEEL_ROWS
+        before.append(before[-1] + (-(-rows // FLYWHEEL_Q_BLOCK) if end > start else 0))
+    return before
+
+
+CONTENDERS = (
+    Contender(
+        "RPA v3, default",
+        "tpu-inference 0.32.0, its own choice of tiles.",
+        v3_default,
+        contract_parameters,
+    ),
+    Contender(
+        "RPA v3, best",
+        f"The same kernel, the best for each batch of its default and {len(V3_DECODE_TILES)} decode tiles (KV fetched, KV "
+        f"computed) or {len(V3_MIXED_TILES)} mixed tiles (queries fetched, KV fetched, queries computed, KV computed).",
+        v3_sweep,
+        contract_parameters,
+    ),
+    Contender(
+        "JAX v2",
+        "`jax.experimental.pallas.ops.tpu.ragged_paged_attention`; the best for each batch of its own table's blocks and "
+        f"{len(V2_DECODE_BLOCKS) - 1} more (KV tokens, queries). It does not write the new tokens to the cache: its "
+        "figures lack that.",
+        v2_sweep,
+        v2_parameters,
+    ),
+    Contender(
+        "flywheel-tpu",
+        "flywheel-tpu 0.3.0, its own choice of blocks. Decode is its public call. For the other batches its two kernels "
+        "(append, attend) are called as its public function does, but with the sums of lengths that it has XLA compute "
+        "as arguments: a few microseconds less for it.",
+        flywheel,
+        flywheel_parameters,
+    ),
+)

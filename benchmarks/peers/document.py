@@ -1,0 +1,102 @@
+"""docs/benchmarks.md: the tables, what ran in each cell, and what could not run and why. Pure text from results."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from peers.cases import Case
+from peers.store import Result
+
+OURS = ("rpac", "rpac, fitted")
+MEASURE = {"decode": "MBU", "prefill": "MFU", "mixed": "MBU"}
+
+
+@dataclass(frozen=True)
+class Section:
+    """One target and page size: a result for each (contender, case label)."""
+
+    target: str
+    page_size: int
+    cases: tuple[Case, ...]
+    contenders: tuple[str, ...]
+    results: Mapping[tuple[str, str], Result] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return f"{self.target}, pages of {self.page_size}"
+
+    def best_peer(self, case: Case) -> tuple[str, Result] | None:
+        """The peer with the least time of the whole call."""
+        ran = [
+            (name, self.results[name, case.label])
+            for name in self.contenders
+            if name not in OURS and not self.results[name, case.label].error
+        ]
+        return min(ran, key=lambda one: one[1].seconds) if ran else None
+
+
+def score(case: Case, result: Result) -> float:
+    """MBU or MFU of the whole call, whichever the batch is judged by."""
+    return result.mfu if MEASURE[case.kind] == "MFU" else result.mbu
+
+
+def cell(case: Case, result: Result) -> str:
+    """Whole call / kernels alone, microseconds, and the share of the peak."""
+    if result.error:
+        return "-"
+    return f"{_us(result.seconds)} / {_us(result.kernel_seconds)}, {score(case, result):.2f}"
+
+
+def table(section: Section) -> list[str]:
+    """A row a batch, a column a contender, and how many times faster ours is than the best peer."""
+    header = ["batch", *section.contenders, *(f"{name} against the best peer" for name in OURS)]
+    lines = [_row(header), _row(["---", *["--:"] * (len(header) - 1)])]
+    for case in section.cases:
+        best = section.best_peer(case)
+        cells = [cell(case, section.results[name, case.label]) for name in section.contenders]
+        ratios = [_ratio(best, section.results[name, case.label]) for name in OURS]
+        lines.append(_row([f"{case.label} ({MEASURE[case.kind]})", *cells, *ratios]))
+    return lines
+
+
+def choices(section: Section) -> list[str]:
+    """What ran in each cell: programs of ours, tiles of the peers."""
+    lines = [_row(["batch", *section.contenders]), _row(["---"] * (len(section.contenders) + 1))]
+    for case in section.cases:
+        results = [section.results[name, case.label] for name in section.contenders]
+        lines.append(_row([case.label, *("-" if result.error else result.choice for result in results)]))
+    return lines
+
+
+def refusals(sections: Sequence[Section]) -> list[str]:
+    """What could not be run, each reason once: where, and why."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for section in sections:
+        for name in section.contenders:
+            for case in section.cases:
+                result = section.results[name, case.label]
+                if result.error:
+                    found[name, result.error][section.title].append(case.label)
+    lines = []
+    for (name, why), places in found.items():
+        where = []
+        for title, labels in places.items():
+            whole = next(section for section in sections if section.title == title)
+            everything = len(labels) == len(whole.cases)
+            where.append(f"{title}: {'every batch' if everything else ', '.join(labels)}")
+        lines.append(f"- **{name}** ({'; '.join(where)}): {why}")
+    return lines or ["Everything ran."]
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:,.0f}"
+
+
+def _ratio(best: tuple[str, Result] | None, ours: Result) -> str:
+    return "-" if best is None or ours.error else f"{best[1].seconds / ours.seconds:.2f}x"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

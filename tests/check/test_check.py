@@ -1,0 +1,374 @@
+"""What the check runs, what it holds against what, and what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rpac import reference
+from rpac.check import CheckReport, CompileResult, Result, Trial, check_source, check_spec, trials_of
+from rpac.check.arrays import GARBAGE, Arguments, make_arguments
+from rpac.check.compare import TOLERANCE, compare
+from rpac.errors import CheckError, CompileError
+from rpac.lower import Task
+from rpac.plan import KernelPlan, plan_spec
+from rpac.render import Source, render
+from rpac.spec import Spec, load_spec
+
+SPECS = Path(__file__).parents[2] / "specs"
+TINY = load_spec(SPECS / "tiny.yaml")
+PAGES = 40
+MIXED = Trial("mixed", q_lens=(1, 5, 3), kv_lens=(17, 5, 40), decodes=1)
+
+
+def serving(targets: tuple[str, ...] = TINY.targets, **changes: object) -> Spec:
+    """tiny, served otherwise."""
+    return replace(TINY, serving=replace(TINY.serving, **changes), targets=targets)
+
+
+def plan_of(spec: Spec, kind: str, target: str = "tpu7x") -> KernelPlan:
+    return next(plan for plan in plan_spec(spec, target) if plan.kind == kind)
+
+
+def trials(spec: Spec, plan: KernelPlan, random_batches: int = 3) -> tuple[Trial, ...]:
+    return trials_of(spec, plan, np.random.default_rng(0), random_batches)
+
+
+def arguments(trial: Trial = MIXED, spec: Spec = TINY) -> Arguments:
+    return make_arguments(spec, trial, spec.serving.token_buckets[-1], PAGES, np.random.default_rng(0))
+
+
+# ---- batches
+
+
+ODD = [
+    TINY,
+    serving(max_num_seqs=1),
+    serving(max_num_seqs=32, token_buckets=(32,)),
+    serving(token_buckets=(1, 2, 32), max_num_seqs=2),
+    serving(prefill_chunk=32),
+    serving(prefill_chunk=1, targets=("cpu",)),
+    serving(prefill_chunk=31, targets=("cpu",)),
+    serving(max_model_len=48, context_lens=(48,)),
+    serving(page_size=256, max_model_len=256, context_lens=(256,)),
+    serving(page_size=16, max_model_len=16, prefill_chunk=16, context_lens=(1,)),
+    *(load_spec(path) for path in sorted(SPECS.glob("*.yaml"))),
+]
+
+
+@pytest.mark.parametrize("target", ["tpu7x", "cpu"])
+@pytest.mark.parametrize("spec", ODD, ids=lambda spec: spec.name)
+def test_every_batch_is_one_that_its_program_may_be_given(spec: Spec, target: str) -> None:
+    for plan in plan_spec(spec, target) if target in spec.targets else ():
+        found = trials(spec, plan)
+        assert len({trial.name for trial in found}) == len(found)
+        for trial in found:
+            assert trial.new_tokens <= plan.tokens[-1]
+            decodes, prefills_end, count = trial.distribution
+            if plan.kind == "decode":
+                assert decodes == count
+            if plan.kind == "prefill":
+                assert decodes == 0 and prefills_end == count
+            if spec.serving.max_model_len <= 512:  # the arrays of real models are large
+                tokens = next(bucket for bucket in plan.tokens if bucket >= trial.new_tokens)
+                pages = trial.pages(spec.serving.page_size)
+                make_arguments(
+                    spec, trial, tokens, pages, np.random.default_rng(0)
+                )  # raises where the contract is broken
+
+
+@pytest.mark.parametrize("target", ["tpu7x", "cpu"])
+@pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_decode_batches_hold_every_edge_length(path: Path, target: str) -> None:
+    spec = load_spec(path)
+    plan = plan_of(spec, "decode", target)
+    assert plan.decode is not None
+    found = trials(spec, plan)
+    lengths = {length for trial in found for length in trial.kv_lens}
+    sizes = {spec.serving.page_size, plan.decode.block, getattr(plan.decode, "tile", plan.decode.block)}
+    edges = {1, *(size + off for size in sizes for off in (-1, 0, 1)), spec.serving.max_model_len}
+    assert {edge for edge in edges if edge <= spec.serving.max_model_len} <= lengths
+    counts = {len(trial.q_lens) for trial in found}
+    assert {0, 1, spec.serving.max_num_seqs} <= counts
+    assert any(trial.shared_pages for trial in found) or plan.decode.block <= spec.serving.page_size
+
+
+@pytest.mark.parametrize("target", ["tpu7x", "cpu"])
+@pytest.mark.parametrize("kind", ["prefill", "mixed"])
+@pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_other_batches_end_around_pages_tiles_and_blocks(path: Path, kind: str, target: str) -> None:
+    spec = load_spec(path)
+    serving = spec.serving
+    for plan in plan_spec(spec, target):
+        if plan.kind != kind:
+            continue
+        assert plan.block is not None
+        found = trials(spec, plan)
+        ends = [kv for trial in found for q, kv in zip(trial.q_lens, trial.kv_lens, strict=True) if q > 1]
+        for size in (serving.page_size, getattr(plan.block, "tile", plan.block.block), plan.block.block):
+            for off in (-1, 0, 1):
+                assert any((end - off) % size == 0 for end in ends), (plan.path, size, off)
+        assert serving.max_model_len in ends
+        assert 0 in {len(trial.q_lens) for trial in found}
+        assert any(trial.shared_pages for trial in found)
+        if kind == "mixed":
+            q_lens = {q for trial in found for q in trial.q_lens[trial.decodes :]}
+            buckets = {min(plan.block.q_block + off, plan.tokens[0]) for off in (-1, 0, 1)}
+            assert {1, *buckets} <= q_lens
+            assert any(trial.new_tokens in plan.tokens for trial in found), "a full bucket"
+            assert any(trial.decodes == len(trial.q_lens) > 0 for trial in found), "only decode rows"
+            assert serving.max_num_seqs in {len(trial.q_lens) for trial in found}
+            if plan.tokens[-1] > 2 * serving.prefill_chunk:
+                parts = {tuple(np.diff([0, *trial.distribution]) > 0) for trial in found}
+                assert {(True, True, True), (False, True, False), (False, False, True)} <= parts
+                assert {serving.prefill_chunk - 1, serving.prefill_chunk + 1} <= q_lens
+
+
+def test_a_seed_gives_the_same_random_batches_again() -> None:
+    plan = plan_of(TINY, "mixed")
+    assert trials(TINY, plan) == trials(TINY, plan)
+    assert trials(TINY, plan) != trials_of(TINY, plan, np.random.default_rng(1), 3)
+
+
+# ---- arrays
+
+
+def test_what_nothing_may_read_is_poison() -> None:
+    args = arguments()
+    for array in (args.queries, args.keys, args.values):
+        assert np.isfinite(array[:9].astype(np.float32)).all()
+        assert np.isnan(array[9:].astype(np.float32)).all()
+    table = args.page_indices.reshape(TINY.serving.max_num_seqs, -1)
+    readable = np.zeros(args.kv_cache.shape[:2], bool)
+    for row, context in enumerate((16, 0, 37)):
+        for position in range(context):
+            readable[table[row, position // 16], position % 16] = True
+    finite = np.isfinite(args.kv_cache.astype(np.float32)).all(axis=(2, 3, 4))
+    np.testing.assert_array_equal(finite, readable)
+    assert np.isnan(args.kv_cache[~readable].astype(np.float32)).all()
+    for live, row in ((2, 0), (1, 1), (3, 2), (0, 3)):
+        assert set(table[row, live:].tolist()) <= set(GARBAGE)
+    assert set(args.kv_lens[3:].tolist()) | set(args.cu_q_lens[4:].tolist()) <= set(GARBAGE)
+
+
+def test_pages_are_shuffled_and_those_of_a_prefix_are_shared() -> None:
+    shared = Trial("shared", q_lens=(1, 2), kv_lens=(70, 90), decodes=1, shared_pages=3)
+    table = arguments(shared).page_indices.reshape(TINY.serving.max_num_seqs, -1)
+    first, second = table[0, :5].tolist(), table[1, :6].tolist()
+    assert first[:3] == second[:3]
+    assert len({*first, *second}) == 8
+    assert first != sorted(first)
+
+
+# ---- comparison
+
+
+def judged(change: Callable[[np.ndarray, np.ndarray], None]) -> tuple[bool, str]:
+    """Whether the oracle's own results pass after a change of output or cache, and the notes."""
+    args = arguments()
+    want_out, want_cache = reference.ragged_paged_attention(*args, sm_scale=TINY.model.sm_scale)
+    out, cache = want_out.astype(args.queries.dtype), want_cache.copy()
+    change(out, cache)
+    found = compare(args, out, cache, want_out, want_cache)
+    return found.ok, "; ".join(found.notes)
+
+
+def test_the_oracle_rounded_to_the_output_dtype_passes() -> None:
+    assert judged(lambda out, cache: None) == (True, "")
+
+
+def test_padding_rows_of_the_output_are_not_compared() -> None:
+    def change(out: np.ndarray, cache: np.ndarray) -> None:
+        out[9:] = np.nan
+
+    assert judged(change) == (True, "")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_one_bad_head_of_one_token_fails_and_is_named(value: float) -> None:
+    def change(out: np.ndarray, cache: np.ndarray) -> None:
+        out[7, 2] = value
+
+    ok, notes = judged(change)
+    assert not ok
+    assert notes.startswith("attention of query head 2 at row 2, position 38 is off by ")
+
+
+def test_an_output_off_by_little_more_than_the_tolerance_fails() -> None:
+    def scaled(by: float) -> Callable[[np.ndarray, np.ndarray], None]:
+        def change(out: np.ndarray, cache: np.ndarray) -> None:
+            out[3] = (out[3].astype(np.float32) * by).astype(out.dtype)
+
+        return change
+
+    assert judged(scaled(1 + TOLERANCE["bfloat16"] / 2))[0]
+    assert not judged(scaled(1 + TOLERANCE["bfloat16"] * 2))[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "position", "kind"),
+    [(2, 39, "new"), (2, 5, "old"), (2, 40, "past its end"), (None, None, "of no sequence")],
+)
+def test_one_flipped_bit_of_the_cache_fails_and_its_place_is_named(row: int | None, position: int, kind: str) -> None:
+    table = arguments().page_indices.reshape(TINY.serving.max_num_seqs, -1)
+    if row is None:
+        live = {*table[0, :2].tolist(), *table[1, :1].tolist(), *table[2, :3].tolist()}
+        page, slot = next(page for page in range(PAGES) if page not in live), 0
+    else:
+        page, slot = int(table[row, position // 16]), position % 16
+
+    def change(out: np.ndarray, cache: np.ndarray) -> None:
+        cache.view(np.uint16)[page, slot, 0, 1, 7] ^= 1
+
+    ok, notes = judged(change)
+    assert not ok
+    assert notes.startswith(f"cache differs in 1 tokens, first at page {page}, slot {slot}: ")
+    assert notes.endswith(f"({kind})" if row is not None else kind)
+
+
+# ---- runs
+
+
+def test_the_portable_programs_of_tiny_pass() -> None:
+    report = check_spec(TINY, targets=["cpu"])
+    print(report.table())
+    assert {result.kind for result in report.results} == {"decode", "prefill", "mixed"}
+    assert {result.mode for result in report.results} == {"compiled"}
+    assert not report.failed
+
+
+def test_the_kernels_of_tiny_pass_in_both_modes_once_for_all_targets_that_share_them() -> None:
+    report = check_spec(TINY, targets=["tpu7x", "v6e"], random_batches=1)
+    print(report.table())
+    assert not report.failed
+    assert {result.kind for result in report.results} == {"decode", "prefill", "mixed"}
+    assert {result.mode for result in report.results} == {"eager", "on_wait"}
+    assert {result.targets for result in report.results} == {("tpu7x", "v6e")}
+    assert all(0 < result.error < result.tolerance for result in report.results if result.batch != "empty")
+
+
+def test_kinds_choose_what_is_checked_and_processes_change_nothing_but_the_order() -> None:
+    alone = check_spec(TINY, targets=["cpu"], kinds=["decode", "prefill"], seed=3)
+    beside = check_spec(TINY, targets=["cpu"], kinds=["decode", "prefill"], seed=3, jobs=2)
+
+    def rows(report: CheckReport) -> list[tuple[object, ...]]:
+        return sorted((r.source, r.batch, r.error, r.cache_ok) for r in report.results)
+
+    assert rows(alone) == rows(beside)
+    assert {result.kind for result in alone.results} == {"decode", "prefill"}
+
+
+def test_a_seed_is_drawn_and_reported_where_none_is_given() -> None:
+    one, other = (check_spec(TINY, targets=["cpu"], kinds=["decode"], random_batches=0) for _ in range(2))
+    assert one.seed != other.seed
+    assert f"(seed {one.seed})" in one.summary()
+
+
+def test_a_kernel_that_cannot_be_loaded_fails_and_does_not_raise() -> None:
+    plan = plan_of(TINY, "decode")
+    results = list(check_source(TINY, plan, Source(plan.path, "import no_such_module"), random_batches=0))
+    assert results
+    assert all(result.notes == ("raised No module named 'no_such_module'",) for result in results)
+
+
+def test_after_a_kernel_that_raised_the_next_one_runs_as_if_nothing_were() -> None:
+    plan = plan_of(TINY, "decode")
+    source = render(TINY, plan)
+    trial = Trial("short", (1, 1), (17, 3), 2)
+    outside = Source(source.path, source.text.replace("block * 8 + page]", "block * 8 + page + 8]"))
+    assert outside != source
+    (bad,) = check_source(TINY, plan, outside, trials=[trial], modes=["eager"])
+    assert "Out-of-bounds read" in bad.notes[0]
+    assert not bad.ok
+    (good,) = check_source(TINY, plan, source, trials=[trial], modes=["eager"])
+    assert good.ok
+
+
+def test_an_output_that_is_not_waited_for_shows_where_copies_are_made_late() -> None:
+    """The two modes are two: both run what was compiled once."""
+    plan = plan_of(TINY, "decode")
+    source = render(TINY, plan)
+    hasty = Source(source.path, source.text.replace("out_copy(num_seqs - 1 - i).wait()", "pass"))
+    assert hasty != source
+    trial = Trial("short", (1, 1), (17, 3), 2)
+    eager, on_wait = check_source(TINY, plan, hasty, trials=[trial])
+    assert eager.error < eager.tolerance, "it was written when the copy was started"
+    assert len(eager.races) == 1
+    assert math.isinf(on_wait.error), "it was never written"
+
+
+# ---- report
+
+
+RESULT = Result("tpu7x/decode.py", "decode", ("tpu7x",), "eager", "empty", 8, 0.0, 2.0**-7, True, (), (), 0.5)
+
+
+def report(*results: Result, compiled: Sequence[CompileResult] = ()) -> CheckReport:
+    return CheckReport("tiny", "ab" * 32, 7, results, tuple(compiled))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        replace(RESULT, error=0.01),
+        replace(RESULT, error=math.nan),
+        replace(RESULT, error=math.inf),
+        replace(RESULT, cache_ok=False),
+        replace(RESULT, races=("write and read",)),
+        replace(RESULT, notes=("raised it",)),
+    ],
+)
+def test_one_bad_row_fails_the_report(bad: Result) -> None:
+    found = report(RESULT, bad)
+    assert found.failed == (bad,)
+    assert "FAILED" in found.table()
+    assert "2 checks, 1 failed (seed 7)" in found.table()
+    with pytest.raises(CheckError) as caught:
+        found.raise_if_failed()
+    assert caught.value.exit_code == 1
+
+
+def test_a_good_report_is_a_table_and_json() -> None:
+    found = report(RESULT, compiled=[CompileResult("v6e", 5, "", 1.0)])
+    found.raise_if_failed()
+    lines = found.table().splitlines()
+    assert len(lines) == 4
+    assert lines[1].split() == ["tpu7x/decode.py", "tpu7x", "eager", "empty", "0.0e+00", "ok", "0", "0.5", "ok"]
+    assert lines[-1] == "tiny: 2 checks, all ok (seed 7)"
+    data = json.loads(found.to_json())
+    assert data["ok"] is True
+    assert data["results"][0]["targets"] == ["tpu7x"]
+
+
+def test_json_has_no_infinity() -> None:
+    data = json.loads(report(replace(RESULT, error=math.inf)).to_json())
+    assert data["results"][0]["error"] is None
+    assert data["ok"] is False
+
+
+def test_a_target_that_does_not_compile_fails_the_report_and_the_others_are_still_compiled() -> None:
+    asked: list[tuple[str, int]] = []
+
+    def compile_tasks(tasks: Sequence[Task]) -> None:
+        asked.append((tasks[0].target, len(tasks)))
+        if tasks[0].target == "v6e":
+            raise CompileError("no VMEM left")
+
+    found = check_spec(
+        TINY,
+        targets=["v6e", "cpu"],
+        kinds=["prefill"],
+        random_batches=0,
+        compile=compile_tasks,
+        progress=lambda row: None,
+    )
+    assert asked == [("v6e", 1), ("cpu", 1)]
+    assert [(row.target, row.message) for row in found.compiled] == [("v6e", "no VMEM left"), ("cpu", "")]
+    assert found.failed == (found.compiled[0],)
+    assert "compile v6e: no VMEM left" in found.table()

@@ -1,0 +1,93 @@
+"""Shapes that no shipped spec has: head counts, groups, head_dim and dtypes, in the interpreter, on cpu and compiled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rpac.check import check_source
+from rpac.lower import Cache, lower_all, tasks_of
+from rpac.plan import plan_spec
+from rpac.render import render
+from rpac.spec import Model, Spec, load_spec
+
+TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")
+SEED = 0
+
+
+def shaped(q_heads: int, kv_heads: int, head_dim: int = 128, dtype: str = "bfloat16", **serving: object) -> Spec:
+    """tiny with another model."""
+    model = Model(q_heads, kv_heads, head_dim, dtype, dtype, head_dim**-0.5)
+    name = f"{q_heads}-{kv_heads}-{head_dim}-{dtype}"
+    return replace(TINY, name=name, model=model, serving=replace(TINY.serving, **serving))
+
+
+SHAPES = [
+    shaped(2, 2),  # group 1
+    shaped(8, 1),  # group 8, and the fewest rows a token can have
+    shaped(16, 1),  # the largest group
+    shaped(9, 3),  # heads that fill no register, and no pair
+    shaped(8, 8),
+    shaped(4, 2, head_dim=256),
+    shaped(1, 1, head_dim=256),
+    shaped(4, 2, dtype="float32"),
+    shaped(3, 1, head_dim=256, dtype="float32"),
+    shaped(4, 2, page_size=64, prefill_chunk=32),
+]
+each_shape = pytest.mark.parametrize("spec", SHAPES, ids=lambda spec: f"{spec.name}-page{spec.serving.page_size}")
+
+
+def check(spec: Spec, target: str, kind: str) -> None:
+    for plan in plan_spec(spec, target):
+        if plan.kind == kind:
+            results = list(check_source(spec, plan, render(spec, plan), seed=SEED, random_batches=1))
+            failed = [result for result in results if not result.ok]
+            assert results
+            assert not failed, f"seed {SEED}"
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("kind", [pytest.param("decode", marks=SLOW), pytest.param("prefill", marks=SLOW), "mixed"])
+@each_shape
+def test_portable_programs_agree_with_the_oracle(spec: Spec, kind: str) -> None:
+    check(spec, "cpu", kind)
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill", pytest.param("mixed", marks=SLOW)])
+@each_shape
+def test_kernels_agree_with_the_oracle_in_the_interpreter(spec: Spec, kind: str) -> None:
+    """For the target with the widest MXU, on which decode pairs heads where it can."""
+    check(spec, "tpu7x", kind)
+
+
+@pytest.mark.parametrize("spec", [shaped(4, 2), pytest.param(shaped(9, 3), marks=SLOW)], ids=lambda spec: spec.name)
+def test_decode_kernels_of_a_narrow_mxu_agree_with_the_oracle(spec: Spec) -> None:
+    check(spec, "v5p", "decode")
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("target", ["tpu7x", "v5e", pytest.param("v6e", marks=SLOW), pytest.param("v5p", marks=SLOW)])
+def test_kernels_of_odd_shapes_compile(target: str) -> None:
+    compile_all([shaped(9, 3), shaped(4, 2, head_dim=256), shaped(3, 1, head_dim=256, dtype="float32")], target)
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.parametrize("target", ["tpu7x", "v6e", "v5p", "v5e"])
+def test_kernels_of_every_shape_compile(target: str) -> None:
+    compile_all(SHAPES, target)
+
+
+def compile_all(specs: list[Spec], target: str) -> None:
+    """One program of each kind, for its largest token bucket."""
+    tasks = []
+    for spec in specs:
+        largest = {plan.kind: plan for plan in plan_spec(spec, target)}
+        tasks += tasks_of(
+            spec, [(replace(plan, tokens=plan.tokens[-1:]), render(spec, plan)) for plan in largest.values()]
+        )
+    assert all(lowered.executable for lowered in lower_all(tasks, Cache(None), jobs=2))

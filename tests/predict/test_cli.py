@@ -1,0 +1,93 @@
+"""`rpac predict` as a user runs it: what is on stdout, what on stderr, and the exit codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from command import TINY, rpac
+
+from rpac.predict.run import OPERANDS
+
+Bundled = Callable[..., Path]
+PREDICT = ("predict", TINY, "--target", "tpu7x")
+
+
+@pytest.mark.compile
+def test_json_of_one_batch_is_one_object_and_nothing_else_is_on_stdout(dumps: Path, tmp_path: Path) -> None:
+    done = rpac(*PREDICT, "--decode", "4x100", "--json", "--emit", tmp_path / "out", cache=dumps)
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["seconds"] >= data["kernel_seconds"] > 0
+    assert 0 < data["mbu"] < 1
+    assert 0 < data["mfu"] < 1
+    names = {f"{kernel['name']}.txt" for kernel in data["kernels"]}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, OPERANDS}
+    assert json.loads((tmp_path / "out" / OPERANDS).read_text()).keys() == names
+
+
+@pytest.mark.compile
+def test_several_batches_are_side_by_side(dumps: Path, tmp_path: Path, bundled: Bundled) -> None:
+    trace = tmp_path / "day.jsonl"
+    trace.write_text('{"q_lens": [1, 5], "kv_lens": [40, 5]}\n{"q_lens": [3], "kv_lens": [300]}\n')
+    arguments = (TINY, bundled("a"), bundled("b"), "--target", "tpu7x", "--mixed", trace)
+    done = rpac("predict", *arguments, "--json", cache=dumps)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["predictions"]
+    assert len({one["name"] for one in found}) == 3
+    assert [one["batch"]["label"] for one in found] == ["day.jsonl:1", "day.jsonl:2"] * 3
+    assert len({one["seconds"] for one in found}) == 2
+
+    done = rpac("predict", *arguments, cache=dumps)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("day.jsonl:")]
+    assert [row.split()[0] for row in rows] == ["day.jsonl:1"] * 3 + ["day.jsonl:2"] * 3
+    assert all(row.endswith(" 1.00") for row in rows)
+
+
+@pytest.mark.compile
+def test_a_report_names_waits_loops_slots_spills_and_definitions(dumps: Path) -> None:
+    done = rpac(*PREDICT, "--decode", "4x100", cache=dumps)
+    for part in (
+        "rpa_decode.1: ", " compute + ", "wait at bundle ", "in the loop at ", "turns, ", "VALU 0.", "spills: ",
+        "XLA copy-start ", "MBU = needed_bytes / ", "MFU = needed_flops / ", "GFLOP; moves ",
+    ):  # fmt: skip
+        assert part in done.stdout, part
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), 2, "Missing argument"),
+        ((TINY,), 2, "Missing option '--target'"),
+        ((TINY, "--target", "v99"), 2, "'v99' is not one of"),
+        ((TINY, "--target", "cpu"), 2, "'cpu' is not one of"),
+        (("absent.yaml", "--target", "tpu7x"), 2, "absent.yaml"),
+        ((TINY, "--target", "tpu7x", "--decode", "4"), 2, "must be SEQUENCESxCONTEXT"),
+        ((TINY, "--target", "tpu7x", "--decode", "5x40"), 2, "at most max_num_seqs (4)"),
+        ((TINY, "--target", "tpu7x", "--decode", "4x513"), 2, "build with a larger max_model_len"),
+        ((TINY, "--target", "tpu7x", "--prefill", "3x16/64"), 2, "max_num_tokens: 48"),
+        ((TINY, "--target", "tpu7x", "--mixed", "absent.jsonl"), 2, "absent.jsonl: cannot be read"),
+        ((TINY, "--target", "tpu7x", "--emit", "out"), 2, "takes one spec or bundle and one batch"),
+        ((TINY, "--target", "tpu7x", "--decode", "1x8", "--plot", "out.xyz"), 5, "must end in .png"),
+    ],
+)
+def test_what_cannot_be_predicted_says_why(
+    arguments: tuple[object, ...], code: int, message: str, tmp_path: Path
+) -> None:
+    done = rpac("predict", *arguments, cache=tmp_path / "cache", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "compiling" not in done.stderr  # it is said before the waiting
+
+
+def test_a_corrupt_bundle_and_one_of_another_compiler_have_their_own_codes(tmp_path: Path, bundled: Bundled) -> None:
+    path = bundled("b")
+    next((path / "source").rglob("decode.py")).write_text("")
+    done = rpac("predict", path, "--target", "tpu7x", cache=tmp_path / "cache")
+    assert (done.returncode, done.stdout) == (4, "")
+    done = rpac("predict", bundled("c", libtpu="9.9"), "--target", "tpu7x", cache=tmp_path / "cache")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "built with libtpu 9.9" in done.stderr
