@@ -15,7 +15,7 @@ from pathlib import Path
 from peers import environment
 from peers.cases import CASES, PAGE_SIZES, TARGETS
 from peers.contenders import CONTENDERS
-from peers.document import OURS, Section, choices, refusals, table
+from peers.document import OURS, Section, bullet, choices, refusals, summary, table
 from peers.picture import draw
 from peers.run import Bench, progress
 from peers.store import Result
@@ -70,7 +70,8 @@ def document(found: Sequence[Section]) -> str:
     for section in found:
         parts += [f"## {section.title}", "", *table(section), "", "What ran:", "", *choices(section), ""]
     fields = {
-        "about": "\n".join(f"- **{one.name}**: {one.about}" for one in CONTENDERS),
+        "about": "\n".join(bullet(f"**{one.name}**: {one.about}") for one in CONTENDERS),
+        "summary": "\n".join(summary(found)),
         "tables": "\n".join(parts).rstrip(),
         "refusals": "\n".join(refusals(found)),
         "compiler": " ".join(environment.COMPILER),

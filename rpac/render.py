@@ -22,7 +22,7 @@ from rpac.spec import Model, Spec
 MASKED = -2.0e38
 CLEAR_UNITS = 16  # zeroed by one turn of a loop: enough to hide what the turn itself costs
 SPLIT_PHASES = 2  # of a decode step that the split of the next block is spread over: products with K and with V
-SPLIT_PIECE = 32  # bfloat16 rows that are split at once beside other work: 2 registers
+SPLIT_PIECE = 128  # bfloat16 rows that are split at once beside other work: 8 registers
 SPLIT_ROWS = 512  # bfloat16 rows that are split into K and V in one turn of a loop: 32 registers
 SORT_TOKENS = 16  # tokens of a query block that one turn of a loop moves; divides every query block
 HEADER_END = '"""\n'

@@ -17,7 +17,7 @@ import flywheel_tpu
 import jax
 import jax.numpy as jnp
 from abstract_tpu import Device
-from flywheel_tpu import tuned_block_sizes
+from flywheel_tpu import flash_attn_interface, tuned_block_sizes
 from flywheel_tpu.pallas import block_sizes, flash_fwd_kvcache_varlen, flash_fwd_varlen_paged
 
 
@@ -25,7 +25,11 @@ def decode(request: dict[str, object], device: Device) -> None:
     """Its public call: one new token a sequence."""
     seqs, q_heads, kv_heads, head_dim = (request[k] for k in ("max_seqs", "q_heads", "kv_heads", "head_dim"))
 
-    def call(q, cache, k, v, cached, table, active):
+    plain = flash_attn_interface.flash_attn_kvcache_pallas
+
+    def call(q, cache, k, v, cached, table, active, rows):
+        # Which row of the cache is whose: an argument, where its own function has XLA count them.
+        flash_attn_interface.flash_attn_kvcache_pallas = lambda *given, **options: plain(*given[:-1], rows, **options)
         return flywheel_tpu.flash_attn_with_kvcache(
             q, cache, None, k, v, cache_seqlens=cached, block_table=table, num_active=active, causal=True
         )
@@ -38,6 +42,7 @@ def decode(request: dict[str, object], device: Device) -> None:
         device.shape(seqs, dtype=jnp.int32),
         device.shape(seqs, request["max_model_len"] // request["page_size"], dtype=jnp.int32),
         device.shape(1, dtype=jnp.int32),
+        device.shape(seqs, dtype=jnp.int32),
     ]
     device.compile(call, arguments, donate=(0, 1))
 

@@ -131,7 +131,8 @@ def flywheel(target: str, page_size: int, case: Case) -> tuple[Compile, ...] | s
     request = shapes(target, page_size, case.tokens)
     if case.kind == "decode":
         return (Compile("decode call", "compile_flywheel.py", "measured", {**request, "q_block": None}),)
-    return (Compile("packed call", "compile_flywheel.py", "measured", {**request, "q_block": FLYWHEEL_Q_BLOCK}),)
+    # Its append kernel crashes the compiler of the other environment.
+    return (Compile("packed call", "compile_flywheel.py", "pinned", {**request, "q_block": FLYWHEEL_Q_BLOCK}),)
 
 
 def flywheel_parameters(batch: Batch, case: Case) -> Parameters:
@@ -140,7 +141,7 @@ def flywheel_parameters(batch: Batch, case: Case) -> Parameters:
     cached = [kv - (end - start) for kv, start, end in zip(kv_lens, ends, ends[1:], strict=False)]
     found = {4: cached, 5: batch.page_indices.tolist(), 6: [int(batch.distribution[2])]}
     if case.kind == "decode":
-        return found
+        return {**found, 7: list(range(len(kv_lens)))}
     return {**found, 7: ends, 8: kv_lens, 9: flywheel_blocks_before(ends)}
 
 
@@ -151,6 +152,21 @@ def flywheel_blocks_before(ends: Sequence[int]) -> list[int]:
         rows = end - start // FLYWHEEL_ROWS * FLYWHEEL_ROWS
         before.append(before[-1] + (-(-rows // FLYWHEEL_Q_BLOCK) if end > start else 0))
     return before
+
+
+EXPERIMENTAL_PLACE = ("tpu7x", 128)
+
+
+def experimental(kernel: str) -> Callable[[str, int, Case], tuple[Compile, ...] | str]:
+    """Compiled in one place only: minutes each, and what stops the walk is the same everywhere."""
+
+    def compiles(target: str, page_size: int, case: Case) -> tuple[Compile, ...] | str:
+        if (target, page_size) != EXPERIMENTAL_PLACE:
+            return "not tried here, for it cannot be walked where it was tried."
+        request = {"kernel": kernel, **shapes(target, page_size, case.tokens)}
+        return (Compile("its own", "compile_experimental.py", "pinned", request),)
+
+    return compiles
 
 
 CONTENDERS = (
@@ -179,8 +195,22 @@ CONTENDERS = (
         "flywheel-tpu",
         "flywheel-tpu 0.3.0, its own choice of blocks. Decode is its public call. For the other batches its two kernels "
         "(append, attend) are called as its public function does, but with the sums of lengths that it has XLA compute "
-        "as arguments: a few microseconds less for it.",
+        "as arguments: a few microseconds less for it. They are compiled with the jax that tpu-inference pins, for libtpu "
+        "0.0.44 crashes on the append kernel.",
         flywheel,
         flywheel_parameters,
+    ),
+    Contender(
+        "batched_rpa",
+        "experimental in tpu-inference, with the jax that it pins. A kernel of its own writes a schedule to HBM, which its "
+        "attention kernels read: what they do depends on data that are no argument.",
+        experimental("batched_rpa"),
+        contract_parameters,
+    ),
+    Contender(
+        "stacked_rpa",
+        "experimental in tpu-inference, with the jax that it pins; built likewise, with each kernel in a conditional.",
+        experimental("stacked_rpa"),
+        contract_parameters,
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,15 +50,25 @@ def cell(case: Case, result: Result) -> str:
     return f"{_us(result.seconds)} / {_us(result.kernel_seconds)}, {score(case, result):.2f}"
 
 
+def summary(sections: Sequence[Section]) -> list[str]:
+    """How many times faster than the fastest peer ours is, from one spec and fitted, for each batch and section."""
+    lines = [_row(["batch", *(section.title for section in sections)]), _row(["---", *["--:"] * len(sections)])]
+    for case in sections[0].cases:
+        cells = []
+        for section in sections:
+            best = section.best_peer(case)
+            ratios = [_ratio(best, section.results[name, case.label]) for name in OURS]
+            cells.append("-" if best is None else f"{' / '.join(ratios)} ({best[0]})")
+        lines.append(_row([case.label, *cells]))
+    return lines
+
+
 def table(section: Section) -> list[str]:
-    """A row a batch, a column a contender, and how many times faster ours is than the best peer."""
-    header = ["batch", *section.contenders, *(f"{name} against the best peer" for name in OURS)]
-    lines = [_row(header), _row(["---", *["--:"] * (len(header) - 1)])]
+    """A row a batch, a column a contender."""
+    lines = [_row(["batch", *section.contenders]), _row(["---", *["--:"] * len(section.contenders)])]
     for case in section.cases:
-        best = section.best_peer(case)
         cells = [cell(case, section.results[name, case.label]) for name in section.contenders]
-        ratios = [_ratio(best, section.results[name, case.label]) for name in OURS]
-        lines.append(_row([f"{case.label} ({MEASURE[case.kind]})", *cells, *ratios]))
+        lines.append(_row([f"{case.label} ({MEASURE[case.kind]})", *cells]))
     return lines
 
 
@@ -86,8 +97,13 @@ def refusals(sections: Sequence[Section]) -> list[str]:
             whole = next(section for section in sections if section.title == title)
             everything = len(labels) == len(whole.cases)
             where.append(f"{title}: {'every batch' if everything else ', '.join(labels)}")
-        lines.append(f"- **{name}** ({'; '.join(where)}): {why}")
+        lines.append(bullet(f"**{name}** ({'; '.join(where)}): {why}"))
     return lines or ["Everything ran."]
+
+
+def bullet(text: str) -> str:
+    """An item of a list, in lines of the usual length."""
+    return textwrap.fill(f"- {text}", 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _us(seconds: float) -> str:
@@ -95,7 +111,7 @@ def _us(seconds: float) -> str:
 
 
 def _ratio(best: tuple[str, Result] | None, ours: Result) -> str:
-    return "-" if best is None or ours.error else f"{best[1].seconds / ours.seconds:.2f}x"
+    return "-" if best is None or ours.error else f"{best[1].seconds / ours.seconds:.2f}"
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -39,7 +39,8 @@ def _decode(ax, section: Section, colors: dict[str, str]) -> None:
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.set(xlabel="context, tokens", ylabel="MBU, whole call", ylim=(0, 1), title=f"decode of 64, {section.title}")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    if ax.lines:
+        ax.legend(fontsize=8)
 
 
 def _others(ax, section: Section, colors: dict[str, str]) -> None:

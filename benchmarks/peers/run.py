@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from peers import environment
@@ -34,6 +34,7 @@ from rpac.store import default_cache_dir
 from rpac.toolchain import toolchain
 
 BFLOAT16_BYTES = 2
+KEPT_CALLS = 8  # read schedules in memory: as many as a sweep has choices
 EXPECTED_LENS: tuple[int, ...] = (1024, 4096)
 NOT_RUN = "not run yet"
 
@@ -83,7 +84,7 @@ class Bench:
         self._store = Store(folder)
         self._pythons = dict(pythons)
         self._walker = walker_digest()
-        self._call: tuple[str, Call] | None = None
+        self._call = lru_cache(maxsize=KEPT_CALLS)(self._make_call)
         self._programs = cache(self._make_programs)
 
     def peer(self, contender: Contender, target: str, page_size: int, case: Case, may_run: bool) -> Result:
@@ -94,7 +95,9 @@ class Bench:
         batch = case.workload.batch(limits_of(self.folder, page_size))
         results = [self._of_compile(contender, one, batch, case, may_run) for one in compiles]
         ran = [result for result in results if not result.error]
-        return min(ran, key=lambda result: result.seconds) if ran else results[0]
+        if ran:
+            return min(ran, key=lambda result: result.seconds)
+        return next((result for result in results if result.error == NOT_RUN), results[0])
 
     def _of_compile(self, contender: Contender, one: Compile, batch: Batch, case: Case, may_run: bool) -> Result:
         script = "".join((HERE / name).read_text() for name in ("abstract_tpu.py", one.script))
@@ -108,10 +111,8 @@ class Bench:
         target = one.request["target"]
         progress(f"{contender.name} {target} page {one.request['page_size']}, {case.label}, {one.choice}")
         try:
-            if self._call is None or self._call[0] != compiled:
-                command = [self._python(one.environment), str(HERE / one.script), request]
-                self._call = compiled, Call(self._store.dump(compiled, command, target), any_compiler=True)
-            report = self._call[1].predict(parameters, work_of(case))
+            call = self._call(compiled, one.environment, one.script, request, target)
+            report = call.predict(parameters, work_of(case))
             result = Result(one.choice, report.seconds, report.kernel_seconds, report.mbu or 0.0, report.mfu or 0.0)
         except ScheduleError as error:
             result = Result(one.choice, error=reason(str(error)))
@@ -119,6 +120,10 @@ class Bench:
                 return result
         self._store.keep_result(key, result)
         return result
+
+    def _make_call(self, compiled: str, environment_name: str, script: str, request: str, target: str) -> Call:
+        command = [self._python(environment_name), str(HERE / script), request]
+        return Call(self._store.dump(compiled, command, target), any_compiler=True)
 
     def ours(self, fitted: bool, target: str, page_size: int, case: Case, may_run: bool) -> Result:
         """Ours, from one spec for all batches, or from one that expects this batch's lengths and chunk."""

@@ -67,8 +67,7 @@ DECODE = [
         "the next block split over this one", r"split = Split\(next_slot, 1 - here\)", "split = Split(next_slot, here)"
     ),
     dropped("first block not split", r"Split\(0, 0\)\.finish\(\)"),
-    dropped("a split left half done", r"split\.finish\(\)"),
-    dropped("the next block does not arrive", r"arrive\(step \+ 1, \*following\)"),
+    dropped("the next block does not arrive", r"arrive\(step \+ 1, \*following\)", hangs=True),
     dropped("no wait for queries, keys and values", r"load\.wait\(\)"),
     dropped("no wait for a cache write before its buffer is used again", r"unit_copy\(seq - \d\)\.wait\(\)"),
     dropped("no wait for the last cache writes", r"unit_copy\(num_seqs - 1 - i\)\.wait\(\)"),

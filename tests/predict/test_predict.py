@@ -31,7 +31,7 @@ def test_the_emitted_files_alone_give_the_same_times(programs: Built, tmp_path: 
     files = emit(programs("tpu7x"), workload, tmp_path / "out")
     assert sorted(files) == sorted(path.name for path in (tmp_path / "out").iterdir())
     replayed = replay(tmp_path / "out", "tpu7x")
-    assert replayed == {f"{kernel.name}.txt": kernel.seconds for kernel in found.report.kernels}
+    assert replayed == pytest.approx({f"{kernel.name}.txt": kernel.seconds for kernel in found.report.kernels})
     assert sum(replayed.values()) == pytest.approx(found.report.kernel_seconds)
 
 
@@ -141,7 +141,7 @@ def test_a_target_without_a_schedule_is_refused(dumps: Path) -> None:
 def test_a_compiler_that_is_not_verified_is_refused_before_anything_is_compiled(
     dumps: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rpac.schedule.compilers.VERIFIED", ("0.0.1",))
+    monkeypatch.setattr("rpac.schedule.compilers.VERIFIED", {"0.0.1": "0.1"})
     with pytest.raises(ScheduleError, match=r"is of libtpu .*; its reading is verified for 0\.0\.1: .*--any-compiler"):
         programs_of(TINY, "tpu7x", Store(dumps))
 

@@ -56,7 +56,7 @@ def test_a_compiler_that_is_not_verified_is_refused_unless_asked_for() -> None:
         Call(dump)
     batch = {LENS: [1] * SEQS, TABLE: list(range(PAGES))}
     assert not Call(dump, any_compiler=True).predict(batch).compiler_verified
-    assert Call(dataclasses.replace(dump, compiler=VERIFIED[0])).predict(batch).compiler_verified
+    assert Call(dataclasses.replace(dump, compiler=next(iter(VERIFIED)))).predict(batch).compiler_verified
 
 
 def test_a_scalar_that_xla_computes_is_named_with_its_operation() -> None:

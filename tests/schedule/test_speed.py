@@ -32,9 +32,9 @@ def test_thirty_thousand_bundles_and_64_sequences_take_under_five_seconds() -> N
             DELAY["tpu7x"],
         ]
     )
-    start = time.perf_counter()
+    start = time.process_time()
     parsed = schedule("tpu7x", *lines)
     done = walk(parsed, {0: [0, 3, 0, 0, 0, 0, 0, 0]}, model("tpu7x"))
     assert len(parsed.bundles) > 30_000
     assert done.dmas == 1 + 64_000
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

@@ -75,12 +75,15 @@ def test_a_cell_gives_call_kernels_and_share_of_the_peak():
     assert document.cell(case, result(0, "no")) == "-"
 
 
-def test_a_row_compares_ours_with_the_fastest_peer_that_ran():
-    found = section(
-        {"rpac": result(100), "rpac, fitted": result(50), "a": result(300), "b": result(200), "c": result(1, "no")}
-    )
-    row = module("document").table(found)[-1]
-    assert row.endswith("| 2.00x | 4.00x |")
+def test_the_summary_compares_ours_with_the_fastest_peer_that_ran():
+    ours = {"rpac": result(100), "rpac, fitted": result(50)}
+    found = section({**ours, "a": result(300), "b": result(200), "c": result(1, "no")})
+    assert module("document").summary([found])[-1].endswith("| 2.00 / 4.00 (b) |")
+
+
+def test_the_summary_claims_nothing_where_no_peer_ran():
+    found = section({"rpac": result(100), "rpac, fitted": result(50), "c": result(1, "no")})
+    assert module("document").summary([found])[-1].endswith("| - |")
 
 
 def test_refusals_name_each_reason_once_with_its_places():

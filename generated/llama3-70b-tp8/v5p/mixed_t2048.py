@@ -208,17 +208,17 @@ def decode_kernel(
             self.slot, self.here, self.done = slot, here, 0
 
         def go_on(self, pieces):
-            for piece in range(self.done, min(self.done + pieces, 32)):
-                first = piece * 32
-                low = rows_as_words(kv[self.slot, pl.ds(first, 32)])
-                high = rows_as_words(kv[self.slot, pl.ds(1024 + first, 32)])
-                words = pl.ds(piece * 16, 16)
+            for piece in range(self.done, min(self.done + pieces, 8)):
+                first = piece * 128
+                low = rows_as_words(kv[self.slot, pl.ds(first, 128)])
+                high = rows_as_words(kv[self.slot, pl.ds(1024 + first, 128)])
+                words = pl.ds(piece * 64, 64)
                 k_words[self.here, words] = (low & jnp.uint32(0xFFFF)) | (high << 16)
                 v_words[self.here, words] = (low >> 16) | (high & jnp.uint32(0xFFFF0000))
             self.done += pieces
 
         def finish(self):
-            self.go_on(32)
+            self.go_on(8)
 
     def head_of(words, here, head):
         """`[1024, HEAD_DIM]` of one head, in the order of `block_tokens`."""
@@ -246,7 +246,7 @@ def decode_kernel(
         scores = []
         for head in range(KV_HEADS):
             scores.append(products(q_rows[heads(head)].astype(jnp.bfloat16), head_keys(here, head), 1))
-            split.go_on(16)
+            split.go_on(4)
         scores = jnp.concatenate(scores, axis=0) * SCORE_SCALE
         scores = jnp.where(block_tokens(scores.shape) < valid, scores, MASKED)
         old_max = row_max[...]
@@ -258,7 +258,7 @@ def decode_kernel(
         weights = weights.astype(jnp.bfloat16)
         for head in range(KV_HEADS):
             part = products(weights[heads(head)], head_values(here, head), 0)
-            split.go_on(16)
+            split.go_on(4)
             acc[heads(head)] = widen(rescale[heads(head)], HEAD_DIM) * acc[heads(head)] + part
         split.finish()
 

@@ -201,17 +201,17 @@ def decode_kernel(
             self.slot, self.here, self.done = slot, here, 0
 
         def go_on(self, pieces):
-            for piece in range(self.done, min(self.done + pieces, 256)):
-                first = piece * 32
-                low = rows_as_words(kv[self.slot, pl.ds(first, 32)])
-                high = rows_as_words(kv[self.slot, pl.ds(8192 + first, 32)])
-                words = pl.ds(piece * 16, 16)
+            for piece in range(self.done, min(self.done + pieces, 64)):
+                first = piece * 128
+                low = rows_as_words(kv[self.slot, pl.ds(first, 128)])
+                high = rows_as_words(kv[self.slot, pl.ds(8192 + first, 128)])
+                words = pl.ds(piece * 64, 64)
                 k_words[self.here, words] = (low & jnp.uint32(0xFFFF)) | (high << 16)
                 v_words[self.here, words] = (low >> 16) | (high & jnp.uint32(0xFFFF0000))
             self.done += pieces
 
         def finish(self):
-            self.go_on(256)
+            self.go_on(64)
 
     def head_of(words, here, head):
         """`[1024, HEAD_DIM]` of one head, in the order of `block_tokens`."""
@@ -247,7 +247,7 @@ def decode_kernel(
         for group in range(4):
             keys = jnp.concatenate([head_keys(here, head) for head in group_heads(group)], axis=1)
             scores.append(products(q_rows[group_rows(group)].astype(jnp.bfloat16), keys, 1))
-            split.go_on(32)
+            split.go_on(8)
         scores = jnp.concatenate(scores, axis=0) * SCORE_SCALE
         scores = jnp.where(block_tokens(scores.shape) < valid, scores, MASKED)
         old_max = row_max[...]
@@ -260,7 +260,7 @@ def decode_kernel(
         for group in range(4):
             values = jnp.concatenate([head_values(here, head) for head in group_heads(group)], axis=1)
             part = products(weights[group_rows(group)], values, 0)
-            split.go_on(32)
+            split.go_on(8)
             for i, head in enumerate(group_heads(group)):
                 own = part[heads(i), i * HEAD_DIM : (i + 1) * HEAD_DIM]
                 acc[heads(head)] = widen(rescale[heads(head)], HEAD_DIM) * acc[heads(head)] + own

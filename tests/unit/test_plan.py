@@ -1,0 +1,218 @@
+"""Plans: which programs a spec has, tiles that divide what they must, and bytes that are counted as they are declared."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rpac.chip import TPU_TARGETS, chip
+from rpac.errors import PlanError
+from rpac.layout import LANES
+from rpac.plan import BlockTiles, Buffer, DecodeTiles, KernelPlan, RowDims, kinds_of, plan_spec
+from rpac.plan.build import power_of_two_from, power_of_two_to, smem_need, vmem_need
+from rpac.plan.tiles import XlaTiles
+from rpac.spec import Model, Serving, Spec, load_spec
+
+SPECS = [load_spec(path) for path in sorted((Path(__file__).parents[2] / "specs").glob("*.yaml"))]
+TINY = next(spec for spec in SPECS if spec.name == "tiny")
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> Spec:
+    """Any spec that the parser takes and a TPU kernel can have a chunk of."""
+    group, kv_heads = draw(st.integers(1, 16)), draw(st.integers(1, 16))
+    dtype = draw(st.sampled_from(["bfloat16", "float32"]))
+    model = Model(group * kv_heads, kv_heads, draw(st.sampled_from([128, 256])), dtype, dtype, 0.1)
+    page = 1 << draw(st.integers(4, 8))
+    max_len = page * draw(st.integers(1, 64))
+    buckets = tuple(sorted(draw(st.sets(st.integers(1, 2048), min_size=1, max_size=5)) | {256}))
+    chunk = draw(st.sampled_from([size for size in (16, 48, 64, 256) if size <= max_len]))
+    lengths = draw(st.lists(st.integers(1, max_len), min_size=1, max_size=3))
+    serving = Serving(
+        page, max_len, buckets[-1], buckets, draw(st.integers(1, 64)), chunk, tuple(sorted(lengths)), 4096
+    )
+    return Spec("any", model, serving, (*TPU_TARGETS, "cpu"), source="", file="any.yaml")
+
+
+def plans_of(spec: Spec, target: str) -> tuple[KernelPlan, ...]:
+    """The plans, or none where the spec is too large for the target."""
+    try:
+        return plan_spec(spec, target)
+    except PlanError:
+        return ()
+
+
+targets = st.sampled_from([*TPU_TARGETS, "cpu"])
+each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+
+
+# ---- which programs
+
+
+@each_spec
+@pytest.mark.parametrize("target", [*TPU_TARGETS, "cpu"])
+def test_every_bucket_has_decode_and_mixed_and_those_of_a_chunk_have_prefill(spec: Spec, target: str) -> None:
+    found = {(plan.kind, tokens) for plan in plan_spec(spec, target) for tokens in plan.tokens}
+    wanted = {
+        (kind, tokens)
+        for tokens in spec.serving.token_buckets
+        for kind in ("decode", "prefill", "mixed")
+        if kind != "prefill" or tokens >= spec.serving.prefill_chunk
+    }
+    assert found == wanted
+    assert {tokens: set(kinds_of(spec, tokens)) for tokens in spec.serving.token_buckets} == {
+        tokens: {kind for kind, bucket in wanted if bucket == tokens} for tokens in spec.serving.token_buckets
+    }
+
+
+@given(specs(), targets)
+def test_no_variant_is_planned_twice_and_paths_tell_plans_apart(spec: Spec, target: str) -> None:
+    plans = plans_of(spec, target)
+    variants = [(plan.kind, tokens) for plan in plans for tokens in plan.tokens]
+    assert len(set(variants)) == len(variants)
+    assert len({plan.path for plan in plans}) == len(plans)
+    for plan in plans:
+        alone = sum(other.kind == plan.kind for other in plans) == 1
+        assert plan.path == f"{target}/{plan.kind}" + ("" if alone else f"_t{plan.tokens[-1]}") + ".py"
+
+
+@given(specs(), targets)
+def test_a_plan_holds_the_tiles_of_its_own_kernels_and_no_others(spec: Spec, target: str) -> None:
+    for plan in plans_of(spec, target):
+        assert (plan.decode is None) == (plan.kind == "prefill")
+        assert (plan.block is None) == (plan.kind == "decode")
+        for tiles in filter(None, (plan.decode, plan.block)):
+            assert isinstance(tiles, XlaTiles) == (target == "cpu")
+
+
+@given(specs(), targets)
+def test_the_same_spec_gives_the_same_plans(spec: Spec, target: str) -> None:
+    assert plans_of(spec, target) == plans_of(replace(spec, source="# another text", file="elsewhere.yaml"), target)
+
+
+# ---- tiles
+
+
+@given(specs(), st.sampled_from(TPU_TARGETS))
+def test_decode_tiles_are_whole_pages_and_registers_and_few_enough_to_wait_for(spec: Spec, target: str) -> None:
+    for plan in plans_of(spec, target):
+        tiles = plan.decode
+        if not isinstance(tiles, DecodeTiles):
+            continue
+        assert tiles.block % spec.serving.page_size == 0
+        assert tiles.block % LANES == 0
+        assert tiles.block % (2 * RowDims.of(spec.model).unit) == 0, (
+            "its halves are split and its tail cleared by units"
+        )
+        assert tiles.buffers >= 2
+        assert spec.model.kv_heads % tiles.pair == 0
+        assert tiles.pair * spec.model.head_dim <= max(chip(target).mxu_size, spec.model.head_dim)
+        assert {tiles.loaded} == {min(tokens, spec.serving.max_num_seqs) for tokens in plan.tokens}
+
+
+@given(specs(), st.sampled_from(TPU_TARGETS))
+def test_block_tiles_divide_each_other(spec: Spec, target: str) -> None:
+    serving = spec.serving
+    for plan in plans_of(spec, target):
+        tiles = plan.block
+        if not isinstance(tiles, BlockTiles):
+            continue
+        assert tiles.block % serving.page_size == 0
+        assert tiles.block % tiles.tile == 0
+        assert tiles.tile % LANES == 0
+        assert tiles.tile % (2 * RowDims.of(spec.model).unit) == 0
+        assert (spec.model.group * tiles.q_block) % tiles.step_rows == 0
+        assert serving.page_size % tiles.merge_tokens == 0
+        assert tiles.merge_tokens % RowDims.of(spec.model).unit == 0
+        assert tiles.new_tokens <= min(serving.page_size, *plan.tokens)
+        if plan.kind == "prefill":
+            assert serving.prefill_chunk % tiles.q_block == 0, "no block of a chunk is partial"
+            assert tiles.copy_sizes == (tiles.q_block,)
+        else:
+            most = min(tiles.q_block, plan.tokens[-1])
+            for tokens in range(1, most + 1):
+                assert sum(size for size in tiles.copy_sizes if tokens & size) == tokens, "copies make up any block"
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "head_dim", "dtype", "wanted"),
+    [
+        # lane tiles, packed rows and rows of a token, tokens of a unit, rows of a unit
+        (8, 128, "bfloat16", (1, 8, 16, 1, 16)),
+        (1, 128, "bfloat16", (1, 1, 2, 8, 16)),
+        (2, 128, "bfloat16", (1, 2, 4, 4, 16)),
+        (3, 128, "bfloat16", (1, 3, 6, 8, 48)),
+        (2, 256, "bfloat16", (2, 4, 8, 2, 16)),
+        (2, 128, "float32", (1, 4, 4, 2, 8)),
+        (3, 256, "float32", (2, 12, 12, 2, 24)),
+    ],
+)
+def test_a_unit_is_the_fewest_tokens_that_fill_whole_register_tiles(
+    kv_heads: int, head_dim: int, dtype: str, wanted: tuple[int, ...]
+) -> None:
+    rows = RowDims.of(Model(kv_heads, kv_heads, head_dim, dtype, dtype, 1.0))
+    assert (rows.lane_tiles, rows.packed_rows, rows.token_rows, rows.unit, rows.unit_rows) == wanted
+
+
+# ---- bytes
+
+
+@given(specs(), st.sampled_from(TPU_TARGETS))
+def test_what_is_counted_is_what_is_declared_and_fits(spec: Spec, target: str) -> None:
+    device = chip(target)
+    for plan in plans_of(spec, target):
+        kernels = [tiles for tiles in (plan.decode, plan.block) if isinstance(tiles, (DecodeTiles, BlockTiles))]
+        for tiles in kernels:
+            dtypes = {"dma": None, "bfloat16": 2, "float32": 4, "uint32": 4}
+            declared = sum(
+                math.prod(buffer.shape) * (dtypes[buffer.dtype] or 0)
+                for buffer in tiles.scratch(spec.model, spec.serving.page_size)
+            )
+            assert declared + tiles.temporaries(spec.model) <= vmem_need(spec, tiles)
+        assert plan.vmem_need == max(vmem_need(spec, tiles) for tiles in kernels)
+        assert plan.vmem_need < plan.vmem_limit < plan.vmem_bytes == device.vmem_bytes
+        assert plan.smem_need == smem_need(spec) < plan.smem_bytes == device.smem_bytes
+
+
+def test_a_portable_plan_counts_no_vmem() -> None:
+    assert {(plan.vmem_need, plan.vmem_limit, plan.smem_need) for plan in plan_spec(TINY, "cpu")} == {(0, 0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "wanted"),
+    [
+        ((16, 128), "bfloat16", 16 * 128 * 2),
+        ((8, 128), "float32", 8 * 128 * 4),
+        ((3, 5, 200), "float32", 3 * 8 * 256 * 4),
+        ((4, 2, 128), "bfloat16", 4 * 2 * 128 * 2),
+        ((4, 3, 128), "bfloat16", 4 * 4 * 128 * 2),
+        ((4, 1, 128), "float32", 4 * 1 * 128 * 4),
+        ((8,), "dma", 0),
+    ],
+)
+def test_a_buffer_takes_the_registers_tiles_that_it_touches(shape: tuple[int, ...], dtype: str, wanted: int) -> None:
+    assert Buffer("any", shape, dtype, "").vmem_bytes == wanted
+
+
+@given(st.integers(1, 1 << 20))
+def test_powers_of_two_are_the_nearest_on_either_side(value: int) -> None:
+    low, high = power_of_two_to(value), power_of_two_from(value)
+    assert low <= value <= high
+    assert {low, high} <= {1 << bit for bit in range(21)}
+    assert high == low or high == 2 * low
+
+
+def test_a_plan_is_plain_data_for_a_manifest() -> None:
+    import json
+
+    for plan in plan_spec(TINY, "v6e"):
+        data = json.loads(json.dumps(plan.as_dict()))
+        assert data["kind"] == plan.kind
+        assert data["tokens"] == list(plan.tokens)
+    assert np.dtype("int32").itemsize * (4 + 4 * 32 + 5 + 3) == smem_need(TINY)

@@ -1,0 +1,163 @@
+"""Sources: a pure function of spec and plan, standalone, and with nothing in them that the plan has no use for."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rpac.plan import KernelPlan, plan_spec
+from rpac.render import Source, render, templates_dir
+from rpac.spec import Model, Spec, load_spec, parse_spec
+
+ROOT = Path(__file__).parents[2]
+TINY = load_spec(ROOT / "specs" / "tiny.yaml")
+
+
+def shaped(q_heads: int, kv_heads: int, head_dim: int, dtype: str) -> Spec:
+    """tiny with another model."""
+    return replace(TINY, model=Model(q_heads, kv_heads, head_dim, dtype, dtype, 0.125))
+
+
+SPECS = [
+    *(load_spec(path) for path in sorted((ROOT / "specs").glob("*.yaml"))),
+    shaped(9, 3, 128, "bfloat16"),
+    shaped(4, 2, 256, "bfloat16"),
+    shaped(4, 2, 128, "float32"),
+    shaped(3, 1, 256, "float32"),
+    shaped(16, 1, 128, "bfloat16"),
+]
+CASES = [
+    pytest.param(
+        spec, plan, id=f"{spec.name}-{spec.model.q_heads}-{spec.model.kv_heads}-{spec.model.head_dim}-{plan.path}"
+    )
+    for spec in SPECS
+    for target in ("tpu7x", "v5p", "cpu")
+    for plan in plan_spec(spec, target)
+]
+each_source = pytest.mark.parametrize(("spec", "plan"), CASES)
+
+
+def plan_of(spec: Spec, target: str, kind: str) -> KernelPlan:
+    return next(plan for plan in plan_spec(spec, target) if plan.kind == kind)
+
+
+@each_source
+def test_a_source_is_standalone(spec: Spec, plan: KernelPlan) -> None:
+    """It is a module, and imports JAX and nothing else."""
+    tree = ast.parse(render(spec, plan).text)
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} == {"jax"}
+
+
+@each_source
+def test_everything_in_a_source_is_used_and_everything_used_is_there(spec: Spec, plan: KernelPlan) -> None:
+    tree = ast.parse(render(spec, plan).text)
+    defined, used = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, ast.alias):
+            defined.add(node.asname or node.name.split(".")[-1])
+        elif isinstance(node, ast.arg):
+            defined.add(node.arg)
+        elif isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else defined).add(node.id)
+        elif isinstance(node, ast.Attribute):
+            used.add(node.attr)
+    loose = {"ragged_paged_attention", "__init__"}  # called from outside
+    assert {name for name in defined - used - loose if not name.startswith("_")} <= unused_arguments(tree)
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert names <= defined | set(dir(builtins))
+
+
+def unused_arguments(tree: ast.Module) -> set[str]:
+    """Arguments that a signature holds because all of its kind have it: those of the program, and `lambda`s."""
+    (program,) = (node for node in tree.body if getattr(node, "name", "") == "ragged_paged_attention")
+    assert isinstance(program, ast.FunctionDef)
+    return {argument.arg for argument in program.args.args}
+
+
+@each_source
+def test_a_source_is_clean_text(spec: Spec, plan: KernelPlan) -> None:
+    text = render(spec, plan).text
+    assert not [line for line in text.splitlines() if line != line.rstrip()]
+    assert text.endswith("\n")
+    assert not text.endswith("\n\n")
+    assert "\n\n\n\n" not in text
+    assert not any(mark in text for mark in ("{{", "}}", "{%", "%}", "\t", "\r"))
+
+
+@each_source
+def test_a_source_says_what_it_is_and_how_it_was_made(spec: Spec, plan: KernelPlan) -> None:
+    source = render(spec, plan)
+    header = ast.get_docstring(ast.parse(source.text))
+    assert header is not None
+    first, *rest = header.splitlines()
+    assert first == f"Ragged paged attention of {spec.name}: {plan.kind} batches on {plan.target}."
+    assert "Do not edit" in header
+    assert spec.hash in header
+    assert f"rpac build {Path(spec.file).name} --target {plan.target}" in header
+    assert f"token buckets that use it: {', '.join(map(str, plan.tokens))}" in header
+    assert source.path == plan.path
+    assert rest
+
+
+def test_a_program_holds_the_kernels_of_its_kind_and_no_others() -> None:
+    for target, own in {
+        "tpu7x": {
+            "decode": {"decode_kernel"},
+            "prefill": {"prefill_kernel"},
+            "mixed": {"decode_kernel", "mixed_kernel"},
+        },
+        "cpu": {"decode": {"attend_decode"}, "prefill": {"attend_blocks"}, "mixed": {"attend_decode", "attend_blocks"}},
+    }.items():
+        every = set.union(*own.values())
+        for plan in plan_spec(TINY, target):
+            tree = ast.parse(render(TINY, plan).text)
+            functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            assert functions & every == own[plan.kind], plan.path
+
+
+def test_the_same_spec_gives_the_same_bytes_wherever_its_file_is() -> None:
+    text = (ROOT / "specs" / "tiny.yaml").read_text()
+    one, other = parse_spec(text, "specs/tiny.yaml"), parse_spec("# a comment\n" + text, "/elsewhere/tiny.yaml")
+    for target in TINY.targets:
+        for plan, again in zip(plan_spec(one, target), plan_spec(other, target), strict=True):
+            assert render(one, plan) == render(other, again)
+
+
+def test_targets_whose_plans_agree_have_one_body_and_the_body_is_all_but_the_header() -> None:
+    one, other = (render(TINY, plan_of(TINY, target, "mixed")) for target in ("tpu7x", "v6e"))
+    assert one.text != other.text
+    assert one.body == other.body
+    assert one.text.endswith(one.body)
+    assert one.body.lstrip().startswith("import jax")
+    decode = render(TINY, plan_of(TINY, "tpu7x", "decode"))
+    assert decode.body != one.body
+
+
+def test_a_hash_is_of_the_whole_text() -> None:
+    source = render(TINY, plan_of(TINY, "tpu7x", "decode"))
+    assert len(source.sha256) == 64
+    assert Source(source.path, source.text + "#").sha256 != source.sha256
+
+
+def test_every_buffer_of_a_plan_is_declared_and_a_parameter_once() -> None:
+    for kind in ("decode", "prefill"):
+        plan = plan_of(TINY, "tpu7x", kind)
+        tiles = plan.decode or plan.block
+        assert tiles is not None
+        text = render(TINY, plan).text
+        for buffer in tiles.scratch(TINY.model, TINY.serving.page_size):  # type: ignore[union-attr]
+            assert text.count(f"\n    {buffer.name},\n") == 1
+            assert text.count(f",  # {buffer.name}: {buffer.note}\n") == 1
+
+
+def test_templates_are_found_beside_the_package_in_a_checkout() -> None:
+    assert (templates_dir() / "pallas_tpu" / "decode.py.jinja").is_file()
+    assert (templates_dir() / "xla" / "decode.py.jinja").is_file()
