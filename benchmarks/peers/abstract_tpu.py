@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import libtpu
 from jax._src.mesh import AbstractDevice
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
@@ -40,6 +42,8 @@ class Device:
     """One core of a target that is not here."""
 
     def __init__(self, target: str) -> None:
+        # JAX leaves the path of its compiler to its children: without this, a parent's would be loaded here.
+        os.environ["TPU_LIBRARY_PATH"] = libtpu.get_library_path()
         self.device = topologies.get_topology_desc(TARGETS[target][0], "tpu").devices[0]
 
     def shape(self, *dims: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -54,6 +58,10 @@ class Device:
     def compile(self, call: Callable[..., object], arguments: list[object], donate: tuple[int, ...]) -> None:
         """Compiles the call; what the compiler dumps is the result. Prints the line that names the compiler."""
         with jax.sharding.use_abstract_mesh(self.mesh()):
-            lowered = jax.jit(call, donate_argnums=donate).trace(*arguments).lower(lowering_platforms=("tpu",))
+            lowered = (
+                jax.jit(call, donate_argnums=donate, keep_unused=True)
+                .trace(*arguments)
+                .lower(lowering_platforms=("tpu",))
+            )
         print(f"libtpu {importlib.metadata.version('libtpu')}", flush=True)
         lowered.compile()
