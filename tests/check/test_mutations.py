@@ -141,8 +141,8 @@ def test_without_a_bug_there_is_nothing_to_catch(kind: str) -> None:
     ("kind", "mutation"),
     [
         *cases("decode", DECODE),
-        *cases("prefill", BLOCK),
-        *cases("mixed", MIXED),
+        *cases("prefill", BLOCK, pytest.mark.slow),
+        *cases("mixed", MIXED, pytest.mark.slow),
         # Their kernel is made by the template that makes the prefill kernel.
         *cases("mixed", BLOCK, pytest.mark.slow),
     ],

@@ -16,6 +16,8 @@ from rpac.spec import Model, Spec, load_spec
 TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")
 SEED = 0
 
+pytestmark = pytest.mark.slow
+
 
 def shaped(q_heads: int, kv_heads: int, head_dim: int = 128, dtype: str = "bfloat16", **serving: object) -> Spec:
     """tiny with another model."""
