@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,12 +29,12 @@ TIME_LIMIT = 300.0  # seconds: a run that takes longer waits for something that 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left: its results, unless it raised `failure`, and the races seen in it."""
+    """What a run left: its results, unless it raised; the races in it; and what else the interpreter had to say."""
 
     out: Array | None
     kv_cache: Array | None
     races: tuple[str, ...] = ()
-    failure: str = ""
+    notes: tuple[str, ...] = ()
 
 
 Run = Callable[[Arguments, str], Outcome]
@@ -69,12 +70,15 @@ def prepare_run(plan: KernelPlan, source: Source, seconds: float = TIME_LIMIT) -
                     out, kv_cache = compiled[shapes](*args._replace(kv_cache=jnp.array(args.kv_cache)))
                     return Outcome(np.asarray(out), np.asarray(kv_cache))
                 set_dma_mode(params, mode)
-                with race_reports() as races, time_limit(seconds):
+                printed = io.StringIO()  # where it says which semaphores a kernel left with bytes not waited for
+                with contextlib.redirect_stdout(printed), race_reports() as races, time_limit(seconds):
                     out, kv_cache = jax.block_until_ready(compiled[shapes](*args))
-                return Outcome(np.asarray(out), np.asarray(kv_cache), tuple(races))
+                return Outcome(
+                    np.asarray(out), np.asarray(kv_cache), tuple(races), tuple(printed.getvalue().splitlines())
+                )
         except Exception as error:  # whatever a kernel under check does, the report must come
             reset_interpreter()
-            return Outcome(None, None, failure=_summary(error))
+            return Outcome(None, None, notes=(f"raised {_summary(error)}",))
 
     return run
 

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 
 import numpy as np
@@ -132,8 +132,9 @@ def check_source(
 
 def _judged(args: Arguments, outcome: Outcome, want_out: NDArray[np.float32], want_cache: Array) -> Difference:
     if outcome.out is None or outcome.kv_cache is None:
-        return Difference(math.inf, TOLERANCE[args.queries.dtype.name], False, (f"raised {outcome.failure}",))
-    return compare(args, outcome.out, outcome.kv_cache, want_out, want_cache)
+        return Difference(math.inf, TOLERANCE[args.queries.dtype.name], False, outcome.notes)
+    found = compare(args, outcome.out, outcome.kv_cache, want_out, want_cache)
+    return replace(found, notes=(*found.notes, *outcome.notes))
 
 
 def _units(spec: Spec, planned: Sequence[tuple[KernelPlan, Source]]) -> list[Unit]:

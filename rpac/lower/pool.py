@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 
 from rpac.errors import CompileError
 from rpac.lower.cache import Cache
@@ -34,6 +36,7 @@ def lower_all(
     todo = [index for index in range(len(tasks)) if index not in done]
     if todo:
         workers = min(jobs or os.cpu_count() or 1, len(todo))
+        resource_tracker.ensure_running()  # here: when a worker's start starts it, it lets interrupts through again
         with ThreadPoolExecutor(workers) as pool:
             futures = {pool.submit(_run_alone, tasks[index], tools): index for index in todo}
             try:
@@ -54,10 +57,24 @@ def _run_alone(task: Task, tools: Mapping[str, str]) -> Lowered:
     """
     # Spawned, not forked: JAX and libtpu hold threads and locks, and read their environment when first loaded.
     with ProcessPoolExecutor(1, get_context("spawn"), _start) as process:
-        return process.submit(_run, task, tools).result()
+        with _interrupts_held_back():
+            lowered = process.submit(_run, task, tools)
+        return lowered.result()
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """From this thread and what it starts: an interrupted Python that still imports would print a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends a worker in silence; the build says what there is to say
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     prepare()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -15,8 +15,7 @@ from rpac.spec import Model, Spec, load_spec
 
 TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")
 SEED = 0
-
-pytestmark = pytest.mark.slow
+SLOW = pytest.mark.slow
 
 
 def shaped(q_heads: int, kv_heads: int, head_dim: int = 128, dtype: str = "bfloat16", **serving: object) -> Spec:
@@ -26,19 +25,28 @@ def shaped(q_heads: int, kv_heads: int, head_dim: int = 128, dtype: str = "bfloa
     return replace(TINY, name=name, model=model, serving=replace(TINY.serving, **serving))
 
 
-SHAPES = [
+FEW = [
     shaped(2, 2),  # group 1
     shaped(8, 1),  # group 8, and the fewest rows a token can have
+    shaped(4, 2, head_dim=256),
+    shaped(4, 2, dtype="float32"),
+]
+SHAPES = [
+    *FEW,
     shaped(16, 1),  # the largest group
     shaped(9, 3),  # heads that fill no register, and no pair
     shaped(8, 8),
-    shaped(4, 2, head_dim=256),
     shaped(1, 1, head_dim=256),
-    shaped(4, 2, dtype="float32"),
     shaped(3, 1, head_dim=256, dtype="float32"),
     shaped(4, 2, page_size=64, prefill_chunk=32),
+    shaped(4, 2, page_size=256),
+    shaped(4, 2, token_buckets=(1, 32)),
 ]
-each_shape = pytest.mark.parametrize("spec", SHAPES, ids=lambda spec: f"{spec.name}-page{spec.serving.page_size}")
+each_shape = pytest.mark.parametrize(
+    "spec",
+    [pytest.param(spec, marks=[] if spec in FEW else SLOW) for spec in SHAPES],
+    ids=lambda spec: f"{spec.name}-page{spec.serving.page_size}-bucket{spec.serving.token_buckets[0]}",
+)
 
 
 def check(spec: Spec, target: str, kind: str) -> None:
@@ -48,9 +56,6 @@ def check(spec: Spec, target: str, kind: str) -> None:
             failed = [result for result in results if not result.ok]
             assert results
             assert not failed, f"seed {SEED}"
-
-
-SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("kind", [pytest.param("decode", marks=SLOW), pytest.param("prefill", marks=SLOW), "mixed"])

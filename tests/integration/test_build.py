@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import ROOT, TINY, environment, rpac, start
+from command import ROOT, RPAC, TINY, environment, rpac, start
 
 from rpac.build import GENERATED_MARK, sources_of
 from rpac.bundle import verify_bundle
@@ -94,14 +93,21 @@ def progress(stderr: str) -> list[str]:
     return [line.rsplit(": ", 1)[1] for line in stderr.splitlines() if line.startswith("[")]
 
 
-def alive(pids: Iterable[str]) -> list[str]:
-    def runs(pid: str) -> bool:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-        except (FileNotFoundError, ProcessLookupError):
-            return False
+def state_and_parent(pid: str) -> tuple[str, str] | None:
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[:2]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return state, parent
 
-    return [pid for pid in pids if runs(pid)]
+
+def alive(pids: Iterable[str]) -> list[str]:
+    return [pid for pid in pids if (found := state_and_parent(pid)) is not None and found[0] != "Z"]
+
+
+def children_of(parent: int) -> list[str]:
+    pids = [path.name for path in Path("/proc").iterdir() if path.name.isdigit()]
+    return [pid for pid in pids if (found := state_and_parent(pid)) is not None and found[1] == str(parent)]
 
 
 def half_way(*args: object, cache: Path) -> subprocess.Popen[str]:
@@ -245,8 +251,7 @@ def test_what_a_killed_build_had_compiled_is_not_compiled_again(tmp_path: Path) 
 
 def test_the_workers_of_a_killed_build_end_with_it(tmp_path: Path) -> None:
     process = half_way("-o", tmp_path, "--no-cache", cache=tmp_path)
-    threads = Path(f"/proc/{process.pid}/task").iterdir()  # each has children of its own
-    children = [pid for thread in threads for pid in (thread / "children").read_text().split()]
+    children = children_of(process.pid)
     assert alive(children)
     process.kill()
     process.communicate()
@@ -296,10 +301,13 @@ def test_a_full_disk_is_exit_5_and_the_earlier_bundle_stays(
     shutil.copytree(built("cpu"), bundle)
     largest = max(map(len, tree(bundle).values()))
 
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, resource.RLIM_INFINITY))
-
-    done = rpac("build", TINY, "--target", "cpu", "-o", tmp_path, cache=cache, preexec_fn=limited)
+    limited = f"""
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({largest - 1}, resource.RLIM_INFINITY))
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+    command = [sys.executable, "-c", limited, *RPAC[1:], "build", str(TINY), "--target", "cpu", "-o", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment(cache))
     assert done.returncode == 5
     assert f"cannot be written ({os.strerror(errno.EFBIG)}); nothing was published" in done.stderr
     assert "Traceback" not in done.stderr
