@@ -6,8 +6,10 @@ JOBS ?= 2
 SPECS := $(wildcard specs/*.yaml)
 
 # A second interpreter for the newest jax, which needs Python 3.12 or later; the compile tests run there too.
-NEWEST_PYTHON := $(shell command -v python3.14 || command -v python3.13 || command -v python3.12 || \
-	ls -d $(HOME)/.pyenv/versions/3.1[2-9].*/bin/python 2>/dev/null | sort -V | head -n 1)
+# A name may be there and still not run (a version manager's stand-in), so each is tried.
+NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
+	$$(ls -d $(HOME)/.pyenv/versions/3.1[2-9].*/bin/python 2>/dev/null | sort -rV); do \
+	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
 .PHONY: demo test test-newest test-slow lint generate generated check bench-cpu bench-peers calibrate build-all clean
