@@ -15,6 +15,9 @@ LANES = 128
 WORD_BITS = 32
 BITS = {"float32": 32, "int32": 32, "bfloat16": 16}
 
+# How K and V lie in the cache, and the axis of the cache along which the tokens of a page do.
+TOKEN_AXES = {"interleaved": 1, "separate": 3}
+
 Shape = tuple[int, ...]
 
 
@@ -61,7 +64,7 @@ def nbytes(shape: Shape, dtype: str) -> int:
 
 
 def kv_row_shape(model: Model) -> Shape:
-    """K and V of one token: `[ceil(2 * kv_heads / packing), packing, align(head_dim, 128)]`.
+    """K and V of one token, interleaved: `[ceil(2 * kv_heads / packing), packing, align(head_dim, 128)]`.
 
     Flattened over its first two axes the order is K0, V0, K1, V1, ...
     """
@@ -70,8 +73,14 @@ def kv_row_shape(model: Model) -> Shape:
 
 
 def kv_page_shape(spec: Spec) -> Shape:
-    """One page of one layer: `[page_size, *kv_row_shape]`."""
-    return (spec.serving.page_size, *kv_row_shape(spec.model))
+    """One page of one layer.
+
+    Interleaved: `[page_size, *kv_row_shape]`. Separate: `[2, kv_heads, page_size, align(head_dim, 128)]`, K then V.
+    """
+    model, serving = spec.model, spec.serving
+    if serving.kv_layout == "separate":
+        return (2, model.kv_heads, serving.page_size, align(model.head_dim, LANES))
+    return (serving.page_size, *kv_row_shape(model))
 
 
 def kv_cache_shape(spec: Spec) -> Shape:

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 TARGETS = ("tpu7x", "v6e", "v5p", "v5e", "cpu")
+KV_LAYOUTS = ("interleaved", "separate")  # the first is the default; `rpac.layout` says what they are
 MIN_DEFAULT_BUCKET = 16
 
 
@@ -41,6 +42,7 @@ class Serving:
     prefill_chunk: int
     context_lens: tuple[int, ...]
     num_pages: int
+    kv_layout: str = KV_LAYOUTS[0]
 
     @property
     def pages_per_seq(self) -> int:

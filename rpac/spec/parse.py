@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from rpac.errors import SpecError
-from rpac.spec.model import TARGETS, Model, Serving, Spec, default_token_buckets
+from rpac.spec.model import KV_LAYOUTS, TARGETS, Model, Serving, Spec, default_token_buckets
 from rpac.spec.nodes import MAX_SIZE, Report, Section, compose
 
 ROOT_KEYS = ("name", "model", "serving", "targets")
@@ -20,6 +20,7 @@ SERVING_KEYS = (
     "prefill_chunk",
     "context_lens",
     "num_pages",
+    "kv_layout",
 )
 HOMES = {
     **dict.fromkeys(ROOT_KEYS, ""),
@@ -123,6 +124,7 @@ def _serving(section: Section) -> Serving | None:
     prefill_chunk = section.integer("prefill_chunk", 1, MAX_TOKENS, 512)
     context_lens = section.integers("context_lens", 1, MAX_MODEL_LEN, "[1024, 4096]")
     num_pages = section.integer("num_pages", 1, MAX_SLOTS, 1024) if section.has("num_pages") else None
+    kv_layout = section.choice("kv_layout", KV_LAYOUTS) if section.has("kv_layout") else KV_LAYOUTS[0]
 
     if max_num_tokens is not None:
         _check_tokens(section, max_num_tokens, buckets, max_num_seqs, prefill_chunk)
@@ -139,11 +141,19 @@ def _serving(section: Section) -> Serving | None:
 
     if page_size is None or max_model_len is None or max_num_tokens is None or max_num_seqs is None:
         return None
-    if prefill_chunk is None or context_lens is None or num_pages is None:
+    if prefill_chunk is None or context_lens is None or num_pages is None or kv_layout is None:
         return None
     buckets = buckets or default_token_buckets(max_num_tokens)
     return Serving(
-        page_size, max_model_len, max_num_tokens, buckets, max_num_seqs, prefill_chunk, context_lens, num_pages
+        page_size,
+        max_model_len,
+        max_num_tokens,
+        buckets,
+        max_num_seqs,
+        prefill_chunk,
+        context_lens,
+        num_pages,
+        kv_layout,
     )
 
 

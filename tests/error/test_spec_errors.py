@@ -31,6 +31,7 @@ serving:
 targets: [tpu7x, cpu]
 """
 DTYPES = "must be one of bfloat16, float32"
+LAYOUTS = "must be one of interleaved, separate"
 TARGETS = "must be one of tpu7x, v6e, v5p, v5e, cpu"
 NAME = "must be lower-case letters, digits, dots and dashes, 64 at most, a letter or digit first"
 HEADS = "must be an integer from 1 to 1024"
@@ -97,6 +98,10 @@ ONE_EDIT = {
     "dtype unknown": ("  q_dtype: bfloat16", "  q_dtype: complex", f"6:12: model.q_dtype: found complex; {DTYPES}; write one of them"),
     "dtype number": ("  q_dtype: bfloat16", "  q_dtype: 16", f"6:12: model.q_dtype: found 16; {DTYPES}; write one of them"),
     "dtype list": ("  q_dtype: bfloat16", "  q_dtype: [bfloat16]", f"6:12: model.q_dtype: found a list; {DTYPES}; write one of them"),
+    "layout misspelt": ("page_size: 16", "page_size: 16\n  kv_layout: seperate", f"10:14: serving.kv_layout: found seperate; {LAYOUTS}; write separate"),
+    "layout unknown": ("page_size: 16", "page_size: 16\n  kv_layout: BHSD", f"10:14: serving.kv_layout: found BHSD; {LAYOUTS}; write one of them"),
+    "layout nothing": ("page_size: 16", "page_size: 16\n  kv_layout:", f"10:13: serving.kv_layout: found nothing (null); {LAYOUTS}; write one of them"),
+    "layout of the model": ("q_heads: 4", "q_heads: 4\n  kv_layout: separate", "4:3: model.kv_layout: found an unknown key; must be one of q_heads, kv_heads, head_dim, q_dtype, kv_dtype, sm_scale; move it under serving"),
     "bucket type": ("[8, 32]", "[8, x]", f"12:22: serving.token_buckets[1]: found x; {TOKENS}; write it in plain decimal digits"),
     "buckets empty": ("[8, 32]", "[]", "12:18: serving.token_buckets: found an empty list; must be a list of integers from 1 to 1048576, ascending; write [64, 2048]"),
     "buckets no list": ("[8, 32]", "32", "12:18: serving.token_buckets: found 32; must be a list of integers from 1 to 1048576, ascending; write [64, 2048]"),
@@ -170,7 +175,7 @@ def test_sections_that_are_missing_or_no_mappings_are_reported_whole() -> None:
     serving, model = report("name: x\nmodel: 5\ntargets: [cpu]\n")
     assert serving == (
         "x.yaml:1:1: serving: found no such key; must be a mapping with page_size, max_model_len, max_num_tokens, "
-        "token_buckets, max_num_seqs, prefill_chunk, context_lens, num_pages; "
+        "token_buckets, max_num_seqs, prefill_chunk, context_lens, num_pages, kv_layout; "
         "add `serving:` and its keys, indented, below it"
     )
     assert model == (

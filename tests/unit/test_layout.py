@@ -14,7 +14,7 @@ import pytest
 from rpac import layout
 from rpac.batch import Limits
 from rpac.reference import ragged_paged_attention
-from rpac.spec import Spec, load_spec
+from rpac.spec import KV_LAYOUTS, Spec, load_spec
 
 SPECS = Path(__file__).parents[2] / "specs"
 SHIPPED = [load_spec(path) for path in sorted(SPECS.glob("*.yaml"))]
@@ -23,6 +23,10 @@ LLAMA = load_spec(SPECS / "llama3-8b.yaml")
 
 def with_kv(spec: Spec, kv_heads: int, kv_dtype: str, head_dim: int = 128) -> Spec:
     return replace(spec, model=replace(spec.model, kv_heads=kv_heads, kv_dtype=kv_dtype, head_dim=head_dim))
+
+
+def laid_out(spec: Spec, kv_layout: str) -> Spec:
+    return replace(spec, serving=replace(spec.serving, kv_layout=kv_layout))
 
 
 def test_llama_has_the_arguments_of_rpa_v3() -> None:
@@ -59,14 +63,36 @@ def test_k_and_v_of_a_token_fill_whole_words(kv_heads: int, kv_dtype: str, row: 
     assert layout.kv_row_shape(with_kv(LLAMA, kv_heads, kv_dtype).model) == row
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kv_heads", [1, 3, 8])
+def test_separate_k_and_v_are_the_halves_of_a_page_with_tokens_next_to_lanes(kv_heads: int, kv_dtype: str) -> None:
+    spec = laid_out(with_kv(LLAMA, kv_heads, kv_dtype), "separate")
+    assert layout.kv_cache_shape(spec) == (1024, 2, kv_heads, 128, 128)
+
+
+@pytest.mark.parametrize("kv_layout", KV_LAYOUTS)
 @pytest.mark.parametrize("head_dim, lanes", [(64, 128), (128, 128), (192, 256), (256, 256)])
-def test_head_dim_is_padded_to_whole_lanes(head_dim: int, lanes: int) -> None:
-    assert layout.kv_row_shape(with_kv(LLAMA, 8, "bfloat16", head_dim).model)[-1] == lanes
+def test_head_dim_is_padded_to_whole_lanes(head_dim: int, lanes: int, kv_layout: str) -> None:
+    spec = laid_out(with_kv(LLAMA, 8, "bfloat16", head_dim), kv_layout)
+    assert layout.kv_cache_shape(spec)[-1] == lanes
 
 
-@pytest.mark.parametrize("spec", SHIPPED, ids=lambda spec: spec.name)
-def test_a_page_holds_k_and_v_of_every_head_and_nothing_else(spec: Spec) -> None:
+@pytest.mark.parametrize("kv_layout", KV_LAYOUTS)
+def test_the_axis_of_the_tokens_has_those_of_a_page(kv_layout: str) -> None:
+    spec = laid_out(replace(LLAMA, serving=replace(LLAMA.serving, page_size=32)), kv_layout)
+    assert layout.kv_cache_shape(spec)[layout.TOKEN_AXES[kv_layout]] == 32
+
+
+def test_every_layout_of_a_spec_has_its_shape_and_no_other() -> None:
+    assert tuple(layout.TOKEN_AXES) == KV_LAYOUTS
+    assert len({layout.kv_page_shape(laid_out(LLAMA, kv_layout)) for kv_layout in KV_LAYOUTS}) == len(KV_LAYOUTS)
+
+
+@pytest.mark.parametrize("kv_layout", KV_LAYOUTS)
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda spec: spec.name)
+def test_a_page_holds_k_and_v_of_every_head_and_nothing_else(shipped: Spec, kv_layout: str) -> None:
     """True as long as no shipped spec needs padding."""
+    spec = laid_out(shipped, kv_layout)
     model, serving = spec.model, spec.serving
     elements = serving.page_size * 2 * model.kv_heads * model.head_dim
     assert math.prod(layout.kv_page_shape(spec)) == elements

@@ -80,6 +80,12 @@ def test_cache_defaults_to_a_full_table_for_every_sequence() -> None:
     assert parse_spec(TINY, "").serving.num_pages == 4 * (128 // 16)
 
 
+def test_cache_is_laid_out_as_that_of_rpa_v3_unless_the_spec_says_otherwise() -> None:
+    assert parse_spec(TINY, "").serving.kv_layout == "interleaved"
+    separate = edited("page_size: 16", "page_size: 16\n  kv_layout: separate")
+    assert parse_spec(separate, "").serving.kv_layout == "separate"
+
+
 @pytest.mark.parametrize(
     "max_tokens, buckets", [(32, (16, 32)), (100, (16, 32, 64, 100)), (16, (16,)), (7, (7,)), (17, (16, 17))]
 )
@@ -100,6 +106,7 @@ def test_buckets_default_to_powers_of_two_up_to_the_most_tokens(max_tokens: int,
         "\ufeff" + TINY,
         edited("head_dim: 128", "head_dim: 128\n  sm_scale: 0.08838834764831845"),
         edited("context_lens: [40, 100]", "context_lens: [40, 100]\n  num_pages: 32"),
+        edited("context_lens: [40, 100]", "context_lens: [40, 100]\n  kv_layout: interleaved"),
     ],
     ids=[
         "comment",
@@ -110,6 +117,7 @@ def test_buckets_default_to_powers_of_two_up_to_the_most_tokens(max_tokens: int,
         "byte order mark",
         "default scale",
         "default pages",
+        "default layout",
     ],
 )
 def test_hash_and_equality_ignore_how_a_spec_is_written(text: str) -> None:
@@ -128,6 +136,7 @@ def test_hash_and_equality_ignore_how_a_spec_is_written(text: str) -> None:
         ("[8, 32]", "[16, 32]"),
         (", cpu]", "]"),
         ("head_dim: 128", "head_dim: 128\n  sm_scale: 0.0883883"),
+        ("page_size: 16", "page_size: 16\n  kv_layout: separate"),
     ],
 )
 def test_hash_changes_with_any_value(old: str, new: str) -> None:
@@ -136,7 +145,7 @@ def test_hash_changes_with_any_value(old: str, new: str) -> None:
 
 def test_hash_is_the_same_in_every_process_and_version() -> None:
     """Bundles are addressed by it: a change here is a change of format, to be made on purpose."""
-    assert parse_spec(TINY, "").hash == "c8aed47f9e016d40da8cb52790bd84fbdf8df3c1519652c17048b9a1db55900d"
+    assert parse_spec(TINY, "").hash == "31d297618df0c9e04236c79170e86136590ea8a84d206079f5b9d99049326abf"
 
 
 LARGEST = {
