@@ -26,39 +26,38 @@ def ragged_paged_attention(
     distribution: Int32s,
     *,
     sm_scale: float,
+    kv_layout: str = "interleaved",
 ) -> tuple[NDArray[np.float32], Array]:
     """Causal attention of every new token over its sequence, and the cache with the new tokens in it.
 
-    Arguments are those of a program, as numpy arrays, of a batch that `validate` accepts. Returns the output
+    Arguments are those of a program, as numpy arrays, of a batch that `validate` accepts; `kv_layout` says how K and V
+    lie in `kv_cache`, as `split_kv` has it. Returns the output
     `[tokens, q_heads, head_dim]` in float32, zero in the rows past the last sequence, and a new cache in the cache's
     dtype: each new token's K and V as given, every other bit as it was. The caller rounds the output to its dtype.
     """
     _, q_heads, head_dim = queries.shape
     kv_heads = keys.shape[1]
-    page_size = kv_cache.shape[1]
     page_tables = page_indices.reshape(len(kv_lens), -1)
     count = int(distribution[2])
 
     cache = kv_cache.copy()
+    cached_k, cached_v = split_kv(cache, kv_heads, head_dim, kv_layout)  # views
+    page_size = cached_k.shape[1]
     for seq in range(count):
         start, end = int(cu_q_lens[seq]), int(cu_q_lens[seq + 1])
         for token in range(start, end):
             position = int(kv_lens[seq]) - end + token
             page = page_tables[seq, position // page_size]
-            # A view of one token's K0, V0, K1, V1, ...: a row for each, padded to whole words and lanes.
-            rows = cache[page, position % page_size].reshape(-1, cache.shape[-1])
-            for head in range(kv_heads):
-                rows[2 * head, :head_dim] = keys[token, head]
-                rows[2 * head + 1, :head_dim] = values[token, head]
+            cached_k[page, position % page_size] = keys[token]
+            cached_v[page, position % page_size] = values[token]
 
     out = np.zeros(queries.shape, np.float32)
     for seq in range(count):
         start, end = int(cu_q_lens[seq]), int(cu_q_lens[seq + 1])
         kv_len = int(kv_lens[seq])
         pages = page_tables[seq, : -(-kv_len // page_size)]
-        k, v = split_kv(cache[pages], kv_heads, head_dim)
-        k = k.reshape(-1, kv_heads, head_dim)[:kv_len].astype(np.float64)
-        v = v.reshape(-1, kv_heads, head_dim)[:kv_len].astype(np.float64)
+        k = cached_k[pages].reshape(-1, kv_heads, head_dim)[:kv_len].astype(np.float64)
+        v = cached_v[pages].reshape(-1, kv_heads, head_dim)[:kv_len].astype(np.float64)
         q_positions = np.arange(kv_len - (end - start), kv_len)
         visible = np.arange(kv_len) <= q_positions[:, None]
         for head in range(q_heads):
@@ -71,8 +70,18 @@ def ragged_paged_attention(
     return out, cache
 
 
-def split_kv(kv_cache: Array, kv_heads: int, head_dim: int) -> tuple[Array, Array]:
-    """K and V of a cache or of some of its pages, without padding, each `[pages, page_size, kv_heads, head_dim]`."""
+def split_kv(kv_cache: Array, kv_heads: int, head_dim: int, kv_layout: str = "interleaved") -> tuple[Array, Array]:
+    """K and V of a cache or of some of its pages, without padding, each `[pages, page_size, kv_heads, head_dim]`.
+
+    Both are views of `kv_cache`, which is contiguous. Interleaved, it is `[pages, page_size, words, packing, lanes]`,
+    and its rows of lanes are a token's K0, V0, K1, V1, ... and padding; separate, `[pages, 2, kv_heads, page_size,
+    lanes]`, all K of a page and then all V. Raises ValueError for another layout.
+    """
+    if kv_layout == "separate":
+        k, v = kv_cache.swapaxes(2, 3).swapaxes(0, 1)
+        return k[..., :head_dim], v[..., :head_dim]
+    if kv_layout != "interleaved":
+        raise ValueError(f"kv_layout is {kv_layout!r}; must be 'interleaved' or 'separate'")
     pages, page_size = kv_cache.shape[:2]
     rows = kv_cache.reshape(pages, page_size, -1, kv_cache.shape[-1])[:, :, : 2 * kv_heads, :head_dim]
     return rows[:, :, 0::2], rows[:, :, 1::2]

@@ -107,6 +107,17 @@ class Call:
         return out
 
 
+def separated(cache: Array, kv_heads: int) -> Array:
+    """An interleaved cache with K and V apart, element by element: `[pages, 2, kv_heads, page_size, lanes]`."""
+    pages, page_size, _, packing, lanes = cache.shape
+    found = np.empty((pages, 2, kv_heads, page_size, lanes), cache.dtype)
+    for head in range(kv_heads):
+        for which in range(2):
+            word, part = divmod(2 * head + which, packing)
+            found[:, which, head] = cache[:, :, word, part]
+    return found
+
+
 def bits(array: Array) -> Array:
     return np.ascontiguousarray(array).view(np.uint8)
 
@@ -147,6 +158,22 @@ def test_new_tokens_are_in_the_cache_and_every_other_bit_is_as_it_was(call: Call
     assert cache.dtype == call.dtype
     np.testing.assert_array_equal(bits(cache), bits(expected))
     np.testing.assert_array_equal(bits(call.cache), bits(before))
+
+
+@every_call
+def test_with_k_and_v_apart_everything_is_the_same_and_so_is_the_cache_but_for_its_order(call: Call) -> None:
+    want_out, want_cache = call.run()
+    given = separated(call.cache, call.kv_heads)
+    before = given.copy()
+    out, cache = call.run(kv_cache=given, kv_layout="separate")
+    np.testing.assert_array_equal(out, want_out)
+    np.testing.assert_array_equal(bits(cache), bits(separated(want_cache, call.kv_heads)))
+    np.testing.assert_array_equal(bits(given), bits(before))
+
+
+def test_a_layout_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="kv_layout is 'seperate'; must be 'interleaved' or 'separate'"):
+        CALLS["decode"].run(kv_layout="seperate")
 
 
 @every_call
@@ -252,6 +279,14 @@ def test_padding_of_words_and_lanes_is_left_out() -> None:
     assert k.shape == v.shape == (2, 4, 3, 5)
     np.testing.assert_array_equal(k[0, 0, 2], cache[0, 0, 1, 0, :5])
     np.testing.assert_array_equal(v[0, 0, 2], cache[0, 0, 1, 1, :5])
+
+
+def test_apart_k_is_first_and_lanes_of_padding_are_left_out() -> None:
+    cache = np.arange(2 * 2 * 3 * 4 * 8).reshape(2, 2, 3, 4, 8)
+    k, v = split_kv(cache, kv_heads=3, head_dim=5, kv_layout="separate")
+    assert k.shape == v.shape == (2, 4, 3, 5)
+    np.testing.assert_array_equal(k[1, 3, 2], cache[1, 0, 2, 3, :5])
+    np.testing.assert_array_equal(v[1, 3, 2], cache[1, 1, 2, 3, :5])
 
 
 def test_the_oracle_shares_no_code_with_what_it_judges() -> None:
