@@ -99,6 +99,7 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "sm_scale": repr(model.sm_scale),
         "score_scale": repr(model.sm_scale * math.log2(math.e)),
         "masked": repr(MASKED),
+        "kv_layout": serving.kv_layout,
         "page_size": serving.page_size,
         "pages_per_seq": serving.pages_per_seq,
         "max_seqs": serving.max_num_seqs,
@@ -185,6 +186,8 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
         f"token buckets that use it: {', '.join(map(str, plan.tokens))}",
         "causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code",
     ]
+    if serving.kv_layout == "separate":
+        lines.append("K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)")
     if plan.kind != "mixed":
         lines.append(f"only {plan.kind} batches: the other kernels are not in this program")
     if isinstance(plan.decode, DecodeTiles):

@@ -55,6 +55,7 @@ def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.ra
     cu_q_lens[: count + 1] = np.cumsum([0, *trial.q_lens])
     distribution = np.array(trial.distribution, np.int32)
     table = page_indices.reshape(serving.max_num_seqs, serving.pages_per_seq)  # a view
+    by_token = np.moveaxis(kv_cache, layout.TOKEN_AXES[serving.kv_layout], 1)  # a view
     free = iter(rng.permutation(pages).tolist())
     shared = [next(free) for _ in range(trial.shared_pages)]
     for row, context in enumerate(kv_len - q_len for q_len, kv_len in zip(trial.q_lens, trial.kv_lens, strict=True)):
@@ -62,7 +63,7 @@ def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.ra
         table[row, : len(mine)] = mine
         held = np.arange(0 if row == 0 else len(shared) * serving.page_size, context)
         at = table[row, held // serving.page_size], held % serving.page_size
-        kv_cache[at] = _normal(rng, kv_cache[at])
+        by_token[at] = _normal(rng, by_token[at])
     limits = Limits.of(spec)
     validate(limits, tokens, kv_lens, page_indices, cu_q_lens, distribution)
     return Arguments(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rpac.check.arrays import Arguments, Array
+from rpac.layout import TOKEN_AXES
 
 # Of the norm of one token's output in one head, relative to the oracle's.
 # bfloat16: weights are rounded before they are multiplied, and the output in the end, by 2**-8 of an element at most each.
@@ -30,7 +31,15 @@ class Difference:
         return self.error <= self.tolerance and self.cache_ok
 
 
-def compare(args: Arguments, out: Array, cache: Array, want_out: NDArray[np.float32], want_cache: Array) -> Difference:
+def compare(
+    args: Arguments,
+    out: Array,
+    cache: Array,
+    want_out: NDArray[np.float32],
+    want_cache: Array,
+    *,
+    kv_layout: str = "interleaved",
+) -> Difference:
     """Rows of padding are not compared: nobody reads them. Every bit of the cache is, poison included."""
     dtype = args.queries.dtype.name
     live = int(args.cu_q_lens[args.distribution[2]])
@@ -42,12 +51,11 @@ def compare(args: Arguments, out: Array, cache: Array, want_out: NDArray[np.floa
         row = _row_of(args, token)
         position = args.kv_lens[row] - args.cu_q_lens[row + 1] + token
         notes.append(f"attention of query head {head} at row {row}, position {position} is off by {error:.2g}")
-    differs = _bits(cache) != _bits(want_cache)
+    differs = np.moveaxis(_bits(cache) != _bits(want_cache), TOKEN_AXES[kv_layout], 1).any(axis=(2, 3, 4))
     if differs.any():
-        page, slot = (int(index[0]) for index in np.nonzero(differs.any(axis=(2, 3, 4)))[:2])
-        notes.append(
-            f"cache differs in {int(differs.any(axis=(2, 3, 4)).sum())} tokens, first {_owner(args, page, slot)}"
-        )
+        page, slot = (int(index[0]) for index in np.nonzero(differs))
+        owner = _owner(args, page, slot, page_size=differs.shape[1])
+        notes.append(f"cache differs in {int(differs.sum())} tokens, first {owner}")
     return Difference(error, tolerance, not differs.any(), tuple(notes))
 
 
@@ -70,9 +78,8 @@ def _row_of(args: Arguments, token: int) -> int:
     return int(np.searchsorted(args.cu_q_lens[: count + 1], token, side="right")) - 1
 
 
-def _owner(args: Arguments, page: int, slot: int) -> str:
+def _owner(args: Arguments, page: int, slot: int, page_size: int) -> str:
     """Whose token a place in the cache is, in words."""
-    page_size = args.kv_cache.shape[1]
     table = args.page_indices.reshape(len(args.kv_lens), -1)
     for row in range(int(args.distribution[2])):
         kv_len = int(args.kv_lens[row])

@@ -108,12 +108,13 @@ def check_source(
         tokens = next(bucket for bucket in plan.tokens if bucket >= trial.new_tokens)
         rng = np.random.default_rng([seed, zlib.crc32(trial.name.encode())])
         args = make_arguments(spec, trial, tokens, pages, rng)
-        wanted = reference.ragged_paged_attention(*args, sm_scale=spec.model.sm_scale)
+        kv_layout = spec.serving.kv_layout
+        wanted = reference.ragged_paged_attention(*args, sm_scale=spec.model.sm_scale, kv_layout=kv_layout)
         for mode in modes or modes_of(plan):
             start = time.perf_counter()
             outcome = run(args, mode)
             seconds = time.perf_counter() - start
-            found = _judged(args, outcome, *wanted)
+            found = _judged(args, outcome, *wanted, kv_layout)
             yield Result(
                 source=source.path,
                 kind=plan.kind,
@@ -130,10 +131,12 @@ def check_source(
             )
 
 
-def _judged(args: Arguments, outcome: Outcome, want_out: NDArray[np.float32], want_cache: Array) -> Difference:
+def _judged(
+    args: Arguments, outcome: Outcome, want_out: NDArray[np.float32], want_cache: Array, kv_layout: str
+) -> Difference:
     if outcome.out is None or outcome.kv_cache is None:
         return Difference(math.inf, TOLERANCE[args.queries.dtype.name], False, outcome.notes)
-    found = compare(args, outcome.out, outcome.kv_cache, want_out, want_cache)
+    found = compare(args, outcome.out, outcome.kv_cache, want_out, want_cache, kv_layout=kv_layout)
     return replace(found, notes=(*found.notes, *outcome.notes))
 
 

@@ -23,6 +23,8 @@ from rpac.spec import Spec, load_spec
 
 SPECS = Path(__file__).parents[2] / "specs"
 TINY = load_spec(SPECS / "tiny.yaml")
+SEPARATE = replace(TINY, serving=replace(TINY.serving, kv_layout="separate"))
+each_layout = pytest.mark.parametrize("spec", [TINY, SEPARATE], ids=lambda spec: spec.serving.kv_layout)
 PAGES = 40
 MIXED = Trial("mixed", q_lens=(1, 5, 3), kv_lens=(17, 5, 40), decodes=1)
 
@@ -140,19 +142,27 @@ def test_a_seed_gives_the_same_random_batches_again() -> None:
 # ---- arrays
 
 
-def test_what_nothing_may_read_is_poison() -> None:
-    args = arguments()
+def by_token(spec: Spec, cache: np.ndarray) -> np.ndarray:
+    """A view `[pages, page_size, 2 * kv_heads, head_dim]` of a cache of tiny's, in the spec's layout."""
+    if spec.serving.kv_layout == "separate":
+        return cache.transpose(0, 3, 1, 2, 4)
+    return cache
+
+
+@each_layout
+def test_what_nothing_may_read_is_poison(spec: Spec) -> None:
+    args = arguments(spec=spec)
     for array in (args.queries, args.keys, args.values):
         assert np.isfinite(array[:9].astype(np.float32)).all()
         assert np.isnan(array[9:].astype(np.float32)).all()
     table = args.page_indices.reshape(TINY.serving.max_num_seqs, -1)
-    readable = np.zeros(args.kv_cache.shape[:2], bool)
+    cache = by_token(spec, args.kv_cache).astype(np.float32)
+    readable = np.zeros((PAGES, 16), bool)
     for row, context in enumerate((16, 0, 37)):
         for position in range(context):
             readable[table[row, position // 16], position % 16] = True
-    finite = np.isfinite(args.kv_cache.astype(np.float32)).all(axis=(2, 3, 4))
-    np.testing.assert_array_equal(finite, readable)
-    assert np.isnan(args.kv_cache[~readable].astype(np.float32)).all()
+    np.testing.assert_array_equal(np.isfinite(cache).all(axis=(2, 3, 4)), readable)
+    assert np.isnan(cache[~readable]).all()
     for live, row in ((2, 0), (1, 1), (3, 2), (0, 3)):
         assert set(table[row, live:].tolist()) <= set(GARBAGE)
     assert set(args.kv_lens[3:].tolist()) | set(args.cu_q_lens[4:].tolist()) <= set(GARBAGE)
@@ -170,13 +180,13 @@ def test_pages_are_shuffled_and_those_of_a_prefix_are_shared() -> None:
 # ---- comparison
 
 
-def judged(change: Callable[[np.ndarray, np.ndarray], None]) -> tuple[bool, str]:
+def judged(change: Callable[[np.ndarray, np.ndarray], None], spec: Spec = TINY) -> tuple[bool, str]:
     """Whether the oracle's own results pass after a change of output or cache, and the notes."""
-    args = arguments()
-    want_out, want_cache = reference.ragged_paged_attention(*args, sm_scale=TINY.model.sm_scale)
+    args, kv_layout = arguments(spec=spec), spec.serving.kv_layout
+    want_out, want_cache = reference.ragged_paged_attention(*args, sm_scale=TINY.model.sm_scale, kv_layout=kv_layout)
     out, cache = want_out.astype(args.queries.dtype), want_cache.copy()
     change(out, cache)
-    found = compare(args, out, cache, want_out, want_cache)
+    found = compare(args, out, cache, want_out, want_cache, kv_layout=kv_layout)
     return found.ok, "; ".join(found.notes)
 
 
@@ -212,12 +222,15 @@ def test_an_output_off_by_little_more_than_the_tolerance_fails() -> None:
     assert not judged(scaled(1 + TOLERANCE["bfloat16"] * 2))[0]
 
 
+@each_layout
 @pytest.mark.parametrize(
     ("row", "position", "kind"),
     [(2, 39, "new"), (2, 5, "old"), (2, 40, "past its end"), (None, None, "of no sequence")],
 )
-def test_one_flipped_bit_of_the_cache_fails_and_its_place_is_named(row: int | None, position: int, kind: str) -> None:
-    table = arguments().page_indices.reshape(TINY.serving.max_num_seqs, -1)
+def test_one_flipped_bit_of_the_cache_fails_and_its_place_is_named(
+    row: int | None, position: int, kind: str, spec: Spec
+) -> None:
+    table = arguments(spec=spec).page_indices.reshape(TINY.serving.max_num_seqs, -1)
     if row is None:
         live = {*table[0, :2].tolist(), *table[1, :1].tolist(), *table[2, :3].tolist()}
         page, slot = next(page for page in range(PAGES) if page not in live), 0
@@ -225,9 +238,9 @@ def test_one_flipped_bit_of_the_cache_fails_and_its_place_is_named(row: int | No
         page, slot = int(table[row, position // 16]), position % 16
 
     def change(out: np.ndarray, cache: np.ndarray) -> None:
-        cache.view(np.uint16)[page, slot, 0, 1, 7] ^= 1
+        by_token(spec, cache.view(np.uint16))[page, slot, 0, 1, 7] ^= 1
 
-    ok, notes = judged(change)
+    ok, notes = judged(change, spec)
     assert not ok
     assert notes.startswith(f"cache differs in 1 tokens, first at page {page}, slot {slot}: ")
     assert notes.endswith(f"({kind})" if row is not None else kind)
@@ -236,8 +249,9 @@ def test_one_flipped_bit_of_the_cache_fails_and_its_place_is_named(row: int | No
 # ---- runs
 
 
-def test_the_portable_programs_of_tiny_pass() -> None:
-    report = check_spec(TINY, targets=["cpu"])
+@each_layout
+def test_the_portable_programs_of_tiny_pass(spec: Spec) -> None:
+    report = check_spec(spec, targets=["cpu"])
     print(report.table())
     assert {result.kind for result in report.results} == {"decode", "prefill", "mixed"}
     assert {result.mode for result in report.results} == {"compiled"}

@@ -42,11 +42,25 @@ SHAPES = [
     shaped(4, 2, page_size=256),
     shaped(4, 2, token_buckets=(1, 32)),
 ]
-each_shape = pytest.mark.parametrize(
-    "spec",
-    [pytest.param(spec, marks=[] if spec in FEW else SLOW) for spec in SHAPES],
-    ids=lambda spec: f"{spec.name}-page{spec.serving.page_size}-bucket{spec.serving.token_buckets[0]}",
-)
+PORTABLE_FEW = [shaped(9, 3, kv_layout="separate")]
+PORTABLE = [
+    *PORTABLE_FEW,
+    shaped(4, 2, head_dim=256, dtype="float32", page_size=64, kv_layout="separate"),
+]
+
+
+def named(spec: Spec) -> str:
+    apart = "-apart" if spec.serving.kv_layout == "separate" else ""
+    return f"{spec.name}-page{spec.serving.page_size}-bucket{spec.serving.token_buckets[0]}{apart}"
+
+
+def params(specs: list[Spec], few: list[Spec]) -> list[object]:
+    """Those that are not among the few run with the slow tests."""
+    return [pytest.param(spec, marks=[] if spec in few else SLOW, id=named(spec)) for spec in specs]
+
+
+each_shape = pytest.mark.parametrize("spec", params(SHAPES, FEW))
+each_portable_shape = pytest.mark.parametrize("spec", params([*SHAPES, *PORTABLE], [*FEW, *PORTABLE_FEW]))
 
 
 def check(spec: Spec, target: str, kind: str) -> None:
@@ -59,7 +73,7 @@ def check(spec: Spec, target: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [pytest.param("decode", marks=SLOW), pytest.param("prefill", marks=SLOW), "mixed"])
-@each_shape
+@each_portable_shape
 def test_portable_programs_agree_with_the_oracle(spec: Spec, kind: str) -> None:
     check(spec, "cpu", kind)
 

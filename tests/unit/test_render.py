@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,12 +31,12 @@ SPECS = [
     shaped(3, 1, 256, "float32"),
     shaped(16, 1, 128, "bfloat16"),
 ]
+SEPARATE = replace(TINY, name="tiny-separate", serving=replace(TINY.serving, kv_layout="separate"))
 CASES = [
     pytest.param(
         spec, plan, id=f"{spec.name}-{spec.model.q_heads}-{spec.model.kv_heads}-{spec.model.head_dim}-{plan.path}"
     )
-    for spec in SPECS
-    for target in ("tpu7x", "v5p", "cpu")
+    for spec, target in [*itertools.product(SPECS, ("tpu7x", "v5p", "cpu")), (SEPARATE, "cpu")]
     for plan in plan_spec(spec, target)
 ]
 each_source = pytest.mark.parametrize(("spec", "plan"), CASES)
@@ -121,6 +122,14 @@ def test_a_program_holds_the_kernels_of_its_kind_and_no_others() -> None:
             tree = ast.parse(render(TINY, plan).text)
             functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
             assert functions & every == own[plan.kind], plan.path
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill", "mixed"])
+def test_a_source_is_for_one_layout_of_the_cache_and_says_so_where_it_is_not_rpa_v3s(kind: str) -> None:
+    interleaved, separate = (render(spec, plan_of(spec, "cpu", kind)) for spec in (TINY, SEPARATE))
+    assert "kv_layout separate" in separate.text
+    assert "layout" not in interleaved.text + separate.body
+    assert interleaved.body != separate.body
 
 
 def test_the_same_spec_gives_the_same_bytes_wherever_its_file_is() -> None:

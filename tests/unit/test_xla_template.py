@@ -17,7 +17,7 @@ from rpac import layout, reference
 from rpac.plan import KernelPlan
 from rpac.plan.tiles import XlaTiles
 from rpac.render import render
-from rpac.spec import Model, Serving, Spec
+from rpac.spec import KV_LAYOUTS, Model, Serving, Spec
 
 GARBAGE = np.iinfo(np.int32).max  # where the contract lets metadata hold anything
 
@@ -42,12 +42,13 @@ class Case:
     num_pages: int = 256
     max_seqs: int = 8
     chunk: int = 20
+    kv_layout: str = "interleaved"
     tokens: int = 64
     decode_tiles: XlaTiles = XlaTiles(block=32, blocks=3)  # noqa: RUF009 - frozen
     block_tiles: XlaTiles = XlaTiles(block=32, q_block=8)  # noqa: RUF009
 
     def __str__(self) -> str:
-        return f"{self.kind}-{self.dtype}-{self.q_heads}:{self.kv_heads}-{self.head_dim}"
+        return f"{self.kind}-{self.dtype}-{self.q_heads}:{self.kv_heads}-{self.head_dim}-{self.kv_layout}"
 
     @property
     def max_len(self) -> int:
@@ -66,6 +67,7 @@ class Case:
             prefill_chunk=self.chunk,
             context_lens=(self.max_len,),
             num_pages=self.num_pages,
+            kv_layout=self.kv_layout,
         )
         return Spec("test", model, serving, ("cpu",), source="", file="test.yaml")
 
@@ -171,7 +173,7 @@ def make_arguments(case: Case, batch: Sequences, rng: np.random.Generator) -> li
     cu_q_lens[: count + 1] = np.cumsum([0, *batch.q_lens])
     page_tables = np.full((case.max_seqs, case.pages_per_seq), GARBAGE, np.int32)
     free = rng.permutation(case.num_pages).tolist()
-    # Rows of a token in the order K0, V0, K1, V1, ...
+    # Interleaved: rows of a token in the order K0, V0, K1, V1, ...
     cache = np.full((case.num_pages, case.page_size, case.kv_heads, 2, case.head_dim), np.nan).astype(case.dtype)
     for row, (q_len, kv_len) in enumerate(zip(batch.q_lens, batch.kv_lens, strict=True)):
         pages = [free.pop() for _ in range(-(-kv_len // case.page_size))]
@@ -181,14 +183,22 @@ def make_arguments(case: Case, batch: Sequences, rng: np.random.Generator) -> li
         cache[*where, :, 0] = noise(len(old), case.kv_heads, case.head_dim)
         cache[*where, :, 1] = unit(len(old), case.kv_heads, case.head_dim)
     distribution = np.array(batch.distribution, np.int32)
+    if case.kv_layout == "separate":
+        cache = np.ascontiguousarray(cache.transpose(0, 3, 2, 1, 4))
     cache = cache.reshape(layout.kv_cache_shape(case.spec))
     return [queries, keys, values, cache, kv_lens, page_tables.reshape(-1), cu_q_lens, distribution]
 
 
 CASES = [
-    *(Case(kind, dtype) for kind in ("decode", "prefill", "mixed") for dtype in ("bfloat16", "float32")),
+    *(
+        Case(kind, dtype, kv_layout=kv_layout)
+        for kind in ("decode", "prefill", "mixed")
+        for dtype in ("bfloat16", "float32")
+        for kv_layout in KV_LAYOUTS
+    ),
     Case("mixed", q_heads=8, kv_heads=1),
     Case("mixed", q_heads=3, kv_heads=3, head_dim=256),
+    Case("mixed", q_heads=3, kv_heads=3, head_dim=256, kv_layout="separate"),
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -200,7 +210,9 @@ def test_attention_and_cache_are_those_of_the_oracle(case: Case) -> None:
         batch = batch or random_sequences(case, rng)
         print(f"{seed=} {batch=}")
         arguments = make_arguments(case, batch, rng)
-        want, want_cache = reference.ragged_paged_attention(*arguments, sm_scale=case.spec.model.sm_scale)
+        want, want_cache = reference.ragged_paged_attention(
+            *arguments, sm_scale=case.spec.model.sm_scale, kv_layout=case.kv_layout
+        )
         out, kv_cache = map(np.asarray, program(case)(*map(jnp.asarray, arguments)))
         assert out.dtype == case.dtype
         assert np.abs(out.astype(np.float32) - want).max() <= TOLERANCE[case.dtype]
