@@ -73,7 +73,7 @@ def peer_python() -> Path:
 
 def spec_with_pages_of(page_size: int) -> Spec:
     spec = load_spec(ROOT / "specs" / "llama3-8b.yaml")
-    return replace(spec, serving=replace(spec.serving, page_size=page_size))
+    return replace(spec, serving=replace(spec.serving, page_size=page_size, kv_layout="interleaved"))  # as the peers'
 
 
 def config_of(spec: Spec, source: Path) -> dict[str, Any]:

@@ -45,7 +45,9 @@ def main(path: str) -> None:
             for heads in (model.q_heads, model.kv_heads, model.kv_heads)
         )
         metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
-        wanted, _ = oracle(queries, keys, values, np.asarray(kv_cache), *metadata, sm_scale=model.sm_scale)
+        wanted, _ = oracle(
+            queries, keys, values, np.asarray(kv_cache), *metadata, sm_scale=model.sm_scale, kv_layout=engine.kv_layout
+        )
         start = time.perf_counter()
         out, kv_cache = engine(queries, keys, values, kv_cache, *metadata)
         out = np.asarray(jax.block_until_ready(out), np.float32)[: batch.num_tokens]

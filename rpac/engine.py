@@ -65,11 +65,13 @@ class Engine:
     def __init__(self, loaded: LoadedTarget, device: jax.Device, use_executables: bool) -> None:
         self.name: str = loaded.manifest.name
         self.model: Dims = loaded.manifest.model
+        self.kv_layout: str = loaded.manifest.kv_layout
         self.limits: Limits = loaded.manifest.limits
         self.target: str = loaded.target.name
         self.device = device
         self._slots = {
-            program.variant: _Slot(program, loaded.blobs, device, use_executables) for program in loaded.target.programs
+            program.variant: _Slot(program, self.kv_layout, loaded.blobs, device, use_executables)
+            for program in loaded.target.programs
         }
         self._counts: dict[Variant, Count] = {}
         self._counting = threading.Lock()
@@ -155,8 +157,11 @@ class Engine:
 class _Slot:
     """One program: its checked bytes until it is ready, then what runs it."""
 
-    def __init__(self, program: Program, blobs: Mapping[str, bytes], device: jax.Device, use_executable: bool) -> None:
+    def __init__(
+        self, program: Program, kv_layout: str, blobs: Mapping[str, bytes], device: jax.Device, use_executable: bool
+    ) -> None:
         self.program = program
+        self._kv_layout = kv_layout
         self._device = device
         if use_executable and program.executable is not None:
             self._load = partial(load_native, blobs[program.executable.sha256], program, device)
@@ -178,7 +183,7 @@ class _Slot:
         """Raises BatchError for the first argument that is not what the program takes."""
         for (dims, dtype), arg in zip(self._expected, args, strict=True):
             if getattr(arg, "shape", None) != dims.shape or getattr(arg, "dtype", None) != dtype:
-                _refuse(dims, arg)
+                _refuse(dims, arg, f", kv_layout {self._kv_layout}" if dims.name == "kv_cache" else "")
             if isinstance(arg, jax.Array):
                 self._check_placed(dims, arg)
         cache = args[KV_CACHE_ARG]
@@ -199,8 +204,8 @@ class _Slot:
             raise BatchError(f"{dims.name} is on {found}; must be on {self._device}; move it with jax.device_put")
 
 
-def _refuse(dims: ArrayDims, found: Any) -> NoReturn:
-    wanted = f"{dims.dtype}{list(dims.shape)}"
+def _refuse(dims: ArrayDims, found: Any, note: str = "") -> NoReturn:
+    wanted = f"{dims.dtype}{list(dims.shape)}{note}"
     raise BatchError(f"{dims.name} is {_shown(found)}; must be {wanted}; see the batch contract")
 
 

@@ -107,11 +107,12 @@ class Dims:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A whole bundle. `files` maps paths in it (`spec.yaml`, `source/...`) to what must be there."""
+    """A whole bundle. `kv_layout` is the spec's, `files` maps paths in it (`spec.yaml`, `source/...`) to what must be there."""
 
     name: str
     spec_hash: str
     model: Dims
+    kv_layout: str
     limits: Limits
     targets: Mapping[str, Target]
     files: Mapping[str, Content]
@@ -134,6 +135,7 @@ def as_data(manifest: Manifest) -> dict[str, Any]:
         "name": manifest.name,
         "spec_hash": manifest.spec_hash,
         "model": asdict(manifest.model),
+        "kv_layout": manifest.kv_layout,
         "limits": manifest.limits.as_dict(),
         "files": {path: content._asdict() for path, content in manifest.files.items()},
         "targets": {
@@ -217,7 +219,7 @@ def _document(data: bytes, file: str) -> Any:
 
 
 def _manifest(root: Node) -> Manifest:
-    fields = root.fields("schema", "digest", "name", "spec_hash", "model", "limits", "targets", "files")
+    fields = root.fields("schema", "digest", "name", "spec_hash", "model", "kv_layout", "limits", "targets", "files")
     limits = _limits(fields["limits"])
     files = {path: _file(path, node) for path, node in fields["files"].items().items()}
     targets = {name: _target(name, node, limits) for name, node in fields["targets"].items().items()}
@@ -231,6 +233,7 @@ def _manifest(root: Node) -> Manifest:
         name=fields["name"].text(_NAME, "a spec's name"),
         spec_hash=fields["spec_hash"].text(_SHA256, "64 hex digits"),
         model=_dims(fields["model"]),
+        kv_layout=fields["kv_layout"].choice(layout.TOKEN_AXES),
         limits=limits,
         targets=targets,
         files=files,

@@ -49,6 +49,7 @@ def stage_bundle(stage: Stage, spec: Spec, lowered: Iterable[Lowered], checks: C
         name=spec.name,
         spec_hash=spec.hash,
         model=Dims(**asdict(spec.model)),
+        kv_layout=spec.serving.kv_layout,
         limits=Limits.of(spec),
         targets=_targets(spec, lowered, checks or {}),
         files={name: Content.of(data) for name, data in files.items()},

@@ -28,7 +28,8 @@ def inspect(bundle: Path, as_json: bool) -> None:
     click.echo(f"{facts['name']}  spec {facts['spec_hash'][:16]}  {size(facts['size'])}, every hash holds")
     click.echo(
         f"{model['q_heads']}/{model['kv_heads']} heads, head_dim {model['head_dim']}, {model['kv_dtype']}; "
-        f"{limits['num_pages']} pages of {limits['page_size']}, {limits['pages_per_seq']} a sequence, "
+        f"K and V {facts['kv_layout']} in {limits['num_pages']} pages of {limits['page_size']}, "
+        f"{limits['pages_per_seq']} a sequence, "
         f"{limits['max_num_seqs']} sequences, chunks of {limits['prefill_chunk']}"
     )
     for name, target in facts["targets"].items():

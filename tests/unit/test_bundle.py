@@ -63,6 +63,7 @@ def test_the_manifest_is_read_back_as_written(tmp_path: Path, tiny: Spec, progra
     assert render(read) == render(written) == (tmp_path / "tiny.rpac" / "manifest.json").read_bytes()
     assert (read.name, read.spec_hash, read.limits.token_buckets) == ("tiny", tiny.hash, (8, 32))
     assert dataclasses.asdict(read.model) == dataclasses.asdict(tiny.model)
+    assert read.kv_layout == tiny.serving.kv_layout
     assert read.targets["cpu"].programs[0].check == {"tolerance": 0.02, "largest": 0.001, "batches": 7}
     assert read.targets["cpu"].programs[1].check is None
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,20 @@ def test_the_donated_cache_is_not_copied(engine: Engine) -> None:
     address = cache.unsafe_buffer_pointer()
     _, cache = engine(queries, keys, values, cache, *metadata(batch_of([1])))
     assert cache.unsafe_buffer_pointer() == address
+
+
+def test_a_cache_in_another_layout_is_refused_by_the_name_of_the_layout(
+    tmp_path: Path, tiny: Spec, programs: list[Any], bundle: Path
+) -> None:
+    separate = dataclasses.replace(tiny, serving=dataclasses.replace(tiny.serving, kv_layout="separate"))
+    write_bundle(tmp_path / "separate.rpac", separate, programs)
+    engine, other = load(tmp_path / "separate.rpac", target="cpu"), load(bundle, target="cpu")
+    assert (engine.kv_layout, other.kv_layout) == ("separate", "interleaved")
+    message = re.escape(
+        "kv_cache is bfloat16[32, 16, 2, 2, 128]; must be bfloat16[32, 2, 2, 16, 128], kv_layout separate; "
+    )
+    with pytest.raises(BatchError, match=message):
+        engine(*arrays(other, 8), *metadata(batch_of([1])))
 
 
 def test_counts_add_up(engine: Engine) -> None:
