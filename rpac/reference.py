@@ -31,9 +31,9 @@ def ragged_paged_attention(
     """Causal attention of every new token over its sequence, and the cache with the new tokens in it.
 
     Arguments are those of a program, as numpy arrays, of a batch that `validate` accepts; `kv_layout` says how K and V
-    lie in `kv_cache`, as `split_kv` has it. Returns the output
-    `[tokens, q_heads, head_dim]` in float32, zero in the rows past the last sequence, and a new cache in the cache's
-    dtype: each new token's K and V as given, every other bit as it was. The caller rounds the output to its dtype.
+    lie in `kv_cache`, as `split_kv` has it. Returns the output `[tokens, q_heads, head_dim]` in float32, zero in the
+    rows past the last sequence, and a new cache in the cache's dtype: each new token's K and V as given, every other bit
+    as it was. The caller rounds the output to its dtype.
     """
     _, q_heads, head_dim = queries.shape
     kv_heads = keys.shape[1]
