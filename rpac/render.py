@@ -15,8 +15,8 @@ import jinja2
 import rpac
 from rpac.chip import is_tpu
 from rpac.layout import align, packing
-from rpac.plan import BlockTiles, Buffer, DecodeTiles, KernelPlan, RowDims
-from rpac.plan.tiles import SUBLANES, XlaTiles
+from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims
+from rpac.plan.tiles import SUBLANES, Sets, XlaTiles, unit_tokens
 from rpac.spec import Model, Spec
 
 MASKED = -2.0e38
@@ -100,6 +100,8 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "score_scale": repr(model.sm_scale * math.log2(math.e)),
         "masked": repr(MASKED),
         "kv_layout": serving.kv_layout,
+        "splits_words": serving.kv_layout == "interleaved" and packing(model.kv_dtype) > 1,
+        "kv_stride": align(model.kv_heads, SUBLANES),
         "page_size": serving.page_size,
         "pages_per_seq": serving.pages_per_seq,
         "max_seqs": serving.max_num_seqs,
@@ -109,7 +111,7 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "word_rows": rows.packed_rows,
         "token_rows": rows.token_rows,
         "page_rows": serving.page_size * rows.token_rows,
-        "unit": rows.unit,
+        "unit": unit_tokens(model) if serving.kv_layout == "separate" else rows.unit,
         "unit_rows": rows.unit_rows,
         "row_order": _row_order(model, rows),
         "vmem_limit": plan.vmem_limit,
@@ -124,9 +126,11 @@ def _row_order(model: Model, rows: RowDims) -> str:
     return ", then ".join(["by token", "KV head", *filter(None, order)])
 
 
-def _tile_context(spec: Spec, tiles: DecodeTiles | BlockTiles | XlaTiles | None) -> Mapping[str, Any]:
+def _tile_context(spec: Spec, tiles: DecodeTiles | GroupTiles | BlockTiles | XlaTiles | None) -> Mapping[str, Any]:
     if tiles is None:
         return {}
+    if isinstance(tiles, GroupTiles):
+        return _group_context(spec, tiles)
     page = spec.serving.page_size
     context: dict[str, Any] = {**vars(tiles), "block_pages": tiles.block // page}
     if isinstance(tiles, XlaTiles):
@@ -148,7 +152,7 @@ def _tile_context(spec: Spec, tiles: DecodeTiles | BlockTiles | XlaTiles | None)
         "tile_rows": tile * rows.token_rows,
         "clear_units": clear_units,
         "clears_per_tile": tile // (rows.unit * clear_units),
-        "buffers_declared": [_declared(buffer) for buffer in tiles.scratch(spec.model, page)],
+        "buffers_declared": [_declared(buffer) for buffer in tiles.scratch(spec)],
     }
     if isinstance(tiles, DecodeTiles):
         groups = spec.model.kv_heads // tiles.pair
@@ -164,12 +168,37 @@ def _tile_context(spec: Spec, tiles: DecodeTiles | BlockTiles | XlaTiles | None)
             "sort_rows": SORT_TOKENS * spec.model.q_heads,
             "sort_pieces": tiles.q_block // SORT_TOKENS,
             "merge_rows": tiles.merge_tokens * rows.token_rows,
+            "tile_pages": tiles.tile // page,
+            "tile_units": tiles.tile // unit_tokens(spec.model),
         }
     return context
 
 
+def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
+    model = spec.model
+    sets = Sets.of(model)
+    queries = sets.heads * model.group
+    return {
+        **vars(tiles),
+        "groups": tiles.groups,
+        "slots": tiles.groups * tiles.step,
+        "group_tokens": tiles.step * tiles.tile,
+        "tile_pages": tiles.tile // spec.serving.page_size,
+        "tile_units": tiles.tile // unit_tokens(model),
+        "heads_per_set": sets.heads,
+        "set_rows": sets.rows,
+        "set_queries": queries,
+        "sets": sets.count,
+        "padded": sets.padded(model),
+        "out_rows": [(i * sets.rows, min(queries, model.q_heads - i * queries)) for i in range(sets.count)],
+        "buffers_declared": [_declared(buffer) for buffer in tiles.scratch(spec)],
+    }
+
+
 def _declared(buffer: Buffer) -> Mapping[str, str]:
-    if buffer.dtype == "dma":
+    if buffer.dtype == "smem":
+        declaration = f"pltpu.SMEM({buffer.shape}, jnp.int32)"
+    elif buffer.dtype == "dma":
         declaration = f"pltpu.SemaphoreType.DMA({buffer.shape})"
     else:
         declaration = f"pltpu.VMEM({buffer.shape}, jnp.{buffer.dtype})"
@@ -195,6 +224,12 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
         lines.append(
             f"decode: blocks of {d.block} tokens, as long as the expected lengths and the registers for scores allow; "
             f"{d.buffers} buffers, so that DMA latency hides behind {d.buffers - 1} blocks in flight"
+        )
+    if isinstance(plan.decode, GroupTiles):
+        g = plan.decode
+        lines.append(
+            f"decode: tiles of {g.tile} tokens, no longer than the expected lengths, {g.step} of them a turn, so that one "
+            f"fills the other's waits; fetched {g.ahead} turns ahead, so that DMA latency hides"
         )
     if isinstance(plan.block, BlockTiles):
         b = plan.block

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rpac.plan import BlockTiles, DecodeTiles, KernelPlan
+from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan
 from rpac.plan.tiles import XlaTiles
 from rpac.spec import Spec
 
@@ -98,10 +98,12 @@ class _Trials(ABC):
         return int(np.exp(rng.uniform(np.log(low), np.log(high + 1))))
 
 
-def _block_and_tile(tiles: DecodeTiles | BlockTiles | XlaTiles | None) -> tuple[int, int]:
+def _block_and_tile(tiles: DecodeTiles | GroupTiles | BlockTiles | XlaTiles | None) -> tuple[int, int]:
     """What is fetched at once and what is computed at once: the same in a portable program."""
     if tiles is None:
         return 0, 0
+    if isinstance(tiles, GroupTiles):
+        return tiles.step * tiles.tile, tiles.tile
     return tiles.block, tiles.tile if isinstance(tiles, BlockTiles) else tiles.block
 
 

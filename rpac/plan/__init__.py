@@ -1,6 +1,6 @@
 """Chooses tiles and buffers for each (case, target, token bucket) within the VMEM and SMEM of the target."""
 
 from rpac.plan.build import KIND_ORDER, kinds_of, plan_spec
-from rpac.plan.tiles import BlockTiles, Buffer, DecodeTiles, KernelPlan, RowDims
+from rpac.plan.tiles import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims
 
-__all__ = ["KIND_ORDER", "BlockTiles", "Buffer", "DecodeTiles", "KernelPlan", "RowDims", "kinds_of", "plan_spec"]
+__all__ = ["KIND_ORDER", "BlockTiles", "Buffer", "DecodeTiles", "GroupTiles", "KernelPlan", "RowDims", "kinds_of", "plan_spec"]

@@ -9,8 +9,8 @@ from typing import TypeAlias, TypeVar
 
 from rpac.chip import Chip, chip, is_tpu
 from rpac.errors import PlanError
-from rpac.layout import LANES, align, metadata_specs, nbytes
-from rpac.plan.tiles import BlockTiles, DecodeTiles, KernelPlan, RowDims, XlaTiles
+from rpac.layout import LANES, align, kv_row_shape, metadata_specs, nbytes
+from rpac.plan.tiles import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, RowDims, XlaTiles
 from rpac.spec import Spec
 
 KIND_ORDER = ("decode", "prefill", "mixed")
@@ -23,14 +23,17 @@ MERGE_TOKENS = 16
 XLA_DECODE_BLOCK = 128  # these two: fastest of those timed on two CPU cores, by small margins
 XLA_STEP_BYTES = MIB
 WRITES = 4  # outputs and cache rows of sequences that may still be on their way
+GROUP_WRITES = 8  # where a turn may end as many sequences
+TILE_BYTES = MIB  # K and V of one tile of a group: long enough that its DMA hides what it costs by itself
+TURN_BYTES, MAX_STEP = 8 * MIB, 8  # of a group: fetched in a few times the DMA's latency; tiles in it
 MIN_Q_BLOCK = 16
 # A mixed batch has short sequences too, and a block is computed whole.
 Q_BLOCKS = {"prefill": (256, 128, 64, 32, MIN_Q_BLOCK), "mixed": (128, 64, 32, MIN_Q_BLOCK)}
 STEP_ROWS = 1024  # query rows of a flash step: enough independent ones to fill the chain of MXU, exp2 and MXU
 INT32_BYTES = 4
 
-Tiles: TypeAlias = DecodeTiles | BlockTiles
-AnyTiles = TypeVar("AnyTiles", DecodeTiles, BlockTiles)
+Tiles: TypeAlias = DecodeTiles | GroupTiles | BlockTiles
+AnyTiles = TypeVar("AnyTiles", DecodeTiles, GroupTiles, BlockTiles)
 
 
 def kinds_of(spec: Spec, tokens: int) -> tuple[str, ...]:
@@ -99,7 +102,7 @@ def _plan_xla(spec: Spec, target: str, kind: str) -> KernelPlan:
 
 
 def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
-    decode = _fit(spec, device, _decode_choices(spec, device, tokens)) if kind != "prefill" else None
+    decode = _plan_decode(spec, device, tokens) if kind != "prefill" else None
     block = _fit(spec, device, _block_choices(spec, kind, tokens)) if kind != "decode" else None
     need = max(vmem_need(spec, tiles) for tiles in (decode, block) if tiles is not None)
     limit = min(align(need, VMEM_HEADROOM) + VMEM_HEADROOM, _vmem_usable(device))
@@ -108,13 +111,19 @@ def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
     )
 
 
+def _plan_decode(spec: Spec, device: Chip, tokens: int) -> DecodeTiles | GroupTiles:
+    if spec.serving.kv_layout == "separate":
+        return _fit(spec, device, _group_choices(spec, tokens))
+    return _fit(spec, device, _decode_choices(spec, device, tokens))
+
+
 def _vmem_usable(device: Chip) -> int:
     return device.vmem_bytes - device.vmem_bytes // 16
 
 
 def vmem_need(spec: Spec, tiles: Tiles) -> int:
     """Bytes of VMEM that a kernel with these tiles takes."""
-    scratch = tiles.scratch(spec.model, spec.serving.page_size)
+    scratch = tiles.scratch(spec)
     return sum(buffer.vmem_bytes for buffer in scratch) + tiles.temporaries(spec.model)
 
 
@@ -124,7 +133,7 @@ def _fit(spec: Spec, device: Chip, choices: Iterator[AnyTiles]) -> AnyTiles:
     for tiles in choices:
         if vmem_need(spec, tiles) <= limit:
             return tiles
-    scratch = tiles.scratch(spec.model, spec.serving.page_size)
+    scratch = tiles.scratch(spec)
     largest = max(scratch, key=lambda buffer: buffer.vmem_bytes)
     raise PlanError(
         f"{spec.file}: no tile fits {device.target}: the smallest, {tiles}, needs {vmem_need(spec, tiles):,} bytes of VMEM "
@@ -148,6 +157,24 @@ def _decode_choices(spec: Spec, device: Chip, tokens: int) -> Iterator[DecodeTil
         for buffers in range(max(most, MIN_BUFFERS), MIN_BUFFERS - 1, -1):
             yield DecodeTiles(block, pair, buffers, WRITES, loaded)
         block //= 2
+
+
+def _group_choices(spec: Spec, tokens: int) -> Iterator[GroupTiles]:
+    """Likewise, where K and V lie apart."""
+    serving = spec.serving
+    token_bytes = nbytes(kv_row_shape(spec.model), spec.model.kv_dtype)
+    # A tile is computed whole, so it is no longer than the sequences; a row of its scores is at least a register wide.
+    shortest = max(power_of_two_from(min(serving.context_lens)), LANES)
+    tile = max(min(power_of_two_to(TILE_BYTES // token_bytes), shortest), serving.page_size, LANES)
+    loaded = min(tokens, serving.max_num_seqs)
+    while tile >= max(serving.page_size, LANES):
+        step = min(max(TURN_BYTES // (tile * token_bytes), 1), MAX_STEP)
+        while step:
+            most = 2 + math.ceil(IN_FLIGHT_BYTES / (step * tile * token_bytes))
+            for ahead in range(most, 1, -1):
+                yield GroupTiles(tile, step, ahead, GROUP_WRITES, loaded)
+            step //= 2
+        tile //= 2
 
 
 def _block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[BlockTiles]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rpac.layout import LANES, align, nbytes, packing
-from rpac.spec import Model
+from rpac.spec import Model, Spec
 
 SUBLANES = 8  # of a 32-bit register tile, on every generation supported
 
@@ -42,7 +42,7 @@ class RowDims:
 
 @dataclass(frozen=True)
 class Buffer:
-    """One scratch array of a kernel. `dtype` "dma" is an array of DMA semaphores."""
+    """One scratch array of a kernel. `dtype` "dma" is an array of DMA semaphores, "smem" of int32 scalars."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,8 +51,8 @@ class Buffer:
 
     @property
     def vmem_bytes(self) -> int:
-        """Bytes in VMEM with the padding that tiling adds; semaphores lie elsewhere."""
-        if self.dtype == "dma":
+        """Bytes in VMEM with the padding that tiling adds; semaphores and scalars lie elsewhere."""
+        if self.dtype in ("dma", "smem"):
             return 0
         dtype = "float32" if self.dtype == "uint32" else self.dtype
         *major, rows, lanes = self.shape
@@ -73,8 +73,9 @@ class DecodeTiles:
     writes: int
     loaded: int
 
-    def scratch(self, model: Model, page_size: int) -> tuple[Buffer, ...]:
+    def scratch(self, spec: Spec) -> tuple[Buffer, ...]:
         """The scratch arrays, in the order of the kernel's parameters."""
+        model = spec.model
         rows = RowDims.of(model)
         query_rows = model.kv_heads * align(model.group, SUBLANES)
         new = (self.loaded, model.kv_heads, model.head_dim)
@@ -105,6 +106,81 @@ class DecodeTiles:
 
 
 @dataclass(frozen=True)
+class Sets:
+    """How query rows are put together for products with one KV head each: `heads` KV heads share `rows` rows.
+
+    Fewer rows than the registers' 8 cost as much as 8, so heads of small groups share them; `count` sets hold all heads.
+    """
+
+    heads: int
+    rows: int
+    count: int
+
+    @classmethod
+    def of(cls, model: Model) -> Sets:
+        """The sets of a model's heads."""
+        heads = SUBLANES // model.group if SUBLANES % model.group == 0 else 1
+        return cls(heads, align(model.group, SUBLANES), -(-model.kv_heads // heads))
+
+    def padded(self, model: Model) -> bool:
+        """Whether some rows of a set are no query's."""
+        return self.count * self.rows != model.q_heads
+
+
+@dataclass(frozen=True)
+class GroupTiles:
+    """Tiles of a decode kernel where K and V lie apart: a turn takes `step` tiles of `tile` tokens of any sequences, the
+    fetch runs `ahead` turns before it.
+    """
+
+    tile: int
+    step: int
+    ahead: int
+    writes: int
+    loaded: int
+
+    @property
+    def groups(self) -> int:
+        """Groups of `step` tiles that are fetched or in use at once."""
+        return self.ahead + 1
+
+    def scratch(self, spec: Spec) -> tuple[Buffer, ...]:
+        """The scratch arrays, in the order of the kernel's parameters."""
+        model, page_size = spec.model, spec.serving.page_size
+        sets = Sets.of(model)
+        query_rows = sets.count * sets.rows
+        new = (self.loaded, model.kv_heads, model.head_dim)
+        queries = (self.loaded + 1, model.q_heads, model.head_dim)
+        slots = self.groups * self.step
+        kv = (slots, self.tile // page_size, 2, model.kv_heads, page_size, model.head_dim)
+        unit = (self.writes, 2, model.kv_heads, unit_tokens(model), model.head_dim)
+        return (
+            Buffer("kv", kv, model.kv_dtype, "fetched tiles"),
+            Buffer("q_in", queries, model.q_dtype, "queries of every sequence, and of none"),
+            Buffer("new_keys", new, model.kv_dtype, "new keys of every sequence"),
+            Buffer("new_values", new, model.kv_dtype, "new values of every sequence"),
+            Buffer("unit_out", unit, model.kv_dtype, "new tokens on their way to the cache"),
+            Buffer("scores", (self.step, query_rows, self.tile), "float32", "scores of a group, from turn to turn"),
+            Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),
+            Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
+            Buffer("acc", (query_rows, model.head_dim), "float32", "running output"),
+            Buffer("out_all", queries, model.q_dtype, "outputs of every sequence, and of none"),
+            Buffer("tile_seq", (slots,), "smem", "the sequence of each tile in flight"),
+            Buffer("tile_first", (slots,), "smem", "its first token"),
+            Buffer("tile_left", (slots,), "smem", "tokens of its sequence from there on"),
+            Buffer("kv_sem", (self.groups,), "dma", "fetches"),
+            Buffer("load_sem", (3,), "dma", "queries, keys, values"),
+            Buffer("unit_sem", (self.writes,), "dma", "cache writes"),
+            Buffer("out_sem", (1,), "dma", "outputs"),
+        )
+
+    def temporaries(self, model: Model) -> int:
+        """Bytes of the values of one turn that registers cannot hold: weights, and scores on their way."""
+        sets = Sets.of(model)
+        return 2 * self.step * nbytes((sets.count * sets.rows, self.tile), "float32")
+
+
+@dataclass(frozen=True)
 class BlockTiles:
     """Tiles of a prefill or mixed kernel, in tokens; `step_rows` are query rows (tokens times group) of one flash step."""
 
@@ -118,8 +194,9 @@ class BlockTiles:
     new_tokens: int
     copy_sizes: tuple[int, ...]
 
-    def scratch(self, model: Model, page_size: int) -> tuple[Buffer, ...]:
+    def scratch(self, spec: Spec) -> tuple[Buffer, ...]:
         """The scratch arrays, in the order of the kernel's parameters."""
+        model, page_size = spec.model, spec.serving.page_size
         rows = RowDims.of(model)
         q_rows = model.group * self.q_block
         new = (self.update_buffers, 2 * page_size + self.new_tokens, model.kv_heads, model.head_dim)
@@ -128,23 +205,27 @@ class BlockTiles:
         by_token: tuple[int, ...] = (self.q_block * align(model.q_heads, SUBLANES), LANES)
         if rows.lane_tiles > 1:  # a strided load or store is of 128 lanes
             by_token = (rows.lane_tiles, *by_token)
+        kv: tuple[int, ...] = (self.buffers, self.block * rows.token_rows, LANES)
+        page: tuple[int, ...] = (self.update_buffers, page_size * rows.token_rows, LANES)
+        merged = Buffer(
+            "packed", (self.merge_tokens * rows.packed_rows, LANES), word_dtype(model), "new tokens in the cache's form"
+        )
+        words = split_words(model, self.tile)
+        if spec.serving.kv_layout == "separate":
+            kv = (self.buffers, self.block // page_size, 2, model.kv_heads, page_size, model.head_dim)
+            page = (self.update_buffers, 2, model.kv_heads, page_size, model.head_dim)
+            shape: tuple[int, ...] = (self.merge_tokens * align(model.kv_heads, SUBLANES), LANES)
+            if rows.lane_tiles > 1:
+                shape = (rows.lane_tiles, *shape)
+            merged = Buffer("by_head", shape, "float32", "new tokens, to be read by head")
+            words = ()
         return (
-            Buffer("kv", (self.buffers, self.block * rows.token_rows, LANES), model.kv_dtype, "fetched blocks"),
-            *split_words(model, self.tile),
+            Buffer("kv", kv, model.kv_dtype, "fetched blocks"),
+            *words,
             Buffer("new_keys", new, model.kv_dtype, "new keys, around the page they go to"),
             Buffer("new_values", new, model.kv_dtype, "new values, likewise"),
-            Buffer(
-                "page_rows",
-                (self.update_buffers, page_size * rows.token_rows, LANES),
-                model.kv_dtype,
-                "pages to update",
-            ),
-            Buffer(
-                "packed",
-                (self.merge_tokens * rows.packed_rows, LANES),
-                word_dtype(model),
-                "new tokens in the cache's form",
-            ),
+            Buffer("page_rows", page, model.kv_dtype, "pages to update"),
+            merged,
             Buffer("q_in", (self.buffers, *queries), model.q_dtype, "query blocks as they come"),
             Buffer("by_token", by_token, "float32", "one by token"),
             Buffer("q_rows", (model.kv_heads, q_rows, model.head_dim), model.q_dtype, "one by KV head"),
@@ -168,6 +249,11 @@ class BlockTiles:
 def word_dtype(model: Model) -> str:
     """The 32-bit type in which new tokens are packed."""
     return "uint32" if packing(model.kv_dtype) > 1 else model.kv_dtype
+
+
+def unit_tokens(model: Model) -> int:
+    """Tokens that share a register where K and V lie apart: the smallest piece that a DMA or a store reaches."""
+    return SUBLANES * packing(model.kv_dtype)
 
 
 def split_words(model: Model, tile: int, copies: int = 0) -> tuple[Buffer, ...]:
@@ -205,7 +291,7 @@ class KernelPlan:
     kind: str
     tokens: tuple[int, ...]
     path: str
-    decode: DecodeTiles | XlaTiles | None
+    decode: DecodeTiles | GroupTiles | XlaTiles | None
     block: BlockTiles | XlaTiles | None
     vmem_need: int
     vmem_limit: int

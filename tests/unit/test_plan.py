@@ -172,7 +172,7 @@ def test_what_is_counted_is_what_is_declared_and_fits(spec: Spec, target: str) -
             dtypes = {"dma": None, "bfloat16": 2, "float32": 4, "uint32": 4}
             declared = sum(
                 math.prod(buffer.shape) * (dtypes[buffer.dtype] or 0)
-                for buffer in tiles.scratch(spec.model, spec.serving.page_size)
+                for buffer in tiles.scratch(spec)
             )
             assert declared + tiles.temporaries(spec.model) <= vmem_need(spec, tiles)
         assert plan.vmem_need == max(vmem_need(spec, tiles) for tiles in kernels)
