@@ -25,7 +25,8 @@ XLA_STEP_BYTES = MIB
 WRITES = 4  # outputs and cache rows of sequences that may still be on their way
 GROUP_WRITES = 8  # where a turn may end as many sequences
 TILE_BYTES = MIB  # K and V of one tile of a group: long enough that its DMA hides what it costs by itself
-TURN_BYTES, MAX_STEP = 8 * MIB, 8  # of a group: fetched in a few times the DMA's latency; tiles in it
+TURN_BYTES = 8 * MIB  # of a group: fetched in a few times the DMA's latency
+STEPS = {"decode": 6, "mixed": 4}  # tiles in a group: more are little faster, and every one is code
 MIN_Q_BLOCK = 16
 # A mixed batch has short sequences too, and a block is computed whole.
 Q_BLOCKS = {"prefill": (256, 128, 64, 32, MIN_Q_BLOCK), "mixed": (128, 64, 32, MIN_Q_BLOCK)}
@@ -102,7 +103,7 @@ def _plan_xla(spec: Spec, target: str, kind: str) -> KernelPlan:
 
 
 def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
-    decode = _plan_decode(spec, device, tokens) if kind != "prefill" else None
+    decode = _plan_decode(spec, device, kind, tokens) if kind != "prefill" else None
     block = _fit(spec, device, _block_choices(spec, kind, tokens)) if kind != "decode" else None
     need = max(vmem_need(spec, tiles) for tiles in (decode, block) if tiles is not None)
     limit = min(align(need, VMEM_HEADROOM) + VMEM_HEADROOM, _vmem_usable(device))
@@ -111,9 +112,9 @@ def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
     )
 
 
-def _plan_decode(spec: Spec, device: Chip, tokens: int) -> DecodeTiles | GroupTiles:
+def _plan_decode(spec: Spec, device: Chip, kind: str, tokens: int) -> DecodeTiles | GroupTiles:
     if spec.serving.kv_layout == "separate":
-        return _fit(spec, device, _group_choices(spec, tokens))
+        return _fit(spec, device, _group_choices(spec, kind, tokens))
     return _fit(spec, device, _decode_choices(spec, device, tokens))
 
 
@@ -159,7 +160,7 @@ def _decode_choices(spec: Spec, device: Chip, tokens: int) -> Iterator[DecodeTil
         block //= 2
 
 
-def _group_choices(spec: Spec, tokens: int) -> Iterator[GroupTiles]:
+def _group_choices(spec: Spec, kind: str, tokens: int) -> Iterator[GroupTiles]:
     """Likewise, where K and V lie apart."""
     serving = spec.serving
     token_bytes = nbytes(kv_row_shape(spec.model), spec.model.kv_dtype)
@@ -168,7 +169,7 @@ def _group_choices(spec: Spec, tokens: int) -> Iterator[GroupTiles]:
     tile = max(min(power_of_two_to(TILE_BYTES // token_bytes), shortest), serving.page_size, LANES)
     loaded = min(tokens, serving.max_num_seqs)
     while tile >= max(serving.page_size, LANES):
-        step = min(max(TURN_BYTES // (tile * token_bytes), 1), MAX_STEP)
+        step = min(max(TURN_BYTES // (tile * token_bytes), 1), STEPS[kind])
         while step:
             most = 2 + math.ceil(IN_FLIGHT_BYTES / (step * tile * token_bytes))
             for ahead in range(most, 1, -1):
