@@ -204,7 +204,10 @@ class _Cluster:
 
     def width(self) -> int:
         # At least one: it waits for a worker where there is none at present.
-        threads: int = sum(self._client.nthreads().values())
+        try:
+            threads: int = sum(self._client.nthreads().values())
+        except OSError as error:
+            raise TargetError(f"the scheduler is gone ({error}); what was timed is kept: run again") from error
         return max(threads, 1)
 
     def submit(self, evaluate: Evaluate, job: Job) -> Future[Result]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
+from rpac.errors import TargetError
 from rpac.lower import tasks_of
 from rpac.plan import KernelPlan
 from rpac.plan.tiles import RULE
@@ -222,5 +223,9 @@ def search(
 def _result(future: Future[Result], pool: Pool) -> Result:
     try:
         return future.result()
+    except CancelledError as error:
+        raise TargetError(
+            "the cluster cancelled a job, its scheduler may be gone; what was timed is kept: run again"
+        ) from error
     except pool.died:
         return Result(reason="every process that tried it died; it may have run out of memory", final=False)
