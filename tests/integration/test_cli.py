@@ -49,7 +49,7 @@ def test_plan_prints_a_row_a_source(tmp_path: Path) -> None:
     assert [row.split()[0] for row in rows] == [
         plan.path for target in ("v6e", "cpu") for plan in plan_spec(spec, target)
     ]
-    for word in ("VMEM need", "limit", "SMEM need", "token buckets"):
+    for word in ("VMEM need", "limit", "SMEM need", "token buckets", "tiles from"):
         assert word in header
 
 

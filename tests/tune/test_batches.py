@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from command import ROOT, TINY
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rpac.plan import plan_spec
@@ -30,6 +30,7 @@ def specs(draw: st.DrawFn) -> Spec:
     return replace(TINY_SPEC, serving=serving)
 
 
+@settings(derandomize=True, database=None, deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(specs(), st.integers(0, 99))
 def test_batches_are_of_the_plans_kind_and_inside_the_contract(spec: Spec, seed: int) -> None:
     for plan in plan_spec(spec, "tpu7x", tuned=TunedTiles()):
