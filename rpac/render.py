@@ -16,7 +16,7 @@ import rpac
 from rpac.chip import is_tpu
 from rpac.layout import align, packing
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims
-from rpac.plan.tiles import SUBLANES, Sets, XlaTiles, unit_tokens
+from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, unit_tokens
 from rpac.spec import Model, Spec
 
 MASKED = -2.0e38
@@ -237,6 +237,8 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
             f"{plan.kind}: blocks of {b.q_block} queries against {b.block} fetched tokens ({b.buffers} buffers); "
             f"computes {b.step_rows} query rows of a head against {b.tile} tokens at once"
         )
+    if plan.origin != RULE:
+        lines.append(plan.origin)
     if is_tpu(plan.target):
         lines.append(f"VMEM: {plan.vmem_need:,} bytes counted, {plan.vmem_limit:,} allowed, {plan.vmem_bytes:,} there")
     return lines

@@ -12,7 +12,18 @@ from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, plan_spec
 from rpac.plan.tiles import XlaTiles
 from rpac.spec import load_spec
 
-HEADER = ("source", "token buckets", "decode", "prefill or mixed", "VMEM need", "limit", "of", "SMEM need", "of")
+HEADER = (
+    "source",
+    "token buckets",
+    "decode",
+    "prefill or mixed",
+    "VMEM need",
+    "limit",
+    "of",
+    "SMEM need",
+    "of",
+    "tiles from",
+)
 
 
 @click.command()
@@ -36,7 +47,7 @@ def _row(one: KernelPlan) -> tuple[str, ...]:
     budgets = [
         size(n) if n else "-" for n in (one.vmem_need, one.vmem_limit, one.vmem_bytes, one.smem_need, one.smem_bytes)
     ]
-    return (one.path, " ".join(map(str, one.tokens)), _tiles(one.decode), _tiles(one.block), *budgets)
+    return (one.path, " ".join(map(str, one.tokens)), _tiles(one.decode), _tiles(one.block), *budgets, one.origin)
 
 
 def _tiles(tiles: DecodeTiles | GroupTiles | BlockTiles | XlaTiles | None) -> str:

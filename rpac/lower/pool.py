@@ -57,13 +57,13 @@ def _run_alone(task: Task, tools: Mapping[str, str]) -> Lowered:
     """
     # Spawned, not forked: JAX and libtpu hold threads and locks, and read their environment when first loaded.
     with ProcessPoolExecutor(1, get_context("spawn"), _start) as process:
-        with _interrupts_held_back():
+        with interrupts_held_back():
             lowered = process.submit(_run, task, tools)
         return lowered.result()
 
 
 @contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
+def interrupts_held_back() -> Iterator[None]:
     """From this thread and what it starts: an interrupted Python that still imports would print a traceback."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

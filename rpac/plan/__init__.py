@@ -3,4 +3,14 @@
 from rpac.plan.build import KIND_ORDER, kinds_of, plan_spec
 from rpac.plan.tiles import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims
 
-__all__ = ["KIND_ORDER", "BlockTiles", "Buffer", "DecodeTiles", "GroupTiles", "KernelPlan", "RowDims", "kinds_of", "plan_spec"]
+__all__ = [
+    "KIND_ORDER",
+    "BlockTiles",
+    "Buffer",
+    "DecodeTiles",
+    "GroupTiles",
+    "KernelPlan",
+    "RowDims",
+    "kinds_of",
+    "plan_spec",
+]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 from rpac.chip import Chip, chip, is_tpu
 from rpac.errors import PlanError
 from rpac.layout import LANES, align, kv_row_shape, metadata_specs, nbytes
-from rpac.plan.tiles import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, RowDims, XlaTiles
+from rpac.plan.tiles import RULE, AnyTiles, BlockTiles, DecodeTiles, GroupTiles, KernelPlan, RowDims, XlaTiles
+from rpac.plan.tuned import TunedTiles
 from rpac.spec import Spec
 
 KIND_ORDER = ("decode", "prefill", "mixed")
@@ -34,7 +35,6 @@ STEP_ROWS = 1024  # query rows of a flash step: enough independent ones to fill 
 INT32_BYTES = 4
 
 Tiles: TypeAlias = DecodeTiles | GroupTiles | BlockTiles
-AnyTiles = TypeVar("AnyTiles", DecodeTiles, GroupTiles, BlockTiles)
 
 
 def kinds_of(spec: Spec, tokens: int) -> tuple[str, ...]:
@@ -42,11 +42,13 @@ def kinds_of(spec: Spec, tokens: int) -> tuple[str, ...]:
     return tuple(kind for kind in KIND_ORDER if kind != "prefill" or tokens >= spec.serving.prefill_chunk)
 
 
-def plan_spec(spec: Spec, target: str) -> tuple[KernelPlan, ...]:
+def plan_spec(spec: Spec, target: str, *, tuned: TunedTiles | None = None) -> tuple[KernelPlan, ...]:
     """The plans of one target: one for every (case, tiles), holding the token buckets that share them.
 
-    Raises PlanError where the page table does not fit SMEM or no tile fits VMEM; it names the need and the limit.
+    A plan has the tiles that `tuned` (the package's own if None) holds for exactly its case, if any. Raises PlanError
+    where the page table does not fit SMEM or no tile fits VMEM; it names the need and the limit.
     """
+    tuned = TunedTiles.of(target) if tuned is None else tuned
     device = chip(target) if is_tpu(target) else None
     if device is not None:
         _check_smem(spec, device)
@@ -60,8 +62,38 @@ def plan_spec(spec: Spec, target: str) -> tuple[KernelPlan, ...]:
                 groups.setdefault(plan, []).append(tokens)
         for plan, buckets in groups.items():
             name = kind if len(groups) == 1 else f"{kind}_t{buckets[-1]}"
-            plans.append(replace(plan, tokens=tuple(buckets), path=f"{target}/{name}.py"))
+            plan = replace(plan, tokens=tuple(buckets), path=f"{target}/{name}.py")
+            plans.append(_with_tuned(spec, plan, tuned))
     return tuple(plans)
+
+
+def _with_tuned(spec: Spec, plan: KernelPlan, tuned: TunedTiles) -> KernelPlan:
+    entry = tuned.find(spec, plan)
+    if entry is None:
+        return plan
+    found = with_tiles(spec, plan, *entry.tiles)
+    if found is None:
+        return replace(plan, origin=f"{RULE}: the tuned tiles do not fit VMEM")
+    return replace(found, origin=entry.origin)
+
+
+def with_tiles(
+    spec: Spec, plan: KernelPlan, decode: DecodeTiles | GroupTiles | None, block: BlockTiles | None
+) -> KernelPlan | None:
+    """A TPU plan with other tiles and the budget that follows from them, or None where they do not fit."""
+    device = chip(plan.target)
+    need, limit = _vmem_budget(spec, device, decode, block)
+    if need > _vmem_usable(device) - VMEM_HEADROOM:
+        return None
+    return replace(plan, decode=decode, block=block, vmem_need=need, vmem_limit=limit)
+
+
+def _vmem_budget(
+    spec: Spec, device: Chip, decode: DecodeTiles | GroupTiles | None, block: BlockTiles | None
+) -> tuple[int, int]:
+    """Bytes that the larger kernel takes, and those that the compiler is told it may use."""
+    need = max(vmem_need(spec, tiles) for tiles in (decode, block) if tiles is not None)
+    return need, min(align(need, VMEM_HEADROOM) + VMEM_HEADROOM, _vmem_usable(device))
 
 
 def smem_need(spec: Spec) -> int:
@@ -105,8 +137,7 @@ def _plan_xla(spec: Spec, target: str, kind: str) -> KernelPlan:
 def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
     decode = _plan_decode(spec, device, kind, tokens) if kind != "prefill" else None
     block = _fit(spec, device, _block_choices(spec, kind, tokens)) if kind != "decode" else None
-    need = max(vmem_need(spec, tiles) for tiles in (decode, block) if tiles is not None)
-    limit = min(align(need, VMEM_HEADROOM) + VMEM_HEADROOM, _vmem_usable(device))
+    need, limit = _vmem_budget(spec, device, decode, block)
     return KernelPlan(
         device.target, kind, (), "", decode, block, need, limit, device.vmem_bytes, smem_need(spec), device.smem_bytes
     )
@@ -187,19 +218,27 @@ def _block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[BlockTiles]:
         if kind == "prefill":
             if serving.prefill_chunk % q_block:
                 continue
-            copy_sizes: tuple[int, ...] = (q_block,)
         else:
             q_block = min(q_block, max(power_of_two_from(tokens), MIN_Q_BLOCK))
-            copy_sizes = tuple(1 << bit for bit in reversed(range(power_of_two_to(min(q_block, tokens)).bit_length())))
-        rows = model.group * q_block
-        step_rows = next(
-            rows // parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= STEP_ROWS
-        )
+        copy_sizes = copy_sizes_of(kind, q_block, tokens)
+        step_rows = step_rows_of(model.group * q_block, STEP_ROWS)
         for block in (1024, 512, 256, LANES):
             block = max(min(block, most), serving.page_size)
             tile = min(512, block)
             for buffers in (3, 2):
                 yield BlockTiles(q_block, block, tile, step_rows, buffers, 3, MERGE_TOKENS, new_tokens, copy_sizes)
+
+
+def copy_sizes_of(kind: str, q_block: int, tokens: int) -> tuple[int, ...]:
+    """The sizes of copies, in tokens, that together make any part of a query block that a bucket can hold."""
+    if kind == "prefill":
+        return (q_block,)
+    return tuple(1 << bit for bit in reversed(range(power_of_two_to(min(q_block, tokens)).bit_length())))
+
+
+def step_rows_of(rows: int, most: int) -> int:
+    """The largest part of a block of query rows, all parts alike, that is at most `most`."""
+    return next(rows // parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most)
 
 
 def power_of_two_to(value: int) -> int:

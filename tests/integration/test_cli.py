@@ -28,7 +28,7 @@ def test_help_lists_the_commands_and_the_exit_codes(tmp_path: Path) -> None:
             assert word in done.stdout
 
 
-@pytest.mark.parametrize("command", ["plan", "build", "inspect", "generate"])
+@pytest.mark.parametrize("command", ["plan", "build", "inspect", "generate", "tune"])
 def test_every_command_explains_itself(command: str, tmp_path: Path) -> None:
     done = rpac(command, "--help", cache=tmp_path)
     assert done.returncode == 0
@@ -49,7 +49,7 @@ def test_plan_prints_a_row_a_source(tmp_path: Path) -> None:
     assert [row.split()[0] for row in rows] == [
         plan.path for target in ("v6e", "cpu") for plan in plan_spec(spec, target)
     ]
-    for word in ("VMEM need", "limit", "SMEM need", "token buckets"):
+    for word in ("VMEM need", "limit", "SMEM need", "token buckets", "tiles from"):
         assert word in header
 
 

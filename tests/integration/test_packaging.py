@@ -55,12 +55,13 @@ def away(installed: Path, folder: Path) -> dict[str, Any]:
     return {"cwd": folder, "env": env}
 
 
-def test_the_wheel_holds_the_package_and_the_templates_alone(wheel: Path) -> None:
+def test_the_wheel_holds_the_package_its_data_and_the_templates_alone(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rpac").rglob("*.py")}
     templates = {f"rpac/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "templates").rglob("*.jinja")}
+    tuned = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rpac" / "tuned").glob("*.json")}
     assert templates
-    assert names == sources | templates
+    assert names == sources | templates | tuned
 
 
 def test_the_source_archive_makes_the_wheel(archives: Path) -> None:

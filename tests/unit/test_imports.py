@@ -20,8 +20,8 @@ ORDER = [
     "spec", "chip", "layout", "batch", "plan", "render",
     "publish", "store",  # files and folders: a bundle's and a cache's
     "compat", "runtime", "toolchain",  # JAX: what differs, what runs, what it is
-    "lower", "schedule", "tune", "bundle", "select", "engine",
-    "reference", "check", "build", "predict",
+    "lower", "schedule", "bundle", "select", "engine",
+    "reference", "check", "build", "predict", "tune",
     "cli",
 ]  # fmt: skip
 

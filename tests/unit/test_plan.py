@@ -170,10 +170,7 @@ def test_what_is_counted_is_what_is_declared_and_fits(spec: Spec, target: str) -
         kernels = [tiles for tiles in (plan.decode, plan.block) if isinstance(tiles, (DecodeTiles, BlockTiles))]
         for tiles in kernels:
             dtypes = {"dma": None, "bfloat16": 2, "float32": 4, "uint32": 4}
-            declared = sum(
-                math.prod(buffer.shape) * (dtypes[buffer.dtype] or 0)
-                for buffer in tiles.scratch(spec)
-            )
+            declared = sum(math.prod(buffer.shape) * (dtypes[buffer.dtype] or 0) for buffer in tiles.scratch(spec))
             assert declared + tiles.temporaries(spec.model) <= vmem_need(spec, tiles)
         assert plan.vmem_need == max(vmem_need(spec, tiles) for tiles in kernels)
         assert plan.vmem_need < plan.vmem_limit < plan.vmem_bytes == device.vmem_bytes

@@ -1,0 +1,155 @@
+"""Tuned tiles: what a search chose for exactly one case, from the data file of a target in `rpac/tuned/`.
+
+A case is everything that the best tiles can depend on. An entry is for its own case and for no other one, however near.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import rpac
+from rpac.errors import PlanError
+from rpac.plan.tiles import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, decode_tiles_from, tiles_from
+from rpac.spec import Spec
+
+SCHEMA: Final = 1
+FOLDER: Final = Path(rpac.__file__).parent / "tuned"
+FILE_FIELDS: Final = ("schema", "target", "device_kind", "entries")
+ENTRY_FIELDS: Final = ("key", "tiles", "evidence")
+TILES_FIELDS: Final = ("decode", "block")
+# `origin` reads the first of these; the others are for people.
+EVIDENCE_FIELDS: Final = (
+    "score", "seed", "toolchain", "spec", "complete", "batches", "rule", "chosen", "tried", "rejected"
+)  # fmt: skip
+
+# What tiles do not turn on, or what another part of the key says.
+_NO_PART: Final = {
+    "sm_scale", "max_model_len", "max_num_tokens", "token_buckets", "context_lens", "num_pages"
+}  # fmt: skip
+
+
+def key_of(spec: Spec, kind: str, tokens: Sequence[int]) -> dict[str, Any]:
+    """A case as plain data. A field that model or serving gains is part of it, so that no old entry is for new cases.
+
+    `length_class`: the powers of two around the lengths that serving expects.
+    """
+    lengths = spec.serving.context_lens
+    fields = {"kv_layout": "interleaved", **asdict(spec.model), **asdict(spec.serving)}
+    return {
+        **{name: value for name, value in fields.items() if name not in _NO_PART},
+        "kind": kind,
+        "tokens": list(tokens),
+        "pages_per_seq": spec.serving.pages_per_seq,
+        "length_class": [1 << (min(lengths).bit_length() - 1), 1 << (max(lengths) - 1).bit_length()],
+    }
+
+
+def key_text(key: Mapping[str, Any]) -> str:
+    """A case as text: what entries are compared and sorted by."""
+    return json.dumps(key, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One case: the tiles chosen, as plain data, and what that rests on. `place` is where it was read, for messages."""
+
+    key: Mapping[str, Any]
+    data: Mapping[str, Any]
+    evidence: Mapping[str, Any]
+    place: str
+
+    @property
+    def tiles(self) -> tuple[DecodeTiles | GroupTiles | None, BlockTiles | None]:
+        """Raises PlanError where this rpac's tiles have other fields, which is so after its kernels changed."""
+        try:
+            for part, other in (("decode", "prefill"), ("block", "decode")):
+                if (self.data[part] is None) != (self.key["kind"] == other):
+                    raise ValueError(f"tiles.{part}: must be null for {other} batches, and only there")
+            return decode_tiles_from(self.data["decode"]), tiles_from(BlockTiles, self.data["block"])
+        except ValueError as error:
+            raise PlanError(
+                f"{self.place}: not the tiles of these kernels: {error}; remove the entry and run rpac tune again"
+            ) from error
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a data file holds of it."""
+        return {"key": self.key, "tiles": self.data, "evidence": self.evidence}
+
+    @property
+    def origin(self) -> str:
+        """A line for people: how good, and by what evidence."""
+        score, found = self.evidence["score"], self.evidence
+        gain = "the rule's cannot be timed" if score is None else f"{score:.3f} of the rule's time"
+        search = "" if found["complete"] else ", search cut short"
+        return f"tuned: {gain}, predicted with libtpu {found['toolchain']['libtpu']}, seed {found['seed']}{search}"
+
+
+class TunedTiles:
+    """The entries of one target by case."""
+
+    def __init__(self, entries: Sequence[Entry] = ()) -> None:
+        self.entries = {key_text(entry.key): entry for entry in entries}
+
+    @classmethod
+    def of(cls, target: str, folder: Path | None = None) -> TunedTiles:
+        """What `folder`, or else the package, holds for a target; nothing where there is no file.
+
+        Raises PlanError for a file that is not what a search writes.
+        """
+        path = (folder or FOLDER) / f"{target}.json"
+        try:
+            text = path.read_text()
+        except FileNotFoundError:
+            return cls()
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path}: cannot be read ({error}); restore or remove it") from error
+        return cls(parse(text, target, str(path)))
+
+    def find(self, spec: Spec, plan: KernelPlan) -> Entry | None:
+        """The entry for exactly the case of a plan."""
+        return self.entries.get(key_text(key_of(spec, plan.kind, plan.tokens)))
+
+
+def parse(text: str, target: str, place: str) -> list[Entry]:
+    """The entries of a data file. Raises PlanError, naming the part, for anything else."""
+    try:
+        data = _fields(json.loads(text), FILE_FIELDS, "file")
+        _expect(data["schema"], SCHEMA, "schema")
+        _expect(data["target"], target, "target")
+        if not isinstance(data["entries"], list):
+            raise ValueError("entries: must be a list")
+        entries = [_entry(one, f"entries[{index}]", place) for index, one in enumerate(data["entries"])]
+        if len({key_text(entry.key) for entry in entries}) < len(entries):
+            raise ValueError("entries: two have one key")
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{place}: {error}; restore it, or remove it and run rpac tune again") from error
+    return entries
+
+
+def _entry(data: Any, where: str, place: str) -> Entry:
+    entry = _fields(data, ENTRY_FIELDS, where)
+    if not isinstance(entry["key"], dict):
+        raise ValueError(f"{where}.key: found {entry['key']!r}; must be an object")
+    tiles = _fields(entry["tiles"], TILES_FIELDS, f"{where}.tiles")
+    evidence = _fields(entry["evidence"], EVIDENCE_FIELDS, f"{where}.evidence")
+    if not (evidence["score"] is None or (type(evidence["score"]) is float and evidence["score"] > 0)):
+        raise ValueError(f"{where}.evidence.score: found {evidence['score']!r}; must be a number above 0, or null")
+    if not isinstance(evidence["toolchain"], dict) or "libtpu" not in evidence["toolchain"]:
+        raise ValueError(f"{where}.evidence.toolchain: must be an object with libtpu")
+    return Entry(entry["key"], tiles, evidence, f"{place}: {where}")
+
+
+def _fields(data: Any, names: Sequence[str], where: str) -> dict[str, Any]:
+    if not isinstance(data, dict) or sorted(data) != sorted(names):
+        found = ", ".join(sorted(data)) if isinstance(data, dict) else repr(data)[:80]
+        raise ValueError(f"{where}: found {found}; must be an object with {', '.join(names)}")
+    return data
+
+
+def _expect(found: Any, wanted: str | int, where: str) -> None:
+    if type(found) is not type(wanted) or found != wanted:
+        raise ValueError(f"{where}: found {found!r}; must be {wanted!r}")

@@ -1,0 +1,108 @@
+"""The plans that a search tries: the one place of the tuner that knows the fields of tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan
+from rpac.plan.build import MIN_Q_BLOCK, STEP_ROWS, Tiles, copy_sizes_of, power_of_two_from, step_rows_of, with_tiles
+from rpac.plan.tiles import RULE
+from rpac.spec import Spec
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One field of the tiles in `part` of a plan, and the values to try; a search goes along one axis after another.
+
+    `keeps` names a field that changes the other way, so that as many bytes stay in flight.
+    """
+
+    part: str
+    field: str
+    values: tuple[int, ...]
+    keeps: str = ""
+
+
+AXES: Final = (
+    Axis("decode", "block", (128, 256, 512, 1024, 2048), keeps="buffers"),
+    Axis("decode", "buffers", (3, 4, 6, 8, 12, 16)),
+    Axis("decode", "pair", (1, 2, 4)),
+    Axis("decode", "tile", (128, 256, 512, 1024), keeps="step"),
+    Axis("decode", "step", (2, 4, 6, 8), keeps="ahead"),
+    Axis("decode", "ahead", (2, 3, 4, 6)),
+    Axis("decode", "writes", (2, 4, 8)),
+    Axis("block", "q_block", (16, 32, 64, 128, 256, 512)),
+    Axis("block", "block", (128, 256, 512, 1024, 2048)),
+    Axis("block", "tile", (128, 256, 512, 1024)),
+    Axis("block", "step_rows", (256, 512, 1024, 2048)),
+    Axis("block", "buffers", (2, 3, 4)),
+)
+KEPT_BETWEEN: Final = {
+    "buffers": (3, 16),
+    "step": (1, 8),
+    "ahead": (2, 8),
+}  # what a field that `keeps` names may become
+
+
+def variants(spec: Spec, rule: KernelPlan, plan: KernelPlan, axis: Axis) -> Iterator[tuple[str, KernelPlan]]:
+    """The other plans along an axis from `plan` that are legal and fit VMEM, each with a name that tells it from `rule`."""
+    tiles: Tiles | None = getattr(plan, axis.part)
+    if not hasattr(tiles, axis.field):  # of another layout's tiles, or no tiles at all
+        return
+    assert tiles is not None
+    for value in axis.values:
+        changed = _changed(spec, plan, tiles, axis, value)
+        if changed != tiles and _legal(spec, plan, changed):
+            parts: dict[str, Any] = {"decode": plan.decode, "block": plan.block, axis.part: changed}
+            found = with_tiles(spec, plan, **parts)
+            if found is not None:
+                yield label_of(rule, found), found
+
+
+def label_of(rule: KernelPlan, plan: KernelPlan) -> str:
+    """What a plan has other than the one that the rules made: `decode.buffers=8`; `rule` where nothing."""
+    fields = [(axis, getattr(plan, axis.part), getattr(rule, axis.part)) for axis in AXES]
+    differing = [
+        f"{axis.part}.{axis.field}={getattr(tiles, axis.field)}"
+        for axis, tiles, ruled in fields
+        if hasattr(tiles, axis.field) and getattr(tiles, axis.field) != getattr(ruled, axis.field)
+    ]
+    return " ".join(differing) or RULE
+
+
+def _changed(spec: Spec, plan: KernelPlan, tiles: Tiles, axis: Axis, value: int) -> Tiles:
+    """Tiles with one field changed, and with it those that follow from it."""
+    changes: dict[str, Any] = {axis.field: value}
+    if axis.keeps:
+        least, most = KEPT_BETWEEN[axis.keeps]
+        kept = getattr(tiles, axis.keeps) * getattr(tiles, axis.field) // value
+        changes[axis.keeps] = min(max(kept, least), most)
+    if not isinstance(tiles, BlockTiles):
+        return replace(tiles, **changes)
+    changed = replace(tiles, **changes)
+    most_rows = STEP_ROWS if axis.field == "q_block" else changed.step_rows
+    return replace(
+        changed,
+        tile=min(changed.tile, changed.block),
+        step_rows=step_rows_of(spec.model.group * changed.q_block, most_rows),
+        copy_sizes=copy_sizes_of(plan.kind, changed.q_block, plan.tokens[0]),
+    )
+
+
+def _legal(spec: Spec, plan: KernelPlan, tiles: Tiles) -> bool:
+    """Whether the kernels work with these tiles at all."""
+    model, serving = spec.model, spec.serving
+    if isinstance(tiles, GroupTiles):
+        return tiles.tile % serving.page_size == 0
+    whole_pages = tiles.block % serving.page_size == 0 and tiles.block <= power_of_two_from(serving.max_model_len)
+    if isinstance(tiles, DecodeTiles):
+        return whole_pages and model.kv_heads % tiles.pair == 0
+    whole_tiles = tiles.block % tiles.tile == 0 and tiles.tile % serving.page_size == 0
+    copies = {copy_sizes_of(plan.kind, tiles.q_block, tokens) for tokens in plan.tokens}
+    if plan.kind == "prefill":
+        fitting = serving.prefill_chunk % tiles.q_block == 0
+    else:
+        fitting = tiles.q_block <= max(power_of_two_from(plan.tokens[-1]), MIN_Q_BLOCK)
+    return whole_pages and whole_tiles and fitting and len(copies) == 1

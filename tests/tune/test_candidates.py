@@ -1,0 +1,75 @@
+"""Candidates: the rules' plan changed along one axis, legal, and within the budget of VMEM."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from command import ROOT
+
+from rpac.chip import chip
+from rpac.plan import BlockTiles, DecodeTiles, KernelPlan, plan_spec
+from rpac.plan.build import VMEM_HEADROOM, vmem_need
+from rpac.plan.tuned import TunedTiles
+from rpac.render import render
+from rpac.spec import Spec, load_spec
+from rpac.tune.candidates import AXES, label_of, variants
+
+PLANS = [
+    pytest.param(spec, plan, id=f"{spec.name}-{plan.path}")
+    for path in sorted(Path(ROOT, "specs").glob("*.yaml"))
+    for spec in [load_spec(path)]
+    for target in ("tpu7x", "v5e")
+    for plan in plan_spec(spec, target, tuned=TunedTiles())
+]
+each_plan = pytest.mark.parametrize(("spec", "plan"), PLANS)
+
+
+@pytest.mark.parametrize("axis", AXES, ids=lambda axis: f"{axis.part}.{axis.field}")
+def test_an_axis_is_a_field_of_the_tiles_and_has_values_to_choose_from(axis: object) -> None:
+    names = {field.name for field in fields({"decode": DecodeTiles, "block": BlockTiles}[axis.part])}  # type: ignore[attr-defined]
+    assert {axis.field, axis.keeps or axis.field} <= names  # type: ignore[attr-defined]
+    assert len(set(axis.values)) == len(axis.values) > 1  # type: ignore[attr-defined]
+
+
+@each_plan
+def test_every_candidate_is_another_plan_of_the_same_case(spec: Spec, plan: KernelPlan) -> None:
+    found = [(label, other) for axis in AXES for label, other in variants(spec, plan, plan, axis)]
+    assert found
+    assert plan not in [other for _, other in found]
+    for label, other in found:
+        assert (other.target, other.kind, other.tokens, other.path) == (plan.target, plan.kind, plan.tokens, plan.path)
+        assert (other.decode is None, other.block is None) == (plan.decode is None, plan.block is None)
+        assert label == label_of(plan, other) != "rule"
+    assert len({label for label, _ in found}) == len({other for _, other in found})
+    assert label_of(plan, plan) == "rule"
+
+
+@each_plan
+def test_every_candidate_fits_vmem_with_the_budget_that_it_says(spec: Spec, plan: KernelPlan) -> None:
+    room = chip(plan.target).vmem_bytes
+    for axis in AXES:
+        for _, other in variants(spec, plan, plan, axis):
+            tiles = [tiles for tiles in (other.decode, other.block) if tiles is not None]
+            assert other.vmem_need == max(vmem_need(spec, one) for one in tiles)  # type: ignore[type-var]
+            assert other.vmem_need + VMEM_HEADROOM <= room
+            assert other.vmem_need < other.vmem_limit <= room
+
+
+@each_plan
+def test_every_candidate_is_rendered(spec: Spec, plan: KernelPlan) -> None:
+    """With nothing in it that divides badly, and each to another source."""
+    sources = {render(spec, other).body for axis in AXES for _, other in variants(spec, plan, plan, axis)}
+    assert render(spec, plan).body not in sources
+    for text in sources:
+        compile(text, "candidate", "exec")
+
+
+@each_plan
+def test_a_prefill_candidate_leaves_no_part_of_a_chunk(spec: Spec, plan: KernelPlan) -> None:
+    if plan.kind == "prefill":
+        for axis in AXES:
+            for _, other in variants(spec, plan, plan, axis):
+                assert isinstance(other.block, BlockTiles)
+                assert spec.serving.prefill_chunk % other.block.q_block == 0
