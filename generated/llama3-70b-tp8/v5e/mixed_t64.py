@@ -1,6 +1,6 @@
 """Ragged paged attention of llama3-70b-tp8: mixed batches on v5e.
 
-Do not edit: made from spec 3f0ff228a3171cb5667d6f3a32bc771176971bec9fa56ff314bcf964b53ad9e6 by
+Do not edit: made from spec a95ffe978626e0e52d88ed54784f1794ec0174ef017ece1128f35c4f3862c306 by
     rpac build llama3-70b-tp8.yaml --target v5e
 Change the spec or the templates and run it again.
 
@@ -689,7 +689,7 @@ def mixed_kernel(
 
     # ---- read KV: a tile of 512 tokens at a time, one head of it at a time
 
-    def separate(slot, tile):
+    def split_tile(slot, tile):
         """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 256 in its high."""
         first = tile * 1024
         half = jnp.uint32(0xFFFF)
@@ -741,7 +741,7 @@ def mixed_kernel(
         acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part
 
     def flash_tile(slot, tile, first_token, first_query):
-        separate(slot, tile)
+        split_tile(slot, tile)
 
         def all_heads(masked):
             def one_head(head, _):

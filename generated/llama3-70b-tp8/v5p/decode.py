@@ -1,6 +1,6 @@
 """Ragged paged attention of llama3-70b-tp8: decode batches on v5p.
 
-Do not edit: made from spec 3f0ff228a3171cb5667d6f3a32bc771176971bec9fa56ff314bcf964b53ad9e6 by
+Do not edit: made from spec a95ffe978626e0e52d88ed54784f1794ec0174ef017ece1128f35c4f3862c306 by
     rpac build llama3-70b-tp8.yaml --target v5p
 Change the spec or the templates and run it again.
 

@@ -1,6 +1,6 @@
 """Ragged paged attention of llama3-8b: mixed batches on v5e.
 
-Do not edit: made from spec 6adaf8584982251dce80c5da747c8f73e08cff09a665f68f64f9773a868f301c by
+Do not edit: made from spec 3a01025e5e4260913d77dc6c14ff4420ca6fada23cde22537a9775b26a4e51e4 by
     rpac build llama3-8b.yaml --target v5e
 Change the spec or the templates and run it again.
 
@@ -676,7 +676,7 @@ def mixed_kernel(
 
     # ---- read KV: a tile of 512 tokens at a time, one head of it at a time
 
-    def separate(slot, tile):
+    def split_tile(slot, tile):
         """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 256 in its high."""
         first = tile * 8192
         half = jnp.uint32(0xFFFF)
@@ -728,7 +728,7 @@ def mixed_kernel(
         acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part
 
     def flash_tile(slot, tile, first_token, first_query):
-        separate(slot, tile)
+        split_tile(slot, tile)
 
         def all_heads(masked):
             def one_head(head, _):

@@ -1,6 +1,6 @@
 """Ragged paged attention of mistral-7b: prefill batches on cpu.
 
-Do not edit: made from spec b0767391c0d44e3d42add71adc29ff6ab4c54051318e9e3a2e8505561767957a by
+Do not edit: made from spec 7f5bc4968c91a8440db970b6df67d4ec707ff9d7b77799f16f3340227e130ff4 by
     rpac build mistral-7b.yaml --target cpu
 Change the spec or the templates and run it again.
 

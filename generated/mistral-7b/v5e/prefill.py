@@ -1,6 +1,6 @@
 """Ragged paged attention of mistral-7b: prefill batches on v5e.
 
-Do not edit: made from spec b0767391c0d44e3d42add71adc29ff6ab4c54051318e9e3a2e8505561767957a by
+Do not edit: made from spec 7f5bc4968c91a8440db970b6df67d4ec707ff9d7b77799f16f3340227e130ff4 by
     rpac build mistral-7b.yaml --target v5e
 Change the spec or the templates and run it again.
 
@@ -356,7 +356,7 @@ def prefill_kernel(
 
     # ---- read KV: a tile of 512 tokens at a time, one head of it at a time
 
-    def separate(slot, tile):
+    def split_tile(slot, tile):
         """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 256 in its high."""
         first = tile * 8192
         half = jnp.uint32(0xFFFF)
@@ -408,7 +408,7 @@ def prefill_kernel(
         acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part
 
     def flash_tile(slot, tile, first_token, first_query):
-        separate(slot, tile)
+        split_tile(slot, tile)
 
         def all_heads(masked):
             def one_head(head, _):

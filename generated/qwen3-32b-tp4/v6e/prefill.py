@@ -1,6 +1,6 @@
 """Ragged paged attention of qwen3-32b-tp4: prefill batches on v6e.
 
-Do not edit: made from spec faae6d0e1101a4a34113c939da45af0c8058fdfca4098d5bb6004061e225c277 by
+Do not edit: made from spec 52b51eec8e17a736b5d8082899399f480b6f7225d9b72a8208b51bf174547415 by
     rpac build qwen3-32b-tp4.yaml --target v6e
 Change the spec or the templates and run it again.
 
@@ -362,7 +362,7 @@ def prefill_kernel(
 
     # ---- read KV: a tile of 512 tokens at a time, one head of it at a time
 
-    def separate(slot, tile):
+    def split_tile(slot, tile):
         """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 256 in its high."""
         first = tile * 2048
         half = jnp.uint32(0xFFFF)
@@ -414,7 +414,7 @@ def prefill_kernel(
         acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part
 
     def flash_tile(slot, tile, first_token, first_query):
-        separate(slot, tile)
+        split_tile(slot, tile)
 
         def all_heads(masked):
             def one_head(head, _):

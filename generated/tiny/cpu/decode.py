@@ -1,6 +1,6 @@
 """Ragged paged attention of tiny: decode batches on cpu.
 
-Do not edit: made from spec cd1fc6b2c4ef8e582cd34be627151b11cf2ec82071c3bedaf185330bfb23b048 by
+Do not edit: made from spec 3de066af1377b317d86956a1fbe291a7894ac227d8fccddc375bafff6a375652 by
     rpac build tiny.yaml --target cpu
 Change the spec or the templates and run it again.
 

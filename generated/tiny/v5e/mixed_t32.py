@@ -1,6 +1,6 @@
 """Ragged paged attention of tiny: mixed batches on v5e.
 
-Do not edit: made from spec cd1fc6b2c4ef8e582cd34be627151b11cf2ec82071c3bedaf185330bfb23b048 by
+Do not edit: made from spec 3de066af1377b317d86956a1fbe291a7894ac227d8fccddc375bafff6a375652 by
     rpac build tiny.yaml --target v5e
 Change the spec or the templates and run it again.
 
@@ -691,7 +691,7 @@ def mixed_kernel(
 
     # ---- read KV: a tile of 128 tokens at a time, one head of it at a time
 
-    def separate(slot, tile):
+    def split_tile(slot, tile):
         """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 64 in its high."""
         first = tile * 512
         half = jnp.uint32(0xFFFF)
@@ -743,7 +743,7 @@ def mixed_kernel(
         acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part
 
     def flash_tile(slot, tile, first_token, first_query):
-        separate(slot, tile)
+        split_tile(slot, tile)
 
         def all_heads(masked):
             def one_head(head, _):
