@@ -9,7 +9,7 @@ import pytest
 from command import ROOT
 
 from rpac.chip import chip
-from rpac.plan import BlockTiles, DecodeTiles, KernelPlan, plan_spec
+from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, plan_spec
 from rpac.plan.build import VMEM_HEADROOM, vmem_need
 from rpac.plan.tuned import TunedTiles
 from rpac.render import render
@@ -28,8 +28,9 @@ each_plan = pytest.mark.parametrize(("spec", "plan"), PLANS)
 
 @pytest.mark.parametrize("axis", AXES, ids=lambda axis: f"{axis.part}.{axis.field}")
 def test_an_axis_is_a_field_of_the_tiles_and_has_values_to_choose_from(axis: object) -> None:
-    names = {field.name for field in fields({"decode": DecodeTiles, "block": BlockTiles}[axis.part])}  # type: ignore[attr-defined]
-    assert {axis.field, axis.keeps or axis.field} <= names  # type: ignore[attr-defined]
+    kinds = {"decode": (DecodeTiles, GroupTiles), "block": (BlockTiles,)}[axis.part]  # type: ignore[attr-defined]
+    names = [{field.name for field in fields(kind)} for kind in kinds]
+    assert any({axis.field, axis.keeps or axis.field} <= of_one for of_one in names)  # type: ignore[attr-defined]
     assert len(set(axis.values)) == len(axis.values) > 1  # type: ignore[attr-defined]
 
 

@@ -1,0 +1,476 @@
+"""Ragged paged attention of llama3-8b-separate: prefill batches on tpu7x.
+
+Do not edit: made from spec d69f518148a4ef2ff712641d26f9755ca8f201ed793daed084ece9bba323a095 by
+    rpac build llama3-8b-separate.yaml --target tpu7x
+Change the spec or the templates and run it again.
+
+What was specialized:
+- 32 query heads over 8 KV heads, head_dim 128, queries bfloat16, KV bfloat16: constants
+- pages of 128 tokens, 64 a sequence, up to 64 sequences
+- token buckets that use it: 1024, 2048
+- causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
+- K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
+- only prefill batches: the other kernels are not in this program
+- prefill: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 1024 query rows of a head against 512 tokens at once
+- VMEM: 50,397,184 bytes counted, 62,914,560 allowed, 67,108,864 there
+"""
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+Q_HEADS = 32
+KV_HEADS = 8
+GROUP = 4  # query heads that share a KV head
+HEAD_DIM = 128
+PAGE_SIZE = 128  # tokens
+PAGES_PER_SEQ = 64
+CHUNK = 512  # new tokens of every sequence
+SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * log2(e): probabilities are powers of two
+MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
+
+UNIT = 16  # tokens of the smallest piece of the cache that a DMA or a store reaches
+
+
+def widen(rows, lanes):
+    """Rows that hold one value in all 128 lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
+    return jnp.concatenate([rows] * (lanes // 128), axis=1)
+
+
+def products(rows, matrix, contracted):
+    """`rows` times `matrix` along its dimension `contracted`, in float32."""
+    dims = (((1,), (contracted,)), ((), ()))
+    return lax.dot_general(rows, matrix, dims, preferred_element_type=jnp.float32)
+
+
+def prefill_kernel(
+    # scalars in SMEM
+    kv_lens, page_indices, distribution,
+    # arrays in HBM; the cache is updated in place
+    q_hbm, k_hbm, v_hbm, _cache, out_hbm, cache_hbm,
+    # scratch
+    kv,
+    new_keys,
+    new_values,
+    page_rows,
+    by_head,
+    q_in,
+    by_token,
+    q_rows,
+    row_max,
+    row_sum,
+    acc,
+    out_rows,
+    kv_sem,
+    new_sem,
+    old_sem,
+    write_sem,
+    q_sem,
+    out_sem,
+):  # fmt: skip
+    """CHUNK new tokens for each of the sequences [0, distribution[1]): update their pages, then attend, causally.
+
+    A step is one KV block against one query block. The fetch runs 2 steps ahead, across the ends of both.
+    """
+    first_seq = jnp.int32(0)
+    end_seq = distribution[1]
+
+    def q_start(seq):
+        return seq * CHUNK
+
+    def q_len(seq):
+        return CHUNK
+
+    # ---- update cache: page by page, old tokens kept, new ones packed in; 3 pages in flight
+
+    def page_span(seq, page):
+        """The new tokens of a page, as a range within it."""
+        kv_len = kv_lens[seq]
+        return jnp.maximum(kv_len - q_len(seq) - page * PAGE_SIZE, 0), jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
+
+    def new_token_copies(seq, page, slot):
+        # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
+        wanted = q_start(seq) + page * PAGE_SIZE - (kv_lens[seq] - q_len(seq))
+        source = jnp.clip(wanted, 0, k_hbm.shape[0] - 128)
+        take, put = pl.ds(source, 128), pl.ds(PAGE_SIZE + source - wanted, 128)
+        return (
+            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[slot, put], new_sem.at[slot]),
+            pltpu.make_async_copy(v_hbm.at[take], new_values.at[slot, put], new_sem.at[slot]),
+        )
+
+    def old_page_copy(seq, page, slot):
+        physical = page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(cache_hbm.at[physical], page_rows.at[slot], old_sem.at[slot])
+
+    def page_write(seq, page, slot):
+        physical = page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(page_rows.at[slot], cache_hbm.at[physical], write_sem.at[slot])
+
+    def first_page(seq):
+        return (kv_lens[seq] - q_len(seq)) // PAGE_SIZE
+
+    def next_page(seq, page):
+        last = (page + 1) * PAGE_SIZE >= kv_lens[seq]
+        next_seq = jnp.where(last, seq + 1, seq)
+        return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
+
+    def load_page(step, seq, page):
+        slot = lax.rem(step, 3)
+
+        @pl.when(seq < end_seq)
+        def _():
+            @pl.when(step >= 3)
+            def _():
+                page_write(seq, page, slot).wait()  # the write of 3 steps ago: as many bytes, this semaphore
+
+            for copy in new_token_copies(seq, page, slot):
+                copy.start()
+            first, end = page_span(seq, page)
+
+            @pl.when((first > 0) | (end < PAGE_SIZE))
+            def _():
+                old_page_copy(seq, page, slot).start()
+
+        next_seq, next_index = next_page(jnp.minimum(seq, end_seq - 1), page)
+        return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
+
+    def merge_page(step, seq, page):
+        slot = lax.rem(step, 3)
+        first, end = page_span(seq, page)
+        for copy in new_token_copies(seq, page, slot):
+            copy.wait()
+
+        @pl.when((first > 0) | (end < PAGE_SIZE))
+        def _():
+            old_page_copy(seq, page, slot).wait()
+
+        def merge(piece, _):
+            start = pl.multiple_of(piece * 16, 16)
+            tokens = pl.ds(start, 16)
+            token = start + lax.broadcasted_iota(jnp.int32, (16, HEAD_DIM), 0)
+            for kind, new in enumerate((new_keys, new_values)):
+                for i in range(16):
+                    rows = new[slot, PAGE_SIZE + start + i].astype(jnp.float32)
+                    by_head[i * 8 : i * 8 + KV_HEADS] = rows
+                for head in range(KV_HEADS):
+                    strided = pl.ds(head, 16, stride=8)
+                    rows = by_head[strided, :]
+                    old = page_rows[slot, kind, head, tokens].astype(jnp.float32)
+                    rows = jnp.where((token >= first) & (token < end), rows, old)
+                    page_rows[slot, kind, head, tokens] = rows.astype(page_rows.dtype)
+            return 0
+
+        lax.fori_loop(first // 16, pl.cdiv(end, 16), merge, 0)
+        page_write(seq, page, slot).start()
+
+    def update_cache():
+        def body(carry):
+            step, seq, page, *ahead = carry
+            ahead = load_page(step + 1, *ahead)
+            merge_page(step, seq, page)
+            return step + 1, *next_page(seq, page), *ahead
+
+        start = (first_seq, first_page(first_seq))
+        ahead = load_page(jnp.int32(0), *start)
+        steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
+
+        def drain(i, _):
+            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 3)).wait()
+            return 0
+
+        lax.fori_loop(0, jnp.minimum(steps, 3), drain, 0)
+
+    # ---- fetch KV: whole pages, into one of 3 buffers of 1024 tokens
+
+    def page_copy(seq, block, slot, page):
+        physical = page_indices[seq * PAGES_PER_SEQ + block * 8 + page]
+        return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, page], kv_sem.at[slot])
+
+    def pages_of(kv_end, block):
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
+
+    def start_block(kv_end, seq, block, slot):
+        def one(page, _):
+            page_copy(seq, block, slot, page).start()
+            return 0
+
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 8)
+        def _():
+            for page in range(8):
+                one(page, 0)
+
+        @pl.when(pages < 8)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
+
+    def wait_block(kv_end, seq, block, slot):
+        def one(page, _):
+            page_copy(seq, block, slot, page).wait()
+            return 0
+
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 8)
+        def _():
+            pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
+
+        @pl.when(pages < 8)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
+
+    def kv_end(seq, q_block):
+        """The number of tokens that the last query of a block attends to."""
+        return kv_lens[seq] - CHUNK + (q_block + 1) * 256
+
+    def advance(seq, q_block, q_step, block):
+        last = (block + 1) * 1024 >= kv_end(seq, q_block)
+        last_of_seq = last & ((q_block + 1) * 256 >= q_len(seq))
+        return (
+            jnp.where(last_of_seq, seq + 1, seq),
+            jnp.where(last, jnp.where(last_of_seq, 0, q_block + 1), q_block),
+            jnp.where(last, q_step + 1, q_step),
+            jnp.where(last, 0, block + 1),
+        )
+
+    def fetch_ahead(step, *at):
+        seq, q_block, q_step, block = at
+
+        @pl.when(seq < end_seq)
+        def _():
+            @pl.when(block == 0)
+            def _():
+                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.start())
+
+            start_block(kv_end(seq, q_block), seq, block, lax.rem(step, 3))
+
+        following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
+        return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
+
+    # ---- query blocks: 256 tokens in and out in their natural layout, by head and token inside
+
+    def block_copies(seq, block, make, act):
+        act(make(q_start(seq) + block * 256, 0, 256))
+
+    def query_copies(seq, block, slot, act):
+        def make(token, first, size):
+            return pltpu.make_async_copy(q_hbm.at[pl.ds(token, size)], q_in.at[slot, pl.ds(first, size)], q_sem.at[slot])
+
+        block_copies(seq, block, make, act)
+
+    def out_copies(seq, block, slot, act):
+        def make(token, first, size):
+            return pltpu.make_async_copy(out_rows.at[slot, pl.ds(first, size)], out_hbm.at[pl.ds(token, size)], out_sem.at[slot])
+
+        block_copies(seq, block, make, act)
+
+    def loop(count, body):
+        """Runs `body(index)` for each index below `count`, as one piece of code."""
+
+        def turn(index, _):
+            body(index)
+            return 0
+
+        lax.fori_loop(0, count, turn, 0)
+
+    def begin(slot):
+        """Sorts a query block by head, `[KV_HEADS, GROUP * 256, HEAD_DIM]`, and clears the running state."""
+
+        def spread(piece):
+            tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
+            rows = pl.ds(pl.multiple_of(piece * 512, 512), 512)
+            queries = q_in[slot, tokens].astype(jnp.float32).reshape(512, HEAD_DIM)
+            by_token[rows] = queries
+
+        def sort(head):
+            rows = head_rows(head)
+            strided = pl.ds(head, 256, stride=32)
+            q_rows[head // GROUP, rows] = by_token[strided, :].astype(q_rows.dtype)
+            row_max[head // GROUP, rows] = jnp.full((256, 128), MASKED)
+            row_sum[head // GROUP, rows] = jnp.zeros((256, 128))
+            acc[head // GROUP, rows] = jnp.zeros((256, HEAD_DIM))
+
+        loop(16, spread)
+        loop(Q_HEADS, sort)
+
+    def head_rows(head):
+        """Where one query head's tokens are among the rows of its KV head."""
+        return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * 256, 256), 256)
+
+    def finish(slot):
+        """Puts a block's output back in the order of its tokens."""
+
+        def unsort(head):
+            rows = head_rows(head)
+            strided = pl.ds(head, 256, stride=32)
+            out = acc[head // GROUP, rows] / widen(row_sum[head // GROUP, rows], HEAD_DIM)
+            by_token[strided, :] = out
+
+        def gather(piece):
+            tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
+            rows = pl.ds(pl.multiple_of(piece * 512, 512), 512)
+            out = by_token[rows]
+            out_rows[slot, tokens] = out.reshape(16, Q_HEADS, HEAD_DIM).astype(out_rows.dtype)
+
+        loop(Q_HEADS, unsort)
+        loop(16, gather)
+
+    def clear_tail(slot, valid):
+        """Zeroes V from token `valid` to the end of its tile: a weight of 0 does not hide a NaN."""
+        row = lax.broadcasted_iota(jnp.int32, (UNIT, HEAD_DIM), 0)
+
+        def clear(unit, _):
+            token = unit * UNIT
+            tokens = pl.ds(pl.multiple_of(lax.rem(token, PAGE_SIZE), UNIT), UNIT)
+            for head in range(KV_HEADS):
+                old = kv[slot, token // PAGE_SIZE, 1, head, tokens].astype(jnp.float32)
+                kv[slot, token // PAGE_SIZE, 1, head, tokens] = jnp.where(token + row < valid, old, 0.0).astype(kv.dtype)
+            return 0
+
+        lax.fori_loop(valid // UNIT, pl.cdiv(valid, 512) * 32, clear, 0)
+
+    # ---- read KV: a tile of 512 tokens at a time, one head of it at a time
+
+    def head_of(slot, tile, kind, head):
+        pages = pl.ds(tile * 4, 4)
+        return kv[slot, pages, kind, head].reshape(512, HEAD_DIM)
+
+    def head_keys(slot, tile, head):
+        return head_of(slot, tile, 0, head)
+
+    def head_values(slot, tile, head):
+        return head_of(slot, tile, 1, head)
+
+    def tile_tokens(shape):
+        """The token of each column of a score."""
+        return lax.broadcasted_iota(jnp.int32, shape, 1)
+
+    # ---- flash step: the query rows of one head, 1024 at a time, against one tile
+
+    def flash_step(slot, tile, head, rows, first_token, first_query, masked):
+        scores = products(q_rows[head, rows], head_keys(slot, tile, head), 1)
+        scores = scores * SCORE_SCALE
+        if masked:
+            row = rows.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+            query = first_query + lax.rem(row, 256)
+            scores = jnp.where(first_token + tile_tokens(scores.shape) <= query, scores, MASKED)
+        old_max = row_max[head, rows]
+        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
+        weights = jnp.exp2(scores - widen(new_max, 512))
+        rescale = jnp.exp2(old_max - new_max)
+        row_max[head, rows] = new_max
+        row_sum[head, rows] = rescale * row_sum[head, rows] + jnp.sum(weights, axis=1, keepdims=True)
+        part = products(weights.astype(jnp.bfloat16), head_values(slot, tile, head), 0)
+        acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part
+
+    def flash_tile(slot, tile, first_token, first_query):
+
+        def all_heads(masked):
+            def one_head(head, _):
+                for first in range(0, 1024, 1024):
+                    flash_step(slot, tile, head, pl.ds(first, 1024), first_token, first_query, masked)
+                return 0
+
+            lax.fori_loop(0, KV_HEADS, one_head, 0)
+
+        reaches_diagonal = first_token + 511 > first_query
+        pl.when(reaches_diagonal)(lambda: all_heads(True))
+        pl.when(jnp.logical_not(reaches_diagonal))(lambda: all_heads(False))
+
+    def attend():
+        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        ahead = start
+        for step in range(2):
+            ahead = fetch_ahead(step, *ahead)
+
+        def body(carry):
+            step, at, ahead, sent = carry
+            seq, q_block, q_step, block = at
+            ahead = fetch_ahead(step + 2, *ahead)
+            slot = lax.rem(step, 3)
+            end = kv_end(seq, q_block)
+            valid = jnp.minimum(end - block * 1024, 1024)
+            last = (block + 1) * 1024 >= end
+            first_query = kv_lens[seq] - q_len(seq) + q_block * 256
+
+            @pl.when(block == 0)
+            def _():
+                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.wait())
+                begin(lax.rem(q_step, 3))
+
+            wait_block(end, seq, block, slot)
+
+            @pl.when(last)
+            def _():
+                clear_tail(slot, valid)
+
+            def one_tile(tile, _):
+                flash_tile(slot, tile, block * 1024 + tile * 512, first_query)
+                return 0
+
+            lax.fori_loop(0, pl.cdiv(valid, 512), one_tile, 0)
+
+            @pl.when(last)
+            def _():
+                @pl.when(q_step > 0)
+                def _():
+                    out_copies(*sent, 0, lambda copy: copy.wait())
+
+                finish(0)
+                out_copies(seq, q_block, 0, lambda copy: copy.start())
+
+            sent = tuple(jnp.where(last, new, old) for new, old in zip((seq, q_block), sent))
+            return step + 1, advance(*at), ahead, sent
+
+        state = (jnp.int32(0), start, ahead, start[:2])
+        *_, sent = lax.while_loop(lambda carry: carry[1][0] < end_seq, body, state)
+        out_copies(*sent, 0, lambda copy: copy.wait())
+
+    @pl.when(first_seq < end_seq)
+    def _():
+        update_cache()
+        attend()
+
+
+def attend_prefill(queries, keys, values, rows, kv_lens, page_indices, distribution):
+    """`(out, rows)` of the prefill sequences; other rows of `out` are not written."""
+    smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
+    return pl.pallas_call(
+        prefill_kernel,
+        in_specs=[smem] * 3 + [hbm] * 4,
+        out_specs=[hbm] * 2,
+        out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
+        input_output_aliases={6: 1},
+        scratch_shapes=[
+            pltpu.VMEM((3, 8, 2, 8, 128, 128), jnp.bfloat16),  # kv: fetched blocks
+            pltpu.VMEM((3, 384, 8, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
+            pltpu.VMEM((3, 384, 8, 128), jnp.bfloat16),  # new_values: new values, likewise
+            pltpu.VMEM((3, 2, 8, 128, 128), jnp.bfloat16),  # page_rows: pages to update
+            pltpu.VMEM((128, 128), jnp.float32),  # by_head: new tokens, to be read by head
+            pltpu.VMEM((3, 256, 32, 128), jnp.bfloat16),  # q_in: query blocks as they come
+            pltpu.VMEM((8192, 128), jnp.float32),  # by_token: one by token
+            pltpu.VMEM((8, 1024, 128), jnp.bfloat16),  # q_rows: one by KV head
+            pltpu.VMEM((8, 1024, 128), jnp.float32),  # row_max: running maximum, the same in every lane
+            pltpu.VMEM((8, 1024, 128), jnp.float32),  # row_sum: running sum, the same in every lane
+            pltpu.VMEM((8, 1024, 128), jnp.float32),  # acc: running output
+            pltpu.VMEM((1, 256, 32, 128), jnp.bfloat16),  # out_rows: an output block on its way out
+            pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
+            pltpu.SemaphoreType.DMA((3,)),  # new_sem: new keys and values
+            pltpu.SemaphoreType.DMA((3,)),  # old_sem: pages that hold old tokens
+            pltpu.SemaphoreType.DMA((3,)),  # write_sem: cache writes
+            pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
+            pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=62914560, disable_bounds_checks=True),
+        name="rpa_prefill",
+    )(kv_lens, page_indices, distribution, queries, keys, values, rows)
+
+
+def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
+    """Attention of a batch of prefill chunks only; returns `(out, kv_cache)`, the cache in the donated argument's memory.
+
+    Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` has nothing to add.
+    """
+    return attend_prefill(queries, keys, values, kv_cache, kv_lens, page_indices, distribution)
