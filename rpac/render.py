@@ -185,6 +185,8 @@ def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
         "group_tokens": tiles.step * tiles.tile,
         "tile_pages": tiles.tile // spec.serving.page_size,
         "tile_units": tiles.tile // unit_tokens(model),
+        "even": spec.serving.pages_per_seq * spec.serving.page_size % tiles.tile == 0,
+        "table_end": spec.serving.max_num_seqs * spec.serving.pages_per_seq - 1,
         "heads_per_set": sets.heads,
         "set_rows": sets.rows,
         "set_queries": queries,

@@ -28,6 +28,7 @@ GROUP_WRITES = 8  # where a turn may end as many sequences
 TILE_BYTES = MIB  # K and V of one tile of a group: long enough that its DMA hides what it costs by itself
 TURN_BYTES = 8 * MIB  # of a group: fetched in a few times the DMA's latency
 STEPS = {"decode": 6, "mixed": 4}  # tiles in a group: more are little faster, and every one is code
+FEW_PAGES, MORE_STEPS = 4, 8  # of a tile; where it has more, their fetches take so long that more tiles pay
 MIN_Q_BLOCK = 16
 # A mixed batch has short sequences too, and a block is computed whole.
 Q_BLOCKS = {"prefill": (256, 128, 64, 32, MIN_Q_BLOCK), "mixed": (128, 64, 32, MIN_Q_BLOCK)}
@@ -200,7 +201,8 @@ def _group_choices(spec: Spec, kind: str, tokens: int) -> Iterator[GroupTiles]:
     tile = max(min(power_of_two_to(TILE_BYTES // token_bytes), shortest), serving.page_size, LANES)
     loaded = min(tokens, serving.max_num_seqs)
     while tile >= max(serving.page_size, LANES):
-        step = min(max(TURN_BYTES // (tile * token_bytes), 1), STEPS[kind])
+        steps = MORE_STEPS if kind == "decode" and tile > FEW_PAGES * serving.page_size else STEPS[kind]
+        step = min(max(TURN_BYTES // (tile * token_bytes), 1), steps)
         while step:
             most = 2 + math.ceil(IN_FLIGHT_BYTES / (step * tile * token_bytes))
             for ahead in range(most, 1, -1):

@@ -96,17 +96,18 @@ def decode_kernel(
     def fetch(group, seq, first):
         """Starts the fetch of a group whose first tile is at token `first` of `seq`; returns where the next one begins."""
         for i in range(4):
-            live = seq < num_seqs
-            left = jnp.where(live, kv_lens[jnp.minimum(seq, num_seqs - 1)] - first, 0)
+            live, some_seq = seq < num_seqs, jnp.minimum(seq, num_seqs - 1)
+            left = jnp.where(live, kv_lens[some_seq] - first, 0)
             tile_seq[slot_of(group, i)] = jnp.where(live, seq, 64)
             tile_first[slot_of(group, i)] = first
             tile_left[slot_of(group, i)] = left
-            pages = seq * PAGES_PER_SEQ + first // PAGE_SIZE
+            pages = some_seq * PAGES_PER_SEQ + first // PAGE_SIZE
             for page in range(2):
+                physical = page_indices[pages + page]  # not under the condition: a load that waits for it costs more
 
                 @pl.when(page * PAGE_SIZE < left)
                 def _():
-                    page_copy(page_indices[pages + page], group, i, page).start()
+                    page_copy(physical, group, i, page).start()
 
             last = left <= 256
             seq = jnp.where(last, seq + 1, seq)
