@@ -13,8 +13,8 @@ from typing import Any
 import jinja2
 
 import rpac
-from rpac.chip import is_tpu
-from rpac.layout import align, packing
+from rpac.chip import chip, is_tpu
+from rpac.layout import LANES, align, packing
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims
 from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, unit_tokens
 from rpac.spec import Model, Spec
@@ -24,6 +24,7 @@ CLEAR_UNITS = 16  # zeroed by one turn of a loop: enough to hide what the turn i
 SPLIT_PHASES = 2  # of a decode step that the split of the next block is spread over: products with K and with V
 SPLIT_PIECE = 128  # bfloat16 rows that are split at once beside other work: 8 registers
 SPLIT_ROWS = 512  # bfloat16 rows that are split into K and V in one turn of a loop: 32 registers
+SCORES_AHEAD = 3  # flash steps whose scores are made before they are weighed: as many as keep the MXU busy meanwhile
 SORT_TOKENS = 16  # tokens of a query block that one turn of a loop moves; divides every query block
 HEADER_END = '"""\n'
 
@@ -101,6 +102,9 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "masked": repr(MASKED),
         "kv_layout": serving.kv_layout,
         "splits_words": serving.kv_layout == "interleaved" and packing(model.kv_dtype) > 1,
+        "sum_by_mxu": is_tpu(plan.target)
+        and chip(plan.target).mxu_size > model.head_dim
+        and packing(model.kv_dtype) > 1,
         "kv_stride": align(model.kv_heads, SUBLANES),
         "page_size": serving.page_size,
         "pages_per_seq": serving.pages_per_seq,
@@ -167,6 +171,9 @@ def _tile_context(spec: Spec, tiles: DecodeTiles | GroupTiles | BlockTiles | Xla
             "sort_tokens": SORT_TOKENS,
             "sort_rows": SORT_TOKENS * spec.model.q_heads,
             "sort_pieces": tiles.q_block // SORT_TOKENS,
+            "scores_ahead": SCORES_AHEAD,
+            # A mixed program holds two kernels, and few of its tiles reach the diagonal.
+            "masked_heads": tiles.heads if len(tiles.copy_sizes) == 1 else 1,
             "merge_rows": tiles.merge_tokens * rows.token_rows,
             "tile_pages": tiles.tile // page,
             "tile_units": tiles.tile // unit_tokens(spec.model),

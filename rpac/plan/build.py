@@ -32,7 +32,8 @@ FEW_PAGES, MORE_STEPS = 4, 8  # of a tile; where it has more, their fetches take
 MIN_Q_BLOCK = 16
 # A mixed batch has short sequences too, and a block is computed whole.
 Q_BLOCKS = {"prefill": (256, 128, 64, 32, MIN_Q_BLOCK), "mixed": (128, 64, 32, MIN_Q_BLOCK)}
-STEP_ROWS = 1024  # query rows of a flash step: enough independent ones to fill the chain of MXU, exp2 and MXU
+STEP_ROWS = 256  # query rows of a flash step: with fewer, pushing K and V into the MXU shows
+STEP_HEADS = 4  # whose flash steps are one piece of code, for at its ends units wait; half as many on a narrow MXU
 INT32_BYTES = 4
 
 Tiles: TypeAlias = DecodeTiles | GroupTiles | BlockTiles
@@ -137,7 +138,7 @@ def _plan_xla(spec: Spec, target: str, kind: str) -> KernelPlan:
 
 def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
     decode = _plan_decode(spec, device, kind, tokens) if kind != "prefill" else None
-    block = _fit(spec, device, _block_choices(spec, kind, tokens)) if kind != "decode" else None
+    block = _fit(spec, device, _block_choices(spec, device, kind, tokens)) if kind != "decode" else None
     need, limit = _vmem_budget(spec, device, decode, block)
     return KernelPlan(
         device.target, kind, (), "", decode, block, need, limit, device.vmem_bytes, smem_need(spec), device.smem_bytes
@@ -211,7 +212,7 @@ def _group_choices(spec: Spec, kind: str, tokens: int) -> Iterator[GroupTiles]:
         tile //= 2
 
 
-def _block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[BlockTiles]:
+def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator[BlockTiles]:
     """Likewise; a prefill kernel's query block divides the chunk, so that it has no partial block."""
     model, serving = spec.model, spec.serving
     most = max(power_of_two_from(max(serving.context_lens)), LANES)
@@ -224,11 +225,14 @@ def _block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[BlockTiles]:
             q_block = min(q_block, max(power_of_two_from(tokens), MIN_Q_BLOCK))
         copy_sizes = copy_sizes_of(kind, q_block, tokens)
         step_rows = step_rows_of(model.group * q_block, STEP_ROWS)
+        heads = math.gcd(model.kv_heads, STEP_HEADS if device.mxu_size > LANES else STEP_HEADS // 2)
         for block in (1024, 512, 256, LANES):
             block = max(min(block, most), serving.page_size)
             tile = min(512, block)
             for buffers in (3, 2):
-                yield BlockTiles(q_block, block, tile, step_rows, buffers, 3, MERGE_TOKENS, new_tokens, copy_sizes)
+                yield BlockTiles(
+                    q_block, block, tile, step_rows, heads, buffers, 3, MERGE_TOKENS, new_tokens, copy_sizes
+                )
 
 
 def copy_sizes_of(kind: str, q_block: int, tokens: int) -> tuple[int, ...]:

@@ -184,12 +184,15 @@ class GroupTiles:
 
 @dataclass(frozen=True)
 class BlockTiles:
-    """Tiles of a prefill or mixed kernel, in tokens; `step_rows` are query rows (tokens times group) of one flash step."""
+    """Tiles of a prefill or mixed kernel, in tokens; `step_rows` are query rows (tokens times group) of one flash step,
+    `heads` the KV heads whose steps are one piece of code.
+    """
 
     q_block: int
     block: int
     tile: int
     step_rows: int
+    heads: int
     buffers: int
     update_buffers: int
     merge_tokens: int
@@ -245,7 +248,7 @@ class BlockTiles:
 
     def temporaries(self, model: Model) -> int:
         """Bytes of the values of one flash step that registers cannot hold: scores and weights."""
-        return 2 * nbytes((self.step_rows, self.tile), "float32")
+        return 8 * nbytes((self.step_rows, self.tile), "float32")
 
 
 def word_dtype(model: Model) -> str:

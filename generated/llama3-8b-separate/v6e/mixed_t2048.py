@@ -11,8 +11,8 @@ What was specialized:
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - decode: tiles of 256 tokens, no longer than the expected lengths, 4 of them a turn, so that one fills the other's waits; fetched 4 turns ahead, so that DMA latency hides
-- mixed: blocks of 128 queries against 1024 fetched tokens (3 buffers); computes 512 query rows of a head against 512 tokens at once
-- VMEM: 34,668,544 bytes counted, 50,331,648 allowed, 134,217,728 there
+- mixed: blocks of 128 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
+- VMEM: 36,765,696 bytes counted, 50,331,648 allowed, 134,217,728 there
 """
 import jax
 import jax.numpy as jnp
@@ -647,11 +647,13 @@ def mixed_kernel(
         """The token of each column of a score."""
         return lax.broadcasted_iota(jnp.int32, shape, 1)
 
-    # ---- flash step: the query rows of one head, 512 at a time, against one tile
+    # ---- flash steps: 256 query rows of one head against one tile. Scores are made 3 steps before they are
+    # weighed, and 4 heads are one piece of code, so that the MXU and the vector units work at once.
 
-    def flash_step(slot, tile, head, rows, first_token, first_query, masked):
-        scores = products(q_rows[head, rows], head_keys(slot, tile, head), 1)
-        scores = scores * SCORE_SCALE
+    def score(slot, tile, head, rows):
+        return products(q_rows[head, rows], head_keys(slot, tile, head), 1) * SCORE_SCALE
+
+    def flash_step(scores, slot, tile, head, rows, first_token, first_query, masked):
         if masked:
             row = rows.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
             query = first_query + lax.rem(row, 128)
@@ -661,23 +663,33 @@ def mixed_kernel(
         weights = jnp.exp2(scores - widen(new_max, 512))
         rescale = jnp.exp2(old_max - new_max)
         row_max[head, rows] = new_max
-        row_sum[head, rows] = rescale * row_sum[head, rows] + jnp.sum(weights, axis=1, keepdims=True)
-        part = products(weights.astype(jnp.bfloat16), head_values(slot, tile, head), 0)
-        acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part
+        # The MXU is wider than a head: ones beside the values make the sum of the weights at no cost.
+        values = jnp.concatenate([head_values(slot, tile, head), jnp.ones((512, 128), jnp.bfloat16)], axis=1)
+        part = products(weights.astype(jnp.bfloat16), values, 0)
+        row_sum[head, rows] = rescale * row_sum[head, rows] + part[:, HEAD_DIM:]
+        acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part[:, :HEAD_DIM]
 
     def flash_tile(slot, tile, first_token, first_query):
 
-        def all_heads(masked):
-            def one_head(head, _):
-                for first in range(0, 512, 512):
-                    flash_step(slot, tile, head, pl.ds(first, 512), first_token, first_query, masked)
+        def all_heads(heads, masked):
+            def some_heads(turn, _):
+                steps = [
+                    (turn * heads + head, pl.ds(row, 256))
+                    for head in range(heads)
+                    for row in range(0, 512, 256)
+                ]
+                scores = [score(slot, tile, *step) for step in steps[:3]]
+                for i, step in enumerate(steps):
+                    if i + 3 < len(steps):
+                        scores.append(score(slot, tile, *steps[i + 3]))
+                    flash_step(scores[i], slot, tile, *step, first_token, first_query, masked)
                 return 0
 
-            lax.fori_loop(0, KV_HEADS, one_head, 0)
+            lax.fori_loop(0, KV_HEADS // heads, some_heads, 0)
 
         reaches_diagonal = first_token + 511 > first_query
-        pl.when(reaches_diagonal)(lambda: all_heads(True))
-        pl.when(jnp.logical_not(reaches_diagonal))(lambda: all_heads(False))
+        pl.when(reaches_diagonal)(lambda: all_heads(1, True))
+        pl.when(jnp.logical_not(reaches_diagonal))(lambda: all_heads(4, False))
 
     def attend():
         start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))

@@ -10,7 +10,7 @@ What was specialized:
 - token buckets that use it: 1024, 2048
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - only prefill batches: the other kernels are not in this program
-- prefill: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 1024 query rows of a head against 512 tokens at once
+- prefill: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
 - VMEM: 52,494,336 bytes counted, 67,108,864 allowed, 134,217,728 there
 """
 import jax
@@ -389,11 +389,13 @@ def prefill_kernel(
         column = lax.broadcasted_iota(jnp.int32, shape, 1)
         return (column >> 1) + (column & 1) * 256
 
-    # ---- flash step: the query rows of one head, 1024 at a time, against one tile
+    # ---- flash steps: 256 query rows of one head against one tile. Scores are made 3 steps before they are
+    # weighed, and 4 heads are one piece of code, so that the MXU and the vector units work at once.
 
-    def flash_step(slot, tile, head, rows, first_token, first_query, masked):
-        scores = products(q_rows[head, rows], head_keys(slot, tile, head), 1)
-        scores = scores * SCORE_SCALE
+    def score(slot, tile, head, rows):
+        return products(q_rows[head, rows], head_keys(slot, tile, head), 1) * SCORE_SCALE
+
+    def flash_step(scores, slot, tile, head, rows, first_token, first_query, masked):
         if masked:
             row = rows.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
             query = first_query + lax.rem(row, 256)
@@ -403,24 +405,34 @@ def prefill_kernel(
         weights = jnp.exp2(scores - widen(new_max, 512))
         rescale = jnp.exp2(old_max - new_max)
         row_max[head, rows] = new_max
-        row_sum[head, rows] = rescale * row_sum[head, rows] + jnp.sum(weights, axis=1, keepdims=True)
-        part = products(weights.astype(jnp.bfloat16), head_values(slot, tile, head), 0)
-        acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part
+        # The MXU is wider than a head: ones beside the values make the sum of the weights at no cost.
+        values = jnp.concatenate([head_values(slot, tile, head), jnp.ones((512, 128), jnp.bfloat16)], axis=1)
+        part = products(weights.astype(jnp.bfloat16), values, 0)
+        row_sum[head, rows] = rescale * row_sum[head, rows] + part[:, HEAD_DIM:]
+        acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part[:, :HEAD_DIM]
 
     def flash_tile(slot, tile, first_token, first_query):
         split_tile(slot, tile)
 
-        def all_heads(masked):
-            def one_head(head, _):
-                for first in range(0, 1024, 1024):
-                    flash_step(slot, tile, head, pl.ds(first, 1024), first_token, first_query, masked)
+        def all_heads(heads, masked):
+            def some_heads(turn, _):
+                steps = [
+                    (turn * heads + head, pl.ds(row, 256))
+                    for head in range(heads)
+                    for row in range(0, 1024, 256)
+                ]
+                scores = [score(slot, tile, *step) for step in steps[:3]]
+                for i, step in enumerate(steps):
+                    if i + 3 < len(steps):
+                        scores.append(score(slot, tile, *steps[i + 3]))
+                    flash_step(scores[i], slot, tile, *step, first_token, first_query, masked)
                 return 0
 
-            lax.fori_loop(0, KV_HEADS, one_head, 0)
+            lax.fori_loop(0, KV_HEADS // heads, some_heads, 0)
 
         reaches_diagonal = first_token + 511 > first_query
-        pl.when(reaches_diagonal)(lambda: all_heads(True))
-        pl.when(jnp.logical_not(reaches_diagonal))(lambda: all_heads(False))
+        pl.when(reaches_diagonal)(lambda: all_heads(4, True))
+        pl.when(jnp.logical_not(reaches_diagonal))(lambda: all_heads(4, False))
 
     def attend():
         start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
