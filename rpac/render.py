@@ -14,7 +14,7 @@ import jinja2
 
 import rpac
 from rpac.chip import chip, is_tpu
-from rpac.layout import LANES, align, packing
+from rpac.layout import align, packing
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims
 from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, unit_tokens
 from rpac.spec import Model, Spec
