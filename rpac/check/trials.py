@@ -68,6 +68,7 @@ class _Trials(ABC):
         self.chunk = spec.serving.prefill_chunk
         self.buckets = plan.tokens
         self.decode_block, self.decode_tile = _block_and_tile(plan.decode)
+        self.groups = plan.decode.groups if isinstance(plan.decode, GroupTiles) else 0
         self.block, self.tile = _block_and_tile(plan.block)
         self.q_block = plan.block.q_block if plan.block else 0
 
@@ -124,6 +125,16 @@ class _Decode(_Trials):
         yield self.rows("empty", [])
         yield self.rows("one sequence, full table", [self.max_len])
         yield self.many("max sequences, shared prefix", self.max_rows)
+        if self.groups:
+            yield from self.around_groups()
+
+    def around_groups(self) -> Iterator[Trial]:
+        """Rows that begin and end where groups do, enough that buffers are used again; and the end of the page table."""
+        count = min(self.max_rows, self.groups + 1)
+        each = min(-(-(self.groups + 1) // count), self.max_len // self.decode_block)
+        if each:
+            yield self.rows("whole groups", [each * self.decode_block] * count)
+        yield self.rows("max sequences, full table of the last", [1] * (self.max_rows - 1) + [self.max_len])
 
     def rows(self, name: str, kv_lens: Sequence[int], shared_pages: int = 0) -> Trial:
         return Trial(name, (1,) * len(kv_lens), tuple(kv_lens), len(kv_lens), 0, shared_pages)

@@ -33,7 +33,8 @@ HEADER = (
 def plan(spec_file: Path, targets: tuple[str, ...], as_json: bool) -> None:
     """Print the tiles, buffers and budgets of every kernel of SPEC.
 
-    Tiles are in tokens: decode, block x buffers; prefill and mixed, queries, fetched/computed at once x buffers.
+    Tiles are in tokens: decode, block x buffers, or where K and V lie apart, tiles of a group x tile x groups; prefill and
+    mixed, queries, fetched/computed at once x buffers.
     """
     spec = load_spec(spec_file)
     plans = [one for target in chosen_targets(spec, targets) for one in plan_spec(spec, target)]

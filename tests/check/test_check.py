@@ -17,7 +17,7 @@ from rpac.check.arrays import GARBAGE, Arguments, make_arguments
 from rpac.check.compare import TOLERANCE, compare
 from rpac.errors import CheckError, CompileError
 from rpac.lower import Task
-from rpac.plan import KernelPlan, plan_spec
+from rpac.plan import GroupTiles, KernelPlan, plan_spec
 from rpac.render import Source, render
 from rpac.spec import Spec, load_spec
 
@@ -60,6 +60,9 @@ ODD = [
     serving(max_model_len=48, context_lens=(48,)),
     serving(page_size=256, max_model_len=256, context_lens=(256,)),
     serving(page_size=16, max_model_len=16, prefill_chunk=16, context_lens=(1,)),
+    serving(kv_layout="separate"),
+    serving(kv_layout="separate", max_num_seqs=1, max_model_len=2064),
+    serving(kv_layout="separate", token_buckets=(1, 2, 32), page_size=256, max_model_len=2304),
     *(load_spec(path) for path in sorted(SPECS.glob("*.yaml"))),
 ]
 
@@ -93,12 +96,35 @@ def test_decode_batches_hold_every_edge_length(path: Path, target: str) -> None:
     assert plan.decode is not None
     found = trials(spec, plan)
     lengths = {length for trial in found for length in trial.kv_lens}
-    sizes = {spec.serving.page_size, plan.decode.block, getattr(plan.decode, "tile", plan.decode.block)}
+    group = plan.decode.step * plan.decode.tile if isinstance(plan.decode, GroupTiles) else plan.decode.block
+    sizes = {spec.serving.page_size, group, getattr(plan.decode, "tile", group)}
     edges = {1, *(size + off for size in sizes for off in (-1, 0, 1)), spec.serving.max_model_len}
     assert {edge for edge in edges if edge <= spec.serving.max_model_len} <= lengths
     counts = {len(trial.q_lens) for trial in found}
     assert {0, 1, spec.serving.max_num_seqs} <= counts
-    assert any(trial.shared_pages for trial in found) or plan.decode.block <= spec.serving.page_size
+    assert any(trial.shared_pages for trial in found) or group <= spec.serving.page_size
+
+
+@pytest.mark.parametrize("step", [2, 6])
+def test_decode_batches_of_groups_fill_some_to_the_last_token_and_use_all_buffers_again(step: int) -> None:
+    spec = load_spec(SPECS / "llama3-8b-separate.yaml")
+    plan = plan_of(spec, "decode")
+    assert isinstance(plan.decode, GroupTiles)
+    tiles = replace(plan.decode, step=step, ahead=3)
+    found = trials(spec, replace(plan, decode=tiles))
+    assert any(trial.kv_lens[0] % (tiles.step * tiles.tile) == 0 for trial in found if trial.kv_lens)
+    in_flight = tiles.groups * tiles.step
+    assert any(sum(-(-length // tiles.tile) for length in trial.kv_lens) > in_flight for trial in found)
+    # Where a page table ends within a tile, only the last row could read past it.
+    full = spec.serving.max_num_seqs, spec.serving.max_model_len
+    assert full in {(len(trial.kv_lens), trial.kv_lens[-1]) for trial in found if trial.kv_lens}
+
+
+def test_batches_of_groups_too_long_for_any_row_leave_out_whole_ones() -> None:
+    plan = plan_of(SEPARATE, "decode")
+    assert isinstance(plan.decode, GroupTiles)
+    assert plan.decode.step * plan.decode.tile > SEPARATE.serving.max_model_len
+    assert "whole groups" not in {trial.name for trial in trials(SEPARATE, plan)}
 
 
 @pytest.mark.parametrize("target", ["tpu7x", "cpu"])

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 from rpac.check import check_source
-from rpac.plan import BlockTiles, DecodeTiles, KernelPlan, plan_spec
+from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, plan_spec
 from rpac.render import Source, render
-from rpac.spec import load_spec
+from rpac.spec import Spec, load_spec
 
 TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")
 # More sequences than a kernel has buffers for their outputs and their new tokens, so that the buffers are used again.
 SPEC = replace(TINY, serving=replace(TINY.serving, max_num_seqs=6))
+# Larger pages: the interpreter takes seconds to compile a decode kernel that fetches many.
+APART = replace(SPEC, serving=replace(SPEC.serving, kv_layout="separate", page_size=64))
+SPECS = {"interleaved": SPEC, "apart": APART}
 SEED = 0
 SECONDS = 120.0  # a run takes less than one, on a machine with nothing else to do
 HANG = 10.0  # of a run that will not end
@@ -115,42 +118,135 @@ MIXED = [
 ]
 
 
-def small_plan(kind: str) -> KernelPlan:
+# Of the decode kernel where K and V lie apart.
+GROUPS_FEW = [
+    Mutation("mask one too far", r"< left, scores", "< left + 1, scores"),
+    Mutation("new token a row off", r"(in_unit = .*lax\.rem\(token), UNIT\)", r"\1 + 1, UNIT)"),
+    dropped("no wait for a tile that is not whole", r"wait_for\(kv\.at\[slot, 0\]\)"),
+    Mutation("the next group's values", r"total, weigh\(group, i, weights\)", "total, weigh(group + 1, i, weights)"),
+]
+GROUPS = [
+    *GROUPS_FEW,
+    Mutation("mask one short", r"< left, scores", "< left - 1, scores"),
+    Mutation("KV of the next page", r"(page_indices\[pages \+ page)\]", r"\1 + 1]"),
+    Mutation("a page too few", r"page \* PAGE_SIZE < left", "page * PAGE_SIZE < left - 1", hangs=True),
+    Mutation("a page too many", r"page \* PAGE_SIZE < left", "page * PAGE_SIZE <= left"),
+    dropped("no wait for a group that is not whole", r"wait_tile\(tile_left.*\)"),
+    dropped("no wait for a whole group", r"wait_for\(kv\.at\[pl\.ds\(first_slot, 2\)\]\)"),
+    dropped("no wait for a whole tile", r"wait_for\(kv\.at\[slot\]\)"),
+    Mutation("the last page not waited for", r"pl\.cdiv\(left, PAGE_SIZE\), one_page", "left // PAGE_SIZE, one_page"),
+    dropped("no group arrives", r"arrive\(group \+ 1\)", hangs=True),
+    Mutation("a group arrives late", r"arrive\(group \+ 1\)", "arrive(group)"),
+    Mutation("a group of another's semaphore", r"(first_slot, sem = .*lax\.rem\(group), 3", r"\1 + 1, 3", hangs=True),
+    Mutation("fetched over the group before", r"fetch\(group \+ 2,", "fetch(group + 3,", hangs=True),
+    Mutation("fetched over the group that comes", r"fetch\(group \+ 2,", "fetch(group + 1,", hangs=True),
+    Mutation("a group not fetched at first", r"range\(1, 2\)", "range(1, 1)"),
+    dropped("no group before the first", r"lax\.fori_loop\(0, 6, no_tile, 0\)"),
+    Mutation("a sequence's last tile taken for another", r"last = left <= 128", "last = left < 128"),
+    Mutation("a tile too few", r"last = left <= 128", "last = left <= 129"),
+    Mutation("ends of a group's last tile unseen", r"(?<=0\)\] )<= 256\)", "< 256)"),
+    Mutation("ends at a tile's end unseen", r"\(left <= 128\)\)", "(left < 128))"),
+    Mutation("tiles of no sequence taken for ends", r"\(left > 0\) & ", ""),
+    Mutation("sum of the sequence before", r"jnp\.where\(begins, 0\.0, old_sum\)", "old_sum"),
+    Mutation("output of the sequence before", r"jnp\.where\(begins, 0\.0, old_acc\)", "old_acc"),
+    Mutation("maximum of the sequence before", r"old_max = jnp\.where\(begins, MASKED, old_max\)", "pass"),
+    Mutation("begins ignored", r"begins = (.*) == 0$", r"begins = \1 < 0"),
+    Mutation("begins at every tile", r"begins = (.*) == 0$", r"begins = \1 >= 0"),
+    Mutation("sum not rescaled", r"(old_sum\)) \* kept", r"\1"),
+    Mutation("sum of a tile not rescaled", r"total \* added", "total"),
+    Mutation("output not rescaled", r"(old_acc\)) \* widen\(kept, HEAD_DIM\)", r"\1"),
+    Mutation("output of a tile not rescaled", r"part \* widen\(added, HEAD_DIM\)", "part"),
+    Mutation("output of the first tile stays", r"^( *)(out_all\[tile_seq.*)$", r"\1if i == 0: \2"),
+    Mutation("queries of the group before", r"= score\(group \+ 1, i\)", "= score(group, i)"),
+    Mutation("lengths of the next group", r"tile_left\[slot_of\(group, i\)\]\) for", "tile_left[slot_of(group + 1, i)]) for"),
+    Mutation("merged as the next group", r"state = merge\(group, i, state", "state = merge(group + 1, i, state"),
+    dropped("state not kept from turn to turn", r"row_max\[\.\.\.\], row_sum\[\.\.\.\], acc\[\.\.\.\] = state"),
+    Mutation("a turn too few", r"(more = tile_left\[slot_of\(group \+) 1", r"\1 2"),
+    Mutation("K for V", r"kv\[slot_of\(group, i\), :, 1, head\]", "kv[slot_of(group, i), :, 0, head]"),
+    Mutation("rows of the head before", r"row >= i \* GROUP", "row > i * GROUP"),
+    Mutation("rows of the next head", r"row >= i \* GROUP", "row >= i * GROUP - 1"),
+    dropped("clear_tail removed", r"clear_tail\(slot_of\(group, i\), left\)"),
+    Mutation("the tail of V cleared from a token early", r"token \+ row < valid", "token + row < valid - 1"),
+    Mutation("the tail of V cleared from a token late", r"token \+ row < valid", "token + row <= valid"),
+    Mutation("V cleared to the end of its page", r"pl\.cdiv\(valid, 128\) \* 8", "pl.cdiv(valid, PAGE_SIZE) * 4"),
+    dropped("no wait for queries, keys and values", r"load\.wait\(\)"),
+    dropped("no wait for a cache write before its buffer is used again", r"unit_copy\(seq - 4\)\.wait\(\)"),
+    dropped("no wait for the last cache writes", r"unit_copy\(num_seqs - 1 - i\)\.wait\(\)"),
+    dropped("no wait for the outputs", r"out_copy\.wait\(\)"),
+    Mutation("update of the next page", r"\+ position // PAGE_SIZE\]", "+ (position + 1) // PAGE_SIZE]"),
+    Mutation("update of the unit before", r"position = kv_lens\[seq\] - 1$", "position = jnp.maximum(kv_lens[seq] - 17, 0)"),
+    Mutation("new token of the next tile's place", r"(update_cache\(seq, .*), left - 1\)", r"\1, left)"),
+    Mutation("new value for both", r"enumerate\(\(new_keys, new_values\)\)", "enumerate((new_values, new_values))"),
+    Mutation("new token of the first head", r"new\[head : head \+ 1\]", "new[0:1]"),
+    dropped("update not made", r"update_cache\(seq, slot_of.*"),
+    dropped("update not attended to", r"kv\[slot, page, kind, head, tokens\] = rows"),
+    dropped("update not in what is written", r"unit_out\[write, kind, head\] = rows"),
+    dropped("update not written", r"unit_copy\(seq\)\.start\(\)", hangs=True),
+]
+IN_WORDS = {"K for V"}
+BLOCK_APART = [
+    *(mutation for mutation in BLOCK if mutation.bug not in IN_WORDS),
+    Mutation("K for V", r"head_of\(slot, tile, 1, head\)", "head_of(slot, tile, 0, head)"),
+    Mutation("pages of the first tile", r"pages = pl\.ds\(tile \* 2, 2\)", "pages = pl.ds(0, 2)"),
+    Mutation("new tokens a row off", r"PAGE_SIZE \+ start \+ i\]", "PAGE_SIZE + start + i - 1]"),
+    Mutation("new values for both", r"enumerate\(\(new_keys, new_values\)\)", "enumerate((new_values, new_values))"),
+    Mutation("new tokens of the first head", r"strided = pl\.ds\(head, (?=16, stride=8\)\n *rows = by)", "strided = pl.ds(0, "),
+    Mutation("update of the first head only", r"(page_rows\[slot, kind,) head(, tokens\] = )", r"\1 0\2"),
+    Mutation("the tail of V cleared from a token early", r"token \+ row < valid", "token + row < valid - 1"),
+    Mutation("V cleared to the end of its page", r"pl\.cdiv\(valid, 128\) \* 8", "pl.cdiv(valid, PAGE_SIZE) * 4"),
+]
+
+
+def small_plan(spec: Spec, kind: str) -> KernelPlan:
     """A plan for the largest bucket with tiles so small that a full table is several blocks of several tiles."""
-    plan = next(plan for plan in reversed(plan_spec(SPEC, "tpu7x")) if plan.kind == kind)
+    plan = next(plan for plan in reversed(plan_spec(spec, "tpu7x")) if plan.kind == kind)
     if isinstance(plan.decode, DecodeTiles):
         plan = replace(plan, decode=replace(plan.decode, block=128))
+    if isinstance(plan.decode, GroupTiles):
+        plan = replace(plan, decode=replace(plan.decode, tile=128, step=2, ahead=2, writes=4))
     if isinstance(plan.block, BlockTiles):
-        tiles = {"q_block": 16, "step_rows": 16 * SPEC.model.group, "block": 256, "tile": 128, "merge_tokens": 4}
+        tiles = {"q_block": 16, "step_rows": 16 * spec.model.group, "block": 256, "tile": 128}
+        if spec is SPEC:  # else whole registers
+            tiles["merge_tokens"] = 4
         plan = replace(plan, block=replace(plan.block, **tiles))
     return plan
 
 
-def cases(kind: str, mutations: list[Mutation], *marks: pytest.MarkDecorator) -> list[object]:
-    return [pytest.param(kind, mutation, id=f"{kind}: {mutation.bug}", marks=marks) for mutation in mutations]
+def cases(
+    kind: str, mutations: list[Mutation], *marks: pytest.MarkDecorator, layout: str = "interleaved"
+) -> list[object]:
+    apart = "" if layout == "interleaved" else ", K and V apart"
+    return [
+        pytest.param(SPECS[layout], kind, mutation, id=f"{kind}{apart}: {mutation.bug}", marks=marks)
+        for mutation in mutations
+    ]
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill", "mixed"])
-def test_without_a_bug_there_is_nothing_to_catch(kind: str) -> None:
-    plan = small_plan(kind)
-    failed = [result for result in check_source(SPEC, plan, render(SPEC, plan), seed=SEED) if not result.ok]
+@pytest.mark.parametrize("spec", [SPEC, pytest.param(APART, marks=pytest.mark.slow)], ids=list(SPECS))
+def test_without_a_bug_there_is_nothing_to_catch(spec: Spec, kind: str) -> None:
+    plan = small_plan(spec, kind)
+    failed = [result for result in check_source(spec, plan, render(spec, plan), seed=SEED) if not result.ok]
     assert not failed
 
 
 @pytest.mark.parametrize(
-    ("kind", "mutation"),
+    ("spec", "kind", "mutation"),
     [
         *cases("decode", DECODE),
         *cases("prefill", BLOCK, pytest.mark.slow),
         *cases("mixed", MIXED, pytest.mark.slow),
         # Their kernel is made by the template that makes the prefill kernel.
         *cases("mixed", BLOCK, pytest.mark.slow),
+        *cases("decode", GROUPS_FEW, layout="apart"),
+        *cases("decode", GROUPS[len(GROUPS_FEW) :], pytest.mark.slow, layout="apart"),
+        *cases("prefill", BLOCK_APART, pytest.mark.slow, layout="apart"),
     ],
 )
-def test_a_bug_is_caught(kind: str, mutation: Mutation) -> None:
-    plan = small_plan(kind)
+def test_a_bug_is_caught(spec: Spec, kind: str, mutation: Mutation) -> None:
+    plan = small_plan(spec, kind)
     time_limit = HANG if mutation.hangs else SECONDS
-    results = check_source(SPEC, plan, mutation.apply(render(SPEC, plan)), seed=SEED, time_limit=time_limit)
+    results = check_source(spec, plan, mutation.apply(render(spec, plan)), seed=SEED, time_limit=time_limit)
     caught = next((result for result in results if not result.ok), None)
     assert caught is not None, "the bug goes unseen"
     print(caught)

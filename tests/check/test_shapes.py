@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from rpac.check import check_source
 from rpac.lower import Cache, lower_all, tasks_of
-from rpac.plan import plan_spec
+from rpac.plan import GroupTiles, KernelPlan, plan_spec
 from rpac.render import render
 from rpac.spec import Model, Spec, load_spec
 
@@ -42,16 +43,41 @@ SHAPES = [
     shaped(4, 2, page_size=256),
     shaped(4, 2, token_buckets=(1, 32)),
 ]
-PORTABLE_FEW = [shaped(9, 3, kv_layout="separate")]
-PORTABLE = [
-    *PORTABLE_FEW,
-    shaped(4, 2, head_dim=256, dtype="float32", page_size=64, kv_layout="separate"),
+
+
+def apart(q_heads: int, kv_heads: int, head_dim: int = 128, dtype: str = "bfloat16", **serving: object) -> Spec:
+    """Likewise, with K and V apart. A page table is no multiple of a tile, and longer than the fetch runs ahead."""
+    page_size = serving.setdefault("page_size", 64)
+    assert isinstance(page_size, int)
+    long = {"max_model_len": 1024 + max(page_size, 32), "max_num_seqs": 6}
+    return shaped(q_heads, kv_heads, head_dim, dtype, kv_layout="separate", **{**long, **serving})
+
+
+APART_FEW = [
+    apart(12, 3),  # two KV heads share the rows of a product, the third has half of them
+    apart(3, 1, dtype="float32"),  # rows of a product that are no query's
+]
+APART = [
+    *APART_FEW,
+    apart(1, 1),
+    apart(8, 8),  # group 1
+    apart(9, 3, page_size=16),
+    apart(10, 2),  # group 5
+    apart(8, 1),  # a set for each head
+    apart(32, 2),  # the largest group
+    apart(4, 2, head_dim=256),
+    apart(3, 1, head_dim=256, dtype="float32"),
+    apart(4, 2, page_size=256, prefill_chunk=32),
+    apart(8, 2, page_size=16, token_buckets=(1, 32)),
+    apart(4, 2, page_size=16, max_model_len=48, context_lens=(48,)),  # shorter than a tile
+    apart(4, 2, max_num_seqs=32),  # more sequences than there are buffers for their new tokens
 ]
 
 
 def named(spec: Spec) -> str:
-    apart = "-apart" if spec.serving.kv_layout == "separate" else ""
-    return f"{spec.name}-page{spec.serving.page_size}-bucket{spec.serving.token_buckets[0]}{apart}"
+    serving = spec.serving
+    layout = f"-apart{serving.max_model_len}x{serving.max_num_seqs}" if serving.kv_layout == "separate" else ""
+    return f"{spec.name}-page{serving.page_size}-bucket{serving.token_buckets[0]}{layout}"
 
 
 def params(specs: list[Spec], few: list[Spec]) -> list[object]:
@@ -60,11 +86,12 @@ def params(specs: list[Spec], few: list[Spec]) -> list[object]:
 
 
 each_shape = pytest.mark.parametrize("spec", params(SHAPES, FEW))
-each_portable_shape = pytest.mark.parametrize("spec", params([*SHAPES, *PORTABLE], [*FEW, *PORTABLE_FEW]))
+each_shape_apart = pytest.mark.parametrize("spec", params(APART, APART_FEW))
+each_portable_shape = pytest.mark.parametrize("spec", params([*SHAPES, *APART], [*FEW, APART_FEW[0]]))
 
 
-def check(spec: Spec, target: str, kind: str) -> None:
-    for plan in plan_spec(spec, target):
+def check(spec: Spec, target: str, kind: str, tiles: Callable[[KernelPlan], KernelPlan] = lambda plan: plan) -> None:
+    for plan in map(tiles, plan_spec(spec, target)):
         if plan.kind == kind:
             results = list(check_source(spec, plan, render(spec, plan), seed=SEED, random_batches=1))
             failed = [result for result in results if not result.ok]
@@ -85,6 +112,25 @@ def test_kernels_agree_with_the_oracle_in_the_interpreter(spec: Spec, kind: str)
     check(spec, "tpu7x", kind)
 
 
+def few_at_once(plan: KernelPlan) -> KernelPlan:
+    """The plan with groups of two of the shortest tiles: a row has several groups, and their buffers are used again."""
+    if isinstance(plan.decode, GroupTiles):
+        plan = replace(plan, decode=replace(plan.decode, step=2, ahead=2))
+    return plan
+
+
+@pytest.mark.parametrize("kind", ["decode", pytest.param("prefill", marks=SLOW), pytest.param("mixed", marks=SLOW)])
+@each_shape_apart
+def test_kernels_of_k_and_v_apart_agree_with_the_oracle_in_the_interpreter(spec: Spec, kind: str) -> None:
+    check(spec, "tpu7x", kind, few_at_once)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [APART_FEW[0], apart(4, 2, page_size=16)], ids=named)
+def test_groups_of_as_many_tiles_as_planned_agree_with_the_oracle(spec: Spec) -> None:
+    check(spec, "tpu7x", "decode")
+
+
 @pytest.mark.parametrize("spec", [shaped(4, 2), pytest.param(shaped(9, 3), marks=SLOW)], ids=lambda spec: spec.name)
 def test_decode_kernels_of_a_narrow_mxu_agree_with_the_oracle(spec: Spec) -> None:
     check(spec, "v5p", "decode")
@@ -93,14 +139,15 @@ def test_decode_kernels_of_a_narrow_mxu_agree_with_the_oracle(spec: Spec) -> Non
 @pytest.mark.compile
 @pytest.mark.parametrize("target", ["tpu7x", "v5e", pytest.param("v6e", marks=SLOW), pytest.param("v5p", marks=SLOW)])
 def test_kernels_of_odd_shapes_compile(target: str) -> None:
-    compile_all([shaped(9, 3), shaped(4, 2, head_dim=256), shaped(3, 1, head_dim=256, dtype="float32")], target)
+    odd = [shaped(9, 3), shaped(4, 2, head_dim=256), shaped(3, 1, head_dim=256, dtype="float32")]
+    compile_all([*odd, *APART_FEW], target)
 
 
 @pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.parametrize("target", ["tpu7x", "v6e", "v5p", "v5e"])
 def test_kernels_of_every_shape_compile(target: str) -> None:
-    compile_all(SHAPES, target)
+    compile_all([*SHAPES, *APART], target)
 
 
 def compile_all(specs: list[Spec], target: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,17 @@ def test_plan_prints_a_row_a_source(tmp_path: Path) -> None:
     ]
     for word in ("VMEM need", "limit", "SMEM need", "token buckets", "tiles from"):
         assert word in header
+
+
+def test_plan_shows_the_groups_of_a_decode_kernel_where_k_and_v_lie_apart(tmp_path: Path) -> None:
+    text = TINY.read_text().replace("  page_size: 16\n", "  page_size: 16\n  kv_layout: separate\n")
+    (tmp_path / "apart.yaml").write_text(text)
+    done = rpac("plan", tmp_path / "apart.yaml", "--target", "tpu7x", cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    decode, prefill, *mixed = done.stdout.splitlines()[2:]
+    assert re.fullmatch(r"tpu7x/decode\.py +8 32 +8 x 128 x11 +- .* rule", decode.strip())
+    assert re.fullmatch(r"tpu7x/prefill\.py +32 +- +16 q, 128/128 x3 .* rule", prefill.strip())
+    assert all(re.search(r" 4 x 128 x19 +\d+ q, ", row) for row in mixed)
 
 
 def test_plan_as_json_is_the_plans(tmp_path: Path) -> None:

@@ -14,9 +14,18 @@ from hypothesis import strategies as st
 from rpac.chip import TPU_TARGETS, chip
 from rpac.errors import PlanError
 from rpac.layout import LANES
-from rpac.plan import BlockTiles, Buffer, DecodeTiles, KernelPlan, RowDims, kinds_of, plan_spec
-from rpac.plan.build import power_of_two_from, power_of_two_to, smem_need, vmem_need
-from rpac.plan.tiles import XlaTiles
+from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims, kinds_of, plan_spec
+from rpac.plan.build import (
+    IN_FLIGHT_BYTES,
+    SMEM_RESERVE,
+    TURN_BYTES,
+    VMEM_HEADROOM,
+    power_of_two_from,
+    power_of_two_to,
+    smem_need,
+    vmem_need,
+)
+from rpac.plan.tiles import Sets, XlaTiles, unit_tokens
 from rpac.spec import Model, Serving, Spec, load_spec
 
 SPECS = [load_spec(path) for path in sorted((Path(__file__).parents[2] / "specs").glob("*.yaml"))]
@@ -34,8 +43,9 @@ def specs(draw: st.DrawFn) -> Spec:
     buckets = tuple(sorted(draw(st.sets(st.integers(1, 2048), min_size=1, max_size=5)) | {256}))
     chunk = draw(st.sampled_from([size for size in (16, 48, 64, 256) if size <= max_len]))
     lengths = draw(st.lists(st.integers(1, max_len), min_size=1, max_size=3))
+    layout = draw(st.sampled_from(["interleaved", "separate"]))
     serving = Serving(
-        page, max_len, buckets[-1], buckets, draw(st.integers(1, 64)), chunk, tuple(sorted(lengths)), 4096
+        page, max_len, buckets[-1], buckets, draw(st.integers(1, 64)), chunk, tuple(sorted(lengths)), 4096, layout
     )
     return Spec("any", model, serving, (*TPU_TARGETS, "cpu"), source="", file="any.yaml")
 
@@ -117,6 +127,84 @@ def test_decode_tiles_are_whole_pages_and_registers_and_few_enough_to_wait_for(s
 
 
 @given(specs(), st.sampled_from(TPU_TARGETS))
+def test_decode_tiles_are_of_the_layout_that_the_cache_has(spec: Spec, target: str) -> None:
+    wanted = GroupTiles if spec.serving.kv_layout == "separate" else DecodeTiles
+    for plan in plans_of(spec, target):
+        assert plan.decode is None or type(plan.decode) is wanted
+
+
+@given(specs(), st.sampled_from(TPU_TARGETS))
+def test_tiles_of_a_group_are_whole_pages_and_registers_and_no_longer_than_needed(spec: Spec, target: str) -> None:
+    serving, model = spec.serving, spec.model
+    for plan in plans_of(spec, target):
+        tiles = plan.decode
+        if not isinstance(tiles, GroupTiles):
+            continue
+        assert tiles.tile % serving.page_size == 0
+        assert tiles.tile % LANES == 0
+        assert tiles.tile % unit_tokens(model) == 0, "its tail is cleared by units"
+        needed = (serving.page_size, LANES, power_of_two_from(min(serving.context_lens)))
+        assert tiles.tile <= max(needed), "a tile is computed whole, however short the sequence"
+        assert tiles.tile // 2 < max(needed)
+        assert {tiles.loaded} == {min(tokens, serving.max_num_seqs) for tokens in plan.tokens}
+
+
+@given(specs(), st.sampled_from(TPU_TARGETS))
+def test_groups_fit_and_are_fetched_far_enough_ahead_where_there_is_room(spec: Spec, target: str) -> None:
+    for plan in plans_of(spec, target):
+        tiles = plan.decode
+        if not isinstance(tiles, GroupTiles):
+            continue
+        assert 1 <= tiles.step <= 8
+        assert tiles.ahead >= 2, "one group is scored, one weighed, one fetched"
+        assert tiles.groups == tiles.ahead + 1
+        assert tiles.step <= tiles.writes, "a turn may end as many sequences"
+        kv = next(buffer for buffer in tiles.scratch(spec) if buffer.name == "kv")
+        turn = kv.vmem_bytes // tiles.groups
+        assert tiles.step == 1 or turn <= TURN_BYTES
+        more = replace(tiles, ahead=tiles.ahead + 1)
+        room = plan.vmem_bytes - plan.vmem_bytes // 16 - VMEM_HEADROOM
+        assert (tiles.ahead - 1) * turn >= IN_FLIGHT_BYTES or vmem_need(spec, more) > room
+        scalars = sum(math.prod(buffer.shape) for buffer in tiles.scratch(spec) if buffer.dtype == "smem")
+        assert 4 * scalars < SMEM_RESERVE // 2, "the budget does not count them"
+
+
+@pytest.mark.parametrize("target", TPU_TARGETS)
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.serving.kv_layout == "separate"], ids=lambda s: s.name)
+def test_decode_rows_of_a_mixed_program_go_by_smaller_groups_of_the_same_tiles(spec: Spec, target: str) -> None:
+    found = {plan.kind: plan.decode for plan in plan_spec(spec, target)}
+    decode, mixed = found["decode"], found["mixed"]
+    assert isinstance(decode, GroupTiles) and isinstance(mixed, GroupTiles)
+    assert decode.tile == mixed.tile
+    assert decode.step > mixed.step
+
+
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "wanted", "padded"),
+    [
+        # KV heads and rows of a set, sets; whether rows are no query's
+        (8, 8, (8, 8, 1), False),
+        (4, 2, (4, 8, 1), True),
+        (32, 8, (2, 8, 4), False),
+        (12, 3, (2, 8, 2), True),
+        (9, 3, (1, 8, 3), True),
+        (5, 1, (1, 8, 1), True),
+        (16, 2, (1, 8, 2), False),
+        (32, 2, (1, 16, 2), False),
+    ],
+)
+def test_heads_share_the_rows_of_a_product_where_their_groups_fill_a_register(
+    q_heads: int, kv_heads: int, wanted: tuple[int, ...], padded: bool
+) -> None:
+    model = Model(q_heads, kv_heads, 128, "bfloat16", "bfloat16", 1.0)
+    sets = Sets.of(model)
+    assert (sets.heads, sets.rows, sets.count) == wanted
+    assert sets.padded(model) == padded
+    assert sets.heads * model.group <= sets.rows
+    assert sets.heads * sets.count >= kv_heads
+
+
+@given(specs(), st.sampled_from(TPU_TARGETS))
 def test_block_tiles_divide_each_other(spec: Spec, target: str) -> None:
     serving = spec.serving
     for plan in plans_of(spec, target):
@@ -130,6 +218,8 @@ def test_block_tiles_divide_each_other(spec: Spec, target: str) -> None:
         assert (spec.model.group * tiles.q_block) % tiles.step_rows == 0
         assert serving.page_size % tiles.merge_tokens == 0
         assert tiles.merge_tokens % RowDims.of(spec.model).unit == 0
+        if serving.kv_layout == "separate":
+            assert tiles.merge_tokens % unit_tokens(spec.model) == 0
         assert tiles.new_tokens <= min(serving.page_size, *plan.tokens)
         if plan.kind == "prefill":
             assert serving.prefill_chunk % tiles.q_block == 0, "no block of a chunk is partial"
@@ -167,9 +257,9 @@ def test_a_unit_is_the_fewest_tokens_that_fill_whole_register_tiles(
 def test_what_is_counted_is_what_is_declared_and_fits(spec: Spec, target: str) -> None:
     device = chip(target)
     for plan in plans_of(spec, target):
-        kernels = [tiles for tiles in (plan.decode, plan.block) if isinstance(tiles, (DecodeTiles, BlockTiles))]
+        kernels = [tiles for tiles in (plan.decode, plan.block) if tiles and not isinstance(tiles, XlaTiles)]
         for tiles in kernels:
-            dtypes = {"dma": None, "bfloat16": 2, "float32": 4, "uint32": 4}
+            dtypes = {"dma": None, "smem": None, "bfloat16": 2, "float32": 4, "uint32": 4}
             declared = sum(math.prod(buffer.shape) * (dtypes[buffer.dtype] or 0) for buffer in tiles.scratch(spec))
             assert declared + tiles.temporaries(spec.model) <= vmem_need(spec, tiles)
         assert plan.vmem_need == max(vmem_need(spec, tiles) for tiles in kernels)
@@ -191,6 +281,7 @@ def test_a_portable_plan_counts_no_vmem() -> None:
         ((4, 3, 128), "bfloat16", 4 * 4 * 128 * 2),
         ((4, 1, 128), "float32", 4 * 1 * 128 * 4),
         ((8,), "dma", 0),
+        ((8,), "smem", 0),
     ],
 )
 def test_a_buffer_takes_the_registers_tiles_that_it_touches(shape: tuple[int, ...], dtype: str, wanted: int) -> None:

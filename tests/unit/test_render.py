@@ -36,7 +36,7 @@ CASES = [
     pytest.param(
         spec, plan, id=f"{spec.name}-{spec.model.q_heads}-{spec.model.kv_heads}-{spec.model.head_dim}-{plan.path}"
     )
-    for spec, target in [*itertools.product(SPECS, ("tpu7x", "v5p", "cpu")), (SEPARATE, "cpu")]
+    for spec, target in [*itertools.product(SPECS, ("tpu7x", "v5p", "cpu")), (SEPARATE, "tpu7x"), (SEPARATE, "cpu")]
     for plan in plan_spec(spec, target)
 ]
 each_source = pytest.mark.parametrize(("spec", "plan"), CASES)
@@ -132,6 +132,28 @@ def test_a_source_is_for_one_layout_of_the_cache_and_says_so_where_it_is_not_rpa
     assert interleaved.body != separate.body
 
 
+def test_where_k_and_v_lie_apart_a_mixed_program_has_both_kernels_and_the_others_one() -> None:
+    for kind, wanted in (("decode", ["decode"]), ("prefill", ["prefill"]), ("mixed", ["decode", "mixed"])):
+        text = render(SEPARATE, plan_of(SEPARATE, "tpu7x", kind)).text
+        functions = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+        assert [name for name in functions if name.endswith("_kernel")] == [f"{kernel}_kernel" for kernel in wanted]
+        assert [name for name in functions if name.startswith("attend_")] == [f"attend_{kernel}" for kernel in wanted]
+        assert text.count("pl.pallas_call(") == len(wanted)
+        for other in ("cache_rows", "pack_token", "words_as_rows"):
+            assert other not in text, "of the interleaved layout"
+
+
+def test_a_page_table_that_ends_within_a_tile_is_not_read_past_its_end() -> None:
+    def clamped(pages: int) -> bool:
+        serving = replace(SEPARATE.serving, max_model_len=pages * SEPARATE.serving.page_size)
+        spec = replace(SEPARATE, serving=serving)
+        last = serving.max_num_seqs * pages - 1
+        return f"jnp.minimum(pages + page, {last})" in render(spec, plan_of(spec, "tpu7x", "decode")).text
+
+    assert not clamped(32)
+    assert clamped(33)
+
+
 def test_the_same_spec_gives_the_same_bytes_wherever_its_file_is() -> None:
     text = (ROOT / "specs" / "tiny.yaml").read_text()
     one, other = parse_spec(text, "specs/tiny.yaml"), parse_spec("# a comment\n" + text, "/elsewhere/tiny.yaml")
@@ -157,12 +179,12 @@ def test_a_hash_is_of_the_whole_text() -> None:
 
 
 def test_every_buffer_of_a_plan_is_declared_and_a_parameter_once() -> None:
-    for kind in ("decode", "prefill"):
-        plan = plan_of(TINY, "tpu7x", kind)
+    for spec, kind in itertools.product((TINY, SEPARATE), ("decode", "prefill")):
+        plan = plan_of(spec, "tpu7x", kind)
         tiles = plan.decode or plan.block
         assert tiles is not None
-        text = render(TINY, plan).text
-        for buffer in tiles.scratch(TINY):  # type: ignore[union-attr]
+        text = render(spec, plan).text
+        for buffer in tiles.scratch(spec):  # type: ignore[union-attr]
             assert text.count(f"\n    {buffer.name},\n") == 1
             assert text.count(f",  # {buffer.name}: {buffer.note}\n") == 1
 
