@@ -158,7 +158,9 @@ GROUPS = [
     Mutation("output of a tile not rescaled", r"part \* widen\(added, HEAD_DIM\)", "part"),
     Mutation("output of the first tile stays", r"^( *)(out_all\[tile_seq.*)$", r"\1if i == 0: \2"),
     Mutation("queries of the group before", r"= score\(group \+ 1, i\)", "= score(group, i)"),
-    Mutation("lengths of the next group", r"tile_left\[slot_of\(group, i\)\]\) for", "tile_left[slot_of(group + 1, i)]) for"),
+    Mutation(
+        "lengths of the next group", r"tile_left\[slot_of\(group, i\)\]\) for", "tile_left[slot_of(group + 1, i)]) for"
+    ),
     Mutation("merged as the next group", r"state = merge\(group, i, state", "state = merge(group + 1, i, state"),
     dropped("state not kept from turn to turn", r"row_max\[\.\.\.\], row_sum\[\.\.\.\], acc\[\.\.\.\] = state"),
     Mutation("a turn too few", r"(more = tile_left\[slot_of\(group \+) 1", r"\1 2"),
@@ -174,7 +176,9 @@ GROUPS = [
     dropped("no wait for the last cache writes", r"unit_copy\(num_seqs - 1 - i\)\.wait\(\)"),
     dropped("no wait for the outputs", r"out_copy\.wait\(\)"),
     Mutation("update of the next page", r"\+ position // PAGE_SIZE\]", "+ (position + 1) // PAGE_SIZE]"),
-    Mutation("update of the unit before", r"position = kv_lens\[seq\] - 1$", "position = jnp.maximum(kv_lens[seq] - 17, 0)"),
+    Mutation(
+        "update of the unit before", r"position = kv_lens\[seq\] - 1$", "position = jnp.maximum(kv_lens[seq] - 17, 0)"
+    ),
     Mutation("new token of the next tile's place", r"(update_cache\(seq, .*), left - 1\)", r"\1, left)"),
     Mutation("new value for both", r"enumerate\(\(new_keys, new_values\)\)", "enumerate((new_values, new_values))"),
     Mutation("new token of the first head", r"new\[head : head \+ 1\]", "new[0:1]"),
@@ -190,7 +194,11 @@ BLOCK_APART = [
     Mutation("pages of the first tile", r"pages = pl\.ds\(tile \* 2, 2\)", "pages = pl.ds(0, 2)"),
     Mutation("new tokens a row off", r"PAGE_SIZE \+ start \+ i\]", "PAGE_SIZE + start + i - 1]"),
     Mutation("new values for both", r"enumerate\(\(new_keys, new_values\)\)", "enumerate((new_values, new_values))"),
-    Mutation("new tokens of the first head", r"strided = pl\.ds\(head, (?=16, stride=8\)\n *rows = by)", "strided = pl.ds(0, "),
+    Mutation(
+        "new tokens of the first head",
+        r"strided = pl\.ds\(head, (?=16, stride=8\)\n *rows = by)",
+        "strided = pl.ds(0, ",
+    ),
     Mutation("update of the first head only", r"(page_rows\[slot, kind,) head(, tokens\] = )", r"\1 0\2"),
     Mutation("the tail of V cleared from a token early", r"token \+ row < valid", "token + row < valid - 1"),
     Mutation("V cleared to the end of its page", r"pl\.cdiv\(valid, 128\) \* 8", "pl.cdiv(valid, PAGE_SIZE) * 4"),
