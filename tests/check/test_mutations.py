@@ -123,10 +123,10 @@ GROUPS_FEW = [
     Mutation("mask one too far", r"< left, scores", "< left + 1, scores"),
     Mutation("new token a row off", r"(in_unit = .*lax\.rem\(token), UNIT\)", r"\1 + 1, UNIT)"),
     dropped("no wait for a tile that is not whole", r"wait_for\(kv\.at\[slot, 0\]\)"),
-    Mutation("the next group's values", r"total, weigh\(group, i, weights\)", "total, weigh(group + 1, i, weights)"),
 ]
 GROUPS = [
     *GROUPS_FEW,
+    Mutation("the next group's values", r"total, weigh\(group, i, weights\)", "total, weigh(group + 1, i, weights)"),
     Mutation("mask one short", r"< left, scores", "< left - 1, scores"),
     Mutation("KV of the next page", r"(page_indices\[pages \+ page)\]", r"\1 + 1]"),
     Mutation("a page too few", r"page \* PAGE_SIZE < left", "page * PAGE_SIZE < left - 1", hangs=True),
