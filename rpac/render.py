@@ -198,6 +198,7 @@ def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
         "set_rows": sets.rows,
         "set_queries": queries,
         "sets": sets.count,
+        "query_rows": sets.count * sets.rows,
         "padded": sets.padded(model),
         "out_rows": [(i * sets.rows, min(queries, model.q_heads - i * queries)) for i in range(sets.count)],
         "buffers_declared": [_declared(buffer) for buffer in tiles.scratch(spec)],

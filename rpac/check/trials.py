@@ -160,8 +160,10 @@ class _Prefill(_Trials):
             yield self.rows(f"lengths {' '.join(map(str, part))}", part)
         yield self.rows("empty", [])
         yield self.rows("one sequence, full table", [self.max_len])
-        shared = min((self.max_len - self.chunk) // self.page, 2)
-        yield self.rows("full bucket, shared prefix", [self.chunk + shared * self.page] * size, shared)
+        # From one page into the next: the most pages that as many rows update, more than there are buffers for.
+        length = self.length(self.chunk, self.page, 1) or self.chunk
+        shared = min((self.max_len - length) // self.page, 2)
+        yield self.rows("full bucket, shared prefix", [length + shared * self.page] * size, shared)
 
     def rows(self, name: str, kv_lens: Sequence[int], shared_pages: int = 0) -> Trial:
         count = len(kv_lens)

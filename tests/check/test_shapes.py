@@ -10,7 +10,7 @@ import pytest
 
 from rpac.check import check_source
 from rpac.lower import Cache, lower_all, tasks_of
-from rpac.plan import GroupTiles, KernelPlan, plan_spec
+from rpac.plan import KIND_ORDER, GroupTiles, KernelPlan, plan_spec
 from rpac.render import render
 from rpac.spec import Model, Spec, load_spec
 
@@ -53,12 +53,10 @@ def apart(q_heads: int, kv_heads: int, head_dim: int = 128, dtype: str = "bfloat
     return shaped(q_heads, kv_heads, head_dim, dtype, kv_layout="separate", **{**long, **serving})
 
 
-APART_FEW = [
-    apart(12, 3),  # two KV heads share the rows of a product, the third has half of them
-    apart(3, 1, dtype="float32"),  # rows of a product that are no query's
-]
+APART_FEW = [apart(12, 3)]  # two KV heads share the rows of a product, the third has half of them
 APART = [
     *APART_FEW,
+    apart(3, 1, dtype="float32"),  # rows of a product that are no query's
     apart(1, 1),
     apart(8, 8),  # group 1
     apart(9, 3, page_size=16),
@@ -139,8 +137,14 @@ def test_decode_kernels_of_a_narrow_mxu_agree_with_the_oracle(spec: Spec) -> Non
 @pytest.mark.compile
 @pytest.mark.parametrize("target", ["tpu7x", "v5e", pytest.param("v6e", marks=SLOW), pytest.param("v5p", marks=SLOW)])
 def test_kernels_of_odd_shapes_compile(target: str) -> None:
-    odd = [shaped(9, 3), shaped(4, 2, head_dim=256), shaped(3, 1, head_dim=256, dtype="float32")]
-    compile_all([*odd, *APART_FEW], target)
+    compile_all([shaped(9, 3), shaped(4, 2, head_dim=256), shaped(3, 1, head_dim=256, dtype="float32")], target)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("target", ["tpu7x", "v5e"])
+def test_kernels_of_odd_shapes_with_k_and_v_apart_compile(target: str) -> None:
+    """A mixed program has both kernels."""
+    compile_all(APART_FEW, target, kinds=("mixed",))
 
 
 @pytest.mark.slow
@@ -150,11 +154,11 @@ def test_kernels_of_every_shape_compile(target: str) -> None:
     compile_all([*SHAPES, *APART], target)
 
 
-def compile_all(specs: list[Spec], target: str) -> None:
+def compile_all(specs: list[Spec], target: str, kinds: tuple[str, ...] = KIND_ORDER) -> None:
     """One program of each kind, for its largest token bucket."""
     tasks = []
     for spec in specs:
-        largest = {plan.kind: plan for plan in plan_spec(spec, target)}
+        largest = {plan.kind: plan for plan in plan_spec(spec, target) if plan.kind in kinds}
         tasks += tasks_of(
             spec, [(replace(plan, tokens=plan.tokens[-1:]), render(spec, plan)) for plan in largest.values()]
         )
