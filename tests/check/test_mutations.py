@@ -259,3 +259,13 @@ def test_a_bug_is_caught(spec: Spec, kind: str, mutation: Mutation) -> None:
     assert caught is not None, "the bug goes unseen"
     print(caught)
     assert mutation.hangs or not any("did not end" in note for note in caught.notes)
+
+
+@pytest.mark.slow
+def test_a_page_table_that_ends_within_a_tile_and_is_read_past_its_end_is_caught() -> None:
+    spec = replace(APART, serving=replace(APART.serving, max_model_len=9 * APART.serving.page_size))
+    bug = Mutation("page table past its end", r"jnp\.minimum\(pages \+ page, \d+\)", "pages + page")
+    plan = small_plan(spec, "decode")
+    results = check_source(spec, plan, bug.apply(render(spec, plan)), seed=SEED)
+    caught = next((result for result in results if not result.ok), None)
+    assert caught is not None and "Out-of-bounds read" in caught.notes[0]
