@@ -18,6 +18,7 @@ Array = NDArray[Any]
 Int32s = NDArray[np.int32]
 
 # What metadata holds where nothing may read it: as an index, one wraps around and the other is out of bounds.
+SIGNALING_NAN = {2: 0x7F81, 4: 0x7F800001}  # bfloat16, float32; by the bytes of an element
 GARBAGE = (-7, np.iinfo(np.int32).max)
 
 
@@ -37,7 +38,8 @@ class Arguments(NamedTuple):
 def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.random.Generator) -> Arguments:
     """The call of a trial in a bucket of `tokens`, on a cache of `pages` pages, which are dealt out shuffled.
 
-    NaN are: pages of no row, rows of the cache past a sequence's old tokens, and the padding of queries, keys and values.
+    NaN are: pages of no row, rows of the cache past a sequence's old tokens, and the padding of queries, keys and values;
+    those in the cache signaling ones, so that a kernel that takes them through arithmetic does not keep them bit for bit.
     Raises BatchError where the trial breaks the batch contract.
     """
     # The generated code takes the number of pages from the cache, and a cache of all of them would take gigabytes.
@@ -46,6 +48,7 @@ def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.ra
     queries, keys, values, kv_cache = (
         np.full(dims.shape, np.nan, dims.dtype) for dims in layout.arg_specs(spec, tokens)[:4]
     )
+    kv_cache.view(f"uint{8 * kv_cache.itemsize}").fill(SIGNALING_NAN[kv_cache.itemsize])
     for array in (queries, keys, values):
         array[: trial.new_tokens] = _normal(rng, array[: trial.new_tokens])
 

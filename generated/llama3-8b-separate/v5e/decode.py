@@ -175,12 +175,15 @@ def decode_kernel(
 
         page, in_unit = token // PAGE_SIZE, lax.rem(token, UNIT)
         tokens = pl.ds(pl.multiple_of(lax.rem(token, PAGE_SIZE) // UNIT * UNIT, UNIT), UNIT)
-        row = lax.broadcasted_iota(jnp.int32, (UNIT, HEAD_DIM), 0)
+        # As words of two tokens, so that the old ones stay bit for bit whatever they are.
+        own_half = jnp.where(in_unit % 2 == 0, jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000))
+        mask = jnp.where(lax.broadcasted_iota(jnp.int32, (UNIT // 2, HEAD_DIM), 0) == in_unit // 2, own_half, jnp.uint32(0))
         for kind, new in enumerate((new_keys, new_values)):
-            new = new[seq].astype(jnp.float32)
+            bits = pltpu.bitcast(new[seq].astype(jnp.float32), jnp.uint32)  # a bfloat16 is the high half of a float32
+            both_halves = bits | (bits >> 16)
             for head in range(KV_HEADS):
-                old = kv[slot, page, kind, head, tokens].astype(jnp.float32)
-                rows = jnp.where(row == in_unit, new[head : head + 1], old).astype(kv.dtype)
+                old = pltpu.bitcast(kv[slot, page, kind, head, tokens], jnp.uint32)
+                rows = pltpu.bitcast((old & ~mask) | (both_halves[head : head + 1] & mask), kv.dtype)
                 kv[slot, page, kind, head, tokens] = rows
                 unit_out[write, kind, head] = rows
         unit_copy(seq).start()

@@ -176,12 +176,15 @@ def decode_kernel(
 
         page, in_unit = token // PAGE_SIZE, lax.rem(token, UNIT)
         tokens = pl.ds(pl.multiple_of(lax.rem(token, PAGE_SIZE) // UNIT * UNIT, UNIT), UNIT)
-        row = lax.broadcasted_iota(jnp.int32, (UNIT, HEAD_DIM), 0)
+        # As words of two tokens, so that the old ones stay bit for bit whatever they are.
+        own_half = jnp.where(in_unit % 2 == 0, jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000))
+        mask = jnp.where(lax.broadcasted_iota(jnp.int32, (UNIT // 2, HEAD_DIM), 0) == in_unit // 2, own_half, jnp.uint32(0))
         for kind, new in enumerate((new_keys, new_values)):
-            new = new[seq].astype(jnp.float32)
+            bits = pltpu.bitcast(new[seq].astype(jnp.float32), jnp.uint32)  # a bfloat16 is the high half of a float32
+            both_halves = bits | (bits >> 16)
             for head in range(KV_HEADS):
-                old = kv[slot, page, kind, head, tokens].astype(jnp.float32)
-                rows = jnp.where(row == in_unit, new[head : head + 1], old).astype(kv.dtype)
+                old = pltpu.bitcast(kv[slot, page, kind, head, tokens], jnp.uint32)
+                rows = pltpu.bitcast((old & ~mask) | (both_halves[head : head + 1] & mask), kv.dtype)
                 kv[slot, page, kind, head, tokens] = rows
                 unit_out[write, kind, head] = rows
         unit_copy(seq).start()
@@ -440,17 +443,24 @@ def mixed_kernel(
         def merge(piece, _):
             start = pl.multiple_of(piece * 16, 16)
             tokens = pl.ds(start, 16)
-            token = start + lax.broadcasted_iota(jnp.int32, (16, HEAD_DIM), 0)
+            # As words of two tokens, so that the old ones stay bit for bit whatever they are.
+            low = start + 2 * lax.broadcasted_iota(jnp.int32, (8, HEAD_DIM), 0)
+            low_mask = jnp.where((low >= first) & (low < end), jnp.uint32(0xFFFF), jnp.uint32(0))
+            mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
+
+            def rows_of(head, first, count, stride):
+                strided = pl.ds(first * 8 + head, count, stride=stride * 8)
+                return by_head[strided, :]
+
             for kind, new in enumerate((new_keys, new_values)):
                 for i in range(16):
                     rows = new[slot, PAGE_SIZE + start + i].astype(jnp.float32)
                     by_head[i * 8 : i * 8 + KV_HEADS] = rows
                 for head in range(KV_HEADS):
-                    strided = pl.ds(head, 16, stride=8)
-                    rows = by_head[strided, :]
-                    old = page_rows[slot, kind, head, tokens].astype(jnp.float32)
-                    rows = jnp.where((token >= first) & (token < end), rows, old)
-                    page_rows[slot, kind, head, tokens] = rows.astype(page_rows.dtype)
+                    even, odd = [pltpu.bitcast(rows_of(head, i, 8, 2), jnp.uint32) for i in range(2)]
+                    words = (even >> 16) | (odd & jnp.uint32(0xFFFF0000))  # a bfloat16 is the high half of a float32
+                    old = pltpu.bitcast(page_rows[slot, kind, head, tokens], jnp.uint32)
+                    page_rows[slot, kind, head, tokens] = pltpu.bitcast((words & mask) | (old & ~mask), page_rows.dtype)
             return 0
 
         lax.fori_loop(first // 16, pl.cdiv(end, 16), merge, 0)
