@@ -181,24 +181,22 @@ GROUPS = [
     ),
     Mutation("new token of the next tile's place", r"(update_cache\(seq, .*), left - 1\)", r"\1, left)"),
     Mutation("new value for both", r"enumerate\(\(new_keys, new_values\)\)", "enumerate((new_values, new_values))"),
-    Mutation("new token of the first head", r"new\[head : head \+ 1\]", "new[0:1]"),
+    Mutation("new token of the first head", r"both_halves\[head : head \+ 1\]", "both_halves[0:1]"),
     dropped("update not made", r"update_cache\(seq, slot_of.*", hangs=True),
     dropped("update not attended to", r"kv\[slot, page, kind, head, tokens\] = rows"),
     dropped("update not in what is written", r"unit_out\[write, kind, head\] = rows"),
     dropped("update not written", r"unit_copy\(seq\)\.start\(\)", hangs=True),
 ]
-IN_WORDS = {"K for V"}
+IN_WORDS = {"K for V", "update keeps no old tokens", "update runs past its end"}
 BLOCK_APART = [
     *(mutation for mutation in BLOCK if mutation.bug not in IN_WORDS),
     Mutation("K for V", r"head_of\(slot, tile, 1, head\)", "head_of(slot, tile, 0, head)"),
     Mutation("pages of the first tile", r"pages = pl\.ds\(tile \* 2, 2\)", "pages = pl.ds(0, 2)"),
     Mutation("new tokens a row off", r"PAGE_SIZE \+ start \+ i\]", "PAGE_SIZE + start + i - 1]"),
     Mutation("new values for both", r"enumerate\(\(new_keys, new_values\)\)", "enumerate((new_values, new_values))"),
-    Mutation(
-        "new tokens of the first head",
-        r"strided = pl\.ds\(head, (?=16, stride=8\)\n *rows = by)",
-        "strided = pl.ds(0, ",
-    ),
+    Mutation("new tokens of the first head", r"(pl\.ds\(first \* 8) \+ head(?=, count)", r"\1"),
+    Mutation("update keeps no old tokens", r"(low_mask = .*)\(low >= first\) & ", r"\1"),
+    Mutation("update runs past its end", r"(low_mask = .*) & \(low < end\)", r"\1"),
     Mutation("update of the first head only", r"(page_rows\[slot, kind,) head(, tokens\] = )", r"\1 0\2"),
     Mutation("the tail of V cleared from a token early", r"token \+ row < valid", "token + row < valid - 1"),
     Mutation("V cleared to the end of its page", r"pl\.cdiv\(valid, 128\) \* 8", "pl.cdiv(valid, PAGE_SIZE) * 4"),
