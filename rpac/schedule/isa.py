@@ -119,7 +119,7 @@ FLOAT_SCALAR: Final = re.compile(
 # fmt: off
 _VECTOR_STEMS: Final = frozenset(
     {
-        "vadd", "vsub", "vmul", "vmax", "vmin", "vand", "vor", "vxor", "vnot", "vneg", "vabs", "vcmp", "vsel", "vmov",
+        "vadd", "vsub", "vmul", "vmax", "vmin", "vand", "vandn", "vor", "vxor", "vnot", "vneg", "vabs", "vcmp", "vsel", "vmov",
         "vshll", "vshrl", "vshra", "vpack", "vunpack", "vcvt", "vround", "vfloor", "vceil", "vtrunc", "vclz", "vpcnt",
         "vclamps", "vlaneseq", "vcmask", "vmand", "vmor", "vmxor", "vmneg", "vmnand", "vmmov", "vnez", "vstv", "vmpackc",
         "vmpack", "vmunpack", "vcombine", "vweird", "vmad", "vfma", "vsmask", "vmatmul", "vmatpush", "vmatpush1",
