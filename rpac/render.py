@@ -16,7 +16,7 @@ import rpac
 from rpac.chip import chip, is_tpu
 from rpac.layout import align, packing
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims
-from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, unit_tokens
+from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, splits_words, unit_tokens
 from rpac.spec import Model, Spec
 
 MASKED = -2.0e38
@@ -101,7 +101,7 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "score_scale": repr(model.sm_scale * math.log2(math.e)),
         "masked": repr(MASKED),
         "kv_layout": serving.kv_layout,
-        "splits_words": serving.kv_layout == "interleaved" and packing(model.kv_dtype) > 1,
+        "splits_words": splits_words(spec),
         "sum_by_mxu": is_tpu(plan.target)
         and chip(plan.target).mxu_size > model.head_dim
         and packing(model.kv_dtype) > 1,
@@ -172,8 +172,6 @@ def _tile_context(spec: Spec, tiles: DecodeTiles | GroupTiles | BlockTiles | Xla
             "sort_rows": SORT_TOKENS * spec.model.q_heads,
             "sort_pieces": tiles.q_block // SORT_TOKENS,
             "scores_ahead": SCORES_AHEAD,
-            # A mixed program holds two kernels, and few of its tiles reach the diagonal.
-            "masked_heads": tiles.heads if len(tiles.copy_sizes) == 1 else 1,
             "merge_rows": tiles.merge_tokens * rows.token_rows,
             "tile_pages": tiles.tile // page,
             "tile_units": tiles.tile // unit_tokens(spec.model),

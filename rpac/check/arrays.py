@@ -17,8 +17,8 @@ from rpac.spec import Spec
 Array = NDArray[Any]
 Int32s = NDArray[np.int32]
 
-# What metadata holds where nothing may read it: as an index, one wraps around and the other is out of bounds.
 SIGNALING_NAN = {2: 0x7F81, 4: 0x7F800001}  # bfloat16, float32; by the bytes of an element
+# What metadata holds where nothing may read it: as an index, one wraps around and the other is out of bounds.
 GARBAGE = (-7, np.iinfo(np.int32).max)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rpac.layout import cdiv
 from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan
 from rpac.plan.tiles import XlaTiles
 from rpac.spec import Spec
@@ -46,7 +47,7 @@ class Trial:
 
     def pages(self, page_size: int) -> int:
         """How many pages of the cache the batch uses."""
-        own = sum(-(-kv_len // page_size) - self.shared_pages for kv_len in self.kv_lens)
+        own = sum(cdiv(kv_len, page_size) - self.shared_pages for kv_len in self.kv_lens)
         return own + self.shared_pages
 
 
@@ -131,7 +132,7 @@ class _Decode(_Trials):
     def around_groups(self) -> Iterator[Trial]:
         """Rows that begin and end where groups do, enough that buffers are used again; and the end of the page table."""
         count = min(self.max_rows, self.groups + 1)
-        each = min(-(-(self.groups + 1) // count), self.max_len // self.decode_block)
+        each = min(cdiv(self.groups + 1, count), self.max_len // self.decode_block)
         if each:
             yield self.rows("whole groups", [each * self.decode_block] * count)
         yield self.rows("max sequences, full table of the last", [1] * (self.max_rows - 1) + [self.max_len])

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from rpac.build import chosen_targets
-from rpac.cli.common import cache_of, cache_option, jobs_option, json_option, spec_argument, target_option
+from rpac.cli.common import cache_of, cache_option, jobs_option, json_option, kind_option, spec_argument, target_option
 from rpac.errors import CheckError
 from rpac.lower import lower_all
-from rpac.plan import KIND_ORDER
 from rpac.spec import load_spec
 from rpac.toolchain import prepare
 
@@ -24,9 +23,7 @@ if TYPE_CHECKING:
 @click.command()
 @spec_argument
 @target_option
-@click.option(
-    "--kind", "kinds", multiple=True, type=click.Choice(KIND_ORDER), help="Only this kind; repeat for several."
-)
+@kind_option
 @click.option("--seed", type=int, help="Of the data and the random batches; default: a fresh one, which is printed.")
 @click.option("--random", "random_batches", type=click.IntRange(0), default=2, show_default=True, help="A source.")
 @click.option("--no-compile", is_flag=True, help="Only run the kernels; compile them for no target.")

@@ -12,6 +12,7 @@ import click
 from tabulate import tabulate
 
 from rpac.lower import Cache, Task
+from rpac.plan import KIND_ORDER
 from rpac.spec import TARGETS
 from rpac.store import default_cache_dir
 
@@ -19,6 +20,9 @@ spec_argument = click.argument("spec_file", metavar="SPEC", type=click.Path(path
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout and nothing else there.")
 target_option = click.option(
     "--target", "targets", multiple=True, type=click.Choice(TARGETS), help="Only this target; repeat for several."
+)
+kind_option = click.option(
+    "--kind", "kinds", multiple=True, type=click.Choice(KIND_ORDER), help="Only this kind; repeat for several."
 )
 jobs_option = click.option("--jobs", type=click.IntRange(1), help="Compiling processes; default: one a core.")
 cache_option = click.option("--no-cache", is_flag=True, help="Compile everything again, and keep nothing.")

@@ -12,9 +12,8 @@ from pathlib import Path
 import click
 
 from rpac.build import chosen_targets
-from rpac.cli.common import json_option, print_json, spec_argument, table, target_option
+from rpac.cli.common import json_option, kind_option, print_json, spec_argument, table, target_option
 from rpac.errors import CheckError
-from rpac.plan import KIND_ORDER
 from rpac.plan.tuned import FOLDER
 from rpac.spec import load_spec
 from rpac.store import Store, default_cache_dir
@@ -26,9 +25,7 @@ HEADER = ("case", "token buckets", "timed", "rejected", "chosen", "of the rule's
 @click.command("tune")
 @spec_argument
 @target_option
-@click.option(
-    "--kind", "kinds", multiple=True, type=click.Choice(KIND_ORDER), help="Only this kind; repeat for several."
-)
+@kind_option
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder of the data files; default: the package's own."
 )

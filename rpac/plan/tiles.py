@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, TypeVar
 
-from rpac.layout import LANES, align, nbytes, packing
+from rpac.layout import LANES, align, cdiv, kv_page_shape, nbytes, packing
 from rpac.spec import Model, Spec
 
 SUBLANES = 8  # of a 32-bit register tile, on every generation supported
@@ -83,7 +83,7 @@ class DecodeTiles:
         new = (self.loaded, model.kv_heads, model.head_dim)
         return (
             Buffer("kv", (self.buffers, self.block * rows.token_rows, LANES), model.kv_dtype, "fetched blocks"),
-            *split_words(model, self.block, 2),
+            *split_words(spec, self.block, 2),
             Buffer("q_all", (self.loaded, model.q_heads, model.head_dim), model.q_dtype, "queries of every sequence"),
             Buffer("new_keys", new, model.kv_dtype, "new keys of every sequence"),
             Buffer("new_values", new, model.kv_dtype, "new values of every sequence"),
@@ -122,7 +122,7 @@ class Sets:
     def of(cls, model: Model) -> Sets:
         """The sets of a model's heads."""
         heads = SUBLANES // model.group if SUBLANES % model.group == 0 else 1
-        return cls(heads, align(model.group, SUBLANES), -(-model.kv_heads // heads))
+        return cls(heads, align(model.group, SUBLANES), cdiv(model.kv_heads, heads))
 
     def padded(self, model: Model) -> bool:
         """Whether some rows of a set are no query's."""
@@ -154,7 +154,7 @@ class GroupTiles:
         new = (self.loaded, model.kv_heads, model.head_dim)
         queries = (self.loaded + 1, model.q_heads, model.head_dim)
         slots = self.groups * self.step
-        kv = (slots, self.tile // page_size, 2, model.kv_heads, page_size, model.head_dim)
+        kv = (slots, self.tile // page_size, *kv_page_shape(spec))
         unit = (self.writes, 2, model.kv_heads, unit_tokens(model), model.head_dim)
         return (
             Buffer("kv", kv, model.kv_dtype, "fetched tiles"),
@@ -215,18 +215,16 @@ class BlockTiles:
         merged = Buffer(
             "packed", (self.merge_tokens * rows.packed_rows, LANES), word_dtype(model), "new tokens in the cache's form"
         )
-        words = split_words(model, self.tile)
         if spec.serving.kv_layout == "separate":
-            kv = (self.buffers, self.block // page_size, 2, model.kv_heads, page_size, model.head_dim)
-            page = (self.update_buffers, 2, model.kv_heads, page_size, model.head_dim)
+            kv = (self.buffers, self.block // page_size, *kv_page_shape(spec))
+            page = (self.update_buffers, *kv_page_shape(spec))
             shape: tuple[int, ...] = (self.merge_tokens * align(model.kv_heads, SUBLANES), LANES)
             if rows.lane_tiles > 1:
                 shape = (rows.lane_tiles, *shape)
             merged = Buffer("by_head", shape, "float32", "new tokens, to be read by head")
-            words = ()
         return (
             Buffer("kv", kv, model.kv_dtype, "fetched blocks"),
-            *words,
+            *split_words(spec, self.tile),
             Buffer("new_keys", new, model.kv_dtype, "new keys, around the page they go to"),
             Buffer("new_values", new, model.kv_dtype, "new values, likewise"),
             Buffer("page_rows", page, model.kv_dtype, "pages to update"),
@@ -261,12 +259,16 @@ def unit_tokens(model: Model) -> int:
     return SUBLANES * packing(model.kv_dtype)
 
 
-def split_words(model: Model, tile: int, copies: int = 0) -> tuple[Buffer, ...]:
+def splits_words(spec: Spec) -> bool:
+    """Whether K and V share 32-bit words, which a kernel must split before the MXU can take either."""
+    return spec.serving.kv_layout == "interleaved" and packing(spec.model.kv_dtype) > 1
+
+
+def split_words(spec: Spec, tile: int, copies: int = 0) -> tuple[Buffer, ...]:
     """The two arrays that a tile's K and V are split into, where they share words; `copies` of each, if given."""
-    pack = packing(model.kv_dtype)
-    if pack == 1:
+    if not splits_words(spec):
         return ()
-    shape: tuple[int, ...] = (tile // pack * RowDims.of(model).packed_rows, LANES)
+    shape: tuple[int, ...] = (tile // packing(spec.model.kv_dtype) * RowDims.of(spec.model).packed_rows, LANES)
     if copies:
         shape = (copies, *shape)
     return (

@@ -12,6 +12,7 @@ from typing import Final
 
 from rpac.batch import Batch, Limits
 from rpac.errors import BatchError
+from rpac.layout import cdiv
 
 _DECODE = re.compile(r"(\d+)x(\d+)", re.ASCII)
 _PREFILL = re.compile(r"(\d+)x(\d+)/(\d+)", re.ASCII)
@@ -44,7 +45,7 @@ class Workload:
         """
         # A batch that is far too large must not fill the memory with pages before it is refused.
         most = limits.pages_per_seq + 1 if len(self.kv_lens) <= limits.max_num_seqs else 0
-        pages = [min(-(-kv // limits.page_size), most) for kv in self.kv_lens]
+        pages = [min(cdiv(kv, limits.page_size), most) for kv in self.kv_lens]
         ends = itertools.accumulate(pages)
         tables = [list(range(end - count, end)) for end, count in zip(ends, pages, strict=True)]
         context = [kv - q for q, kv in zip(self.q_lens, self.kv_lens, strict=True)]

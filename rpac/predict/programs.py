@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import rpac.bundle.manifest as bundle
 from rpac.batch import Limits
 from rpac.build import chosen_targets, sources_of
 from rpac.bundle import Variant, read_manifest, verify_bundle
@@ -18,7 +19,7 @@ from rpac.errors import TargetError
 from rpac.lower import Task, tasks_of
 from rpac.render import Source
 from rpac.schedule import Call, Dump, check_compiler, dump_command
-from rpac.spec import load_spec
+from rpac.spec import Model, load_spec
 from rpac.store import Store
 from rpac.toolchain import toolchain
 
@@ -36,6 +37,11 @@ class Dims:
     head_dim: int
     q_dtype: str
     kv_dtype: str
+
+    @classmethod
+    def of(cls, model: Model | bundle.Dims) -> Dims:
+        """Of a spec's model or of a bundle's."""
+        return cls(model.q_heads, model.kv_heads, model.head_dim, model.q_dtype, model.kv_dtype)
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,7 @@ def programs_of(
 def _of_spec(path: Path, target: str, store: Store, progress: Progress) -> Programs:
     spec = load_spec(path)
     chosen_targets(spec, [target])
-    model = spec.model
-    dims = Dims(model.q_heads, model.kv_heads, model.head_dim, model.q_dtype, model.kv_dtype)
+    dims = Dims.of(spec.model)
     tasks = tasks_of(spec, sources_of(spec, [target]))
     return Programs(
         spec.name, target, dims, Limits.of(spec), spec.serving.context_lens, _by_variant(tasks), store, progress
@@ -124,8 +129,7 @@ def _of_bundle(path: Path, target: str, store: Store, progress: Progress) -> Pro
         tasks.append(
             Task(target, variant.kind, variant.tokens, Source(program.source, text), program.plan, program.args)
         )
-    model = manifest.model
-    dims = Dims(model.q_heads, model.kv_heads, model.head_dim, model.q_dtype, model.kv_dtype)
+    dims = Dims.of(manifest.model)
     context_lens = load_spec(path / "spec.yaml").serving.context_lens
     return Programs(manifest.name, target, dims, manifest.limits, context_lens, _by_variant(tasks), store, progress)
 

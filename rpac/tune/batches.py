@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from rpac.batch import Limits
+from rpac.layout import cdiv
 from rpac.plan import KernelPlan
 from rpac.predict import Workload
 from rpac.spec import Spec
@@ -35,7 +36,7 @@ def _drawn(spec: Spec, plan: KernelPlan, seed: int) -> Iterator[Workload]:
     lengths = sorted(set(spec.serving.context_lens))
     for length in lengths:
         yield _workload(plan.kind, str(length), q_lens, itertools.repeat(length))
-    low, high = (lengths[0], lengths[-1]) if len(lengths) > 1 else (-(-lengths[0] // 2), lengths[0])
+    low, high = (lengths[0], lengths[-1]) if len(lengths) > 1 else (cdiv(lengths[0], 2), lengths[0])
     rng = random.Random(f"{seed} {plan.kind} {plan.tokens[-1]}")
     yield _workload(plan.kind, f"{low}-{high}", q_lens, (rng.randint(low, high) for _ in q_lens))
 

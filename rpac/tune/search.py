@@ -139,9 +139,7 @@ class Climb:
         tasks = tasks_of(self.spec, [(plan, render(self.spec, plan))])
         task = next(task for task in tasks if task.tokens == plan.tokens[-1])
         limits = limits_of(self.spec, plan)
-        model = self.spec.model
-        dims = Dims(model.q_heads, model.kv_heads, model.head_dim, model.q_dtype, model.kv_dtype)
-        return Measure(self._case, label, task, dims, limits, batches, toolchain())
+        return Measure(self._case, label, task, Dims.of(self.spec.model), limits, batches, toolchain())
 
     @property
     def _case(self) -> str:
