@@ -10,7 +10,17 @@ from typing import TypeAlias
 from rpac.chip import Chip, chip, is_tpu
 from rpac.errors import PlanError
 from rpac.layout import LANES, align, kv_row_shape, metadata_specs, nbytes
-from rpac.plan.tiles import RULE, AnyTiles, BlockTiles, DecodeTiles, GroupTiles, KernelPlan, RowDims, XlaTiles
+from rpac.plan.tiles import (
+    RULE,
+    AnyTiles,
+    BlockTiles,
+    DecodeTiles,
+    GroupTiles,
+    KernelPlan,
+    RowDims,
+    XlaTiles,
+    splits_words,
+)
 from rpac.plan.tuned import TunedTiles
 from rpac.spec import Spec
 
@@ -33,7 +43,7 @@ MIN_Q_BLOCK = 16
 # A mixed batch has short sequences too, and a block is computed whole.
 Q_BLOCKS = {"prefill": (256, 128, 64, 32, MIN_Q_BLOCK), "mixed": (128, 64, 32, MIN_Q_BLOCK)}
 STEP_ROWS = 256  # query rows of a flash step: with fewer, pushing K and V into the MXU shows
-STEP_HEADS = 4  # whose flash steps are one piece of code, for at its ends units wait; half as many on a narrow MXU
+STEP_HEADS = 4  # whose flash steps are one piece of code, for at its ends units wait
 INT32_BYTES = 4
 
 Tiles: TypeAlias = DecodeTiles | GroupTiles | BlockTiles
@@ -225,7 +235,9 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
             q_block = min(q_block, max(power_of_two_from(tokens), MIN_Q_BLOCK))
         copy_sizes = copy_sizes_of(kind, q_block, tokens)
         step_rows = step_rows_of(model.group * q_block, STEP_ROWS)
-        heads = math.gcd(model.kv_heads, STEP_HEADS if device.mxu_size > LANES else STEP_HEADS // 2)
+        # A narrow MXU takes twice the code for a product; a mixed program that splits words holds the largest decode kernel.
+        fewer = device.mxu_size <= LANES or (kind == "mixed" and splits_words(spec))
+        heads = math.gcd(model.kv_heads, STEP_HEADS // 2 if fewer else STEP_HEADS)
         for block in (1024, 512, 256, LANES):
             block = max(min(block, most), serving.page_size)
             tile = min(512, block)

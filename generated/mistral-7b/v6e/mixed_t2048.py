@@ -722,7 +722,7 @@ def mixed_kernel(
         return (column >> 1) + (column & 1) * 256
 
     # ---- flash steps: 256 query rows of one head against one tile. Scores are made 3 steps before they are
-    # weighed, and 4 heads are one piece of code, so that the MXU and the vector units work at once.
+    # weighed, and 2 heads are one piece of code, so that the MXU and the vector units work at once.
 
     def score(slot, tile, head, rows):
         return products(q_rows[head, rows], head_keys(slot, tile, head), 1) * SCORE_SCALE
@@ -764,7 +764,7 @@ def mixed_kernel(
 
         reaches_diagonal = first_token + 511 > first_query
         pl.when(reaches_diagonal)(lambda: all_heads(1, True))
-        pl.when(jnp.logical_not(reaches_diagonal))(lambda: all_heads(4, False))
+        pl.when(jnp.logical_not(reaches_diagonal))(lambda: all_heads(2, False))
 
     def attend():
         start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
