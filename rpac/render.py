@@ -13,18 +13,18 @@ from typing import Any
 import jinja2
 
 import rpac
-from rpac.chip import chip, is_tpu
+from rpac.chip import is_tpu
 from rpac.layout import align, packing
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims
-from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, splits_words, unit_tokens
+from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, exchange_of, splits_words, unit_tokens
 from rpac.spec import Model, Spec
 
 MASKED = -2.0e38
 CLEAR_UNITS = 16  # zeroed by one turn of a loop: enough to hide what the turn itself costs
 SPLIT_PHASES = 2  # of a decode step that the split of the next block is spread over: products with K and with V
 SPLIT_PIECE = 128  # bfloat16 rows that are split at once beside other work: 8 registers
+SHORT_SPLIT_PIECE = 256  # likewise where a decode kernel shares its program: slower by 5%, for half as many operations
 SPLIT_ROWS = 512  # bfloat16 rows that are split into K and V in one turn of a loop: 32 registers
-SCORES_AHEAD = 3  # flash steps whose scores are made before they are weighed: as many as keep the MXU busy meanwhile
 SORT_TOKENS = 16  # tokens of a query block that one turn of a loop moves; divides every query block
 HEADER_END = '"""\n'
 
@@ -102,9 +102,6 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "masked": repr(MASKED),
         "kv_layout": serving.kv_layout,
         "splits_words": splits_words(spec),
-        "sum_by_mxu": is_tpu(plan.target)
-        and chip(plan.target).mxu_size > model.head_dim
-        and packing(model.kv_dtype) > 1,
         "kv_stride": align(model.kv_heads, SUBLANES),
         "page_size": serving.page_size,
         "pages_per_seq": serving.pages_per_seq,
@@ -119,7 +116,7 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "unit_rows": rows.unit_rows,
         "row_order": _row_order(model, rows),
         "vmem_limit": plan.vmem_limit,
-        "decode": _tile_context(spec, plan.decode),
+        "decode": _tile_context(spec, plan.decode, shared=plan.block is not None),
         "block": _tile_context(spec, plan.block),
     }
 
@@ -130,7 +127,9 @@ def _row_order(model: Model, rows: RowDims) -> str:
     return ", then ".join(["by token", "KV head", *filter(None, order)])
 
 
-def _tile_context(spec: Spec, tiles: DecodeTiles | GroupTiles | BlockTiles | XlaTiles | None) -> Mapping[str, Any]:
+def _tile_context(
+    spec: Spec, tiles: DecodeTiles | GroupTiles | BlockTiles | XlaTiles | None, *, shared: bool = False
+) -> Mapping[str, Any]:
     if tiles is None:
         return {}
     if isinstance(tiles, GroupTiles):
@@ -140,43 +139,75 @@ def _tile_context(spec: Spec, tiles: DecodeTiles | GroupTiles | BlockTiles | Xla
     if isinstance(tiles, XlaTiles):
         return context
     rows = RowDims.of(spec.model)
-    tile, piece = (tiles.tile, SPLIT_ROWS) if isinstance(tiles, BlockTiles) else (tiles.block, SPLIT_PIECE)
-    half_rows = tile // 2 * rows.token_rows
-    split_rows = math.gcd(half_rows, piece)
-    clear_units = math.gcd(tile // rows.unit, CLEAR_UNITS)
-    context |= {
-        "tile": tile,
-        "tile_end": tile - 1,
-        "ahead": tiles.buffers - 1,
-        "half_tile": tile // 2,
-        "half_tile_rows": half_rows,
-        "split_rows": split_rows,
-        "split_words": split_rows // 2,
-        "splits": half_rows // split_rows,
-        "tile_rows": tile * rows.token_rows,
-        "clear_units": clear_units,
-        "clears_per_tile": tile // (rows.unit * clear_units),
-        "buffers_declared": [_declared(buffer) for buffer in tiles.scratch(spec)],
-    }
+    context |= {"ahead": tiles.buffers - 1, "buffers_declared": [_declared(buffer) for buffer in tiles.scratch(spec)]}
     if isinstance(tiles, DecodeTiles):
         groups = spec.model.kv_heads // tiles.pair
         context |= {
+            **_clear_context(tiles.block, rows),
+            **_split_context(tiles.block, rows, SHORT_SPLIT_PIECE if shared else SPLIT_PIECE),
             "groups": groups,
-            "split_share": math.ceil(half_rows / (split_rows * SPLIT_PHASES * groups)),
             "pair_rows": tiles.pair * align(spec.model.group, SUBLANES),
         }
-    if isinstance(tiles, BlockTiles):
-        context |= {
-            "q_rows": spec.model.group * tiles.q_block,
-            "sort_tokens": SORT_TOKENS,
-            "sort_rows": SORT_TOKENS * spec.model.q_heads,
-            "sort_pieces": tiles.q_block // SORT_TOKENS,
-            "scores_ahead": SCORES_AHEAD,
-            "merge_rows": tiles.merge_tokens * rows.token_rows,
-            "tile_pages": tiles.tile // page,
-            "tile_units": tiles.tile // unit_tokens(spec.model),
-        }
-    return context
+        context["split_share"] = math.ceil(context["splits"] / (SPLIT_PHASES * groups))
+        return context
+    return context | {
+        **_clear_context(tiles.tile, rows),
+        **_split_context(tiles.piece(page), rows, SPLIT_ROWS),
+        "tiles": tiles.block // tiles.tile,
+        "tile_rows": tiles.tile * rows.token_rows,
+        "tile_units": tiles.tile // unit_tokens(spec.model),
+        "piece": tiles.piece(page),
+        "pieces": tiles.tile // tiles.piece(page),
+        "q_rows": spec.model.group * tiles.q_block,
+        "row_steps": spec.model.group * tiles.q_block // tiles.step_rows,
+        **_sort_context(spec.model, tiles.q_block),
+        "masks_by_mxu": tiles.masks_by_mxu(spec.model),
+        "clear_keys": tiles.masks_by_mxu(spec.model),
+        "turns": spec.model.kv_heads // tiles.heads,
+        "scores_ahead": tiles.scores_ahead(spec.model, tiles.heads),
+        "diagonal_ahead": tiles.scores_ahead(spec.model, tiles.diagonal_heads),
+        "update_ahead": tiles.update_buffers - 3,  # a page that is written out keeps its buffer for three steps
+        "merge_rows": tiles.merge_tokens * rows.token_rows,
+    }
+
+
+def _sort_context(model: Model, q_block: int) -> Mapping[str, Any]:
+    """How the rows of a query block go from their order by token to one by head, and back."""
+    context = {"sort_tokens": SORT_TOKENS, "sort_pieces": q_block // SORT_TOKENS, "exchange": exchange_of(model)}
+    if not context["exchange"]:
+        return {**context, "sort_rows": SORT_TOKENS * model.q_heads}
+    return {
+        **context,
+        "exchanges": tuple(1 << bit for bit in reversed(range(context["exchange"].bit_length() - 1))),
+        "head_words": model.group // packing(model.q_dtype),
+        "vector_rows": SUBLANES * packing(model.q_dtype),
+        "sort_rows": SORT_TOKENS * model.group,
+        "sort_groups": SORT_TOKENS // context["exchange"],
+    }
+
+
+def _clear_context(tile: int, rows: RowDims) -> Mapping[str, Any]:
+    """How the tail of a tile of `tile` tokens is cleared where K and V are interleaved."""
+    clear_units = math.gcd(tile // rows.unit, CLEAR_UNITS)
+    return {
+        "tile": tile,
+        "clear_units": clear_units,
+        "clears_per_tile": tile // (rows.unit * clear_units),
+    }
+
+
+def _split_context(piece: int, rows: RowDims, at_once: int) -> Mapping[str, Any]:
+    """How words of K and V are split, `at_once` rows in one go, within pieces of `piece` tokens: its halves share words."""
+    half_rows = piece // 2 * rows.token_rows
+    split_rows = math.gcd(half_rows, at_once)
+    return {
+        "half_piece": piece // 2,
+        "half_piece_rows": half_rows,
+        "piece_rows": 2 * half_rows,
+        "split_rows": split_rows,
+        "split_words": split_rows // 2,
+        "splits": half_rows // split_rows,
+    }
 
 
 def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
@@ -190,6 +221,7 @@ def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
         "group_tokens": tiles.step * tiles.tile,
         "tile_pages": tiles.tile // spec.serving.page_size,
         "tile_units": tiles.tile // unit_tokens(model),
+        "clear_keys": False,
         "even": spec.serving.pages_per_seq * spec.serving.page_size % tiles.tile == 0,
         "table_end": spec.serving.max_num_seqs * spec.serving.pages_per_seq - 1,
         "heads_per_set": sets.heads,

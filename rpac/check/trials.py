@@ -72,6 +72,7 @@ class _Trials(ABC):
         self.groups = plan.decode.groups if isinstance(plan.decode, GroupTiles) else 0
         self.block, self.tile = _block_and_tile(plan.block)
         self.q_block = plan.block.q_block if plan.block else 0
+        self.piece = plan.block.piece(self.page) if isinstance(plan.block, BlockTiles) else self.tile
 
     @abstractmethod
     def edges(self) -> Iterator[Trial]:
@@ -94,6 +95,11 @@ class _Trials(ABC):
             if length is not None and not any((kept - off) % size == 0 for kept in found):
                 found.append(length)
         return found
+
+    def pieces(self, q_len: int) -> list[int]:
+        """Lengths around the end of the first piece of a tile, where a tile on the diagonal has several."""
+        offs = (self.piece - 1, self.piece, self.piece + 1) if self.piece < self.tile else ()
+        return [length for off in offs if (length := self.length(q_len, self.tile, off)) is not None]
 
     def random_len(self, rng: np.random.Generator, low: int) -> int:
         high = max(low, min(self.max_len, RANDOM_LEN))
@@ -152,8 +158,9 @@ class _Decode(_Trials):
 
 class _Prefill(_Trials):
     def edges(self) -> Iterator[Trial]:
-        # Their first chunk, their second, and ends around a page, a tile and a block.
+        # Their first chunk, their second, and ends around a page, a piece, a tile and a block.
         lengths = [self.chunk, 2 * self.chunk, *self.lengths(self.chunk, (self.page, self.tile, self.block))]
+        lengths += self.pieces(self.chunk)
         lengths = list(dict.fromkeys(length for length in lengths if length <= self.max_len))
         size = min(self.buckets[0] // self.chunk, self.max_seqs)
         for index in range(0, len(lengths), size):
@@ -197,10 +204,10 @@ class _Mixed(_Trials):
             yield from self.with_chunks()
 
     def around_ends(self) -> Iterator[tuple[int, int]]:
-        """As many new tokens as a query block, one less and one more, at lengths around a page, a tile and a block."""
+        """As many new tokens as a query block, one less and one more, at lengths around a page, a piece, a tile and a block."""
         most = min(self.bucket, self.max_len)
         q_lens = itertools.chain((min(self.q_block + off, most) for off in (1, -1, 0)), itertools.repeat(2))
-        for length in self.lengths(2, (self.page, self.tile, self.block)):
+        for length in [*self.lengths(2, (self.page, self.tile, self.block)), *self.pieces(2)]:
             yield min(next(q_lens), length), length
 
     def around_pages(self) -> Iterator[tuple[int, int]]:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from rpac.chip import Chip, chip, is_tpu
 from rpac.errors import PlanError
-from rpac.layout import LANES, align, kv_row_shape, metadata_specs, nbytes
+from rpac.layout import LANES, align, kv_row_shape, metadata_specs, nbytes, packing
 from rpac.plan.tiles import (
     RULE,
     AnyTiles,
@@ -31,6 +31,9 @@ MIN_BUFFERS, MAX_BUFFERS = 3, 16
 SMEM_RESERVE = 64 << 10  # for what the compiler keeps there itself
 VMEM_HEADROOM = 8 * MIB  # above what we count, for values that the compiler spills
 MERGE_TOKENS = 16
+UPDATE_BUFFERS = (
+    5  # pages under update: fetched two steps ahead and written out in three, which hides the latency of DMAs
+)
 XLA_DECODE_BLOCK = 128  # these two: fastest of those timed on two CPU cores, by small margins
 XLA_STEP_BYTES = MIB
 WRITES = 4  # outputs and cache rows of sequences that may still be on their way
@@ -43,7 +46,10 @@ MIN_Q_BLOCK = 16
 # A mixed batch has short sequences too, and a block is computed whole.
 Q_BLOCKS = {"prefill": (256, 128, 64, 32, MIN_Q_BLOCK), "mixed": (128, 64, 32, MIN_Q_BLOCK)}
 STEP_ROWS = 256  # query rows of a flash step: with fewer, pushing K and V into the MXU shows
-STEP_HEADS = 4  # whose flash steps are one piece of code, for at its ends units wait
+# Flash steps that are one piece of code, for at its ends units wait; and those on the diagonal.
+TURN_STEPS = {"prefill": (32, 16), "mixed": (16, 8)}
+# Where code is scarce: a narrow MXU takes twice as much for a product, and splitting words takes much by itself.
+FEWER_STEPS = {"prefill": (16, 8), "mixed": (4, 4)}
 INT32_BYTES = 4
 
 Tiles: TypeAlias = DecodeTiles | GroupTiles | BlockTiles
@@ -235,15 +241,30 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
             q_block = min(q_block, max(power_of_two_from(tokens), MIN_Q_BLOCK))
         copy_sizes = copy_sizes_of(kind, q_block, tokens)
         step_rows = step_rows_of(model.group * q_block, STEP_ROWS)
-        # A narrow MXU takes twice the code for a product; a mixed program that splits words holds the largest decode kernel.
-        fewer = device.mxu_size <= LANES or (kind == "mixed" and splits_words(spec))
-        heads = math.gcd(model.kv_heads, STEP_HEADS // 2 if fewer else STEP_HEADS)
-        for block in (1024, 512, 256, LANES):
+        few = device.mxu_size <= LANES or splits_words(spec)
+        heads, diagonal_heads = (
+            math.gcd(model.kv_heads, max(steps * step_rows // (model.group * q_block), 1))
+            for steps in (FEWER_STEPS if few else TURN_STEPS)[kind]
+        )
+        spare = device.mxu_size > model.head_dim and packing(model.kv_dtype) > 1
+        # A long block saves scores that wait for nothing at its start; where words are split, they do at every tile's.
+        for block in (1024, 512, 256, LANES) if splits_words(spec) else (2048, 1024, 512, 256, LANES):
             block = max(min(block, most), serving.page_size)
             tile = min(512, block)
             for buffers in (3, 2):
                 yield BlockTiles(
-                    q_block, block, tile, step_rows, heads, buffers, 3, MERGE_TOKENS, new_tokens, copy_sizes
+                    q_block,
+                    block,
+                    tile,
+                    step_rows,
+                    heads,
+                    diagonal_heads,
+                    buffers,
+                    UPDATE_BUFFERS,
+                    MERGE_TOKENS,
+                    new_tokens,
+                    copy_sizes,
+                    spare,
                 )
 
 

@@ -10,6 +10,9 @@ from typing import Any, Final, TypeVar
 from rpac.layout import LANES, align, cdiv, kv_page_shape, nbytes, packing
 from rpac.spec import Model, Spec
 
+SCORES_AHEAD = 3  # flash steps whose scores are made before they are weighed: as many as keep the MXU busy meanwhile
+STEPS_PER_SCORE = 2  # at least: scores made ahead are code too
+PIECE = 256  # tokens, if whole pages: a tile on the diagonal is computed by pieces, of no fewer than the MXU is wide
 SUBLANES = 8  # of a 32-bit register tile, on every generation supported
 RULE: Final = "rule"
 """`KernelPlan.origin` of tiles that the rules of this package made, for want of tuned ones."""
@@ -184,8 +187,10 @@ class GroupTiles:
 
 @dataclass(frozen=True)
 class BlockTiles:
-    """Tiles of a prefill or mixed kernel, in tokens; `step_rows` are query rows (tokens times group) of one flash step,
-    `heads` the KV heads whose steps are one piece of code.
+    """Tiles of a prefill or mixed kernel, in tokens.
+
+    `step_rows` are query rows (tokens times group) of one flash step, `heads` the KV heads whose steps are one piece of
+    code, `diagonal_heads` likewise on the diagonal. `spare`: the MXU is wider than a head, with room for 128 more lanes.
     """
 
     q_block: int
@@ -193,11 +198,26 @@ class BlockTiles:
     tile: int
     step_rows: int
     heads: int
+    diagonal_heads: int
     buffers: int
     update_buffers: int
     merge_tokens: int
     new_tokens: int
     copy_sizes: tuple[int, ...]
+    spare: bool
+
+    def piece(self, page_size: int) -> int:
+        """Tokens of a part of a tile that is computed where the whole would reach past the diagonal."""
+        return PIECE if self.tile % PIECE == 0 and PIECE % page_size == 0 else self.tile
+
+    def masks_by_mxu(self, model: Model) -> bool:
+        """Whether a step's queries, each with a lane of its own, fit what the MXU has to spare."""
+        return self.spare and exchange_of(model) > 0 and self.step_rows // model.group <= LANES
+
+    def scores_ahead(self, model: Model, heads: int) -> int:
+        """Flash steps whose scores are made before they are weighed, where a piece of code has the steps of `heads` heads."""
+        steps = heads * (model.group * self.q_block // self.step_rows)
+        return max(min(SCORES_AHEAD, steps // STEPS_PER_SCORE), 1)
 
     def scratch(self, spec: Spec) -> tuple[Buffer, ...]:
         """The scratch arrays, in the order of the kernel's parameters."""
@@ -206,10 +226,21 @@ class BlockTiles:
         q_rows = model.group * self.q_block
         new = (self.update_buffers, 2 * page_size + self.new_tokens, model.kv_heads, model.head_dim)
         queries = (self.q_block, model.q_heads, model.head_dim)
+        limits: tuple[Buffer, ...] = ()
+        if self.masks_by_mxu(model):
+            parts = (q_rows // self.step_rows, self.piece(page_size), LANES)
+            limits = (
+                Buffer("which_query", (self.step_rows, LANES), model.q_dtype, "a 1 where a lane is the row's query"),
+                Buffer("limits", parts, model.kv_dtype, "by token and query: 0, or what masks a score"),
+            )
+        next_scores = (self.scores_ahead(model, self.heads), self.step_rows, self.tile)
         state = (model.kv_heads, q_rows, LANES)
-        by_token: tuple[int, ...] = (self.q_block * align(model.q_heads, SUBLANES), LANES)
-        if rows.lane_tiles > 1:  # a strided load or store is of 128 lanes
-            by_token = (rows.lane_tiles, *by_token)
+        by_token: tuple[Buffer, ...] = ()
+        if not exchange_of(model):
+            shape: tuple[int, ...] = (self.q_block * align(model.q_heads, SUBLANES), LANES)
+            if rows.lane_tiles > 1:  # a strided load or store is of 128 lanes
+                shape = (rows.lane_tiles, *shape)
+            by_token = (Buffer("by_token", shape, "float32", "one by token"),)
         kv: tuple[int, ...] = (self.buffers, self.block * rows.token_rows, LANES)
         page: tuple[int, ...] = (self.update_buffers, page_size * rows.token_rows, LANES)
         merged = Buffer(
@@ -218,7 +249,7 @@ class BlockTiles:
         if spec.serving.kv_layout == "separate":
             kv = (self.buffers, self.block // page_size, *kv_page_shape(spec))
             page = (self.update_buffers, *kv_page_shape(spec))
-            shape: tuple[int, ...] = (self.merge_tokens * align(model.kv_heads, SUBLANES), LANES)
+            shape = (self.merge_tokens * align(model.kv_heads, SUBLANES), LANES)
             if rows.lane_tiles > 1:
                 shape = (rows.lane_tiles, *shape)
             merged = Buffer("by_head", shape, "float32", "new tokens, to be read by head")
@@ -230,8 +261,10 @@ class BlockTiles:
             Buffer("page_rows", page, model.kv_dtype, "pages to update"),
             merged,
             Buffer("q_in", (self.buffers, *queries), model.q_dtype, "query blocks as they come"),
-            Buffer("by_token", by_token, "float32", "one by token"),
+            *by_token,
             Buffer("q_rows", (model.kv_heads, q_rows, model.head_dim), model.q_dtype, "one by KV head"),
+            *limits,
+            Buffer("next_scores", next_scores, "float32", "the first scores of the next turn"),
             Buffer("row_max", state, "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", state, "float32", "running sum, the same in every lane"),
             Buffer("acc", (model.kv_heads, q_rows, model.head_dim), "float32", "running output"),
@@ -247,6 +280,18 @@ class BlockTiles:
     def temporaries(self, model: Model) -> int:
         """Bytes of the values of one flash step that registers cannot hold: scores and weights."""
         return 8 * nbytes((self.step_rows, self.tile), "float32")
+
+
+def exchange_of(model: Model) -> int:
+    """KV heads whose queries of a token fill one register, where sorting queries by KV head is an exchange of registers'
+    parts; 0 where it is not, for parts of a word or of several registers' would have to move.
+    """
+    pack = packing(model.q_dtype)
+    if model.kv_heads == 1 and model.group % SUBLANES == 0:
+        return 1
+    if model.group % pack or SUBLANES % (model.group // pack) or model.q_heads % (SUBLANES * pack):
+        return 0
+    return SUBLANES // (model.group // pack)
 
 
 def word_dtype(model: Model) -> str:

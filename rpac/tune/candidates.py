@@ -38,6 +38,7 @@ AXES: Final = (
     Axis("block", "tile", (128, 256, 512, 1024)),
     Axis("block", "step_rows", (128, 256, 512, 1024)),
     Axis("block", "heads", (1, 2, 4, 8)),
+    Axis("block", "diagonal_heads", (1, 2, 4, 8)),
     Axis("block", "buffers", (2, 3, 4)),
 )
 KEPT_BETWEEN: Final = {
@@ -106,4 +107,5 @@ def _legal(spec: Spec, plan: KernelPlan, tiles: Tiles) -> bool:
         fitting = serving.prefill_chunk % tiles.q_block == 0
     else:
         fitting = tiles.q_block <= max(power_of_two_from(plan.tokens[-1]), MIN_Q_BLOCK)
-    return whole_pages and whole_tiles and fitting and len(copies) == 1 and model.kv_heads % tiles.heads == 0
+    whole_turns = model.kv_heads % tiles.heads == 0 and model.kv_heads % tiles.diagonal_heads == 0
+    return whole_pages and whole_tiles and whole_turns and fitting and len(copies) == 1

@@ -11,8 +11,8 @@ What was specialized:
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - decode: tiles of 256 tokens, no longer than the expected lengths, 4 of them a turn, so that one fills the other's waits; fetched 4 turns ahead, so that DMA latency hides
-- mixed: blocks of 64 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
-- VMEM: 29,163,520 bytes counted, 41,943,040 allowed, 134,217,728 there
+- mixed: blocks of 64 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
+- VMEM: 45,416,448 bytes counted, 58,720,256 allowed, 134,217,728 there
 """
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-Q_HEADS = 32
 KV_HEADS = 8
 GROUP = 4  # query heads that share a KV head
 HEAD_DIM = 128
@@ -334,7 +333,7 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
             pltpu.SemaphoreType.DMA((8,)),  # unit_sem: cache writes
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: outputs
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=41943040, disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=58720256, disable_bounds_checks=True),
         name="rpa_decode",
     )(kv_lens, page_indices, distribution, queries, keys, values, cache)
 
@@ -351,8 +350,8 @@ def mixed_kernel(
     page_rows,
     by_head,
     q_in,
-    by_token,
     q_rows,
+    next_scores,
     row_max,
     row_sum,
     acc,
@@ -377,7 +376,7 @@ def mixed_kernel(
     def q_len(seq):
         return cu_q_lens[seq + 1] - cu_q_lens[seq]
 
-    # ---- update cache: page by page, old tokens kept, new ones packed in; 3 pages in flight
+    # ---- update cache: page by page, old tokens kept, new ones packed in; 2 pages ahead, 5 in flight
 
     def page_span(seq, page):
         """The new tokens of a page, as a range within it."""
@@ -403,7 +402,7 @@ def mixed_kernel(
         return pltpu.make_async_copy(page_rows.at[slot], cache_hbm.at[physical], write_sem.at[slot])
 
     def first_page(seq):
-        return (kv_lens[seq] - q_len(seq)) // PAGE_SIZE
+        return lax.div(kv_lens[seq] - q_len(seq), PAGE_SIZE)
 
     def next_page(seq, page):
         last = (page + 1) * PAGE_SIZE >= kv_lens[seq]
@@ -411,13 +410,13 @@ def mixed_kernel(
         return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
 
     def load_page(step, seq, page):
-        slot = lax.rem(step, 3)
+        slot = lax.rem(step, 5)
 
         @pl.when(seq < end_seq)
         def _():
-            @pl.when(step >= 3)
+            @pl.when(step >= 5)
             def _():
-                page_write(seq, page, slot).wait()  # the write of 3 steps ago: as many bytes, this semaphore
+                page_write(seq, page, slot).wait()  # the write of 5 steps ago: as many bytes, this semaphore
 
             for copy in new_token_copies(seq, page, slot):
                 copy.start()
@@ -431,7 +430,7 @@ def mixed_kernel(
         return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
 
     def merge_page(step, seq, page):
-        slot = lax.rem(step, 3)
+        slot = lax.rem(step, 5)
         first, end = page_span(seq, page)
         for copy in new_token_copies(seq, page, slot):
             copy.wait()
@@ -463,34 +462,36 @@ def mixed_kernel(
                     page_rows[slot, kind, head, tokens] = pltpu.bitcast((words & mask) | (old & ~mask), page_rows.dtype)
             return 0
 
-        lax.fori_loop(first // 16, pl.cdiv(end, 16), merge, 0)
+        lax.fori_loop(lax.div(first, 16), pl.cdiv(end, 16), merge, 0)
         page_write(seq, page, slot).start()
 
     def update_cache():
         def body(carry):
             step, seq, page, *ahead = carry
-            ahead = load_page(step + 1, *ahead)
+            ahead = load_page(step + 2, *ahead)
             merge_page(step, seq, page)
             return step + 1, *next_page(seq, page), *ahead
 
         start = (first_seq, first_page(first_seq))
-        ahead = load_page(jnp.int32(0), *start)
+        ahead = start
+        for step in range(2):
+            ahead = load_page(jnp.int32(step), *ahead)
         steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
 
         def drain(i, _):
-            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 3)).wait()
+            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 5)).wait()
             return 0
 
-        lax.fori_loop(0, jnp.minimum(steps, 3), drain, 0)
+        lax.fori_loop(0, jnp.minimum(steps, 5), drain, 0)
 
-    # ---- fetch KV: whole pages, into one of 3 buffers of 1024 tokens
+    # ---- fetch KV: whole pages, into one of 3 buffers of 2048 tokens
 
     def page_copy(seq, block, slot, page):
-        physical = page_indices[seq * PAGES_PER_SEQ + block * 8 + page]
+        physical = page_indices[seq * PAGES_PER_SEQ + block * 16 + page]
         return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, page], kv_sem.at[slot])
 
     def pages_of(kv_end, block):
-        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 16, 16)
 
     def start_block(kv_end, seq, block, slot):
         def one(page, _):
@@ -499,12 +500,12 @@ def mixed_kernel(
 
         pages = pages_of(kv_end, block)
 
-        @pl.when(pages == 8)
+        @pl.when(pages == 16)
         def _():
-            for page in range(8):
+            for page in range(16):
                 one(page, 0)
 
-        @pl.when(pages < 8)
+        @pl.when(pages < 16)
         def _():
             lax.fori_loop(0, pages, one, 0)
 
@@ -515,11 +516,11 @@ def mixed_kernel(
 
         pages = pages_of(kv_end, block)
 
-        @pl.when(pages == 8)
+        @pl.when(pages == 16)
         def _():
             pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
 
-        @pl.when(pages < 8)
+        @pl.when(pages < 16)
         def _():
             lax.fori_loop(0, pages, one, 0)
 
@@ -529,7 +530,7 @@ def mixed_kernel(
         return kv_lens[seq] - new + jnp.minimum((q_block + 1) * 64, new)
 
     def advance(seq, q_block, q_step, block):
-        last = (block + 1) * 1024 >= kv_end(seq, q_block)
+        last = (block + 1) * 2048 >= kv_end(seq, q_block)
         last_of_seq = last & ((q_block + 1) * 64 >= q_len(seq))
         return (
             jnp.where(last_of_seq, seq + 1, seq),
@@ -552,7 +553,7 @@ def mixed_kernel(
         following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
         return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
 
-    # ---- query blocks: 64 tokens in and out in their natural layout, by head and token inside
+    # ---- query blocks: 64 tokens in and out in their natural layout, by KV head inside
 
     def block_copies(seq, block, make, act):
         """Acts on copies that together hold the block's tokens and no others, in sizes that are powers of two."""
@@ -585,47 +586,62 @@ def mixed_kernel(
 
         lax.fori_loop(0, count, turn, 0)
 
+    def query_of(row):
+        """Which query of the block a row is of: rows go by query, then head."""
+        return row // GROUP
+
+    def exchange(parts):
+        """Transposes: a register has 4 KV heads of one token, or 4 tokens of one KV head, and `parts` that many registers."""
+        sublane = lax.broadcasted_iota(jnp.int32, parts[0].shape, 1)
+        for apart in (2, 1):
+            low = sublane & (apart * 2) == 0
+            for i in range(4):
+                if i & apart == 0:
+                    a, b = parts[i], parts[i + apart]
+                    parts[i] = jnp.where(low, a, pltpu.roll(b, apart * 2, 1))
+                    parts[i + apart] = jnp.where(low, pltpu.roll(a, 8 - apart * 2, 1), b)
+        return parts
+
     def begin(slot):
-        """Sorts a query block by head, `[KV_HEADS, GROUP * 64, HEAD_DIM]`, and clears the running state."""
+        """Sorts a query block by KV head, `[KV_HEADS, 64 * GROUP, HEAD_DIM]`, and clears the running state."""
 
-        def spread(piece):
+        def sort(piece):
             tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
-            rows = pl.ds(pl.multiple_of(piece * 512, 512), 512)
-            queries = q_in[slot, tokens].astype(jnp.float32).reshape(512, HEAD_DIM)
-            by_token[rows] = queries
+            rows = pl.ds(pl.multiple_of(piece * 64, 64), 64)
+            for first in range(0, KV_HEADS, 4):
+                queries = q_in[slot, tokens, first * GROUP : (first + 4) * GROUP]
+                words = pltpu.bitcast(queries, jnp.uint32).reshape(4, 4, 8, HEAD_DIM)
+                for i, part in enumerate(exchange([words[:, i] for i in range(4)])):
+                    q_rows[first + i, rows] = pltpu.bitcast(part, q_rows.dtype).reshape(64, HEAD_DIM)
 
-        def sort(head):
-            rows = head_rows(head)
-            strided = pl.ds(head, 64, stride=32)
-            q_rows[head // GROUP, rows] = by_token[strided, :].astype(q_rows.dtype)
-            row_max[head // GROUP, rows] = jnp.full((64, 128), MASKED)
-            row_sum[head // GROUP, rows] = jnp.zeros((64, 128))
-            acc[head // GROUP, rows] = jnp.zeros((64, HEAD_DIM))
+        def clear(piece):
+            head, step = lax.div(piece, 1), lax.rem(piece, 1)
+            rows = pl.ds(step * 256, 256)
+            row_max[head, rows] = jnp.full((256, 128), MASKED)
+            row_sum[head, rows] = jnp.zeros((256, 128))
+            acc[head, rows] = jnp.zeros((256, HEAD_DIM))
 
-        loop(4, spread)
-        loop(Q_HEADS, sort)
-
-    def head_rows(head):
-        """Where one query head's tokens are among the rows of its KV head."""
-        return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * 64, 64), 64)
+        loop(4, sort)
+        loop(KV_HEADS * 1, clear)
 
     def finish(slot):
         """Puts a block's output back in the order of its tokens."""
 
-        def unsort(head):
-            rows = head_rows(head)
-            strided = pl.ds(head, 64, stride=32)
-            out = acc[head // GROUP, rows] / widen(row_sum[head // GROUP, rows], HEAD_DIM)
-            by_token[strided, :] = out
-
-        def gather(piece):
+        def unsort(piece):
             tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
-            rows = pl.ds(pl.multiple_of(piece * 512, 512), 512)
-            out = by_token[rows]
-            out_rows[slot, tokens] = out.reshape(16, Q_HEADS, HEAD_DIM).astype(out_rows.dtype)
+            rows = pl.ds(pl.multiple_of(piece * 64, 64), 64)
 
-        loop(Q_HEADS, unsort)
-        loop(4, gather)
+            def out_of(head):
+                return (acc[head, rows] / widen(row_sum[head, rows], HEAD_DIM)).astype(out_rows.dtype)
+
+            for first in range(0, KV_HEADS, 4):
+                heads = slice(first * GROUP, (first + 4) * GROUP)
+                outs = [out_of(first + i).reshape(4, 16, HEAD_DIM) for i in range(4)]
+                words = jnp.stack(exchange([pltpu.bitcast(out, jnp.uint32) for out in outs]), axis=1)
+                words = words.reshape(16, 8, HEAD_DIM)
+                out_rows[slot, tokens, heads] = pltpu.bitcast(words, out_rows.dtype)
+
+        loop(4, unsort)
 
     def clear_tail(slot, valid):
         """Zeroes V from token `valid` to the end of its tile: a weight of 0 does not hide a NaN."""
@@ -641,63 +657,104 @@ def mixed_kernel(
 
         lax.fori_loop(valid // UNIT, pl.cdiv(valid, 512) * 32, clear, 0)
 
-    # ---- read KV: a tile of 512 tokens at a time, one head of it at a time
+    # ---- read KV: `tokens` tokens of one head, from token `first` of a block on, both whole pages
 
-    def head_of(slot, tile, kind, head):
-        pages = pl.ds(tile * 4, 4)
-        return kv[slot, pages, kind, head].reshape(512, HEAD_DIM)
+    def head_of(slot, kind, first, tokens, head):
+        pages = pl.ds(lax.div(first, PAGE_SIZE), tokens // PAGE_SIZE)
+        return kv[slot, pages, kind, head].reshape(tokens, HEAD_DIM)
 
-    def head_keys(slot, tile, head):
-        return head_of(slot, tile, 0, head)
+    def head_keys(slot, first, tokens, head):
+        return head_of(slot, 0, first, tokens, head)
 
-    def head_values(slot, tile, head):
-        return head_of(slot, tile, 1, head)
+    def head_values(slot, first, tokens, head):
+        return head_of(slot, 1, first, tokens, head)
 
-    def tile_tokens(shape):
-        """The token of each column of a score."""
-        return lax.broadcasted_iota(jnp.int32, shape, 1)
+    def piece_tokens(shape, axis):
+        """The token of each index along an axis of a piece's."""
+        return lax.broadcasted_iota(jnp.int32, shape, axis)
 
-    # ---- flash steps: 256 query rows of one head against one tile. Scores are made 3 steps before they are
-    # weighed, and 2 heads are one piece of code, so that the MXU and the vector units work at once.
+    # ---- flash steps: 256 query rows of one head against one tile, or on the diagonal against one piece of it
 
-    def score(slot, tile, head, rows):
-        return products(q_rows[head, rows], head_keys(slot, tile, head), 1) * SCORE_SCALE
+    def score(slot, first, tokens, head, rows):
+        return products(q_rows[head, rows], head_keys(slot, first, tokens, head), 1) * SCORE_SCALE
 
-    def flash_step(scores, slot, tile, head, rows, first_token, first_query, masked):
-        if masked:
-            row = rows.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-            query = first_query + lax.rem(row, 64)
-            scores = jnp.where(first_token + tile_tokens(scores.shape) <= query, scores, MASKED)
+    def weigh(scores, slot, first, head, rows):
+        tokens = scores.shape[1]
         old_max = row_max[head, rows]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - widen(new_max, 512))
+        weights = jnp.exp2(scores - widen(new_max, tokens))
         rescale = jnp.exp2(old_max - new_max)
         row_max[head, rows] = new_max
         row_sum[head, rows] = rescale * row_sum[head, rows] + jnp.sum(weights, axis=1, keepdims=True)
-        part = products(weights.astype(jnp.bfloat16), head_values(slot, tile, head), 0)
+        part = products(weights.astype(jnp.bfloat16), head_values(slot, first, tokens, head), 0)
         acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part
 
-    def flash_tile(slot, tile, first_token, first_query):
+    def flash_turns(turns, heads, ahead, tokens, place, score_of, slot):
+        """Takes turns of some heads against the `tokens` tokens from `place(turn)` on, which is a token and the first head.
 
-        def all_heads(heads, masked):
-            def some_heads(turn, _):
-                steps = [
-                    (turn * heads + head, pl.ds(row, 256))
-                    for head in range(heads)
-                    for row in range(0, 256, 256)
-                ]
-                scores = [score(slot, tile, *step) for step in steps[:3]]
-                for i, step in enumerate(steps):
-                    if i + 3 < len(steps):
-                        scores.append(score(slot, tile, *steps[i + 3]))
-                    flash_step(scores[i], slot, tile, *step, first_token, first_query, masked)
-                return 0
+        A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, the first of the next turn
+        at its end: so the MXU and the vector units work at once.
+        """
+        steps = [(head, pl.ds(row, 256)) for head in range(heads) for row in range(0, 256, 256)]
 
-            lax.fori_loop(0, KV_HEADS // heads, some_heads, 0)
+        def scores_of(turn, step):
+            first, head = place(turn)
+            return score_of(first, head + steps[step][0], steps[step][1])
 
-        reaches_diagonal = first_token + 511 > first_query
-        pl.when(reaches_diagonal)(lambda: all_heads(1, True))
-        pl.when(jnp.logical_not(reaches_diagonal))(lambda: all_heads(2, False))
+        def one_turn(turn, _):
+            first, first_head = place(turn)
+            scores = [next_scores[i, :, :tokens] for i in range(ahead)]
+            for i, (head, rows) in enumerate(steps):
+                later = i + ahead
+                if later < len(steps):
+                    scores.append(scores_of(turn, later))
+                else:
+                    following = jnp.minimum(turn + 1, turns - 1)
+                    next_scores[later - len(steps), :, :tokens] = scores_of(following, later - len(steps))
+                weigh(scores[i], slot, first, first_head + head, rows)
+            return 0
+
+        for i in range(ahead):
+            next_scores[i, :, :tokens] = scores_of(0, i)
+        lax.fori_loop(0, turns, one_turn, 0)
+
+    def plain_tiles(slot, count):
+        """Tiles that all queries of the block see whole."""
+
+        def score_of(first, head, rows):
+            return score(slot, first, 512, head, rows)
+
+        def place_from(first_tile):
+            def place(turn):
+                tile, head = first_tile + lax.div(turn, 2), lax.rem(turn, 2) * 4
+                return tile * 512, head
+
+            return place
+
+        @pl.when(count > 0)
+        def _():
+            turns = count * 2
+            flash_turns(turns, 4, 2, 512, place_from(0), score_of, slot)
+
+    def diagonal_tile(slot, tile, valid, first_query):
+        """A tile that some query sees in part, as far as there are tokens. `first_query` is seen from the block's start."""
+
+        def one_piece(piece, _):
+            first = piece * 256
+
+            def score_of(first, head, rows):
+                scores = score(slot, first, 256, head, rows)
+                query = first_query + query_of(rows.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0))
+                return jnp.where(first + piece_tokens(scores.shape, 1) <= query, scores, MASKED)
+
+            def place(turn):
+                return first, turn * 4
+
+            flash_turns(KV_HEADS // 4, 4, 2, 256, place, score_of, slot)
+            return 0
+
+        first_piece = tile * 2
+        lax.fori_loop(first_piece, jnp.minimum(first_piece + 2, pl.cdiv(valid, 256)), one_piece, 0)
 
     def attend():
         start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
@@ -711,8 +768,8 @@ def mixed_kernel(
             ahead = fetch_ahead(step + 2, *ahead)
             slot = lax.rem(step, 3)
             end = kv_end(seq, q_block)
-            valid = jnp.minimum(end - block * 1024, 1024)
-            last = (block + 1) * 1024 >= end
+            valid = jnp.minimum(end - block * 2048, 2048)
+            last = (block + 1) * 2048 >= end
             first_query = kv_lens[seq] - q_len(seq) + q_block * 64
 
             @pl.when(block == 0)
@@ -726,11 +783,15 @@ def mixed_kernel(
             def _():
                 clear_tail(slot, valid)
 
-            def one_tile(tile, _):
-                flash_tile(slot, tile, block * 1024 + tile * 512, first_query)
+            seen = first_query - block * 2048
+            plain = jnp.clip(lax.div(seen + 1, 512), 0, 4)
+            plain_tiles(slot, plain)
+
+            def diagonal(tile, _):
+                diagonal_tile(slot, tile, valid, seen)
                 return 0
 
-            lax.fori_loop(0, pl.cdiv(valid, 512), one_tile, 0)
+            lax.fori_loop(plain, pl.cdiv(valid, 512), diagonal, 0)
 
             @pl.when(last)
             def _():
@@ -764,26 +825,26 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
         out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
         input_output_aliases={7: 1, 8: 0},
         scratch_shapes=[
-            pltpu.VMEM((3, 8, 2, 8, 128, 128), jnp.bfloat16),  # kv: fetched blocks
-            pltpu.VMEM((3, 320, 8, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
-            pltpu.VMEM((3, 320, 8, 128), jnp.bfloat16),  # new_values: new values, likewise
-            pltpu.VMEM((3, 2, 8, 128, 128), jnp.bfloat16),  # page_rows: pages to update
+            pltpu.VMEM((3, 16, 2, 8, 128, 128), jnp.bfloat16),  # kv: fetched blocks
+            pltpu.VMEM((5, 320, 8, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
+            pltpu.VMEM((5, 320, 8, 128), jnp.bfloat16),  # new_values: new values, likewise
+            pltpu.VMEM((5, 2, 8, 128, 128), jnp.bfloat16),  # page_rows: pages to update
             pltpu.VMEM((128, 128), jnp.float32),  # by_head: new tokens, to be read by head
             pltpu.VMEM((3, 64, 32, 128), jnp.bfloat16),  # q_in: query blocks as they come
-            pltpu.VMEM((2048, 128), jnp.float32),  # by_token: one by token
             pltpu.VMEM((8, 256, 128), jnp.bfloat16),  # q_rows: one by KV head
+            pltpu.VMEM((2, 256, 512), jnp.float32),  # next_scores: the first scores of the next turn
             pltpu.VMEM((8, 256, 128), jnp.float32),  # row_max: running maximum, the same in every lane
             pltpu.VMEM((8, 256, 128), jnp.float32),  # row_sum: running sum, the same in every lane
             pltpu.VMEM((8, 256, 128), jnp.float32),  # acc: running output
             pltpu.VMEM((1, 64, 32, 128), jnp.bfloat16),  # out_rows: an output block on its way out
             pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((3,)),  # new_sem: new keys and values
-            pltpu.SemaphoreType.DMA((3,)),  # old_sem: pages that hold old tokens
-            pltpu.SemaphoreType.DMA((3,)),  # write_sem: cache writes
+            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
+            pltpu.SemaphoreType.DMA((5,)),  # old_sem: pages that hold old tokens
+            pltpu.SemaphoreType.DMA((5,)),  # write_sem: cache writes
             pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=41943040, disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=58720256, disable_bounds_checks=True),
         name="rpa_mixed",
     )(kv_lens, page_indices, cu_q_lens, distribution, queries, keys, values, rows, out)
 

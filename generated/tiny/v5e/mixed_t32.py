@@ -208,17 +208,17 @@ def decode_kernel(
             self.slot, self.here, self.done = slot, here, 0
 
         def go_on(self, pieces):
-            for piece in range(self.done, min(self.done + pieces, 2)):
-                first = piece * 128
-                low = rows_as_words(kv[self.slot, pl.ds(first, 128)])
-                high = rows_as_words(kv[self.slot, pl.ds(256 + first, 128)])
-                words = pl.ds(piece * 64, 64)
+            for piece in range(self.done, min(self.done + pieces, 1)):
+                first = piece * 256
+                low = rows_as_words(kv[self.slot, pl.ds(first, 256)])
+                high = rows_as_words(kv[self.slot, pl.ds(256 + first, 256)])
+                words = pl.ds(piece * 128, 128)
                 k_words[self.here, words] = (low & jnp.uint32(0xFFFF)) | (high << 16)
                 v_words[self.here, words] = (low >> 16) | (high & jnp.uint32(0xFFFF0000))
             self.done += pieces
 
         def finish(self):
-            self.go_on(2)
+            self.go_on(1)
 
     def head_of(words, here, head):
         """`[128, HEAD_DIM]` of one head, in the order of `block_tokens`."""
@@ -402,6 +402,7 @@ def mixed_kernel(
     q_in,
     by_token,
     q_rows,
+    next_scores,
     row_max,
     row_sum,
     acc,
@@ -426,7 +427,7 @@ def mixed_kernel(
     def q_len(seq):
         return cu_q_lens[seq + 1] - cu_q_lens[seq]
 
-    # ---- update cache: page by page, old tokens kept, new ones packed in; 3 pages in flight
+    # ---- update cache: page by page, old tokens kept, new ones packed in; 2 pages ahead, 5 in flight
 
     def page_span(seq, page):
         """The new tokens of a page, as a range within it."""
@@ -452,7 +453,7 @@ def mixed_kernel(
         return pltpu.make_async_copy(page_rows.at[slot], cache_hbm.at[physical], write_sem.at[slot])
 
     def first_page(seq):
-        return (kv_lens[seq] - q_len(seq)) // PAGE_SIZE
+        return lax.div(kv_lens[seq] - q_len(seq), PAGE_SIZE)
 
     def next_page(seq, page):
         last = (page + 1) * PAGE_SIZE >= kv_lens[seq]
@@ -460,13 +461,13 @@ def mixed_kernel(
         return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
 
     def load_page(step, seq, page):
-        slot = lax.rem(step, 3)
+        slot = lax.rem(step, 5)
 
         @pl.when(seq < end_seq)
         def _():
-            @pl.when(step >= 3)
+            @pl.when(step >= 5)
             def _():
-                page_write(seq, page, slot).wait()  # the write of 3 steps ago: as many bytes, this semaphore
+                page_write(seq, page, slot).wait()  # the write of 5 steps ago: as many bytes, this semaphore
 
             for copy in new_token_copies(seq, page, slot):
                 copy.start()
@@ -480,7 +481,7 @@ def mixed_kernel(
         return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
 
     def merge_page(step, seq, page):
-        slot = lax.rem(step, 3)
+        slot = lax.rem(step, 5)
         first, end = page_span(seq, page)
         for copy in new_token_copies(seq, page, slot):
             copy.wait()
@@ -499,25 +500,27 @@ def mixed_kernel(
             page_rows[slot, rows] = words_as_rows(words)
             return 0
 
-        lax.fori_loop(first // 16, pl.cdiv(end, 16), merge, 0)
+        lax.fori_loop(lax.div(first, 16), pl.cdiv(end, 16), merge, 0)
         page_write(seq, page, slot).start()
 
     def update_cache():
         def body(carry):
             step, seq, page, *ahead = carry
-            ahead = load_page(step + 1, *ahead)
+            ahead = load_page(step + 2, *ahead)
             merge_page(step, seq, page)
             return step + 1, *next_page(seq, page), *ahead
 
         start = (first_seq, first_page(first_seq))
-        ahead = load_page(jnp.int32(0), *start)
+        ahead = start
+        for step in range(2):
+            ahead = load_page(jnp.int32(step), *ahead)
         steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
 
         def drain(i, _):
-            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 3)).wait()
+            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 5)).wait()
             return 0
 
-        lax.fori_loop(0, jnp.minimum(steps, 3), drain, 0)
+        lax.fori_loop(0, jnp.minimum(steps, 5), drain, 0)
 
     # ---- fetch KV: whole pages, into one of 3 buffers of 128 tokens
 
@@ -589,7 +592,7 @@ def mixed_kernel(
         following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
         return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
 
-    # ---- query blocks: 32 tokens in and out in their natural layout, by head and token inside
+    # ---- query blocks: 32 tokens in and out in their natural layout, by KV head inside
 
     def block_copies(seq, block, make, act):
         """Acts on copies that together hold the block's tokens and no others, in sizes that are powers of two."""
@@ -621,6 +624,10 @@ def mixed_kernel(
             return 0
 
         lax.fori_loop(0, count, turn, 0)
+
+    def query_of(row):
+        """Which query of the block a row is of: rows go by head, then query."""
+        return lax.rem(row, 32)
 
     def begin(slot):
         """Sorts a query block by head, `[KV_HEADS, GROUP * 32, HEAD_DIM]`, and clears the running state."""
@@ -689,83 +696,129 @@ def mixed_kernel(
         lax.fori_loop(first, wide * 16, zero(1), 0)
         lax.fori_loop(wide, pl.cdiv(valid, 128) * 2, zero(16), 0)
 
-    # ---- read KV: a tile of 128 tokens at a time, one head of it at a time
+    # ---- read KV: `tokens` tokens of one head, from token `first` of a block on
 
     def split_tile(slot, tile):
-        """Splits a tile's words into K and V. A word of either holds token t in its low half, t + 64 in its high."""
-        first = tile * 512
+        """Splits a tile's words into K and V. A word of either holds two tokens of a piece of 128: token t of the piece in
+        its low half, token t + 64 in its high.
+        """
         half = jnp.uint32(0xFFFF)
 
-        def split(piece, _):  # few enough rows at a time to stay in registers
-            start = piece * 256
-            lower = pl.multiple_of(first + start, 256)
-            upper = pl.multiple_of(first + 256 + start, 256)
+        def split(turn, _):  # few enough rows at a time to stay in registers
+            piece, part = lax.div(turn, 1), lax.rem(turn, 1)
+            first = tile * 512 + piece * 512 + part * 256
+            lower = pl.multiple_of(first, 256)
+            upper = pl.multiple_of(first + 256, 256)
             low = rows_as_words(kv[slot, pl.ds(lower, 256)])
             high = rows_as_words(kv[slot, pl.ds(upper, 256)])
-            words = pl.ds(pl.multiple_of(piece * 128, 128), 128)
+            words = pl.ds(pl.multiple_of(turn * 128, 128), 128)
             k_words[words] = (low & half) | (high << 16)
             v_words[words] = (low >> 16) | (high & ~half)
             return 0
 
         lax.fori_loop(0, 1, split, 0)
 
-    def head_of(words, head):
-        """`[128, HEAD_DIM]` of one head, in the order of `tile_tokens`."""
-        return words_as_rows(words[pl.ds(head, 64, stride=2), :])
+    def head_of(words, first, tokens, head):
+        """`[tokens, HEAD_DIM]` of one head out of the tile that was split last, in the order of `piece_tokens`."""
+        start = lax.div(lax.rem(first, 128), 2) * 2 + head
+        return words_as_rows(words[pl.ds(start, tokens // 2, stride=2), :])
 
-    def head_keys(slot, tile, head):
-        return head_of(k_words, head)
+    def head_keys(slot, first, tokens, head):
+        return head_of(k_words, first, tokens, head)
 
-    def head_values(slot, tile, head):
-        return head_of(v_words, head)
+    def head_values(slot, first, tokens, head):
+        return head_of(v_words, first, tokens, head)
 
-    def tile_tokens(shape):
-        """The token of each column of a score: the halves of the words, interleaved."""
-        column = lax.broadcasted_iota(jnp.int32, shape, 1)
-        return (column >> 1) + (column & 1) * 64
+    def piece_tokens(shape, axis):
+        """The token of each index along an axis of a piece's: the halves of the words, interleaved."""
+        index = lax.broadcasted_iota(jnp.int32, shape, axis)
+        return (index >> 1) + (index & 1) * 64
 
-    # ---- flash steps: 64 query rows of one head against one tile. Scores are made 3 steps before they are
-    # weighed, and 2 heads are one piece of code, so that the MXU and the vector units work at once.
+    # ---- flash steps: 64 query rows of one head against one tile, or on the diagonal against one piece of it
 
-    def score(slot, tile, head, rows):
-        return products(q_rows[head, rows], head_keys(slot, tile, head), 1) * SCORE_SCALE
+    def score(slot, first, tokens, head, rows):
+        return products(q_rows[head, rows], head_keys(slot, first, tokens, head), 1) * SCORE_SCALE
 
-    def flash_step(scores, slot, tile, head, rows, first_token, first_query, masked):
-        if masked:
-            row = rows.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
-            query = first_query + lax.rem(row, 32)
-            scores = jnp.where(first_token + tile_tokens(scores.shape) <= query, scores, MASKED)
+    def weigh(scores, slot, first, head, rows):
+        tokens = scores.shape[1]
         old_max = row_max[head, rows]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - widen(new_max, 128))
+        weights = jnp.exp2(scores - widen(new_max, tokens))
         rescale = jnp.exp2(old_max - new_max)
         row_max[head, rows] = new_max
         row_sum[head, rows] = rescale * row_sum[head, rows] + jnp.sum(weights, axis=1, keepdims=True)
-        part = products(weights.astype(jnp.bfloat16), head_values(slot, tile, head), 0)
+        part = products(weights.astype(jnp.bfloat16), head_values(slot, first, tokens, head), 0)
         acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part
 
-    def flash_tile(slot, tile, first_token, first_query):
+    def flash_turns(turns, heads, ahead, tokens, place, score_of, slot):
+        """Takes turns of some heads against the `tokens` tokens from `place(turn)` on, which is a token and the first head.
+
+        A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, the first of the next turn
+        at its end: so the MXU and the vector units work at once.
+        """
+        steps = [(head, pl.ds(row, 64)) for head in range(heads) for row in range(0, 64, 64)]
+
+        def scores_of(turn, step):
+            first, head = place(turn)
+            return score_of(first, head + steps[step][0], steps[step][1])
+
+        def one_turn(turn, _):
+            first, first_head = place(turn)
+            scores = [next_scores[i, :, :tokens] for i in range(ahead)]
+            for i, (head, rows) in enumerate(steps):
+                later = i + ahead
+                if later < len(steps):
+                    scores.append(scores_of(turn, later))
+                else:
+                    following = jnp.minimum(turn + 1, turns - 1)
+                    next_scores[later - len(steps), :, :tokens] = scores_of(following, later - len(steps))
+                weigh(scores[i], slot, first, first_head + head, rows)
+            return 0
+
+        for i in range(ahead):
+            next_scores[i, :, :tokens] = scores_of(0, i)
+        lax.fori_loop(0, turns, one_turn, 0)
+
+    def plain_tiles(slot, count):
+        """Tiles that all queries of the block see whole."""
+
+        def score_of(first, head, rows):
+            return score(slot, first, 128, head, rows)
+
+        def place_from(first_tile):
+            def place(turn):
+                tile, head = first_tile + lax.div(turn, 1), lax.rem(turn, 1) * 2
+                return tile * 128, head
+
+            return place
+
+        def one(tile, _):
+            split_tile(slot, tile)
+            flash_turns(1, 2, 1, 128, place_from(tile), score_of, slot)
+            return 0
+
+        lax.fori_loop(0, count, one, 0)
+
+    def diagonal_tile(slot, tile, valid, first_query):
+        """A tile that some query sees in part, as far as there are tokens. `first_query` is seen from the block's start."""
         split_tile(slot, tile)
 
-        def all_heads(heads, masked):
-            def some_heads(turn, _):
-                steps = [
-                    (turn * heads + head, pl.ds(row, 64))
-                    for head in range(heads)
-                    for row in range(0, 64, 64)
-                ]
-                scores = [score(slot, tile, *step) for step in steps[:3]]
-                for i, step in enumerate(steps):
-                    if i + 3 < len(steps):
-                        scores.append(score(slot, tile, *steps[i + 3]))
-                    flash_step(scores[i], slot, tile, *step, first_token, first_query, masked)
-                return 0
+        def one_piece(piece, _):
+            first = piece * 128
 
-            lax.fori_loop(0, KV_HEADS // heads, some_heads, 0)
+            def score_of(first, head, rows):
+                scores = score(slot, first, 128, head, rows)
+                query = first_query + query_of(rows.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0))
+                return jnp.where(first + piece_tokens(scores.shape, 1) <= query, scores, MASKED)
 
-        reaches_diagonal = first_token + 127 > first_query
-        pl.when(reaches_diagonal)(lambda: all_heads(1, True))
-        pl.when(jnp.logical_not(reaches_diagonal))(lambda: all_heads(2, False))
+            def place(turn):
+                return first, turn * 2
+
+            flash_turns(KV_HEADS // 2, 2, 1, 128, place, score_of, slot)
+            return 0
+
+        first_piece = tile * 1
+        lax.fori_loop(first_piece, jnp.minimum(first_piece + 1, pl.cdiv(valid, 128)), one_piece, 0)
 
     def attend():
         start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
@@ -794,11 +847,15 @@ def mixed_kernel(
             def _():
                 clear_tail(slot, valid)
 
-            def one_tile(tile, _):
-                flash_tile(slot, tile, block * 128 + tile * 128, first_query)
+            seen = first_query - block * 128
+            plain = jnp.clip(lax.div(seen + 1, 128), 0, 1)
+            plain_tiles(slot, plain)
+
+            def diagonal(tile, _):
+                diagonal_tile(slot, tile, valid, seen)
                 return 0
 
-            lax.fori_loop(0, pl.cdiv(valid, 128), one_tile, 0)
+            lax.fori_loop(plain, pl.cdiv(valid, 128), diagonal, 0)
 
             @pl.when(last)
             def _():
@@ -835,21 +892,22 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
             pltpu.VMEM((3, 512, 128), jnp.bfloat16),  # kv: fetched blocks
             pltpu.VMEM((128, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
             pltpu.VMEM((128, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
-            pltpu.VMEM((3, 48, 2, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
-            pltpu.VMEM((3, 48, 2, 128), jnp.bfloat16),  # new_values: new values, likewise
-            pltpu.VMEM((3, 64, 128), jnp.bfloat16),  # page_rows: pages to update
+            pltpu.VMEM((5, 48, 2, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
+            pltpu.VMEM((5, 48, 2, 128), jnp.bfloat16),  # new_values: new values, likewise
+            pltpu.VMEM((5, 64, 128), jnp.bfloat16),  # page_rows: pages to update
             pltpu.VMEM((32, 128), jnp.uint32),  # packed: new tokens in the cache's form
             pltpu.VMEM((3, 32, 4, 128), jnp.bfloat16),  # q_in: query blocks as they come
             pltpu.VMEM((256, 128), jnp.float32),  # by_token: one by token
             pltpu.VMEM((2, 64, 128), jnp.bfloat16),  # q_rows: one by KV head
+            pltpu.VMEM((1, 64, 128), jnp.float32),  # next_scores: the first scores of the next turn
             pltpu.VMEM((2, 64, 128), jnp.float32),  # row_max: running maximum, the same in every lane
             pltpu.VMEM((2, 64, 128), jnp.float32),  # row_sum: running sum, the same in every lane
             pltpu.VMEM((2, 64, 128), jnp.float32),  # acc: running output
             pltpu.VMEM((1, 32, 4, 128), jnp.bfloat16),  # out_rows: an output block on its way out
             pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((3,)),  # new_sem: new keys and values
-            pltpu.SemaphoreType.DMA((3,)),  # old_sem: pages that hold old tokens
-            pltpu.SemaphoreType.DMA((3,)),  # write_sem: cache writes
+            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
+            pltpu.SemaphoreType.DMA((5,)),  # old_sem: pages that hold old tokens
+            pltpu.SemaphoreType.DMA((5,)),  # write_sem: cache writes
             pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
         ],
