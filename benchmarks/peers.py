@@ -14,8 +14,8 @@ from pathlib import Path
 
 from peers import environment
 from peers.cases import CASES, PAGE_SIZES, TARGETS
-from peers.contenders import CONTENDERS
-from peers.document import OURS, Section, bullet, choices, refusals, summary, table
+from peers.contenders import CONTENDERS, OURS
+from peers.document import OURS_NAMES, Section, bullet, choices, refusals, summary, table
 from peers.picture import draw
 from peers.run import Bench, progress
 from peers.store import Result
@@ -29,13 +29,13 @@ QUICK = "RPA v3, best"
 
 def sections(bench: Bench, options: argparse.Namespace) -> Iterator[tuple[Section, ...]]:
     """All sections after each contender of each of them, so that the document grows while the run goes on."""
-    names = (*OURS, *(one.name for one in CONTENDERS))
+    names = (*OURS_NAMES, *(one.name for one in CONTENDERS))
     found: dict[tuple[str, int], dict[tuple[str, str], Result]] = {(t, p): {} for t in TARGETS for p in PAGE_SIZES}
 
     def fill(target: str, page: int, name: str, may_run: bool) -> None:
         for case in CASES:
-            if name in OURS:
-                result = bench.ours(name != OURS[0], target, page, case, may_run)
+            if name in OURS_NAMES:
+                result = bench.ours(OURS[OURS_NAMES.index(name)], target, page, case, may_run)
             else:
                 peer = next(one for one in CONTENDERS if one.name == name)
                 result = bench.peer(peer, target, page, case, may_run)
@@ -59,7 +59,7 @@ def wanted(options: argparse.Namespace, name: str, target: str, page: int) -> bo
     """Whether the command line asks for a contender on a target and page size; without restrictions, for all."""
     named = not options.only or any(part.lower() in name.lower() for part in options.only)
     if options.quick:
-        named = named and (name in OURS or name == QUICK)
+        named = named and (name in OURS_NAMES or name == QUICK)
         return named and (target, page) == (TARGETS[0], PAGE_SIZES[0])
     return named and target in (options.target or TARGETS) and page in (options.page or PAGE_SIZES)
 
@@ -70,7 +70,7 @@ def document(found: Sequence[Section]) -> str:
     for section in found:
         parts += [f"## {section.title}", "", *table(section), "", "What ran:", "", *choices(section), ""]
     fields = {
-        "about": "\n".join(bullet(f"**{one.name}**: {one.about}") for one in CONTENDERS),
+        "about": "\n".join(bullet(f"**{one.name}**: {one.about}") for one in (*OURS, *CONTENDERS)),
         "summary": "\n".join(summary(found)),
         "tables": "\n".join(parts).rstrip(),
         "refusals": "\n".join(refusals(found)),

@@ -25,6 +25,34 @@ class Compile:
 
 
 @dataclass(frozen=True)
+class Ours:
+    """A way to use rpac. `fitted`: with a spec for the batch, whose `prefill_chunk` is the batch's."""
+
+    name: str
+    about: str
+    kv_layout: str
+    fitted: bool = False
+
+
+OURS = (
+    Ours(
+        "rpac",
+        "one spec for all batches: `context_lens: [1024, 4096]`, `prefill_chunk: 512`, on RPA v3's cache layout. A chunk of "
+        "2048 tokens is none of its prefill chunks, so its `mixed` program takes it.",
+        "interleaved",
+    ),
+    Ours("rpac, apart", "the same with `kv_layout: separate`, K and V apart in the cache.", "separate"),
+    Ours(
+        "rpac, fitted",
+        "likewise apart; its `prefill_chunk` is 2048 where a sequence has 2048 new tokens, which its `prefill` program "
+        "then takes.",
+        "separate",
+        fitted=True,
+    ),
+)
+
+
+@dataclass(frozen=True)
 class Contender:
     """A peer. `compiles` gives the choices for a batch, of which the fastest counts, or says why there are none.
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from peers.cases import Case
+from peers.contenders import OURS
 from peers.store import Result
 
-OURS = ("rpac", "rpac, fitted")
+OURS_NAMES = tuple(one.name for one in OURS)
 MEASURE = {"decode": "MBU", "prefill": "MFU", "mixed": "MBU"}
 
 
@@ -33,7 +34,7 @@ class Section:
         ran = [
             (name, self.results[name, case.label])
             for name in self.contenders
-            if name not in OURS and not self.results[name, case.label].error
+            if name not in OURS_NAMES and not self.results[name, case.label].error
         ]
         return min(ran, key=lambda one: one[1].seconds) if ran else None
 
@@ -51,13 +52,13 @@ def cell(case: Case, result: Result) -> str:
 
 
 def summary(sections: Sequence[Section]) -> list[str]:
-    """How many times faster than the fastest peer ours is, from one spec and fitted, for each batch and section."""
+    """How many times faster than the fastest peer each of ours is, for each batch and section."""
     lines = [_row(["batch", *(section.title for section in sections)]), _row(["---", *["--:"] * len(sections)])]
     for case in sections[0].cases:
         cells = []
         for section in sections:
             best = section.best_peer(case)
-            ratios = [_ratio(best, section.results[name, case.label]) for name in OURS]
+            ratios = [_ratio(best, section.results[name, case.label]) for name in OURS_NAMES]
             cells.append("-" if best is None else f"{' / '.join(ratios)} ({best[0]})")
         lines.append(_row([case.label, *cells]))
     return lines

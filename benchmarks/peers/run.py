@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from peers.cases import (
     Q_HEADS,
     Case,
 )
-from peers.contenders import Compile, Contender
+from peers.contenders import Compile, Contender, Ours
 from peers.store import HERE, TOOK_TOO_LONG, Result, Store, digest, walker_digest
 from rpac.batch import Batch, Limits
 from rpac.errors import PlanError, ScheduleError
@@ -49,7 +48,7 @@ def work_of(case: Case) -> Work:
     return attention_work(*lens, Q_HEADS, KV_HEADS, HEAD_DIM, BFLOAT16_BYTES, BFLOAT16_BYTES)
 
 
-def spec_of(folder: Path, page_size: int, context_lens: Sequence[int], prefill_chunk: int) -> Path:
+def spec_of(folder: Path, page_size: int, prefill_chunk: int = PREFILL_CHUNK, kv_layout: str = "interleaved") -> Path:
     """A spec for the cases, written under `folder`."""
     text = (HERE / "spec.yaml.in").read_text()
     fields = {
@@ -62,10 +61,10 @@ def spec_of(folder: Path, page_size: int, context_lens: Sequence[int], prefill_c
         "decode_tokens": DECODE_TOKENS,
         "max_seqs": MAX_SEQS,
         "prefill_chunk": prefill_chunk,
-        "context_lens": list(context_lens),
+        "context_lens": list(EXPECTED_LENS),
+        "kv_layout": kv_layout,
     }
-    lens = "-".join(map(str, context_lens))
-    path = folder / "specs" / f"page{page_size}-chunk{prefill_chunk}-lens{lens}.yaml"
+    path = folder / "specs" / f"page{page_size}-chunk{prefill_chunk}-{kv_layout}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text.format(**fields))
     return path
@@ -73,7 +72,7 @@ def spec_of(folder: Path, page_size: int, context_lens: Sequence[int], prefill_c
 
 def limits_of(folder: Path, page_size: int) -> Limits:
     """What every call here is compiled for."""
-    return Limits.of(load_spec(spec_of(folder, page_size, EXPECTED_LENS, PREFILL_CHUNK)))
+    return Limits.of(load_spec(spec_of(folder, page_size)))
 
 
 class Bench:
@@ -125,15 +124,11 @@ class Bench:
         command = [self._python(environment_name), str(HERE / script), request]
         return Call(self._store.dump(compiled, command, target), any_compiler=True)
 
-    def ours(self, fitted: bool, target: str, page_size: int, case: Case, may_run: bool) -> Result:
-        """Ours, from one spec for all batches, or from one that expects this batch's lengths and chunk."""
-        lens, chunk = EXPECTED_LENS, PREFILL_CHUNK
-        if fitted and len(set(case.workload.kv_lens)) == 1:
-            lens = (case.longest,)
-        if fitted and case.kind == "prefill":
-            chunk = case.longest_chunk
+    def ours(self, variety: Ours, target: str, page_size: int, case: Case, may_run: bool) -> Result:
+        """Ours, from a spec for all batches, or from one whose chunk is this batch's."""
+        chunk = case.longest_chunk if variety.fitted and case.kind == "prefill" else PREFILL_CHUNK
         try:
-            programs = self._programs(page_size, lens, chunk, target)
+            programs = self._programs(page_size, chunk, variety.kv_layout, target)
         except PlanError as error:
             return Result("", error=reason(str(error)))
         batch = case.workload.batch(programs.limits)
@@ -143,7 +138,7 @@ class Bench:
         kept = self._store.result(key)
         if kept is not None or not may_run:
             return kept or Result(str(variant), error=NOT_RUN)
-        progress(f"rpac {target} page {page_size}, {case.label}, {variant}")
+        progress(f"{variety.name} {target} page {page_size}, {case.label}, {variant}")
         try:
             report = predict(programs, case.workload).report
             result = Result(str(variant), report.seconds, report.kernel_seconds, report.mbu or 0.0, report.mfu or 0.0)
@@ -152,8 +147,8 @@ class Bench:
         self._store.keep_result(key, result)
         return result
 
-    def _make_programs(self, page_size: int, lens: tuple[int, ...], chunk: int, target: str) -> Programs:
-        path = spec_of(self.folder, page_size, lens, chunk)
+    def _make_programs(self, page_size: int, chunk: int, kv_layout: str, target: str) -> Programs:
+        path = spec_of(self.folder, page_size, chunk, kv_layout)
         return programs_of(path, target, ProgramStore(default_cache_dir()), progress)
 
     def _packages(self, name: str) -> list[str]:
