@@ -2,8 +2,9 @@
 
     python benchmarks/peers.py [--quick] [--only NAME]... [--target T]... [--page N]...
 
-What has run is kept under `build/bench-peers`, by content: a second run takes what it can from there, and a restricted
-one fills the rest of the document from it. The first full run compiles for hours on two cores.
+What has run is kept by content, schedules under `build/bench-peers` and results in `benchmarks/peers/results.json`: a second
+run takes what it can from there, and a restricted one fills the rest of the document from it. A run from nothing compiles for
+hours on two cores.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rpac.toolchain import toolchain
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = Path(__file__).with_name("benchmarks.md.in")
+RESULTS = Path(__file__).parent / "peers" / "results.json"
 QUICK = "RPA v3, best"
 
 
@@ -90,10 +92,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"run rpac and {QUICK} on one target and page size")
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    bench = Bench(ROOT / "build" / "bench-peers", dict(pair.split("=", 1) for pair in options.python))
+    pythons = dict(pair.split("=", 1) for pair in options.python)
+    bench = Bench(RESULTS, ROOT / "build" / "bench-peers", pythons)
     for found in sections(bench, options):
         (ROOT / "docs" / "benchmarks.md").write_text(document(found))
         draw(found, ROOT / "docs" / "img" / "benchmarks.png")
+    bench.store.drop_unasked()
     progress("docs/benchmarks.md and docs/img/benchmarks.png written")
 
 

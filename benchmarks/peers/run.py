@@ -76,11 +76,11 @@ def limits_of(folder: Path, page_size: int) -> Limits:
 
 
 class Bench:
-    """Answers from `folder` where it can; compiles and walks where it may."""
+    """Answers from `results` and `folder` where it can; compiles and walks where it may."""
 
-    def __init__(self, folder: Path, pythons: dict[str, str]) -> None:
+    def __init__(self, results: Path, folder: Path, pythons: dict[str, str]) -> None:
         self.folder = folder
-        self._store = Store(folder)
+        self.store = Store(results, folder)
         self._pythons = dict(pythons)
         self._walker = walker_digest()
         self._call = lru_cache(maxsize=KEPT_CALLS)(self._make_call)
@@ -104,7 +104,7 @@ class Bench:
         compiled = digest(script, request, self._packages(one.environment))
         parameters = contender.parameters(batch, case)
         key = digest(compiled, sorted(parameters.items()), self._walker, one.choice)
-        kept = self._store.result(key)
+        kept = self.store.result(key)
         if kept is not None or not may_run:
             return kept or Result(one.choice, error=NOT_RUN)
         target = one.request["target"]
@@ -117,12 +117,12 @@ class Bench:
             result = Result(one.choice, error=reason(str(error)))
             if TOOK_TOO_LONG in str(error):
                 return result
-        self._store.keep_result(key, result)
+        self.store.keep_result(key, result)
         return result
 
     def _make_call(self, compiled: str, environment_name: str, script: str, request: str, target: str) -> Call:
         command = [self._python(environment_name), str(HERE / script), request]
-        return Call(self._store.dump(compiled, command, target), any_compiler=True)
+        return Call(self.store.dump(compiled, command, target), any_compiler=True)
 
     def ours(self, variety: Ours, target: str, page_size: int, case: Case, may_run: bool) -> Result:
         """Ours, from a spec for all batches, or from one whose chunk is this batch's."""
@@ -135,7 +135,7 @@ class Bench:
         variant = select(programs.tasks, programs.limits, batch.tokens, batch.distribution)
         task = programs.tasks[variant]
         key = digest(task.key(toolchain(), "dump"), case.workload.q_lens, case.workload.kv_lens, self._walker)
-        kept = self._store.result(key)
+        kept = self.store.result(key)
         if kept is not None or not may_run:
             return kept or Result(str(variant), error=NOT_RUN)
         progress(f"{variety.name} {target} page {page_size}, {case.label}, {variant}")
@@ -144,7 +144,7 @@ class Bench:
             result = Result(str(variant), report.seconds, report.kernel_seconds, report.mbu or 0.0, report.mfu or 0.0)
         except ScheduleError as error:
             result = Result(str(variant), error=reason(str(error)))
-        self._store.keep_result(key, result)
+        self.store.keep_result(key, result)
         return result
 
     def _make_programs(self, page_size: int, chunk: int, kv_layout: str, target: str) -> Programs:

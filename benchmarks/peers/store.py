@@ -46,17 +46,31 @@ def walker_digest() -> str:
 
 
 class Store:
-    """A folder of results and of gzipped dumps. Entries are written whole and never changed."""
+    """A file of results and a folder of gzipped dumps. Entries are never changed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, results: Path, folder: Path) -> None:
+        self._file = results
         self._folder = folder
+        kept = json.loads(results.read_text()) if results.exists() else {}
+        self._results = {key: Result(**fields) for key, fields in kept.items()}
+        self._asked: set[str] = set()
 
     def result(self, key: str) -> Result | None:
-        path = self._folder / "results" / f"{key}.json"
-        return Result(**json.loads(path.read_text())) if path.exists() else None
+        self._asked.add(key)
+        return self._results.get(key)
 
     def keep_result(self, key: str, result: Result) -> None:
-        self._write(f"results/{key}.json", json.dumps(asdict(result)).encode())
+        self._results[key] = result
+        self._write_results()
+
+    def drop_unasked(self) -> None:
+        """Drops the results that nobody has asked for: of earlier kernels, or of an earlier walker."""
+        self._results = {key: result for key, result in self._results.items() if key in self._asked}
+        self._write_results()
+
+    def _write_results(self) -> None:
+        lines = [f'"{key}": {json.dumps(asdict(result))}' for key, result in sorted(self._results.items())]
+        self._write(self._file, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
     def dump(self, key: str, command: Sequence[str], target: str) -> Dump:
         """The dump of a compile, which runs where it is not kept. Raises ScheduleError, also for a kept refusal.
@@ -72,14 +86,13 @@ class Store:
                 if TOOK_TOO_LONG in str(error):
                     raise
                 found = {"error": str(error)}
-            self._write(f"dumps/{key}.json.gz", gzip.compress(json.dumps(found).encode(), 5, mtime=0))
+            self._write(path, gzip.compress(json.dumps(found).encode(), 5, mtime=0))
         kept = json.loads(gzip.decompress(path.read_bytes()))
         if "error" in kept:
             raise ScheduleError(kept["error"])
         return Dump(**kept)
 
-    def _write(self, name: str, data: bytes) -> None:
-        path = self._folder / name
+    def _write(self, path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         stage = path.with_suffix(".part")
         stage.write_bytes(data)

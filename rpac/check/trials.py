@@ -96,10 +96,13 @@ class _Trials(ABC):
                 found.append(length)
         return found
 
-    def pieces(self, q_len: int) -> list[int]:
-        """Lengths around the end of the first piece of a tile, where a tile on the diagonal has several."""
+    def diagonals(self, q_len: int) -> list[int]:
+        """Lengths around the end of a tile's first piece, and those where the first query sees all but one token of a tile,
+        and all.
+        """
         offs = (self.piece - 1, self.piece, self.piece + 1) if self.piece < self.tile else ()
-        return [length for off in offs if (length := self.length(q_len, self.tile, off)) is not None]
+        ends = [length for off in offs if (length := self.length(q_len, self.tile, off)) is not None]
+        return [*ends, *(q_len + self.tile - off for off in (2, 1) if q_len + self.tile - off <= self.max_len)]
 
     def random_len(self, rng: np.random.Generator, low: int) -> int:
         high = max(low, min(self.max_len, RANDOM_LEN))
@@ -160,7 +163,7 @@ class _Prefill(_Trials):
     def edges(self) -> Iterator[Trial]:
         # Their first chunk, their second, and ends around a page, a piece, a tile and a block.
         lengths = [self.chunk, 2 * self.chunk, *self.lengths(self.chunk, (self.page, self.tile, self.block))]
-        lengths += self.pieces(self.chunk)
+        lengths += self.diagonals(self.chunk)
         lengths = list(dict.fromkeys(length for length in lengths if length <= self.max_len))
         size = min(self.buckets[0] // self.chunk, self.max_seqs)
         for index in range(0, len(lengths), size):
@@ -207,7 +210,7 @@ class _Mixed(_Trials):
         """As many new tokens as a query block, one less and one more, at lengths around a page, a piece, a tile and a block."""
         most = min(self.bucket, self.max_len)
         q_lens = itertools.chain((min(self.q_block + off, most) for off in (1, -1, 0)), itertools.repeat(2))
-        for length in [*self.lengths(2, (self.page, self.tile, self.block)), *self.pieces(2)]:
+        for length in [*self.lengths(2, (self.page, self.tile, self.block)), *self.diagonals(2)]:
             yield min(next(q_lens), length), length
 
     def around_pages(self) -> Iterator[tuple[int, int]]:

@@ -2,60 +2,30 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mutation import SEED, Mutation, check_bug, dropped, no_wait
 
 from rpac.check import check_source
 from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, plan_spec
-from rpac.render import Source, render
+from rpac.render import render
 from rpac.spec import Spec, load_spec
 
 TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")
-# More sequences than a kernel has buffers for their outputs and their new tokens, so that the buffers are used again.
-SPEC = replace(TINY, serving=replace(TINY.serving, max_num_seqs=6))
+# More sequences than a kernel has buffers for their outputs and their new tokens, and chunks of more pages than it has
+# buffers for those under update, so that the buffers are used again.
+SPEC = replace(TINY, serving=replace(TINY.serving, max_num_seqs=6, max_num_tokens=64, token_buckets=(8, 64)))
 # Larger pages: the interpreter takes seconds to compile a decode kernel that fetches many.
 APART = replace(SPEC, serving=replace(SPEC.serving, kv_layout="separate", page_size=64))
 SPECS = {"interleaved": SPEC, "apart": APART}
-SEED = 0
-SECONDS = 120.0  # a run takes less than one, on a machine with nothing else to do
-HANG = 10.0  # of a run that will not end
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """A bug: what it is, and the edit of the generated text that makes it."""
-
-    bug: str
-    pattern: str  # a regular expression; ^ and $ match at lines
-    replacement: str
-    hangs: bool = False
-
-    def apply(self, source: Source) -> Source:
-        """The source with the bug in its last kernel. Fails where the template no longer has what it edits."""
-        before, start, kernel = source.text.rpartition("_kernel(\n")
-        kernel, count = re.subn(self.pattern, self.replacement, kernel, flags=re.MULTILINE)
-        assert count == 1, f"{self.bug}: found {count} of {self.pattern!r} in {source.path}"
-        return Source(source.path, before + start + kernel)
-
-
-def dropped(bug: str, statement: str, hangs: bool = False) -> Mutation:
-    """A statement of one line that is not there."""
-    return Mutation(bug, rf"^( *){statement}$", r"\1pass", hangs)
-
-
-def no_wait(bug: str, statement: str) -> Mutation:
-    """A wait that is not there, of the copies that a function is called for with `copy.wait()`."""
-    return Mutation(f"no wait for {bug}", rf"^({statement}.*lambda copy: )copy\.wait\(\)\)$", r"\1None)")
-
 
 BOTH = [
     Mutation("KV of the next page", r"(page_indices\[seq \* PAGES_PER_SEQ \+ block \* \d+ \+ page)\]", r"\1 + 1]"),
     dropped("clear_tail removed", r"clear_tail\(slot, (?:valid|kv_len - block \* \d+)\)"),
     Mutation("wrong slot", r"^( *slot = lax\.rem\(step), (\d+)\)(?=\n *(kv_len|end) =)", r"\1 + 1, \2)", hangs=True),
-    Mutation("K for V", r"return head_of\(v_words,((?: here,)?) head\)", r"return head_of(k_words,\1 head)"),
+    Mutation("K for V", r"return head_of\(v_words, ", "return head_of(k_words, "),
     Mutation("sum not rescaled", r"= rescale \* (row_sum\[.*\]) \+", r"= \1 +"),
     Mutation("output not rescaled", r"= .*rescale.* \* (acc\[head)", r"= \1"),
 ]
@@ -94,7 +64,7 @@ BLOCK = [
     *BOTH,
     Mutation("mask one too far", r"<= query, scores, MASKED", "<= query + 1, scores, MASKED"),
     Mutation("mask one short", r"<= query, scores, MASKED", "< query, scores, MASKED"),
-    Mutation("mask left out where a tile only begins before it", r"\+ \d+ > first_query", "> first_query"),
+    Mutation("mask left out where a tile only begins before it", r"lax\.div\(seen \+ 1, ", "pl.cdiv(seen + 1, "),
     dropped("no wait for KV", r"wait_block\(end, seq, block, slot\)"),
     no_wait("queries", r" *query_copies\("),
     dropped("no wait for new keys and values", r"copy\.wait\(\)"),
@@ -190,8 +160,8 @@ GROUPS = [
 IN_WORDS = {"K for V", "update keeps no old tokens", "update runs past its end"}
 BLOCK_APART = [
     *(mutation for mutation in BLOCK if mutation.bug not in IN_WORDS),
-    Mutation("K for V", r"head_of\(slot, tile, 1, head\)", "head_of(slot, tile, 0, head)"),
-    Mutation("pages of the first tile", r"pages = pl\.ds\(tile \* 2, 2\)", "pages = pl.ds(0, 2)"),
+    Mutation("K for V", r"head_of\(slot, 1, first", "head_of(slot, 0, first"),
+    Mutation("pages of the first tile", r"pages = pl\.ds\(lax\.div\(first, PAGE_SIZE\),", "pages = pl.ds(0,"),
     Mutation("new tokens a row off", r"PAGE_SIZE \+ start \+ i\]", "PAGE_SIZE + start + i - 1]"),
     Mutation("new values for both", r"enumerate\(\(new_keys, new_values\)\)", "enumerate((new_values, new_values))"),
     Mutation("new tokens of the first head", r"(pl\.ds\(first \* 8) \+ head(?=, count)", r"\1"),
@@ -250,13 +220,7 @@ def test_without_a_bug_there_is_nothing_to_catch(spec: Spec, kind: str) -> None:
     ],
 )
 def test_a_bug_is_caught(spec: Spec, kind: str, mutation: Mutation) -> None:
-    plan = small_plan(spec, kind)
-    time_limit = HANG if mutation.hangs else SECONDS
-    results = check_source(spec, plan, mutation.apply(render(spec, plan)), seed=SEED, time_limit=time_limit)
-    caught = next((result for result in results if not result.ok), None)
-    assert caught is not None, "the bug goes unseen"
-    print(caught)
-    assert mutation.hangs or not any("did not end" in note for note in caught.notes)
+    check_bug(spec, small_plan(spec, kind), mutation)
 
 
 @pytest.mark.slow

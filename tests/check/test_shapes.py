@@ -72,6 +72,31 @@ APART = [
 ]
 
 
+def of_pieces(make: Callable[..., Spec], q_heads: int, kv_heads: int, **shape: object) -> Spec:
+    """With sequences so long that a tile on the diagonal is two pieces."""
+    return make(q_heads, kv_heads, page_size=128, max_model_len=1152, context_lens=(100, 500), **shape)
+
+
+EXCHANGED_FEW = [shaped(16, 4)]
+# Queries of several KV heads share a register; all but those of float32 or a wider head are masked by a wide MXU.
+EXCHANGED = [
+    *EXCHANGED_FEW,
+    *(
+        of_pieces(make, q_heads, kv_heads, **shape)
+        for make in (shaped, apart)
+        for q_heads, kv_heads, shape in (
+            (16, 8, {}),  # eight heads
+            (32, 8, {}),  # four, in two registers
+            (16, 2, {}),  # two
+            (16, 1, {}),  # one
+            (4, 2, {}),  # half a register: sorted by strided loads
+            (16, 4, {"dtype": "float32"}),
+            (16, 4, {"head_dim": 256}),
+        )
+    ),
+]
+
+
 def named(spec: Spec) -> str:
     serving = spec.serving
     layout = f"-apart{serving.max_model_len}x{serving.max_num_seqs}" if serving.kv_layout == "separate" else ""
@@ -85,6 +110,7 @@ def params(specs: list[Spec], few: list[Spec]) -> list[object]:
 
 each_shape = pytest.mark.parametrize("spec", params(SHAPES, FEW))
 each_shape_apart = pytest.mark.parametrize("spec", params(APART, APART_FEW))
+each_exchange = pytest.mark.parametrize("spec", params(EXCHANGED, EXCHANGED_FEW))
 each_portable_shape = pytest.mark.parametrize("spec", params([*SHAPES, *APART], [*FEW, APART_FEW[0]]))
 
 
@@ -121,6 +147,22 @@ def few_at_once(plan: KernelPlan) -> KernelPlan:
 @each_shape_apart
 def test_kernels_of_k_and_v_apart_agree_with_the_oracle_in_the_interpreter(spec: Spec, kind: str) -> None:
     check(spec, "tpu7x", kind, few_at_once)
+
+
+@pytest.mark.parametrize("kind", ["prefill", pytest.param("mixed", marks=SLOW)])
+@each_exchange
+def test_kernels_that_exchange_rows_agree_with_the_oracle_in_the_interpreter(spec: Spec, kind: str) -> None:
+    check(spec, "tpu7x", kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["prefill", "mixed"])
+@pytest.mark.parametrize("make", [shaped, apart])
+def test_kernels_that_exchange_rows_for_a_narrow_mxu_agree_with_the_oracle(
+    make: Callable[..., Spec], kind: str
+) -> None:
+    """It has no lanes to spare for a mask."""
+    check(of_pieces(make, 16, 4), "v5e", kind)
 
 
 @pytest.mark.slow

@@ -100,8 +100,20 @@ def test_a_reason_is_the_telling_line_without_paths():
 
 
 def test_results_survive_a_rerun_and_unfinished_ones_do_not(tmp_path):
-    store = module("store").Store(tmp_path)
+    store = module("store").Store(tmp_path / "results.json", tmp_path)
     assert store.result("k") is None
     store.keep_result("k", result(5))
-    assert module("store").Store(tmp_path).result("k") == result(5)
+    again = module("store").Store(tmp_path / "results.json", tmp_path)
+    assert again.result("k") == result(5)
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_results_that_nobody_asks_for_are_dropped(tmp_path):
+    store = module("store").Store(tmp_path / "results.json", tmp_path)
+    for key in ("a", "b"):
+        store.keep_result(key, result(5))
+    again = module("store").Store(tmp_path / "results.json", tmp_path)
+    again.result("a")
+    again.drop_unasked()
+    kept = module("store").Store(tmp_path / "results.json", tmp_path)
+    assert (kept.result("a"), kept.result("b")) == (result(5), None)

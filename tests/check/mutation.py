@@ -1,0 +1,55 @@
+"""Bugs to put into a generated kernel by hand, and whether the check catches them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rpac.check import check_source
+from rpac.check.trials import Trial
+from rpac.plan import KernelPlan
+from rpac.render import Source, render
+from rpac.spec import Spec
+
+SEED = 0
+SECONDS = 120.0  # a run takes less than one, on a machine with nothing else to do
+HANG = 10.0  # of a run that will not end
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A bug: what it is, and the edit of the generated text that makes it."""
+
+    bug: str
+    pattern: str  # a regular expression; ^ and $ match at lines
+    replacement: str
+    hangs: bool = False
+
+    def apply(self, source: Source) -> Source:
+        """The source with the bug in its last kernel. Fails where the template no longer has what it edits."""
+        before, start, kernel = source.text.rpartition("_kernel(\n")
+        kernel, count = re.subn(self.pattern, self.replacement, kernel, flags=re.MULTILINE)
+        assert count == 1, f"{self.bug}: found {count} of {self.pattern!r} in {source.path}"
+        return Source(source.path, before + start + kernel)
+
+
+def dropped(bug: str, statement: str, hangs: bool = False) -> Mutation:
+    """A statement of one line that is not there."""
+    return Mutation(bug, rf"^( *){statement}$", r"\1pass", hangs)
+
+
+def no_wait(bug: str, statement: str) -> Mutation:
+    """A wait that is not there, of the copies that a function is called for with `copy.wait()`."""
+    return Mutation(f"no wait for {bug}", rf"^({statement}.*lambda copy: )copy\.wait\(\)\)$", r"\1None)")
+
+
+def check_bug(spec: Spec, plan: KernelPlan, mutation: Mutation, trials: Sequence[Trial] | None = None) -> None:
+    """Fails where no batch, of the check's own or of those given, shows the bug."""
+    time_limit = HANG if mutation.hangs else SECONDS
+    source = mutation.apply(render(spec, plan))
+    results = check_source(spec, plan, source, trials=trials, seed=SEED, time_limit=time_limit)
+    caught = next((result for result in results if not result.ok), None)
+    assert caught is not None, "the bug goes unseen"
+    print(caught)
+    assert mutation.hangs or not any("did not end" in note for note in caught.notes)

@@ -1,0 +1,159 @@
+"""Likewise of prefill and mixed kernels that exchange parts of registers, mask by the MXU and take turns of heads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mutation import SEED, Mutation, check_bug, dropped
+
+from rpac.check import check_source
+from rpac.check.trials import Trial
+from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, plan_spec
+from rpac.render import render
+from rpac.spec import Model, Spec, load_spec
+
+TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")
+INTERLEAVED = replace(
+    TINY,
+    name="wide",
+    model=Model(16, 4, 128, "bfloat16", "bfloat16", 128**-0.5),
+    serving=replace(
+        TINY.serving,
+        page_size=128,
+        max_model_len=1664,  # the last queries see whole tiles beyond the first block
+        max_num_tokens=256,
+        token_buckets=(256,),
+        max_num_seqs=6,
+        prefill_chunk=64,
+        context_lens=(100, 1000),
+    ),
+)
+APART = replace(INTERLEAVED, serving=replace(INTERLEAVED.serving, kv_layout="separate"))
+SPECS = {"interleaved": INTERLEAVED, "apart": APART}
+
+FEW = [
+    Mutation("limit one too far", r"piece_tokens\(shape, 0\) <= query", "piece_tokens(shape, 0) <= query + 1"),
+    Mutation("halves of a register exchanged the wrong way", r"low = (.*) == 0$", r"low = \1 != 0"),
+    Mutation("next scores of this turn", r"jnp\.minimum\(turn \+ 1, turns - 1\)", "turn"),
+]
+MASKS = [
+    Mutation("limit one short", r"piece_tokens\(shape, 0\) <= query", "piece_tokens(shape, 0) < query"),
+    Mutation("limits of another step", r"limits\[rows\.start // 64\]", "limits[1 - rows.start // 64]"),
+    Mutation("limits of the first rows", r"first_query \+ query_of\(row\) \+", "first_query +"),
+    Mutation("limits of the first piece", r"first \+ (piece_tokens\(shape, 0\))", r"\1"),
+    Mutation("lane of the next query", r"query_of\(row\) == lane", "query_of(row) + 1 == lane"),
+    Mutation("rows by head", r"query_of\(row\) == lane", "lax.rem(row, 16) == lane"),
+    dropped("clear_tail removed", r"clear_tail\(slot, valid\)"),
+]
+ROWS = [
+    Mutation("parts rolled too far", r"pltpu\.roll\(b, apart \* 2,", "pltpu.roll(b, apart * 2 + 1,"),
+    Mutation("parts rolled the wrong way", r"8 - apart \* 2", "apart * 2"),
+    Mutation("an exchange left out", r"for apart in \(2, 1\)", "for apart in (2,)"),
+    Mutation("sorted in another order", r"q_rows\[first \+ i, rows\]", "q_rows[first + 3 - i, rows]"),
+    Mutation("unsorted in another order", r"outs = \[out_of\(first \+ i\)", "outs = [out_of(first + 3 - i)"),
+    Mutation("first tokens sorted for all", r"(def sort\(piece\):\n.*multiple_of\()piece", r"\1 0"),
+    Mutation("sorted over the first rows", r"(def sort\(piece\):\n.*\n.*multiple_of\()piece", r"\1 0"),
+    Mutation("output of the first rows for all", r"(def unsort\(piece\):\n.*\n.*multiple_of\()piece", r"\1 0"),
+    dropped("old maximum stays", r"row_max\[head, rows\] = jnp\.full.*"),
+    dropped("old sum stays", r"row_sum\[head, rows\] = jnp\.zeros.*"),
+    dropped("old output stays", r"acc\[head, rows\] = jnp\.zeros.*"),
+    Mutation("state of the first rows cleared", r"rows = pl\.ds\(step \* 64,", "rows = pl.ds(0,"),
+    Mutation("state of the first heads cleared", r"loop\(KV_HEADS \* 2, clear\)", "loop(KV_HEADS, clear)"),
+]
+TURNS = [
+    Mutation("next scores of the turn before the last", r"(turn \+ 1, turns -) 1\)", r"\1 2)"),
+    Mutation("next scores past the last turn", r"jnp\.minimum\(turn \+ 1, turns - 1\)", "turn + 1"),
+    Mutation("next scores in another order", r"next_scores\[later - len\(steps\)", "next_scores[len(steps) - 1 - i"),
+    Mutation("scores of the first turn", r"first, head = place\(turn\)", "first, head = place(0)"),
+    Mutation("the first scores for all", r"= scores_of\(0, i\)", "= scores_of(0, 0)"),
+    dropped("first scores not made", r"next_scores\[i, :, :tokens\] = scores_of\(0, i\)"),
+    Mutation("weighed as the first heads", r"first_head \+ head, rows\)", "head, rows)"),
+    Mutation("heads that overlap", r"lax\.rem\(turn, 2\) \* 2", "lax.rem(turn, 2)"),
+    Mutation("heads that overlap on the diagonal", r"return first, turn \* 2", "return first, turn"),
+    Mutation("a turn too few on the diagonal", r"flash_turns\(KV_HEADS // 2,", "flash_turns(KV_HEADS // 2 - 1,"),
+    Mutation("plain tiles one too many", r"lax\.div\(seen \+ 1, 512\)", "lax.div(seen + 1, 512) + 1"),
+    Mutation("plain tiles past the block", r"(seen \+ 1, 512\), 0,) 2\)", r"\1 3)"),
+    Mutation("plain tiles taken twice", r"lax\.fori_loop\(plain, ", "lax.fori_loop(0, "),
+    Mutation("the last tile left out", r"pl\.cdiv\(valid, 512\), diagonal", "valid // 512, diagonal"),
+    Mutation("pieces of another tile", r"first_piece = tile \* 2", "first_piece = tile"),
+    Mutation("the last piece left out", r"pl\.cdiv\(valid, 256\)", "valid // 256"),
+    Mutation("the last piece of a tile left out", r"first_piece \+ 2,", "first_piece + 1,"),
+    Mutation("the first piece again", r"first = piece \* 256", "first = tile * 512"),
+]
+UPDATE = [
+    dropped("no wait for a cache write before its buffer is used again", r"page_write\(seq, page, slot\)\.wait\(\).*"),
+    Mutation("a buffer used again a page too early", r"step >= 5", "step > 5"),
+    Mutation("a page of the step after", r"load_page\(step \+ 2,", "load_page(step + 3,", hangs=True),
+    Mutation("a page too few at first", r"range\(2\)(?=:\n.* load_page)", "range(1)", hangs=True),
+    Mutation("the oldest of the last cache writes not waited for", r"minimum\(steps, 5\)", "minimum(steps, 4)"),
+]
+BLOCK = [*FEW, *MASKS, *ROWS, *TURNS, *UPDATE]
+BLOCK_APART = [
+    *BLOCK,
+    Mutation("keys of the tail not cleared", r"for kind in range\(2\):", "for kind in range(1, 2):"),
+    Mutation("values of the tail not cleared", r"for kind in range\(2\):", "for kind in range(1):"),
+    Mutation("plain turns of the first tile", r"lax\.div\(turn, 2\)", "0"),
+    Mutation("plain tiles of the next", r"place_from\(0\)", "place_from(1)"),
+    Mutation("a plain turn too few", r"turns = count \* 2", "turns = count * 2 - 1"),
+]
+WORDS = [
+    Mutation("a plain tile of other words", r"(def one\(tile, _\):\n.*split_tile\(slot,) tile", r"\1 0"),
+    dropped("words not split on the diagonal", r"(?<=^        )split_tile\(slot, tile\)"),
+    Mutation("words of the first piece split for all", r"\+ piece \* \d+ \+ part", "+ part"),
+    Mutation("words of the first piece", r"lax\.div\(lax\.rem\(first, 512\), 2\)", "0"),
+    Mutation("tokens of a piece by half", r"\(index & 1\) \* 128", "(index & 1) * 127"),
+]
+# The check has no batch whose queries begin at the last token but one of a tile.
+EARLY = Mutation("plain tiles seen by the second query", r"lax\.div\(seen \+ 1, 512\)", "lax.div(seen + 2, 512)")
+AT_TILE = Trial("contexts of a tile and two and one less", (64, 64), (574, 575), 0, 2)
+
+
+def small_plan(spec: Spec, kind: str) -> KernelPlan:
+    """A plan by which a chunk is two query blocks, these two steps a head, a tile two turns and two pieces, a block two tiles."""
+    plan = next(plan for plan in plan_spec(spec, "tpu7x") if plan.kind == kind)
+    if isinstance(plan.decode, DecodeTiles):
+        plan = replace(plan, decode=replace(plan.decode, block=128))
+    if isinstance(plan.decode, GroupTiles):
+        plan = replace(plan, decode=replace(plan.decode, tile=128, step=2, ahead=2, writes=4))
+    assert isinstance(plan.block, BlockTiles)
+    tiles = {"q_block": 32, "step_rows": 64, "heads": 2, "diagonal_heads": 2, "block": 1024, "tile": 512}
+    return replace(plan, block=replace(plan.block, **tiles))
+
+
+def cases(layout: str, kind: str, mutations: list[Mutation], *marks: pytest.MarkDecorator) -> list[object]:
+    return [
+        pytest.param(SPECS[layout], kind, mutation, id=f"{kind}, {layout}: {mutation.bug}", marks=marks)
+        for mutation in mutations
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["prefill", "mixed"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
+def test_without_a_bug_there_is_nothing_to_catch_by_turns(spec: Spec, kind: str) -> None:
+    plan = small_plan(spec, kind)
+    assert plan.block.masks_by_mxu(spec.model)
+    failed = [result for result in check_source(spec, plan, render(spec, plan), seed=SEED) if not result.ok]
+    assert not failed
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "mutation"),
+    [
+        *cases("interleaved", "prefill", FEW),
+        *cases("interleaved", "prefill", WORDS, pytest.mark.slow),
+        *cases("apart", "prefill", BLOCK_APART, pytest.mark.slow),
+        # Their kernel is made by the template that makes the prefill kernel.
+        *cases("interleaved", "mixed", FEW, pytest.mark.slow),
+    ],
+)
+def test_a_bug_of_turns_is_caught(spec: Spec, kind: str, mutation: Mutation) -> None:
+    check_bug(spec, small_plan(spec, kind), mutation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
+def test_a_tile_that_the_first_query_does_not_see_whole_is_caught(spec: Spec) -> None:
+    check_bug(spec, small_plan(spec, "prefill"), EARLY, [AT_TILE])
