@@ -209,7 +209,7 @@ class _Mixed(_Trials):
     def around_ends(self) -> Iterator[tuple[int, int]]:
         """As many new tokens as a query block, one less and one more, at lengths around a page, a piece, a tile and a block."""
         most = min(self.bucket, self.max_len)
-        q_lens = itertools.chain((min(self.q_block + off, most) for off in (1, -1, 0)), itertools.repeat(2))
+        q_lens = itertools.chain((min(self.q_block + off, most) for off in (1, -1, 0)), itertools.repeat(min(2, most)))
         for length in [*self.lengths(2, (self.page, self.tile, self.block)), *self.diagonals(2)]:
             yield min(next(q_lens), length), length
 
