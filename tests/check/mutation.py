@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rpac.check import check_source
-from rpac.check.trials import Trial
 from rpac.plan import KernelPlan
 from rpac.render import Source, render
 from rpac.spec import Spec
@@ -44,11 +42,11 @@ def no_wait(bug: str, statement: str) -> Mutation:
     return Mutation(f"no wait for {bug}", rf"^({statement}.*lambda copy: )copy\.wait\(\)\)$", r"\1None)")
 
 
-def check_bug(spec: Spec, plan: KernelPlan, mutation: Mutation, trials: Sequence[Trial] | None = None) -> None:
-    """Fails where no batch, of the check's own or of those given, shows the bug."""
+def check_bug(spec: Spec, plan: KernelPlan, mutation: Mutation) -> None:
+    """Fails where no batch shows the bug."""
     time_limit = HANG if mutation.hangs else SECONDS
     source = mutation.apply(render(spec, plan))
-    results = check_source(spec, plan, source, trials=trials, seed=SEED, time_limit=time_limit)
+    results = check_source(spec, plan, source, seed=SEED, time_limit=time_limit)
     caught = next((result for result in results if not result.ok), None)
     assert caught is not None, "the bug goes unseen"
     print(caught)
