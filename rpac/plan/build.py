@@ -50,6 +50,9 @@ STEP_ROWS = 256  # query rows of a flash step: with fewer, pushing K and V into 
 TURN_STEPS = {"prefill": (32, 16), "mixed": (16, 8)}
 # Where code is scarce: a narrow MXU takes twice as much for a product, and splitting words takes much by itself.
 FEWER_STEPS = {"prefill": (16, 8), "mixed": (4, 4)}
+# Tokens of a flash step. Where a head fills a wide MXU, its vector work must be less for each score: a longer step moves the
+# running state less often.
+TILE, LONG_TILE = 512, 1024
 INT32_BYTES = 4
 
 Tiles: TypeAlias = DecodeTiles | GroupTiles | BlockTiles
@@ -233,39 +236,48 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
     model, serving = spec.model, spec.serving
     most = max(power_of_two_from(max(serving.context_lens)), LANES)
     new_tokens = min(tokens, serving.page_size)
+    few = device.mxu_size <= LANES or splits_words(spec)
+    spare = device.mxu_size > model.head_dim and packing(model.kv_dtype) > 1
+    long = not few and not spare and packing(model.kv_dtype) > 1
+    # A long block saves scores that wait for nothing at its start; where words are split, they do at every tile's.
+    blocks = (1024, 512, 256, LANES) if splits_words(spec) else (2048, 1024, 512, 256, LANES)
+    for tile in (LONG_TILE, TILE) if long and most >= LONG_TILE else (TILE,):
+        for q_block in _q_blocks(spec, kind, tokens):
+            rows = model.group * q_block
+            step_rows = step_rows_of(rows, STEP_ROWS)
+            heads, diagonal_heads = (
+                math.gcd(model.kv_heads, max(steps * step_rows // rows, 1))
+                for steps in (FEWER_STEPS if few else TURN_STEPS)[kind]
+            )
+            copy_sizes = copy_sizes_of(kind, q_block, tokens)
+            for block in blocks:
+                if block < tile == LONG_TILE:
+                    continue
+                block = max(min(block, most), serving.page_size)
+                for buffers in (3, 2):
+                    yield BlockTiles(
+                        q_block,
+                        block,
+                        min(tile, block),
+                        step_rows,
+                        heads,
+                        diagonal_heads,
+                        buffers,
+                        UPDATE_BUFFERS,
+                        MERGE_TOKENS,
+                        new_tokens,
+                        copy_sizes,
+                        spare,
+                    )
+
+
+def _q_blocks(spec: Spec, kind: str, tokens: int) -> Iterator[int]:
+    """Query blocks from the largest down."""
     for q_block in Q_BLOCKS[kind]:
-        if kind == "prefill":
-            if serving.prefill_chunk % q_block:
-                continue
-        else:
-            q_block = min(q_block, max(power_of_two_from(tokens), MIN_Q_BLOCK))
-        copy_sizes = copy_sizes_of(kind, q_block, tokens)
-        step_rows = step_rows_of(model.group * q_block, STEP_ROWS)
-        few = device.mxu_size <= LANES or splits_words(spec)
-        heads, diagonal_heads = (
-            math.gcd(model.kv_heads, max(steps * step_rows // (model.group * q_block), 1))
-            for steps in (FEWER_STEPS if few else TURN_STEPS)[kind]
-        )
-        spare = device.mxu_size > model.head_dim and packing(model.kv_dtype) > 1
-        # A long block saves scores that wait for nothing at its start; where words are split, they do at every tile's.
-        for block in (1024, 512, 256, LANES) if splits_words(spec) else (2048, 1024, 512, 256, LANES):
-            block = max(min(block, most), serving.page_size)
-            tile = min(512, block)
-            for buffers in (3, 2):
-                yield BlockTiles(
-                    q_block,
-                    block,
-                    tile,
-                    step_rows,
-                    heads,
-                    diagonal_heads,
-                    buffers,
-                    UPDATE_BUFFERS,
-                    MERGE_TOKENS,
-                    new_tokens,
-                    copy_sizes,
-                    spare,
-                )
+        if kind != "prefill":
+            yield min(q_block, max(power_of_two_from(tokens), MIN_Q_BLOCK))
+        elif spec.serving.prefill_chunk % q_block == 0:
+            yield q_block
 
 
 def copy_sizes_of(kind: str, q_block: int, tokens: int) -> tuple[int, ...]:

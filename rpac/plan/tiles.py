@@ -11,6 +11,7 @@ from rpac.layout import LANES, align, cdiv, kv_page_shape, nbytes, packing
 from rpac.spec import Model, Spec
 
 SCORES_AHEAD = 3  # flash steps whose scores are made before they are weighed: as many as keep the MXU busy meanwhile
+SCORES_AHEAD_AT_MOST = 3 * 256 * 512  # of them all: more are moved in and out of registers more often than it helps
 STEPS_PER_SCORE = 2  # at least: scores made ahead are code too
 PIECE = 256  # tokens, if whole pages: a tile on the diagonal is computed by pieces, of no fewer than the MXU is wide
 SUBLANES = 8  # of a 32-bit register tile, on every generation supported
@@ -217,7 +218,8 @@ class BlockTiles:
     def scores_ahead(self, model: Model, heads: int) -> int:
         """Flash steps whose scores are made before they are weighed, where a piece of code has the steps of `heads` heads."""
         steps = heads * (model.group * self.q_block // self.step_rows)
-        return max(min(SCORES_AHEAD, steps // STEPS_PER_SCORE), 1)
+        most = SCORES_AHEAD_AT_MOST // (self.step_rows * self.tile)
+        return max(min(SCORES_AHEAD, most, steps // STEPS_PER_SCORE), 1)
 
     def scratch(self, spec: Spec) -> tuple[Buffer, ...]:
         """The scratch arrays, in the order of the kernel's parameters."""

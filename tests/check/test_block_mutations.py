@@ -55,11 +55,13 @@ ROWS = [
     Mutation("first tokens sorted for all", r"(def sort\(piece\):\n.*multiple_of\()piece", r"\1 0"),
     Mutation("sorted over the first rows", r"(def sort\(piece\):\n.*\n.*multiple_of\()piece", r"\1 0"),
     Mutation("output of the first rows for all", r"(def unsort\(piece\):\n.*\n.*multiple_of\()piece", r"\1 0"),
-    dropped("old maximum stays", r"row_max\[head, rows\] = jnp\.full.*"),
-    dropped("old sum stays", r"row_sum\[head, rows\] = jnp\.zeros.*"),
-    dropped("old output stays", r"acc\[head, rows\] = jnp\.zeros.*"),
-    Mutation("state of the first rows cleared", r"rows = pl\.ds\(step \* 64,", "rows = pl.ds(0,"),
-    Mutation("state of the first heads cleared", r"loop\(KV_HEADS \* 2, clear\)", "loop(KV_HEADS, clear)"),
+    Mutation("old maximum stays", r"\(row_max, MASKED\), ", ""),
+    Mutation("old sum stays", r"\(row_sum, 0\.0\), ", ""),
+    Mutation("old output stays", r", \(acc, 0\.0\)", ""),
+    dropped("state of the block before stays", r"(?<=^                )clear\(head, rows\)"),
+    dropped("state not cleared at first", r"clear_all\(\)(?!:)"),
+    Mutation("state of the first rows cleared", r"rows = pl\.ds\(lax\.rem\(piece, 2\) \* 64,", "rows = pl.ds(0,"),
+    Mutation("state of the first heads cleared", r"loop\(KV_HEADS \* 2, one\)", "loop(KV_HEADS, one)"),
 ]
 TURNS = [
     Mutation("next scores of the turn before the last", r"(turn \+ 1, turns -) 1\)", r"\1 2)"),

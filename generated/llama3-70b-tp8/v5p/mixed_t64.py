@@ -623,12 +623,24 @@ def mixed_kernel(
 
         lax.fori_loop(0, count, turn, 0)
 
+    def clear(head, rows):
+        """The running state of some rows of a KV head, as before their first tile."""
+        for state, value in ((row_max, MASKED), (row_sum, 0.0), (acc, 0.0)):
+            state[head, rows] = jnp.full((rows.size, state.shape[-1]), value)
+
+    def clear_all():
+        def one(piece):
+            rows = pl.ds(lax.rem(piece, 2) * 256, 256)
+            clear(lax.div(piece, 2), rows)
+
+        loop(KV_HEADS * 2, one)
+
     def query_of(row):
         """Which query of the block a row is of: rows go by query, then head."""
         return row // GROUP
 
     def begin(slot):
-        """Sorts a query block by KV head, `[KV_HEADS, 64 * GROUP, HEAD_DIM]`, and clears the running state."""
+        """Sorts a query block by KV head, `[KV_HEADS, 64 * GROUP, HEAD_DIM]`."""
 
         def sort(piece):
             tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
@@ -637,25 +649,19 @@ def mixed_kernel(
                 queries = q_in[slot, tokens, first * GROUP : (first + 1) * GROUP]
                 q_rows[first, rows] = queries.reshape(128, HEAD_DIM)
 
-        def clear(piece):
-            head, step = lax.div(piece, 2), lax.rem(piece, 2)
-            rows = pl.ds(step * 256, 256)
-            row_max[head, rows] = jnp.full((256, 128), MASKED)
-            row_sum[head, rows] = jnp.zeros((256, 128))
-            acc[head, rows] = jnp.zeros((256, HEAD_DIM))
-
         loop(4, sort)
-        loop(KV_HEADS * 2, clear)
 
     def finish(slot):
-        """Puts a block's output back in the order of its tokens."""
+        """Puts a block's output back in the order of its tokens, and clears the running state for the next one."""
 
         def unsort(piece):
             tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
             rows = pl.ds(pl.multiple_of(piece * 128, 128), 128)
 
             def out_of(head):
-                return (acc[head, rows] / widen(row_sum[head, rows], HEAD_DIM)).astype(out_rows.dtype)
+                out = acc[head, rows] / widen(row_sum[head, rows], HEAD_DIM)
+                clear(head, rows)
+                return out.astype(out_rows.dtype)
 
             for first in range(0, KV_HEADS, 1):
                 heads = slice(first * GROUP, (first + 1) * GROUP)
@@ -811,6 +817,7 @@ def mixed_kernel(
         lax.fori_loop(first_piece, jnp.minimum(first_piece + 2, pl.cdiv(valid, 256)), one_piece, 0)
 
     def attend():
+        clear_all()
         start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
         ahead = start
         for step in range(2):

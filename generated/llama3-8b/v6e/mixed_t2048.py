@@ -630,6 +630,18 @@ def mixed_kernel(
 
         lax.fori_loop(0, count, turn, 0)
 
+    def clear(head, rows):
+        """The running state of some rows of a KV head, as before their first tile."""
+        for state, value in ((row_max, MASKED), (row_sum, 0.0), (acc, 0.0)):
+            state[head, rows] = jnp.full((rows.size, state.shape[-1]), value)
+
+    def clear_all():
+        def one(piece):
+            rows = pl.ds(lax.rem(piece, 2) * 256, 256)
+            clear(lax.div(piece, 2), rows)
+
+        loop(KV_HEADS * 2, one)
+
     def query_of(row):
         """Which query of the block a row is of: rows go by query, then head."""
         return row // GROUP
@@ -647,7 +659,7 @@ def mixed_kernel(
         return parts
 
     def begin(slot):
-        """Sorts a query block by KV head, `[KV_HEADS, 128 * GROUP, HEAD_DIM]`, and clears the running state."""
+        """Sorts a query block by KV head, `[KV_HEADS, 128 * GROUP, HEAD_DIM]`."""
 
         def sort(piece):
             tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
@@ -658,25 +670,19 @@ def mixed_kernel(
                 for i, part in enumerate(exchange([words[:, i] for i in range(4)])):
                     q_rows[first + i, rows] = pltpu.bitcast(part, q_rows.dtype).reshape(64, HEAD_DIM)
 
-        def clear(piece):
-            head, step = lax.div(piece, 2), lax.rem(piece, 2)
-            rows = pl.ds(step * 256, 256)
-            row_max[head, rows] = jnp.full((256, 128), MASKED)
-            row_sum[head, rows] = jnp.zeros((256, 128))
-            acc[head, rows] = jnp.zeros((256, HEAD_DIM))
-
         loop(8, sort)
-        loop(KV_HEADS * 2, clear)
 
     def finish(slot):
-        """Puts a block's output back in the order of its tokens."""
+        """Puts a block's output back in the order of its tokens, and clears the running state for the next one."""
 
         def unsort(piece):
             tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
             rows = pl.ds(pl.multiple_of(piece * 64, 64), 64)
 
             def out_of(head):
-                return (acc[head, rows] / widen(row_sum[head, rows], HEAD_DIM)).astype(out_rows.dtype)
+                out = acc[head, rows] / widen(row_sum[head, rows], HEAD_DIM)
+                clear(head, rows)
+                return out.astype(out_rows.dtype)
 
             for first in range(0, KV_HEADS, 4):
                 heads = slice(first * GROUP, (first + 4) * GROUP)
@@ -839,6 +845,7 @@ def mixed_kernel(
     def attend():
         row, lane = (lax.broadcasted_iota(jnp.int32, which_query.shape, axis) for axis in range(2))
         which_query[...] = jnp.where(query_of(row) == lane, 1.0, 0.0).astype(which_query.dtype)
+        clear_all()
         start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
         ahead = start
         for step in range(2):

@@ -296,6 +296,18 @@ def prefill_kernel(
 
         lax.fori_loop(0, count, turn, 0)
 
+    def clear(head, rows):
+        """The running state of some rows of a KV head, as before their first tile."""
+        for state, value in ((row_max, MASKED), (row_sum, 0.0), (acc, 0.0)):
+            state[head, rows] = jnp.full((rows.size, state.shape[-1]), value)
+
+    def clear_all():
+        def one(piece):
+            rows = pl.ds(lax.rem(piece, 4) * 256, 256)
+            clear(lax.div(piece, 4), rows)
+
+        loop(KV_HEADS * 4, one)
+
     def query_of(row):
         """Which query of the block a row is of: rows go by query, then head."""
         return row // GROUP
@@ -313,7 +325,7 @@ def prefill_kernel(
         return parts
 
     def begin(slot):
-        """Sorts a query block by KV head, `[KV_HEADS, 256 * GROUP, HEAD_DIM]`, and clears the running state."""
+        """Sorts a query block by KV head, `[KV_HEADS, 256 * GROUP, HEAD_DIM]`."""
 
         def sort(piece):
             tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
@@ -324,25 +336,19 @@ def prefill_kernel(
                 for i, part in enumerate(exchange([words[:, i] for i in range(4)])):
                     q_rows[first + i, rows] = pltpu.bitcast(part, q_rows.dtype).reshape(64, HEAD_DIM)
 
-        def clear(piece):
-            head, step = lax.div(piece, 4), lax.rem(piece, 4)
-            rows = pl.ds(step * 256, 256)
-            row_max[head, rows] = jnp.full((256, 128), MASKED)
-            row_sum[head, rows] = jnp.zeros((256, 128))
-            acc[head, rows] = jnp.zeros((256, HEAD_DIM))
-
         loop(16, sort)
-        loop(KV_HEADS * 4, clear)
 
     def finish(slot):
-        """Puts a block's output back in the order of its tokens."""
+        """Puts a block's output back in the order of its tokens, and clears the running state for the next one."""
 
         def unsort(piece):
             tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
             rows = pl.ds(pl.multiple_of(piece * 64, 64), 64)
 
             def out_of(head):
-                return (acc[head, rows] / widen(row_sum[head, rows], HEAD_DIM)).astype(out_rows.dtype)
+                out = acc[head, rows] / widen(row_sum[head, rows], HEAD_DIM)
+                clear(head, rows)
+                return out.astype(out_rows.dtype)
 
             for first in range(0, KV_HEADS, 4):
                 heads = slice(first * GROUP, (first + 4) * GROUP)
@@ -495,6 +501,7 @@ def prefill_kernel(
         lax.fori_loop(first_piece, jnp.minimum(first_piece + 2, pl.cdiv(valid, 256)), one_piece, 0)
 
     def attend():
+        clear_all()
         start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
         ahead = start
         for step in range(2):

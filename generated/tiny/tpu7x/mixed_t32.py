@@ -637,12 +637,24 @@ def mixed_kernel(
 
         lax.fori_loop(0, count, turn, 0)
 
+    def clear(head, rows):
+        """The running state of some rows of a KV head, as before their first tile."""
+        for state, value in ((row_max, MASKED), (row_sum, 0.0), (acc, 0.0)):
+            state[head, rows] = jnp.full((rows.size, state.shape[-1]), value)
+
+    def clear_all():
+        def one(piece):
+            rows = pl.ds(lax.rem(piece, 1) * 64, 64)
+            clear(lax.div(piece, 1), rows)
+
+        loop(KV_HEADS * 1, one)
+
     def query_of(row):
         """Which query of the block a row is of: rows go by head, then query."""
         return lax.rem(row, 32)
 
     def begin(slot):
-        """Sorts a query block by head, `[KV_HEADS, GROUP * 32, HEAD_DIM]`, and clears the running state."""
+        """Sorts a query block by head, `[KV_HEADS, GROUP * 32, HEAD_DIM]`."""
 
         def spread(piece):
             for i in range(16):
@@ -655,9 +667,6 @@ def mixed_kernel(
             rows = head_rows(head)
             strided = pl.ds(head, 32, stride=8)
             q_rows[head // GROUP, rows] = by_token[strided, :].astype(q_rows.dtype)
-            row_max[head // GROUP, rows] = jnp.full((32, 128), MASKED)
-            row_sum[head // GROUP, rows] = jnp.zeros((32, 128))
-            acc[head // GROUP, rows] = jnp.zeros((32, HEAD_DIM))
 
         loop(2, spread)
         loop(Q_HEADS, sort)
@@ -667,12 +676,13 @@ def mixed_kernel(
         return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * 32, 32), 32)
 
     def finish(slot):
-        """Puts a block's output back in the order of its tokens."""
+        """Puts a block's output back in the order of its tokens, and clears the running state for the next one."""
 
         def unsort(head):
             rows = head_rows(head)
             strided = pl.ds(head, 32, stride=8)
             out = acc[head // GROUP, rows] / widen(row_sum[head // GROUP, rows], HEAD_DIM)
+            clear(head // GROUP, rows)
             by_token[strided, :] = out
 
         def gather(piece):
@@ -835,6 +845,7 @@ def mixed_kernel(
         lax.fori_loop(first_piece, jnp.minimum(first_piece + 1, pl.cdiv(valid, 128)), one_piece, 0)
 
     def attend():
+        clear_all()
         start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
         ahead = start
         for step in range(2):
