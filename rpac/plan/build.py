@@ -5,11 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TypeAlias
 
 from rpac.chip import Chip, chip, is_tpu
 from rpac.errors import PlanError
 from rpac.layout import LANES, align, kv_row_shape, metadata_specs, nbytes, packing
+from rpac.plan.legal import (
+    MIN_Q_BLOCK,
+    Tiles,
+    copy_sizes_of,
+    is_legal,
+    power_of_two_from,
+    power_of_two_to,
+    step_rows_of,
+)
 from rpac.plan.tiles import (
     RULE,
     AnyTiles,
@@ -21,7 +29,7 @@ from rpac.plan.tiles import (
     XlaTiles,
     splits_words,
 )
-from rpac.plan.tuned import TunedTiles
+from rpac.plan.tuned import Entry, TunedTiles
 from rpac.spec import Spec
 
 KIND_ORDER = ("decode", "prefill", "mixed")
@@ -42,7 +50,6 @@ TILE_BYTES = MIB  # K and V of one tile of a group: long enough that its DMA hid
 TURN_BYTES = 8 * MIB  # of a group: fetched in a few times the DMA's latency
 STEPS = {"decode": 6, "mixed": 4}  # tiles in a group: more are little faster, and every one is code
 FEW_PAGES, MORE_STEPS = 4, 8  # of a tile; where it has more, their fetches take so long that more tiles pay
-MIN_Q_BLOCK = 16
 # A mixed batch has short sequences too, and a block is computed whole.
 Q_BLOCKS = {"prefill": (256, 128, 64, 32, MIN_Q_BLOCK), "mixed": (128, 64, 32, MIN_Q_BLOCK)}
 STEP_ROWS = 256  # query rows of a flash step: with fewer, pushing K and V into the MXU shows
@@ -54,8 +61,6 @@ FEWER_STEPS = {"prefill": (16, 8), "mixed": (4, 4)}
 # running state less often.
 TILE, LONG_TILE = 512, 1024
 INT32_BYTES = 4
-
-Tiles: TypeAlias = DecodeTiles | GroupTiles | BlockTiles
 
 
 def kinds_of(spec: Spec, tokens: int) -> tuple[str, ...]:
@@ -91,11 +96,28 @@ def plan_spec(spec: Spec, target: str, *, tuned: TunedTiles | None = None) -> tu
 def _with_tuned(spec: Spec, plan: KernelPlan, tuned: TunedTiles) -> KernelPlan:
     entry = tuned.find(spec, plan)
     if entry is None:
-        return plan
+        return _interpolated(spec, plan, tuned.nearest(spec, plan))
     found = with_tiles(spec, plan, *entry.tiles)
     if found is None:
         return replace(plan, origin=f"{RULE}: the tuned tiles do not fit VMEM")
     return replace(found, origin=entry.origin)
+
+
+def _interpolated(spec: Spec, plan: KernelPlan, entry: Entry | None) -> KernelPlan:
+    """The plan with the tiles of the nearest case, as far as its own buckets do not decide them."""
+    if entry is None:
+        return plan
+    decode, block = entry.tiles
+    if decode is not None and isinstance(plan.decode, DecodeTiles | GroupTiles):
+        decode = replace(decode, loaded=plan.decode.loaded)
+    if block is not None and isinstance(plan.block, BlockTiles):
+        sizes = copy_sizes_of(plan.kind, block.q_block, plan.tokens[0])
+        block = replace(block, new_tokens=plan.block.new_tokens, copy_sizes=sizes)
+    legal = all(is_legal(spec, plan, tiles) for tiles in (decode, block) if tiles is not None)
+    found = with_tiles(spec, plan, decode, block) if legal else None
+    if found is None:
+        return replace(plan, origin=f"{RULE}: the nearest tuned tiles do not fit this case")
+    return replace(found, origin=entry.interpolated)
 
 
 def with_tiles(
@@ -278,25 +300,3 @@ def _q_blocks(spec: Spec, kind: str, tokens: int) -> Iterator[int]:
             yield min(q_block, max(power_of_two_from(tokens), MIN_Q_BLOCK))
         elif spec.serving.prefill_chunk % q_block == 0:
             yield q_block
-
-
-def copy_sizes_of(kind: str, q_block: int, tokens: int) -> tuple[int, ...]:
-    """The sizes of copies, in tokens, that together make any part of a query block that a bucket can hold."""
-    if kind == "prefill":
-        return (q_block,)
-    return tuple(1 << bit for bit in reversed(range(power_of_two_to(min(q_block, tokens)).bit_length())))
-
-
-def step_rows_of(rows: int, most: int) -> int:
-    """The largest part of a block of query rows, all parts alike, that is at most `most`."""
-    return next(rows // parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most)
-
-
-def power_of_two_to(value: int) -> int:
-    """The largest power of two that is not above `value` (at least 1)."""
-    return 1 << (max(value, 1).bit_length() - 1)
-
-
-def power_of_two_from(value: int) -> int:
-    """The smallest power of two that is not below `value`."""
-    return 1 << (value - 1).bit_length()

@@ -1,11 +1,13 @@
 """Tuned tiles: what a search chose for exactly one case, from the data file of a target in `rpac/tuned/`.
 
-A case is everything that the best tiles can depend on. An entry is for its own case and for no other one, however near.
+A case is everything that the best tiles can depend on. An entry is for its own case; where a case has none, it may borrow the
+tiles of one that differs in token buckets or lengths alone, and little, and then says so.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +27,10 @@ TILES_FIELDS: Final = ("decode", "block")
 EVIDENCE_FIELDS: Final = (
     "score", "seed", "toolchain", "spec", "complete", "batches", "rule", "chosen", "tried", "rejected"
 )  # fmt: skip
+
+NEAR: Final = (
+    2.0  # in doublings: how far the largest bucket, and each end of the lengths, may be from a borrowed case's
+)
 
 # What tiles do not turn on, or what another part of the key says.
 _NO_PART: Final = {
@@ -87,6 +93,12 @@ class Entry:
         search = "" if found["complete"] else ", search cut short"
         return f"tuned: {gain}, predicted with libtpu {found['toolchain']['libtpu']}, seed {found['seed']}{search}"
 
+    @property
+    def interpolated(self) -> str:
+        """Likewise, where another case borrows the tiles."""
+        buckets, lengths = (" ".join(map(str, self.key[name])) for name in ("tokens", "length_class"))
+        return f"interpolated from token buckets {buckets}, lengths {lengths}; there {self.origin}"
+
 
 class TunedTiles:
     """The entries of one target by case."""
@@ -112,6 +124,23 @@ class TunedTiles:
     def find(self, spec: Spec, plan: KernelPlan) -> Entry | None:
         """The entry for exactly the case of a plan."""
         return self.entries.get(key_text(key_of(spec, plan.kind, plan.tokens)))
+
+    def nearest(self, spec: Spec, plan: KernelPlan) -> Entry | None:
+        """The entry to borrow from: nothing but token buckets and lengths differ, and no less than any other entry's do."""
+        key = key_of(spec, plan.kind, plan.tokens)
+        near = [(_doublings(key, entry.key), text, entry) for text, entry in self.entries.items()]
+        return min((one for one in near if one[0] <= NEAR), default=(0.0, "", None), key=lambda one: one[:2])[2]
+
+
+def _doublings(key: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """How far two cases are apart, in doublings; infinite where anything but token buckets and lengths differs."""
+    apart = ("tokens", "length_class")
+    if {name: value for name, value in key.items() if name not in apart} != {
+        name: value for name, value in other.items() if name not in apart
+    }:
+        return math.inf
+    sizes = [(one["tokens"][-1], *one["length_class"]) for one in (key, other)]
+    return max(abs(math.log2(a / b)) for a, b in zip(*sizes, strict=True))
 
 
 def parse(text: str, target: str, place: str) -> list[Entry]:

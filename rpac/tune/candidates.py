@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan
-from rpac.plan.build import MIN_Q_BLOCK, STEP_ROWS, Tiles, copy_sizes_of, power_of_two_from, step_rows_of, with_tiles
+from rpac.plan import BlockTiles, KernelPlan
+from rpac.plan.build import STEP_ROWS, with_tiles
+from rpac.plan.legal import Tiles, copy_sizes_of, is_legal, step_rows_of
 from rpac.plan.tiles import RULE
 from rpac.spec import Spec
 
@@ -56,7 +57,7 @@ def variants(spec: Spec, rule: KernelPlan, plan: KernelPlan, axis: Axis) -> Iter
     assert tiles is not None
     for value in axis.values:
         changed = _changed(spec, plan, tiles, axis, value)
-        if changed != tiles and _legal(spec, plan, changed):
+        if changed != tiles and is_legal(spec, plan, changed):
             parts: dict[str, Any] = {"decode": plan.decode, "block": plan.block, axis.part: changed}
             found = with_tiles(spec, plan, **parts)
             if found is not None:
@@ -91,21 +92,3 @@ def _changed(spec: Spec, plan: KernelPlan, tiles: Tiles, axis: Axis, value: int)
         step_rows=step_rows_of(spec.model.group * changed.q_block, most_rows),
         copy_sizes=copy_sizes_of(plan.kind, changed.q_block, plan.tokens[0]),
     )
-
-
-def _legal(spec: Spec, plan: KernelPlan, tiles: Tiles) -> bool:
-    """Whether the kernels work with these tiles at all."""
-    model, serving = spec.model, spec.serving
-    if isinstance(tiles, GroupTiles):
-        return tiles.tile % serving.page_size == 0
-    whole_pages = tiles.block % serving.page_size == 0 and tiles.block <= power_of_two_from(serving.max_model_len)
-    if isinstance(tiles, DecodeTiles):
-        return whole_pages and model.kv_heads % tiles.pair == 0
-    whole_tiles = tiles.block % tiles.tile == 0 and tiles.tile % serving.page_size == 0
-    copies = {copy_sizes_of(plan.kind, tiles.q_block, tokens) for tokens in plan.tokens}
-    if plan.kind == "prefill":
-        fitting = serving.prefill_chunk % tiles.q_block == 0
-    else:
-        fitting = tiles.q_block <= max(power_of_two_from(plan.tokens[-1]), MIN_Q_BLOCK)
-    whole_turns = model.kv_heads % tiles.heads == 0 and model.kv_heads % tiles.diagonal_heads == 0
-    return whole_pages and whole_tiles and whole_turns and fitting and len(copies) == 1

@@ -94,17 +94,58 @@ CHANGES: dict[str, Callable[[Spec], Spec]] = {
     "dtypes": lambda spec: replace(spec, model=replace(spec.model, q_dtype="float32", kv_dtype="float32")),
     "page_size": lambda spec: replace(spec, serving=replace(spec.serving, page_size=32)),
     "pages_per_seq": lambda spec: replace(spec, serving=replace(spec.serving, max_model_len=1024)),
-    "buckets": lambda spec: replace(spec, serving=replace(spec.serving, token_buckets=(16, 32))),
     "max_num_seqs": lambda spec: replace(spec, serving=replace(spec.serving, max_num_seqs=5)),
     "prefill_chunk": lambda spec: replace(spec, serving=replace(spec.serving, prefill_chunk=32)),
-    "shorter lengths": lambda spec: replace(spec, serving=replace(spec.serving, context_lens=(20, 100))),
-    "longer lengths": lambda spec: replace(spec, serving=replace(spec.serving, context_lens=(40, 200))),
+    "a far bucket": lambda spec: replace(spec, serving=replace(spec.serving, token_buckets=(4,))),
+    "far lengths": lambda spec: replace(spec, serving=replace(spec.serving, context_lens=(40, 1024))),
+}
+NEAR: dict[str, dict[str, Any]] = {
+    "buckets": {"token_buckets": (16, 32)},
+    "a larger bucket": {"token_buckets": (8, 128)},
+    "shorter lengths": {"context_lens": (20, 100)},
+    "longer lengths": {"context_lens": (40, 200)},
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
-def test_no_entry_is_for_another_case_however_near(folder: Path, change: Callable[[Spec], Spec]) -> None:
+def test_no_entry_is_for_another_case(folder: Path, change: Callable[[Spec], Spec]) -> None:
     assert planned(folder, change(SPEC)).origin == "rule"
+
+
+@pytest.mark.parametrize("changes", NEAR.values(), ids=list(NEAR))
+def test_a_case_of_near_buckets_and_lengths_borrows_the_tiles_and_says_so(
+    folder: Path, outcome: Outcome, changes: dict[str, Any]
+) -> None:
+    spec = replace(SPEC, serving=replace(SPEC.serving, **changes))
+    plan, rule = planned(folder, spec), rule_of(spec, "decode")
+    assert outcome.chosen is not None
+    assert plan.origin.startswith("interpolated from token buckets 8 32, lengths 32 128; there tuned: ")
+    assert plan.decode == replace(outcome.chosen.plan.decode, loaded=rule.decode.loaded)
+    assert f"- {plan.origin}\n" in render(spec, plan).text
+
+
+def test_the_nearest_entry_is_borrowed_from(folder: Path, outcome: Outcome) -> None:
+    """Of two, whichever was written first."""
+    longer = replace(SPEC, serving=replace(SPEC.serving, context_lens=(40, 400)))
+    merge(folder, "tpu7x", [entry_of(outcome_of(longer))])
+    assert (
+        "lengths 32 512;"
+        in planned(folder, replace(SPEC, serving=replace(SPEC.serving, context_lens=(70, 500)))).origin
+    )
+    assert (
+        "lengths 32 128;"
+        in planned(folder, replace(SPEC, serving=replace(SPEC.serving, context_lens=(20, 100)))).origin
+    )
+
+
+def test_borrowed_tiles_that_do_not_suit_a_case_leave_it_to_the_rule_and_say_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rpac.plan.build.is_legal", lambda *args: False)
+    spec = replace(SPEC, serving=replace(SPEC.serving, **NEAR["buckets"]))
+    assert planned(folder, spec) == replace(
+        rule_of(spec, "decode"), origin="rule: the nearest tuned tiles do not fit this case"
+    )
 
 
 @pytest.mark.parametrize(
