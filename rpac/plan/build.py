@@ -50,13 +50,12 @@ TILE_BYTES = MIB  # K and V of one tile of a group: long enough that its DMA hid
 TURN_BYTES = 8 * MIB  # of a group: fetched in a few times the DMA's latency
 STEPS = {"decode": 6, "mixed": 4}  # tiles in a group: more are little faster, and every one is code
 FEW_PAGES, MORE_STEPS = 4, 8  # of a tile; where it has more, their fetches take so long that more tiles pay
-# A mixed batch has short sequences too, and a block is computed whole.
-Q_BLOCKS = {"prefill": (256, 128, 64, 32, MIN_Q_BLOCK), "mixed": (128, 64, 32, MIN_Q_BLOCK)}
+Q_BLOCKS = (256, 128, 64, 32, MIN_Q_BLOCK)
 STEP_ROWS = 256  # query rows of a flash step: with fewer, pushing K and V into the MXU shows
 # Flash steps that are one piece of code, for at its ends units wait; and those on the diagonal.
-TURN_STEPS = {"prefill": (32, 16), "mixed": (16, 8)}
+TURN_STEPS = (32, 16)
 # Where code is scarce: a narrow MXU takes twice as much for a product, and splitting words takes much by itself.
-FEWER_STEPS = {"prefill": (16, 8), "mixed": (4, 4)}
+FEWER_STEPS = {"prefill": (16, 8), "mixed": (4, 2)}
 # Tokens of a flash step. Where a head fills a wide MXU, its vector work must be less for each score: a longer step moves the
 # running state less often.
 TILE, LONG_TILE = 512, 1024
@@ -269,7 +268,7 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
             step_rows = step_rows_of(rows, STEP_ROWS)
             heads, diagonal_heads = (
                 math.gcd(model.kv_heads, max(steps * step_rows // rows, 1))
-                for steps in (FEWER_STEPS if few else TURN_STEPS)[kind]
+                for steps in (FEWER_STEPS[kind] if few else TURN_STEPS)
             )
             copy_sizes = copy_sizes_of(kind, q_block, tokens)
             for block in blocks:
@@ -294,9 +293,9 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
 
 
 def _q_blocks(spec: Spec, kind: str, tokens: int) -> Iterator[int]:
-    """Query blocks from the largest down."""
-    for q_block in Q_BLOCKS[kind]:
+    """Query blocks from the largest down; in a mixed batch, where a block is computed whole, none longer than a chunk."""
+    for q_block in Q_BLOCKS:
         if kind != "prefill":
-            yield min(q_block, max(power_of_two_from(tokens), MIN_Q_BLOCK))
+            yield min(q_block, max(power_of_two_from(min(tokens, spec.serving.prefill_chunk)), MIN_Q_BLOCK))
         elif spec.serving.prefill_chunk % q_block == 0:
             yield q_block

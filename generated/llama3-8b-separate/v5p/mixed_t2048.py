@@ -11,8 +11,8 @@ What was specialized:
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - decode: tiles of 256 tokens, no longer than the expected lengths, 4 of them a turn, so that one fills the other's waits; fetched 4 turns ahead, so that DMA latency hides
-- mixed: blocks of 128 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
-- VMEM: 52,494,336 bytes counted, 62,914,560 allowed, 67,108,864 there
+- mixed: blocks of 256 queries against 2048 fetched tokens (2 buffers); computes 256 query rows of a head against 512 tokens at once
+- VMEM: 53,542,912 bytes counted, 62,914,560 allowed, 67,108,864 there
 """
 import jax
 import jax.numpy as jnp
@@ -365,7 +365,7 @@ def mixed_kernel(
 ):  # fmt: skip
     """Any number of new tokens for each of the sequences [distribution[0], distribution[2]): update their pages, then attend.
 
-    A step is one KV block against one query block. The fetch runs 2 steps ahead, across the ends of both.
+    A step is one KV block against one query block. The fetch runs 1 steps ahead, across the ends of both.
     """
     first_seq = distribution[0]
     end_seq = distribution[2]
@@ -484,7 +484,7 @@ def mixed_kernel(
 
         lax.fori_loop(0, jnp.minimum(steps, 5), drain, 0)
 
-    # ---- fetch KV: whole pages, into one of 3 buffers of 2048 tokens
+    # ---- fetch KV: whole pages, into one of 2 buffers of 2048 tokens
 
     def page_copy(seq, block, slot, page):
         physical = page_indices[seq * PAGES_PER_SEQ + block * 16 + page]
@@ -527,11 +527,11 @@ def mixed_kernel(
     def kv_end(seq, q_block):
         """The number of tokens that the last query of a block attends to."""
         new = q_len(seq)
-        return kv_lens[seq] - new + jnp.minimum((q_block + 1) * 128, new)
+        return kv_lens[seq] - new + jnp.minimum((q_block + 1) * 256, new)
 
     def advance(seq, q_block, q_step, block):
         last = (block + 1) * 2048 >= kv_end(seq, q_block)
-        last_of_seq = last & ((q_block + 1) * 128 >= q_len(seq))
+        last_of_seq = last & ((q_block + 1) * 256 >= q_len(seq))
         return (
             jnp.where(last_of_seq, seq + 1, seq),
             jnp.where(last, jnp.where(last_of_seq, 0, q_block + 1), q_block),
@@ -546,24 +546,24 @@ def mixed_kernel(
         def _():
             @pl.when(block == 0)
             def _():
-                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.start())
+                query_copies(seq, q_block, lax.rem(q_step, 2), lambda copy: copy.start())
 
-            start_block(kv_end(seq, q_block), seq, block, lax.rem(step, 3))
+            start_block(kv_end(seq, q_block), seq, block, lax.rem(step, 2))
 
         following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
         return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
 
-    # ---- query blocks: 128 tokens in and out in their natural layout, by KV head inside
+    # ---- query blocks: 256 tokens in and out in their natural layout, by KV head inside
 
     def block_copies(seq, block, make, act):
         """Acts on copies that together hold the block's tokens and no others, in sizes that are powers of two."""
-        tokens = jnp.minimum(q_len(seq) - block * 128, 128)
-        for size in (128, 64, 32, 16, 8, 4, 2, 1):
+        tokens = jnp.minimum(q_len(seq) - block * 256, 256)
+        for size in (256, 128, 64, 32, 16, 8, 4, 2, 1):
 
             @pl.when((tokens & size) > 0)
             def _(size=size):
                 first = tokens & ~(2 * size - 1)
-                act(make(q_start(seq) + block * 128 + first, first, size))
+                act(make(q_start(seq) + block * 256 + first, first, size))
 
     def query_copies(seq, block, slot, act):
         def make(token, first, size):
@@ -593,10 +593,10 @@ def mixed_kernel(
 
     def clear_all():
         def one(piece):
-            rows = pl.ds(lax.rem(piece, 2) * 256, 256)
-            clear(lax.div(piece, 2), rows)
+            rows = pl.ds(lax.rem(piece, 4) * 256, 256)
+            clear(lax.div(piece, 4), rows)
 
-        loop(KV_HEADS * 2, one)
+        loop(KV_HEADS * 4, one)
 
     def query_of(row):
         """Which query of the block a row is of: rows go by query, then head."""
@@ -615,7 +615,7 @@ def mixed_kernel(
         return parts
 
     def begin(slot):
-        """Sorts a query block by KV head, `[KV_HEADS, 128 * GROUP, HEAD_DIM]`."""
+        """Sorts a query block by KV head, `[KV_HEADS, 256 * GROUP, HEAD_DIM]`."""
 
         def sort(piece):
             tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
@@ -626,7 +626,7 @@ def mixed_kernel(
                 for i, part in enumerate(exchange([words[:, i] for i in range(4)])):
                     q_rows[first + i, rows] = pltpu.bitcast(part, q_rows.dtype).reshape(64, HEAD_DIM)
 
-        loop(8, sort)
+        loop(16, sort)
 
     def finish(slot):
         """Puts a block's output back in the order of its tokens, and clears the running state for the next one."""
@@ -647,7 +647,7 @@ def mixed_kernel(
                 words = words.reshape(16, 8, HEAD_DIM)
                 out_rows[slot, tokens, heads] = pltpu.bitcast(words, out_rows.dtype)
 
-        loop(8, unsort)
+        loop(16, unsort)
 
     def clear_tail(slot, valid):
         """Zeroes V from token `valid` to the end of its tile: a weight of 0 does not hide a NaN."""
@@ -701,7 +701,7 @@ def mixed_kernel(
         A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, the first of the next turn
         at its end: so the MXU and the vector units work at once.
         """
-        steps = [(head, pl.ds(row, 256)) for head in range(heads) for row in range(0, 512, 256)]
+        steps = [(head, pl.ds(row, 256)) for head in range(heads) for row in range(0, 1024, 256)]
 
         def scores_of(turn, step):
             first, head = place(turn)
@@ -732,15 +732,15 @@ def mixed_kernel(
 
         def place_from(first_tile):
             def place(turn):
-                tile, head = first_tile + lax.div(turn, 4), lax.rem(turn, 4) * 2
+                tile, head = first_tile + lax.div(turn, 8), lax.rem(turn, 8) * 1
                 return tile * 512, head
 
             return place
 
         @pl.when(count > 0)
         def _():
-            turns = count * 4
-            flash_turns(turns, 2, 2, 512, place_from(0), score_of, slot)
+            turns = count * 8
+            flash_turns(turns, 1, 2, 512, place_from(0), score_of, slot)
 
     def diagonal_tile(slot, tile, valid, first_query):
         """A tile that some query sees in part, as far as there are tokens. `first_query` is seen from the block's start."""
@@ -754,9 +754,9 @@ def mixed_kernel(
                 return jnp.where(first + piece_tokens(scores.shape, 1) <= query, scores, MASKED)
 
             def place(turn):
-                return first, turn * 2
+                return first, turn * 1
 
-            flash_turns(KV_HEADS // 2, 2, 2, 256, place, score_of, slot)
+            flash_turns(KV_HEADS // 1, 1, 2, 256, place, score_of, slot)
             return 0
 
         first_piece = tile * 2
@@ -766,23 +766,23 @@ def mixed_kernel(
         clear_all()
         start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
         ahead = start
-        for step in range(2):
+        for step in range(1):
             ahead = fetch_ahead(step, *ahead)
 
         def body(carry):
             step, at, ahead, sent = carry
             seq, q_block, q_step, block = at
-            ahead = fetch_ahead(step + 2, *ahead)
-            slot = lax.rem(step, 3)
+            ahead = fetch_ahead(step + 1, *ahead)
+            slot = lax.rem(step, 2)
             end = kv_end(seq, q_block)
             valid = jnp.minimum(end - block * 2048, 2048)
             last = (block + 1) * 2048 >= end
-            first_query = kv_lens[seq] - q_len(seq) + q_block * 128
+            first_query = kv_lens[seq] - q_len(seq) + q_block * 256
 
             @pl.when(block == 0)
             def _():
-                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.wait())
-                begin(lax.rem(q_step, 3))
+                query_copies(seq, q_block, lax.rem(q_step, 2), lambda copy: copy.wait())
+                begin(lax.rem(q_step, 2))
 
             wait_block(end, seq, block, slot)
 
@@ -832,23 +832,23 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
         out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
         input_output_aliases={7: 1, 8: 0},
         scratch_shapes=[
-            pltpu.VMEM((3, 16, 2, 8, 128, 128), jnp.bfloat16),  # kv: fetched blocks
+            pltpu.VMEM((2, 16, 2, 8, 128, 128), jnp.bfloat16),  # kv: fetched blocks
             pltpu.VMEM((5, 384, 8, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
             pltpu.VMEM((5, 384, 8, 128), jnp.bfloat16),  # new_values: new values, likewise
             pltpu.VMEM((5, 2, 8, 128, 128), jnp.bfloat16),  # page_rows: pages to update
             pltpu.VMEM((128, 128), jnp.float32),  # by_head: new tokens, to be read by head
-            pltpu.VMEM((3, 128, 32, 128), jnp.bfloat16),  # q_in: query blocks as they come
-            pltpu.VMEM((8, 512, 128), jnp.bfloat16),  # q_rows: one by KV head
+            pltpu.VMEM((2, 256, 32, 128), jnp.bfloat16),  # q_in: query blocks as they come
+            pltpu.VMEM((8, 1024, 128), jnp.bfloat16),  # q_rows: one by KV head
             pltpu.VMEM((2, 256, 512), jnp.float32),  # next_scores: the first scores of the next turn
-            pltpu.VMEM((8, 512, 128), jnp.float32),  # row_max: running maximum, the same in every lane
-            pltpu.VMEM((8, 512, 128), jnp.float32),  # row_sum: running sum, the same in every lane
-            pltpu.VMEM((8, 512, 128), jnp.float32),  # acc: running output
-            pltpu.VMEM((1, 128, 32, 128), jnp.bfloat16),  # out_rows: an output block on its way out
-            pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
+            pltpu.VMEM((8, 1024, 128), jnp.float32),  # row_max: running maximum, the same in every lane
+            pltpu.VMEM((8, 1024, 128), jnp.float32),  # row_sum: running sum, the same in every lane
+            pltpu.VMEM((8, 1024, 128), jnp.float32),  # acc: running output
+            pltpu.VMEM((1, 256, 32, 128), jnp.bfloat16),  # out_rows: an output block on its way out
+            pltpu.SemaphoreType.DMA((2,)),  # kv_sem: fetches
             pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
             pltpu.SemaphoreType.DMA((5,)),  # old_sem: pages that hold old tokens
             pltpu.SemaphoreType.DMA((5,)),  # write_sem: cache writes
-            pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
+            pltpu.SemaphoreType.DMA((2,)),  # q_sem: query blocks
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
         ],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=62914560, disable_bounds_checks=True),

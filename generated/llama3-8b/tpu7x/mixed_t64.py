@@ -834,9 +834,9 @@ def mixed_kernel(
                 return products(queries, jnp.concatenate(keys, axis=1), 1) * SCORE_SCALE
 
             def place(turn):
-                return first, turn * 4
+                return first, turn * 2
 
-            flash_turns(KV_HEADS // 4, 4, 2, 256, place, score_of, slot)
+            flash_turns(KV_HEADS // 2, 2, 1, 256, place, score_of, slot)
             return 0
 
         first_piece = tile * 2

@@ -812,9 +812,9 @@ def mixed_kernel(
                 return jnp.where(first + piece_tokens(scores.shape, 1) <= query, scores, MASKED)
 
             def place(turn):
-                return first, turn * 4
+                return first, turn * 2
 
-            flash_turns(KV_HEADS // 4, 4, 2, 256, place, score_of, slot)
+            flash_turns(KV_HEADS // 2, 2, 1, 256, place, score_of, slot)
             return 0
 
         first_piece = tile * 2

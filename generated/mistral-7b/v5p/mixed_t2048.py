@@ -10,8 +10,8 @@ What was specialized:
 - token buckets that use it: 256, 1024, 2048
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - decode: blocks of 1024 tokens, as long as the expected lengths and the registers for scores allow; 4 buffers, so that DMA latency hides behind 3 blocks in flight
-- mixed: blocks of 128 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
-- VMEM: 42,008,576 bytes counted, 58,720,256 allowed, 67,108,864 there
+- mixed: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
+- VMEM: 53,542,912 bytes counted, 62,914,560 allowed, 67,108,864 there
 """
 import jax
 import jax.numpy as jnp
@@ -373,7 +373,7 @@ def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distributi
             pltpu.SemaphoreType.DMA((4,)),  # unit_sem: cache writes
             pltpu.SemaphoreType.DMA((4,)),  # out_sem: outputs
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=58720256, disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=62914560, disable_bounds_checks=True),
         name="rpa_decode",
     )(kv_lens, page_indices, distribution, queries, keys, values, rows)
 
@@ -557,11 +557,11 @@ def mixed_kernel(
     def kv_end(seq, q_block):
         """The number of tokens that the last query of a block attends to."""
         new = q_len(seq)
-        return kv_lens[seq] - new + jnp.minimum((q_block + 1) * 128, new)
+        return kv_lens[seq] - new + jnp.minimum((q_block + 1) * 256, new)
 
     def advance(seq, q_block, q_step, block):
         last = (block + 1) * 1024 >= kv_end(seq, q_block)
-        last_of_seq = last & ((q_block + 1) * 128 >= q_len(seq))
+        last_of_seq = last & ((q_block + 1) * 256 >= q_len(seq))
         return (
             jnp.where(last_of_seq, seq + 1, seq),
             jnp.where(last, jnp.where(last_of_seq, 0, q_block + 1), q_block),
@@ -583,17 +583,17 @@ def mixed_kernel(
         following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
         return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
 
-    # ---- query blocks: 128 tokens in and out in their natural layout, by KV head inside
+    # ---- query blocks: 256 tokens in and out in their natural layout, by KV head inside
 
     def block_copies(seq, block, make, act):
         """Acts on copies that together hold the block's tokens and no others, in sizes that are powers of two."""
-        tokens = jnp.minimum(q_len(seq) - block * 128, 128)
-        for size in (128, 64, 32, 16, 8, 4, 2, 1):
+        tokens = jnp.minimum(q_len(seq) - block * 256, 256)
+        for size in (256, 128, 64, 32, 16, 8, 4, 2, 1):
 
             @pl.when((tokens & size) > 0)
             def _(size=size):
                 first = tokens & ~(2 * size - 1)
-                act(make(q_start(seq) + block * 128 + first, first, size))
+                act(make(q_start(seq) + block * 256 + first, first, size))
 
     def query_copies(seq, block, slot, act):
         def make(token, first, size):
@@ -623,10 +623,10 @@ def mixed_kernel(
 
     def clear_all():
         def one(piece):
-            rows = pl.ds(lax.rem(piece, 2) * 256, 256)
-            clear(lax.div(piece, 2), rows)
+            rows = pl.ds(lax.rem(piece, 4) * 256, 256)
+            clear(lax.div(piece, 4), rows)
 
-        loop(KV_HEADS * 2, one)
+        loop(KV_HEADS * 4, one)
 
     def query_of(row):
         """Which query of the block a row is of: rows go by query, then head."""
@@ -645,7 +645,7 @@ def mixed_kernel(
         return parts
 
     def begin(slot):
-        """Sorts a query block by KV head, `[KV_HEADS, 128 * GROUP, HEAD_DIM]`."""
+        """Sorts a query block by KV head, `[KV_HEADS, 256 * GROUP, HEAD_DIM]`."""
 
         def sort(piece):
             tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
@@ -656,7 +656,7 @@ def mixed_kernel(
                 for i, part in enumerate(exchange([words[:, i] for i in range(4)])):
                     q_rows[first + i, rows] = pltpu.bitcast(part, q_rows.dtype).reshape(64, HEAD_DIM)
 
-        loop(8, sort)
+        loop(16, sort)
 
     def finish(slot):
         """Puts a block's output back in the order of its tokens, and clears the running state for the next one."""
@@ -677,7 +677,7 @@ def mixed_kernel(
                 words = words.reshape(16, 8, HEAD_DIM)
                 out_rows[slot, tokens, heads] = pltpu.bitcast(words, out_rows.dtype)
 
-        loop(8, unsort)
+        loop(16, unsort)
 
     def clear_tail(slot, valid):
         """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
@@ -756,7 +756,7 @@ def mixed_kernel(
         A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, the first of the next turn
         at its end: so the MXU and the vector units work at once.
         """
-        steps = [(head, pl.ds(row, 256)) for head in range(heads) for row in range(0, 512, 256)]
+        steps = [(head, pl.ds(row, 256)) for head in range(heads) for row in range(0, 1024, 256)]
 
         def scores_of(turn, step):
             first, head = place(turn)
@@ -787,14 +787,14 @@ def mixed_kernel(
 
         def place_from(first_tile):
             def place(turn):
-                tile, head = first_tile + lax.div(turn, 4), lax.rem(turn, 4) * 2
+                tile, head = first_tile + lax.div(turn, 8), lax.rem(turn, 8) * 1
                 return tile * 512, head
 
             return place
 
         def one(tile, _):
             split_tile(slot, tile)
-            flash_turns(4, 2, 2, 512, place_from(tile), score_of, slot)
+            flash_turns(8, 1, 2, 512, place_from(tile), score_of, slot)
             return 0
 
         lax.fori_loop(0, count, one, 0)
@@ -812,9 +812,9 @@ def mixed_kernel(
                 return jnp.where(first + piece_tokens(scores.shape, 1) <= query, scores, MASKED)
 
             def place(turn):
-                return first, turn * 2
+                return first, turn * 1
 
-            flash_turns(KV_HEADS // 2, 2, 2, 256, place, score_of, slot)
+            flash_turns(KV_HEADS // 1, 1, 2, 256, place, score_of, slot)
             return 0
 
         first_piece = tile * 2
@@ -835,7 +835,7 @@ def mixed_kernel(
             end = kv_end(seq, q_block)
             valid = jnp.minimum(end - block * 1024, 1024)
             last = (block + 1) * 1024 >= end
-            first_query = kv_lens[seq] - q_len(seq) + q_block * 128
+            first_query = kv_lens[seq] - q_len(seq) + q_block * 256
 
             @pl.when(block == 0)
             def _():
@@ -897,13 +897,13 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
             pltpu.VMEM((5, 384, 8, 128), jnp.bfloat16),  # new_values: new values, likewise
             pltpu.VMEM((5, 2048, 128), jnp.bfloat16),  # page_rows: pages to update
             pltpu.VMEM((128, 128), jnp.uint32),  # packed: new tokens in the cache's form
-            pltpu.VMEM((3, 128, 32, 128), jnp.bfloat16),  # q_in: query blocks as they come
-            pltpu.VMEM((8, 512, 128), jnp.bfloat16),  # q_rows: one by KV head
+            pltpu.VMEM((3, 256, 32, 128), jnp.bfloat16),  # q_in: query blocks as they come
+            pltpu.VMEM((8, 1024, 128), jnp.bfloat16),  # q_rows: one by KV head
             pltpu.VMEM((2, 256, 512), jnp.float32),  # next_scores: the first scores of the next turn
-            pltpu.VMEM((8, 512, 128), jnp.float32),  # row_max: running maximum, the same in every lane
-            pltpu.VMEM((8, 512, 128), jnp.float32),  # row_sum: running sum, the same in every lane
-            pltpu.VMEM((8, 512, 128), jnp.float32),  # acc: running output
-            pltpu.VMEM((1, 128, 32, 128), jnp.bfloat16),  # out_rows: an output block on its way out
+            pltpu.VMEM((8, 1024, 128), jnp.float32),  # row_max: running maximum, the same in every lane
+            pltpu.VMEM((8, 1024, 128), jnp.float32),  # row_sum: running sum, the same in every lane
+            pltpu.VMEM((8, 1024, 128), jnp.float32),  # acc: running output
+            pltpu.VMEM((1, 256, 32, 128), jnp.bfloat16),  # out_rows: an output block on its way out
             pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
             pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
             pltpu.SemaphoreType.DMA((5,)),  # old_sem: pages that hold old tokens
@@ -911,7 +911,7 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
             pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=58720256, disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=62914560, disable_bounds_checks=True),
         name="rpa_mixed",
     )(kv_lens, page_indices, cu_q_lens, distribution, queries, keys, values, rows, out)
 

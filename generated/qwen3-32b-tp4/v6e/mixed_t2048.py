@@ -10,8 +10,8 @@ What was specialized:
 - token buckets that use it: 256, 1024, 2048
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - decode: blocks of 1024 tokens, as long as the expected lengths and the registers for scores allow; 10 buffers, so that DMA latency hides behind 9 blocks in flight
-- mixed: blocks of 128 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
-- VMEM: 17,645,568 bytes counted, 33,554,432 allowed, 134,217,728 there
+- mixed: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
+- VMEM: 24,199,168 bytes counted, 33,554,432 allowed, 134,217,728 there
 """
 import jax
 import jax.numpy as jnp
@@ -578,11 +578,11 @@ def mixed_kernel(
     def kv_end(seq, q_block):
         """The number of tokens that the last query of a block attends to."""
         new = q_len(seq)
-        return kv_lens[seq] - new + jnp.minimum((q_block + 1) * 128, new)
+        return kv_lens[seq] - new + jnp.minimum((q_block + 1) * 256, new)
 
     def advance(seq, q_block, q_step, block):
         last = (block + 1) * 1024 >= kv_end(seq, q_block)
-        last_of_seq = last & ((q_block + 1) * 128 >= q_len(seq))
+        last_of_seq = last & ((q_block + 1) * 256 >= q_len(seq))
         return (
             jnp.where(last_of_seq, seq + 1, seq),
             jnp.where(last, jnp.where(last_of_seq, 0, q_block + 1), q_block),
@@ -604,17 +604,17 @@ def mixed_kernel(
         following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
         return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
 
-    # ---- query blocks: 128 tokens in and out in their natural layout, by KV head inside
+    # ---- query blocks: 256 tokens in and out in their natural layout, by KV head inside
 
     def block_copies(seq, block, make, act):
         """Acts on copies that together hold the block's tokens and no others, in sizes that are powers of two."""
-        tokens = jnp.minimum(q_len(seq) - block * 128, 128)
-        for size in (128, 64, 32, 16, 8, 4, 2, 1):
+        tokens = jnp.minimum(q_len(seq) - block * 256, 256)
+        for size in (256, 128, 64, 32, 16, 8, 4, 2, 1):
 
             @pl.when((tokens & size) > 0)
             def _(size=size):
                 first = tokens & ~(2 * size - 1)
-                act(make(q_start(seq) + block * 128 + first, first, size))
+                act(make(q_start(seq) + block * 256 + first, first, size))
 
     def query_copies(seq, block, slot, act):
         def make(token, first, size):
@@ -644,10 +644,10 @@ def mixed_kernel(
 
     def clear_all():
         def one(piece):
-            rows = pl.ds(lax.rem(piece, 4) * 256, 256)
-            clear(lax.div(piece, 4), rows)
+            rows = pl.ds(lax.rem(piece, 8) * 256, 256)
+            clear(lax.div(piece, 8), rows)
 
-        loop(KV_HEADS * 4, one)
+        loop(KV_HEADS * 8, one)
 
     def query_of(row):
         """Which query of the block a row is of: rows go by query, then head."""
@@ -666,7 +666,7 @@ def mixed_kernel(
         return parts
 
     def begin(slot):
-        """Sorts a query block by KV head, `[KV_HEADS, 128 * GROUP, HEAD_DIM]`."""
+        """Sorts a query block by KV head, `[KV_HEADS, 256 * GROUP, HEAD_DIM]`."""
 
         def sort(piece):
             tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
@@ -677,7 +677,7 @@ def mixed_kernel(
                 for i, part in enumerate(exchange([words[:, i] for i in range(2)])):
                     q_rows[first + i, rows] = pltpu.bitcast(part, q_rows.dtype).reshape(128, HEAD_DIM)
 
-        loop(8, sort)
+        loop(16, sort)
 
     def finish(slot):
         """Puts a block's output back in the order of its tokens, and clears the running state for the next one."""
@@ -698,7 +698,7 @@ def mixed_kernel(
                 words = words.reshape(16, 8, HEAD_DIM)
                 out_rows[slot, tokens, heads] = pltpu.bitcast(words, out_rows.dtype)
 
-        loop(8, unsort)
+        loop(16, unsort)
 
     def clear_tail(slot, valid):
         """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
@@ -785,7 +785,7 @@ def mixed_kernel(
         A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, the first of the next turn
         at its end: so the MXU and the vector units work at once.
         """
-        steps = [(head, pl.ds(row, 256)) for head in range(heads) for row in range(0, 1024, 256)]
+        steps = [(head, pl.ds(row, 256)) for head in range(heads) for row in range(0, 2048, 256)]
 
         def scores_of(turn, step):
             first, head = place(turn)
@@ -823,7 +823,7 @@ def mixed_kernel(
 
         def one(tile, _):
             split_tile(slot, tile)
-            flash_turns(2, 1, 2, 512, place_from(tile), score_of, slot)
+            flash_turns(2, 1, 3, 512, place_from(tile), score_of, slot)
             return 0
 
         lax.fori_loop(0, count, one, 0)
@@ -836,7 +836,7 @@ def mixed_kernel(
             first = piece * 256
 
             # The MXU is wider than a head: beside the keys it multiplies, for each query of a step, how far it may look.
-            for step, row in enumerate(range(0, 1024, 256)):
+            for step, row in enumerate(range(0, 2048, 256)):
                 shape = (256, 128)
                 query = first_query + query_of(row) + lax.broadcasted_iota(jnp.int32, shape, 1)
                 limits[step] = jnp.where(first + piece_tokens(shape, 0) <= query, 0.0, MASKED).astype(limits.dtype)
@@ -849,7 +849,7 @@ def mixed_kernel(
             def place(turn):
                 return first, turn * 1
 
-            flash_turns(KV_HEADS // 1, 1, 2, 256, place, score_of, slot)
+            flash_turns(KV_HEADS // 1, 1, 3, 256, place, score_of, slot)
             return 0
 
         first_piece = tile * 2
@@ -872,7 +872,7 @@ def mixed_kernel(
             end = kv_end(seq, q_block)
             valid = jnp.minimum(end - block * 1024, 1024)
             last = (block + 1) * 1024 >= end
-            first_query = kv_lens[seq] - q_len(seq) + q_block * 128
+            first_query = kv_lens[seq] - q_len(seq) + q_block * 256
 
             @pl.when(block == 0)
             def _():
@@ -934,15 +934,15 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
             pltpu.VMEM((5, 384, 2, 128), jnp.bfloat16),  # new_values: new values, likewise
             pltpu.VMEM((5, 512, 128), jnp.bfloat16),  # page_rows: pages to update
             pltpu.VMEM((32, 128), jnp.uint32),  # packed: new tokens in the cache's form
-            pltpu.VMEM((3, 128, 16, 128), jnp.bfloat16),  # q_in: query blocks as they come
-            pltpu.VMEM((2, 1024, 128), jnp.bfloat16),  # q_rows: one by KV head
+            pltpu.VMEM((3, 256, 16, 128), jnp.bfloat16),  # q_in: query blocks as they come
+            pltpu.VMEM((2, 2048, 128), jnp.bfloat16),  # q_rows: one by KV head
             pltpu.VMEM((256, 128), jnp.bfloat16),  # which_query: a 1 where a lane is the row's query
-            pltpu.VMEM((4, 256, 128), jnp.bfloat16),  # limits: by token and query: 0, or what masks a score
-            pltpu.VMEM((2, 256, 512), jnp.float32),  # next_scores: the first scores of the next turn
-            pltpu.VMEM((2, 1024, 128), jnp.float32),  # row_max: running maximum, the same in every lane
-            pltpu.VMEM((2, 1024, 128), jnp.float32),  # row_sum: running sum, the same in every lane
-            pltpu.VMEM((2, 1024, 128), jnp.float32),  # acc: running output
-            pltpu.VMEM((1, 128, 16, 128), jnp.bfloat16),  # out_rows: an output block on its way out
+            pltpu.VMEM((8, 256, 128), jnp.bfloat16),  # limits: by token and query: 0, or what masks a score
+            pltpu.VMEM((3, 256, 512), jnp.float32),  # next_scores: the first scores of the next turn
+            pltpu.VMEM((2, 2048, 128), jnp.float32),  # row_max: running maximum, the same in every lane
+            pltpu.VMEM((2, 2048, 128), jnp.float32),  # row_sum: running sum, the same in every lane
+            pltpu.VMEM((2, 2048, 128), jnp.float32),  # acc: running output
+            pltpu.VMEM((1, 256, 16, 128), jnp.bfloat16),  # out_rows: an output block on its way out
             pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
             pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
             pltpu.SemaphoreType.DMA((5,)),  # old_sem: pages that hold old tokens

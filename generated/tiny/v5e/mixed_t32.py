@@ -10,7 +10,7 @@ What was specialized:
 - token buckets that use it: 32
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - decode: blocks of 128 tokens, as long as the expected lengths and the registers for scores allow; 16 buffers, so that DMA latency hides behind 15 blocks in flight
-- mixed: blocks of 32 queries against 128 fetched tokens (3 buffers); computes 64 query rows of a head against 128 tokens at once
+- mixed: blocks of 16 queries against 128 fetched tokens (3 buffers); computes 32 query rows of a head against 128 tokens at once
 - VMEM: 2,441,216 bytes counted, 16,777,216 allowed, 134,217,728 there
 """
 import jax
@@ -566,11 +566,11 @@ def mixed_kernel(
     def kv_end(seq, q_block):
         """The number of tokens that the last query of a block attends to."""
         new = q_len(seq)
-        return kv_lens[seq] - new + jnp.minimum((q_block + 1) * 32, new)
+        return kv_lens[seq] - new + jnp.minimum((q_block + 1) * 16, new)
 
     def advance(seq, q_block, q_step, block):
         last = (block + 1) * 128 >= kv_end(seq, q_block)
-        last_of_seq = last & ((q_block + 1) * 32 >= q_len(seq))
+        last_of_seq = last & ((q_block + 1) * 16 >= q_len(seq))
         return (
             jnp.where(last_of_seq, seq + 1, seq),
             jnp.where(last, jnp.where(last_of_seq, 0, q_block + 1), q_block),
@@ -592,17 +592,17 @@ def mixed_kernel(
         following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
         return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
 
-    # ---- query blocks: 32 tokens in and out in their natural layout, by KV head inside
+    # ---- query blocks: 16 tokens in and out in their natural layout, by KV head inside
 
     def block_copies(seq, block, make, act):
         """Acts on copies that together hold the block's tokens and no others, in sizes that are powers of two."""
-        tokens = jnp.minimum(q_len(seq) - block * 32, 32)
-        for size in (32, 16, 8, 4, 2, 1):
+        tokens = jnp.minimum(q_len(seq) - block * 16, 16)
+        for size in (16, 8, 4, 2, 1):
 
             @pl.when((tokens & size) > 0)
             def _(size=size):
                 first = tokens & ~(2 * size - 1)
-                act(make(q_start(seq) + block * 32 + first, first, size))
+                act(make(q_start(seq) + block * 16 + first, first, size))
 
     def query_copies(seq, block, slot, act):
         def make(token, first, size):
@@ -632,17 +632,17 @@ def mixed_kernel(
 
     def clear_all():
         def one(piece):
-            rows = pl.ds(lax.rem(piece, 1) * 64, 64)
+            rows = pl.ds(lax.rem(piece, 1) * 32, 32)
             clear(lax.div(piece, 1), rows)
 
         loop(KV_HEADS * 1, one)
 
     def query_of(row):
         """Which query of the block a row is of: rows go by head, then query."""
-        return lax.rem(row, 32)
+        return lax.rem(row, 16)
 
     def begin(slot):
-        """Sorts a query block by head, `[KV_HEADS, GROUP * 32, HEAD_DIM]`."""
+        """Sorts a query block by head, `[KV_HEADS, GROUP * 16, HEAD_DIM]`."""
 
         def spread(piece):
             for i in range(16):
@@ -653,22 +653,22 @@ def mixed_kernel(
 
         def sort(head):
             rows = head_rows(head)
-            strided = pl.ds(head, 32, stride=8)
+            strided = pl.ds(head, 16, stride=8)
             q_rows[head // GROUP, rows] = by_token[strided, :].astype(q_rows.dtype)
 
-        loop(2, spread)
+        loop(1, spread)
         loop(Q_HEADS, sort)
 
     def head_rows(head):
         """Where one query head's tokens are among the rows of its KV head."""
-        return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * 32, 32), 32)
+        return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * 16, 16), 16)
 
     def finish(slot):
         """Puts a block's output back in the order of its tokens, and clears the running state for the next one."""
 
         def unsort(head):
             rows = head_rows(head)
-            strided = pl.ds(head, 32, stride=8)
+            strided = pl.ds(head, 16, stride=8)
             out = acc[head // GROUP, rows] / widen(row_sum[head // GROUP, rows], HEAD_DIM)
             clear(head // GROUP, rows)
             by_token[strided, :] = out
@@ -681,7 +681,7 @@ def mixed_kernel(
                 out_rows[slot, token] = out.astype(out_rows.dtype)
 
         loop(Q_HEADS, unsort)
-        loop(2, gather)
+        loop(1, gather)
 
     def clear_tail(slot, valid):
         """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
@@ -744,7 +744,7 @@ def mixed_kernel(
         index = lax.broadcasted_iota(jnp.int32, shape, axis)
         return (index >> 1) + (index & 1) * 64
 
-    # ---- flash steps: 64 query rows of one head against one tile, or on the diagonal against one piece of it
+    # ---- flash steps: 32 query rows of one head against one tile, or on the diagonal against one piece of it
 
     def score(slot, first, tokens, head, rows):
         return products(q_rows[head, rows], head_keys(slot, first, tokens, head), 1) * SCORE_SCALE
@@ -766,7 +766,7 @@ def mixed_kernel(
         A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, the first of the next turn
         at its end: so the MXU and the vector units work at once.
         """
-        steps = [(head, pl.ds(row, 64)) for head in range(heads) for row in range(0, 64, 64)]
+        steps = [(head, pl.ds(row, 32)) for head in range(heads) for row in range(0, 32, 32)]
 
         def scores_of(turn, step):
             first, head = place(turn)
@@ -845,7 +845,7 @@ def mixed_kernel(
             end = kv_end(seq, q_block)
             valid = jnp.minimum(end - block * 128, 128)
             last = (block + 1) * 128 >= end
-            first_query = kv_lens[seq] - q_len(seq) + q_block * 32
+            first_query = kv_lens[seq] - q_len(seq) + q_block * 16
 
             @pl.when(block == 0)
             def _():
@@ -907,14 +907,14 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
             pltpu.VMEM((5, 48, 2, 128), jnp.bfloat16),  # new_values: new values, likewise
             pltpu.VMEM((5, 64, 128), jnp.bfloat16),  # page_rows: pages to update
             pltpu.VMEM((32, 128), jnp.uint32),  # packed: new tokens in the cache's form
-            pltpu.VMEM((3, 32, 4, 128), jnp.bfloat16),  # q_in: query blocks as they come
-            pltpu.VMEM((256, 128), jnp.float32),  # by_token: one by token
-            pltpu.VMEM((2, 64, 128), jnp.bfloat16),  # q_rows: one by KV head
-            pltpu.VMEM((1, 64, 128), jnp.float32),  # next_scores: the first scores of the next turn
-            pltpu.VMEM((2, 64, 128), jnp.float32),  # row_max: running maximum, the same in every lane
-            pltpu.VMEM((2, 64, 128), jnp.float32),  # row_sum: running sum, the same in every lane
-            pltpu.VMEM((2, 64, 128), jnp.float32),  # acc: running output
-            pltpu.VMEM((1, 32, 4, 128), jnp.bfloat16),  # out_rows: an output block on its way out
+            pltpu.VMEM((3, 16, 4, 128), jnp.bfloat16),  # q_in: query blocks as they come
+            pltpu.VMEM((128, 128), jnp.float32),  # by_token: one by token
+            pltpu.VMEM((2, 32, 128), jnp.bfloat16),  # q_rows: one by KV head
+            pltpu.VMEM((1, 32, 128), jnp.float32),  # next_scores: the first scores of the next turn
+            pltpu.VMEM((2, 32, 128), jnp.float32),  # row_max: running maximum, the same in every lane
+            pltpu.VMEM((2, 32, 128), jnp.float32),  # row_sum: running sum, the same in every lane
+            pltpu.VMEM((2, 32, 128), jnp.float32),  # acc: running output
+            pltpu.VMEM((1, 16, 4, 128), jnp.bfloat16),  # out_rows: an output block on its way out
             pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
             pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
             pltpu.SemaphoreType.DMA((5,)),  # old_sem: pages that hold old tokens
