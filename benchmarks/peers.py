@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from peers import environment
-from peers.cases import CASES, PAGE_SIZES, TARGETS
+from peers.cases import CASES, PLACES
 from peers.contenders import CONTENDERS, OURS
 from peers.document import OURS_NAMES, Section, bullet, choices, refusals, summary, table
 from peers.picture import draw
@@ -27,12 +27,12 @@ ROOT = Path(__file__).parents[1]
 TEMPLATE = Path(__file__).with_name("benchmarks.md.in")
 RESULTS = Path(__file__).parent / "peers" / "results.json"
 QUICK = "RPA v3, best"
+NAMES = (*OURS_NAMES, *(one.name for one in CONTENDERS))
 
 
 def sections(bench: Bench, options: argparse.Namespace) -> Iterator[tuple[Section, ...]]:
     """All sections after each contender of each of them, so that the document grows while the run goes on."""
-    names = (*OURS_NAMES, *(one.name for one in CONTENDERS))
-    found: dict[tuple[str, int], dict[tuple[str, str], Result]] = {(t, p): {} for t in TARGETS for p in PAGE_SIZES}
+    found: dict[tuple[str, int], dict[tuple[str, str], Result]] = {place: {} for place in PLACES}
 
     def fill(target: str, page: int, name: str, may_run: bool) -> None:
         for case in CASES:
@@ -44,17 +44,22 @@ def sections(bench: Bench, options: argparse.Namespace) -> Iterator[tuple[Sectio
             found[target, page][name, case.label] = result
 
     def snapshot() -> tuple[Section, ...]:
-        return tuple(Section(target, page, CASES, names, results) for (target, page), results in found.items())
+        return tuple(Section(*place, CASES, names_at(place), results) for place, results in found.items())
 
-    for target, page in found:
-        for name in names:
-            fill(target, page, name, may_run=False)
-    for name in names:
-        for target, page in found:
-            if wanted(options, name, target, page):
-                fill(target, page, name, may_run=True)
+    for place in found:
+        for name in names_at(place):
+            fill(*place, name, may_run=False)
+    for name in NAMES:
+        for place in found:
+            if name in names_at(place) and wanted(options, name, *place):
+                fill(*place, name, may_run=True)
                 yield snapshot()
     yield snapshot()
+
+
+def names_at(place: tuple[str, int]) -> tuple[str, ...]:
+    """Who is compared there."""
+    return (*OURS_NAMES, *PLACES[place]) if PLACES[place] else NAMES
 
 
 def wanted(options: argparse.Namespace, name: str, target: str, page: int) -> bool:
@@ -62,8 +67,8 @@ def wanted(options: argparse.Namespace, name: str, target: str, page: int) -> bo
     named = not options.only or any(part.lower() in name.lower() for part in options.only)
     if options.quick:
         named = named and (name in OURS_NAMES or name == QUICK)
-        return named and (target, page) == (TARGETS[0], PAGE_SIZES[0])
-    return named and target in (options.target or TARGETS) and page in (options.page or PAGE_SIZES)
+        return named and (target, page) == next(iter(PLACES))
+    return named and target in (options.target or [target]) and page in (options.page or [page])
 
 
 def document(found: Sequence[Section]) -> str:
@@ -87,8 +92,9 @@ def document(found: Sequence[Section]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", action="append", help="run only contenders with this in their name")
-    parser.add_argument("--target", action="append", choices=TARGETS, help="run only this target")
-    parser.add_argument("--page", action="append", type=int, choices=PAGE_SIZES, help="run only this page size")
+    targets, page_sizes = (sorted({place[part] for place in PLACES}) for part in range(2))
+    parser.add_argument("--target", action="append", choices=targets, help="run only this target")
+    parser.add_argument("--page", action="append", type=int, choices=page_sizes, help="run only this page size")
     parser.add_argument("--quick", action="store_true", help=f"run rpac and {QUICK} on one target and page size")
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -12,8 +12,16 @@ MAX_SEQS, MAX_MODEL_LEN, PREFILL_CHUNK = 64, 32768, 512
 DECODE_TOKENS, PREFILL_TOKENS = 64, 2048
 """The token buckets: query rows of the compiled calls, padding included."""
 
-TARGETS = ("tpu7x", "v6e")
-PAGE_SIZES = (128, 16)
+RPA_V3 = ("RPA v3, default", "RPA v3, best")
+# Target, page size, and the peers beside ours there; none named: all of them.
+PLACES: dict[tuple[str, int], tuple[str, ...]] = {
+    ("tpu7x", 128): (),
+    ("tpu7x", 16): (),
+    ("v6e", 128): (),
+    ("v6e", 16): (),
+    ("v5p", 128): RPA_V3,
+    ("v5e", 128): RPA_V3,
+}
 RAGGED_SEED = 6000
 
 

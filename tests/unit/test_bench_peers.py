@@ -40,6 +40,11 @@ def test_ragged_lengths_are_the_same_on_every_run_and_within_bounds():
     assert 5000 < max(lens) <= 6000
 
 
+def test_every_peer_of_a_place_is_one():
+    known = {one.name for one in module("contenders").CONTENDERS}
+    assert {name for peers in module("cases").PLACES.values() for name in peers} <= known
+
+
 def test_every_case_fits_its_bucket_and_the_longest_length():
     cases = module("cases")
     for case in cases.CASES:
