@@ -443,4 +443,5 @@ print(json.dumps([float(out[0, 0, 0]), sorted(name for name in sys.modules if na
     value, modules = python(code, str(bundle))
     assert value == 3
     roots = {name.split(".")[1] for name in modules}
-    assert roots <= {"batch", "bundle", "engine", "errors", "layout", "publish", "runtime", "select", "compat"}
+    serving = {"accuracy", "batch", "bundle", "canary", "engine", "errors", "layout", "publish", "runtime", "select"}
+    assert roots <= serving
