@@ -74,6 +74,7 @@ class Verdict(NamedTuple):
 
 
 def make_call(
+    kind: Kind,
     dims: Sequence[layout.ArrayDims],
     limits: Limits,
     kv_layout: str,
@@ -81,9 +82,9 @@ def make_call(
     context_lens: Sequence[int],
     seed: int,
 ) -> Call:
-    """The call of a program with arguments `dims` on these rows, whose pages are spread over the whole cache.
+    """The call of a program of this kind on these rows, whose pages are spread over the whole cache.
 
-    Raises BatchError where the rows break the contract or need more pages than the cache has.
+    `dims` are the program's arguments. Raises BatchError where the rows break the contract or need more pages than the cache has.
     """
     counts = [layout.cdiv(q + context, limits.page_size) for q, context in zip(q_lens, context_lens, strict=True)]
     used = sum(counts)
@@ -92,7 +93,7 @@ def make_call(
     pages = [last - index * last // max(used - 1, 1) for index in range(used)]
     ends = np.cumsum([0, *counts]).tolist()
     tables = [pages[start:end] for start, end in itertools.pairwise(ends)]
-    batch = Batch.build(limits, q_lens, context_lens, tables)
+    batch = _as_kind(kind, Batch.build(limits, q_lens, context_lens, tables))
     queries, keys, values = (np.zeros(one.shape, one.dtype) for one in dims[:3])
     for stream, array in enumerate((queries, keys, values), start=1):
         new = array[: batch.num_tokens]
@@ -111,15 +112,7 @@ def make_call(
 def canary(kind: Kind, dims: Sequence[layout.ArrayDims], limits: Limits, kv_layout: str) -> Call:
     """The canary of the program of this kind with arguments `dims`."""
     q_lens, context_lens = canary_rows(kind, dims[0].shape[0], limits)
-    call = make_call(dims, limits, kv_layout, q_lens, context_lens, SEED)
-    if call.batch.kind == kind or not q_lens:
-        return call
-    # Rows of one token count as decode where the lists are sorted; other programs take them too.
-    ends = np.array((0, len(q_lens) if kind == "prefill" else 0, len(q_lens)), np.int32)
-    batch = call.batch
-    arrays = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, ends)
-    as_kind = Batch.of_arrays(limits, batch.tokens, *arrays, order=batch.order)
-    return Call(as_kind, call.queries, call.keys, call.values, call.pages, call.held)
+    return make_call(kind, dims, limits, kv_layout, q_lens, context_lens, SEED)
 
 
 def answer(call: Call, out: NDArray[np.float32], pages: Array) -> bytes:
@@ -168,6 +161,16 @@ def canary_rows(kind: Kind, tokens: int, limits: Limits) -> tuple[list[int], lis
             rows.append((q_len, context))
             pages -= need
     return [q_len for q_len, _ in rows], [context for _, context in rows]
+
+
+def _as_kind(kind: Kind, batch: Batch) -> Batch:
+    """The batch for a program that takes its rows too, where its lists alone would make it another program's."""
+    if batch.kind == kind or not len(batch):
+        return batch
+    count = len(batch)
+    distribution = np.array((0, count if kind == "prefill" else 0, count), np.int32)
+    metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, distribution)
+    return Batch.of_arrays(batch.limits, batch.tokens, *metadata, order=batch.order)
 
 
 def _numbers(shape: tuple[int, ...], seed: int, stream: int) -> NDArray[np.float32]:

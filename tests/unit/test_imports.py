@@ -22,7 +22,7 @@ ORDER = [
     "publish", "store",  # files and folders: a bundle's and a cache's
     "compat", "runtime", "toolchain",  # JAX: what differs, what runs, what it is
     "lower", "schedule", "bundle", "select", "engine",
-    "reference", "answers", "serve_check", "check", "build", "predict", "tune",
+    "reference", "answers", "check", "build", "serve_check", "predict", "tune",
     "cli",
 ]  # fmt: skip
 
