@@ -14,6 +14,8 @@ from rpac.bundle import Program
 from rpac.canary import Call, Verdict, judge
 from rpac.runtime import KV_CACHE_ARG, Run
 
+LEAST_PAGES = 64
+
 
 @dataclass(frozen=True, eq=False)
 class Probe:
@@ -36,9 +38,13 @@ class Probe:
 
 
 def probe(run: Run, call: Call, program: Program, device: jax.Device) -> Probe:
-    """Runs a call once. Takes the memory of one cache on `device`; two small helpers are compiled for each shape."""
+    """Runs a call once. Takes the memory of one cache on `device`; two small helpers are compiled, for most calls once."""
     dims = program.args[KV_CACHE_ARG]
-    pages, held = jax.device_put((call.pages, call.held), device)
+    used_pages = len(call.pages)
+    # Some pages twice, with what they hold anyway: one shape for calls of a few pages and of some more.
+    size = max(1 << (used_pages - 1).bit_length(), LEAST_PAGES) if used_pages else 0
+    padded = np.resize(np.arange(used_pages), size)
+    pages, held = jax.device_put((call.pages[padded], call.held[padded]), device)
     kv_cache = jax.jit(_cache, static_argnums=2)(pages, held, dims.shape[0])
     batch = call.batch
     metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
@@ -46,7 +52,7 @@ def probe(run: Run, call: Call, program: Program, device: jax.Device) -> Probe:
     after, used = jax.jit(_look)(kv_cache, pages)
     used = np.array(used)
     used[call.pages] = False
-    return Probe(call, np.asarray(out), np.asarray(after), tuple(np.flatnonzero(used).tolist()))
+    return Probe(call, np.asarray(out), np.asarray(after)[:used_pages], tuple(np.flatnonzero(used).tolist()))
 
 
 def _cache(pages: jax.Array, held: jax.Array, count: int) -> jax.Array:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from calls import BUILT, LIMITS, arrays, batch_of, call, metadata
@@ -15,6 +16,7 @@ from rpac.accuracy import TOLERANCE
 from rpac.answers import canary_answers, expected
 from rpac.bundle import Variant, write_bundle
 from rpac.engine import CanaryRun, Event, ProgramFailed, load
+from rpac.engine.probe import probe
 from rpac.errors import BundleError, CheckError
 from rpac.spec import Spec
 from rpac.store import Store
@@ -116,3 +118,19 @@ def test_an_answer_to_other_inputs_is_no_answer(tmp_path: Path, tiny: Spec, prog
         BundleError, match=r"found the answer to other inputs than this rpac makes.*build the bundle again"
     ):
         load(tmp_path / "tiny.rpac", target="cpu").warm([Variant("decode", 8)], canary=True)
+
+
+def test_a_write_to_a_page_of_no_row_is_found(small: Path) -> None:
+    engine = load(small, target="cpu")
+    variant = Variant("decode", 8)
+    program = engine.programs[variant]
+    made = canary.canary(variant.kind, program.args, engine.limits, engine.kv_layout)
+    free = next(page for page in range(engine.limits.num_pages) if page not in made.pages)
+
+    def run(args: Any) -> tuple[jax.Array, jax.Array]:
+        out, kv_cache = engine(*args)
+        return out, kv_cache.at[free, -1].set(1)
+
+    answer = canary.answer(made, *expected(made, engine.model.sm_scale, engine.kv_layout))
+    (note,) = probe(run, made, program, engine.device).against(answer).notes
+    assert note == f"1 pages of no row were written, first {free}"
