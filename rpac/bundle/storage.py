@@ -98,6 +98,10 @@ class Storage(AbstractContextManager["Storage"], ABC):
         """The error for a file of more bytes than its limit."""
         return BundleError(f"{self.place}/{name}: found {found} bytes; must be at most {limit}; {REBUILD}")
 
+    def no_file(self, name: str) -> BundleError:
+        """The error for a folder, a pipe or anything else in the place of a file."""
+        return BundleError(f"{self.place}/{name}: found no regular file; {REBUILD}")
+
 
 class Folder(Storage):
     """All reads stay in the folder that was opened, even where another one takes its path."""
@@ -135,7 +139,7 @@ class Folder(Storage):
             return file
         file.close()
         if not stat.S_ISREG(found.st_mode):
-            raise BundleError(f"{self.place}/{name}: found no regular file; {REBUILD}")
+            raise self.no_file(name)
         raise self.too_large(name, found.st_size, limit)
 
     def _reason(self, error: Exception) -> str | None:
@@ -171,7 +175,10 @@ class Remote(Storage):
 
     def _open(self, name: str, limit: int) -> IO[bytes]:
         path = f"{self._root}/{name}"
-        size = self._files.info(path).get("size")
+        info = self._files.info(path)
+        if info.get("type", "file") != "file":
+            raise self.no_file(name)
+        size = info.get("size")
         if size is not None and size > limit:
             raise self.too_large(name, size, limit)
         file: IO[bytes] = self._files.open(path, "rb")

@@ -51,7 +51,8 @@ def stage_bundle(
 ) -> Manifest:
     """`write_bundle` into a stage that the caller holds, so that a long build owns its folder from its start."""
     lowered = sorted(lowered, key=lambda one: (one.target, KINDS.index(cast(Kind, one.kind)), one.tokens))
-    answers = canaries or {}
+    built = {(one.kind, one.tokens) for one in lowered}
+    answers = {variant: data for variant, data in (canaries or {}).items() if variant in built}
     tiers = [data for one in lowered for data in (one.exported, one.executable) if data is not None]
     blobs = {Content.of(data): data for data in (*tiers, *answers.values())}
     files = {f"source/{one.source.path}": one.source.text.encode() for one in lowered}

@@ -16,7 +16,7 @@ from rpac.batch.kind import Int32s
 from rpac.bundle import Dims, LoadedTarget, Program, Variant
 from rpac.bundle.manifest import ARGS
 from rpac.engine.arguments import refuse, shown
-from rpac.engine.events import BatchRun, Count, Observer, Recorder
+from rpac.engine.events import BatchRun, Count, Observer, Recorder, Totals
 from rpac.engine.slot import Slot
 from rpac.engine.traced import KINDS, run_selected
 from rpac.engine.warming import Warming
@@ -64,6 +64,11 @@ class Engine:
     def ready(self) -> frozenset[Variant]:
         """The variants whose calls load and compile nothing any more."""
         return frozenset(variant for variant, slot in self._slots.items() if slot.is_ready)
+
+    @property
+    def totals(self) -> Totals:
+        """The sums of all events so far, at one moment."""
+        return self._recorder.totals()
 
     def select(self, tokens: int, distribution: Sequence[int] | Int32s) -> Variant:
         """The variant that runs a batch; `rpac.select.select` over what this engine holds."""
@@ -128,7 +133,8 @@ class Engine:
         return run_selected(programs, self.limits, args)
 
     def collector(self) -> EngineCollector:
-        """This engine's metrics for a server's own `prometheus_client` registry.
+        """This engine's metrics for a server's own `prometheus_client` registry, which takes one collector alone:
+        for several engines register `rpac.engine.metrics.EngineCollector(*engines)`.
 
         Raises TargetError where prometheus_client is not installed.
         """
@@ -136,7 +142,7 @@ class Engine:
             from rpac.engine.metrics import EngineCollector
         except ImportError as error:
             raise TargetError("metrics need prometheus_client; install rpac[metrics]") from error
-        return EngineCollector(self.name, self.target, self._slots, self._recorder)
+        return EngineCollector(self)
 
     def metrics(self) -> str:
         """This engine's metrics in Prometheus's text format. Raises as `collector` does."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from rpac.bundle import Variant
-from rpac.engine.events import Recorder
+from rpac.engine.events import Count
 
-LABELS = ("bundle", "target", "kind", "tokens")
+if TYPE_CHECKING:
+    from rpac.engine.engine import Engine
+
+PLACE = ("bundle", "target", "device")
+LABELS = (*PLACE, "kind", "tokens")
 COUNTERS = {
     "calls": "Batches that the program ran.",
     "rows": "Live sequences of these batches.",
@@ -21,51 +25,43 @@ COUNTERS = {
 
 
 class EngineCollector(Collector):
-    """For a server's own registry: `registry.register(engine.collector())`."""
+    """All metrics of some engines, for one registry; a program that did not run yet is there with zeros."""
 
-    def __init__(self, bundle: str, target: str, variants: Iterable[Variant], recorder: Recorder) -> None:
-        self._place = (bundle, target)
-        self._variants = tuple(variants)
-        self._recorder = recorder
+    def __init__(self, *engines: Engine) -> None:
+        self._engines = engines
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics; a program that did not run yet is there with zeros."""
-        totals = self._recorder.totals()
-        for name, text in COUNTERS.items():
-            ran = {variant: getattr(count, name) for variant, count in totals.counts.items()}
-            yield self._family(CounterMetricFamily(f"rpac_program_{name}", text, labels=LABELS), ran)
+        families = {
+            name: CounterMetricFamily(f"rpac_program_{name}", text, labels=LABELS) for name, text in COUNTERS.items()
+        }
         failed = CounterMetricFamily("rpac_program_failures", "Loads and canaries that failed.", labels=LABELS)
-        yield self._family(failed, totals.failed)
         ready = GaugeMetricFamily("rpac_program_ready", "1 where a call loads and compiles nothing.", labels=LABELS)
-        yield self._family(ready, dict.fromkeys(totals.ready, 1))
         seconds = GaugeMetricFamily("rpac_program_load_seconds", "What the load took.", labels=LABELS)
-        for variant, loaded in totals.ready.items():
-            seconds.add_metric(self._labels(variant), loaded.seconds)
-        yield seconds
         errors = GaugeMetricFamily("rpac_program_canary_error", "Relative error of the last canary.", labels=LABELS)
-        for variant, canary in totals.canaries.items():
-            errors.add_metric(self._labels(variant), canary.error)
-        yield errors
         refused = CounterMetricFamily(
-            "rpac_batches_refused", "Batches refused before anything ran.", labels=(*LABELS[:2], "error")
+            "rpac_batches_refused", "Batches refused before anything ran.", labels=(*PLACE, "error")
         )
-        for error, count in totals.refused.items():
-            refused.add_metric((*self._place, error), count)
-        yield refused
-
-    def _family(
-        self, family: CounterMetricFamily | GaugeMetricFamily, found: Mapping[Variant, float]
-    ) -> CounterMetricFamily | GaugeMetricFamily:
-        for variant in self._variants:
-            family.add_metric(self._labels(variant), found.get(variant, 0))
-        return family
-
-    def _labels(self, variant: Variant) -> tuple[str, ...]:
-        return (*self._place, variant.kind, str(variant.tokens))
+        for engine in self._engines:
+            totals = engine.totals
+            place = (engine.name, engine.target, str(engine.device))
+            for variant in engine.programs:
+                labels = (*place, variant.kind, str(variant.tokens))
+                count = totals.counts.get(variant, Count())
+                for name, family in families.items():
+                    family.add_metric(labels, getattr(count, name))
+                failed.add_metric(labels, totals.failed.get(variant, 0))
+                ready.add_metric(labels, variant in totals.ready)
+                if variant in totals.ready:
+                    seconds.add_metric(labels, totals.ready[variant].seconds)
+                if variant in totals.canaries:
+                    errors.add_metric(labels, totals.canaries[variant].error)
+            for error, times in totals.refused.items():
+                refused.add_metric((*place, error), times)
+        yield from (*families.values(), failed, ready, seconds, errors, refused)
 
 
 def text_of(collector: EngineCollector) -> str:
-    """The text exposition format, of this engine alone."""
+    """What a collector has in the text exposition format."""
     registry = CollectorRegistry()
     registry.register(collector)
     return generate_latest(registry).decode()

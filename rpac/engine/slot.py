@@ -44,6 +44,7 @@ class Slot:
         self._traceable: Traceable | None = None
         self._wrong: str | None = None  # what its canary found
         self._loading = threading.Lock()
+        self._tracing = threading.Lock()  # of its own: a model is traced while programs compile
 
     @property
     def is_ready(self) -> bool:
@@ -65,7 +66,7 @@ class Slot:
         Raises CheckError where the canary failed.
         """
         self._refuse_wrong()
-        with self._loading:
+        with self._tracing:
             if self._traceable is None:
                 self._traceable = load_traceable(self._exported, self.program)
         traceable = self._traceable

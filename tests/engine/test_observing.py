@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rpac.bundle import Variant
 from rpac.engine import BatchRefused, BatchRun, Event, JsonLog, ProgramReady, load
+from rpac.engine.metrics import EngineCollector
 from rpac.errors import BatchError, SelectionError, TargetError
 
 
@@ -82,7 +83,7 @@ def test_metrics_are_what_prometheus_reads(bundle: Path) -> None:
     found = samples(engine.metrics())
 
     def of(name: str, kind: str, tokens: int) -> float | None:
-        return found.get((f"rpac_program_{name}", "tiny", kind, "cpu", str(tokens)))
+        return found.get((f"rpac_program_{name}", "tiny", str(engine.device), kind, "cpu", str(tokens)))
 
     names = ("calls_total", "rows_total", "tokens_total", "padding_total", "failures_total", "ready")
     assert [of(name, "decode", 8) for name in names] == [2, 4, 4, 12, 0, 1]
@@ -92,7 +93,8 @@ def test_metrics_are_what_prometheus_reads(bundle: Path) -> None:
     assert seconds is not None and seconds > 0
     assert of("load_seconds", "prefill", 32) is None
     refused = {key[1:]: value for key, value in found.items() if key[0] == "rpac_batches_refused_total"}
-    assert refused == {("tiny", "BatchError", "cpu"): 1, ("tiny", "SelectionError", "cpu"): 1}
+    device = str(engine.device)
+    assert refused == {("tiny", device, "BatchError", "cpu"): 1, ("tiny", device, "SelectionError", "cpu"): 1}
 
 
 def test_metrics_go_into_a_server_s_own_registry(bundle: Path) -> None:
@@ -101,6 +103,16 @@ def test_metrics_go_into_a_server_s_own_registry(bundle: Path) -> None:
     registry.register(engine.collector())
     call(engine, [1])
     assert samples(generate_latest(registry).decode()) == samples(engine.metrics())
+
+
+def test_several_engines_share_a_registry(bundle: Path, small: Path) -> None:
+    engines = [load(bundle, target="cpu"), load(small, target="cpu")]
+    call(engines[0], [1])
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(*engines))
+    text = generate_latest(registry).decode()
+    assert samples(text) == {**samples(engines[0].metrics()), **samples(engines[1].metrics())}
+    assert text.count("# TYPE rpac_program_calls_total counter") == 1
 
 
 def test_metrics_without_prometheus_client_say_what_to_install(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

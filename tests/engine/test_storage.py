@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -103,6 +104,15 @@ def test_a_file_too_many_at_a_url(remote: str) -> None:
     fsspec.filesystem("memory").pipe("/shared/tiny.rpac/blobs/more", b"x")
     with pytest.raises(BundleError, match=r"found blobs/more; must hold only what manifest\.json lists"):
         verify_bundle(remote)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(bundle: Path) -> None:
+    manifest = bundle / "manifest.json"
+    manifest.unlink()
+    os.mkfifo(manifest)
+    for place in (bundle, f"file://{bundle}"):
+        with pytest.raises(BundleError, match=r"manifest\.json: found no regular file"):
+            load(place, target="cpu")
 
 
 def test_a_protocol_that_nobody_knows(bundle: Path) -> None:
