@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from numpy.typing import NDArray
 
 from rpac.bundle import Program
@@ -56,7 +57,11 @@ def probe(run: Run, call: Call, program: Program, device: jax.Device) -> Probe:
 
 
 def _cache(pages: jax.Array, held: jax.Array, count: int) -> jax.Array:
-    return jnp.zeros((count, *held.shape[1:]), held.dtype).at[pages].set(held)
+    def write(index: jax.Array, kv_cache: jax.Array) -> jax.Array:
+        return lax.dynamic_update_index_in_dim(kv_cache, held[index], pages[index], 0)
+
+    # Page by page, because a scatter of them all would take a second cache.
+    return lax.fori_loop(0, len(pages), write, jnp.zeros((count, *held.shape[1:]), held.dtype))
 
 
 def _look(kv_cache: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:

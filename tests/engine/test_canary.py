@@ -16,7 +16,7 @@ from rpac.accuracy import TOLERANCE
 from rpac.answers import canary_answers, expected
 from rpac.bundle import Variant, write_bundle
 from rpac.engine import CanaryRun, Event, ProgramFailed, load
-from rpac.engine.probe import probe
+from rpac.engine.probe import _cache, probe
 from rpac.errors import BundleError, CheckError
 from rpac.spec import Spec
 from rpac.store import Store
@@ -134,3 +134,9 @@ def test_a_write_to_a_page_of_no_row_is_found(small: Path) -> None:
     answer = canary.answer(made, *expected(made, engine.model.sm_scale, engine.kv_layout))
     (note,) = probe(run, made, program, engine.device).against(answer).notes
     assert note == f"1 pages of no row were written, first {free}"
+
+
+def test_the_cache_of_a_canary_is_all_the_memory_that_it_takes() -> None:
+    pages, held = jax.ShapeDtypeStruct((64,), np.int32), jax.ShapeDtypeStruct((64, 16, 2, 2, 128), "bfloat16")
+    memory = jax.jit(_cache, static_argnums=2).lower(pages, held, 4096).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < memory.output_size_in_bytes / 8
