@@ -14,11 +14,11 @@ from rpac.batch import Kind, Limits
 from rpac.batch import validate as validate_metadata
 from rpac.batch.kind import Int32s
 from rpac.bundle import Dims, LoadedTarget, Program, Variant
-from rpac.bundle.manifest import ARGS
+from rpac.bundle.manifest import ARGS, KINDS
 from rpac.engine.arguments import refuse, shown
 from rpac.engine.events import BatchRun, Count, Observer, Recorder, Totals
 from rpac.engine.slot import Slot
-from rpac.engine.traced import KINDS, run_selected
+from rpac.engine.traced import run_selected
 from rpac.engine.warming import Warming
 from rpac.errors import BatchError, SelectionError, TargetError
 from rpac.layout import ArrayDims
@@ -97,11 +97,12 @@ class Engine:
         return warming
 
     def program(self, kind: Kind, tokens: int) -> Traceable:
-        """One program as a function of the call's eight arguments, to be called inside jit: the host picks.
+        """One program as a function of the call's eight arguments, for use inside jit: the host picks.
 
         It is the portable program, compiled with what is around it; inside, the cache is updated in place, if the
-        outer jit donates it. Shapes and dtypes are checked when it is traced, values are not: build the metadata with
-        `rpac.Batch`. Raises SelectionError where the bundle has no such program.
+        outer jit donates it. Called outside jit it compiles at its first call, and copies the cache. Shapes and dtypes
+        are checked when it is traced, values are not: build the metadata with `rpac.Batch`. Raises SelectionError where
+        the bundle has no such program.
         """
         return self._slot(Variant(kind, tokens)).traceable()
 

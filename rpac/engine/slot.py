@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from typing import NoReturn
 
 import jax
 
@@ -91,20 +92,29 @@ class Slot:
         start = time.perf_counter()
         call = canary(variant.kind, self.program.args, self._limits, self._kv_layout)
         try:
-            verdict = probe(run, call, self.program, self._device).against(self._answer)
+            found = probe(run, call, self.program, self._device)
+        except jax.errors.JaxRuntimeError as error:
+            self._fail_canary(f"the runtime raised {error}")
+        try:
+            verdict = found.against(self._answer)
         except ValueError as error:
             raise BundleError(
                 f"program {variant}: its canary is of no use ({error}); build the bundle again"
             ) from error
         if verdict.notes:
-            self._wrong = (
-                f"program {variant} on {self._device}: its canary failed: {'; '.join(verdict.notes)}; must be the "
-                "oracle's answer; do not serve with this pair of compiler and runtime: install those of the bundle's "
-                "toolchain, or build the bundle again with these"
-            )
-            self._recorder.failed(variant, CheckError(self._wrong))
-            self._refuse_wrong()
+            self._fail_canary("; ".join(verdict.notes))
         self._recorder.record(CanaryRun(variant, verdict.error, time.perf_counter() - start))
+
+    def _fail_canary(self, what: str) -> NoReturn:
+        variant = self.program.variant
+        self._wrong = (
+            f"program {variant} on {self._device}: its canary failed: {what}; must be the oracle's answer; do not serve "
+            "with this pair of compiler and runtime: install those of the bundle's toolchain, or build the bundle again "
+            "with these"
+        )
+        failure = CheckError(self._wrong)
+        self._recorder.failed(variant, failure)
+        raise failure
 
     def _refuse_wrong(self) -> None:
         if self._wrong is not None:

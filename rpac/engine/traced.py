@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from rpac.batch import Kind, Limits
+from rpac.bundle.manifest import KINDS
 from rpac.runtime import Traceable
-
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 def run_selected(
@@ -31,7 +30,7 @@ def run_selected(
     safe = jnp.where(found, distribution, 0)
     first = KINDS.index(next(iter(programs)))
     chosen = jnp.where(found, wanted, first)
-    out = jnp.zeros(queries.shape, queries.dtype)
+    out = queries  # of the same type, also under shard_map; one program takes its turn and replaces it
     for kind, program in programs.items():
 
         def body(_: jax.Array, results: Any, program: Traceable = program) -> Any:

@@ -59,6 +59,17 @@ def test_a_program_that_returns_something_else_is_caught_and_never_run_again(
     assert [event.error for event in events if isinstance(event, ProgramFailed)] == ["CheckError"]
 
 
+def test_a_program_that_raises_on_its_canary_is_not_run_again(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("INTERNAL: core halted")
+
+    engine = load(small, target="cpu")
+    monkeypatch.setattr("rpac.engine.slot.load_portable", lambda *_: broken)
+    for canary_first in (True, False):
+        with pytest.raises(CheckError, match="its canary failed: the runtime raised INTERNAL: core halted; must be"):
+            engine.warm([Variant("decode", 8)], canary=canary_first)
+
+
 def test_zeros_are_named(tiny: Spec, answers: Any) -> None:
     variant = Variant("mixed", 32)
     made = tiny_canary(tiny, variant)

@@ -165,6 +165,16 @@ def test_what_is_known_when_it_is_traced_is_refused_then(bundle: Path) -> None:
             jax.jit(call)(queries, jnp.zeros((8, 3, 128), jnp.bfloat16), *others[1:], *rest)
 
 
+def test_a_program_can_be_called_outside_jit_too(bundle: Path) -> None:
+    engine = load(bundle, target="cpu")
+    made = arrays(engine, 8)
+    rest = metadata(batch_of([1]))
+    out, kv_cache = engine.program("decode", 8)(*made, *rest)
+    assert not made[3].is_deleted()  # only a jit around it can donate
+    for found, wanted in zip((out, kv_cache), engine(*made, *rest), strict=True):
+        assert np.array_equal(found, wanted)
+
+
 def test_all_layers_share_one_copy_of_a_program(bundle: Path) -> None:
     engine = load(bundle, target="cpu")
     made = arrays(engine, 8)
@@ -178,12 +188,12 @@ def test_all_layers_share_one_copy_of_a_program(bundle: Path) -> None:
     assert text.count('"stablehlo.scatter"(') == 1
 
 
-def test_each_device_serves_its_own_batch_and_cache_under_shard_map(bundle: Path) -> None:
+@pytest.mark.parametrize("form", ["program", "traced"])
+def test_each_device_serves_its_own_batch_and_cache_under_shard_map(bundle: Path, form: str) -> None:
     code = """
 import json, sys, jax, jax.numpy as jnp, numpy as np, rpac
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 engine = rpac.load(sys.argv[1], target="cpu")
-decode = engine.program("decode", 8)
 mesh = Mesh(np.array(jax.devices()), ("replica",))
 spec = PartitionSpec("replica")
 dims = engine.programs[rpac.Variant("decode", 8)].args
@@ -191,7 +201,8 @@ batches = [rpac.Batch.build(engine.limits, [1], [length], [[page]]) for length, 
 of = lambda make: jax.device_put(jnp.concatenate(list(map(make, (0, 1)))), NamedSharding(mesh, spec))
 made = [of(lambda replica: jnp.full(a.shape, replica, a.dtype)) for a in dims[:4]]
 rest = [of(lambda replica: getattr(batches[replica], a.name)) for a in dims[4:]]
-step = jax.jit(jax.shard_map(decode, mesh=mesh, in_specs=spec, out_specs=spec), donate_argnums=3)
+attend = engine.traced if sys.argv[2] == "traced" else engine.program("decode", 8)
+step = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec), donate_argnums=3)
 before = [shard.data.unsafe_buffer_pointer() for shard in made[3].addressable_shards]
 out, cache = step(*made, *rest)
 after = [shard.data.unsafe_buffer_pointer() for shard in cache.addressable_shards]
@@ -200,4 +211,4 @@ print(json.dumps([before == after, np.asarray(out, np.float32)[::8, 0, 0].tolist
                   pages[0, 7, 0].item(), pages[1, 5, 0].item(), pages[1, 7, 0].item()]))
 """
     flags = "--xla_force_host_platform_device_count=2"
-    assert python(code, str(bundle), XLA_FLAGS=flags) == [True, [1.0, 3.0], 3.0, 0.0, 1.0, 4.0]
+    assert python(code, str(bundle), form, XLA_FLAGS=flags) == [True, [1.0, 3.0], 3.0, 0.0, 1.0, 4.0]
