@@ -30,7 +30,7 @@ def run_selected(
     safe = jnp.where(found, distribution, 0)
     first = KINDS.index(next(iter(programs)))
     chosen = jnp.where(found, wanted, first)
-    out = queries  # of the same type, also under shard_map; one program takes its turn and replaces it
+    out = queries  # of out's shape; one program takes its turn and replaces it
     for kind, program in programs.items():
 
         def body(_: jax.Array, results: Any, program: Traceable = program) -> Any:
