@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rpac.answers import canary_answers
 from rpac.bundle.manifest import Manifest
 from rpac.bundle.write import is_bundle, stage_bundle
 from rpac.errors import TargetError
@@ -61,7 +62,8 @@ def build(
     path = folder / f"{spec.name}.rpac"
     with publish(path, is_bundle, wait_s) as stage:
         lowered = lower_all(tasks, cache, jobs, progress)
-        manifest = stage_bundle(stage, spec, lowered)
+        canaries = canary_answers(spec, [(one.kind, one.tokens) for one in lowered], cache.store)
+        manifest = stage_bundle(stage, spec, lowered, canaries=canaries)
     return Built(path, manifest, tuple(lowered))
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rpac.bundle import Program
 
 Run = Callable[[Sequence[Any]], tuple[jax.Array, jax.Array]]
+Traceable = Callable[..., tuple[jax.Array, jax.Array]]
 
 KV_CACHE_ARG = 3
 
@@ -32,23 +33,28 @@ def build_string(client: Any) -> str:
     return str(client.platform_version).splitlines()[-1]
 
 
+def load_traceable(data: bytes, program: Program) -> Traceable:
+    """An exported program as a function of the eight arguments that can be called inside jit; compiles nothing.
+
+    Raises BundleError where the export is not of the manifest's shapes, TargetError where this jax cannot read it.
+    """
+    # Under a jit of its own, all the layers of a model share one copy of the program in the module that is compiled.
+    traceable: Traceable = jax.jit(_exported(data, program).call)
+    return traceable
+
+
 def load_portable(data: bytes, program: Program, device: jax.Device) -> Run:
     """Compiles an exported program for `device`; takes the time of one XLA compile.
 
     Raises BundleError where the export is not of the manifest's shapes.
     """
+    exported = _exported(data, program)
     try:
-        exported = export.deserialize(bytearray(data))
-        _check_version(exported)
-        _check_signature(program, exported)
         sharding = jax.sharding.SingleDeviceSharding(device)
         call = jax.jit(exported.call, in_shardings=sharding, out_shardings=sharding, donate_argnums=KV_CACHE_ARG)
         compiled = call.lower(*exported.in_avals).compile()
     except (ValueError, jax.errors.JaxRuntimeError) as error:
-        raise TargetError(
-            f"program {program.variant}: jax {jax.__version__} cannot compile its export for {device} ({error}); "
-            "build the bundle again with this jax, or serve with the jax that built it"
-        ) from error
+        raise _unusable(program, f"compile its export for {device}", error) from error
 
     def run(args: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
         out, kv_cache = compiled(*args)
@@ -80,6 +86,23 @@ def load_native(data: bytes, program: Program, device: jax.Device) -> Run:
         return out, kv_cache
 
     return run
+
+
+def _exported(data: bytes, program: Program) -> export.Exported:
+    try:
+        exported = export.deserialize(bytearray(data))
+        _check_version(exported)
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        raise _unusable(program, "read its export", error) from error
+    _check_signature(program, exported)
+    return exported
+
+
+def _unusable(program: Program, what: str, error: Exception) -> TargetError:
+    return TargetError(
+        f"program {program.variant}: jax {jax.__version__} cannot {what} ({error}); "
+        "build the bundle again with this jax, or serve with the jax that built it"
+    )
 
 
 def _check_version(exported: export.Exported) -> None:

@@ -24,10 +24,11 @@ def select(built: Collection[Variant], limits: Limits, tokens: int, distribution
     variant = Variant(select_kind((i, j, k)), tokens)
     if variant in built and k <= limits.max_num_seqs:
         return variant
-    raise SelectionError(_advice(built, limits, variant, int(k)))
+    raise SelectionError(advice(built, limits, variant, int(k)))
 
 
-def _advice(built: Collection[Variant], limits: Limits, variant: Variant, sequences: int) -> str:
+def advice(built: Collection[Variant], limits: Limits, variant: Variant, sequences: int = 0) -> str:
+    """Why a batch of this many sequences for `variant` is not in `built`, and the spec lines that would add it."""
     if sequences > limits.max_num_seqs:
         return (
             f"the batch has {sequences} sequences; max_num_seqs is {limits.max_num_seqs}; "

@@ -17,12 +17,13 @@ from rpac.batch import Kind, Limits
 from rpac.bundle.schema import Node
 from rpac.errors import BundleError
 
-SCHEMA = 1
+SCHEMA = 2  # 2: each program has a canary
 MANIFEST = "manifest.json"
 SPEC = "spec.yaml"
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_BLOB_BYTES = 256 << 20
 MAX_FILE_BYTES = 4 << 20
+MAX_CANARY_BYTES = 1 << 20
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ARGS = ("queries", "keys", "values", "kv_cache", "kv_lens", "page_indices", "cu_q_lens", "distribution")
@@ -60,7 +61,8 @@ class Program:
     """One variant as built. `plan`, `aliases`, `memory` and `check` are records for people and tools, not for loading.
 
     `source` is the kernel's file under `source/`; `executable` is None where only the portable tier was built;
-    `check` holds tolerances and results where the variant was checked.
+    `canary` is the oracle's answer to the call of `rpac.canary`, None where the build had no oracle; `check` holds
+    tolerances and results where the variant was checked.
     """
 
     variant: Variant
@@ -70,6 +72,7 @@ class Program:
     results: tuple[layout.ArrayDims, ...]
     exported: Content
     executable: Content | None
+    canary: Content | None
     flags: Mapping[str, str]
     aliases: Mapping[str, Any]
     memory: Mapping[str, Any]
@@ -88,9 +91,9 @@ class Target:
 
     @property
     def blobs(self) -> frozenset[Content]:
-        """Every blob of both tiers."""
-        both = {blob for program in self.programs for blob in (program.exported, program.executable)}
-        return frozenset(blob for blob in both if blob is not None)
+        """Every blob: both tiers and the canaries."""
+        every = {blob for one in self.programs for blob in (one.exported, one.executable, one.canary)}
+        return frozenset(blob for blob in every if blob is not None)
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,7 @@ def _program_data(program: Program) -> dict[str, Any]:
         "results": [[dims.name, dims.dtype, list(dims.shape)] for dims in program.results],
         "exported": program.exported._asdict(),
         "executable": None if program.executable is None else program.executable._asdict(),
+        "canary": None if program.canary is None else program.canary._asdict(),
         "flags": dict(program.flags),
         "aliases": dict(program.aliases),
         "memory": dict(program.memory),
@@ -287,14 +291,14 @@ def _target(name: str, node: Node, limits: Limits) -> Target:
 
 def _program(node: Node, limits: Limits) -> Program:
     fields = node.fields(
-        "kind", "tokens", "source", "plan", "args", "results", "exported", "executable", "flags", "aliases", "memory",
-        "check",
+        "kind", "tokens", "source", "plan", "args", "results", "exported", "executable", "canary", "flags", "aliases",
+        "memory", "check",
     )  # fmt: skip
     kind = cast(Kind, fields["kind"].choice(KINDS))
     tokens = fields["tokens"].integer(1, _INT32)
     if tokens not in limits.token_buckets:
         raise fields["tokens"].refuse(f"one of the token buckets {list(limits.token_buckets)}")
-    executable, check = fields["executable"], fields["check"]
+    executable, canary, check = fields["executable"], fields["canary"], fields["check"]
     return Program(
         variant=Variant(kind, tokens),
         source=fields["source"].text(_PATH, "a plain path under source/"),
@@ -303,6 +307,7 @@ def _program(node: Node, limits: Limits) -> Program:
         results=_arrays(fields["results"], RESULTS),
         exported=_content(fields["exported"], MAX_BLOB_BYTES),
         executable=None if executable.value is None else _content(executable, MAX_BLOB_BYTES),
+        canary=None if canary.value is None else _content(canary, MAX_CANARY_BYTES),
         flags=fields["flags"].strings(),
         aliases=fields["aliases"].mapping(),
         memory=fields["memory"].mapping(),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rpac.spec import Spec
 
 Checks = Mapping[tuple[str, str, int], Mapping[str, Any]]
+Canaries = Mapping[tuple[str, int], bytes]
 
 
 def write_bundle(
@@ -29,20 +30,31 @@ def write_bundle(
     lowered: Iterable[Lowered],
     checks: Checks | None = None,
     wait_s: float = 0,
+    canaries: Canaries | None = None,
 ) -> Manifest:
     """Publishes the bundle of `spec` at `path`, whole or not at all.
 
-    `checks` maps (target, kind, tokens) to tolerances and results, where a variant was checked. `wait_s`: seconds to
-    wait for another build into the same folder. Raises OutputError, and then what was at `path` is as it was.
+    `checks` maps (target, kind, tokens) to tolerances and results, where a variant was checked; `canaries` maps
+    (kind, tokens) to the oracle's answers, as `rpac.canary` stores them. `wait_s`: seconds to wait for another build
+    into the same folder. Raises OutputError, and then what was at `path` is as it was.
     """
     with publish(path, is_bundle, wait_s) as stage:
-        return stage_bundle(stage, spec, lowered, checks)
+        return stage_bundle(stage, spec, lowered, checks, canaries)
 
 
-def stage_bundle(stage: Stage, spec: Spec, lowered: Iterable[Lowered], checks: Checks | None = None) -> Manifest:
+def stage_bundle(
+    stage: Stage,
+    spec: Spec,
+    lowered: Iterable[Lowered],
+    checks: Checks | None = None,
+    canaries: Canaries | None = None,
+) -> Manifest:
     """`write_bundle` into a stage that the caller holds, so that a long build owns its folder from its start."""
     lowered = sorted(lowered, key=lambda one: (one.target, KINDS.index(cast(Kind, one.kind)), one.tokens))
-    blobs = {Content.of(data): data for one in lowered for data in (one.exported, one.executable) if data is not None}
+    built = {(one.kind, one.tokens) for one in lowered}
+    answers = {variant: data for variant, data in (canaries or {}).items() if variant in built}
+    tiers = [data for one in lowered for data in (one.exported, one.executable) if data is not None]
+    blobs = {Content.of(data): data for data in (*tiers, *answers.values())}
     files = {f"source/{one.source.path}": one.source.text.encode() for one in lowered}
     files[SPEC] = spec.source.encode()
     manifest = Manifest(
@@ -51,7 +63,7 @@ def stage_bundle(stage: Stage, spec: Spec, lowered: Iterable[Lowered], checks: C
         model=Dims(**asdict(spec.model)),
         kv_layout=spec.serving.kv_layout,
         limits=Limits.of(spec),
-        targets=_targets(spec, lowered, checks or {}),
+        targets=_targets(spec, lowered, checks or {}, answers),
         files={name: Content.of(data) for name, data in files.items()},
     )
     data = render(manifest)
@@ -69,7 +81,7 @@ def is_bundle(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def _targets(spec: Spec, lowered: list[Lowered], checks: Checks) -> dict[str, Target]:
+def _targets(spec: Spec, lowered: list[Lowered], checks: Checks, canaries: Canaries) -> dict[str, Target]:
     targets: dict[str, Target] = {}
     for name in dict.fromkeys(program.target for program in lowered):
         programs = [program for program in lowered if program.target == name]
@@ -82,12 +94,15 @@ def _targets(spec: Spec, lowered: list[Lowered], checks: Checks) -> dict[str, Ta
             device_kind=first.device_kind,
             topology=first.topology,
             toolchain=first.toolchain,
-            programs=tuple(_program(spec, one, checks.get((name, one.kind, one.tokens))) for one in programs),
+            programs=tuple(
+                _program(spec, one, checks.get((name, one.kind, one.tokens)), canaries.get((one.kind, one.tokens)))
+                for one in programs
+            ),
         )
     return targets
 
 
-def _program(spec: Spec, lowered: Lowered, check: Mapping[str, Any] | None) -> Program:
+def _program(spec: Spec, lowered: Lowered, check: Mapping[str, Any] | None, canary: bytes | None) -> Program:
     return Program(
         variant=Variant(cast(Kind, lowered.kind), lowered.tokens),
         source=lowered.source.path,
@@ -96,6 +111,7 @@ def _program(spec: Spec, lowered: Lowered, check: Mapping[str, Any] | None) -> P
         results=layout.result_specs(spec, lowered.tokens),
         exported=Content.of(lowered.exported),
         executable=None if lowered.executable is None else Content.of(lowered.executable),
+        canary=None if canary is None else Content.of(canary),
         flags=lowered.flags,
         aliases=lowered.aliases,
         memory=lowered.memory,

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rpac import reference
+from rpac.accuracy import TOLERANCE
 from rpac.check.arrays import Arguments, Array, make_arguments
-from rpac.check.compare import TOLERANCE, Difference, compare
+from rpac.check.compare import Difference, compare
 from rpac.check.execute import TIME_LIMIT, Outcome, modes_of, prepare_run
 from rpac.check.report import CheckReport, CompileResult, Result
 from rpac.check.trials import Trial, trials_of

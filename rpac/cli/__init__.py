@@ -13,6 +13,7 @@ from rpac.cli.check import check
 from rpac.cli.inspect import inspect
 from rpac.cli.plan import plan
 from rpac.cli.predict import predict_command
+from rpac.cli.serve_check import serve_check_command
 from rpac.cli.tune import tune_command
 from rpac.errors import RpacError
 
@@ -39,5 +40,5 @@ def main() -> None:
     """
 
 
-for command in (plan, build, check, inspect, generate, predict_command, tune_command):
+for command in (plan, build, check, inspect, generate, predict_command, serve_check_command, tune_command):
     main.add_command(command)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,10 +14,10 @@ HEADER = ("target", "device kind", "program", "tokens", "source", "export", "exe
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle")
 @json_option
-def inspect(bundle: Path, as_json: bool) -> None:
-    """Verify every byte of BUNDLE and print what is in it."""
+def inspect(bundle: str, as_json: bool) -> None:
+    """Verify every byte of BUNDLE, a path or a URL, and print what is in it."""
     verify_bundle(bundle)
     facts = describe(bundle)
     if as_json:

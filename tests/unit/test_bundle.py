@@ -15,8 +15,8 @@ import pytest
 
 from rpac import layout
 from rpac.bundle import Variant, describe, is_bundle, read_manifest, read_target, verify_bundle, write_bundle
-from rpac.bundle.manifest import ARGS, RESULTS, parse, render
-from rpac.bundle.read import _Folder
+from rpac.bundle.manifest import ARGS, RESULTS, Content, parse, render
+from rpac.bundle.storage import Storage
 from rpac.errors import OutputError
 from rpac.publish import Stage
 from rpac.spec import Spec
@@ -103,7 +103,10 @@ def test_describe_is_plain_data_with_sizes(bundle: Path, tree: Tree) -> None:
     assert described["targets"]["cpu"]["programs"][0]["kind"] == "decode"
 
 
-def test_a_reader_gets_one_bundle_while_builds_replace_it(tmp_path: Path, tiny: Spec, programs: list[Any]) -> None:
+@pytest.mark.parametrize("scheme", ["", "file://"], ids=["path", "url"])
+def test_a_reader_gets_one_bundle_while_builds_replace_it(
+    tmp_path: Path, tiny: Spec, programs: list[Any], scheme: str
+) -> None:
     path = tmp_path / "tiny.rpac"
     versions = [
         [dataclasses.replace(program, exported=program.exported + suffix) for program in programs]
@@ -120,26 +123,26 @@ def test_a_reader_gets_one_bundle_while_builds_replace_it(tmp_path: Path, tiny: 
     thread = threading.Thread(target=replace)
     thread.start()
     while not done.is_set():
-        assert verify_bundle(path) in manifests
+        assert verify_bundle(f"{scheme}{path}") in manifests
     thread.join()
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"], ids=["path", "url"])
 def test_a_bundle_replaced_between_manifest_and_blobs_is_read_again(
-    tmp_path: Path, tiny: Spec, programs: list[Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny: Spec, programs: list[Any], monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     path = tmp_path / "tiny.rpac"
     write_bundle(path, tiny, programs)
     replacing = [[dataclasses.replace(program, exported=b"another build") for program in programs]]
-    manifest = _Folder.manifest
+    blob = Storage.blob
 
-    def replace_after(folder: _Folder) -> Any:
-        read = manifest(folder)
+    def replace_before(storage: Storage, content: Content) -> bytes:
         if replacing:
             write_bundle(path, tiny, replacing.pop())
-        return read
+        return blob(storage, content)
 
-    monkeypatch.setattr(_Folder, "manifest", replace_after)
-    loaded = read_target(path, lambda manifest: manifest.targets["cpu"])
+    monkeypatch.setattr(Storage, "blob", replace_before)
+    loaded = read_target(f"{scheme}{path}", lambda manifest: manifest.targets["cpu"])
     assert set(loaded.blobs.values()) == {b"another build"}
 
 

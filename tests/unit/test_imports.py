@@ -18,10 +18,11 @@ PACKAGE = Path(rpac.__file__).parent
 ORDER = [
     "errors",
     "spec", "chip", "layout", "batch", "plan", "render",
+    "accuracy", "canary",  # how good an answer must be, and the calls that a bundle stores answers to
     "publish", "store",  # files and folders: a bundle's and a cache's
     "compat", "runtime", "toolchain",  # JAX: what differs, what runs, what it is
     "lower", "schedule", "bundle", "select", "engine",
-    "reference", "check", "build", "predict", "tune",
+    "reference", "answers", "check", "build", "serve_check", "predict", "tune",
     "cli",
 ]  # fmt: skip
 

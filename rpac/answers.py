@@ -1,0 +1,75 @@
+"""What the oracle says of calls: the stored answers of a bundle's canaries, and those of any other call."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rpac import canary, layout, reference
+from rpac.batch import Kind, Limits
+from rpac.canary import Array, Call
+from rpac.spec import Spec
+from rpac.store import Store
+
+_ENTRY = "answer"
+
+
+def expected(call: Call, sm_scale: float, kv_layout: str) -> tuple[NDArray[np.float32], Array]:
+    """The oracle's output of a call, and what the call's pages hold afterwards."""
+    batch = call.batch
+    places = np.zeros(batch.limits.num_pages, np.int32)
+    places[call.pages] = np.arange(len(call.pages))
+    # A cache of these pages alone, because one of all of them may take gigabytes.
+    tables = places[batch.page_indices]
+    return reference.ragged_paged_attention(
+        call.queries,
+        call.keys,
+        call.values,
+        call.held,
+        batch.kv_lens,
+        tables,
+        batch.cu_q_lens,
+        batch.distribution,
+        sm_scale=sm_scale,
+        kv_layout=kv_layout,
+    )
+
+
+def canary_answers(spec: Spec, variants: Iterable[tuple[str, int]], store: Store) -> dict[tuple[str, int], bytes]:
+    """The stored answer of each (kind, tokens); those made before come from `store`."""
+    return {(kind, tokens): _answer(spec, cast(Kind, kind), tokens, store) for kind, tokens in set(variants)}
+
+
+def _answer(spec: Spec, kind: Kind, tokens: int, store: Store) -> bytes:
+    key = _key(spec, kind, tokens)
+    known = store.read(key)
+    if known is not None and _ENTRY in known:
+        return known[_ENTRY]
+    kv_layout = spec.serving.kv_layout
+    call = canary.canary(kind, layout.arg_specs(spec, tokens), Limits.of(spec), kv_layout)
+    made = canary.answer(call, *expected(call, spec.model.sm_scale, kv_layout))
+    store.write(key, {_ENTRY: made})
+    return made
+
+
+def _key(spec: Spec, kind: Kind, tokens: int) -> str:
+    """sha256 over all that decides an answer, the code that makes the inputs and the oracle included."""
+    limits = Limits.of(spec)
+    sources = [Path(str(module.__file__)).read_bytes() for module in (canary, reference)]
+    what = {
+        "result": "canary",
+        "kind": kind,
+        "rows": canary.canary_rows(kind, tokens, limits),
+        "model": asdict(spec.model),
+        "limits": limits.as_dict(),
+        "kv_layout": spec.serving.kv_layout,
+        "sources": [hashlib.sha256(source).hexdigest() for source in sources],
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

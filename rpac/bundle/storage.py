@@ -1,0 +1,209 @@
+"""Where a bundle's bytes lie: in a folder of this machine, or at any URL that fsspec opens.
+
+Both hand out a file whole or refuse it, and know whether another build took the bundle's place since it was opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from rpac.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Content, Manifest, parse
+from rpac.errors import BundleError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+REBUILD = "copy or build the bundle again"
+
+_CHUNK_BYTES = 1 << 20
+
+
+def open_bundle(place: str | os.PathLike[str]) -> Storage:
+    """The bundle at a path or URL, to be used as a context. Raises BundleError where nothing can be opened there."""
+    text = os.fspath(place)
+    return Remote(text) if "://" in text else Folder(text)
+
+
+class Storage(AbstractContextManager["Storage"], ABC):
+    """An open bundle; `place` is its path or URL, for messages."""
+
+    place: str
+
+    @abstractmethod
+    def is_replaced(self) -> bool:
+        """Whether another build has taken the place of what was opened."""
+
+    @abstractmethod
+    def names(self) -> set[str]:
+        """Every file, by its path in the bundle."""
+
+    @abstractmethod
+    def _open(self, name: str, limit: int) -> IO[bytes]:
+        """A file to read from its start; refused where it is known to have more than `limit` bytes."""
+
+    @abstractmethod
+    def _reason(self, error: Exception) -> str | None:
+        """What the storage says is wrong, or None where `error` is not the storage's."""
+
+    def manifest(self) -> Manifest:
+        """The manifest, checked against its own digest."""
+        data, _ = self._read(MANIFEST, MAX_MANIFEST_BYTES)
+        return parse(data, f"{self.place}/{MANIFEST}")
+
+    def blob(self, blob: Content) -> bytes:
+        """The bytes of a blob, by its hash."""
+        return self.read(blob_name(blob), blob)
+
+    def read(self, name: str, content: Content) -> bytes:
+        """The bytes of a file that must have this content."""
+        data, sha256 = self._read(name, content.size)
+        if len(data) != content.size:
+            raise BundleError(
+                f"{self.place}/{name}: found {len(data)} bytes; must be {content.size}; it is cut short; {REBUILD}"
+            )
+        if sha256 != content.sha256:
+            raise BundleError(
+                f"{self.place}/{name}: found sha256 {sha256}; must be {content.sha256}; "
+                f"it was changed or damaged; {REBUILD}"
+            )
+        return data
+
+    def _read(self, name: str, limit: int) -> tuple[bytes, str]:
+        """A file of at most `limit` bytes with its sha256, taken as the bytes come in."""
+        data, digest = bytearray(), hashlib.sha256()
+        try:
+            with self._open(name, limit) as file:
+                while chunk := file.read(_CHUNK_BYTES):
+                    data += chunk
+                    digest.update(chunk)
+                    if len(data) > limit:
+                        raise self.too_large(name, f"more than {limit}", limit)
+        except BundleError:
+            raise
+        except Exception as error:
+            reason = self._reason(error)
+            if reason is None:
+                raise
+            missing = f"; without {MANIFEST} its build did not finish, or it is no bundle" * (name == MANIFEST)
+            raise BundleError(f"{self.place}/{name}: cannot be read ({reason}){missing}; {REBUILD}") from error
+        return bytes(data), digest.hexdigest()
+
+    def too_large(self, name: str, found: object, limit: int) -> BundleError:
+        """The error for a file of more bytes than its limit."""
+        return BundleError(f"{self.place}/{name}: found {found} bytes; must be at most {limit}; {REBUILD}")
+
+    def no_file(self, name: str) -> BundleError:
+        """The error for a folder, a pipe or anything else in the place of a file."""
+        return BundleError(f"{self.place}/{name}: found no regular file; {REBUILD}")
+
+
+class Folder(Storage):
+    """All reads stay in the folder that was opened, even where another one takes its path."""
+
+    def __init__(self, path: str) -> None:
+        self.place = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise BundleError(
+                f"{path}: found no folder that can be read ({error.strerror}); must be a bundle; "
+                "check the path, or make it with `rpac build`"
+            ) from error
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    def is_replaced(self) -> bool:
+        try:
+            return not os.path.samestat(os.fstat(self._descriptor), Path(self.place).stat())
+        except FileNotFoundError:
+            return False
+
+    def names(self) -> set[str]:
+        names: set[str] = set()
+        for root, _, files, _ in os.fwalk(".", dir_fd=self._descriptor):
+            names.update((Path(root) / file).as_posix() for file in files)
+        return names
+
+    def _open(self, name: str, limit: int) -> IO[bytes]:
+        # Without O_NONBLOCK, opening a named pipe would wait for somebody to write into it.
+        file = os.fdopen(os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=self._descriptor), "rb")
+        found = os.fstat(file.fileno())
+        if stat.S_ISREG(found.st_mode) and found.st_size <= limit:
+            return file
+        file.close()
+        if not stat.S_ISREG(found.st_mode):
+            raise self.no_file(name)
+        raise self.too_large(name, found.st_size, limit)
+
+    def _reason(self, error: Exception) -> str | None:
+        return error.strerror if isinstance(error, OSError) else None
+
+
+class Remote(Storage):
+    """A URL. The store behind it may have no folders to hold open: a changed manifest says that it was replaced."""
+
+    def __init__(self, url: str) -> None:
+        self.place = url.rstrip("/")
+        self._first: Manifest | None = None
+        self._files, self._root = _file_system(self.place)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def manifest(self) -> Manifest:
+        found = super().manifest()
+        self._first = self._first or found
+        return found
+
+    def is_replaced(self) -> bool:
+        if self._first is None:
+            return False
+        try:
+            return super().manifest() != self._first
+        except BundleError:
+            return False
+
+    def names(self) -> set[str]:
+        return {name.removeprefix(f"{self._root}/") for name in self._files.find(self._root)}
+
+    def _open(self, name: str, limit: int) -> IO[bytes]:
+        path = f"{self._root}/{name}"
+        info = self._files.info(path)
+        if info.get("type", "file") != "file":
+            raise self.no_file(name)
+        size = info.get("size")
+        if size is not None and size > limit:
+            raise self.too_large(name, size, limit)
+        file: IO[bytes] = self._files.open(path, "rb")
+        return file
+
+    def _reason(self, error: Exception) -> str:
+        return f"{type(error).__name__}: {error}"  # each store has errors of its own
+
+
+def blob_name(blob: Content) -> str:
+    """Where a blob lies in a bundle."""
+    return f"blobs/{blob.sha256}"
+
+
+def _file_system(url: str) -> tuple[AbstractFileSystem, str]:
+    try:
+        import fsspec
+    except ImportError as error:
+        raise BundleError(f"{url}: opening a URL needs fsspec; install rpac[remote], or give a path") from error
+    options: dict[str, Any] = {"use_listings_cache": False}  # a listing kept from before would miss a new build
+    try:
+        files, root = fsspec.core.url_to_fs(url, **options)
+    except Exception as error:  # an unknown protocol, or a store's own package that is missing
+        raise BundleError(
+            f"{url}: cannot be opened ({error}); must be a URL that fsspec knows; "
+            "install what its protocol needs, or give a path"
+        ) from error
+    return files, root.rstrip("/")

@@ -1,0 +1,58 @@
+"""`rpac serve-check`: what a deployment runs before traffic."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from rpac.cli.common import json_option, print_json, table
+from rpac.spec import TARGETS
+
+if TYPE_CHECKING:
+    from rpac.serve_check import Step
+
+
+@click.command("serve-check")
+@click.argument("bundle")
+@click.option("--target", type=click.Choice(TARGETS), help="Default: the one built for this machine's first device.")
+@click.option("--batches", type=click.IntRange(0), default=1, show_default=True, help="Random batches a program.")
+@click.option("--seed", type=click.IntRange(0), help="Of the random batches; default: a fresh one, which is printed.")
+@click.option("--allow-compile", is_flag=True, help="Compile portable programs where the executables do not fit.")
+@json_option
+def serve_check_command(
+    bundle: str, target: str | None, batches: int, seed: int | None, allow_compile: bool, as_json: bool
+) -> None:
+    """Check that BUNDLE, a path or a URL, serves here: hash everything, load, warm, run every canary and random batches.
+
+    \b
+    Exit codes: 0 it serves, 1 a program's answer is wrong, 2 usage, 3 incompatible target or toolchain,
+    4 corrupt bundle.
+    """
+    if target == "cpu":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported: it would look for a TPU otherwise
+    from rpac.serve_check import serve_check
+
+    def progress(step: Step) -> None:
+        click.echo(f"{step.seconds:7.1f} s  {step.name}: {'ok' if step.ok else 'FAILED'}", err=True)
+
+    seed = secrets.randbits(32) if seed is None else seed
+    report = serve_check(bundle, target, seed=seed, batches=batches, allow_compile=allow_compile, progress=progress)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        failed = [one for one in report.steps if not one.ok]
+        click.echo(table(("step", "result", "s", "found"), [_row(one) for one in report.steps]))
+        for one in failed:
+            click.echo(f"{one.name}: {one.detail}")
+        click.echo(f"{bundle}: {f'{len(failed)} failed' if failed else 'serves here'}; seed {seed}")
+    if report.exit_code:
+        raise SystemExit(report.exit_code)
+
+
+def _row(step: Step) -> tuple[str, ...]:
+    seconds = f"{step.seconds:.2f}"
+    return (step.name, "ok", seconds, step.detail) if step.ok else (step.name, "FAILED", seconds, "see below")

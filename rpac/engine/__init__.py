@@ -1,0 +1,35 @@
+"""Loads a bundle, picks the program for each batch, runs it, and counts what ran.
+
+Nothing here knows specs, templates or kernels' sources. A program is made ready at its first use or by `warm`:
+a TPU executable by handing its bytes to the runtime, a portable program by one XLA compile.
+"""
+
+from rpac.engine.engine import Engine
+from rpac.engine.events import (
+    BatchRefused,
+    BatchRun,
+    CanaryRun,
+    Count,
+    Event,
+    JsonLog,
+    Observer,
+    ProgramFailed,
+    ProgramReady,
+)
+from rpac.engine.opening import load
+from rpac.engine.warming import Warming
+
+__all__ = [
+    "BatchRefused",
+    "BatchRun",
+    "CanaryRun",
+    "Count",
+    "Engine",
+    "Event",
+    "JsonLog",
+    "Observer",
+    "ProgramFailed",
+    "ProgramReady",
+    "Warming",
+    "load",
+]

@@ -1,0 +1,76 @@
+"""Holds the arguments of a call against what its program takes: shapes, dtypes, and where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import jax
+
+from rpac.bundle import Program
+from rpac.errors import BatchError
+from rpac.layout import ArrayDims
+from rpac.runtime import KV_CACHE_ARG
+
+
+class Arguments:
+    """What a program takes, and the devices that it runs on, in the order of its own device assignment."""
+
+    def __init__(self, program: Program, kv_layout: str, devices: Sequence[jax.Device]) -> None:
+        self._expected = [(dims, jax.numpy.dtype(dims.dtype)) for dims in program.args]
+        self._kv_layout = kv_layout
+        self._devices = tuple(devices)
+
+    def check(self, args: Sequence[Any]) -> None:
+        """Raises BatchError for the first argument that is not what the program takes."""
+        self.check_shapes(args)
+        for (dims, _), arg in zip(self._expected, args, strict=True):
+            if isinstance(arg, jax.Array):
+                self._check_placed(dims, arg)
+        cache = args[KV_CACHE_ARG]
+        if not isinstance(cache, jax.Array):
+            raise BatchError(
+                f"kv_cache is a {type(cache).__name__}; must be a jax array on {_listed(self._devices)}, "
+                "because it is donated; put it there once with jax.device_put"
+            )
+
+    def check_shapes(self, args: Sequence[Any]) -> None:
+        """As `check`, of shapes and dtypes alone: all that is known of a traced argument."""
+        for (dims, dtype), arg in zip(self._expected, args, strict=True):
+            if getattr(arg, "shape", None) != dims.shape or getattr(arg, "dtype", None) != dtype:
+                refuse(dims, arg, f", kv_layout {self._kv_layout}" if dims.name == "kv_cache" else "")
+
+    def _check_placed(self, dims: ArrayDims, array: jax.Array) -> None:
+        if array.is_deleted():
+            raise BatchError(
+                f"{dims.name} was deleted or donated; must hold values; "
+                "pass on the kv_cache that the last call returned"
+            )
+        if device_order(array.sharding) != self._devices:
+            found = device_order(array.sharding) or sorted(array.devices(), key=lambda device: device.id)
+            raise BatchError(
+                f"{dims.name} is on {_listed(found)}; must be on {_listed(self._devices)}; move it with jax.device_put"
+            )
+
+
+def device_order(sharding: jax.sharding.Sharding) -> tuple[jax.Device, ...] | None:
+    """The devices of an array in the order of its parts, which for a mesh is the mesh's; None where it is not known."""
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return tuple(sharding.mesh.devices.flat)
+    return tuple(sharding.device_set) if len(sharding.device_set) == 1 else None
+
+
+def refuse(dims: ArrayDims, found: Any, note: str = "") -> NoReturn:
+    """Raises the BatchError for an argument of another shape or dtype."""
+    wanted = f"{dims.dtype}{list(dims.shape)}{note}"
+    raise BatchError(f"{dims.name} is {shown(found)}; must be {wanted}; see the batch contract")
+
+
+def shown(array: Any) -> str:
+    """The dtype and shape of an argument, or what it is instead of an array."""
+    shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
+    return f"a {type(array).__name__}" if shape is None else f"{dtype}{list(shape)}"
+
+
+def _listed(devices: Sequence[jax.Device]) -> str:
+    return ", ".join(map(str, devices)) + " in this device order" * (len(devices) > 1)

@@ -1,0 +1,224 @@
+"""The engine: selection, the call, and what prepares it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from rpac.batch import Kind, Limits
+from rpac.batch import validate as validate_metadata
+from rpac.batch.kind import Int32s
+from rpac.bundle import Dims, LoadedTarget, Program, Variant
+from rpac.bundle.manifest import ARGS, KINDS
+from rpac.engine.arguments import refuse, shown
+from rpac.engine.events import BatchRun, Count, Observer, Recorder, Totals
+from rpac.engine.slot import Slot
+from rpac.engine.traced import run_selected
+from rpac.engine.warming import Warming
+from rpac.errors import BatchError, SelectionError, TargetError
+from rpac.layout import ArrayDims
+from rpac.runtime import Run, Traceable
+from rpac.select import advice, select
+
+if TYPE_CHECKING:
+    from rpac.engine.metrics import EngineCollector
+
+
+class Engine:
+    """The programs of one target on one device; made by `load`. Safe to call from several threads."""
+
+    def __init__(
+        self, loaded: LoadedTarget, device: jax.Device, use_executables: bool, observer: Observer | None = None
+    ) -> None:
+        self.name: str = loaded.manifest.name
+        self.model: Dims = loaded.manifest.model
+        self.kv_layout: str = loaded.manifest.kv_layout
+        self.limits: Limits = loaded.manifest.limits
+        self.target: str = loaded.target.name
+        self.device = device
+        self._recorder = Recorder(observer)
+        self._slots = {
+            program.variant: Slot(
+                program, self.limits, self.kv_layout, loaded.blobs, device, use_executables, self._recorder
+            )
+            for program in loaded.target.programs
+        }
+        self._canary_turn = threading.Lock()
+
+    @property
+    def programs(self) -> Mapping[Variant, Program]:
+        """What the bundle says of each variant that this engine can run."""
+        return {variant: slot.program for variant, slot in self._slots.items()}
+
+    @property
+    def counts(self) -> Mapping[Variant, Count]:
+        """What ran so far, by variant; those that never ran are absent."""
+        return self._recorder.counts
+
+    @property
+    def ready(self) -> frozenset[Variant]:
+        """The variants whose calls load and compile nothing any more."""
+        return frozenset(variant for variant, slot in self._slots.items() if slot.is_ready)
+
+    @property
+    def totals(self) -> Totals:
+        """The sums of all events so far, at one moment."""
+        return self._recorder.totals()
+
+    def select(self, tokens: int, distribution: Sequence[int] | Int32s) -> Variant:
+        """The variant that runs a batch; `rpac.select.select` over what this engine holds."""
+        return select(self._slots, self.limits, tokens, distribution)
+
+    def warm(
+        self, variants: Iterable[Variant] | None = None, *, canary: bool = False, background: bool = False
+    ) -> Warming:
+        """Makes programs ready now, all by default, several at once; after it a call to them compiles nothing.
+
+        `canary=True` runs each on a stored batch too, one at a time on a cache of the contract's full shape: do that
+        before the server makes its own. A program whose answer is not the oracle's is refused from then on.
+        `background=True` returns at once and works in one thread, in the order given: a call that needs a program
+        which is not ready yet makes it ready itself, or waits for it. `wait` on what is returned raises what went
+        wrong, of these errors: TargetError, BundleError, CheckError; without `background` this raises it.
+        """
+
+        def job(slot: Slot) -> Callable[[], object]:
+            return lambda: self._checked(slot) if canary else slot.ready()
+
+        chosen = list(self._slots if variants is None else variants)
+        threads = 1 if background else min(len(chosen), os.cpu_count() or 1)
+        warming = Warming([(variant, job(self._slot(variant))) for variant in chosen], threads)
+        if not background:
+            warming.wait()
+        return warming
+
+    def program(self, kind: Kind, tokens: int) -> Traceable:
+        """One program as a function of the call's eight arguments, for use inside jit: the host picks.
+
+        It is the portable program, compiled with what is around it; inside, the cache is updated in place, if the
+        outer jit donates it. Called outside jit it compiles at its first call, and copies the cache. Shapes and dtypes
+        are checked when it is traced, values are not: build the metadata with `rpac.Batch`. Raises SelectionError where
+        the bundle has no such program.
+        """
+        return self._slot(Variant(kind, tokens)).traceable()
+
+    def traced(
+        self,
+        queries: Any,
+        keys: Any,
+        values: Any,
+        kv_cache: Any,
+        kv_lens: Any,
+        page_indices: Any,
+        cu_q_lens: Any,
+        distribution: Any,
+    ) -> tuple[jax.Array, jax.Array]:
+        """As the call, for use inside jit: the program is chosen on the device, by the distribution's value.
+
+        The programs are those of the token bucket of `queries`. Nothing can raise for a value inside jit: where the
+        distribution breaks the contract, or its program was not built, `out` is NaN in every row and the cache is as
+        it was. Other values are not checked: build the metadata with `rpac.Batch`. Raises BatchError or
+        SelectionError while it is traced, for shapes, dtypes and the token bucket.
+        """
+        args = (queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)
+        tokens = self._tokens(queries)
+        built = [kind for kind in KINDS if Variant(kind, tokens) in self._slots]
+        if not built:
+            raise SelectionError(advice(self._slots, self.limits, Variant("mixed", tokens)))
+        programs = {kind: self._slots[Variant(kind, tokens)].traceable() for kind in built}
+        self._slots[Variant(built[0], tokens)].arguments.check_shapes(args)
+        return run_selected(programs, self.limits, args)
+
+    def collector(self) -> EngineCollector:
+        """This engine's metrics for a server's own `prometheus_client` registry, which takes one collector alone:
+        for several engines register `rpac.engine.metrics.EngineCollector(*engines)`.
+
+        Raises TargetError where prometheus_client is not installed.
+        """
+        try:
+            from rpac.engine.metrics import EngineCollector
+        except ImportError as error:
+            raise TargetError("metrics need prometheus_client; install rpac[metrics]") from error
+        return EngineCollector(self)
+
+    def metrics(self) -> str:
+        """This engine's metrics in Prometheus's text format. Raises as `collector` does."""
+        collector = self.collector()
+        from rpac.engine.metrics import text_of
+
+        return text_of(collector)
+
+    def __call__(
+        self,
+        queries: Any,
+        keys: Any,
+        values: Any,
+        kv_cache: Any,
+        kv_lens: Any,
+        page_indices: Any,
+        cu_q_lens: Any,
+        distribution: Any,
+        *,
+        validate: bool = True,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Runs one batch: `(out, kv_cache)`, shapes and dtypes as in the batch contract (`rpac.layout`).
+
+        `kv_cache` is a jax array on this engine's device; it is donated, use the one returned. The others are jax
+        arrays there, or numpy arrays. Metadata is read on the host: give it as numpy, because an array on a TPU is
+        waited for and copied back first. `validate=False` leaves out the check of the metadata's values, for callers
+        that built it with `rpac.Batch`; shapes, dtypes and devices are always checked.
+
+        Rows of `out` past cu_q_lens[k] are padding and hold anything. Raises BatchError, or SelectionError with the
+        spec lines that would add the batch; `kv_cache` is then still the caller's.
+        """
+        args = (queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)
+        try:
+            event, run = self._accepted(args, validate)
+        except (BatchError, SelectionError) as error:
+            self._recorder.refused(error)
+            raise
+        result = run(args)
+        self._recorder.record(event)
+        return result
+
+    def _accepted(self, args: Sequence[Any], validate: bool) -> tuple[BatchRun, Run]:
+        """What runs a batch. Nothing of it has run, nor is the cache donated, when this raises."""
+        queries, _, _, _, *metadata = args
+        tokens = self._tokens(queries)
+        for name, arg in zip(ARGS, args, strict=True):
+            if isinstance(arg, jax.core.Tracer):
+                raise BatchError(
+                    f"{name} is traced; must be an array with values: the program is chosen on the host; "
+                    "inside jit use engine.traced or engine.program"
+                )
+        kv_lens, page_indices, ends, parts = map(np.asarray, metadata)
+        if validate:
+            validate_metadata(self.limits, tokens, kv_lens, page_indices, ends, parts)
+        elif parts.shape != (3,):
+            refuse(ArrayDims("distribution", (3,), "int32"), metadata[-1])
+        variant = self.select(tokens, parts)
+        slot = self._slots[variant]
+        slot.arguments.check(args)
+        new = int(ends[parts[2]])
+        return BatchRun(variant, rows=int(parts[2]), tokens=new, padding=tokens - new), slot.ready()
+
+    def _tokens(self, queries: Any) -> int:
+        if len(getattr(queries, "shape", ())) != 3:
+            shape = f"[tokens, {self.model.q_heads}, {self.model.head_dim}]"
+            raise BatchError(f"queries are {shown(queries)}; must be {self.model.q_dtype}{shape}; reshape them")
+        return int(queries.shape[0])
+
+    def _slot(self, variant: Variant) -> Slot:
+        if variant not in self._slots:
+            raise SelectionError(advice(self._slots, self.limits, variant))
+        return self._slots[variant]
+
+    def _checked(self, slot: Slot) -> None:
+        """Makes a program ready and runs its canary; one at a time, because each takes the memory of a cache."""
+        slot.ready()
+        with self._canary_turn:
+            slot.check_canary()

@@ -1,0 +1,87 @@
+"""Opens a bundle for a device: finds the target that was built for it, and whether its executables run here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import partial
+
+import jax
+
+from rpac.bundle import Manifest, Target, read_target
+from rpac.engine.engine import Engine
+from rpac.engine.events import Observer
+from rpac.errors import TargetError
+from rpac.runtime import build_string
+
+_LOG = logging.getLogger("rpac")
+
+
+def load(
+    path: str | os.PathLike[str],
+    target: str | None = None,
+    *,
+    device: jax.Device | None = None,
+    allow_compile: bool = False,
+    observer: Observer | None = None,
+) -> Engine:
+    """The engine of a bundle for one device, by default this process's first (`target="cpu"`: its CPU).
+
+    `path` is the bundle's folder, or a URL that fsspec opens. `target` is by default the one built for exactly this
+    kind of device. Reads and hashes the bytes of all its programs; none is deserialized before its hash, the device
+    kind and the libtpu build match. `allow_compile=True` lets a TPU target whose executables do not fit this libtpu
+    compile its portable programs instead, and logs that. `observer` is called with every event of the engine. Raises
+    BundleError, or TargetError naming what the bundle has and what was found.
+    """
+    device = _first_device(target) if device is None else device
+    loaded = read_target(path, partial(_choose, os.fspath(path), target, device))
+    use_executables = _use_executables(os.fspath(path), loaded.target, device, allow_compile)
+    return Engine(loaded, device, use_executables, observer)
+
+
+def _first_device(target: str | None) -> jax.Device:
+    platform = "cpu" if target == "cpu" else None
+    try:
+        return jax.local_devices(backend=platform)[0]
+    except RuntimeError as error:
+        wanted = "a CPU" if platform else "any device"
+        raise TargetError(
+            f"JAX does not find {wanted} ({error}); check JAX_PLATFORMS and what it has installed"
+        ) from error
+
+
+def _choose(path: str, target: str | None, device: jax.Device, manifest: Manifest) -> Target:
+    kind = device.device_kind
+    fitting = [one for one in manifest.targets.values() if one.device_kind == kind and target in (None, one.name)]
+    if fitting:
+        return fitting[0]
+    has = ", ".join(f"{one.name} ({one.device_kind})" for one in manifest.targets.values())
+    asked = "" if target is None else f"target {target!r} and "
+    raise TargetError(
+        f"{path}: found {asked}device {device} of kind {kind!r}; the bundle has {has}; "
+        "load a target of this device's kind, or build one"
+    )
+
+
+def _use_executables(path: str, target: Target, device: jax.Device, allow_compile: bool) -> bool:
+    """Whether the executables run here. Raises TargetError where they do not and nothing else may."""
+    without = [str(program.variant) for program in target.programs if program.executable is None]
+    built, found = target.toolchain.get("libtpu_build"), build_string(device.client)
+    if without and device.platform == "cpu":
+        return False  # a CPU target has the portable tier alone
+    if without:
+        why = f"holds no executable of {', '.join(without)}; must hold one of every program; build it again"
+    elif built != found:
+        version = target.toolchain.get("libtpu", "of that build")
+        why = (
+            f"was compiled by libtpu build {built!r}; this process has {found!r}; must be the same; "
+            f"install libtpu {version}, build the bundle with this one"
+        )
+    else:
+        return True
+    if not allow_compile:
+        raise TargetError(
+            f"{path}: target {target.name} {why}, or compile its portable programs here with allow_compile=True"
+        )
+    _LOG.warning("%s: target %s %s; compiling its portable programs (allow_compile)", path, target.name, why)
+    return False

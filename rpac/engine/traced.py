@@ -1,0 +1,48 @@
+"""Selection inside jit, where nothing can raise and the batch's distribution is known on the device alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rpac.batch import Kind, Limits
+from rpac.bundle.manifest import KINDS
+from rpac.runtime import Traceable
+
+
+def run_selected(
+    programs: Mapping[Kind, Traceable], limits: Limits, args: Sequence[Any]
+) -> tuple[jax.Array, jax.Array]:
+    """The one program of `programs` that the distribution, the last of `args`, needs; all are of one token bucket.
+
+    Where the distribution is none, or its program is missing: out is NaN and the cache as it was.
+    """
+    queries, keys, values, kv_cache, *metadata, distribution = args
+    wanted = _kind_index(distribution)
+    i, j, k = distribution
+    is_one = (i >= 0) & (i <= j) & (j <= k) & (k <= limits.max_num_seqs)
+    found = is_one & jnp.array([kind in programs for kind in KINDS])[wanted]
+    # An empty batch leaves the cache as it was. To hand the cache on instead would be to copy it.
+    safe = jnp.where(found, distribution, 0)
+    first = KINDS.index(next(iter(programs)))
+    chosen = jnp.where(found, wanted, first)
+    out = queries  # of out's shape; one program takes its turn and replaces it
+    for kind, program in programs.items():
+
+        def body(_: jax.Array, results: Any, program: Traceable = program) -> Any:
+            return program(queries, keys, values, results[1], *metadata, safe)
+
+        # Not lax.switch: XLA for cpu copies the whole cache into each branch. A loop's state stays in place everywhere.
+        turns = (chosen == KINDS.index(kind)).astype(jnp.int32)
+        out, kv_cache = lax.fori_loop(0, turns, body, (out, kv_cache))
+    return jnp.where(found, out, jnp.nan), kv_cache
+
+
+def _kind_index(distribution: Any) -> jax.Array:
+    """`rpac.batch.select_kind` on the device, as an index of `KINDS`."""
+    i, j, k = distribution
+    return jnp.where(i == k, 0, jnp.where((i == 0) & (j == k), 1, 2))

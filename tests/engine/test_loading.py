@@ -1,0 +1,187 @@
+"""Loading finds what was built for the device, and compiles nothing that it was not asked to."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from calls import BATCHES, BUILT, arrays, batch_of, call, compiles, metadata, python
+
+from rpac import runtime
+from rpac.bundle import Variant, write_bundle
+from rpac.engine import Engine, load
+from rpac.errors import TargetError
+from rpac.spec import Spec
+
+
+def test_after_warm_no_call_compiles(engine: Engine) -> None:
+    calls = [(batch_of(q_lens), tokens) for q_lens, (_, tokens), _ in BATCHES]
+    calls.append((batch_of([1]), 32))
+    for _, tokens in calls:  # what makes the arrays may compile
+        arrays(engine, tokens)
+    engine.warm()
+    with compiles() as seen:
+        for (batch, tokens), put in itertools.product(calls, (np.asarray, jax.device_put)):
+            engine(*arrays(engine, tokens), *map(put, metadata(batch)))
+    assert seen == []
+    assert set(engine.counts) == BUILT
+
+
+def test_warm_can_be_told_what_to_make_ready(bundle: Path) -> None:
+    engine = load(bundle, target="cpu")
+    with compiles() as seen:
+        engine.warm([Variant("decode", 8)])
+    assert sum("backend_compile" in event for event in seen) == 1
+
+
+def test_loading_compiles_nothing_and_executables_never_do(bundle: Path, native_bundle: Path) -> None:
+    with compiles() as seen:
+        load(bundle, target="cpu")
+        load(native_bundle, target="cpu").warm()
+    assert seen == []
+
+
+def test_no_kernel_source_is_needed_or_run(bundle: Path) -> None:
+    sources = list((bundle / "source").rglob("*.py"))
+    assert sources
+    assert all("SystemExit" in source.read_text() for source in sources)  # running one would end this process
+    shutil.rmtree(bundle / "source")
+    out, _ = call(load(bundle, target="cpu"), [1])
+    assert np.all(np.asarray(out, np.float32) == 3)
+
+
+def test_a_loaded_engine_needs_its_bundle_no_more(bundle: Path) -> None:
+    engine = load(bundle, target="cpu")
+    shutil.rmtree(bundle)
+    call(engine, [1])
+
+
+def test_the_target_is_found_by_the_exact_device_kind(tmp_path: Path, tiny: Spec, programs: list[Any]) -> None:
+    tpu = [dataclasses.replace(one, target="v6e", device_kind="TPU v6 lite") for one in programs]
+    write_bundle(tmp_path / "tiny.rpac", tiny, [*tpu, *programs])
+    assert load(tmp_path / "tiny.rpac").target == "cpu"
+    assert load(tmp_path / "tiny.rpac", target="cpu").device.platform == "cpu"
+
+
+def test_falling_back_to_the_portable_program_is_asked_for_and_logged(
+    tmp_path: Path, tiny: Spec, native_programs: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "tiny.rpac"
+    toolchain = {"libtpu": "0.0.1", "libtpu_build": "another build"}
+    write_bundle(path, tiny, [dataclasses.replace(one, toolchain=toolchain) for one in native_programs])
+    with caplog.at_level(logging.WARNING, "rpac"):
+        engine = load(path, target="cpu", allow_compile=True)
+    assert "was compiled by libtpu build 'another build'; this process has 'cpu'; must be the same;" in caplog.text
+    assert "compiling its portable programs (allow_compile)" in caplog.text
+    out, _ = call(engine, [1])
+    assert np.all(np.asarray(out, np.float32) == 3)
+
+
+def test_an_executable_is_placed_on_the_device_asked_for(bundle: Path, native_bundle: Path) -> None:
+    code = """
+import json, sys, jax, jax.numpy as jnp, rpac
+placed = []
+for path in sys.argv[1:]:
+    engine = rpac.load(path, device=jax.devices()[2])
+    batch = rpac.Batch.build(engine.limits, [1], [2], [[5]])
+    def call(device):
+        made = [jnp.ones(a.shape, a.dtype, device=device) for a in engine.programs[rpac.Variant("decode", 8)].args[:4]]
+        return engine(*made, batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+    placed.append([next(iter(array.devices())).id for array in call(jax.devices()[2])])
+    try:
+        call(jax.devices()[1])
+    except rpac.BatchError as error:
+        placed.append(str(error).replace('TFRT_CPU_', 'cpu:'))
+print(json.dumps(placed))
+"""
+    wrong = "queries is on cpu:1; must be on cpu:2; move it with jax.device_put"
+    flags = "--xla_force_host_platform_device_count=3"
+    assert python(code, str(bundle), str(native_bundle), XLA_FLAGS=flags) == [[2, 2], wrong, [2, 2], wrong]
+
+
+class StandInTpu:
+    """A TPU as far as an engine looks at one; its client keeps what it is handed."""
+
+    device_kind = "TPU v6 lite"
+    platform = "tpu"
+    id = 3
+
+    def __init__(self, build: str) -> None:
+        self.platform_version = f"PJRT C API\nTFRT TPU v6 lite\n{build}"
+        self.handed: list[Any] = []
+
+    @property
+    def client(self) -> StandInTpu:
+        return self
+
+    def deserialize_executable(self, *args: Any) -> None:
+        self.handed.append(args)
+
+
+def tpu_programs(programs: list[Any]) -> list[Any]:
+    """As a build for v6e hands them on; the executables are bytes that no runtime knows."""
+    return [
+        dataclasses.replace(
+            one,
+            target="v6e",
+            device_kind="TPU v6 lite",
+            topology="v6e:2x2",
+            executable=f"{one.kind} {one.tokens}".encode(),
+            toolchain={"libtpu": "0.0.42.1", "libtpu_build": "Built on Jun 17 2026 cl/933746096"},
+        )
+        for one in programs
+    ]
+
+
+def test_a_tpu_is_handed_the_very_bytes_of_its_executable(tmp_path: Path, tiny: Spec, programs: list[Any]) -> None:
+    write_bundle(tmp_path / "tiny.rpac", tiny, tpu_programs(programs))
+    device: Any = StandInTpu("Built on Jun 17 2026 cl/933746096")
+    engine = load(tmp_path / "tiny.rpac", device=device)
+    assert device.handed == []
+    with compiles() as seen:
+        engine.warm([Variant("prefill", 32)])
+    assert seen == []
+    ((data, devices, options),) = device.handed
+    assert data == b"prefill 32"
+    assert devices == [device]
+    assert "Computation0{3}" in str(options.device_assignment)
+
+
+def test_an_executable_of_another_build_never_reaches_the_tpu(tmp_path: Path, tiny: Spec, programs: list[Any]) -> None:
+    write_bundle(tmp_path / "tiny.rpac", tiny, tpu_programs(programs))
+    device: Any = StandInTpu("Built on Oct 22 2026 cl/1004524046")
+    with pytest.raises(
+        TargetError, match=r"'Built on Jun 17 2026 cl/933746096'; this process has 'Built on Oct 22 2026"
+    ):
+        load(tmp_path / "tiny.rpac", device=device)
+    assert device.handed == []
+
+
+def test_a_tpu_target_without_an_executable_is_refused(tmp_path: Path, tiny: Spec, programs: list[Any]) -> None:
+    odd = [
+        dataclasses.replace(one, executable=one.executable if one.kind != "mixed" else None)
+        for one in tpu_programs(programs)
+    ]
+    write_bundle(tmp_path / "tiny.rpac", tiny, odd)
+    device: Any = StandInTpu("Built on Jun 17 2026 cl/933746096")
+    with pytest.raises(
+        TargetError, match="target v6e holds no executable of mixed/8, mixed/32; must hold one of every"
+    ):
+        load(tmp_path / "tiny.rpac", device=device)
+
+
+def test_the_build_string_ignores_how_the_client_names_itself() -> None:
+    class Client:
+        def __init__(self, version: str) -> None:
+            self.platform_version = version
+
+    built = "Built on Jun 17 2026 11:08:48 (1781719728) cl/933746096"
+    for version in (f"PJRT C API\nTFRT TPU v6 lite\n{built}", f"TFRT TPU v6 lite\n{built}"):
+        assert runtime.build_string(Client(version)) == built
