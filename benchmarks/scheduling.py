@@ -74,7 +74,7 @@ def row(case: Case) -> tuple[str, ...]:
         if case.arrivals:
             for _ in ended:
                 add()
-        decoding = decoding or step.batch.kind == "decode" and len(step.batch) == case.sequences
+        decoding = decoding or (step.batch.kind == "decode" and len(step.batch) == case.sequences)
         if decoding:
             seconds.append(spent)
             checks.append(check(step.batch))

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 import rpac
+from rpac.cli.buckets import buckets
 from rpac.cli.build import build, generate
 from rpac.cli.check import check
 from rpac.cli.inspect import inspect
@@ -39,5 +40,5 @@ def main() -> None:
     """
 
 
-for command in (plan, build, check, inspect, generate, predict_command, tune_command):
+for command in (plan, buckets, build, check, inspect, generate, predict_command, tune_command):
     main.add_command(command)

@@ -77,7 +77,7 @@ def test_nobody_knows_the_command_line() -> None:
     assert [part for part in parts() if part != "cli" and "cli" in edges(part)] == []
 
 
-@pytest.mark.parametrize("part", ["spec", "batch", "serving", "render"])
+@pytest.mark.parametrize("part", ["spec", "batch", "serving", "buckets", "render"])
 def test_the_first_stages_need_no_jax(part: str) -> None:
     code = f"import sys, rpac.{part}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
