@@ -89,8 +89,10 @@ class Scheduler:
         Raises BatchError where it is empty, or can never fit the page table or the cache.
         """
         prompt = np.asarray(tokens)
-        if prompt.ndim != 1 or not prompt.size or prompt.dtype.kind not in "iu":
-            raise BatchError(f"tokens are {prompt.dtype}{list(prompt.shape)}; must be a list of integers, one at least")
+        if not prompt.size:
+            raise BatchError("tokens are empty; must be one at least, for the next follows from it")
+        if prompt.ndim != 1 or prompt.dtype.kind not in "iu":
+            raise BatchError(f"tokens are {prompt.dtype}{list(prompt.shape)}; must be a list of integers")
         # The last new token is handed out and never computed, so it needs no place in the cache.
         most = min(self.limits.pages_per_seq, self.limits.num_pages) * self.limits.page_size + 1
         if max_new_tokens < 1 or prompt.size + max_new_tokens > most:

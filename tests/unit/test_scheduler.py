@@ -227,8 +227,8 @@ def test_a_request_that_can_never_run_is_refused_at_once() -> None:
         lambda scheduler: scheduler.add([1] * 20, 6)
     )
     assert "max_new_tokens 0" in refused(lambda scheduler: scheduler.add([1], 0))
-    assert "tokens are float64[0]; must be a list of integers, one at least" in refused(lambda s: s.add([], 1))
-    assert "tokens are float64[1]" in refused(lambda s: s.add([0.5], 1))  # type: ignore[list-item]
+    assert "tokens are empty; must be one at least" in refused(lambda scheduler: scheduler.add([], 1))
+    assert "tokens are float64[1]; must be a list" in refused(lambda scheduler: scheduler.add([0.5], 1))  # type: ignore[list-item]
 
 
 def test_steps_are_taken_one_after_the_other() -> None:
