@@ -60,7 +60,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
         return await send(request, stream)
     except rpac.RpacError as error:
         raise web.HTTPBadRequest(text=str(error)) from error
-    except Busy as error:
+    except (Busy, Failed) as error:
         raise web.HTTPServiceUnavailable(text=str(error)) from error
     finally:
         worker.cancel(stream)  # also where the client is gone: its pages are for others then
@@ -129,7 +129,8 @@ def _allowed(error: web.HTTPException) -> dict[str, str]:
 
 async def serve(worker: Worker, host: str, port: int) -> None:
     """Until the process is told to end."""
-    runner = web.AppRunner(make_app(worker), handler_cancellation=True)  # a handler ends when its client goes
+    # A handler ends when its client goes.
+    runner = web.AppRunner(make_app(worker), handler_cancellation=True, shutdown_timeout=5)
     await runner.setup()
     await web.TCPSite(runner, host, port).start()
     print(f"listening on http://{host}:{runner.addresses[0][1]}", flush=True)
@@ -137,6 +138,7 @@ async def serve(worker: Worker, host: str, port: int) -> None:
     for name in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(name, ended.set)
     await ended.wait()
+    await asyncio.to_thread(worker.stop)  # before the handlers, so that they can tell their clients
     await runner.cleanup()
 
 
@@ -157,10 +159,7 @@ def main() -> None:
     generator.warm()
     worker = Worker(generator, options.most_waiting)
     worker.start()
-    try:
-        asyncio.run(serve(worker, options.host, options.port))
-    finally:
-        worker.stop()
+    asyncio.run(serve(worker, options.host, options.port))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends every request, then the thread."""
+        """Ends every request, then the thread; those that come later are not answered."""
         self._commands.put(self._stop)
         self._thread.join()
 

@@ -78,8 +78,8 @@ class Batch:
         SelectionError where no bucket is large enough.
         """
         limits = limits if isinstance(limits, Limits) else Limits.of(limits)
-        new = _integers("q_lens", q_lens, 1)
-        context = _integers("context_lens", context_lens, 0)
+        new = integers("q_lens", q_lens, 1)
+        context = integers("context_lens", context_lens, 0)
         pages, sizes = _page_lists(page_tables)
         _check_sizes(limits, new, context, sizes)
         ranks = np.where(new == 1, 0, np.where(new == limits.prefill_chunk, 1, 2))
@@ -145,7 +145,7 @@ class Batch:
         return SequenceView(row, row_kind(self.distribution, row), queries, kv_len, tuple(pages.tolist()))
 
 
-def _integers(name: str, values: Integers, low: int) -> Int64s:
+def integers(name: str, values: Integers, low: int) -> Int64s:
     """The list as an array. Raises BatchError for the first element that is no integer from `low` to int32's end."""
     try:
         array = np.asarray(values)
@@ -172,11 +172,11 @@ def _page_lists(page_tables: Sequence[Integers] | NDArray[np.integer[Any]]) -> t
         if (
             isinstance(page_tables, np.ndarray) and page_tables.ndim == 2
         ):  # whole: a list of its elements would take long
-            return _integers("pages", page_tables.reshape(-1), INT32.min), sizes
-        return _integers("pages", list(itertools.chain.from_iterable(page_tables)), INT32.min), sizes
+            return integers("pages", page_tables.reshape(-1), INT32.min), sizes
+        return integers("pages", list(itertools.chain.from_iterable(page_tables)), INT32.min), sizes
     except (BatchError, TypeError):
         # Once more list by list, which is slower and knows where.
-        tables = [_integers(f"page_tables[{n}]", pages, INT32.min) for n, pages in enumerate(page_tables)]
+        tables = [integers(f"page_tables[{n}]", pages, INT32.min) for n, pages in enumerate(page_tables)]
         return np.concatenate(tables), np.array([len(table) for table in tables])
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
+from rpac.batch.build import INT32, Int64s, Integers, integers
 from rpac.batch.kind import Int32s
 from rpac.errors import OutOfPagesError, PageError
 
@@ -39,12 +38,12 @@ class PagePool:
         self._uses[pages] = 1
         return pages
 
-    def share(self, pages: Sequence[int] | Int32s) -> None:
-        """One user more for each of these pages. Raises PageError where one is free or none of the pool's."""
+    def share(self, pages: Integers) -> None:
+        """One user more for each of these pages. Raises PageError where one is free or not the pool's."""
         ids, counts = self._counted(pages, 1)
         self._uses[ids] += counts
 
-    def release(self, pages: Sequence[int] | Int32s) -> None:
+    def release(self, pages: Integers) -> None:
         """One user less for each of these pages; those without any are free.
 
         Raises PageError where a page is none of the pool's, or is released more often than it has users.
@@ -55,12 +54,9 @@ class PagePool:
         self._free[self.num_free : self.num_free + len(free)] = free[::-1]
         self.num_free += len(free)
 
-    def _counted(self, pages: Sequence[int] | Int32s, least: int | None) -> tuple[Int32s, Int32s]:
+    def _counted(self, pages: Integers, least: int | None) -> tuple[Int64s, Int32s]:
         """The different pages and how often each is there; `least` users must each have, by default as many as that."""
-        given = np.asarray(pages) if len(pages) else np.zeros(0, np.int32)
-        if given.ndim != 1 or given.dtype.kind not in "iu":
-            raise PageError(f"pages are {given.dtype}{list(given.shape)}; must be a list of integers")
-        ids, counts = np.unique(given, return_counts=True)
+        ids, counts = np.unique(integers("pages", pages, INT32.min), return_counts=True)
         if ids.size and not 0 <= ids[0] <= ids[-1] < len(self._uses):
             bad = ids[0] if ids[0] < 0 else ids[-1]
             raise PageError(f"page {bad} is not of this pool; must be 0 to {len(self._uses) - 1}")

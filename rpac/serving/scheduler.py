@@ -9,20 +9,17 @@ computes at least one token in every step, whatever the others do.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rpac.batch import Batch, Limits
+from rpac.batch.build import INT32, Int64s, Integers, integers
 from rpac.batch.kind import Int32s
 from rpac.errors import BatchError, PageError
 from rpac.layout import cdiv
 from rpac.serving.split import query_positions, split_budget
 from rpac.serving.tables import PageTables
-
-Int64s = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,16 +80,14 @@ class Scheduler:
         """The sequences that have none, the next to be admitted first."""
         return tuple(one.name for one in self._waiting)
 
-    def add(self, tokens: Sequence[int] | Int32s, max_new_tokens: int) -> int:
+    def add(self, tokens: Integers, max_new_tokens: int) -> int:
         """A sequence that waits to be continued by up to `max_new_tokens`, one at least; returns its name.
 
         Raises BatchError where it is empty, or can never fit the page table or the cache.
         """
-        prompt = np.asarray(tokens)
+        prompt = integers("tokens", tokens, INT32.min)
         if not prompt.size:
             raise BatchError("tokens are empty; must be one at least, for the next follows from it")
-        if prompt.ndim != 1 or prompt.dtype.kind not in "iu":
-            raise BatchError(f"tokens are {prompt.dtype}{list(prompt.shape)}; must be a list of integers")
         # The last new token is handed out and never computed, so it needs no place in the cache.
         most = min(self.limits.pages_per_seq, self.limits.num_pages) * self.limits.page_size + 1
         if max_new_tokens < 1 or prompt.size + max_new_tokens > most:
@@ -135,7 +130,7 @@ class Scheduler:
         self._pending = self._made(rows, new[new > 0], tuple(preempted), shared)
         return self._pending
 
-    def commit(self, step: Step, tokens: Sequence[int] | Int32s) -> list[int]:
+    def commit(self, step: Step, tokens: Integers) -> list[int]:
         """Takes the token that follows each of `step.samples`; returns the sequences that are complete, and ended.
 
         Those that were removed meanwhile are passed over. Raises BatchError for another step than the last, or where
@@ -227,6 +222,8 @@ class Scheduler:
         for other in self._running:
             most = min(other.computed, one.length - 1)  # the last is computed: the next token follows from it
             if other.head != one.head or most <= longest or most < self.limits.page_size:
+                continue
+            if other.tokens[longest] != one.tokens[longest]:  # it cannot share more than is found already
                 continue
             different = one.tokens[:most] != other.tokens[:most]
             common = int(different.argmax()) if different.any() else most

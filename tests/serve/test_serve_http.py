@@ -27,9 +27,8 @@ PROMPT = [1, 2, 3]
 
 
 @asynccontextmanager
-async def running(generator: Generator, most_waiting: int = 100) -> AsyncIterator[aiohttp.ClientSession]:
+async def running(worker: Worker) -> AsyncIterator[aiohttp.ClientSession]:
     """A client of a server on a real socket."""
-    worker = Worker(generator, most_waiting)
     worker.start()
     runner = web.AppRunner(make_app(worker), handler_cancellation=True)
     await runner.setup()
@@ -46,7 +45,7 @@ def against(
     generator: Generator, test: Callable[[aiohttp.ClientSession], Awaitable[None]], most_waiting: int = 100
 ) -> None:
     async def run() -> None:
-        async with running(generator, most_waiting) as session:
+        async with running(Worker(generator, most_waiting)) as session:
             await asyncio.wait_for(test(session), 60)
 
     asyncio.run(run())
@@ -171,6 +170,19 @@ def test_after_a_step_that_failed_the_server_goes_on(
 
     against(generator, test)
     assert "no device" in caplog.text
+
+
+def test_a_server_that_ends_says_so_to_those_who_wait(generator: Generator) -> None:
+    async def run() -> None:
+        worker = Worker(generator, most_waiting=100)
+        async with running(worker) as session:
+            answer = asyncio.create_task(tokens_of(session, PROMPT, 120))
+            await until(session, running=1)
+            await asyncio.to_thread(worker.stop)
+            assert (await answer)[-1] == {"error": "the server stops"}
+
+    asyncio.run(run())
+    assert generator.scheduler.tables.num_free == 24
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ def test_more_sequences_than_at_first_keep_their_tables() -> None:
         (lambda pool: pool.release([1, 4]), PageError, "page 4 is not of this pool; must be 0 to 3"),
         (lambda pool: pool.release([-1]), PageError, "page -1 is not of this pool"),
         (lambda pool: pool.share([1, 3]), PageError, "page 3 has 0 users"),
-        (lambda pool: pool.share([0.5]), PageError, r"pages are float64\[1\]; must be a list of integers"),
+        (lambda pool: pool.share([0.5]), BatchError, r"pages\[0\] is 0\.5; must be an integer from -2147483648"),
         (lambda pool: pool.allocate(3), OutOfPagesError, "3 pages were asked for; the pool has 2 free of 4"),
         (lambda pool: pool.allocate(-1), PageError, "-1 pages were asked for; must be 0 or more"),
     ],

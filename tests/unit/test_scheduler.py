@@ -17,6 +17,12 @@ from rpac.errors import BatchError, PageError
 from rpac.serving import Scheduler, Step, query_positions, split_budget
 
 LIMITS = Limits(page_size=4, pages_per_seq=6, max_num_seqs=5, num_pages=9, prefill_chunk=5, token_buckets=(4, 12))
+SHAPES = [
+    LIMITS,
+    Limits(page_size=1, pages_per_seq=24, max_num_seqs=3, num_pages=30, prefill_chunk=1, token_buckets=(3,)),
+    Limits(page_size=16, pages_per_seq=3, max_num_seqs=9, num_pages=2, prefill_chunk=20, token_buckets=(8, 9, 64)),
+    Limits(page_size=4, pages_per_seq=8, max_num_seqs=8, num_pages=7, prefill_chunk=9, token_buckets=(2,)),
+]
 VOCABULARY = 50
 
 
@@ -29,6 +35,7 @@ class Model:
     """Stands in for a model: its cache holds tokens, which it reads back through the batch's page tables."""
 
     def __init__(self, limits: Limits) -> None:
+        self.page_size = limits.page_size
         self.cache = np.full((limits.num_pages, limits.page_size), -1)
 
     def __call__(self, step: Step) -> list[int]:
@@ -38,7 +45,7 @@ class Model:
             pages = list(row.pages)
             for query, position in zip(row.queries, range(row.context_len, row.kv_len), strict=True):
                 assert step.positions[query] == position
-                self.cache[pages[position // LIMITS.page_size], position % LIMITS.page_size] = step.token_ids[query]
+                self.cache[pages[position // self.page_size], position % self.page_size] = step.token_ids[query]
             wanted[row.queries[-1]] = next_token(self.cache[pages].reshape(-1)[: row.kv_len].tolist())
         assert not step.token_ids[step.batch.num_tokens :].any()
         return [wanted[query] for query in step.samples.tolist()]
@@ -92,9 +99,9 @@ PROMPTS = st.one_of(
 REQUESTS = st.lists(st.tuples(PROMPTS, st.integers(1, 9), st.integers(0, 4)), max_size=14)
 
 
-@given(REQUESTS, st.booleans())
-def test_every_answer_is_that_of_a_model_without_a_cache(requests: Any, share: bool) -> None:
-    server = Server(share_prefixes=share)
+@given(REQUESTS, st.sampled_from(SHAPES), st.booleans())
+def test_every_answer_is_that_of_a_model_without_a_cache(requests: Any, limits: Limits, share: bool) -> None:
+    server = Server(limits, share_prefixes=share)
     wanted = {}
     for prompt, count, pause in requests:
         wanted[server.add(prompt, count)] = continued(prompt, count)
@@ -106,9 +113,9 @@ def test_every_answer_is_that_of_a_model_without_a_cache(requests: Any, share: b
         assert not any(step.shared or len(step.copies) for step in server.steps)
 
 
-@given(REQUESTS)
-def test_every_step_is_within_the_limits_and_moves_the_oldest_on(requests: Any) -> None:
-    server = Server()
+@given(REQUESTS, st.sampled_from(SHAPES))
+def test_every_step_is_within_the_limits_and_moves_the_oldest_on(requests: Any, limits: Limits) -> None:
+    server = Server(limits)
     for prompt, count, pause in requests:
         server.add(prompt, count)
         for _ in range(pause):
@@ -123,12 +130,12 @@ def check_step(server: Server) -> bool:
     assert (step is None) == (not live)
     if step is None:
         return False
-    batch = step.batch
-    Batch.of_arrays(LIMITS, batch.tokens, batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+    batch, limits = step.batch, server.scheduler.limits
+    Batch.of_arrays(limits, batch.tokens, batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
     assert live[0] in step.sequences
-    assert 1 <= batch.num_tokens <= LIMITS.token_buckets[-1]
-    assert all(row.q_len <= LIMITS.prefill_chunk for row in batch)
-    assert len(set(step.sequences)) == len(batch) <= LIMITS.max_num_seqs
+    assert 1 <= batch.num_tokens <= limits.token_buckets[-1]
+    assert all(row.q_len <= limits.prefill_chunk for row in batch)
+    assert len(set(step.sequences)) == len(batch) <= limits.max_num_seqs
     running, waiting = server.scheduler.running, server.scheduler.waiting
     assert list(running) == sorted(running)
     assert list(waiting) == sorted(waiting)
@@ -228,7 +235,11 @@ def test_a_request_that_can_never_run_is_refused_at_once() -> None:
     )
     assert "max_new_tokens 0" in refused(lambda scheduler: scheduler.add([1], 0))
     assert "tokens are empty; must be one at least" in refused(lambda scheduler: scheduler.add([], 1))
-    assert "tokens are float64[1]; must be a list" in refused(lambda scheduler: scheduler.add([0.5], 1))  # type: ignore[list-item]
+    assert "tokens[0] is 0.5; must be an integer" in refused(lambda scheduler: scheduler.add([0.5], 1))  # type: ignore[list-item]
+
+
+def test_a_token_that_is_no_int32_is_refused() -> None:
+    assert f"tokens[1] is {2**31}; must be an integer" in refused(lambda scheduler: scheduler.add([1, 2**31], 1))
 
 
 def test_steps_are_taken_one_after_the_other() -> None:
