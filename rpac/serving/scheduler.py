@@ -187,7 +187,7 @@ class Scheduler:
 
     def _requeue(self, one: _Sequence) -> None:
         self.tables.free(one.table)
-        one.table, one.computed = -1, 0
+        one.table = -1
         self._waiting.appendleft(one)
 
     def _admit(self, budget: int) -> int:

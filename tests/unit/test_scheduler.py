@@ -133,6 +133,7 @@ def check_step(server: Server) -> bool:
     batch, limits = step.batch, server.scheduler.limits
     Batch.of_arrays(limits, batch.tokens, batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
     assert live[0] in step.sequences
+    assert not set(step.preempted) & set(step.sequences)
     assert 1 <= batch.num_tokens <= limits.token_buckets[-1]
     assert all(row.q_len <= limits.prefill_chunk for row in batch)
     assert len(set(step.sequences)) == len(batch) <= limits.max_num_seqs
