@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -85,15 +86,14 @@ async def send(request: web.Request, stream: Stream) -> web.StreamResponse:
 
 
 async def stats(request: web.Request) -> web.Response:
-    generator = request.app[WORKER].generator
+    worker = request.app[WORKER]
+    generator = worker.generator
     return web.json_response(
         {
             "totals": vars(generator.totals),
             "programs": {str(variant): vars(count) for variant, count in generator.engine.counts.items()},
-            "running": len(generator.scheduler.running),
-            "waiting": len(generator.scheduler.waiting),
-            "free_pages": generator.scheduler.tables.num_free,
             "num_pages": generator.engine.limits.num_pages,
+            **worker.state._asdict(),
         }
     )
 
@@ -154,7 +154,10 @@ def main() -> None:
     if options.compile_cache is not None:
         keep_compiled(options.compile_cache)
     config = model.Config()
-    engine = rpac.load(options.bundle, target="cpu")
+    try:
+        engine = rpac.load(options.bundle, target="cpu")
+    except rpac.RpacError as error:
+        sys.exit(str(error))
     generator = Generator(engine, config, model.init(config, options.seed))
     generator.warm()
     worker = Worker(generator, options.most_waiting)

@@ -29,6 +29,7 @@ class Totals:
     """What the scheduler did so far."""
 
     steps: int = 0
+    tokens: int = 0
     preemptions: int = 0
     shared_tokens: int = 0
     copied_pages: int = 0
@@ -69,6 +70,7 @@ class Generator:
             self._attention.reset()
             raise StepError(step.sequences) from error
         self.totals.steps += 1
+        self.totals.tokens += len(step.sampled)
         self.totals.preemptions += len(step.preempted)
         self.totals.shared_tokens += step.shared
         self.totals.copied_pages += len(step.copies)

@@ -8,6 +8,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from rpac.errors import RpacError
 from serve.generate import Generator, StepError, Token
@@ -46,11 +47,21 @@ class Stream:
         return event
 
 
+class State(NamedTuple):
+    """Requests so far, those that run and that wait now, and the pages that nobody uses."""
+
+    accepted: int = 0
+    running: int = 0
+    waiting: int = 0
+    free_pages: int = 0
+
+
 class Worker:
     """Runs steps while there is work, and waits for commands while there is none."""
 
     def __init__(self, generator: Generator, most_waiting: int) -> None:
         self.generator = generator
+        self.state = self._state(0)  # replaced as a whole, for other threads to read
         self._most_waiting = most_waiting
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[int, Stream] = {}
@@ -84,6 +95,7 @@ class Worker:
                 LOG.exception("a step failed; its requests end, the others go on")
                 for name in error.requests if isinstance(error, StepError) else list(self._streams):
                     self._fail(name, "a step failed on the server; try again")
+            self.state = self._state(self.state.accepted)
 
     def _take_commands(self) -> None:
         scheduler = self.generator.scheduler
@@ -104,6 +116,7 @@ class Worker:
             stream.put(error)
             return
         self._streams[name], self._names[stream] = stream, name
+        self.state = self._state(self.state.accepted + 1)
         stream.put(None)
 
     def _remove(self, stream: Stream) -> None:
@@ -111,6 +124,10 @@ class Worker:
         if name is not None:
             self.generator.scheduler.remove(name)
             self._forget(name)
+
+    def _state(self, accepted: int) -> State:
+        scheduler = self.generator.scheduler
+        return State(accepted, len(scheduler.running), len(scheduler.waiting), scheduler.tables.num_free)
 
     def _deliver(self, token: Token) -> None:
         self._streams[token.request].put(token)

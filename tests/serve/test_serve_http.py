@@ -127,13 +127,13 @@ def test_the_pages_of_a_client_that_goes_are_free_again(generator: Generator) ->
 
 def test_a_client_that_goes_while_it_waits_is_forgotten(generator: Generator) -> None:
     async def test(session: aiohttp.ClientSession) -> None:
-        long = [asyncio.create_task(tokens_of(session, [n] * 100, 28)) for n in range(4)]  # 7 pages each, of 24
-        await until(session, running=3, waiting=1)
+        long = [asyncio.create_task(tokens_of(session, [n] * 100, 28)) for n in range(9)]  # 7 pages each, of 24
+        await until(session, accepted=9)
         gone = asyncio.create_task(tokens_of(session, [9] * 100, 28))
-        await until(session, waiting=2)
+        await until(session, accepted=10)  # behind six others, for only three run at a time
         gone.cancel()
-        await until(session, waiting=1)
-        assert [len(answer) for answer in await asyncio.gather(*long)] == [29] * 4
+        assert [len(answer) for answer in await asyncio.gather(*long)] == [29] * 9
+        assert generator.totals.tokens == 9 * 28
         await until(session, running=0, waiting=0, free_pages=24)
 
     against(generator, test)
@@ -142,13 +142,13 @@ def test_a_client_that_goes_while_it_waits_is_forgotten(generator: Generator) ->
 def test_a_server_with_too_much_to_do_says_so(generator: Generator) -> None:
     async def test(session: aiohttp.ClientSession) -> None:
         refused = 0
-        for answer in await asyncio.gather(*(post(session) for _ in range(30))):
+        for answer in await asyncio.gather(*(post(session, n) for n in range(30))):
             refused += answer == (503, {"error": "2 requests wait already; try again later"})
             assert answer[0] in (200, 503)
         assert 0 < refused < 30
 
-    async def post(session: aiohttp.ClientSession) -> tuple[int, Any]:
-        async with session.post("/generate", json={"prompt": [5] * 60, "max_new_tokens": 4}) as response:
+    async def post(session: aiohttp.ClientSession, n: int) -> tuple[int, Any]:
+        async with session.post("/generate", json={"prompt": [n] * 60, "max_new_tokens": 40}) as response:
             return response.status, (await lines(response))[-1]
 
     against(generator, test, most_waiting=2)
