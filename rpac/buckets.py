@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rpac.batch import Kind, select_kind
+from rpac.batch.build import Int64s
 from rpac.chip import is_tpu
 from rpac.errors import BatchError
 from rpac.layout import align
@@ -22,8 +22,6 @@ from rpac.plan import KIND_ORDER, kinds_of
 from rpac.spec import Spec
 from rpac.spec.parse import MAX_TOKENS
 from rpac.trace import Workload
-
-Int64s = NDArray[np.int64]
 
 ROWS = 8  # of a tile on a TPU: a bucket between two multiples of it computes as many rows as the larger one
 # Of a program of llama3-8b, on two cores: a build of 10 for tpu7x takes 46 s, with 10 for cpu 57 s.

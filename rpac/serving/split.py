@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rpac.batch import Batch
+from rpac.batch.build import Int64s
 from rpac.batch.kind import Int32s
-
-Int64s = NDArray[np.int64]
 
 
 def split_budget(left: Int64s, chunk: int, budget: int) -> Int64s:

@@ -6,15 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rpac.batch import Limits
+from rpac.batch.build import Int64s
 from rpac.batch.kind import Int32s
 from rpac.errors import BatchError, PageError
 from rpac.layout import cdiv
 from rpac.serving.pool import PagePool
 
-Int64s = NDArray[np.int64]
 FIRST_ROWS = 16
 
 
