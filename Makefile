@@ -12,11 +12,17 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow lint generate generated check bench-cpu bench-peers calibrate build-all clean
+.PHONY: demo test test-newest test-slow lint generate generated check bench-cpu bench-peers bench-scheduling calibrate build-all \
+	serve-demo clean
 
 demo: $(VENV)/ready
 	$(BIN)/rpac build specs/llama3-8b.yaml --target tpu7x --target cpu
 	$(BIN)/python examples/demo.py build/llama3-8b.rpac
+
+# A server of a small Llama on rpac's attention, under load, and the time to its first token.
+serve-demo: $(VENV)/ready
+	$(BIN)/rpac build examples/serve/spec.yaml
+	PYTHONPATH=examples$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m serve.demo build/serve-demo.rpac examples/serve/spec.yaml
 
 test: $(VENV)/ready lint generated
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
@@ -58,6 +64,9 @@ bench-cpu: $(VENV)/ready
 
 bench-peers: $(VENV)/ready
 	$(BIN)/python benchmarks/peers.py
+
+bench-scheduling: $(VENV)/ready
+	$(BIN)/python benchmarks/scheduling.py
 
 calibrate: $(VENV)/ready
 	$(BIN)/python benchmarks/calibrate.py

@@ -5,6 +5,8 @@
     ├── SpecError        2  the spec file breaks its rules; carries every problem found
     ├── BatchError       2  metadata or arrays break the batch contract
     ├── SelectionError   2  a sound batch outside what was built; names the spec lines that would add it
+    ├── PageError        2  pages of the cache that are not the caller's to use
+    │   └── OutOfPagesError 2  the pool has too few free pages; nothing was taken
     ├── PlanError        2  no tile fits VMEM or SMEM
     ├── TargetError      3  target or toolchain is not compatible
     ├── CompileError     3  the compiler refused a kernel
@@ -71,6 +73,14 @@ class BatchError(RpacError):
 
 class SelectionError(RpacError):
     """A sound batch outside what was built; the message holds the spec lines that would add it."""
+
+
+class PageError(RpacError):
+    """Pages, or a sequence of them, that are not the caller's to use: unknown, or given back already."""
+
+
+class OutOfPagesError(PageError):
+    """The pool has too few free pages. Nothing was taken: give pages back and ask again."""
 
 
 class PlanError(RpacError):

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 import rpac
+from rpac.cli.buckets import buckets
 from rpac.cli.build import build, generate
 from rpac.cli.check import check
 from rpac.cli.inspect import inspect
@@ -40,5 +41,6 @@ def main() -> None:
     """
 
 
-for command in (plan, build, check, inspect, generate, predict_command, serve_check_command, tune_command):
+COMMANDS = (plan, buckets, build, check, inspect, generate, predict_command, serve_check_command, tune_command)
+for command in COMMANDS:
     main.add_command(command)

@@ -10,11 +10,11 @@ from typing import Any
 from rpac.batch import Batch
 from rpac.bundle import Variant
 from rpac.layout import BITS
-from rpac.predict.batches import Workload
 from rpac.predict.programs import Programs
 from rpac.publish import publish
 from rpac.schedule import CallReport, attention_work
 from rpac.select import select
+from rpac.trace import Workload
 
 FIRST_SCALAR = 4  # of a program's arguments; the metadata follows the arrays
 OPERANDS = "operands.json"

@@ -268,6 +268,7 @@ def test_every_error_has_the_exit_code_of_its_kind() -> None:
         "SpecError": 2,
         "BatchError": 2,
         "SelectionError": 2,
+        "PageError": 2,
         "PlanError": 2,
         "TargetError": 3,
         "CompileError": 3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import timeit
@@ -126,8 +127,12 @@ def test_a_batch_cannot_be_changed_nor_changes_with_its_source() -> None:
 
 def test_numpy_values_build_as_plain_ones_do() -> None:
     plain = Batch.build(SPEC, [1, 16], [3, 0], [[5], [7]])
-    numpy = Batch.build(SPEC, np.array([1, 16]), np.array([3, 0], np.int32), np.array([[5], [7]], np.uint8))  # type: ignore[arg-type]
+    numpy = Batch.build(SPEC, np.array([1, 16]), np.array([3, 0], np.int32), np.array([[5], [7]], np.uint8))
     assert list(numpy) == list(plain)
+    whole = Batch.build(SPEC, [1, 16], [3, 0], np.array([[5], [7]]))
+    assert list(whole) == list(plain)
+    with pytest.raises(BatchError, match=re.escape("page_tables[0][0] is 5.0; must be an integer from")):
+        Batch.build(SPEC, [1], [3], np.array([[5.0]]))
 
 
 def test_spare_entries_of_a_table_may_hold_any_int32() -> None:

@@ -17,7 +17,7 @@ PACKAGE = Path(rpac.__file__).parent
 # From the lowest to the highest; a module, or a package as a whole, imports only from above its own line.
 ORDER = [
     "errors",
-    "spec", "chip", "layout", "batch", "plan", "render",
+    "spec", "chip", "layout", "batch", "trace", "serving", "plan", "buckets", "render",
     "accuracy", "canary",  # how good an answer must be, and the calls that a bundle stores answers to
     "publish", "store",  # files and folders: a bundle's and a cache's
     "compat", "runtime", "toolchain",  # JAX: what differs, what runs, what it is
@@ -78,7 +78,7 @@ def test_nobody_knows_the_command_line() -> None:
     assert [part for part in parts() if part != "cli" and "cli" in edges(part)] == []
 
 
-@pytest.mark.parametrize("part", ["spec", "batch", "render"])
+@pytest.mark.parametrize("part", ["spec", "batch", "serving", "buckets", "render"])
 def test_the_first_stages_need_no_jax(part: str) -> None:
     code = f"import sys, rpac.{part}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,169 @@
+"""The HTTP endpoint.
+
+    PYTHONPATH=examples python -m serve.app build/serve-demo.rpac --port 8000
+    curl -N localhost:8000/generate -d '{"prompt": [1, 2, 3], "max_new_tokens": 8}'
+
+POST /generate streams a line of JSON a token, {"token": 17}, and {"done": true} at the end, or {"error": "..."} where it
+cannot go on. A request that is refused gets a 4xx or 503 and {"error": "..."}. GET /stats says what ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is installed to compile, and would look for a TPU
+
+from aiohttp import web
+
+import rpac
+from serve import model
+from serve.compiled import keep_compiled
+from serve.generate import Generator
+from serve.worker import Busy, Failed, Stream, Worker
+
+MAX_BODY = 1 << 20
+WORKER = web.AppKey("worker", Worker)
+
+
+def make_app(worker: Worker) -> web.Application:
+    """The application around a worker that was started."""
+    app = web.Application(middlewares=[errors_as_json], client_max_size=MAX_BODY)
+    app[WORKER] = worker
+    app.router.add_post("/generate", generate)
+    app.router.add_get("/stats", stats)
+    return app
+
+
+@web.middleware
+async def errors_as_json(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        return web.json_response({"error": error.text or error.reason}, status=error.status, headers=_allowed(error))
+
+
+async def generate(request: web.Request) -> web.StreamResponse:
+    worker = request.app[WORKER]
+    prompt, count = parse(await request.read(), worker.generator.config.vocabulary)
+    stream = Stream()
+    worker.submit(stream, prompt, count)
+    try:
+        await stream.get()
+        return await send(request, stream)
+    except rpac.RpacError as error:
+        raise web.HTTPBadRequest(text=str(error)) from error
+    except (Busy, Failed) as error:
+        raise web.HTTPServiceUnavailable(text=str(error)) from error
+    finally:
+        worker.cancel(stream)  # also where the client is gone: its pages are for others then
+
+
+async def send(request: web.Request, stream: Stream) -> web.StreamResponse:
+    """The tokens, as they come."""
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+    await response.prepare(request)
+    try:
+        last = False
+        while not last:
+            token = await stream.get()
+            assert token is not None
+            await response.write(line(token=token.token))
+            last = token.last
+        await response.write(line(done=True))
+    except Failed as error:
+        await response.write(line(error=str(error)))
+    await response.write_eof()
+    return response
+
+
+async def stats(request: web.Request) -> web.Response:
+    worker = request.app[WORKER]
+    generator = worker.generator
+    return web.json_response(
+        {
+            "totals": vars(generator.totals),
+            "programs": {str(variant): vars(count) for variant, count in generator.engine.counts.items()},
+            "num_pages": generator.engine.limits.num_pages,
+            **worker.state._asdict(),
+        }
+    )
+
+
+def parse(body: bytes, vocabulary: int) -> tuple[list[int], int]:
+    """The prompt and how many tokens to add. Raises HTTPBadRequest saying what is wrong with which part."""
+    try:
+        data: Any = json.loads(body)
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict) or set(data) - {"prompt", "max_new_tokens"} or "prompt" not in data:
+        found = body[:80].decode(errors="replace")
+        raise web.HTTPBadRequest(text=f'the body is {found!r}; must be JSON {{"prompt": [...], "max_new_tokens": N}}')
+    prompt, count = data["prompt"], data.get("max_new_tokens", 16)
+    if not isinstance(prompt, list):
+        raise web.HTTPBadRequest(text=f"prompt is a {type(prompt).__name__}; must be a list of token ids")
+    for index, token in enumerate(prompt):
+        if type(token) is not int or not 0 <= token < vocabulary:
+            raise web.HTTPBadRequest(text=f"prompt[{index}] is {token!r:.40}; must be an integer 0 to {vocabulary - 1}")
+    if type(count) is not int:
+        raise web.HTTPBadRequest(text=f"max_new_tokens is {count!r:.40}; must be an integer")
+    return prompt, count
+
+
+def line(**values: object) -> bytes:
+    return json.dumps(values).encode() + b"\n"
+
+
+def _allowed(error: web.HTTPException) -> dict[str, str]:
+    """What a 405 must say."""
+    return {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+
+
+async def serve(worker: Worker, host: str, port: int) -> None:
+    """Until the process is told to end."""
+    # A handler ends when its client goes.
+    runner = web.AppRunner(make_app(worker), handler_cancellation=True, shutdown_timeout=5)
+    await runner.setup()
+    await web.TCPSite(runner, host, port).start()
+    print(f"listening on http://{host}:{runner.addresses[0][1]}", flush=True)
+    ended = asyncio.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(name, ended.set)
+    await ended.wait()
+    await asyncio.to_thread(worker.stop)  # before the handlers, so that they can tell their clients
+    await runner.cleanup()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--compile-cache", help="a folder that keeps what XLA compiled for this machine")
+    parser.add_argument("--seed", type=int, default=0, help="of the model's weights")
+    parser.add_argument("--most-waiting", type=int, default=1024, help="requests; those above are told to come back")
+    options = parser.parse_args()
+    if options.compile_cache is not None:
+        keep_compiled(options.compile_cache)
+    config = model.Config()
+    try:
+        engine = rpac.load(options.bundle, target="cpu")
+    except rpac.RpacError as error:
+        sys.exit(str(error))
+    generator = Generator(engine, config, model.init(config, options.seed))
+    generator.warm()
+    worker = Worker(generator, options.most_waiting)
+    worker.start()
+    asyncio.run(serve(worker, options.host, options.port))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""A load of requests for the server, some with a common start, and what is right for each."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import aiohttp
+import numpy as np
+
+from serve import model
+
+TIE = 1e-4
+"""Logits have a standard deviation of 1. Paged and dense attention sum in another order, which moves a logit by some
+1e-6; where two logits are closer than this, either of their tokens is a greedy one."""
+
+
+@dataclass
+class Request:
+    prompt: list[int]
+    max_new_tokens: int
+    wait: float = 0.0  # seconds before it is sent
+    tokens: list[int] = field(default_factory=list)
+    first: float = 0.0  # seconds from sending to the first token
+    whole: float = 0.0
+
+
+def requests(count: int, vocabulary: int, rng: np.random.Generator, rate: float) -> list[Request]:
+    """`rate` a second on average; every second one begins with one of two common prefixes of 40 tokens."""
+    prefixes = rng.integers(0, vocabulary, (2, 40)).tolist()
+    waits = np.cumsum(rng.exponential(1 / rate, count)).tolist()
+    made = []
+    for wait in waits:
+        prefix = prefixes[int(rng.integers(2))] if rng.random() < 0.5 else []
+        own = rng.integers(0, vocabulary, rng.integers(1, 50)).tolist()
+        made.append(Request([*prefix, *own], int(rng.integers(1, 40)), wait))
+    return made
+
+
+async def send_all(url: str, load: Sequence[Request]) -> float:
+    """Sends each in its time and reads its tokens; returns the seconds that it took."""
+    start = time.perf_counter()
+    async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(600)) as session:
+        await asyncio.gather(*(_send(session, one) for one in load))
+    return time.perf_counter() - start
+
+
+async def _send(session: aiohttp.ClientSession, one: Request) -> None:
+    await asyncio.sleep(one.wait)
+    start = time.perf_counter()
+    body = {"prompt": one.prompt, "max_new_tokens": one.max_new_tokens}
+    async with session.post("/generate", json=body) as response:
+        response.raise_for_status()
+        async for line in response.content:
+            event = json.loads(line)
+            if "token" in event:
+                one.tokens.append(event["token"])
+                one.first = one.first or time.perf_counter() - start
+            elif "error" in event:
+                raise RuntimeError(event["error"])
+    one.whole = time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How many tokens are the dense model's, how many of them only because of a tie, and those that are not."""
+
+    tokens: int
+    ties: int
+    wrong: tuple[str, ...]
+
+
+def compare(config: model.Config, params: model.Params, load: Sequence[Request], length: int) -> Verdict:
+    """Holds every token against dense attention over all that came before it, prompts and answers up to `length`.
+
+    The dense model is given the server's own tokens, so one that a tie decided is no error, nor are those behind it.
+    """
+    whole = np.zeros((len(load), length), np.int32)
+    for row, one in zip(whole, load, strict=True):
+        row[: len(one.prompt) + len(one.tokens)] = one.prompt + one.tokens
+    logits = np.asarray(model.dense_logits(config, params, whole))
+    tokens, ties, wrong = 0, 0, []
+    for index, one in enumerate(load):
+        if len(one.tokens) != one.max_new_tokens:
+            wrong.append(f"request {index}: {len(one.tokens)} tokens of {one.max_new_tokens}")
+        for place, token in enumerate(one.tokens):
+            row = logits[index, len(one.prompt) + place - 1]
+            gap = float(row.max() - row[token])
+            tokens += 1
+            ties += 0 < gap <= TIE
+            if gap > TIE:
+                wrong.append(f"request {index}, token {place}: {token} is {gap:.2g} below {int(row.argmax())}")
+    return Verdict(tokens, ties, tuple(wrong))

@@ -1,0 +1,148 @@
+"""The thread that owns a generator: requests and cancellations come in through a queue, tokens go out to streams."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from rpac.errors import RpacError
+from serve.generate import Generator, StepError, Token
+
+LOG = logging.getLogger("serve")
+
+Event = Token | Exception | None
+"""What a stream gets: None once it is accepted, then its tokens; an exception ends it."""
+
+
+class Busy(Exception):
+    """Too many requests wait already."""
+
+
+class Failed(Exception):
+    """The step that a request was in failed, or the server stops."""
+
+
+class Stream:
+    """What a handler of one request waits on; belongs to its event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def put(self, event: Event) -> None:
+        """From any thread. A loop that was closed meanwhile has nobody who waits."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def get(self) -> Token | None:
+        """The next event; raises it where it is an exception."""
+        event = await self._events.get()
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+
+class State(NamedTuple):
+    """Requests so far, those that run and that wait now, and the pages that nobody uses."""
+
+    accepted: int = 0
+    running: int = 0
+    waiting: int = 0
+    free_pages: int = 0
+
+
+class Worker:
+    """Runs steps while there is work, and waits for commands while there is none."""
+
+    def __init__(self, generator: Generator, most_waiting: int) -> None:
+        self.generator = generator
+        self.state = self._state(0)  # replaced as a whole, for other threads to read
+        self._most_waiting = most_waiting
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._streams: dict[int, Stream] = {}
+        self._names: dict[Stream, int] = {}
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends every request, then the thread; those that come later are not answered."""
+        self._commands.put(self._stop)
+        self._thread.join()
+
+    def submit(self, stream: Stream, prompt: Sequence[int], max_new_tokens: int) -> None:
+        """From any thread; the stream says what became of it."""
+        self._commands.put(lambda: self._add(stream, prompt, max_new_tokens))
+
+    def cancel(self, stream: Stream) -> None:
+        """From any thread; nothing where the request has ended."""
+        self._commands.put(lambda: self._remove(stream))
+
+    def _run(self) -> None:
+        while not self._stopped:
+            self._take_commands()
+            try:
+                for token in self.generator.step():
+                    self._deliver(token)
+            except Exception as error:
+                LOG.exception("a step failed; its requests end, the others go on")
+                for name in error.requests if isinstance(error, StepError) else list(self._streams):
+                    self._fail(name, "a step failed on the server; try again")
+            self.state = self._state(self.state.accepted)
+
+    def _take_commands(self) -> None:
+        scheduler = self.generator.scheduler
+        idle = not (scheduler.running or scheduler.waiting)
+        with contextlib.suppress(queue.Empty):
+            while not self._stopped:
+                self._commands.get(block=idle)()
+                idle = False
+
+    def _add(self, stream: Stream, prompt: Sequence[int], max_new_tokens: int) -> None:
+        scheduler = self.generator.scheduler
+        if len(scheduler.waiting) >= self._most_waiting:
+            stream.put(Busy(f"{self._most_waiting} requests wait already; try again later"))
+            return
+        try:
+            name = scheduler.add(prompt, max_new_tokens)
+        except RpacError as error:
+            stream.put(error)
+            return
+        self._streams[name], self._names[stream] = stream, name
+        self.state = self._state(self.state.accepted + 1)
+        stream.put(None)
+
+    def _remove(self, stream: Stream) -> None:
+        name = self._names.get(stream)
+        if name is not None:
+            self.generator.scheduler.remove(name)
+            self._forget(name)
+
+    def _state(self, accepted: int) -> State:
+        scheduler = self.generator.scheduler
+        return State(accepted, len(scheduler.running), len(scheduler.waiting), scheduler.tables.num_free)
+
+    def _deliver(self, token: Token) -> None:
+        self._streams[token.request].put(token)
+        if token.last:
+            self._forget(token.request)
+
+    def _fail(self, name: int, why: str) -> None:
+        self._streams[name].put(Failed(why))
+        self.generator.scheduler.remove(name)
+        self._forget(name)
+
+    def _forget(self, name: int) -> None:
+        del self._names[self._streams.pop(name)]
+
+    def _stop(self) -> None:
+        for name in list(self._streams):
+            self._fail(name, "the server stops")
+        self._stopped = True

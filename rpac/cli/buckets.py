@@ -1,0 +1,75 @@
+"""`rpac buckets`: the token buckets that fit a trace of traffic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rpac.batch.limits import bucket_lines
+from rpac.buckets import Choice, Traffic, choices, choose, judge
+from rpac.cli.common import json_option, print_json, size, table
+from rpac.plan import KIND_ORDER
+from rpac.spec import load_spec
+from rpac.trace import read_trace
+
+HEADER = ("", "buckets", "token_buckets", "padding", *KIND_ORDER, "programs", "build", "bundle")
+SHARE = 0.1
+
+
+@click.command()
+@click.argument("trace", type=click.Path(path_type=Path))
+@click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="Whose limits, kinds and targets to count.")
+@click.option("--max-buckets", type=click.IntRange(1, 64), default=12, show_default=True, help="Look no further.")
+@click.option(
+    "--padding",
+    type=click.FloatRange(0, 1),
+    default=SHARE,
+    show_default=True,
+    help="Share of rows that may be padding.",
+)
+@json_option
+def buckets(trace: Path, spec_file: Path | None, max_buckets: int, padding: float, as_json: bool) -> None:
+    """Find the fewest token buckets that pad the batches of TRACE little enough.
+
+    TRACE has a batch of served traffic a line, as `rpac predict --mixed` reads it: {"q_lens": [...], "kv_lens": [...]}.
+    Without --spec, programs are those of one TPU target, and prefill batches count as mixed.
+    """
+    spec = None if spec_file is None else load_spec(spec_file)
+    traffic = Traffic.of(read_trace(trace), spec)
+    found = choices(traffic, spec, max_buckets)
+    chosen = choose(found, padding)
+    now = None if spec is None else judge(traffic, spec, spec.serving.token_buckets)
+    lines = bucket_lines((chosen or found[-1]).buckets)
+    if as_json:
+        print_json(
+            {
+                "batches": len(traffic.tokens),
+                "tokens": int(traffic.tokens.sum()),
+                "choices": [one.as_dict() for one in found],
+                "chosen": None if chosen is None else found.index(chosen),
+                "now": None if now is None else now.as_dict(),
+                "spec_lines": lines,
+            }
+        )
+        return
+    rows = [_row("*" if one is chosen else "", one) for one in found]
+    if now is not None:
+        rows.append(_row("now", now))
+    click.echo(table(HEADER, rows))
+    click.echo(
+        f"\n{len(traffic.tokens)} batches of {int(traffic.tokens.sum())} tokens. Padding is the share of rows computed; "
+        "build and bundle are about what a\nbuild of llama3-8b takes a program, on two cores."
+    )
+    if chosen is None:
+        click.echo(f"No set of up to {len(found)} buckets pads {padding:.0%} or less; the largest would be:")
+    else:
+        click.echo(f"* is the smallest set that pads {padding:.0%} or less:")
+    click.echo(f"\n{lines}")
+
+
+def _row(mark: str, one: Choice) -> tuple[str, ...]:
+    kinds = ["-" if (share := one.padding_of[kind]) is None else f"{share:.1%}" for kind in KIND_ORDER]
+    listed = " ".join(map(str, one.buckets))
+    cost = (str(one.programs), f"{one.seconds:.0f} s", size(one.nbytes))
+    return (mark, str(len(one.buckets)), listed, f"{one.padding:.1%}", *kinds, *cost)
