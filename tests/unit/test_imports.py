@@ -20,7 +20,7 @@ ORDER = [
     "spec", "chip", "layout", "batch", "plan", "render",
     "publish", "store",  # files and folders: a bundle's and a cache's
     "compat", "runtime", "toolchain",  # JAX: what differs, what runs, what it is
-    "lower", "schedule", "bundle", "select", "engine",
+    "lower", "schedule", "bundle", "select", "engine", "adapters",
     "reference", "check", "build", "predict", "tune",
     "cli",
 ]  # fmt: skip
