@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rpac import layout
@@ -159,20 +160,28 @@ class Adapter:
     def run(self, *args: Any, chunk_prefill_size: int | None = None) -> Result:
         """The call on the contract's arguments: `engine.traced` where one is a tracer, else `engine` itself.
 
-        Without `chunk_prefill_size`, rows [i, j) may have any length: they run as mixed rows.
+        There may be fewer rows than max_num_seqs. Without `chunk_prefill_size`, rows [i, j) may have any length: they
+        run as mixed rows.
         """
         require_axes(NAMES, args, AXES)
-        queries, keys, _, kv_cache, kv_lens, page_indices, _, distribution = args
+        queries, keys, _, kv_cache, kv_lens, page_indices, cu_q_lens, distribution = args
         sizes = self.array_sizes(queries, keys, kv_cache), self._row_sizes(kv_cache, kv_lens, page_indices)
         self.require_sizes(itertools.chain(*sizes))
         self._require_chunk(chunk_prefill_size)
-        if distribution.shape != (3,):
-            raise BatchError(f"distribution is {_shown(distribution)}; must be int32[3]; see the batch contract")
+        rows = len(kv_lens)
+        for name, array, size in (("cu_q_lens", cu_q_lens, rows + 1), ("distribution", distribution, 3)):
+            if len(array) != size:
+                raise BatchError(f"{name} is {_shown(array)}; must be int32[{size}]; see the batch contract")
         in_trace = traced(args)
-        given = list(args) if in_trace else [*args[:4], *map(np.asarray, args[4:])]
+        xp: Any = jnp if in_trace else np
+        metadata = [xp.asarray(array) for array in args[4:]]
+        if rows < self.engine.limits.max_num_seqs:
+            metadata = self._with_dead_rows(xp, rows, *metadata)
         if chunk_prefill_size is None:
-            given[-1] = given[-1][PREFILL_AS_MIXED]
-        return self.engine.traced(*given) if in_trace else self.engine(*given, validate=self.validate)
+            metadata[-1] = metadata[-1][PREFILL_AS_MIXED]
+        if in_trace:
+            return self.engine.traced(*args[:4], *metadata)
+        return self.engine(*args[:4], *metadata, validate=self.validate)
 
     def array_sizes(self, queries: Any, keys: Any, kv_cache: Any) -> Iterator[Size]:
         """What the arrays that hold tokens and pages say about the spec."""
@@ -184,6 +193,11 @@ class Adapter:
         yield Size("kv_cache", "model", "kv_dtype", np.dtype(kv_cache.dtype).name, model.kv_dtype)
         yield Size("kv_cache", "serving", "page_size", kv_cache.shape[1], limits.page_size)
         yield Size("kv_cache", "serving", "num_pages", kv_cache.shape[0], limits.num_pages)
+
+    def rows_size(self, rows: int) -> Size:
+        """What the number of rows says about the spec: a batch may have fewer than it."""
+        most = self.engine.limits.max_num_seqs
+        return Size("kv_lens", "serving", "max_num_seqs", max(rows, most), most)
 
     def require_sizes(self, sizes: Iterable[Size]) -> None:
         """Raises SelectionError naming those that are not the bundle's, with the lines of a spec that build for them."""
@@ -217,10 +231,19 @@ class Adapter:
 
     def _row_sizes(self, kv_cache: Any, kv_lens: Any, page_indices: Any) -> Iterator[Size]:
         limits, rows, entries = self.engine.limits, len(kv_lens), len(page_indices)
-        yield Size("kv_lens", "serving", "max_num_seqs", rows, limits.max_num_seqs)
+        yield self.rows_size(rows)
         if rows and entries % rows == 0:
             longest = entries // rows * kv_cache.shape[1]
             yield Size("page_indices", "serving", "max_model_len", longest, limits.max_kv_len)
+
+    def _with_dead_rows(
+        self, xp: Any, rows: int, kv_lens: Any, page_indices: Any, cu_q_lens: Any, distribution: Any
+    ) -> list[Any]:
+        """The metadata with as many rows as the programs take; the rows added are past distribution[2]."""
+        dead = self.engine.limits.max_num_seqs - rows
+        pages = dead * self.engine.limits.pages_per_seq
+        ends = xp.pad(cu_q_lens, (0, dead), mode="edge")
+        return [xp.pad(kv_lens, (0, dead)), xp.pad(page_indices, (0, pages)), ends, distribution]
 
 
 def require_axes(names: Sequence[str], arrays: Sequence[Any], axes: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rpac import layout
-from rpac.adapters._common import DEFAULT_MASK_VALUE, Adapter, Programs, Result, Size, require_axes, traced
+from rpac.adapters._common import DEFAULT_MASK_VALUE, Adapter, Programs, Result, require_axes, traced
 from rpac.errors import BatchError
 
 Blocks = tuple[int, int, int, int] | None
@@ -157,22 +157,18 @@ def _run(
     kv_lens, page_indices, cu_q_lens, cu_kv_lens, distribution = map(xp.asarray, metadata)
     limits, rows = adapter.engine.limits, len(kv_lens)
     require_axes(("queries", "keys", "values", "kv_cache_fused"), arrays, (3, 3, 3, 5))
-    sizes = adapter.array_sizes(arrays[0], arrays[1], arrays[3])
-    most = limits.max_num_seqs
-    adapter.require_sizes([*sizes, Size("kv_lens", "serving", "max_num_seqs", max(rows, most), most)])
+    adapter.require_sizes([*adapter.array_sizes(arrays[0], arrays[1], arrays[3]), adapter.rows_size(rows)])
 
-    first = layout.cdiv(cu_kv_lens[:-1], limits.page_size)  # of each row's pages
+    first: Any = layout.cdiv(cu_kv_lens[:-1], limits.page_size)  # of each row's pages
     if not in_trace and adapter.validate:
         _require_pages(first, layout.cdiv(kv_lens, limits.page_size), len(page_indices), int(distribution[2]))
     places = xp.clip(first[:, None] + np.arange(limits.pages_per_seq), 0, len(page_indices) - 1)
-    dead = (0, most - rows)
-    table = xp.pad(page_indices[places], (dead, (0, 0))).reshape(-1)
     if chunk_prefill_size is None:
         single = (cu_q_lens[1:] - cu_q_lens[:-1] == 1) & (np.arange(rows) < distribution[2])
         decodes = xp.cumprod(single.astype(np.int32)).sum()  # those before the first longer one
         distribution = xp.stack([decodes, decodes, distribution[2]]).astype(np.int32)
-    lens = xp.pad(kv_lens, dead), table, xp.pad(cu_q_lens, dead, mode="edge")
-    return adapter.run(*arrays, *lens, distribution, chunk_prefill_size=chunk_prefill_size)
+    table = page_indices[places].reshape(-1)
+    return adapter.run(*arrays, kv_lens, table, cu_q_lens, distribution, chunk_prefill_size=chunk_prefill_size)
 
 
 def _require_metadata(metadata: tuple[Any, ...]) -> None:
