@@ -36,33 +36,9 @@ class Programs(Protocol):
     kv_layout: str
     limits: Limits
 
-    def __call__(
-        self,
-        queries: Any,
-        keys: Any,
-        values: Any,
-        kv_cache: Any,
-        kv_lens: Any,
-        page_indices: Any,
-        cu_q_lens: Any,
-        distribution: Any,
-        /,
-        *,
-        validate: bool = True,
-    ) -> Result: ...
+    def __call__(self, *args: Any, **options: Any) -> Result: ...
 
-    def traced(
-        self,
-        queries: Any,
-        keys: Any,
-        values: Any,
-        kv_cache: Any,
-        kv_lens: Any,
-        page_indices: Any,
-        cu_q_lens: Any,
-        distribution: Any,
-        /,
-    ) -> Result: ...
+    def traced(self, *args: Any, **options: Any) -> Result: ...
 
 
 class Feature(NamedTuple):

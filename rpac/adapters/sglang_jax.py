@@ -162,6 +162,7 @@ def _run(
     first: Any = layout.cdiv(cu_kv_lens[:-1], limits.page_size)  # of each row's pages
     if not in_trace and adapter.validate:
         _require_pages(first, layout.cdiv(kv_lens, limits.page_size), len(page_indices), int(distribution[2]))
+    # Only a row's own pages are read: what follows them, and dead rows, may be any entry that is there.
     places = xp.clip(first[:, None] + np.arange(limits.pages_per_seq), 0, len(page_indices) - 1)
     if chunk_prefill_size is None:
         single = (cu_q_lens[1:] - cu_q_lens[:-1] == 1) & (np.arange(rows) < distribution[2])

@@ -39,7 +39,10 @@ def main(path: str, seed: int) -> None:
         rows = metadata.seq_lens, metadata.page_indices, metadata.cu_q_lens, metadata.cu_kv_lens, metadata.distribution
         queries, keys, values, kv_cache = call.arrays
         got = main_branch(queries, keys, values, kv_cache, *rows, None, sm_scale=scale)
-        require_equal("main branch, host", call, got, (wanted[0], wanted[1].reshape(kv_cache.shape)))
+        expected_v3 = wanted[0], wanted[1].reshape(kv_cache.shape)
+        require_equal("main branch, host", call, got, expected_v3)
+        in_jit = jax.jit(lambda *args: main_branch(*args, None, sm_scale=scale))
+        require_equal("main branch, in jit", call, in_jit(*call.arrays, *rows), expected_v3)
         got = old(*arguments[:3], flat_heads(call.kv_cache), *rows, sm_scale=scale)
         require_equal("host", call, got, wanted)
         require_equal("attention backend in jit", call, in_server(backend, engine, arguments), wanted)
