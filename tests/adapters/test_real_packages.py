@@ -37,13 +37,14 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("ejkernel", "its operation in jit"),
     ],
 )
-def test_the_adapter_does_what_the_package_does(name: str, in_server: str, tiny_bundle: Path) -> None:
+def test_the_adapter_does_what_the_package_does(name: str, in_server: str, tiny_bundle: Path, tmp_path: Path) -> None:
     try:
         python = environments.ensure(name)
     except SystemExit as reason:  # no interpreter of the version that the packages need
         pytest.skip(str(reason))
     print(f"seed {SEED}")
-    env = {**os.environ, "PYTHONPATH": str(environments.ROOT), "JAX_PLATFORMS": "cpu"}
+    # ejkernel keeps what it tuned in the home folder.
+    env = {**os.environ, "PYTHONPATH": str(environments.ROOT), "JAX_PLATFORMS": "cpu", "HOME": str(tmp_path)}
     command = [python, PEERS / f"check_{name}.py", tiny_bundle, str(SEED)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)
     print(done.stdout)
