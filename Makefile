@@ -12,8 +12,8 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow lint generate generated check bench-cpu bench-peers bench-scheduling calibrate build-all \
-	serve-demo clean
+.PHONY: demo test test-newest test-slow test-adapters lint generate generated check bench-cpu bench-peers bench-scheduling \
+	calibrate build-all serve-demo clean
 
 demo: $(VENV)/ready
 	$(BIN)/rpac build specs/llama3-8b.yaml --target tpu7x --target cpu
@@ -38,6 +38,10 @@ endif
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(JOBS) -m slow
+
+# The adapters beside the packages that they stand in for, in environments under build/adapters.
+test-adapters: $(VENV)/ready
+	NEWEST_PYTHON="$(NEWEST_PYTHON)" $(BIN)/python -m pytest -m slow -rA tests/adapters
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ ORDER = [
     "accuracy", "canary",  # how good an answer must be, and the calls that a bundle stores answers to
     "publish", "store",  # files and folders: a bundle's and a cache's
     "compat", "runtime", "toolchain",  # JAX: what differs, what runs, what it is
-    "lower", "schedule", "bundle", "select", "engine",
+    "lower", "schedule", "bundle", "select", "engine", "adapters",
     "reference", "answers", "check", "build", "serve_check", "predict", "tune",
     "cli",
 ]  # fmt: skip

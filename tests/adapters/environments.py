@@ -1,0 +1,68 @@
+"""The peers' own environments under build/: a jax that each asks for, its package from the index, and no server around it.
+
+    python tests/adapters/environments.py tpu_inference sglang_jax ejkernel
+
+makes them and prints their interpreters. Needs Python 3.12 or 3.13.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """`needs` are installed with their dependencies; `peer` without, because a server's are heavy."""
+
+    peer: str
+    needs: tuple[str, ...]
+
+
+# flatbuffers is what rpac needs to read a bundle beside jax; the rest is what the peers' kernels import.
+ENVIRONMENTS = {
+    # 0.32.0 asks for jax 0.11.2.
+    "tpu_inference": Environment("tpu-inference==0.32.0", ("jax==0.11.2", "flatbuffers")),
+    # 0.0.2 asks for jax 0.8, older than rpac takes; the repository's main branch asks for 0.11.1.
+    "sglang_jax": Environment("sglang-jax==0.0.2", ("jax==0.11.1", "flatbuffers", "flax")),
+    # 0.0.80.3 asks for jax 0.10.
+    "ejkernel": Environment(
+        "ejkernel==0.0.80.3",
+        ("jax==0.10.2", "flatbuffers", "beartype", "chex", "einops", "jaxtyping", "pydantic", "tqdm"),
+    ),
+}
+
+
+def ensure(name: str) -> Path:
+    """The interpreter of the environment of one adapter's peer, made where it is not there."""
+    environment = ENVIRONMENTS[name]
+    folder = ROOT / "build" / "adapters" / name
+    python = folder / "bin" / "python"
+    ready = folder / "ready"  # written last, so that half an environment is made again
+    wanted = json.dumps(asdict(environment))
+    if not ready.exists() or ready.read_text() != wanted:
+        subprocess.run([_interpreter(), "-m", "venv", "--clear", str(folder)], check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, *environment.needs], check=True)
+        subprocess.run([*pip, "--no-deps", environment.peer], check=True)
+        ready.write_text(wanted)
+    return python
+
+
+def _interpreter() -> str:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from peers import environment  # the comparison looks for one of the same versions
+    finally:
+        sys.path.pop(0)
+    return environment._interpreter()
+
+
+if __name__ == "__main__":
+    for asked in sys.argv[1:] or ENVIRONMENTS:
+        print(ensure(asked), flush=True)

@@ -1,0 +1,102 @@
+"""An engine that only notes its calls, and each adapter with a sound call of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import signatures
+
+from rpac import layout
+from rpac.adapters import ejkernel, sglang_jax, tpu_inference
+from rpac.batch import Batch, Limits
+from rpac.bundle import Dims
+from rpac.spec import Spec
+
+
+@dataclass
+class FakeEngine:
+    """Returns the metadata it was called with as its output, and the cache as it came."""
+
+    name: str = "tiny"
+    model: Dims = field(default_factory=lambda: Dims(4, 2, 128, "bfloat16", "bfloat16", 128**-0.5))
+    kv_layout: str = "interleaved"
+    limits: Limits = field(default_factory=lambda: Limits(16, 8, 4, 32, 16, (8, 32)))
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    traces: list[tuple[Any, ...]] = field(default_factory=list)
+    validated: list[bool] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, spec: Spec) -> FakeEngine:
+        model = spec.model
+        dims = Dims(model.q_heads, model.kv_heads, model.head_dim, model.q_dtype, model.kv_dtype, model.sm_scale)
+        return cls(spec.name, dims, spec.serving.kv_layout, Limits.of(spec))
+
+    def __call__(self, *args: Any, validate: bool = True) -> Any:
+        self.calls.append(args)
+        self.validated.append(validate)
+        return args[4:], args[3]
+
+    def traced(self, *args: Any) -> Any:
+        self.traces.append(args)
+        return args[4:], args[3]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What a test needs of one adapter."""
+
+    make: Callable[..., Callable[..., Any]]
+    signature: str
+    scale: str
+
+
+ADAPTERS = {
+    "tpu_inference": Peer(tpu_inference.ragged_paged_attention, signatures.TPU_INFERENCE, "sm_scale"),
+    "sglang_jax": Peer(sglang_jax.ragged_paged_attention, signatures.SGLANG_JAX, "sm_scale"),
+    "sglang_jax main": Peer(sglang_jax.ragged_paged_attention_v3, signatures.SGLANG_JAX_V3, "sm_scale"),
+    "ejkernel operation": Peer(ejkernel.ragged_page_attention_v3, signatures.EJKERNEL, "softmax_scale"),
+    "ejkernel kernel": Peer(ejkernel.ragged_page_attention_v3_kernel, signatures.EJKERNEL_KERNEL, "softmax_scale"),
+}
+
+
+def cache_of(engine: Any) -> Any:
+    """A cache of zeros, as the contract lays it out."""
+    model, limits = engine.model, engine.limits
+    packing = layout.packing(model.kv_dtype)
+    words = layout.cdiv(2 * model.kv_heads, packing)
+    return jnp.zeros((limits.num_pages, limits.page_size, words, packing, model.head_dim), model.kv_dtype)
+
+
+def arguments(name: str, engine: Any, q_lens: Sequence[int] = (1, 1)) -> list[Any]:
+    """The positional arguments of a sound call: sequences with 2 tokens of context each."""
+    limits = engine.limits
+    tables = [[2 * row, 2 * row + 1] for row in range(len(q_lens))]
+    batch = Batch.build(limits, q_lens, [2] * len(q_lens), tables)
+    model = engine.model
+    queries = jnp.zeros((batch.tokens, model.q_heads, model.head_dim), model.q_dtype)
+    keys = jnp.zeros((batch.tokens, model.kv_heads, model.head_dim), model.kv_dtype)
+    return peer_arguments(name, batch, [queries, keys, keys, cache_of(engine)])
+
+
+def peer_arguments(name: str, batch: Batch, arrays: Sequence[Any]) -> list[Any]:
+    """A batch as the peer passes it."""
+    *tokens, kv_cache = arrays
+    if not name.startswith("sglang_jax"):
+        return [*tokens, kv_cache, batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution]
+    pages = [page for row in batch for page in row.pages]
+    used = [len(row.pages) for row in batch]
+    rows = len(batch.kv_lens)
+    cu_kv_lens = np.zeros(rows + 1, np.int32)
+    cu_kv_lens[1 : len(used) + 1] = np.cumsum(used) * batch.limits.page_size
+    cu_kv_lens[len(used) + 1 :] = cu_kv_lens[len(used)]
+    listed = np.array([*pages, 0], np.int32)
+    k = len(batch)
+    whole = np.array([k, k, k] if batch.kind == "decode" else [0, k, k], np.int32)
+    metadata = [batch.kv_lens, listed, batch.cu_q_lens, cu_kv_lens, whole]
+    if name == "sglang_jax main":
+        return [*tokens, kv_cache, *metadata, None]
+    return [*tokens, kv_cache.reshape(*kv_cache.shape[:2], -1, kv_cache.shape[-1]), *metadata]

@@ -1,0 +1,316 @@
+"""An adapter takes exactly its peer's arguments: each is followed, refused by name, or said to tune the peer's kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from fake import ADAPTERS, FakeEngine, arguments
+from signatures import signature
+
+from rpac.adapters import tpu_inference
+from rpac.adapters._common import DEFAULT_MASK_VALUE
+from rpac.errors import BatchError, SelectionError
+from rpac.spec import Spec, parse_spec
+
+NAMES = sorted(ADAPTERS)
+
+# Values of arguments that ask for what no program does.
+REFUSED: dict[str, list[Any]] = {
+    "attention_sink": [np.zeros(4, np.float32)],
+    "causal": [0],
+    "custom_mask": [np.ones(8, np.int32)],
+    "debug_mode": [True],
+    "k_scale": [0.5, 1.0],
+    "logits_soft_cap": [30.0],
+    "mask_aligned_to_cu_kv": [True],
+    "mask_value": [-1e4, 0.0],
+    "q_scale": [0.5],
+    "skip_kv_mask": [True],
+    "sliding_window": [4096, 0],
+    "soft_cap": [30.0, 0.0],
+    "softmax_aux": [np.zeros(4, np.float32)],
+    "softmax_dtype": [jnp.float32, jnp.bfloat16],
+    "update_kv_cache": [False],
+    "use_causal_mask": [False],
+    "v_scale": [0.5],
+    "xai_temperature_len": [1024.0],
+}
+
+# Those that ask for nothing beside the signature's defaults.
+NEUTRAL: dict[str, list[Any]] = {
+    "causal": [True],
+    "mask_value": [None, DEFAULT_MASK_VALUE],
+    "out_dtype": [jnp.bfloat16, "bfloat16", np.dtype("bfloat16")],
+    "skip_kv_mask": [np.False_],
+    "use_causal_mask": [1, np.True_],
+}
+
+# Those that choose or tune the peer's kernel.
+TUNING: dict[str, Any] = {
+    "cfg": None,
+    "d_block_sizes": (1, 64, 1, 64),
+    "disable_bounds_checks": False,
+    "disable_semaphore_checks": False,
+    "m_block_sizes": (8, 64, 8, 64),
+    "num_kv_pages_per_block": 4,
+    "num_queries_per_block": 8,
+    "p_block_sizes": (8, 64, 8, 64),
+    "platform": "pallas",
+    "vmem_limit_bytes": 1 << 20,
+}
+
+FOLLOWED = {
+    "sm_scale", "softmax_scale", "chunk_prefill_size", "out_dtype", "mesh", "in_specs", "out_specs", "cu_kv_lens",
+    "queries", "keys", "values", "kv_cache", "kv_cache_fused", "kv_lens", "page_indices", "block_tables", "cu_q_lens",
+    "query_start_loc", "distribution",
+}  # fmt: skip
+
+
+def of(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Each adapter with each of its arguments that is among `values`."""
+    taken = {name: inspect.signature(ADAPTERS[name].make(FakeEngine())).parameters for name in NAMES}
+    return [(name, argument) for name in NAMES for argument in sorted(set(values) & set(taken[name]))]
+
+
+def call(name: str, engine: Any, *given: Any, **options: Any) -> Any:
+    """The adapter on `given`, else on a decode batch of 2 rows, with the bundle's scale unless `options` say otherwise."""
+    attention = ADAPTERS[name].make(engine)
+    args = list(given or arguments(name, engine))
+    keywords = {ADAPTERS[name].scale: engine.model.sm_scale, **options}
+    parameters = inspect.signature(attention).parameters
+    for at, (argument, parameter) in enumerate(parameters.items()):
+        if argument in keywords and parameter.kind is not parameter.KEYWORD_ONLY:
+            args[at:] = [keywords.pop(argument)]  # those are the last of a signature's
+    return attention(*args, **keywords)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_signature_is_the_peers(name: str) -> None:
+    assert signature(ADAPTERS[name].make(FakeEngine())) == ADAPTERS[name].signature
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_argument_of_a_peer_is_followed_refused_or_tuning(name: str) -> None:
+    taken = set(inspect.signature(ADAPTERS[name].make(FakeEngine())).parameters)
+    assert taken <= FOLLOWED | set(REFUSED) | set(TUNING)
+
+
+@pytest.mark.parametrize(("name", "argument"), of(REFUSED))
+def test_what_no_program_does_is_refused_by_name(name: str, argument: str) -> None:
+    for value in REFUSED[argument]:
+        engine = FakeEngine()
+        shown = re.escape(f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray) else repr(value))
+        with pytest.raises(SelectionError, match=f"^{argument} is {shown}; must be .*; no line of a spec adds it: run"):
+            call(name, engine, **{argument: value})
+        assert engine.calls == []
+
+
+@pytest.mark.parametrize(("name", "argument"), of(NEUTRAL))
+def test_what_asks_for_nothing_is_taken(name: str, argument: str) -> None:
+    for value in NEUTRAL[argument]:
+        engine = FakeEngine()
+        call(name, engine, **{argument: value})
+        assert len(engine.calls) == 1
+
+
+@pytest.mark.parametrize(("name", "argument"), of(TUNING))
+def test_what_tunes_the_peers_kernel_changes_nothing(name: str, argument: str) -> None:
+    plain, tuned = FakeEngine(), FakeEngine()
+    call(name, plain)
+    call(name, tuned, **{argument: TUNING[argument]})
+    for one, other in zip(plain.calls[0], tuned.calls[0], strict=True):
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_scale_must_be_the_bundles(name: str) -> None:
+    engine = FakeEngine()
+    argument, built = ADAPTERS[name].scale, engine.model.sm_scale
+    for same in (built, np.float32(built), jnp.float32(built)):
+        call(name, engine, **{argument: same})
+    assert len(engine.calls) == 3
+    for other in (1.0, built * 1.001, 0.0, float("nan")):
+        with pytest.raises(SelectionError, match=f"^{argument} is {other}; must be {built}.*\nmodel:\n  sm_scale: "):
+            call(name, engine, **{argument: other})
+    assert len(engine.calls) == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scale_left_out_is_the_peers_default_of_1(name: str) -> None:
+    engine = FakeEngine()
+    with pytest.raises(SelectionError, match=f"{ADAPTERS[name].scale} is 1.0; must be {engine.model.sm_scale}"):
+        ADAPTERS[name].make(engine)(*arguments(name, engine))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_traced_scale_is_refused(name: str) -> None:
+    engine = FakeEngine()
+    with pytest.raises(BatchError, match="is traced; must be a number"):
+        jax.jit(lambda scale: call(name, engine, **{ADAPTERS[name].scale: scale}))(0.5)
+
+
+def test_ejkernel_takes_none_for_the_scale_of_head_dim() -> None:
+    engine = FakeEngine()
+    call("ejkernel operation", engine, softmax_scale=None)
+    other = FakeEngine(model=dataclasses.replace(engine.model, sm_scale=0.5))
+    with pytest.raises(SelectionError, match=r"softmax_scale is 0\.0883"):
+        call("ejkernel operation", other, softmax_scale=None)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "ejkernel operation"])
+def test_a_prefill_chunk_must_be_the_bundles(name: str) -> None:
+    engine = FakeEngine()
+    call(name, engine, chunk_prefill_size=16)
+    with pytest.raises(
+        SelectionError, match=r"(?s)^chunk_prefill_size is 32; must be None or 16.*\n  prefill_chunk: 32$"
+    ):
+        call(name, engine, chunk_prefill_size=32)
+
+
+def test_the_prefill_chunk_of_an_ejkernel_config_counts() -> None:
+    class Config:
+        chunk_prefill_size = 32
+
+    with pytest.raises(SelectionError, match="chunk_prefill_size is 32"):
+        call("ejkernel operation", FakeEngine(), cfg=Config())
+
+
+@pytest.mark.parametrize("name", ["tpu_inference", "sglang_jax main"])
+def test_another_dtype_of_the_output_is_refused(name: str) -> None:
+    with pytest.raises(SelectionError, match="out_dtype is float32; must be None or bfloat16"):
+        call(name, FakeEngine(), out_dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bundle_that_keeps_k_and_v_apart_is_refused_at_once(name: str) -> None:
+    with pytest.raises(
+        SelectionError, match=r"(?s)kv_layout separate; must be interleaved.*\n  kv_layout: interleaved$"
+    ):
+        ADAPTERS[name].make(FakeEngine(kv_layout="separate"))
+
+
+# A key of the spec, and another value of it that a server may have.
+SIZES = [
+    ("model", "q_heads", 8),
+    ("model", "kv_heads", 4),
+    ("model", "head_dim", 256),
+    ("model", "q_dtype", "float32"),
+    ("serving", "page_size", 32),
+    ("serving", "max_model_len", 256),
+    ("serving", "max_num_seqs", 7),
+    ("serving", "num_pages", 99),
+]
+
+
+def with_lines(tiny: Spec, *lines: dict[str, dict[str, Any]]) -> Spec:
+    """The spec with some lines replaced."""
+    data = yaml.safe_load(tiny.source)
+    for each in lines:
+        for section, keys in each.items():
+            data[section].update(keys)
+    return parse_spec(yaml.safe_dump(data), "changed.yaml")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("section", "key", "value"), SIZES, ids=str)
+def test_arrays_of_another_size_are_refused_with_the_lines_that_build_for_them(
+    name: str, section: str, key: str, value: Any, tiny: Spec
+) -> None:
+    if name.startswith("sglang") and key == "max_model_len":
+        return  # its page lists have no fixed length
+    more = {"kv_dtype": value} if key == "q_dtype" else {}
+    server = FakeEngine.of(with_lines(tiny, {section: {key: value, **more}}))
+    built = FakeEngine.of(tiny)
+    with pytest.raises(SelectionError) as raised:
+        call(name, built, *arguments(name, server))
+    message = str(raised.value)
+    assert f"{key} of " in message
+    assert f" is {value}, must be " in message
+    advised = FakeEngine.of(with_lines(tiny, yaml.safe_load(message[message.index("\n") :])))
+    call(name, advised, *arguments(name, server), **{ADAPTERS[name].scale: advised.model.sm_scale})
+    assert len(advised.calls) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_of_a_dtype_that_no_spec_has_is_refused_without_lines(name: str) -> None:
+    engine = FakeEngine()
+    args = list(arguments(name, engine))
+    args[3] = args[3].astype(jnp.float8_e4m3fn)
+    with pytest.raises(SelectionError, match=r"kv_dtype of kv_cache is float8_e4m3fn.*; no line of a spec adds that"):
+        call(name, engine, *args)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arrays_of_other_axes_are_refused(name: str) -> None:
+    engine = FakeEngine()
+    names = list(inspect.signature(ADAPTERS[name].make(engine)).parameters)
+    for at, array in enumerate(arguments(name, engine)):
+        if array is None:
+            continue
+        for wrong in (np.asarray(array)[None], [1, 2]):
+            args = list(arguments(name, engine))
+            args[at] = wrong
+            with pytest.raises(BatchError, match=r"must be an array of \d axes"):
+                call(name, engine, *args)
+        assert engine.calls == [], names[at]
+
+
+def test_a_size_of_the_servers_scale_keeps_the_engines_own_refusals(bundle: Path) -> None:
+    import rpac
+
+    engine = rpac.load(bundle, target="cpu")
+    args = list(arguments("tpu_inference", engine))
+    attention = tpu_inference.ragged_paged_attention(engine)
+    args[0], args[1], args[2] = (array[:5] for array in args[:3])
+    with pytest.raises(SelectionError, match="queries have 5 rows; the token buckets built are 8, 32"):
+        attention(*args, sm_scale=engine.model.sm_scale)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inside_a_trace_the_engine_is_called_as_traced(name: str) -> None:
+    engine = FakeEngine()
+    args = arguments(name, engine)
+    call(name, engine, *args)
+    jax.eval_shape(lambda *given: call(name, engine, *given), *args)
+    one = list(args)  # a single tracer is enough, wherever it is
+    jax.eval_shape(lambda lens: call(name, engine, *one[:4], lens, *one[5:]), args[4])
+    assert [len(engine.calls), len(engine.traces)] == [1, 2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("validate", [True, False])
+def test_validation_of_the_metadata_can_be_left_out(name: str, validate: bool) -> None:
+    engine = FakeEngine()
+    ADAPTERS[name].make(engine, validate=validate)(
+        *arguments(name, engine), **{ADAPTERS[name].scale: engine.model.sm_scale}
+    )
+    assert engine.validated == [validate]
+
+
+def test_importing_the_adapters_imports_no_peer_and_the_package_alone_nothing() -> None:
+    code = """
+import json, sys
+import rpac.adapters
+early = sorted(sys.modules)
+from rpac.adapters import ejkernel, sglang_jax, tpu_inference
+print(json.dumps([early, sorted(sys.modules)]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    early, late = json.loads(done.stdout)
+    assert not {"jax", "numpy", "yaml"} & set(early)
+    peers: Callable[[str], bool] = lambda name: name.split(".")[0] in ("tpu_inference", "sgl_jax", "ejkernel")  # noqa: E731
+    assert not any(map(peers, late))
+    assert not {"yaml", "jinja2", "click", "libtpu"} & set(late)
