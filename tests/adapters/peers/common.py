@@ -1,4 +1,4 @@
-"""What the checks in the peers' environments share: batches, an engine with a traced call, and comparison.
+"""What the checks in the peers' environments share: batches, an engine that counts, and comparison.
 
 Run by tests/adapters/test_real_packages.py as `check_NAME.py BUNDLE SEED`, with rpac on PYTHONPATH. Each line printed is
 a claim that held; a claim that does not ends the process.
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from signatures import signature
 
 import rpac
-from rpac.bundle import Variant, read_target
+from rpac.bundle import Variant
 
 # One last place of bfloat16, to which both round their outputs, and what a peer's bfloat16 weights of the softmax add.
 RELATIVE, ABSOLUTE = 2**-7, 1e-2
@@ -42,17 +42,11 @@ SHAPES = [
 
 
 class TracedEngine:
-    """A loaded engine; its `traced` is the engine's own, or where it has none the mixed program, which takes any batch."""
+    """A loaded engine that counts the calls which are traced."""
 
     def __init__(self, path: str) -> None:
         self.engine = rpac.load(path, target="cpu")
         self.traces = 0
-        loaded = read_target(path, lambda manifest: manifest.targets["cpu"])
-        self._mixed = {
-            program.variant.tokens: jax.export.deserialize(bytearray(loaded.blobs[program.exported.sha256]))
-            for program in loaded.target.programs
-            if program.variant == Variant("mixed", program.variant.tokens)
-        }
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
@@ -62,9 +56,7 @@ class TracedEngine:
 
     def traced(self, *args: Any) -> Any:
         self.traces += 1
-        if hasattr(self.engine, "traced"):
-            return self.engine.traced(*args)
-        return self._mixed[args[0].shape[0]].call(*args)
+        return self.engine.traced(*args)
 
 
 @dataclass(frozen=True)
