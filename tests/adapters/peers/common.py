@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
