@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 import click
 
 from rpac.build import chosen_targets
+from rpac.chip import is_tpu
 from rpac.cli.common import json_option, kind_option, print_json, spec_argument, table, target_option
 from rpac.errors import CheckError
 from rpac.plan.tuned import FOLDER
@@ -29,7 +29,14 @@ HEADER = ("case", "token buckets", "timed", "rejected", "chosen", "of the rule's
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder of the data files; default: the package's own."
 )
-@click.option("--budget", type=click.FloatRange(0), metavar="MINUTES", help="Then start no further candidate.")
+@click.option(
+    "--budget",
+    type=click.FloatRange(0),
+    default=25.0,
+    show_default=True,
+    metavar="MINUTES",
+    help="For each target; then start no further candidate.",
+)
 @click.option("--jobs", type=click.IntRange(1), help="Candidates at once; default: one a core.")
 @click.option("--scheduler", metavar="ADDRESS", help="Search on the Dask cluster of this scheduler instead.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the batches and the checks.")
@@ -40,7 +47,7 @@ def tune_command(
     targets: tuple[str, ...],
     kinds: tuple[str, ...],
     out: Path | None,
-    budget: float | None,
+    budget: float,
     jobs: int | None,
     scheduler: str | None,
     seed: int,
@@ -55,9 +62,9 @@ def tune_command(
     if jobs is not None and scheduler is not None:
         raise click.UsageError("--jobs is for this machine, --scheduler for a cluster: give one of them")
     start = time.monotonic()
-    end = math.inf if budget is None else start + 60 * budget
     spec = load_spec(spec_file)
     chosen = chosen_targets(spec, targets)
+    end = start + 60 * budget * max(sum(map(is_tpu, chosen)), 1)
     with _pool(jobs, scheduler) as pool:
         report = tune(
             spec,
