@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def _others(ax, section: Section, colors: dict[str, str]) -> None:
         heights = [0.0 if result.error else score(case, result) for case, result in zip(cases, results, strict=True)]
         if any(heights):
             ax.bar([x + place * width for x in range(len(cases))], heights, width, color=colors[name], label=name)
-    names = [f"{case.label}\n({MEASURE[case.kind]})" for case in cases]
+    names = [textwrap.fill(f"{case.label} ({MEASURE[case.kind]})", 18) for case in cases]
     ax.set_xticks([x + 0.4 - width / 2 for x in range(len(cases))], names, fontsize=7)
     ax.set(ylabel="share of the peak, whole call", title=section.title)
     ax.grid(alpha=0.3, axis="y")
