@@ -18,16 +18,19 @@ PINNED = ("jax==0.11.2", "jaxlib==0.11.2", "libtpu==0.0.48")
 PEERS = ("tpu-inference==0.32.0", "flywheel-tpu==0.3.0")
 
 
-def ensure(folder: Path, compiler: Sequence[str] = COMPILER) -> str:
-    """The interpreter of the environment in `folder`, made where it is not there. Needs Python 3.12 or later."""
+def ensure(folder: Path, compiler: Sequence[str] = COMPILER, peers: Sequence[str] = PEERS) -> str:
+    """The interpreter of the environment in `folder`, made where it is not there. Needs Python 3.12 or later.
+
+    `compiler` comes with its dependencies, `peers` without: theirs are a server's.
+    """
     python = folder / "bin" / "python"
     ready = folder / "ready"  # written last, so that half an environment is made again
-    wanted = json.dumps([*compiler, *PEERS])
+    wanted = json.dumps([*compiler, *peers])
     if not ready.exists() or ready.read_text() != wanted:
         subprocess.run([_interpreter(), "-m", "venv", "--clear", str(folder)], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, *compiler], check=True)
-        subprocess.run([*pip, "--no-deps", *PEERS], check=True)
+        subprocess.run([*pip, "--no-deps", *peers], check=True)
         ready.write_text(wanted)
     return str(python)
 

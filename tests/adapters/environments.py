@@ -7,10 +7,8 @@ makes them and prints their interpreters. Needs Python 3.12 or 3.13.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -40,27 +38,13 @@ ENVIRONMENTS = {
 
 def ensure(name: str) -> Path:
     """The interpreter of the environment of one adapter's peer, made where it is not there."""
-    environment = ENVIRONMENTS[name]
-    folder = ROOT / "build" / "adapters" / name
-    python = folder / "bin" / "python"
-    ready = folder / "ready"  # written last, so that half an environment is made again
-    wanted = json.dumps(asdict(environment))
-    if not ready.exists() or ready.read_text() != wanted:
-        subprocess.run([_interpreter(), "-m", "venv", "--clear", str(folder)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, *environment.needs], check=True)
-        subprocess.run([*pip, "--no-deps", environment.peer], check=True)
-        ready.write_text(wanted)
-    return python
-
-
-def _interpreter() -> str:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        from peers import environment  # the comparison looks for one of the same versions
+        from peers import environment  # the comparison makes its own likewise
     finally:
         sys.path.pop(0)
-    return environment._interpreter()
+    wanted = ENVIRONMENTS[name]
+    return Path(environment.ensure(ROOT / "build" / "adapters" / name, wanted.needs, [wanted.peer]))
 
 
 if __name__ == "__main__":
