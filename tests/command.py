@@ -22,10 +22,18 @@ def rpac(
     )
 
 
-def start(*args: object, cache: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """The running command, in a process group of its own."""
+def start(*args: object, cache: Path, env: dict[str, str] | None = None, interrupts: str = "") -> subprocess.Popen[str]:
+    """The running command, in a process group of its own.
+
+    interrupts: `SIG_DFL` or `SIG_IGN`, what it finds SIGINT set to; else as here, which is SIG_IGN where a shell started
+    the tests with `&`.
+    """
+    command = [*RPAC, *map(str, args)]
+    if interrupts:
+        code = f"import os, signal, sys; signal.signal(signal.SIGINT, signal.{interrupts}); os.execv(sys.argv[1], sys.argv[1:])"
+        command = [sys.executable, "-c", code, *command]
     return subprocess.Popen(
-        [*RPAC, *map(str, args)],
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

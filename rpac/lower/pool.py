@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process, resource_tracker
-from types import FrameType
 
 from rpac.errors import CompileError
 from rpac.lower.cache import Cache
@@ -40,12 +39,12 @@ def lower_all(
     if todo:
         workers = min(jobs or os.cpu_count() or 1, len(todo))
         resource_tracker.ensure_running()  # here: when a worker's start starts it, it lets interrupts through again
-        with noted_interrupts() as noted, ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(workers) as pool:
             futures = {pool.submit(_run_alone, tasks[index], tools): index for index in todo}
             try:
                 for future in as_completed(futures):
                     index = futures[future]
-                    done[index] = _result(future, tasks[index], noted)
+                    done[index] = _result(future, tasks[index])
                     cache.put(tasks[index], tools, done[index])
                     progress(tasks[index], "compiled")
             except BaseException:
@@ -75,28 +74,9 @@ def interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@contextlib.contextmanager
-def noted_interrupts() -> Iterator[list[int]]:
-    """Holds the interrupts so far: one that Python raised where it ignores exceptions must not be taken for a crash."""
-    noted: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before) or threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        before(number, frame)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _start() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends a worker in silence; the build says what there is to say
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is where a shell started the build with `&`
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends a worker in silence; the build says what there is to say
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     prepare()
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -110,13 +90,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _result(future: Future[Lowered], task: Task, noted: Sequence[int]) -> Lowered:
+def _result(future: Future[Lowered], task: Task) -> Lowered:
     try:
         return future.result()
     except BrokenProcessPool as error:
         time.sleep(INTERRUPT_SECONDS)  # which ends here if all of the process group was interrupted
-        if noted:
-            raise KeyboardInterrupt from error
         raise CompileError(
             f"{task.label}: a compiling process died; it may have run out of memory: build with fewer --jobs"
         ) from error

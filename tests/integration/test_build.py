@@ -110,9 +110,9 @@ def children_of(parent: int) -> list[str]:
     return [pid for pid in pids if (found := state_and_parent(pid)) is not None and found[1] == str(parent)]
 
 
-def half_way(*args: object, cache: Path, spec: Path = TINY) -> subprocess.Popen[str]:
-    """A build for cpu of which one variant is compiled and the others are not."""
-    process = start("build", spec, "--target", "cpu", "--jobs", 1, *args, cache=cache)
+def half_way(*args: object, cache: Path, spec: Path = TINY, interrupts: str = "") -> subprocess.Popen[str]:
+    """A build for cpu of which one variant is compiled and the others are not; `interrupts` as `start` has it."""
+    process = start("build", spec, "--target", "cpu", "--jobs", 1, *args, cache=cache, interrupts=interrupts)
     assert process.stderr is not None
     assert "compiled" in process.stderr.readline()
     return process
@@ -263,13 +263,22 @@ def test_the_workers_of_a_killed_build_end_with_it(tmp_path: Path) -> None:
 
 def test_an_interrupted_build_leaves_nothing_and_no_traceback(tmp_path: Path) -> None:
     # A long build, that is still under way when a busy machine comes to interrupt it.
-    process = half_way("-o", tmp_path / "out", "--no-cache", cache=tmp_path, spec=TINY.with_name("llama3-8b.yaml"))
+    spec = TINY.with_name("llama3-8b.yaml")
+    process = half_way("-o", tmp_path / "out", "--no-cache", cache=tmp_path, spec=spec, interrupts="SIG_DFL")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, stderr = process.communicate()
     assert process.returncode == 1
     assert "Aborted!" in stderr
     assert "Traceback" not in stderr
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_build_that_a_shell_started_in_the_background_is_not_interrupted(tmp_path: Path) -> None:
+    process = half_way("-o", tmp_path / "out", "--no-cache", cache=tmp_path, interrupts="SIG_IGN")
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert (tmp_path / "out" / "tiny.rpac" / "manifest.json").is_file()
 
 
 def test_of_two_builds_into_one_folder_the_later_fails_or_waits(
