@@ -110,8 +110,8 @@ def test_the_time_runs_out_before_anything_is_timed(tmp_path: Path) -> None:
 def test_an_interrupted_search_ends_at_once_leaves_nothing_behind_and_goes_on_from_there(tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    env = {"TMPDIR": str(temporary)}
-    process = start(*TUNE, "--jobs", 2, "-o", tmp_path / "tuned", cache=tmp_path / "cache", env=env)
+    env, cache = {"TMPDIR": str(temporary)}, tmp_path / "cache"
+    process = start(*TUNE, "--jobs", 2, "-o", tmp_path / "tuned", cache=cache, env=env, interrupts="SIG_DFL")
     assert process.stderr is not None
     first = process.stderr.readline()
     assert "tpu7x/decode rule: " in first
