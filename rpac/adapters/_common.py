@@ -15,12 +15,12 @@ import numpy as np
 from rpac import layout
 from rpac.batch import Limits
 from rpac.bundle import Dims
+from rpac.bundle.manifest import ARGS
 from rpac.errors import BatchError, SelectionError
 
 Result = tuple[jax.Array, jax.Array]
 
-NAMES = ("queries", "keys", "values", "kv_cache", "kv_lens", "page_indices", "cu_q_lens", "distribution")
-AXES = (3, 3, 3, 5, 1, 1, 1, 1)
+AXES = (3, 3, 3, 5, 1, 1, 1, 1)  # of each of ARGS
 
 PREFILL_AS_MIXED = np.array([0, 0, 2])  # (i, j, k) becomes (i, i, k)
 
@@ -139,7 +139,7 @@ class Adapter:
         There may be fewer rows than max_num_seqs. Without `chunk_prefill_size`, rows [i, j) may have any length: they
         run as mixed rows.
         """
-        require_axes(NAMES, args, AXES)
+        require_axes(ARGS, args, AXES)
         queries, keys, _, kv_cache, kv_lens, page_indices, cu_q_lens, distribution = args
         sizes = self.array_sizes(queries, keys, kv_cache), self._row_sizes(kv_cache, kv_lens, page_indices)
         self.require_sizes(itertools.chain(*sizes))

@@ -168,11 +168,10 @@ def _page_lists(page_tables: Sequence[Integers] | NDArray[np.integer[Any]]) -> t
     if not isinstance(page_tables, (list, tuple, np.ndarray)):
         raise BatchError(f"page_tables is a {type(page_tables).__name__}; must be a list of lists of integers")
     try:
+        if isinstance(page_tables, np.ndarray) and page_tables.ndim == 2:
+            # Read whole: a list of its elements would take long.
+            return integers("pages", page_tables.reshape(-1), INT32.min), np.full(*page_tables.shape)
         sizes = np.array([len(pages) for pages in page_tables], np.int64)
-        if (
-            isinstance(page_tables, np.ndarray) and page_tables.ndim == 2
-        ):  # whole: a list of its elements would take long
-            return integers("pages", page_tables.reshape(-1), INT32.min), sizes
         return integers("pages", list(itertools.chain.from_iterable(page_tables)), INT32.min), sizes
     except (BatchError, TypeError):
         # Once more list by list, which is slower and knows where.

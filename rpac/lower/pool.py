@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +16,6 @@ from rpac.lower.cache import Cache
 from rpac.lower.lowered import Lowered, Task
 from rpac.toolchain import prepare, toolchain
 
-INTERRUPT_SECONDS = 1.0  # in which an interrupt that has ended a worker surely reaches this process too
 Progress = Callable[[Task, str], None]
 
 
@@ -94,7 +92,6 @@ def _result(future: Future[Lowered], task: Task) -> Lowered:
     try:
         return future.result()
     except BrokenProcessPool as error:
-        time.sleep(INTERRUPT_SECONDS)  # which ends here if all of the process group was interrupted
         raise CompileError(
             f"{task.label}: a compiling process died; it may have run out of memory: build with fewer --jobs"
         ) from error

@@ -39,9 +39,8 @@ MIN_BUFFERS, MAX_BUFFERS = 3, 16
 SMEM_RESERVE = 64 << 10  # for what the compiler keeps there itself
 VMEM_HEADROOM = 8 * MIB  # above what we count, for values that the compiler spills
 MERGE_TOKENS = 16
-UPDATE_BUFFERS = (
-    5  # pages under update: fetched two steps ahead and written out in three, which hides the latency of DMAs
-)
+# Pages under update: fetched two steps ahead and written out in three, which hides the latency of DMAs.
+UPDATE_BUFFERS = 5
 XLA_DECODE_BLOCK = 128  # these two: fastest of those timed on two CPU cores, by small margins
 XLA_STEP_BYTES = MIB
 WRITES = 4  # outputs and cache rows of sequences that may still be on their way

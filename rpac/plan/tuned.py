@@ -28,9 +28,9 @@ EVIDENCE_FIELDS: Final = (
     "score", "seed", "toolchain", "spec", "complete", "batches", "rule", "chosen", "tried", "rejected"
 )  # fmt: skip
 
-NEAR: Final = (
-    2.0  # in doublings: how far the largest bucket, and each end of the lengths, may be from a borrowed case's
-)
+# In doublings: how far the largest bucket, and each end of the lengths, may be from those of the case borrowed from.
+NEAR: Final = 2.0
+APART: Final = ("tokens", "length_class")  # what may differ from it
 
 # What tiles do not turn on, or what another part of the key says.
 _NO_PART: Final = {
@@ -96,7 +96,7 @@ class Entry:
     @property
     def interpolated(self) -> str:
         """Likewise, where another case borrows the tiles."""
-        buckets, lengths = (" ".join(map(str, self.key[name])) for name in ("tokens", "length_class"))
+        buckets, lengths = (" ".join(map(str, self.key[name])) for name in APART)
         return f"interpolated from token buckets {buckets}, lengths {lengths}; there {self.origin}"
 
 
@@ -134,10 +134,8 @@ class TunedTiles:
 
 def _doublings(key: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     """How far two cases are apart, in doublings; infinite where anything but token buckets and lengths differs."""
-    apart = ("tokens", "length_class")
-    if {name: value for name, value in key.items() if name not in apart} != {
-        name: value for name, value in other.items() if name not in apart
-    }:
+    fixed, others = ({name: value for name, value in one.items() if name not in APART} for one in (key, other))
+    if fixed != others:
         return math.inf
     sizes = [(one["tokens"][-1], *one["length_class"]) for one in (key, other)]
     return max(abs(math.log2(a / b)) for a, b in zip(*sizes, strict=True))
