@@ -72,6 +72,9 @@ ONE_EDIT = {
     "length off page": ("max_model_len: 128", "max_model_len: 130", "10:18: serving.max_model_len: found 130; must be a multiple of page_size (16); write 144"),
     "cache too small": ("chunk: 16", "chunk: 16\n  num_pages: 7", "15:14: serving.num_pages: found 7; must be at least 8, the pages of one sequence of max_model_len; write 8 or lower max_model_len"),
     "cache too large": ("chunk: 16", "chunk: 16\n  num_pages: 2000000000", "15:14: serving.num_pages: found 2000000000; must be at most 134217727, so that int32 can count the cache's tokens; write `num_pages: 134217727` or less"),
+    "too many devices": ("name: tiny", "name: tiny\nparallel: {tensor: 8, data: 8}", "2:29: parallel.data: found 8; must be at most 32 devices with tensor (8); write 4 or less: replicas need not share a program"),
+    "tensor of none": ("name: tiny", "name: tiny\nparallel: {tensor: 0}", "2:20: parallel.tensor: found 0; must be an integer from 1 to 32; write 1 or more"),
+    "parallel unknown": ("name: tiny", "name: tiny\nparallel: {pipeline: 2}", "2:12: parallel.pipeline: found an unknown key; must be one of tensor, data; remove it"),
     # values out of range or of another type
     "head_dim": ("head_dim: 128", "head_dim: 64", "5:13: model.head_dim: found 64; must be 128 or 256; write 128"),
     "page_size": ("page_size: 16", "page_size: 100", "9:14: serving.page_size: found 100; must be 16, 32, 64, 128 or 256; write 128"),
@@ -121,7 +124,7 @@ ONE_EDIT = {
     # keys
     "key misspelt": ("q_heads: 4", "q_head: 4", f"3:3: model.q_head: found an unknown key; must be one of {MODEL}; write q_heads"),
     "key unknown": ("q_heads: 4", "q_heads: 4\n  color: red", f"4:3: model.color: found an unknown key; must be one of {MODEL}; remove it"),
-    "key misplaced": ("name: tiny", "name: tiny\npage_size: 16", "2:1: page_size: found an unknown key; must be one of name, model, serving, targets; move it under serving"),
+    "key misplaced": ("name: tiny", "name: tiny\npage_size: 16", "2:1: page_size: found an unknown key; must be one of name, model, serving, parallel, targets; move it under serving"),
     "key too deep": ("q_heads: 4", "q_heads: 4\n  name: x", f"4:3: model.name: found an unknown key; must be one of {MODEL}; move it to the top level"),
     "key twice": ("q_heads: 4", "q_heads: 4\n  q_heads: 4", "4:3: model.q_heads: found a second value; must be given once; remove this one or line 3"),
     "key missing": ("  q_heads: 4\n", "", f"3:3: model.q_heads: found no such key; {HEADS}; add `q_heads: 32`"),
