@@ -63,23 +63,44 @@ def nbytes(shape: Shape, dtype: str) -> int:
     return math.prod(shape) * BITS[dtype] // 8
 
 
-def kv_row_shape(model: Model) -> Shape:
-    """K and V of one token, interleaved: `[ceil(2 * kv_heads / packing), packing, align(head_dim, 128)]`.
+def head_lanes(model: Model) -> int:
+    """The lanes of a row of the cache: `head_dim` up to whole registers."""
+    return align(model.head_dim, LANES)
 
-    Flattened over its first two axes the order is K0, V0, K1, V1, ...
+
+def joins_rows(model: Model) -> bool:
+    """Whether K and V of a token and head share a row: K in its lower lanes, V in its upper, and none left over.
+
+    So head_dim 64 takes no more of the cache and of the HBM's time than its numbers do; RPA v3 keeps it so too.
+    """
+    return 2 * model.head_dim == LANES
+
+
+def kv_rows(model: Model) -> int:
+    """Rows of the cache that one token takes."""
+    return model.kv_heads if joins_rows(model) else 2 * model.kv_heads
+
+
+def kv_row_shape(model: Model) -> Shape:
+    """K and V of one token, interleaved: `[ceil(kv_rows / packing), packing, align(head_dim, 128)]`.
+
+    Flattened over its first two axes the order is K0, V0, K1, V1, ...; with head_dim 64 it is K0 and V0, K1 and V1, ...,
+    each pair in one row. What is left over, lanes and rows, is padding: the kernels write zeros there with each new
+    token, and take nothing from it but that an old token's is finite.
     """
     pack = packing(model.kv_dtype)
-    return (cdiv(2 * model.kv_heads, pack), pack, align(model.head_dim, LANES))
+    return (cdiv(kv_rows(model), pack), pack, head_lanes(model))
 
 
 def kv_page_shape(spec: Spec) -> Shape:
     """One page of one layer.
 
-    Interleaved: `[page_size, *kv_row_shape]`. Separate: `[2, kv_heads, page_size, align(head_dim, 128)]`, K then V.
+    Interleaved: `[page_size, *kv_row_shape]`. Separate: `[2, kv_heads, page_size, align(head_dim, 128)]`, K then V;
+    with head_dim 64 `[1, kv_heads, page_size, 128]`, both in one row. Padding is as in `kv_row_shape`.
     """
     model, serving = spec.model, spec.serving
     if serving.kv_layout == "separate":
-        return (2, model.kv_heads, serving.page_size, align(model.head_dim, LANES))
+        return (kv_rows(model) // model.kv_heads, model.kv_heads, serving.page_size, head_lanes(model))
     return (serving.page_size, *kv_row_shape(model))
 
 

@@ -32,8 +32,8 @@ def ragged_paged_attention(
 
     Arguments are those of a program, as numpy arrays, of a batch that `validate` accepts; `kv_layout` says how K and V
     lie in `kv_cache`, as `split_kv` has it. Returns the output `[tokens, q_heads, head_dim]` in float32, zero in the
-    rows past the last sequence, and a new cache in the cache's dtype: each new token's K and V as given, every other bit
-    as it was. The caller rounds the output to its dtype.
+    rows past the last sequence, and a new cache in the cache's dtype: each new token's K and V as given, zeros in its
+    padding, every other bit as it was. The caller rounds the output to its dtype.
     """
     _, q_heads, head_dim = queries.shape
     kv_heads = keys.shape[1]
@@ -43,11 +43,13 @@ def ragged_paged_attention(
     cache = kv_cache.copy()
     cached_k, cached_v = split_kv(cache, kv_heads, head_dim, kv_layout)  # views
     page_size = cached_k.shape[1]
+    by_token = cache.swapaxes(1, 3) if kv_layout == "separate" else cache  # a view
     for seq in range(count):
         start, end = int(cu_q_lens[seq]), int(cu_q_lens[seq + 1])
         for token in range(start, end):
             position = int(kv_lens[seq]) - end + token
             page = page_tables[seq, position // page_size]
+            by_token[page, position % page_size] = 0
             cached_k[page, position % page_size] = keys[token]
             cached_v[page, position % page_size] = values[token]
 
@@ -75,13 +77,17 @@ def split_kv(kv_cache: Array, kv_heads: int, head_dim: int, kv_layout: str = "in
 
     Both are views of `kv_cache`, which is contiguous. Interleaved, it is `[pages, page_size, words, packing, lanes]`,
     and its rows of lanes are a token's K0, V0, K1, V1, ... and padding; separate, `[pages, 2, kv_heads, page_size,
-    lanes]`, all K of a page and then all V. Raises ValueError for another layout.
+    lanes]`, all K of a page and then all V. With head_dim 64 a row is a head's K and then its V: interleaved, rows are
+    heads; separate, there is 1 in place of 2. Raises ValueError for another layout.
     """
-    if kv_layout == "separate":
-        k, v = kv_cache.swapaxes(2, 3).swapaxes(0, 1)
-        return k[..., :head_dim], v[..., :head_dim]
-    if kv_layout != "interleaved":
+    if kv_layout not in ("interleaved", "separate"):
         raise ValueError(f"kv_layout is {kv_layout!r}; must be 'interleaved' or 'separate'")
-    pages, page_size = kv_cache.shape[:2]
-    rows = kv_cache.reshape(pages, page_size, -1, kv_cache.shape[-1])[:, :, : 2 * kv_heads, :head_dim]
-    return rows[:, :, 0::2], rows[:, :, 1::2]
+    if kv_layout == "separate":
+        rows = kv_cache.swapaxes(2, 3).swapaxes(0, 1)
+        k, v = rows[0], rows[-1]
+    else:
+        pages, page_size = kv_cache.shape[:2]
+        rows = kv_cache.reshape(pages, page_size, -1, kv_cache.shape[-1])
+        k, v = (rows, rows) if head_dim == 64 else (rows[:, :, 0::2], rows[:, :, 1::2])
+    first = 64 if head_dim == 64 else 0
+    return k[:, :, :kv_heads, :head_dim], v[:, :, :kv_heads, first : first + head_dim]

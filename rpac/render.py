@@ -14,9 +14,9 @@ import jinja2
 
 import rpac
 from rpac.chip import is_tpu
-from rpac.layout import align, packing
+from rpac.layout import align, head_lanes, joins_rows, kv_rows, packing
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims
-from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, exchange_of, splits_words, unit_tokens
+from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, exchange_of, splits_rows, splits_words, unit_tokens
 from rpac.spec import Model, Spec
 
 MASKED = -2.0e38
@@ -90,6 +90,15 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "group_rows": align(model.group, SUBLANES),
         "q_stride": align(model.q_heads, SUBLANES),
         "head_dim": model.head_dim,
+        "head_lanes": head_lanes(model),
+        "joins_rows": joins_rows(model),
+        "kinds": 1 if joins_rows(model) else 2,
+        # Whether a token's rows in the cache are its keys and values as they are, with no padding and nothing joined.
+        "plain_rows": model.head_dim == head_lanes(model) and rows.token_rows == 2 * model.kv_heads * rows.lane_tiles,
+        "token_row_count": rows.token_rows // rows.lane_tiles,
+        "values_lanes": "HEAD_DIM:" if joins_rows(model) else ":HEAD_DIM",
+        "values_kind": 0 if joins_rows(model) else 1,
+        **_lanes_context(model),
         "q_jnp": f"jnp.{model.q_dtype}",
         "kv_dtype": model.kv_dtype,
         "kv_jnp": f"jnp.{model.kv_dtype}",
@@ -102,13 +111,17 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "masked": repr(MASKED),
         "kv_layout": serving.kv_layout,
         "splits_words": splits_words(spec),
+        "row_words": splits_rows(spec),
+        "place_bits": packing(model.kv_dtype).bit_length() - 1,
+        "padding_rows": rows.token_rows // rows.lane_tiles - kv_rows(model),
         "kv_stride": align(model.kv_heads, SUBLANES),
         "page_size": serving.page_size,
         "pages_per_seq": serving.pages_per_seq,
         "max_seqs": serving.max_num_seqs,
         "prefill_chunk": serving.prefill_chunk,
         "lane_tiles": rows.lane_tiles,
-        "lane_step": 2 * rows.lane_tiles,
+        "lane_step": (1 if joins_rows(model) else 2) * rows.lane_tiles,
+        "values_row": 0 if joins_rows(model) else rows.lane_tiles,
         "word_rows": rows.packed_rows,
         "token_rows": rows.token_rows,
         "page_rows": serving.page_size * rows.token_rows,
@@ -121,7 +134,20 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
     }
 
 
+def _lanes_context(model: Model) -> dict[str, Any]:
+    """How arrays whose rows are no whole registers are written in a kernel, whose own rows are."""
+    partial = model.head_dim != head_lanes(model)
+    return {
+        "partial": partial,
+        "own_dim": "OWN_DIM" if partial else "HEAD_DIM",
+        "whole": "whole_lanes({})".format if partial else str,
+        "own": "own_lanes({})".format if partial else str,
+    }
+
+
 def _row_order(model: Model, rows: RowDims) -> str:
+    if joins_rows(model):
+        return "by token, then KV head, K in the lower lanes and V in the upper"
     lanes = "lane tile" if rows.lane_tiles > 1 else ""
     order = [lanes, "K and V"] if packing(model.kv_dtype) > 1 else ["K and V", lanes]
     return ", then ".join(["by token", "KV head", *filter(None, order)])
@@ -144,7 +170,7 @@ def _tile_context(
         groups = spec.model.kv_heads // tiles.pair
         context |= {
             **_clear_context(tiles.block, rows),
-            **_split_context(tiles.block, rows, SHORT_SPLIT_PIECE if shared else SPLIT_PIECE),
+            **_split_context(tiles.block, rows, SHORT_SPLIT_PIECE if shared else SPLIT_PIECE, packing(spec.model.kv_dtype)),
             "groups": groups,
             "pair_rows": tiles.pair * align(spec.model.group, SUBLANES),
         }
@@ -152,7 +178,7 @@ def _tile_context(
         return context
     return context | {
         **_clear_context(tiles.tile, rows),
-        **_split_context(tiles.piece(page), rows, SPLIT_ROWS),
+        **_split_context(tiles.piece(page), rows, SPLIT_ROWS, packing(spec.model.kv_dtype)),
         "tiles": tiles.block // tiles.tile,
         "tile_rows": tiles.tile * rows.token_rows,
         "tile_units": tiles.tile // unit_tokens(spec.model),
@@ -196,17 +222,19 @@ def _clear_context(tile: int, rows: RowDims) -> Mapping[str, Any]:
     }
 
 
-def _split_context(piece: int, rows: RowDims, at_once: int) -> Mapping[str, Any]:
-    """How words of K and V are split, `at_once` rows in one go, within pieces of `piece` tokens: its halves share words."""
-    half_rows = piece // 2 * rows.token_rows
-    split_rows = math.gcd(half_rows, at_once)
+def _split_context(piece: int, rows: RowDims, at_once: int, pack: int) -> Mapping[str, Any]:
+    """How words of K and V are split, `at_once` rows in one go, within pieces of `piece` tokens: its parts, `pack` of them,
+    share words.
+    """
+    part_rows = piece // pack * rows.token_rows
+    split_rows = math.gcd(part_rows, at_once)
     return {
-        "half_piece": piece // 2,
-        "half_piece_rows": half_rows,
-        "piece_rows": 2 * half_rows,
+        "part": piece // pack,
+        "part_rows": part_rows,
+        "piece_rows": pack * part_rows,
         "split_rows": split_rows,
-        "split_words": split_rows // 2,
-        "splits": half_rows // split_rows,
+        "split_words": split_rows // pack,
+        "splits": part_rows // split_rows,
     }
 
 

@@ -28,7 +28,7 @@ HOMES = {
     **dict.fromkeys(SERVING_KEYS, "serving"),
 }
 DTYPES = ("bfloat16", "float32")
-HEAD_DIMS = (128, 256)
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 PAGE_SIZES = (16, 32, 64, 128, 256)
 NAME = r"[a-z0-9][a-z0-9.-]{0,63}"
 
