@@ -21,7 +21,7 @@ demo: $(VENV)/ready
 
 # A server of a small Llama on rpac's attention, under load, and the time to its first token.
 serve-demo: $(VENV)/ready
-	$(BIN)/rpac build examples/serve/spec.yaml
+	$(BIN)/rpac build examples/serve/spec.yaml --this-cpu
 	PYTHONPATH=examples$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m serve.demo build/serve-demo.rpac examples/serve/spec.yaml
 
 test: $(VENV)/ready lint generated

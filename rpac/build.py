@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from rpac.answers import canary_answers
 from rpac.bundle.manifest import Manifest
 from rpac.bundle.write import is_bundle, stage_bundle
 from rpac.errors import TargetError
-from rpac.lower import Cache, Lowered, lower_all, tasks_of
+from rpac.lower import Cache, Lowered, add_cpu_executables, lower_all, tasks_of
 from rpac.lower.pool import Progress
 from rpac.plan import KernelPlan, plan_spec
 from rpac.publish import publish
@@ -53,15 +53,19 @@ def build(
     jobs: int | None = None,
     progress: Progress = lambda task, what: None,
     wait_s: float = 0.0,
+    this_cpu: Callable[[str], None] | None = None,
 ) -> Built:
     """Builds `folder/NAME.rpac`. The folder is held from the start, so that a second build into it fails at once.
 
-    Raises PlanError, CompileError or OutputError; then what was there is as it was.
+    With `this_cpu` the programs of the cpu target get executables for the CPU of this machine; it is called with the
+    label of each. Raises PlanError, CompileError or OutputError; then what was there is as it was.
     """
     tasks = tasks_of(spec, sources_of(spec, targets))
     path = folder / f"{spec.name}.rpac"
     with publish(path, is_bundle, wait_s) as stage:
         lowered = lower_all(tasks, cache, jobs, progress)
+        if this_cpu is not None:
+            lowered = add_cpu_executables(lowered, jobs, this_cpu)
         canaries = canary_answers(spec, [(one.kind, one.tokens) for one in lowered], cache.store)
         manifest = stage_bundle(stage, spec, lowered, canaries=canaries)
     return Built(path, manifest, tuple(lowered))

@@ -13,8 +13,10 @@ import jax
 import numpy as np
 from jax import export
 from jax.extend.backend import get_compile_options
+from jaxlib import version as jaxlib
 
 from rpac.errors import BundleError, TargetError
+from rpac.host import cpu_name
 
 if TYPE_CHECKING:
     from rpac.bundle import Program
@@ -26,10 +28,13 @@ KV_CACHE_ARG = 3
 
 
 def build_string(client: Any) -> str:
-    """The build of the runtime behind a client, as an executable depends on it: on TPU, libtpu's date and change.
+    """The build of the runtime behind a client, as an executable depends on it: on TPU, libtpu's date and change; on cpu,
+    jaxlib's version and the CPU.
 
     A client at serving time and the compile-only one of a topology name themselves differently in the lines before.
     """
+    if client.platform == "cpu":
+        return f"jaxlib {jaxlib.__version__} on {cpu_name()}"
     return str(client.platform_version).splitlines()[-1]
 
 

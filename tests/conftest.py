@@ -102,7 +102,7 @@ def stand_in(spec: Spec, kind: str, tokens: int, native: bool = False) -> StandI
     if not native:
         return StandIn(kind, tokens, source, exported)
     executable = jitted.lower(*shapes).compile().runtime_executable().serialize()
-    toolchain = {"jax": jax.__version__, "libtpu": "0.0.0", "libtpu_build": build_string(jax.devices()[0].client)}
+    toolchain = {"jax": jax.__version__, "libtpu": "0.0.0", "cpu_build": build_string(jax.devices()[0].client)}
     return StandIn(kind, tokens, source, exported, executable, toolchain=toolchain)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from rpac import build as job
+from rpac.chip import is_tpu
 from rpac.cli.common import (
     cache_of,
     cache_option,
@@ -20,6 +21,7 @@ from rpac.cli.common import (
     table,
     target_option,
 )
+from rpac.errors import TargetError
 from rpac.lower import Lowered, tasks_of
 from rpac.spec import load_spec
 
@@ -30,6 +32,7 @@ from rpac.spec import load_spec
 @target_option
 @jobs_option
 @cache_option
+@click.option("--this-cpu", is_flag=True, help="The cpu target also as executables for the CPU of this machine.")
 @click.option("--wait", "wait_s", type=float, default=0.0, help="Seconds to wait for another build into the folder.")
 @json_option
 def build(
@@ -38,6 +41,7 @@ def build(
     targets: tuple[str, ...],
     jobs: int | None,
     no_cache: bool,
+    this_cpu: bool,
     wait_s: float,
     as_json: bool,
 ) -> None:
@@ -45,8 +49,21 @@ def build(
     start = time.monotonic()
     spec = load_spec(spec_file)
     chosen = job.chosen_targets(spec, targets)
-    total = len(tasks_of(spec, job.sources_of(spec, chosen)))
-    built = job.build(spec, chosen, out, cache_of(no_cache), jobs, lowering_progress(total), wait_s)
+    if this_cpu and "cpu" not in chosen:
+        raise TargetError(f"{spec_file}: --this-cpu without target cpu; add it to targets, or leave --this-cpu out")
+    tasks = tasks_of(spec, job.sources_of(spec, chosen))
+    on_cpu = sum(not is_tpu(task.target) for task in tasks) if this_cpu else 0
+    report = lowering_progress(len(tasks) + on_cpu)
+    built = job.build(
+        spec,
+        chosen,
+        out,
+        cache_of(no_cache),
+        jobs,
+        lambda task, what: report(task.label, what),
+        wait_s,
+        (lambda label: report(label, "compiled for this CPU")) if this_cpu else None,
+    )
     seconds = time.monotonic() - start
     if as_json:
         variants = [_facts(one) for one in built.lowered]

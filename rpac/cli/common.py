@@ -11,7 +11,7 @@ from typing import Any
 import click
 from tabulate import tabulate
 
-from rpac.lower import Cache, Task
+from rpac.lower import Cache
 from rpac.plan import KIND_ORDER
 from rpac.spec import TARGETS
 from rpac.store import default_cache_dir
@@ -42,15 +42,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True)
 
 
-def lowering_progress(total: int) -> Callable[[Task, str], None]:
+def lowering_progress(total: int) -> Callable[[str, str], None]:
     """Says on stderr, a line each, what is done out of `total`."""
     start = time.monotonic()
     done = 0
 
-    def report(task: Task, what: str) -> None:
+    def report(label: str, what: str) -> None:
         nonlocal done
         done += 1
-        click.echo(f"[{done:3}/{total}] {time.monotonic() - start:6.1f} s  {task.label}: {what}", err=True)
+        click.echo(f"[{done:3}/{total}] {time.monotonic() - start:6.1f} s  {label}: {what}", err=True)
 
     return report
 

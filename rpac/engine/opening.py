@@ -66,22 +66,34 @@ def _choose(path: str, target: str | None, device: jax.Device, manifest: Manifes
 def _use_executables(path: str, target: Target, device: jax.Device, allow_compile: bool) -> bool:
     """Whether the executables run here. Raises TargetError where they do not and nothing else may."""
     without = [str(program.variant) for program in target.programs if program.executable is None]
-    built, found = target.toolchain.get("libtpu_build"), build_string(device.client)
     if without and device.platform == "cpu":
-        return False  # a CPU target has the portable tier alone
-    if without:
-        why = f"holds no executable of {', '.join(without)}; must hold one of every program; build it again"
-    elif built != found:
-        version = target.toolchain.get("libtpu", "of that build")
-        why = (
-            f"was compiled by libtpu build {built!r}; this process has {found!r}; must be the same; "
-            f"install libtpu {version}, build the bundle with this one"
-        )
-    else:
+        return False  # a CPU target has the portable tier alone, unless it was built for one CPU
+    misfit = (
+        f"holds no executable of {', '.join(without)}; must hold one of every program; build it again"
+        if without
+        else _misfit(target, device)
+    )
+    if misfit is None:
         return True
     if not allow_compile:
         raise TargetError(
-            f"{path}: target {target.name} {why}, or compile its portable programs here with allow_compile=True"
+            f"{path}: target {target.name} {misfit}, or compile its portable programs here with allow_compile=True"
         )
-    _LOG.warning("%s: target %s %s; compiling its portable programs (allow_compile)", path, target.name, why)
+    _LOG.warning("%s: target %s %s; compiling its portable programs (allow_compile)", path, target.name, misfit)
     return False
+
+
+def _misfit(target: Target, device: jax.Device) -> str | None:
+    """What the executables were compiled for, where this process has something else, and the fix."""
+    found = build_string(device.client)
+    if device.platform == "cpu":
+        built, made, fix = target.toolchain.get("cpu_build"), "for", "build the bundle on this machine"
+    else:
+        version = target.toolchain.get("libtpu", "of that build")
+        built, made = target.toolchain.get("libtpu_build"), "by libtpu build"
+        fix = f"install libtpu {version}, build the bundle with this one"
+    return (
+        None
+        if built == found
+        else f"was compiled {made} {built!r}; this process has {found!r}; must be the same; {fix}"
+    )

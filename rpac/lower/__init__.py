@@ -2,6 +2,6 @@
 
 from rpac.lower.cache import Cache
 from rpac.lower.lowered import Lowered, Task, tasks_of
-from rpac.lower.pool import lower_all
+from rpac.lower.pool import add_cpu_executables, lower_all
 
-__all__ = ["Cache", "Lowered", "Task", "lower_all", "tasks_of"]
+__all__ = ["Cache", "Lowered", "Task", "add_cpu_executables", "lower_all", "tasks_of"]

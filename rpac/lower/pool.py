@@ -9,14 +9,19 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context, parent_process, resource_tracker
+from typing import TypeVar
 
+from rpac.chip import is_tpu
 from rpac.errors import CompileError
 from rpac.lower.cache import Cache
 from rpac.lower.lowered import Lowered, Task
 from rpac.toolchain import prepare, toolchain
 
 Progress = Callable[[Task, str], None]
+Result = TypeVar("Result")
 
 
 def lower_all(
@@ -33,33 +38,71 @@ def lower_all(
         if found is not None:
             done[index] = found
             progress(task, "cached")
-    todo = [index for index in range(len(tasks)) if index not in done]
-    if todo:
-        workers = min(jobs or os.cpu_count() or 1, len(todo))
-        resource_tracker.ensure_running()  # here: when a worker's start starts it, it lets interrupts through again
-        with ThreadPoolExecutor(workers) as pool:
-            futures = {pool.submit(_run_alone, tasks[index], tools): index for index in todo}
-            try:
-                for future in as_completed(futures):
-                    index = futures[future]
-                    done[index] = _result(future, tasks[index])
-                    cache.put(tasks[index], tools, done[index])
-                    progress(tasks[index], "compiled")
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+
+    def keep(index: int, lowered: Lowered) -> None:
+        done[index] = lowered
+        cache.put(tasks[index], tools, lowered)
+        progress(tasks[index], "compiled")
+
+    calls = {index: partial(_lower, task, tools) for index, task in enumerate(tasks) if index not in done}
+    _run_all(calls, lambda index: tasks[index].label, jobs, keep)
     return [done[index] for index in range(len(tasks))]
 
 
-def _run_alone(task: Task, tools: Mapping[str, str]) -> Lowered:
-    """Lowers one task in a process of its own: libtpu numbers what it compiles through the life of a process, and since
+def add_cpu_executables(
+    lowered: Sequence[Lowered], jobs: int | None = None, progress: Callable[[str], None] = lambda label: None
+) -> list[Lowered]:
+    """The same, those of the cpu target with an executable for the CPU of this machine; `progress(label)` at each.
+
+    Nothing of it is cached: an entry could be another machine's. Raises CompileError.
+    """
+    done = dict(enumerate(lowered))
+
+    def keep(index: int, made: tuple[bytes, str]) -> None:
+        executable, build = made
+        one = done[index]
+        done[index] = replace(one, executable=executable, toolchain={**one.toolchain, "cpu_build": build})
+        progress(one.label)
+
+    calls = {index: partial(_compile_for_cpu, one.exported) for index, one in done.items() if not is_tpu(one.target)}
+    _run_all(calls, lambda index: done[index].label, jobs, keep)
+    return list(done.values())
+
+
+def _run_all(
+    calls: Mapping[int, Callable[[], Result]],
+    label: Callable[[int], str],
+    jobs: int | None,
+    keep: Callable[[int, Result], None],
+) -> None:
+    """Makes every call in a process of its own, `jobs` at once, and hands each result to `keep` as it comes.
+
+    Raises what the first call that fails did, or CompileError with its label where its process died.
+    """
+    if not calls:
+        return
+    workers = min(jobs or os.cpu_count() or 1, len(calls))
+    resource_tracker.ensure_running()  # here: when a worker's start starts it, it lets interrupts through again
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(_run_alone, call): index for index, call in calls.items()}
+        try:
+            for future in as_completed(futures):
+                index = futures[future]
+                keep(index, _result(future, label(index)))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _run_alone(call: Callable[[], Result]) -> Result:
+    """Makes one call in a process of its own: libtpu numbers what it compiles through the life of a process, and since
     0.0.50 these numbers are in the executable.
     """
     # Spawned, not forked: JAX and libtpu hold threads and locks, and read their environment when first loaded.
     with ProcessPoolExecutor(1, get_context("spawn"), _start) as process:
         with interrupts_held_back():
-            lowered = process.submit(_run, task, tools)
-        return lowered.result()
+            result = process.submit(call)
+        return result.result()
 
 
 @contextlib.contextmanager
@@ -88,16 +131,22 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _result(future: Future[Lowered], task: Task) -> Lowered:
+def _result(future: Future[Result], label: str) -> Result:
     try:
         return future.result()
     except BrokenProcessPool as error:
         raise CompileError(
-            f"{task.label}: a compiling process died; it may have run out of memory: build with fewer --jobs"
+            f"{label}: a compiling process died; it may have run out of memory: build with fewer --jobs"
         ) from error
 
 
-def _run(task: Task, tools: Mapping[str, str]) -> Lowered:
+def _lower(task: Task, tools: Mapping[str, str]) -> Lowered:
     from rpac.lower.worker import lower  # JAX is for the worker alone
 
     return lower(task, tools)
+
+
+def _compile_for_cpu(exported: bytes) -> tuple[bytes, str]:
+    from rpac.lower.worker import compile_for_cpu
+
+    return compile_for_cpu(exported)

@@ -51,11 +51,22 @@ def compile_only(task: Task) -> None:
         _compiled(task, jitted, chip(task.target))
 
 
+def compile_for_cpu(data: bytes) -> tuple[bytes, str]:
+    """An exported program of the cpu target as an executable for the CPU of this machine, and what that turns on."""
+    exported = export.deserialize(bytearray(data))
+    compiled = _as_program(exported.call).lower(*exported.in_avals).compile()
+    return compiled.runtime_executable().serialize(), build_string(jax.local_devices(backend="cpu")[0].client)
+
+
 def _jitted(task: Task) -> Any:
     for name, value in JAX_FLAGS.items():
         jax.config.update(name, int(value) if value.isdigit() else value)
+    return _as_program(load_program(task.source))
+
+
+def _as_program(function: Callable[..., Any]) -> Any:
     # An executable has no argument list but its own: without keep_unused, those it ignores would be missing from it.
-    return jax.jit(load_program(task.source), donate_argnums=KV_CACHE_ARG, keep_unused=True)
+    return jax.jit(function, donate_argnums=KV_CACHE_ARG, keep_unused=True)
 
 
 def _compiled(task: Task, jitted: Any, device: Chip) -> tuple[Any, jax.Device]:

@@ -256,9 +256,9 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
     model, serving = spec.model, spec.serving
     most = max(power_of_two_from(max(serving.context_lens)), LANES)
     new_tokens = min(tokens, serving.page_size)
-    few = device.mxu_size <= LANES or splits_words(spec)
+    most_steps = turn_steps(spec, device, kind)
     spare = device.mxu_size > head_lanes(model) and packing(model.kv_dtype) > 1
-    long = not few and not spare and packing(model.kv_dtype) > 1
+    long = most_steps == TURN_STEPS and not spare and packing(model.kv_dtype) > 1
     # A long block saves scores that wait for nothing at its start; where words are split, they do at every tile's.
     blocks = (1024, 512, 256, LANES) if splits_words(spec) else (2048, 1024, 512, 256, LANES)
     for tile in (LONG_TILE, TILE) if long and most >= LONG_TILE else (TILE,):
@@ -266,8 +266,7 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
             rows = model.group * q_block
             step_rows = step_rows_of(rows, STEP_ROWS)
             heads, diagonal_heads = (
-                math.gcd(model.kv_heads, max(steps * step_rows // rows, 1))
-                for steps in (FEWER_STEPS[kind] if few else TURN_STEPS)
+                math.gcd(model.kv_heads, max(steps * step_rows // rows, 1)) for steps in most_steps
             )
             copy_sizes = copy_sizes_of(kind, q_block, tokens)
             for block in blocks:
@@ -289,6 +288,11 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
                         copy_sizes,
                         spare,
                     )
+
+
+def turn_steps(spec: Spec, device: Chip, kind: str) -> tuple[int, int]:
+    """Flash steps that one piece of a prefill or mixed kernel's code may have, and those on the diagonal."""
+    return FEWER_STEPS[kind] if device.mxu_size <= LANES or splits_words(spec) else TURN_STEPS
 
 
 def _q_blocks(spec: Spec, kind: str, tokens: int) -> Iterator[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,7 +44,8 @@ def key_of(spec: Spec, kind: str, tokens: Sequence[int]) -> dict[str, Any]:
     `length_class`: the powers of two around the lengths that serving expects.
     """
     lengths = spec.serving.context_lens
-    fields = {"kv_layout": "interleaved", **asdict(spec.model), **asdict(spec.serving)}
+    meaning = spec.meaning()
+    fields = {"kv_layout": "interleaved", **meaning["model"], **meaning["serving"]}
     return {
         **{name: value for name, value in fields.items() if name not in _NO_PART},
         "kind": kind,

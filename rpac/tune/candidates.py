@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from rpac.plan import BlockTiles, KernelPlan
-from rpac.plan.build import STEP_ROWS, with_tiles
+from rpac.chip import chip
+from rpac.plan import BlockTiles, DecodeTiles, KernelPlan
+from rpac.plan.build import MORE_STEPS, STEP_ROWS, STEPS, turn_steps, with_tiles
 from rpac.plan.legal import Tiles, copy_sizes_of, is_legal, step_rows_of
 from rpac.plan.tiles import RULE
 from rpac.spec import Spec
@@ -50,18 +51,34 @@ KEPT_BETWEEN: Final = {
 
 
 def variants(spec: Spec, rule: KernelPlan, plan: KernelPlan, axis: Axis) -> Iterator[tuple[str, KernelPlan]]:
-    """The other plans along an axis from `plan` that are legal and fit VMEM, each with a name that tells it from `rule`."""
+    """The other plans along an axis from `plan` that are legal, short enough and fit VMEM, each with a name that tells it
+    from `rule`.
+    """
     tiles: Tiles | None = getattr(plan, axis.part)
     if not hasattr(tiles, axis.field):  # of another layout's tiles, or no tiles at all
         return
     assert tiles is not None
     for value in axis.values:
         changed = _changed(spec, plan, tiles, axis, value)
-        if changed != tiles and is_legal(spec, plan, changed):
+        if changed != tiles and is_legal(spec, plan, changed) and _is_short(spec, plan, changed):
             parts: dict[str, Any] = {"decode": plan.decode, "block": plan.block, axis.part: changed}
             found = with_tiles(spec, plan, **parts)
             if found is not None:
                 yield label_of(rule, found), found
+
+
+def _is_short(spec: Spec, plan: KernelPlan, tiles: Tiles) -> bool:
+    """Whether no piece of code becomes longer than rules make it: what that wins, an executable would pay for in size."""
+    if isinstance(tiles, DecodeTiles):
+        return True
+    if not isinstance(tiles, BlockTiles):
+        return tiles.step <= (MORE_STEPS if plan.kind == "decode" else STEPS[plan.kind])
+    steps = spec.model.group * tiles.q_block // tiles.step_rows  # of one head
+    most = turn_steps(spec, chip(plan.target), plan.kind)
+    return all(
+        heads == 1 or heads * steps <= limit
+        for heads, limit in zip((tiles.heads, tiles.diagonal_heads), most, strict=True)
+    )
 
 
 def label_of(rule: KernelPlan, plan: KernelPlan) -> str:

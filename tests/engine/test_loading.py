@@ -74,11 +74,12 @@ def test_falling_back_to_the_portable_program_is_asked_for_and_logged(
     tmp_path: Path, tiny: Spec, native_programs: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "tiny.rpac"
-    toolchain = {"libtpu": "0.0.1", "libtpu_build": "another build"}
+    toolchain = {"cpu_build": "another build"}
     write_bundle(path, tiny, [dataclasses.replace(one, toolchain=toolchain) for one in native_programs])
     with caplog.at_level(logging.WARNING, "rpac"):
         engine = load(path, target="cpu", allow_compile=True)
-    assert "was compiled by libtpu build 'another build'; this process has 'cpu'; must be the same;" in caplog.text
+    found = runtime.build_string(jax.devices()[0].client)
+    assert f"was compiled for 'another build'; this process has {found!r}; must be the same;" in caplog.text
     assert "compiling its portable programs (allow_compile)" in caplog.text
     out, _ = call(engine, [1])
     assert np.all(np.asarray(out, np.float32) == 3)
@@ -179,6 +180,8 @@ def test_a_tpu_target_without_an_executable_is_refused(tmp_path: Path, tiny: Spe
 
 def test_the_build_string_ignores_how_the_client_names_itself() -> None:
     class Client:
+        platform = "tpu"
+
         def __init__(self, version: str) -> None:
             self.platform_version = version
 

@@ -25,6 +25,7 @@ from rpac.bundle import verify_bundle, write_bundle
 from rpac.bundle.manifest import _seal, parse
 from rpac.engine import Engine, load
 from rpac.errors import BatchError, BundleError, RpacError, SelectionError, TargetError
+from rpac.runtime import build_string
 from rpac.spec import Spec
 
 SEED = random.SystemRandom().randrange(2**32)
@@ -360,15 +361,15 @@ def test_a_target_is_refused_before_its_blobs_are_read(tmp_path: Path, tiny: Spe
         load(path)
 
 
-def test_an_executable_of_another_libtpu(tmp_path: Path, tiny: Spec, native_programs: list[Any]) -> None:
+def test_an_executable_for_another_cpu(tmp_path: Path, tiny: Spec, native_programs: list[Any]) -> None:
     path = tmp_path / "tiny.rpac"
-    toolchain = {"libtpu": "0.0.42", "libtpu_build": "Built on Jun 17 2026 cl/933746096"}
+    toolchain = {"cpu_build": "jaxlib 0.10.2 on another"}
     write_bundle(path, tiny, [dataclasses.replace(one, toolchain=toolchain) for one in native_programs])
     with pytest.raises(TargetError) as raised:
         load(path, target="cpu")
     assert str(raised.value) == (
-        f"{path}: target cpu was compiled by libtpu build 'Built on Jun 17 2026 cl/933746096'; this process has 'cpu'; "
-        "must be the same; install libtpu 0.0.42, build the bundle with this one, "
+        f"{path}: target cpu was compiled for 'jaxlib 0.10.2 on another'; this process has "
+        f"{build_string(jax.devices()[0].client)!r}; must be the same; build the bundle on this machine, "
         "or compile its portable programs here with allow_compile=True"
     )
     assert raised.value.exit_code == 3

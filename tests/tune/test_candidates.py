@@ -10,7 +10,7 @@ from command import ROOT
 
 from rpac.chip import chip
 from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, plan_spec
-from rpac.plan.build import VMEM_HEADROOM, vmem_need
+from rpac.plan.build import MORE_STEPS, STEPS, VMEM_HEADROOM, turn_steps, vmem_need
 from rpac.plan.tuned import TunedTiles
 from rpac.render import render
 from rpac.spec import Spec, load_spec
@@ -74,3 +74,19 @@ def test_a_prefill_candidate_leaves_no_part_of_a_chunk(spec: Spec, plan: KernelP
             for _, other in variants(spec, plan, plan, axis):
                 assert isinstance(other.block, BlockTiles)
                 assert spec.serving.prefill_chunk % other.block.q_block == 0
+
+
+@each_plan
+def test_no_candidate_has_longer_pieces_of_code_than_the_rules_make(spec: Spec, plan: KernelPlan) -> None:
+    """Each takes compile time, and executable bytes that a bundle has a limit for."""
+    device = chip(plan.target)
+    for axis in AXES:
+        for _, other in variants(spec, plan, plan, axis):
+            if other.block is not None and axis.part == "block":
+                assert isinstance(other.block, BlockTiles)
+                steps = spec.model.group * other.block.q_block // other.block.step_rows
+                most, most_diagonal = turn_steps(spec, device, plan.kind)
+                assert other.block.heads * steps <= most or other.block.heads == 1
+                assert other.block.diagonal_heads * steps <= most_diagonal or other.block.diagonal_heads == 1
+            if isinstance(other.decode, GroupTiles):
+                assert other.decode.step <= (MORE_STEPS if plan.kind == "decode" else STEPS[plan.kind])
