@@ -7,21 +7,27 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rpac import canary, layout, reference
 from rpac.batch import Kind, Limits
+from rpac.bundle import Dims
 from rpac.canary import Array, Call
-from rpac.spec import Spec
+from rpac.spec import Model, Spec
 from rpac.store import Store
 
 _ENTRY = "answer"
 
 
-def expected(call: Call, sm_scale: float, kv_layout: str) -> tuple[NDArray[np.float32], Array]:
+def oracle_options(model: Model | Dims, kv_layout: str) -> dict[str, Any]:
+    """What the oracle must know of a spec or a bundle beside a call's arguments."""
+    return {"sm_scale": model.sm_scale, "kv_layout": kv_layout}
+
+
+def expected(call: Call, model: Model | Dims, kv_layout: str) -> tuple[NDArray[np.float32], Array]:
     """The oracle's output of a call, and what the call's pages hold afterwards."""
     batch = call.batch
     places = np.zeros(batch.limits.num_pages, np.int32)
@@ -37,8 +43,8 @@ def expected(call: Call, sm_scale: float, kv_layout: str) -> tuple[NDArray[np.fl
         tables,
         batch.cu_q_lens,
         batch.distribution,
-        sm_scale=sm_scale,
-        kv_layout=kv_layout,
+        **oracle_options(model, kv_layout),
+        **call.extra,
     )
 
 
@@ -54,7 +60,7 @@ def _answer(spec: Spec, kind: Kind, tokens: int, store: Store) -> bytes:
         return known[_ENTRY]
     kv_layout = spec.serving.kv_layout
     call = canary.canary(kind, layout.arg_specs(spec, tokens), Limits.of(spec), kv_layout)
-    made = canary.answer(call, *expected(call, spec.model.sm_scale, kv_layout))
+    made = canary.answer(call, *expected(call, spec.model, kv_layout))
     store.write(key, {_ENTRY: made})
     return made
 

@@ -65,7 +65,7 @@ def build(
     with publish(path, is_bundle, wait_s) as stage:
         lowered = lower_all(tasks, cache, jobs, progress)
         if this_cpu is not None:
-            lowered = add_cpu_executables(lowered, jobs, this_cpu)
+            lowered = add_cpu_executables(tasks, lowered, jobs, this_cpu)
         canaries = canary_answers(spec, [(one.kind, one.tokens) for one in lowered], cache.store)
         manifest = stage_bundle(stage, spec, lowered, canaries=canaries)
     return Built(path, manifest, tuple(lowered))

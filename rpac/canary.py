@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -34,7 +34,10 @@ _DIGEST_BYTES = 32
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of a program, on a cache that is zero but for `pages`, which hold `held` `[len(pages), *page_shape]`."""
+    """One call of a program, on a cache that is zero but for `pages`, which hold `held` `[len(pages), *page_shape]`.
+
+    `extra` are the arguments after those of the batch, by name, in order.
+    """
 
     batch: Batch
     queries: Array
@@ -42,6 +45,7 @@ class Call:
     values: Array
     pages: Int32s
     held: Array
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def samples(self) -> tuple[list[int], list[int]]:
@@ -62,7 +66,7 @@ class Call:
         batch = self.batch
         metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
         new = (array[: batch.num_tokens] for array in (self.queries, self.keys, self.values))
-        arrays = (*new, self.pages, self.held, *metadata)
+        arrays = (*new, self.pages, self.held, *metadata, *self.extra.values())
         return hashlib.sha256(b"".join(map(_bytes, arrays))).digest()
 
 
@@ -106,7 +110,9 @@ def make_call(
         old = np.arange(row.context_len)
         at = np.array([places[page] for page in row.pages], np.int64)[old // limits.page_size], old % limits.page_size
         by_token[at] = contents[at]
-    return Call(batch, queries, keys, values, np.array(pages, np.int32), held)
+    more = dims[layout.index_of(dims, "distribution") + 1 :]
+    extra = {one.name: _numbers(one.shape, seed, 5 + i).astype(one.dtype) for i, one in enumerate(more)}
+    return Call(batch, queries, keys, values, np.array(pages, np.int32), held, extra)
 
 
 def canary(kind: Kind, dims: Sequence[layout.ArrayDims], limits: Limits, kv_layout: str) -> Call:

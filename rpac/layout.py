@@ -6,6 +6,7 @@ Dtypes are names ("bfloat16"), so that no array library is needed to reason abou
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 LANES = 128
 WORD_BITS = 32
 BITS = {"float32": 32, "int32": 32, "bfloat16": 16}
+
+# What programs take beside the batch where a spec asks for it, in argument order, and the lines of a spec that do.
+EXTRA_ARGS = {"sinks": "model:\n  sinks: true"}
 
 # How K and V lie in the cache, and the axis of the cache along which the tokens of a page do.
 TOKEN_AXES = {"interleaved": 1, "separate": 3}
@@ -153,7 +157,7 @@ def metadata_specs(rows: Rows) -> tuple[ArrayDims, ...]:
 
 
 def arg_specs(spec: Spec, tokens: int) -> tuple[ArrayDims, ...]:
-    """The eight arguments of a program of one token bucket, in argument order."""
+    """The arguments of a program of one token bucket, in argument order: those of the batch, then `extra_specs`."""
     model = spec.model
     return (
         ArrayDims("queries", queries_shape(spec, tokens), model.q_dtype),
@@ -161,7 +165,18 @@ def arg_specs(spec: Spec, tokens: int) -> tuple[ArrayDims, ...]:
         ArrayDims("values", kv_new_shape(spec, tokens), model.kv_dtype),
         ArrayDims("kv_cache", kv_cache_shape(spec), model.kv_dtype),
         *metadata_specs(spec.serving),
+        *extra_specs(spec),
     )
+
+
+def extra_specs(spec: Spec) -> tuple[ArrayDims, ...]:
+    """What a spec's programs take after the batch, in the order of `EXTRA_ARGS`: `sinks` `[q_heads]`."""
+    return (ArrayDims("sinks", (spec.model.q_heads,), "float32"),) if spec.model.sinks else ()
+
+
+def index_of(arrays: Sequence[ArrayDims], name: str) -> int:
+    """Where an argument or a result is among the others."""
+    return next(index for index, dims in enumerate(arrays) if dims.name == name)
 
 
 def result_specs(spec: Spec, tokens: int) -> tuple[ArrayDims, ...]:

@@ -109,6 +109,7 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "sm_scale": repr(model.sm_scale),
         "score_scale": repr(model.sm_scale * math.log2(math.e)),
         "masked": repr(MASKED),
+        "sinks": model.sinks,
         "kv_layout": serving.kv_layout,
         "splits_words": splits_words(spec),
         "row_words": splits_rows(spec),

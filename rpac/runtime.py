@@ -17,14 +17,13 @@ from jaxlib import version as jaxlib
 
 from rpac.errors import BundleError, TargetError
 from rpac.host import cpu_name
+from rpac.layout import index_of
 
 if TYPE_CHECKING:
     from rpac.bundle import Program
 
 Run = Callable[[Sequence[Any]], tuple[jax.Array, jax.Array]]
 Traceable = Callable[..., tuple[jax.Array, jax.Array]]
-
-KV_CACHE_ARG = 3
 
 
 def build_string(client: Any) -> str:
@@ -39,7 +38,7 @@ def build_string(client: Any) -> str:
 
 
 def load_traceable(data: bytes, program: Program) -> Traceable:
-    """An exported program as a function of the eight arguments that can be called inside jit; compiles nothing.
+    """An exported program as a function of its arguments that can be called inside jit; compiles nothing.
 
     Raises BundleError where the export is not of the manifest's shapes, TargetError where this jax cannot read it.
     """
@@ -56,7 +55,8 @@ def load_portable(data: bytes, program: Program, device: jax.Device) -> Run:
     exported = _exported(data, program)
     try:
         sharding = jax.sharding.SingleDeviceSharding(device)
-        call = jax.jit(exported.call, in_shardings=sharding, out_shardings=sharding, donate_argnums=KV_CACHE_ARG)
+        donated = index_of(program.args, "kv_cache")
+        call = jax.jit(exported.call, in_shardings=sharding, out_shardings=sharding, donate_argnums=donated)
         compiled = call.lower(*exported.in_avals).compile()
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         raise _unusable(program, f"compile its export for {device}", error) from error

@@ -12,6 +12,7 @@ import numpy as np
 from rpac.answers import expected
 from rpac.batch import Limits
 from rpac.bundle import Variant, verify_bundle
+from rpac.bundle.manifest import ARGS
 from rpac.canary import answer, make_call
 from rpac.engine import CanaryRun, Engine, Event, ProgramReady, load
 from rpac.engine.probe import probe
@@ -134,8 +135,8 @@ def _run_batch(engine: Engine, variant: Variant, rows: Sequence[tuple[int, int]]
     program = engine.programs[variant]
     q_lens, context_lens = [q_len for q_len, _ in rows], [context for _, context in rows]
     call = make_call(variant.kind, program.args, engine.limits, engine.kv_layout, q_lens, context_lens, seed)
-    wanted = answer(call, *expected(call, engine.model.sm_scale, engine.kv_layout))
-    found = probe(lambda args: engine(*args), call, program, engine.device).against(wanted)
+    wanted = answer(call, *expected(call, engine.model, engine.kv_layout))
+    found = probe(lambda args: engine(*args[: len(ARGS)], **call.extra), call, program, engine.device).against(wanted)
     named = " ".join(f"{q_len}+{context}" for q_len, context in rows)
     if found.notes:
         raise CheckError(

@@ -6,10 +6,11 @@ that `render` would not have made of what they say, so that every flipped byte i
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast, get_args
 
 from rpac import layout
@@ -106,6 +107,13 @@ class Dims:
     q_dtype: str
     kv_dtype: str
     sm_scale: float
+    sinks: bool = False
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain data, without features that are not used: the manifest of a bundle without them is as it always was."""
+        return {
+            one.name: value for one in dataclasses.fields(self) if (value := getattr(self, one.name)) != one.default
+        }
 
 
 @dataclass(frozen=True)
@@ -137,7 +145,7 @@ def as_data(manifest: Manifest) -> dict[str, Any]:
         "schema": SCHEMA,
         "name": manifest.name,
         "spec_hash": manifest.spec_hash,
-        "model": asdict(manifest.model),
+        "model": manifest.model.as_data(),
         "kv_layout": manifest.kv_layout,
         "limits": manifest.limits.as_dict(),
         "files": {path: content._asdict() for path, content in manifest.files.items()},
@@ -245,14 +253,15 @@ def _manifest(root: Node) -> Manifest:
 
 
 def _dims(node: Node) -> Dims:
-    fields = node.fields("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
+    found = node.fields("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale", optional=("sinks",))
     return Dims(
-        q_heads=fields["q_heads"].integer(1, _INT32),
-        kv_heads=fields["kv_heads"].integer(1, _INT32),
-        head_dim=fields["head_dim"].integer(1, _INT32),
-        q_dtype=fields["q_dtype"].choice(layout.BITS),
-        kv_dtype=fields["kv_dtype"].choice(layout.BITS),
-        sm_scale=fields["sm_scale"].number(),
+        q_heads=found["q_heads"].integer(1, _INT32),
+        kv_heads=found["kv_heads"].integer(1, _INT32),
+        head_dim=found["head_dim"].integer(1, _INT32),
+        q_dtype=found["q_dtype"].choice(layout.BITS),
+        kv_dtype=found["kv_dtype"].choice(layout.BITS),
+        sm_scale=found["sm_scale"].number(),
+        sinks="sinks" in found and found["sinks"].flag(),
     )
 
 
@@ -303,7 +312,7 @@ def _program(node: Node, limits: Limits) -> Program:
         variant=Variant(kind, tokens),
         source=fields["source"].text(_PATH, "a plain path under source/"),
         plan=fields["plan"].mapping(),
-        args=_arrays(fields["args"], ARGS),
+        args=_arrays(fields["args"], ARGS, tuple(layout.EXTRA_ARGS)),
         results=_arrays(fields["results"], RESULTS),
         exported=_content(fields["exported"], MAX_BLOB_BYTES),
         executable=None if executable.value is None else _content(executable, MAX_BLOB_BYTES),
@@ -315,10 +324,12 @@ def _program(node: Node, limits: Limits) -> Program:
     )
 
 
-def _arrays(node: Node, names: tuple[str, ...]) -> tuple[layout.ArrayDims, ...]:
+def _arrays(node: Node, names: tuple[str, ...], optional: tuple[str, ...] = ()) -> tuple[layout.ArrayDims, ...]:
     arrays = tuple(_array(element) for element in node.elements())
-    if tuple(array.name for array in arrays) != names:
-        raise node.refuse(f"the arrays {', '.join(names)}, in this order")
+    found = [array.name for array in arrays]
+    if found != [*names, *(name for name in optional if name in found)]:
+        rest = f" and then any of {', '.join(optional)}" if optional else ""
+        raise node.refuse(f"the arrays {', '.join(names)}{rest}, in this order")
     return arrays
 
 

@@ -26,12 +26,12 @@ class Node:
         shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
         return BundleError(f"{self.file}: {self.where}: found {shown}; must be {must}; build the bundle again")
 
-    def fields(self, *names: str) -> dict[str, Node]:
-        """The values of an object that has exactly these keys."""
+    def fields(self, *names: str, optional: Collection[str] = ()) -> dict[str, Node]:
+        """The values of an object that has exactly these keys, and maybe some of `optional`."""
         found = self.items()
-        if set(found) != set(names):
+        if not set(names) <= set(found) <= {*names, *optional}:
             missing = [f"no {name!r}" for name in names if name not in found]
-            unknown = [f"an unknown {name!r}" for name in found if name not in names]
+            unknown = [f"an unknown {name!r}" for name in found if name not in (*names, *optional)]
             raise BundleError(
                 f"{self.file}: {self.where}: found {' and '.join(missing + unknown)}; "
                 f"must have exactly {', '.join(names)}; build the bundle again"
@@ -63,6 +63,11 @@ class Node:
         if type(self.value) not in (int, float):
             raise self.refuse("a number")
         return float(self.value)
+
+    def flag(self) -> bool:
+        if type(self.value) is not bool:
+            raise self.refuse("true or false")
+        return self.value
 
     def text(self, pattern: str, allowed: str) -> str:
         """A string that matches `pattern` as a whole; `allowed` is the pattern in words."""

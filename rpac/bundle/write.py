@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -60,7 +59,7 @@ def stage_bundle(
     manifest = Manifest(
         name=spec.name,
         spec_hash=spec.hash,
-        model=Dims(**asdict(spec.model)),
+        model=Dims(**vars(spec.model)),
         kv_layout=spec.serving.kv_layout,
         limits=Limits.of(spec),
         targets=_targets(spec, lowered, checks or {}, answers),

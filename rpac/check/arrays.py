@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ GARBAGE = (-7, np.iinfo(np.int32).max)
 
 
 class Arguments(NamedTuple):
-    """The eight arguments of a program, as numpy arrays."""
+    """The arguments of a program, as numpy arrays; `extra` by name, in order."""
 
     queries: Array
     keys: Array
@@ -33,6 +33,17 @@ class Arguments(NamedTuple):
     page_indices: Int32s
     cu_q_lens: Int32s
     distribution: Int32s
+    extra: Mapping[str, Array]
+
+    @property
+    def of_batch(self) -> tuple[Array, ...]:
+        """Those that every program takes."""
+        return self[:-1]
+
+    @property
+    def in_order(self) -> tuple[Array, ...]:
+        """All, as the program takes them."""
+        return (*self.of_batch, *self.extra.values())
 
 
 def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.random.Generator) -> Arguments:
@@ -69,7 +80,8 @@ def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.ra
         by_token[at] = _normal(rng, by_token[at])
     limits = Limits.of(spec)
     validate(limits, tokens, kv_lens, page_indices, cu_q_lens, distribution)
-    return Arguments(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)
+    extra = {dims.name: _normal(rng, np.empty(dims.shape, dims.dtype)) for dims in layout.extra_specs(spec)}
+    return Arguments(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, extra)
 
 
 def _normal(rng: np.random.Generator, like: Array) -> Array:

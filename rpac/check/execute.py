@@ -20,7 +20,6 @@ from rpac.compat import interpret_params, race_reports, reset_interpreter, set_d
 from rpac.lower.worker import load_program
 from rpac.plan import KernelPlan
 from rpac.render import Source
-from rpac.runtime import KV_CACHE_ARG
 
 DMA_MODES = ("eager", "on_wait")
 COMPILED = "compiled"
@@ -55,24 +54,24 @@ def prepare_run(plan: KernelPlan, source: Source, seconds: float = TIME_LIMIT) -
     compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
     params = interpret_params()
     # As it is served. The interpreter copies what it is given.
-    donated = () if is_tpu(plan.target) else KV_CACHE_ARG
+    donated = () if is_tpu(plan.target) else Arguments._fields.index("kv_cache")
 
     def run(args: Arguments, mode: str) -> Outcome:
         nonlocal program
-        shapes = tuple(array.shape for array in args)
+        shapes = tuple(array.shape for array in args.in_order)
         try:
             with _quiet():
                 program = program or load_program(source)
                 if shapes not in compiled:
                     with pltpu.force_tpu_interpret_mode(params):
-                        compiled[shapes] = jax.jit(program, donate_argnums=donated).lower(*args).compile()
+                        compiled[shapes] = jax.jit(program, donate_argnums=donated).lower(*args.in_order).compile()
                 if mode == COMPILED:
-                    out, kv_cache = compiled[shapes](*args._replace(kv_cache=jnp.array(args.kv_cache)))
+                    out, kv_cache = compiled[shapes](*args._replace(kv_cache=jnp.array(args.kv_cache)).in_order)
                     return Outcome(np.asarray(out), np.asarray(kv_cache))
                 set_dma_mode(params, mode)
                 printed = io.StringIO()  # where it says which semaphores a kernel left with bytes not waited for
                 with contextlib.redirect_stdout(printed), race_reports() as races, time_limit(seconds):
-                    out, kv_cache = jax.block_until_ready(compiled[shapes](*args))
+                    out, kv_cache = jax.block_until_ready(compiled[shapes](*args.in_order))
                 return Outcome(
                     np.asarray(out), np.asarray(kv_cache), tuple(races), tuple(printed.getvalue().splitlines())
                 )

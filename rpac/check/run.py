@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rpac import reference
 from rpac.accuracy import TOLERANCE
+from rpac.answers import oracle_options
 from rpac.check.arrays import Arguments, Array, make_arguments
 from rpac.check.compare import Difference, compare
 from rpac.check.execute import TIME_LIMIT, Outcome, modes_of, prepare_run
@@ -110,7 +111,8 @@ def check_source(
         rng = np.random.default_rng([seed, zlib.crc32(trial.name.encode())])
         args = make_arguments(spec, trial, tokens, pages, rng)
         kv_layout = spec.serving.kv_layout
-        wanted = reference.ragged_paged_attention(*args, sm_scale=spec.model.sm_scale, kv_layout=kv_layout)
+        options = {**oracle_options(spec.model, kv_layout), **args.extra}
+        wanted = reference.ragged_paged_attention(*args.of_batch, **options)
         for mode in modes or modes_of(plan):
             start = time.perf_counter()
             outcome = run(args, mode)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
 
 from rpac.bundle import Program
+from rpac.bundle.manifest import ARGS
 from rpac.errors import BatchError
-from rpac.layout import ArrayDims
-from rpac.runtime import KV_CACHE_ARG
+from rpac.layout import EXTRA_ARGS, ArrayDims, index_of
 
 
 class Arguments:
@@ -18,6 +18,7 @@ class Arguments:
 
     def __init__(self, program: Program, kv_layout: str, devices: Sequence[jax.Device]) -> None:
         self._expected = [(dims, jax.numpy.dtype(dims.dtype)) for dims in program.args]
+        self._cache_index = index_of(program.args, "kv_cache")
         self._kv_layout = kv_layout
         self._devices = tuple(devices)
 
@@ -27,7 +28,7 @@ class Arguments:
         for (dims, _), arg in zip(self._expected, args, strict=True):
             if isinstance(arg, jax.Array):
                 self._check_placed(dims, arg)
-        cache = args[KV_CACHE_ARG]
+        cache = args[self._cache_index]
         if not isinstance(cache, jax.Array):
             raise BatchError(
                 f"kv_cache is a {type(cache).__name__}; must be a jax array on {_listed(self._devices)}, "
@@ -51,6 +52,29 @@ class Arguments:
             raise BatchError(
                 f"{dims.name} is on {_listed(found)}; must be on {_listed(self._devices)}; move it with jax.device_put"
             )
+
+
+def in_order(taken: Sequence[ArrayDims], args: Sequence[Any], extra: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The arguments of a call in the order in which its program takes them: those of the batch, then those by name.
+
+    One by name that is None is as if it were not given. Raises BatchError for one that is missing or unknown.
+    """
+    given = {name: value for name, value in extra.items() if value is not None}
+    names = [dims.name for dims in taken[len(ARGS) :]]
+    for name in given:
+        if name not in names:
+            takes = ", ".join(dims.name for dims in taken)
+            build = f", or build with\n{EXTRA_ARGS[name]}" if name in EXTRA_ARGS else ""
+            raise BatchError(
+                f"{name} is no argument of this bundle's programs, which take {takes}; leave it out{build}"
+            )
+    for dims in taken[len(ARGS) :]:
+        if dims.name not in given:
+            raise BatchError(
+                f"{dims.name} is not given; must be {dims.dtype}{list(dims.shape)}, as this bundle's spec has "
+                f"`{EXTRA_ARGS[dims.name].split()[1]}`; pass it by name: {dims.name}=..."
+            )
+    return (*args, *(given[name] for name in names))
 
 
 def device_order(sharding: jax.sharding.Sharding) -> tuple[jax.Device, ...] | None:

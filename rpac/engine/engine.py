@@ -15,7 +15,7 @@ from rpac.batch import validate as validate_metadata
 from rpac.batch.kind import Int32s
 from rpac.bundle import Dims, LoadedTarget, Program, Variant
 from rpac.bundle.manifest import ARGS, KINDS
-from rpac.engine.arguments import refuse, shown
+from rpac.engine.arguments import in_order, refuse, shown
 from rpac.engine.events import BatchRun, Count, Observer, Recorder, Totals
 from rpac.engine.slot import Slot
 from rpac.engine.traced import run_selected
@@ -49,6 +49,7 @@ class Engine:
             for program in loaded.target.programs
         }
         self._canary_turn = threading.Lock()
+        self._taken = loaded.target.programs[0].args  # all programs of a spec take the same, but for the token bucket
 
     @property
     def programs(self) -> Mapping[Variant, Program]:
@@ -97,7 +98,7 @@ class Engine:
         return warming
 
     def program(self, kind: Kind, tokens: int) -> Traceable:
-        """One program as a function of the call's eight arguments, for use inside jit: the host picks.
+        """One program as a function of the call's arguments, for use inside jit: the host picks.
 
         It is the portable program, compiled with what is around it; inside, the cache is updated in place, if the
         outer jit donates it. Called outside jit it compiles at its first call, and copies the cache. Shapes and dtypes
@@ -116,6 +117,7 @@ class Engine:
         page_indices: Any,
         cu_q_lens: Any,
         distribution: Any,
+        **extra: Any,
     ) -> tuple[jax.Array, jax.Array]:
         """As the call, for use inside jit: the program is chosen on the device, by the distribution's value.
 
@@ -125,13 +127,14 @@ class Engine:
         SelectionError while it is traced, for shapes, dtypes and the token bucket.
         """
         args = (queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)
+        given = in_order(self._taken, args, extra)
         tokens = self._tokens(queries)
         built = [kind for kind in KINDS if Variant(kind, tokens) in self._slots]
         if not built:
             raise SelectionError(advice(self._slots, self.limits, Variant("mixed", tokens)))
         programs = {kind: self._slots[Variant(kind, tokens)].traceable() for kind in built}
-        self._slots[Variant(built[0], tokens)].arguments.check_shapes(args)
-        return run_selected(programs, self.limits, args)
+        self._slots[Variant(built[0], tokens)].arguments.check_shapes(given)
+        return run_selected(programs, self.limits, args, extra)
 
     def collector(self) -> EngineCollector:
         """This engine's metrics for a server's own `prometheus_client` registry, which takes one collector alone:
@@ -164,8 +167,12 @@ class Engine:
         distribution: Any,
         *,
         validate: bool = True,
+        **extra: Any,
     ) -> tuple[jax.Array, jax.Array]:
         """Runs one batch: `(out, kv_cache)`, shapes and dtypes as in the batch contract (`rpac.layout`).
+
+        `extra`: what the bundle's spec makes programs take beside the batch, by name (`rpac.layout.EXTRA_ARGS`), such as
+        `sinks`.
 
         `kv_cache` is a jax array on this engine's device; it is donated, use the one returned. The others are jax
         arrays there, or numpy arrays. Metadata is read on the host: give it as numpy, because an array on a TPU is
@@ -175,8 +182,9 @@ class Engine:
         Rows of `out` past cu_q_lens[k] are padding and hold anything. Raises BatchError, or SelectionError with the
         spec lines that would add the batch; `kv_cache` is then still the caller's.
         """
-        args = (queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)
+        given = (queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)
         try:
+            args = in_order(self._taken, given, extra)
             event, run = self._accepted(args, validate)
         except (BatchError, SelectionError) as error:
             self._recorder.refused(error)
@@ -187,12 +195,12 @@ class Engine:
 
     def _accepted(self, args: Sequence[Any], validate: bool) -> tuple[BatchRun, Run]:
         """What runs a batch. Nothing of it has run, nor is the cache donated, when this raises."""
-        queries, _, _, _, *metadata = args
+        queries, _, _, _, *metadata = args[: len(ARGS)]
         tokens = self._tokens(queries)
-        for name, arg in zip(ARGS, args, strict=True):
+        for dims, arg in zip(self._taken, args, strict=True):
             if isinstance(arg, jax.core.Tracer):
                 raise BatchError(
-                    f"{name} is traced; must be an array with values: the program is chosen on the host; "
+                    f"{dims.name} is traced; must be an array with values: the program is chosen on the host; "
                     "inside jit use engine.traced or engine.program"
                 )
         kv_lens, page_indices, ends, parts = map(np.asarray, metadata)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from rpac.bundle import Program
 from rpac.canary import Call, Verdict, judge
-from rpac.runtime import KV_CACHE_ARG, Run
+from rpac.layout import index_of
+from rpac.runtime import Run
 
 LEAST_PAGES = 64
 
@@ -40,7 +41,7 @@ class Probe:
 
 def probe(run: Run, call: Call, program: Program, device: jax.Device) -> Probe:
     """Runs a call once. Takes the memory of one cache on `device`; two small helpers are compiled, for most calls once."""
-    dims = program.args[KV_CACHE_ARG]
+    dims = program.args[index_of(program.args, "kv_cache")]
     used_pages = len(call.pages)
     # Some pages twice, with what they hold anyway: one shape for calls of a few pages and of some more.
     size = max(1 << (used_pages - 1).bit_length(), LEAST_PAGES) if used_pages else 0
@@ -49,7 +50,7 @@ def probe(run: Run, call: Call, program: Program, device: jax.Device) -> Probe:
     kv_cache = jax.jit(_cache, static_argnums=2)(pages, held, dims.shape[0])
     batch = call.batch
     metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
-    out, kv_cache = run((call.queries, call.keys, call.values, kv_cache, *metadata))
+    out, kv_cache = run((call.queries, call.keys, call.values, kv_cache, *metadata, *call.extra.values()))
     after, used = jax.jit(_look)(kv_cache, pages)
     used = np.array(used)
     used[call.pages] = False

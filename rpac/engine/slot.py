@@ -12,7 +12,7 @@ import jax
 from rpac.batch import Limits
 from rpac.bundle import Program
 from rpac.canary import canary
-from rpac.engine.arguments import Arguments
+from rpac.engine.arguments import Arguments, in_order
 from rpac.engine.events import CanaryRun, ProgramReady, Recorder, Tier
 from rpac.engine.probe import probe
 from rpac.errors import BundleError, CheckError
@@ -72,7 +72,8 @@ class Slot:
                 self._traceable = load_traceable(self._exported, self.program)
         traceable = self._traceable
 
-        def call(*args: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def call(*given: jax.Array, **extra: jax.Array) -> tuple[jax.Array, jax.Array]:
+            args = in_order(self.program.args, given, extra)
             self.arguments.check_shapes(args)
             return traceable(*args)
 

@@ -15,7 +15,7 @@ from rpac.runtime import Traceable
 
 
 def run_selected(
-    programs: Mapping[Kind, Traceable], limits: Limits, args: Sequence[Any]
+    programs: Mapping[Kind, Traceable], limits: Limits, args: Sequence[Any], extra: Mapping[str, Any]
 ) -> tuple[jax.Array, jax.Array]:
     """The one program of `programs` that the distribution, the last of `args`, needs; all are of one token bucket.
 
@@ -34,7 +34,7 @@ def run_selected(
     for kind, program in programs.items():
 
         def body(_: jax.Array, results: Any, program: Traceable = program) -> Any:
-            return program(queries, keys, values, results[1], *metadata, safe)
+            return program(queries, keys, values, results[1], *metadata, safe, **extra)
 
         # Not lax.switch: XLA for cpu copies the whole cache into each branch. A loop's state stays in place everywhere.
         turns = (chosen == KINDS.index(kind)).astype(jnp.int32)

@@ -30,7 +30,7 @@ class Task:
 
     @property
     def label(self) -> str:
-        return _label(self.target, self.kind, self.tokens)
+        return f"{self.target} {self.kind} t{self.tokens}"
 
     def key(self, toolchain: Mapping[str, str], result: str = "lowered") -> str:
         """sha256 over everything that decides a result of this task, 64 hex digits."""
@@ -78,10 +78,6 @@ class Lowered:
     aliases: Mapping[str, Any]
     memory: Mapping[str, Any]
 
-    @property
-    def label(self) -> str:
-        return _label(self.target, self.kind, self.tokens)
-
 
 def tasks_of(spec: Spec, plans: Sequence[tuple[KernelPlan, Source]]) -> list[Task]:
     """A task for every token bucket of every plan, the longest to compile first, so that no worker ends alone."""
@@ -91,7 +87,3 @@ def tasks_of(spec: Spec, plans: Sequence[tuple[KernelPlan, Source]]) -> list[Tas
         for tokens in plan.tokens
     ]
     return sorted(tasks, key=lambda task: (not is_tpu(task.target), -len(task.source.text), -task.tokens))
-
-
-def _label(target: str, kind: str, tokens: int) -> str:
-    return f"{target} {kind} t{tokens}"

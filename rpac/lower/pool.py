@@ -50,9 +50,12 @@ def lower_all(
 
 
 def add_cpu_executables(
-    lowered: Sequence[Lowered], jobs: int | None = None, progress: Callable[[str], None] = lambda label: None
+    tasks: Sequence[Task],
+    lowered: Sequence[Lowered],
+    jobs: int | None = None,
+    progress: Callable[[str], None] = lambda label: None,
 ) -> list[Lowered]:
-    """The same, those of the cpu target with an executable for the CPU of this machine; `progress(label)` at each.
+    """What these tasks became, those of the cpu target with an executable for the CPU of this machine; `progress(label)` at each.
 
     Nothing of it is cached: an entry could be another machine's. Raises CompileError.
     """
@@ -62,10 +65,14 @@ def add_cpu_executables(
         executable, build = made
         one = done[index]
         done[index] = replace(one, executable=executable, toolchain={**one.toolchain, "cpu_build": build})
-        progress(one.label)
+        progress(tasks[index].label)
 
-    calls = {index: partial(_compile_for_cpu, one.exported) for index, one in done.items() if not is_tpu(one.target)}
-    _run_all(calls, lambda index: done[index].label, jobs, keep)
+    calls = {
+        index: partial(_compile_for_cpu, task, done[index].exported)
+        for index, task in enumerate(tasks)
+        if not is_tpu(task.target)
+    }
+    _run_all(calls, lambda index: tasks[index].label, jobs, keep)
     return list(done.values())
 
 
@@ -146,7 +153,7 @@ def _lower(task: Task, tools: Mapping[str, str]) -> Lowered:
     return lower(task, tools)
 
 
-def _compile_for_cpu(exported: bytes) -> tuple[bytes, str]:
+def _compile_for_cpu(task: Task, exported: bytes) -> tuple[bytes, str]:
     from rpac.lower.worker import compile_for_cpu
 
-    return compile_for_cpu(exported)
+    return compile_for_cpu(task, exported)

@@ -17,9 +17,10 @@ from jax.experimental import topologies
 from rpac.chip import Chip, chip, is_tpu
 from rpac.compat import target_mesh
 from rpac.errors import CompileError
+from rpac.layout import index_of
 from rpac.lower.lowered import Lowered, Task
 from rpac.render import Source
-from rpac.runtime import KV_CACHE_ARG, build_string
+from rpac.runtime import build_string
 from rpac.toolchain import JAX_FLAGS
 
 Program = Callable[..., tuple[jax.Array, jax.Array]]
@@ -51,22 +52,22 @@ def compile_only(task: Task) -> None:
         _compiled(task, jitted, chip(task.target))
 
 
-def compile_for_cpu(data: bytes) -> tuple[bytes, str]:
+def compile_for_cpu(task: Task, data: bytes) -> tuple[bytes, str]:
     """An exported program of the cpu target as an executable for the CPU of this machine, and what that turns on."""
     exported = export.deserialize(bytearray(data))
-    compiled = _as_program(exported.call).lower(*exported.in_avals).compile()
+    compiled = _as_program(exported.call, task).lower(*exported.in_avals).compile()
     return compiled.runtime_executable().serialize(), build_string(jax.local_devices(backend="cpu")[0].client)
 
 
 def _jitted(task: Task) -> Any:
     for name, value in JAX_FLAGS.items():
         jax.config.update(name, int(value) if value.isdigit() else value)
-    return _as_program(load_program(task.source))
+    return _as_program(load_program(task.source), task)
 
 
-def _as_program(function: Callable[..., Any]) -> Any:
+def _as_program(function: Callable[..., Any], task: Task) -> Any:
     # An executable has no argument list but its own: without keep_unused, those it ignores would be missing from it.
-    return jax.jit(function, donate_argnums=KV_CACHE_ARG, keep_unused=True)
+    return jax.jit(function, donate_argnums=index_of(task.args, "kv_cache"), keep_unused=True)
 
 
 def _compiled(task: Task, jitted: Any, device: Chip) -> tuple[Any, jax.Device]:
@@ -107,14 +108,15 @@ def _lower_tpu(task: Task, toolchain: Mapping[str, str], jitted: Any, device: Ch
 
 def _aliases(task: Task, text: str, memory: Any) -> dict[str, int]:
     """Proves that the cache is updated in place. Raises CompileError where the compiled program copies it."""
-    cache = task.args[KV_CACHE_ARG]
+    index = index_of(task.args, "kv_cache")
+    cache = task.args[index]
     if memory.alias_size_in_bytes < cache.nbytes or memory.temp_size_in_bytes >= cache.nbytes:
         raise CompileError(
             f"{task.label}: the compiled program does not update the cache in place ({memory.alias_size_in_bytes:,} bytes "
             f"aliased and {memory.temp_size_in_bytes:,} temporary, for a cache of {cache.nbytes:,})"
         )
-    if not re.search(r"input_output_alias=\{.*\{1\}: \(3,", text):
-        raise CompileError(f"{task.label}: argument 3 of the compiled program is not the memory of its result 1")
+    if not re.search(rf"input_output_alias=\{{.*\{{1\}}: \({index},", text):
+        raise CompileError(f"{task.label}: argument {index} of the compiled program is not the memory of its result 1")
     return {"kv_cache": 1}
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 import rpac
 from rpac.errors import PlanError
 from rpac.plan.tiles import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, decode_tiles_from, tiles_from
-from rpac.spec import Spec
+from rpac.spec import Spec, plain
 
 SCHEMA: Final = 1
 FOLDER: Final = Path(rpac.__file__).parent / "tuned"
@@ -39,13 +39,12 @@ _NO_PART: Final = {
 
 
 def key_of(spec: Spec, kind: str, tokens: Sequence[int]) -> dict[str, Any]:
-    """A case as plain data. A field that model or serving gains is part of it, so that no old entry is for new cases.
+    """A case as plain data. A feature is part of it where it is used, so that no old entry is for new cases.
 
     `length_class`: the powers of two around the lengths that serving expects.
     """
     lengths = spec.serving.context_lens
-    meaning = spec.meaning()
-    fields = {"kv_layout": "interleaved", **meaning["model"], **meaning["serving"]}
+    fields = {"kv_layout": "interleaved", **plain(spec.model), **plain(spec.serving)}
     return {
         **{name: value for name, value in fields.items() if name not in _NO_PART},
         "kind": kind,

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
 TARGETS = ("tpu7x", "v6e", "v5p", "v5e", "cpu")
 KV_LAYOUTS = ("interleaved", "separate")  # the first is the default; `rpac.layout` says what they are
 MIN_DEFAULT_BUCKET = 16
+_ALWAYS_MEANT = ("kv_layout",)  # a key with a default that hashes have held from the start
 
 
 @dataclass(frozen=True)
 class Model:
-    """The attention of one model shard; heads are counted in the shard."""
+    """The attention of one model shard; heads are counted in the shard.
+
+    `sinks`: each query head has a logit of its own, an argument of every program, that takes part in the softmax and has
+    no value.
+    """
 
     q_heads: int
     kv_heads: int
@@ -23,6 +28,7 @@ class Model:
     q_dtype: str
     kv_dtype: str
     sm_scale: float
+    sinks: bool = False
 
     @property
     def group(self) -> int:
@@ -61,11 +67,15 @@ class Spec:
     file: str = field(compare=False)
 
     def meaning(self) -> dict[str, Any]:
-        """The spec as plain data with every default filled in; comments and layout of the file are gone."""
+        """The spec as plain data; comments and layout of the file are gone.
+
+        Sizes that were left out are filled in; a feature that is not used is not there, so that a spec means the same
+        after others were added.
+        """
         return {
             "name": self.name,
-            "model": asdict(self.model),
-            "serving": asdict(self.serving),
+            "model": plain(self.model),
+            "serving": plain(self.serving),
             "targets": list(self.targets),
         }
 
@@ -74,6 +84,16 @@ class Spec:
         """sha256 of the meaning, 64 hex digits: equal for files that differ only in comments or written defaults."""
         text = json.dumps(self.meaning(), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plain(part: Model | Serving) -> dict[str, Any]:
+    """One part of a spec as plain data, without features at their default."""
+    values = {one.name: (getattr(part, one.name), one.default) for one in fields(part)}
+    return {
+        name: value
+        for name, (value, default) in values.items()
+        if default is MISSING or name in _ALWAYS_MEANT or value != default
+    }
 
 
 def default_token_buckets(max_num_tokens: int) -> tuple[int, ...]:

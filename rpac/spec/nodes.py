@@ -230,6 +230,14 @@ class Section:
         self.report.at_node(node, self.where(key), allowed, "write a number in that range, unquoted")
         return None
 
+    def flag(self, key: str) -> bool | None:
+        """True or false, written so: YAML 1.1 takes yes, no, on and off for them too. The key must be there."""
+        node = self._values[key]
+        if _is_plain(node) and node.value in ("true", "false"):
+            return bool(node.value == "true")
+        self.report.at_node(node, self.where(key), "must be true or false", "write one of them, unquoted")
+        return None
+
     def integers(self, key: str, low: int, high: int, example: str) -> tuple[int, ...] | None:
         """A list of integers in low..high, each greater than the one before."""
         nodes = self._list(key, f"must be a list of integers from {low} to {high}, ascending", example)

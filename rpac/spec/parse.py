@@ -10,7 +10,7 @@ from rpac.spec.model import KV_LAYOUTS, TARGETS, Model, Serving, Spec, default_t
 from rpac.spec.nodes import MAX_SIZE, Report, Section, compose
 
 ROOT_KEYS = ("name", "model", "serving", "targets")
-MODEL_KEYS = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
+MODEL_KEYS = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale", "sinks")
 SERVING_KEYS = (
     "page_size",
     "max_model_len",
@@ -87,6 +87,8 @@ def _read(text: str, report: Report) -> Spec | None:
     serving = None if serving_section is None else _serving(serving_section)
     if name is None or model is None or serving is None or targets is None:
         return None
+    if model.sinks and targets != ("cpu",) and model_section is not None:
+        model_section.clash("sinks", "must be false for a TPU target", "write `targets: [cpu]`")
     return Spec(name, model, serving, targets, source=text, file=report.file)
 
 
@@ -97,6 +99,7 @@ def _model(section: Section) -> Model | None:
     q_dtype = section.choice("q_dtype", DTYPES)
     kv_dtype = section.choice("kv_dtype", DTYPES)
     sm_scale = section.number("sm_scale", *SM_SCALES) if section.has("sm_scale") else None
+    sinks = section.flag("sinks") if section.has("sinks") else False
 
     if q_heads is not None and kv_heads is not None:
         if q_heads % kv_heads:
@@ -112,7 +115,8 @@ def _model(section: Section) -> Model | None:
 
     if q_heads is None or kv_heads is None or head_dim is None or q_dtype is None or kv_dtype is None:
         return None
-    return Model(q_heads, kv_heads, head_dim, q_dtype, kv_dtype, head_dim**-0.5 if sm_scale is None else sm_scale)
+    scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    return Model(q_heads, kv_heads, head_dim, q_dtype, kv_dtype, scale, sinks=bool(sinks))
 
 
 def _serving(section: Section) -> Serving | None:

@@ -31,9 +31,7 @@ class FakeEngine:
 
     @classmethod
     def of(cls, spec: Spec) -> FakeEngine:
-        model = spec.model
-        dims = Dims(model.q_heads, model.kv_heads, model.head_dim, model.q_dtype, model.kv_dtype, model.sm_scale)
-        return cls(spec.name, dims, spec.serving.kv_layout, Limits.of(spec))
+        return cls(spec.name, Dims(**vars(spec.model)), spec.serving.kv_layout, Limits.of(spec))
 
     def __call__(self, *args: Any, validate: bool = True) -> Any:
         self.calls.append(args)

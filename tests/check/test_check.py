@@ -209,7 +209,9 @@ def test_pages_are_shuffled_and_those_of_a_prefix_are_shared() -> None:
 def judged(change: Callable[[np.ndarray, np.ndarray], None], spec: Spec = TINY) -> tuple[bool, str]:
     """Whether the oracle's own results pass after a change of output or cache, and the notes."""
     args, kv_layout = arguments(spec=spec), spec.serving.kv_layout
-    want_out, want_cache = reference.ragged_paged_attention(*args, sm_scale=TINY.model.sm_scale, kv_layout=kv_layout)
+    want_out, want_cache = reference.ragged_paged_attention(
+        *args.of_batch, sm_scale=TINY.model.sm_scale, kv_layout=kv_layout
+    )
     out, cache = want_out.astype(args.queries.dtype), want_cache.copy()
     change(out, cache)
     found = compare(args, out, cache, want_out, want_cache, kv_layout=kv_layout)

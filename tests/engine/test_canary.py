@@ -81,7 +81,7 @@ def test_zeros_are_named(tiny: Spec, answers: Any) -> None:
 def test_a_canary_is_held_to_the_dtype_s_tolerance_and_to_every_bit_of_its_pages(tiny: Spec, answers: Any) -> None:
     for variant in BUILT:
         made = tiny_canary(tiny, variant)
-        out, pages = expected(made, tiny.model.sm_scale, tiny.serving.kv_layout)
+        out, pages = expected(made, tiny.model, tiny.serving.kv_layout)
         within, beyond = (out * np.float32(1 + TOLERANCE["bfloat16"] * part) for part in (0.9, 1.1))
         assert canary.judge(made, answers[variant], within, pages).notes == ()
         (note,) = canary.judge(made, answers[variant], beyond, pages).notes
@@ -142,7 +142,7 @@ def test_a_write_to_a_page_of_no_row_is_found(small: Path) -> None:
         out, kv_cache = engine(*args)
         return out, kv_cache.at[free, -1].set(1)
 
-    answer = canary.answer(made, *expected(made, engine.model.sm_scale, engine.kv_layout))
+    answer = canary.answer(made, *expected(made, engine.model, engine.kv_layout))
     (note,) = probe(run, made, program, engine.device).against(answer).notes
     assert note == f"1 pages of no row were written, first {free}"
 

@@ -11,6 +11,9 @@ import pytest
 
 from rpac.errors import RpacError, SpecError
 from rpac.spec import load_spec, parse_spec
+from rpac.spec.parse import MODEL_KEYS, SERVING_KEYS
+
+MODEL, SERVING = ", ".join(MODEL_KEYS), ", ".join(SERVING_KEYS)
 
 GOOD = """\
 name: tiny
@@ -101,7 +104,7 @@ ONE_EDIT = {
     "layout misspelt": ("page_size: 16", "page_size: 16\n  kv_layout: seperate", f"10:14: serving.kv_layout: found seperate; {LAYOUTS}; write separate"),
     "layout unknown": ("page_size: 16", "page_size: 16\n  kv_layout: BHSD", f"10:14: serving.kv_layout: found BHSD; {LAYOUTS}; write one of them"),
     "layout nothing": ("page_size: 16", "page_size: 16\n  kv_layout:", f"10:13: serving.kv_layout: found nothing (null); {LAYOUTS}; write one of them"),
-    "layout of the model": ("q_heads: 4", "q_heads: 4\n  kv_layout: separate", "4:3: model.kv_layout: found an unknown key; must be one of q_heads, kv_heads, head_dim, q_dtype, kv_dtype, sm_scale; move it under serving"),
+    "layout of the model": ("q_heads: 4", "q_heads: 4\n  kv_layout: separate", f"4:3: model.kv_layout: found an unknown key; must be one of {MODEL}; move it under serving"),
     "bucket type": ("[8, 32]", "[8, x]", f"12:22: serving.token_buckets[1]: found x; {TOKENS}; write it in plain decimal digits"),
     "buckets empty": ("[8, 32]", "[]", "12:18: serving.token_buckets: found an empty list; must be a list of integers from 1 to 1048576, ascending; write [64, 2048]"),
     "buckets no list": ("[8, 32]", "32", "12:18: serving.token_buckets: found 32; must be a list of integers from 1 to 1048576, ascending; write [64, 2048]"),
@@ -116,14 +119,14 @@ ONE_EDIT = {
     "targets empty": ("[tpu7x, cpu]", "[]", "16:10: targets: found an empty list; must be a list of tpu7x, v6e, v5p, v5e, cpu; write [tpu7x, cpu]"),
     "targets a word": ("[tpu7x, cpu]", "cpu", "16:10: targets: found cpu; must be a list of tpu7x, v6e, v5p, v5e, cpu; write [tpu7x, cpu]"),
     # keys
-    "key misspelt": ("q_heads: 4", "q_head: 4", "3:3: model.q_head: found an unknown key; must be one of q_heads, kv_heads, head_dim, q_dtype, kv_dtype, sm_scale; write q_heads"),
-    "key unknown": ("q_heads: 4", "q_heads: 4\n  color: red", "4:3: model.color: found an unknown key; must be one of q_heads, kv_heads, head_dim, q_dtype, kv_dtype, sm_scale; remove it"),
+    "key misspelt": ("q_heads: 4", "q_head: 4", f"3:3: model.q_head: found an unknown key; must be one of {MODEL}; write q_heads"),
+    "key unknown": ("q_heads: 4", "q_heads: 4\n  color: red", f"4:3: model.color: found an unknown key; must be one of {MODEL}; remove it"),
     "key misplaced": ("name: tiny", "name: tiny\npage_size: 16", "2:1: page_size: found an unknown key; must be one of name, model, serving, targets; move it under serving"),
-    "key too deep": ("q_heads: 4", "q_heads: 4\n  name: x", "4:3: model.name: found an unknown key; must be one of q_heads, kv_heads, head_dim, q_dtype, kv_dtype, sm_scale; move it to the top level"),
+    "key too deep": ("q_heads: 4", "q_heads: 4\n  name: x", f"4:3: model.name: found an unknown key; must be one of {MODEL}; move it to the top level"),
     "key twice": ("q_heads: 4", "q_heads: 4\n  q_heads: 4", "4:3: model.q_heads: found a second value; must be given once; remove this one or line 3"),
     "key missing": ("  q_heads: 4\n", "", f"3:3: model.q_heads: found no such key; {HEADS}; add `q_heads: 32`"),
-    "key a list": ("q_heads: 4", "q_heads: 4\n  ? [a]\n  : 1", "4:5: model: found a list; must be a key, one of q_heads, kv_heads, head_dim, q_dtype, kv_dtype, sm_scale; write a key here"),
-    "merge key": ("q_heads: 4", "q_heads: 4\n  <<: {a: 1}", "4:3: model.<<: found an unknown key; must be one of q_heads, kv_heads, head_dim, q_dtype, kv_dtype, sm_scale; remove it"),
+    "key a list": ("q_heads: 4", "q_heads: 4\n  ? [a]\n  : 1", f"4:5: model: found a list; must be a key, one of {MODEL}; write a key here"),
+    "merge key": ("q_heads: 4", "q_heads: 4\n  <<: {a: 1}", f"4:3: model.<<: found an unknown key; must be one of {MODEL}; remove it"),
     # YAML itself
     "tab": ("  q_heads: 4", "\tq_heads: 4", "3:1: found a syntax error (found character '\\t' that cannot start any token); must be YAML; indent with spaces"),
     "no colon": ("name: tiny", "name tiny", "2:6: found a syntax error (mapping values are not allowed here); must be YAML; correct the syntax at this place"),
@@ -171,15 +174,13 @@ def test_a_file_that_is_no_spec_at_all_is_refused_in_one_line(text: str, line: s
 
 
 def test_sections_that_are_missing_or_no_mappings_are_reported_whole() -> None:
-    keys = "q_heads, kv_heads, head_dim, q_dtype, kv_dtype, sm_scale"
     serving, model = report("name: x\nmodel: 5\ntargets: [cpu]\n")
     assert serving == (
-        "x.yaml:1:1: serving: found no such key; must be a mapping with page_size, max_model_len, max_num_tokens, "
-        "token_buckets, max_num_seqs, prefill_chunk, context_lens, num_pages, kv_layout; "
+        f"x.yaml:1:1: serving: found no such key; must be a mapping with {SERVING}; "
         "add `serving:` and its keys, indented, below it"
     )
     assert model == (
-        f"x.yaml:2:8: model: found 5; must be a mapping with {keys}; write its keys, indented, below `model:`"
+        f"x.yaml:2:8: model: found 5; must be a mapping with {MODEL}; write its keys, indented, below `model:`"
     )
 
 

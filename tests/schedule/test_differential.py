@@ -54,7 +54,7 @@ Side = tuple[tuple[int, ...], bool]  # the shape of arrays, and whether they are
 def walked(call: Call, args: Arguments) -> tuple[Counter[Extent], set[Side], int]:
     """What the call's kernels move between HBM and the core, by the walk: extents, the sides of the kernels that the
     compiler keeps in VMEM, and how many bytes of scalars they read beside."""
-    scalars = {FIRST_SCALAR + i: values.tolist() for i, values in enumerate(args[FIRST_SCALAR:])}
+    scalars = {FIRST_SCALAR + i: values.tolist() for i, values in enumerate(args.of_batch[FIRST_SCALAR:])}
     found: Counter[Extent] = Counter()
     in_vmem: set[Side] = set()
     total = 0
