@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 LANES = 128
 WORD_BITS = 32
-BITS = {"float32": 32, "int32": 32, "bfloat16": 16}
+BITS = {"float32": 32, "int32": 32, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8, "int8": 8}
 
 # What programs take beside the batch where a spec asks for it, in argument order, and the lines of a spec that do.
-EXTRA_ARGS = {"sinks": "model:\n  sinks: true"}
+EXTRA_ARGS = {"sinks": "model:\n  sinks: true", "kv_scales": "model:\n  kv_scale: head"}
 
 # How K and V lie in the cache, and the axis of the cache along which the tokens of a page do.
 TOKEN_AXES = {"interleaved": 1, "separate": 3}
@@ -161,8 +161,8 @@ def arg_specs(spec: Spec, tokens: int) -> tuple[ArrayDims, ...]:
     model = spec.model
     return (
         ArrayDims("queries", queries_shape(spec, tokens), model.q_dtype),
-        ArrayDims("keys", kv_new_shape(spec, tokens), model.kv_dtype),
-        ArrayDims("values", kv_new_shape(spec, tokens), model.kv_dtype),
+        ArrayDims("keys", kv_new_shape(spec, tokens), model.new_dtype),
+        ArrayDims("values", kv_new_shape(spec, tokens), model.new_dtype),
         ArrayDims("kv_cache", kv_cache_shape(spec), model.kv_dtype),
         *metadata_specs(spec.serving),
         *extra_specs(spec),
@@ -170,8 +170,13 @@ def arg_specs(spec: Spec, tokens: int) -> tuple[ArrayDims, ...]:
 
 
 def extra_specs(spec: Spec) -> tuple[ArrayDims, ...]:
-    """What a spec's programs take after the batch, in the order of `EXTRA_ARGS`: `sinks` `[q_heads]`."""
-    return (ArrayDims("sinks", (spec.model.q_heads,), "float32"),) if spec.model.sinks else ()
+    """What a spec's programs take after the batch, in the order of `EXTRA_ARGS`: `sinks` `[q_heads]`; `kv_scales`, of K and
+    then of V, `[2, kv_heads]`, or `[2]` where they are of the tensor.
+    """
+    model = spec.model
+    scales = {"head": (2, model.kv_heads), "tensor": (2,)}
+    shapes = {"sinks": (model.q_heads,) if model.sinks else None, "kv_scales": scales.get(model.kv_scale or "")}
+    return tuple(ArrayDims(name, shape, "float32") for name in EXTRA_ARGS if (shape := shapes[name]) is not None)
 
 
 def index_of(arrays: Sequence[ArrayDims], name: str) -> int:

@@ -14,7 +14,7 @@ import jinja2
 
 import rpac
 from rpac.chip import is_tpu
-from rpac.layout import align, head_lanes, joins_rows, kv_rows, packing
+from rpac.layout import BITS, align, head_lanes, joins_rows, kv_rows, packing
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims
 from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, exchange_of, splits_rows, splits_words, unit_tokens
 from rpac.spec import Model, Spec
@@ -26,6 +26,8 @@ SPLIT_PIECE = 128  # bfloat16 rows that are split at once beside other work: 8 r
 SHORT_SPLIT_PIECE = 256  # likewise where a decode kernel shares its program: slower by 5%, for half as many operations
 SPLIT_ROWS = 512  # bfloat16 rows that are split into K and V in one turn of a loop: 32 registers
 SORT_TOKENS = 16  # tokens of a query block that one turn of a loop moves; divides every query block
+# Of each 8-bit float: its smallest normal number, the step between numbers from 1 on, its largest number.
+FLOAT8 = {"float8_e4m3fn": (2.0**-6, 2.0**-3, 448.0), "float8_e5m2": (2.0**-14, 2.0**-2, 57344.0)}
 HEADER_END = '"""\n'
 
 
@@ -77,7 +79,8 @@ def _environment(family: str) -> jinja2.Environment:
 def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
     model, serving = spec.model, spec.serving
     rows = RowDims.of(model)
-    highest = model.kv_dtype == "float32"
+    computed = model.q_dtype if model.quantized else model.kv_dtype
+    highest = computed == "float32"
     return {
         "title": f"Ragged paged attention of {spec.name}: {plan.kind} batches on {plan.target}.",
         "spec_hash": spec.hash,
@@ -101,8 +104,9 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         **_lanes_context(model),
         "q_jnp": f"jnp.{model.q_dtype}",
         "kv_dtype": model.kv_dtype,
+        **_quantized_context(model),
         "kv_jnp": f"jnp.{model.kv_dtype}",
-        "word_dtype": {16: "uint16", 32: "uint32"}[32 // packing(model.kv_dtype)],
+        "word_dtype": f"uint{BITS[model.kv_dtype]}",
         "packing": packing(model.kv_dtype),
         # Without it a float32 product would be made of bfloat16 ones.
         "precision_tail": ", precision=lax.Precision.HIGHEST" if highest else "",
@@ -113,6 +117,10 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "kv_layout": serving.kv_layout,
         "splits_words": splits_words(spec),
         "row_words": splits_rows(spec),
+        # Words of a token; where each holds a head's K and V, as many as there are heads.
+        "cache_words": "KV_HEADS" if packing(model.kv_dtype) == 2 else rows.packed_rows // rows.lane_tiles,
+        "to_mxu": f".astype(jnp.{computed})" if model.quantized else "",
+        "smem_args": 3 + (plan.kind == "mixed") + (model.kv_scale is not None),
         "place_bits": packing(model.kv_dtype).bit_length() - 1,
         "padding_rows": rows.token_rows // rows.lane_tiles - kv_rows(model),
         "kv_stride": align(model.kv_heads, SUBLANES),
@@ -133,6 +141,25 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "decode": _tile_context(spec, plan.decode, shared=plan.block is not None),
         "block": _tile_context(spec, plan.block),
     }
+
+
+def _quantized_context(model: Model) -> dict[str, Any]:
+    """What 8-bit K and V need, beside their dtype."""
+    context: dict[str, Any] = {
+        "quantized": model.quantized,
+        "quantize": model.quantize,
+        "kv_scale": model.kv_scale,
+        # Weights, and K and V on their way to the MXU.
+        "mxu_jnp": f"jnp.{model.q_dtype if model.quantized else model.kv_dtype}",
+    }
+    if model.kv_dtype in FLOAT8:
+        smallest_normal, step, largest = FLOAT8[model.kv_dtype]
+        context |= {
+            "kv_smallest_normal": repr(smallest_normal),
+            "kv_step": repr(step),
+            "kv_largest": repr(largest),
+        }
+    return context
 
 
 def _lanes_context(model: Model) -> dict[str, Any]:
@@ -264,6 +291,14 @@ def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
     }
 
 
+def _quantization(model: Model) -> list[str]:
+    if not model.quantized:
+        return []
+    scales = {None: "no scales", "tensor": "a scale of K and one of V", "head": "a scale of K and of V for each KV head"}
+    by = "this program" if model.quantize == "kernel" else "the caller"
+    return [f"KV of 8 bits, {scales[model.kv_scale]}; {by} quantizes new keys and values"]
+
+
 def _declared(buffer: Buffer) -> Mapping[str, str]:
     if buffer.dtype == "smem":
         declaration = f"pltpu.SMEM({buffer.shape}, jnp.int32)"
@@ -282,7 +317,8 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
         f"queries {model.q_dtype}, KV {model.kv_dtype}: constants",
         f"pages of {serving.page_size} tokens, {serving.pages_per_seq} a sequence, up to {serving.max_num_seqs} sequences",
         f"token buckets that use it: {', '.join(map(str, plan.tokens))}",
-        "causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code",
+        f"causal, cache updated; no window, soft cap, {'or sinks' if model.kv_scale else 'sinks or KV scales'} in the spec: none is in the code",
+        *_quantization(model),
     ]
     if serving.kv_layout == "separate":
         lines.append("K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)")

@@ -28,6 +28,7 @@ from rpac.plan.tiles import (
     RowDims,
     XlaTiles,
     splits_words,
+    unit_tokens,
 )
 from rpac.plan.tuned import Entry, TunedTiles
 from rpac.spec import Spec
@@ -283,7 +284,7 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
                         diagonal_heads,
                         buffers,
                         UPDATE_BUFFERS,
-                        MERGE_TOKENS,
+                        max(MERGE_TOKENS, unit_tokens(model)) if serving.kv_layout == "separate" else MERGE_TOKENS,
                         new_tokens,
                         copy_sizes,
                         spare,

@@ -89,8 +89,8 @@ class DecodeTiles:
             Buffer("kv", (self.buffers, self.block * rows.token_rows, LANES), model.kv_dtype, "fetched blocks"),
             *split_words(spec, self.block, 2),
             Buffer("q_all", (self.loaded, model.q_heads, model.head_dim), model.q_dtype, "queries of every sequence"),
-            Buffer("new_keys", new, model.kv_dtype, "new keys of every sequence"),
-            Buffer("new_values", new, model.kv_dtype, "new values of every sequence"),
+            Buffer("new_keys", new, new_dtype(model), "new keys of every sequence"),
+            Buffer("new_values", new, new_dtype(model), "new values of every sequence"),
             Buffer(
                 "packed", (rows.unit * rows.packed_rows, LANES), word_dtype(model), "a new token in the cache's form"
             ),
@@ -164,8 +164,8 @@ class GroupTiles:
         return (
             Buffer("kv", kv, model.kv_dtype, "fetched tiles"),
             Buffer("q_in", queries, model.q_dtype, "queries of every sequence, and of none"),
-            Buffer("new_keys", new, model.kv_dtype, "new keys of every sequence"),
-            Buffer("new_values", new, model.kv_dtype, "new values of every sequence"),
+            Buffer("new_keys", new, new_dtype(model), "new keys of every sequence"),
+            Buffer("new_values", new, new_dtype(model), "new values of every sequence"),
             Buffer("unit_out", unit, model.kv_dtype, "new tokens on their way to the cache"),
             Buffer("scores", (self.step, query_rows, self.tile), "float32", "scores of a group, from turn to turn"),
             Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),
@@ -259,8 +259,8 @@ class BlockTiles:
         return (
             Buffer("kv", kv, model.kv_dtype, "fetched blocks"),
             *split_words(spec, self.tile),
-            Buffer("new_keys", new, model.kv_dtype, "new keys, around the page they go to"),
-            Buffer("new_values", new, model.kv_dtype, "new values, likewise"),
+            Buffer("new_keys", new, new_dtype(model), "new keys, around the page they go to"),
+            Buffer("new_values", new, new_dtype(model), "new values, likewise"),
             Buffer("page_rows", page, model.kv_dtype, "pages to update"),
             merged,
             Buffer("q_in", (self.buffers, *queries), model.q_dtype, "query blocks as they come"),
@@ -314,7 +314,12 @@ def splits_words(spec: Spec) -> bool:
 
 def splits_rows(spec: Spec) -> bool:
     """Whether words are split by the place of rows in them, for they hold other rows than one K and its V."""
-    return splits_words(spec) and joins_rows(spec.model)
+    return splits_words(spec) and (joins_rows(spec.model) or spec.model.quantized)
+
+
+def new_dtype(model: Model) -> str:
+    """In what a kernel takes new keys and values: 8-bit ones as the integers that their bits are, exact in bfloat16."""
+    return "bfloat16" if model.quantized else model.kv_dtype
 
 
 def split_words(spec: Spec, tile: int, copies: int = 0) -> tuple[Buffer, ...]:
