@@ -112,6 +112,8 @@ def make_call(
         by_token[at] = contents[at]
     more = dims[layout.index_of(dims, "distribution") + 1 :]
     extra = {one.name: _numbers(one.shape, seed, 5 + i).astype(one.dtype) for i, one in enumerate(more)}
+    if "kv_scales" in extra:
+        extra["kv_scales"] = 1 + np.abs(extra["kv_scales"]) / 4
     return Call(batch, queries, keys, values, np.array(pages, np.int32), held, extra)
 
 

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 LANES = 128
 WORD_BITS = 32
-BITS = {"float32": 32, "int32": 32, "bfloat16": 16}
+BITS = {"float32": 32, "int32": 32, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8, "int8": 8}
 
 # What programs take beside the batch where a spec asks for it, in argument order, and the lines of a spec that do.
-EXTRA_ARGS = {"sinks": "model:\n  sinks: true"}
+EXTRA_ARGS = {"sinks": "model:\n  sinks: true", "kv_scales": "model:\n  kv_scale: head"}
 
 # How K and V lie in the cache, and the axis of the cache along which the tokens of a page do.
 TOKEN_AXES = {"interleaved": 1, "separate": 3}
@@ -67,23 +67,44 @@ def nbytes(shape: Shape, dtype: str) -> int:
     return math.prod(shape) * BITS[dtype] // 8
 
 
-def kv_row_shape(model: Model) -> Shape:
-    """K and V of one token, interleaved: `[ceil(2 * kv_heads / packing), packing, align(head_dim, 128)]`.
+def head_lanes(model: Model) -> int:
+    """The lanes of a row of the cache: `head_dim` up to whole registers."""
+    return align(model.head_dim, LANES)
 
-    Flattened over its first two axes the order is K0, V0, K1, V1, ...
+
+def joins_rows(model: Model) -> bool:
+    """Whether K and V of a token and head share a row: K in its lower lanes, V in its upper, and none left over.
+
+    So head_dim 64 takes no more of the cache and of the HBM's time than its numbers do; RPA v3 keeps it so too.
+    """
+    return 2 * model.head_dim == LANES
+
+
+def kv_rows(model: Model) -> int:
+    """Rows of the cache that one token takes."""
+    return model.kv_heads if joins_rows(model) else 2 * model.kv_heads
+
+
+def kv_row_shape(model: Model) -> Shape:
+    """K and V of one token, interleaved: `[ceil(kv_rows / packing), packing, align(head_dim, 128)]`.
+
+    Flattened over its first two axes the order is K0, V0, K1, V1, ...; with head_dim 64 it is K0 and V0, K1 and V1, ...,
+    each pair in one row. What is left over, lanes and rows, is padding: the kernels write zeros there with each new
+    token, and take nothing from it but that an old token's is finite.
     """
     pack = packing(model.kv_dtype)
-    return (cdiv(2 * model.kv_heads, pack), pack, align(model.head_dim, LANES))
+    return (cdiv(kv_rows(model), pack), pack, head_lanes(model))
 
 
 def kv_page_shape(spec: Spec) -> Shape:
     """One page of one layer.
 
-    Interleaved: `[page_size, *kv_row_shape]`. Separate: `[2, kv_heads, page_size, align(head_dim, 128)]`, K then V.
+    Interleaved: `[page_size, *kv_row_shape]`. Separate: `[2, kv_heads, page_size, align(head_dim, 128)]`, K then V;
+    with head_dim 64 `[1, kv_heads, page_size, 128]`, both in one row. Padding is as in `kv_row_shape`.
     """
     model, serving = spec.model, spec.serving
     if serving.kv_layout == "separate":
-        return (2, model.kv_heads, serving.page_size, align(model.head_dim, LANES))
+        return (kv_rows(model) // model.kv_heads, model.kv_heads, serving.page_size, head_lanes(model))
     return (serving.page_size, *kv_row_shape(model))
 
 
@@ -140,8 +161,8 @@ def arg_specs(spec: Spec, tokens: int) -> tuple[ArrayDims, ...]:
     model = spec.model
     return (
         ArrayDims("queries", queries_shape(spec, tokens), model.q_dtype),
-        ArrayDims("keys", kv_new_shape(spec, tokens), model.kv_dtype),
-        ArrayDims("values", kv_new_shape(spec, tokens), model.kv_dtype),
+        ArrayDims("keys", kv_new_shape(spec, tokens), model.new_dtype),
+        ArrayDims("values", kv_new_shape(spec, tokens), model.new_dtype),
         ArrayDims("kv_cache", kv_cache_shape(spec), model.kv_dtype),
         *metadata_specs(spec.serving),
         *extra_specs(spec),
@@ -149,8 +170,13 @@ def arg_specs(spec: Spec, tokens: int) -> tuple[ArrayDims, ...]:
 
 
 def extra_specs(spec: Spec) -> tuple[ArrayDims, ...]:
-    """What a spec's programs take after the batch, in the order of `EXTRA_ARGS`: `sinks` `[q_heads]`."""
-    return (ArrayDims("sinks", (spec.model.q_heads,), "float32"),) if spec.model.sinks else ()
+    """What a spec's programs take after the batch, in the order of `EXTRA_ARGS`: `sinks` `[q_heads]`; `kv_scales`, of K and
+    then of V, `[2, kv_heads]`, or `[2]` where they are of the tensor.
+    """
+    model = spec.model
+    scales = {"head": (2, model.kv_heads), "tensor": (2,)}
+    shapes = {"sinks": (model.q_heads,) if model.sinks else None, "kv_scales": scales.get(model.kv_scale or "")}
+    return tuple(ArrayDims(name, shape, "float32") for name in EXTRA_ARGS if (shape := shapes[name]) is not None)
 
 
 def index_of(arrays: Sequence[ArrayDims], name: str) -> int:

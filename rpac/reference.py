@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,28 +29,40 @@ def ragged_paged_attention(
     sm_scale: float,
     kv_layout: str = "interleaved",
     sinks: Array | None = None,
+    kv_scales: Array | None = None,
 ) -> tuple[NDArray[np.float32], Array]:
     """Causal attention of every new token over its sequence, and the cache with the new tokens in it.
 
     Arguments are those of a program, as numpy arrays, of a batch that `validate` accepts; `kv_layout` says how K and V
     lie in `kv_cache`, as `split_kv` has it; `sinks` `[q_heads]` are logits, one a query head, that take part in its
-    softmax and have no value. Returns the output `[tokens, q_heads, head_dim]` in float32, zero in the
-    rows past the last sequence, and a new cache in the cache's dtype: each new token's K and V as given, every other bit
-    as it was. The caller rounds the output to its dtype.
+    softmax and have no value; `kv_scales` `[2]` or `[2, kv_heads]` are what stored K and V are multiplied by. New keys and
+    values of another dtype than the cache's are quantized as they are stored, as `quantized` does. Returns the output `[tokens, q_heads, head_dim]` in float32, zero in the
+    rows past the last sequence, and a new cache in the cache's dtype: each new token's K and V as given, zeros in
+    its padding, every other bit as it was. The caller rounds the output to its dtype.
     """
     _, q_heads, head_dim = queries.shape
     kv_heads = keys.shape[1]
     page_tables = page_indices.reshape(len(kv_lens), -1)
     count = int(distribution[2])
 
+    scales = np.ones((2, kv_heads), np.float32)
+    if kv_scales is not None:
+        scales[:] = kv_scales.reshape(2, -1)
+    if keys.dtype != kv_cache.dtype:
+        keys, values = (
+            quantized(new, scale, kv_cache.dtype) for new, scale in zip((keys, values), scales, strict=True)
+        )
+
     cache = kv_cache.copy()
     cached_k, cached_v = split_kv(cache, kv_heads, head_dim, kv_layout)  # views
     page_size = cached_k.shape[1]
+    by_token = cache.swapaxes(1, 3) if kv_layout == "separate" else cache  # a view
     for seq in range(count):
         start, end = int(cu_q_lens[seq]), int(cu_q_lens[seq + 1])
         for token in range(start, end):
             position = int(kv_lens[seq]) - end + token
             page = page_tables[seq, position // page_size]
+            by_token[page, position % page_size] = 0
             cached_k[page, position % page_size] = keys[token]
             cached_v[page, position % page_size] = values[token]
 
@@ -58,8 +71,8 @@ def ragged_paged_attention(
         start, end = int(cu_q_lens[seq]), int(cu_q_lens[seq + 1])
         kv_len = int(kv_lens[seq])
         pages = page_tables[seq, : -(-kv_len // page_size)]
-        k = cached_k[pages].reshape(-1, kv_heads, head_dim)[:kv_len].astype(np.float64)
-        v = cached_v[pages].reshape(-1, kv_heads, head_dim)[:kv_len].astype(np.float64)
+        k = cached_k[pages].reshape(-1, kv_heads, head_dim)[:kv_len].astype(np.float64) * scales[0, :, None]
+        v = cached_v[pages].reshape(-1, kv_heads, head_dim)[:kv_len].astype(np.float64) * scales[1, :, None]
         q_positions = np.arange(kv_len - (end - start), kv_len)
         visible = np.arange(kv_len) <= q_positions[:, None]
         for head in range(q_heads):
@@ -74,18 +87,34 @@ def ragged_paged_attention(
     return out, cache
 
 
+def quantized(new: Array, scales: Array, dtype: np.dtype[Any]) -> Array:
+    """`new` `[tokens, kv_heads, head_dim]` times one over the scale of its head, in float32, as the nearest numbers of `dtype`: of two
+    as near the even one, and of what is past its largest that one.
+    """
+    ratio = new.astype(np.float32) * (1 / scales)[:, None]
+    if dtype == np.int8:
+        with np.errstate(invalid="ignore"):  # what is no number is padding
+            return np.clip(np.rint(ratio), -128, 127).astype(dtype)
+    largest = np.float32(ml_dtypes.finfo(dtype).max)
+    return np.clip(ratio, -largest, largest).astype(dtype)
+
+
 def split_kv(kv_cache: Array, kv_heads: int, head_dim: int, kv_layout: str = "interleaved") -> tuple[Array, Array]:
     """K and V of a cache or of some of its pages, without padding, each `[pages, page_size, kv_heads, head_dim]`.
 
     Both are views of `kv_cache`, which is contiguous. Interleaved, it is `[pages, page_size, words, packing, lanes]`,
     and its rows of lanes are a token's K0, V0, K1, V1, ... and padding; separate, `[pages, 2, kv_heads, page_size,
-    lanes]`, all K of a page and then all V. Raises ValueError for another layout.
+    lanes]`, all K of a page and then all V. With head_dim 64 a row is a head's K and then its V: interleaved, rows are
+    heads; separate, there is 1 in place of 2. Raises ValueError for another layout.
     """
-    if kv_layout == "separate":
-        k, v = kv_cache.swapaxes(2, 3).swapaxes(0, 1)
-        return k[..., :head_dim], v[..., :head_dim]
-    if kv_layout != "interleaved":
+    if kv_layout not in ("interleaved", "separate"):
         raise ValueError(f"kv_layout is {kv_layout!r}; must be 'interleaved' or 'separate'")
-    pages, page_size = kv_cache.shape[:2]
-    rows = kv_cache.reshape(pages, page_size, -1, kv_cache.shape[-1])[:, :, : 2 * kv_heads, :head_dim]
-    return rows[:, :, 0::2], rows[:, :, 1::2]
+    if kv_layout == "separate":
+        rows = kv_cache.swapaxes(2, 3).swapaxes(0, 1)
+        k, v = rows[0], rows[-1]
+    else:
+        pages, page_size = kv_cache.shape[:2]
+        rows = kv_cache.reshape(pages, page_size, -1, kv_cache.shape[-1])
+        k, v = (rows, rows) if head_dim == 64 else (rows[:, :, 0::2], rows[:, :, 1::2])
+    first = 64 if head_dim == 64 else 0
+    return k[:, :, :kv_heads, :head_dim], v[:, :, :kv_heads, first : first + head_dim]

@@ -14,9 +14,9 @@ import jinja2
 
 import rpac
 from rpac.chip import is_tpu
-from rpac.layout import align, packing
+from rpac.layout import BITS, align, head_lanes, joins_rows, kv_rows, packing
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims
-from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, exchange_of, splits_words, unit_tokens
+from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, exchange_of, splits_rows, splits_words, unit_tokens
 from rpac.spec import Model, Spec
 
 MASKED = -2.0e38
@@ -26,6 +26,8 @@ SPLIT_PIECE = 128  # bfloat16 rows that are split at once beside other work: 8 r
 SHORT_SPLIT_PIECE = 256  # likewise where a decode kernel shares its program: slower by 5%, for half as many operations
 SPLIT_ROWS = 512  # bfloat16 rows that are split into K and V in one turn of a loop: 32 registers
 SORT_TOKENS = 16  # tokens of a query block that one turn of a loop moves; divides every query block
+# Of each 8-bit float: its smallest normal number, the step between numbers from 1 on, its largest number.
+FLOAT8 = {"float8_e4m3fn": (2.0**-6, 2.0**-3, 448.0), "float8_e5m2": (2.0**-14, 2.0**-2, 57344.0)}
 HEADER_END = '"""\n'
 
 
@@ -77,7 +79,8 @@ def _environment(family: str) -> jinja2.Environment:
 def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
     model, serving = spec.model, spec.serving
     rows = RowDims.of(model)
-    highest = model.kv_dtype == "float32"
+    computed = model.q_dtype if model.quantized else model.kv_dtype
+    highest = computed == "float32"
     return {
         "title": f"Ragged paged attention of {spec.name}: {plan.kind} batches on {plan.target}.",
         "spec_hash": spec.hash,
@@ -90,10 +93,20 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "group_rows": align(model.group, SUBLANES),
         "q_stride": align(model.q_heads, SUBLANES),
         "head_dim": model.head_dim,
+        "head_lanes": head_lanes(model),
+        "joins_rows": joins_rows(model),
+        "kinds": 1 if joins_rows(model) else 2,
+        # Whether a token's rows in the cache are its keys and values as they are, with no padding and nothing joined.
+        "plain_rows": model.head_dim == head_lanes(model) and rows.token_rows == 2 * model.kv_heads * rows.lane_tiles,
+        "token_row_count": rows.token_rows // rows.lane_tiles,
+        "values_lanes": "HEAD_DIM:" if joins_rows(model) else ":HEAD_DIM",
+        "values_kind": 0 if joins_rows(model) else 1,
+        **_lanes_context(model),
         "q_jnp": f"jnp.{model.q_dtype}",
         "kv_dtype": model.kv_dtype,
+        **_quantized_context(model),
         "kv_jnp": f"jnp.{model.kv_dtype}",
-        "word_dtype": {16: "uint16", 32: "uint32"}[32 // packing(model.kv_dtype)],
+        "word_dtype": f"uint{BITS[model.kv_dtype]}",
         "packing": packing(model.kv_dtype),
         # Without it a float32 product would be made of bfloat16 ones.
         "precision_tail": ", precision=lax.Precision.HIGHEST" if highest else "",
@@ -103,13 +116,21 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "sinks": model.sinks,
         "kv_layout": serving.kv_layout,
         "splits_words": splits_words(spec),
+        "row_words": splits_rows(spec),
+        # Words of a token; where each holds a head's K and V, as many as there are heads.
+        "cache_words": "KV_HEADS" if packing(model.kv_dtype) == 2 else rows.packed_rows // rows.lane_tiles,
+        "to_mxu": f".astype(jnp.{computed})" if model.quantized else "",
+        "smem_args": 3 + (plan.kind == "mixed") + (model.kv_scale is not None),
+        "place_bits": packing(model.kv_dtype).bit_length() - 1,
+        "padding_rows": rows.token_rows // rows.lane_tiles - kv_rows(model),
         "kv_stride": align(model.kv_heads, SUBLANES),
         "page_size": serving.page_size,
         "pages_per_seq": serving.pages_per_seq,
         "max_seqs": serving.max_num_seqs,
         "prefill_chunk": serving.prefill_chunk,
         "lane_tiles": rows.lane_tiles,
-        "lane_step": 2 * rows.lane_tiles,
+        "lane_step": (1 if joins_rows(model) else 2) * rows.lane_tiles,
+        "values_row": 0 if joins_rows(model) else rows.lane_tiles,
         "word_rows": rows.packed_rows,
         "token_rows": rows.token_rows,
         "page_rows": serving.page_size * rows.token_rows,
@@ -122,7 +143,39 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
     }
 
 
+def _quantized_context(model: Model) -> dict[str, Any]:
+    """What 8-bit K and V need, beside their dtype."""
+    context: dict[str, Any] = {
+        "quantized": model.quantized,
+        "quantize": model.quantize,
+        "kv_scale": model.kv_scale,
+        # Weights, and K and V on their way to the MXU.
+        "mxu_jnp": f"jnp.{model.q_dtype if model.quantized else model.kv_dtype}",
+    }
+    if model.kv_dtype in FLOAT8:
+        smallest_normal, step, largest = FLOAT8[model.kv_dtype]
+        context |= {
+            "kv_smallest_normal": repr(smallest_normal),
+            "kv_step": repr(step),
+            "kv_largest": repr(largest),
+        }
+    return context
+
+
+def _lanes_context(model: Model) -> dict[str, Any]:
+    """How arrays whose rows are no whole registers are written in a kernel, whose own rows are."""
+    partial = model.head_dim != head_lanes(model)
+    return {
+        "partial": partial,
+        "own_dim": "OWN_DIM" if partial else "HEAD_DIM",
+        "whole": "whole_lanes({})".format if partial else str,
+        "own": "own_lanes({})".format if partial else str,
+    }
+
+
 def _row_order(model: Model, rows: RowDims) -> str:
+    if joins_rows(model):
+        return "by token, then KV head, K in the lower lanes and V in the upper"
     lanes = "lane tile" if rows.lane_tiles > 1 else ""
     order = [lanes, "K and V"] if packing(model.kv_dtype) > 1 else ["K and V", lanes]
     return ", then ".join(["by token", "KV head", *filter(None, order)])
@@ -145,7 +198,9 @@ def _tile_context(
         groups = spec.model.kv_heads // tiles.pair
         context |= {
             **_clear_context(tiles.block, rows),
-            **_split_context(tiles.block, rows, SHORT_SPLIT_PIECE if shared else SPLIT_PIECE),
+            **_split_context(
+                tiles.block, rows, SHORT_SPLIT_PIECE if shared else SPLIT_PIECE, packing(spec.model.kv_dtype)
+            ),
             "groups": groups,
             "pair_rows": tiles.pair * align(spec.model.group, SUBLANES),
         }
@@ -153,7 +208,7 @@ def _tile_context(
         return context
     return context | {
         **_clear_context(tiles.tile, rows),
-        **_split_context(tiles.piece(page), rows, SPLIT_ROWS),
+        **_split_context(tiles.piece(page), rows, SPLIT_ROWS, packing(spec.model.kv_dtype)),
         "tiles": tiles.block // tiles.tile,
         "tile_rows": tiles.tile * rows.token_rows,
         "tile_units": tiles.tile // unit_tokens(spec.model),
@@ -197,17 +252,19 @@ def _clear_context(tile: int, rows: RowDims) -> Mapping[str, Any]:
     }
 
 
-def _split_context(piece: int, rows: RowDims, at_once: int) -> Mapping[str, Any]:
-    """How words of K and V are split, `at_once` rows in one go, within pieces of `piece` tokens: its halves share words."""
-    half_rows = piece // 2 * rows.token_rows
-    split_rows = math.gcd(half_rows, at_once)
+def _split_context(piece: int, rows: RowDims, at_once: int, pack: int) -> Mapping[str, Any]:
+    """How words of K and V are split, `at_once` rows in one go, within pieces of `piece` tokens: its parts, `pack` of them,
+    share words.
+    """
+    part_rows = piece // pack * rows.token_rows
+    split_rows = math.gcd(part_rows, at_once)
     return {
-        "half_piece": piece // 2,
-        "half_piece_rows": half_rows,
-        "piece_rows": 2 * half_rows,
+        "part": piece // pack,
+        "part_rows": part_rows,
+        "piece_rows": pack * part_rows,
         "split_rows": split_rows,
-        "split_words": split_rows // 2,
-        "splits": half_rows // split_rows,
+        "split_words": split_rows // pack,
+        "splits": part_rows // split_rows,
     }
 
 
@@ -236,6 +293,18 @@ def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
     }
 
 
+def _quantization(model: Model) -> list[str]:
+    if not model.quantized:
+        return []
+    scales = {
+        None: "no scales",
+        "tensor": "a scale of K and one of V",
+        "head": "a scale of K and of V for each KV head",
+    }
+    by = "this program" if model.quantize == "kernel" else "the caller"
+    return [f"KV of 8 bits, {scales[model.kv_scale]}; {by} quantizes new keys and values"]
+
+
 def _declared(buffer: Buffer) -> Mapping[str, str]:
     if buffer.dtype == "smem":
         declaration = f"pltpu.SMEM({buffer.shape}, jnp.int32)"
@@ -254,7 +323,8 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
         f"queries {model.q_dtype}, KV {model.kv_dtype}: constants",
         f"pages of {serving.page_size} tokens, {serving.pages_per_seq} a sequence, up to {serving.max_num_seqs} sequences",
         f"token buckets that use it: {', '.join(map(str, plan.tokens))}",
-        "causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code",
+        f"causal, cache updated; no window, soft cap, {'or sinks' if model.kv_scale else 'sinks or KV scales'} in the spec: none is in the code",
+        *_quantization(model),
     ]
     if spec.mesh.devices > 1:
         lines.insert(1, f"these are one device's part of {spec.mesh.devices}: {spec.mesh}")

@@ -109,6 +109,8 @@ class Dims:
     kv_dtype: str
     sm_scale: float
     sinks: bool = False
+    kv_scale: str | None = None
+    quantize: str = "caller"
 
     def as_data(self) -> dict[str, Any]:
         """Plain data, without features that are not used: the manifest of a bundle without them is as it always was."""
@@ -268,7 +270,9 @@ def _mesh(node: Node) -> Mesh:
 
 
 def _dims(node: Node) -> Dims:
-    found = node.fields("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale", optional=("sinks",))
+    found = node.fields(
+        "q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale", optional=("sinks", "kv_scale", "quantize")
+    )
     return Dims(
         q_heads=found["q_heads"].integer(1, _INT32),
         kv_heads=found["kv_heads"].integer(1, _INT32),
@@ -277,6 +281,8 @@ def _dims(node: Node) -> Dims:
         kv_dtype=found["kv_dtype"].choice(layout.BITS),
         sm_scale=found["sm_scale"].number(),
         sinks="sinks" in found and found["sinks"].flag(),
+        kv_scale=found["kv_scale"].choice(("tensor", "head")) if "kv_scale" in found else None,
+        quantize=found["quantize"].choice(("caller", "kernel")) if "quantize" in found else "caller",
     )
 
 

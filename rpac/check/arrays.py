@@ -17,7 +17,10 @@ from rpac.spec import Spec
 Array = NDArray[Any]
 Int32s = NDArray[np.int32]
 
-SIGNALING_NAN = {2: 0x7F81, 4: 0x7F800001}  # bfloat16, float32; by the bytes of an element
+SIGNALING_NAN = {2: 0x7F81, 4: 0x7F800001, 1: 0x7F}  # bfloat16, float32, and of 8 bits any; by the bytes of an element
+# Where there is no NaN, a code far from those of numbers that are used.
+POISON = {"int8": 127}
+CODES = {"int8": 32}  # how much larger the codes of numbers about 1 are; their scales are as much smaller
 # What metadata holds where nothing may read it: as an index, one wraps around and the other is out of bounds.
 GARBAGE = (-7, np.iinfo(np.int32).max)
 
@@ -57,7 +60,7 @@ def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.ra
     spec = replace(spec, serving=replace(spec.serving, num_pages=pages))
     serving = spec.serving
     queries, keys, values, kv_cache = (
-        np.full(dims.shape, np.nan, dims.dtype) for dims in layout.arg_specs(spec, tokens)[:4]
+        np.full(dims.shape, POISON.get(dims.dtype, np.nan), dims.dtype) for dims in layout.arg_specs(spec, tokens)[:4]
     )
     kv_cache.view(f"uint{8 * kv_cache.itemsize}").fill(SIGNALING_NAN[kv_cache.itemsize])
     for array in (queries, keys, values):
@@ -81,11 +84,15 @@ def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.ra
     limits = Limits.of(spec)
     validate(limits, tokens, kv_lens, page_indices, cu_q_lens, distribution)
     extra = {dims.name: _normal(rng, np.empty(dims.shape, dims.dtype)) for dims in layout.extra_specs(spec)}
+    if "kv_scales" in extra:
+        extra["kv_scales"] = np.exp(extra["kv_scales"] / 4) / np.float32(CODES.get(spec.model.kv_dtype, 1))
     return Arguments(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, extra)
 
 
 def _normal(rng: np.random.Generator, like: Array) -> Array:
-    return rng.standard_normal(like.shape, np.float32).astype(like.dtype)
+    return (
+        (rng.standard_normal(like.shape, np.float32) * CODES.get(like.dtype.name, 1)).clip(-127, 127).astype(like.dtype)
+    )
 
 
 def _garbage(shape: tuple[int, ...]) -> Int32s:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from rpac.chip import Chip, chip, is_tpu
 from rpac.errors import PlanError
-from rpac.layout import LANES, align, kv_row_shape, metadata_specs, nbytes, packing
+from rpac.layout import LANES, align, head_lanes, kv_row_shape, metadata_specs, nbytes, packing
 from rpac.plan.legal import (
     MIN_Q_BLOCK,
     Tiles,
@@ -28,6 +28,7 @@ from rpac.plan.tiles import (
     RowDims,
     XlaTiles,
     splits_words,
+    unit_tokens,
 )
 from rpac.plan.tuned import Entry, TunedTiles
 from rpac.spec import Spec
@@ -224,7 +225,7 @@ def _decode_choices(spec: Spec, device: Chip, tokens: int) -> Iterator[DecodeTil
     shortest = max(power_of_two_from(min(serving.context_lens)), LANES)
     block = max(min(power_of_two_to(8192 // model.kv_heads), 1024, shortest), serving.page_size)
     loaded = min(tokens, serving.max_num_seqs)
-    pair = math.gcd(model.kv_heads, max(device.mxu_size // model.head_dim, 1))
+    pair = math.gcd(model.kv_heads, max(device.mxu_size // head_lanes(model), 1))
     while block >= max(serving.page_size, LANES):  # a row of scores is at least one register wide
         most = min(IN_FLIGHT_BYTES // (block * token_bytes) + 2, MAX_BUFFERS)
         for buffers in range(max(most, MIN_BUFFERS), MIN_BUFFERS - 1, -1):
@@ -257,7 +258,7 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
     most = max(power_of_two_from(max(serving.context_lens)), LANES)
     new_tokens = min(tokens, serving.page_size)
     most_steps = turn_steps(spec, device, kind)
-    spare = device.mxu_size > model.head_dim and packing(model.kv_dtype) > 1
+    spare = device.mxu_size > head_lanes(model) and packing(model.kv_dtype) > 1
     long = most_steps == TURN_STEPS and not spare and packing(model.kv_dtype) > 1
     # A long block saves scores that wait for nothing at its start; where words are split, they do at every tile's.
     blocks = (1024, 512, 256, LANES) if splits_words(spec) else (2048, 1024, 512, 256, LANES)
@@ -283,7 +284,7 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
                         diagonal_heads,
                         buffers,
                         UPDATE_BUFFERS,
-                        MERGE_TOKENS,
+                        max(MERGE_TOKENS, unit_tokens(model)) if serving.kv_layout == "separate" else MERGE_TOKENS,
                         new_tokens,
                         copy_sizes,
                         spare,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, TypeVar
 
-from rpac.layout import LANES, align, cdiv, kv_page_shape, nbytes, packing
+from rpac.layout import LANES, align, cdiv, head_lanes, joins_rows, kv_page_shape, kv_row_shape, nbytes, packing
 from rpac.spec import Model, Spec
 
 SCORES_AHEAD = 3  # flash steps whose scores are made before they are weighed: as many as keep the MXU busy meanwhile
@@ -34,9 +34,9 @@ class RowDims:
     @classmethod
     def of(cls, model: Model) -> RowDims:
         """The rows of a model's cache."""
-        pack = packing(model.kv_dtype)
-        lane_tiles = model.head_dim // LANES
-        token_rows = 2 * model.kv_heads * lane_tiles
+        words, pack, lanes = kv_row_shape(model)
+        lane_tiles = lanes // LANES
+        token_rows = words * pack * lane_tiles
         tile_rows = SUBLANES * pack
         return cls(lane_tiles, token_rows // pack, token_rows, tile_rows // math.gcd(tile_rows, token_rows))
 
@@ -89,16 +89,18 @@ class DecodeTiles:
             Buffer("kv", (self.buffers, self.block * rows.token_rows, LANES), model.kv_dtype, "fetched blocks"),
             *split_words(spec, self.block, 2),
             Buffer("q_all", (self.loaded, model.q_heads, model.head_dim), model.q_dtype, "queries of every sequence"),
-            Buffer("new_keys", new, model.kv_dtype, "new keys of every sequence"),
-            Buffer("new_values", new, model.kv_dtype, "new values of every sequence"),
+            Buffer("new_keys", new, new_dtype(model), "new keys of every sequence"),
+            Buffer("new_values", new, new_dtype(model), "new values of every sequence"),
             Buffer(
                 "packed", (rows.unit * rows.packed_rows, LANES), word_dtype(model), "a new token in the cache's form"
             ),
             Buffer("unit_out", (self.writes, rows.unit_rows, LANES), model.kv_dtype, "rows on their way to the cache"),
-            Buffer("q_rows", (query_rows, self.pair * model.head_dim), "float32", "queries of one sequence by KV head"),
+            Buffer(
+                "q_rows", (query_rows, self.pair * head_lanes(model)), "float32", "queries of one sequence by KV head"
+            ),
             Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
-            Buffer("acc", (query_rows, model.head_dim), "float32", "running output"),
+            Buffer("acc", (query_rows, head_lanes(model)), "float32", "running output"),
             Buffer("out_rows", (self.writes, model.q_heads, model.head_dim), model.q_dtype, "outputs on their way out"),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
             Buffer("load_sem", (3,), "dma", "queries, keys, values"),
@@ -159,17 +161,18 @@ class GroupTiles:
         queries = (self.loaded + 1, model.q_heads, model.head_dim)
         slots = self.groups * self.step
         kv = (slots, self.tile // page_size, *kv_page_shape(spec))
-        unit = (self.writes, 2, model.kv_heads, unit_tokens(model), model.head_dim)
+        kinds, heads, _, lanes = kv_page_shape(spec)
+        unit = (self.writes, kinds, heads, unit_tokens(model), lanes)
         return (
             Buffer("kv", kv, model.kv_dtype, "fetched tiles"),
             Buffer("q_in", queries, model.q_dtype, "queries of every sequence, and of none"),
-            Buffer("new_keys", new, model.kv_dtype, "new keys of every sequence"),
-            Buffer("new_values", new, model.kv_dtype, "new values of every sequence"),
+            Buffer("new_keys", new, new_dtype(model), "new keys of every sequence"),
+            Buffer("new_values", new, new_dtype(model), "new values of every sequence"),
             Buffer("unit_out", unit, model.kv_dtype, "new tokens on their way to the cache"),
             Buffer("scores", (self.step, query_rows, self.tile), "float32", "scores of a group, from turn to turn"),
             Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
-            Buffer("acc", (query_rows, model.head_dim), "float32", "running output"),
+            Buffer("acc", (query_rows, head_lanes(model)), "float32", "running output"),
             Buffer("out_all", queries, model.q_dtype, "outputs of every sequence, and of none"),
             Buffer("tile_seq", (slots,), "smem", "the sequence of each tile in flight"),
             Buffer("tile_first", (slots,), "smem", "its first token"),
@@ -258,18 +261,18 @@ class BlockTiles:
         return (
             Buffer("kv", kv, model.kv_dtype, "fetched blocks"),
             *split_words(spec, self.tile),
-            Buffer("new_keys", new, model.kv_dtype, "new keys, around the page they go to"),
-            Buffer("new_values", new, model.kv_dtype, "new values, likewise"),
+            Buffer("new_keys", new, new_dtype(model), "new keys, around the page they go to"),
+            Buffer("new_values", new, new_dtype(model), "new values, likewise"),
             Buffer("page_rows", page, model.kv_dtype, "pages to update"),
             merged,
             Buffer("q_in", (self.buffers, *queries), model.q_dtype, "query blocks as they come"),
             *by_token,
-            Buffer("q_rows", (model.kv_heads, q_rows, model.head_dim), model.q_dtype, "one by KV head"),
+            Buffer("q_rows", (model.kv_heads, q_rows, head_lanes(model)), model.q_dtype, "one by KV head"),
             *limits,
             Buffer("next_scores", next_scores, "float32", "the first scores of the next turn"),
             Buffer("row_max", state, "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", state, "float32", "running sum, the same in every lane"),
-            Buffer("acc", (model.kv_heads, q_rows, model.head_dim), "float32", "running output"),
+            Buffer("acc", (model.kv_heads, q_rows, head_lanes(model)), "float32", "running output"),
             Buffer("out_rows", (1, *queries), model.q_dtype, "an output block on its way out"),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
             Buffer("new_sem", (self.update_buffers,), "dma", "new keys and values"),
@@ -311,11 +314,25 @@ def splits_words(spec: Spec) -> bool:
     return spec.serving.kv_layout == "interleaved" and packing(spec.model.kv_dtype) > 1
 
 
+def splits_rows(spec: Spec) -> bool:
+    """Whether words are split by the place of rows in them, for they hold other rows than one K and its V."""
+    return splits_words(spec) and (joins_rows(spec.model) or spec.model.quantized)
+
+
+def new_dtype(model: Model) -> str:
+    """In what a kernel takes new keys and values: 8-bit ones as the integers that their bits are, exact in bfloat16."""
+    return "bfloat16" if model.quantized else model.kv_dtype
+
+
 def split_words(spec: Spec, tile: int, copies: int = 0) -> tuple[Buffer, ...]:
-    """The two arrays that a tile's K and V are split into, where they share words; `copies` of each, if given."""
+    """The arrays that a tile's K and V are split into, where they share words; `copies` of each, if given."""
     if not splits_words(spec):
         return ()
-    shape: tuple[int, ...] = (tile // packing(spec.model.kv_dtype) * RowDims.of(spec.model).packed_rows, LANES)
+    pack = packing(spec.model.kv_dtype)
+    shape: tuple[int, ...] = (tile // pack * RowDims.of(spec.model).packed_rows, LANES)
+    if splits_rows(spec):
+        shape = (copies, pack, *shape) if copies else (pack, *shape)
+        return (Buffer("row_words", shape, "uint32", f"a tile by row of a token, {pack} tokens a word"),)
     if copies:
         shape = (copies, *shape)
     return (

@@ -12,6 +12,9 @@ from rpac.mesh import ONE_DEVICE, Mesh
 
 TARGETS = ("tpu7x", "v6e", "v5p", "v5e", "cpu")
 KV_LAYOUTS = ("interleaved", "separate")  # the first is the default; `rpac.layout` says what they are
+QUANTIZED = ("float8_e4m3fn", "float8_e5m2", "int8")  # dtypes of KV alone: each element is a stored code
+KV_SCALES = ("tensor", "head")
+QUANTIZERS = ("caller", "kernel")  # the first is the default
 MIN_DEFAULT_BUCKET = 16
 _ALWAYS_MEANT = ("kv_layout",)  # a key with a default that hashes have held from the start
 
@@ -22,6 +25,10 @@ class Model:
 
     `sinks`: each query head has a logit of its own, an argument of every program, that takes part in the softmax and has
     no value.
+
+    An 8-bit `kv_dtype` may have scales, an argument too, for K and V each: one a KV head (`kv_scale` "head") or one
+    ("tensor"); a value is what is stored times its scale. `quantize` says who makes 8 bits of new keys and values: the
+    caller, or the kernel's program.
     """
 
     q_heads: int
@@ -31,6 +38,18 @@ class Model:
     kv_dtype: str
     sm_scale: float
     sinks: bool = False
+    kv_scale: str | None = None
+    quantize: str = QUANTIZERS[0]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether K and V are stored in 8 bits."""
+        return self.kv_dtype in QUANTIZED
+
+    @property
+    def new_dtype(self) -> str:
+        """What new keys and values come in."""
+        return self.q_dtype if self.quantize == "kernel" else self.kv_dtype
 
     @property
     def group(self) -> int:

@@ -8,11 +8,21 @@ from pathlib import Path
 
 from rpac.errors import SpecError
 from rpac.mesh import ONE_DEVICE, Mesh
-from rpac.spec.model import KV_LAYOUTS, TARGETS, Model, Serving, Spec, default_token_buckets
+from rpac.spec.model import (
+    KV_LAYOUTS,
+    KV_SCALES,
+    QUANTIZED,
+    QUANTIZERS,
+    TARGETS,
+    Model,
+    Serving,
+    Spec,
+    default_token_buckets,
+)
 from rpac.spec.nodes import MAX_SIZE, Report, Section, compose
 
 ROOT_KEYS = ("name", "model", "serving", "parallel", "targets")
-MODEL_KEYS = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale", "sinks")
+MODEL_KEYS = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale", "sinks", "kv_scale", "quantize")
 SERVING_KEYS = (
     "page_size",
     "max_model_len",
@@ -32,7 +42,8 @@ HOMES = {
     **dict.fromkeys(PARALLEL_KEYS, "parallel"),
 }
 DTYPES = ("bfloat16", "float32")
-HEAD_DIMS = (128, 256)
+KV_DTYPES = (*DTYPES, *QUANTIZED)
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 PAGE_SIZES = (16, 32, 64, 128, 256)
 NAME = r"[a-z0-9][a-z0-9.-]{0,63}"
 
@@ -123,7 +134,7 @@ def _model(section: Section) -> Model | None:
     kv_heads = section.integer("kv_heads", 1, MAX_HEADS, 8)
     head_dim = section.integer("head_dim", 1, max(HEAD_DIMS), 128)
     q_dtype = section.choice("q_dtype", DTYPES)
-    kv_dtype = section.choice("kv_dtype", DTYPES)
+    kv_dtype = section.choice("kv_dtype", KV_DTYPES)
     sm_scale = section.number("sm_scale", *SM_SCALES) if section.has("sm_scale") else None
     sinks = section.flag("sinks") if section.has("sinks") else False
 
@@ -136,13 +147,23 @@ def _model(section: Section) -> Model | None:
             section.clash("q_heads", allowed, f"write {MAX_GROUP * kv_heads} or less, or change kv_heads")
     if head_dim is not None and head_dim not in HEAD_DIMS:
         section.clash("head_dim", f"must be {_either(HEAD_DIMS)}", f"write {_nearest(head_dim, HEAD_DIMS)}")
-    if q_dtype is not None and kv_dtype is not None and q_dtype != kv_dtype:
-        section.clash("kv_dtype", f"must equal q_dtype ({q_dtype})", f"write {q_dtype}")
+    kv_scale = section.choice("kv_scale", KV_SCALES) if section.has("kv_scale") else None
+    quantize = section.choice("quantize", QUANTIZERS) if section.has("quantize") else QUANTIZERS[0]
+    if kv_dtype not in QUANTIZED:
+        if q_dtype is not None and kv_dtype is not None and q_dtype != kv_dtype:
+            allowed = f"must equal q_dtype ({q_dtype}) or be one of {', '.join(QUANTIZED)}"
+            section.clash("kv_dtype", allowed, f"write {q_dtype}")
+        for key in ("kv_scale", "quantize"):
+            if kv_dtype is not None and section.has(key):
+                allowed = f"must be left out with kv_dtype {kv_dtype}, which is stored as it is"
+                section.clash(key, allowed, f"remove it, or write `kv_dtype: {QUANTIZED[0]}`")
 
     if q_heads is None or kv_heads is None or head_dim is None or q_dtype is None or kv_dtype is None:
         return None
+    if quantize is None:
+        return None
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
-    return Model(q_heads, kv_heads, head_dim, q_dtype, kv_dtype, scale, sinks=bool(sinks))
+    return Model(q_heads, kv_heads, head_dim, q_dtype, kv_dtype, scale, bool(sinks), kv_scale, quantize)
 
 
 def _serving(section: Section) -> Serving | None:
