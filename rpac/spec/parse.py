@@ -40,7 +40,9 @@ HOMES = {
 DTYPES = ("bfloat16", "float32")
 KV_DTYPES = (*DTYPES, *QUANTIZED)
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
-PAGE_SIZES = (16, 32, 64, 128, 256)
+PAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)
+# Of a cache whose tokens lie along sublanes: they share a register of 8 words with others of their head.
+LEAST_APART = {"float32": 8, "bfloat16": 16, **dict.fromkeys(QUANTIZED, 32)}
 NAME = r"[a-z0-9][a-z0-9.-]{0,63}"
 
 MAX_HEADS = 1024
@@ -100,6 +102,8 @@ def _read(text: str, report: Report) -> Spec | None:
         return None
     if model.sinks and targets != ("cpu",) and model_section is not None:
         model_section.clash("sinks", "must be false for a TPU target", "write `targets: [cpu]`")
+    if serving_section is not None:
+        _check_apart(serving_section, model, serving)
     return Spec(name, model, serving, targets, source=text, file=report.file)
 
 
@@ -180,6 +184,13 @@ def _serving(section: Section) -> Serving | None:
         num_pages,
         kv_layout,
     )
+
+
+def _check_apart(section: Section, model: Model, serving: Serving) -> None:
+    least = LEAST_APART[model.kv_dtype]
+    if serving.kv_layout == "separate" and serving.page_size < least:
+        allowed = f"must be at least {least} with kv_layout separate and kv_dtype {model.kv_dtype}: as many share a register"
+        section.clash("page_size", allowed, f"write {least}, or `kv_layout: interleaved`")
 
 
 def _check_tokens(
