@@ -13,17 +13,19 @@ from rpac.errors import TargetError
 
 class _Entry(NamedTuple):
     device_kind: str
-    topology: str
+    topologies: tuple[str, ...]
+    devices: int
     chip_version: str
     cores: int
 
 
-# The smallest topology of each generation that libtpu describes without a TPU; what it makes is for any slice.
+# The smallest topologies of each generation that libtpu describes without a TPU, the first of so many devices, each next of
+# twice as many. What the first makes for one device is for any slice.
 _ENTRIES = {
-    "tpu7x": _Entry("TPU7x", "tpu7x:2x2x1", "7x", 1),
-    "v6e": _Entry("TPU v6 lite", "v6e:2x2", "v6e", 1),
-    "v5p": _Entry("TPU v5", "v5p:2x2x1", "v5p", 2),
-    "v5e": _Entry("TPU v5 lite", "v5e:2x2", "v5e", 1),
+    "tpu7x": _Entry("TPU7x", ("tpu7x:2x2x1", "tpu7x:2x2x2", "tpu7x:2x2x4"), 8, "7x", 1),
+    "v6e": _Entry("TPU v6 lite", ("v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8"), 4, "v6e", 1),
+    "v5p": _Entry("TPU v5", ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4"), 4, "v5p", 2),
+    "v5e": _Entry("TPU v5 lite", ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8"), 4, "v5e", 1),
 }
 
 TPU_TARGETS = tuple(_ENTRIES)
@@ -62,6 +64,18 @@ def target_of(device_kind: str) -> str | None:
     return next((target for target, entry in _ENTRIES.items() if entry.device_kind == device_kind), None)
 
 
+def topology_of(target: str, devices: int) -> str:
+    """The smallest topology of a TPU target that has so many devices. Raises TargetError where we know none."""
+    entry = _ENTRIES[target]
+    for doublings, topology in enumerate(entry.topologies):
+        if devices <= entry.devices << doublings:
+            return topology
+    most = entry.devices << (len(entry.topologies) - 1)
+    raise TargetError(
+        f"target {target} for {devices} devices; must be at most {most}; lower parallel.tensor or parallel.data"
+    )
+
+
 def chip(target: str) -> Chip:
     """The facts of one TPU target; imports JAX. Raises TargetError where `target` is no TPU."""
     if not is_tpu(target):
@@ -73,7 +87,7 @@ def chip(target: str) -> Chip:
     return Chip(
         target=target,
         device_kind=entry.device_kind,
-        topology=entry.topology,
+        topology=entry.topologies[0],
         generation=core.generation,
         cores=core.num_cores,
         lanes=core.num_lanes,

@@ -320,6 +320,8 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
         f"causal, cache updated; no window, soft cap, {'or sinks' if model.kv_scale else 'sinks or KV scales'} in the spec: none is in the code",
         *_quantization(model),
     ]
+    if spec.mesh.devices > 1:
+        lines.insert(1, f"these are one device's part of {spec.mesh.devices}: {spec.mesh}")
     if serving.kv_layout == "separate":
         lines.append("K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)")
     if plan.kind != "mixed":

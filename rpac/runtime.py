@@ -18,6 +18,8 @@ from jaxlib import version as jaxlib
 from rpac.errors import BundleError, TargetError
 from rpac.host import cpu_name
 from rpac.layout import index_of
+from rpac.mesh import Mesh
+from rpac.placement import Placement
 
 if TYPE_CHECKING:
     from rpac.bundle import Program
@@ -37,29 +39,31 @@ def build_string(client: Any) -> str:
     return str(client.platform_version).splitlines()[-1]
 
 
-def load_traceable(data: bytes, program: Program) -> Traceable:
+def load_traceable(data: bytes, program: Program, mesh: Mesh) -> Traceable:
     """An exported program as a function of its arguments that can be called inside jit; compiles nothing.
 
     Raises BundleError where the export is not of the manifest's shapes, TargetError where this jax cannot read it.
     """
     # Under a jit of its own, all the layers of a model share one copy of the program in the module that is compiled.
-    traceable: Traceable = jax.jit(_exported(data, program).call)
+    traceable: Traceable = jax.jit(_exported(data, program, mesh).call)
     return traceable
 
 
-def load_portable(data: bytes, program: Program, device: jax.Device) -> Run:
-    """Compiles an exported program for `device`; takes the time of one XLA compile.
+def load_portable(data: bytes, program: Program, placement: Placement) -> Run:
+    """Compiles an exported program for its devices; takes the time of one XLA compile.
 
     Raises BundleError where the export is not of the manifest's shapes.
     """
-    exported = _exported(data, program)
+    exported = _exported(data, program, placement.mesh)
     try:
-        sharding = jax.sharding.SingleDeviceSharding(device)
+        taken, made = (
+            tuple(placement.sharding(dims.name) for dims in part) for part in (program.args, program.results)
+        )
         donated = index_of(program.args, "kv_cache")
-        call = jax.jit(exported.call, in_shardings=sharding, out_shardings=sharding, donate_argnums=donated)
+        call = jax.jit(exported.call, in_shardings=taken, out_shardings=made, donate_argnums=donated)
         compiled = call.lower(*exported.in_avals).compile()
     except (ValueError, jax.errors.JaxRuntimeError) as error:
-        raise _unusable(program, f"compile its export for {device}", error) from error
+        raise _unusable(program, f"compile its export for {placement}", error) from error
 
     def run(args: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
         out, kv_cache = compiled(*args)
@@ -68,38 +72,45 @@ def load_portable(data: bytes, program: Program, device: jax.Device) -> Run:
     return run
 
 
-def load_native(data: bytes, program: Program, device: jax.Device) -> Run:
-    """Hands an executable's raw bytes to `device`'s client; nothing is traced or compiled.
+def load_native(data: bytes, program: Program, placement: Placement) -> Run:
+    """Hands an executable's raw bytes to the client of its devices; nothing is traced or compiled.
 
     Raises TargetError where the client does not take them.
     """
-    # Without an assignment it would run on the device number that it was compiled for, whichever `device` is.
-    options = get_compile_options(num_replicas=1, num_partitions=1, device_assignment=np.array([[device.id]]))
+    # Without an assignment it would run on the device numbers that it was compiled for, whichever these are.
+    ids = np.array([[device.id for device in placement.devices]])
+    options = get_compile_options(num_replicas=1, num_partitions=ids.size, device_assignment=ids)
     try:
-        loaded = device.client.deserialize_executable(data, [device], options)
+        loaded = placement.devices[0].client.deserialize_executable(data, list(placement.devices), options)
     except jax.errors.JaxRuntimeError as error:
         raise TargetError(
-            f"program {program.variant}: the runtime of {device} does not take its executable ({error}); "
-            "build the bundle again for this device and runtime"
+            f"program {program.variant}: the runtime of {placement} does not take its executable ({error}); "
+            "build the bundle again for these devices and this runtime"
         ) from error
+    shardings = [placement.sharding(dims.name) for dims in program.args]
 
     def run(args: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
         # Only what lies on the host is moved: the cache must be donated as the caller's own array.
-        moved = iter(jax.device_put([arg for arg in args if not isinstance(arg, jax.Array)], device))
-        results = loaded.execute_sharded([arg if isinstance(arg, jax.Array) else next(moved) for arg in args])
-        (out,), (kv_cache,) = results.disassemble_into_single_device_arrays()
+        there = [isinstance(arg, jax.Array) for arg in args]
+        hosted = [(arg, to) for arg, to, known in zip(args, shardings, there, strict=True) if not known]
+        moved = iter(jax.device_put([arg for arg, _ in hosted], [to for _, to in hosted]))
+        results = loaded.execute_sharded(
+            [arg if known else next(moved) for arg, known in zip(args, there, strict=True)]
+        )
+        parts = results.disassemble_into_single_device_arrays()
+        out, kv_cache = (placement.join(dims, part) for dims, part in zip(program.results, parts, strict=True))
         return out, kv_cache
 
     return run
 
 
-def _exported(data: bytes, program: Program) -> export.Exported:
+def _exported(data: bytes, program: Program, mesh: Mesh) -> export.Exported:
     try:
         exported = export.deserialize(bytearray(data))
         _check_version(exported)
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         raise _unusable(program, "read its export", error) from error
-    _check_signature(program, exported)
+    _check_signature(program, exported, mesh)
     return exported
 
 
@@ -119,8 +130,8 @@ def _check_version(exported: export.Exported) -> None:
         raise ValueError(f"found calling convention {found}; must be {low} to {high}")
 
 
-def _check_signature(program: Program, exported: export.Exported) -> None:
-    wanted = [f"{dims.dtype}{list(dims.shape)}" for dims in (*program.args, *program.results)]
+def _check_signature(program: Program, exported: export.Exported, mesh: Mesh) -> None:
+    wanted = [f"{dims.dtype}{list(dims.shape)}" for dims in map(mesh.whole, (*program.args, *program.results))]
     found = [f"{aval.dtype.name}{list(aval.shape)}" for aval in (*exported.in_avals, *exported.out_avals)]
     if found != wanted:
         raise BundleError(

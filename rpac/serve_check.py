@@ -6,7 +6,9 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import numpy as np
 
 from rpac.answers import expected
@@ -136,7 +138,11 @@ def _run_batch(engine: Engine, variant: Variant, rows: Sequence[tuple[int, int]]
     q_lens, context_lens = [q_len for q_len, _ in rows], [context for _, context in rows]
     call = make_call(variant.kind, program.args, engine.limits, engine.kv_layout, q_lens, context_lens, seed)
     wanted = answer(call, *expected(call, engine.model, engine.kv_layout))
-    found = probe(lambda args: engine(*args[: len(ARGS)], **call.extra), call, program, engine.device).against(wanted)
+
+    def run(args: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+        return engine(*args[: len(ARGS)], **dict(zip(call.extra, args[len(ARGS) :], strict=True)))
+
+    found = probe(run, call, program, engine.placement).against(wanted)
     named = " ".join(f"{q_len}+{context}" for q_len, context in rows)
     if found.notes:
         raise CheckError(

@@ -17,6 +17,7 @@ from rpac import layout
 from rpac.batch import Kind, Limits
 from rpac.bundle.schema import Node
 from rpac.errors import BundleError
+from rpac.mesh import AXES, ONE_DEVICE, Mesh
 
 SCHEMA = 2  # 2: each program has a canary
 MANIFEST = "manifest.json"
@@ -120,7 +121,10 @@ class Dims:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A whole bundle. `kv_layout` is the spec's, `files` maps paths in it (`spec.yaml`, `source/...`) to what must be there."""
+    """A whole bundle. `kv_layout` is the spec's, `files` maps paths in it (`spec.yaml`, `source/...`) to what must be there.
+
+    `model`, `limits` and the arrays of programs are of one device of `mesh`.
+    """
 
     name: str
     spec_hash: str
@@ -129,6 +133,7 @@ class Manifest:
     limits: Limits
     targets: Mapping[str, Target]
     files: Mapping[str, Content]
+    mesh: Mesh = ONE_DEVICE
 
     @property
     def blobs(self) -> frozenset[Content]:
@@ -160,6 +165,7 @@ def as_data(manifest: Manifest) -> dict[str, Any]:
             }
             for target in manifest.targets.values()
         },
+        **({} if manifest.mesh == ONE_DEVICE else {"mesh": manifest.mesh.as_dict()}),
     }
 
 
@@ -233,7 +239,9 @@ def _document(data: bytes, file: str) -> Any:
 
 
 def _manifest(root: Node) -> Manifest:
-    fields = root.fields("schema", "digest", "name", "spec_hash", "model", "kv_layout", "limits", "targets", "files")
+    fields = root.fields(
+        "schema", "digest", "name", "spec_hash", "model", "kv_layout", "limits", "targets", "files", optional=("mesh",)
+    )  # fmt: skip
     limits = _limits(fields["limits"])
     files = {path: _file(path, node) for path, node in fields["files"].items().items()}
     targets = {name: _target(name, node, limits) for name, node in fields["targets"].items().items()}
@@ -251,7 +259,14 @@ def _manifest(root: Node) -> Manifest:
         limits=limits,
         targets=targets,
         files=files,
+        mesh=_mesh(fields["mesh"]) if "mesh" in fields else ONE_DEVICE,
     )
+
+
+def _mesh(node: Node) -> Mesh:
+    sizes = node.fields(*AXES, "splits_queries")
+    data, kv, copy = (sizes[axis].integer(1, _INT32) for axis in AXES)
+    return Mesh(data, kv, copy, sizes["splits_queries"].flag())
 
 
 def _dims(node: Node) -> Dims:

@@ -64,6 +64,7 @@ def stage_bundle(
         limits=Limits.of(spec),
         targets=_targets(spec, lowered, checks or {}, answers),
         files={name: Content.of(data) for name, data in files.items()},
+        mesh=spec.mesh,
     )
     data = render(manifest)
     parse(data, MANIFEST)  # what cannot be read back is never published

@@ -51,6 +51,10 @@ def build(
     chosen = job.chosen_targets(spec, targets)
     if this_cpu and "cpu" not in chosen:
         raise TargetError(f"{spec_file}: --this-cpu without target cpu; add it to targets, or leave --this-cpu out")
+    if this_cpu and spec.mesh.devices > 1:
+        raise TargetError(
+            f"{spec_file}: --this-cpu is for one device, the spec for {spec.mesh.devices}; leave --this-cpu out"
+        )
     tasks = tasks_of(spec, job.sources_of(spec, chosen))
     on_cpu = sum(not is_tpu(task.target) for task in tasks) if this_cpu else 0
     report = lowering_progress(len(tasks) + on_cpu)

@@ -9,6 +9,7 @@ import click
 
 from rpac.bundle import describe, verify_bundle
 from rpac.cli.common import json_option, print_json, size, table
+from rpac.mesh import Mesh
 
 HEADER = ("target", "device kind", "program", "tokens", "source", "export", "executable")
 
@@ -31,6 +32,9 @@ def inspect(bundle: str, as_json: bool) -> None:
         f"{limits['pages_per_seq']} a sequence, "
         f"{limits['max_num_seqs']} sequences, chunks of {limits['prefill_chunk']}"
     )
+    if "mesh" in facts:
+        mesh = Mesh(**facts["mesh"])
+        click.echo(f"for {mesh.devices} devices ({mesh}); heads, pages and sequences are those of one")
     for name, target in facts["targets"].items():
         tools = ", ".join(f"{key} {value}" for key, value in target["toolchain"].items() if not key.endswith("_files"))
         click.echo(f"{name}: {tools}")

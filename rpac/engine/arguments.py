@@ -11,16 +11,17 @@ from rpac.bundle import Program
 from rpac.bundle.manifest import ARGS
 from rpac.errors import BatchError
 from rpac.layout import EXTRA_ARGS, ArrayDims, index_of
+from rpac.placement import Placement, listed
 
 
 class Arguments:
-    """What a program takes, and the devices that it runs on, in the order of its own device assignment."""
+    """What a program takes, and where: on its devices, in the order of its own device assignment."""
 
-    def __init__(self, program: Program, kv_layout: str, devices: Sequence[jax.Device]) -> None:
-        self._expected = [(dims, jax.numpy.dtype(dims.dtype)) for dims in program.args]
+    def __init__(self, program: Program, kv_layout: str, placement: Placement) -> None:
+        self._expected = [(placement.mesh.whole(dims), jax.numpy.dtype(dims.dtype)) for dims in program.args]
         self._cache_index = index_of(program.args, "kv_cache")
         self._kv_layout = kv_layout
-        self._devices = tuple(devices)
+        self._placement = placement
 
     def check(self, args: Sequence[Any]) -> None:
         """Raises BatchError for the first argument that is not what the program takes."""
@@ -31,7 +32,7 @@ class Arguments:
         cache = args[self._cache_index]
         if not isinstance(cache, jax.Array):
             raise BatchError(
-                f"kv_cache is a {type(cache).__name__}; must be a jax array on {_listed(self._devices)}, "
+                f"kv_cache is a {type(cache).__name__}; must be a jax array on {self._placement}, "
                 "because it is donated; put it there once with jax.device_put"
             )
 
@@ -47,11 +48,18 @@ class Arguments:
                 f"{dims.name} was deleted or donated; must hold values; "
                 "pass on the kv_cache that the last call returned"
             )
-        if device_order(array.sharding) != self._devices:
+        if device_order(array.sharding) != self._placement.devices:
             found = device_order(array.sharding) or sorted(array.devices(), key=lambda device: device.id)
             raise BatchError(
-                f"{dims.name} is on {_listed(found)}; must be on {_listed(self._devices)}; move it with jax.device_put"
+                f"{dims.name} is on {listed(found)}; must be on {self._placement}; move it with jax.device_put"
             )
+        if len(self._placement.devices) > 1:
+            wanted = self._placement.sharding(dims.name)
+            if not array.sharding.is_equivalent_to(wanted, array.ndim):
+                raise BatchError(
+                    f"{dims.name} is cut as {array.sharding}; must be as {wanted}; "
+                    f'put it into engine.sharding("{dims.name}")'
+                )
 
 
 def in_order(taken: Sequence[ArrayDims], args: Sequence[Any], extra: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -94,7 +102,3 @@ def shown(array: Any) -> str:
     """The dtype and shape of an argument, or what it is instead of an array."""
     shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
     return f"a {type(array).__name__}" if shape is None else f"{dtype}{list(shape)}"
-
-
-def _listed(devices: Sequence[jax.Device]) -> str:
-    return ", ".join(map(str, devices)) + " in this device order" * (len(devices) > 1)

@@ -21,7 +21,8 @@ from rpac.engine.slot import Slot
 from rpac.engine.traced import run_selected
 from rpac.engine.warming import Warming
 from rpac.errors import BatchError, SelectionError, TargetError
-from rpac.layout import ArrayDims
+from rpac.layout import ArrayDims, metadata_specs
+from rpac.placement import Placement
 from rpac.runtime import Run, Traceable
 from rpac.select import advice, select
 
@@ -30,26 +31,43 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """The programs of one target on one device; made by `load`. Safe to call from several threads."""
+    """The programs of one target on its devices; made by `load`. Safe to call from several threads.
+
+    `model` and `limits` are of one device, where a bundle is for several.
+    """
 
     def __init__(
-        self, loaded: LoadedTarget, device: jax.Device, use_executables: bool, observer: Observer | None = None
+        self,
+        loaded: LoadedTarget,
+        devices: Sequence[jax.Device],
+        use_executables: bool,
+        observer: Observer | None = None,
     ) -> None:
         self.name: str = loaded.manifest.name
         self.model: Dims = loaded.manifest.model
         self.kv_layout: str = loaded.manifest.kv_layout
         self.limits: Limits = loaded.manifest.limits
         self.target: str = loaded.target.name
-        self.device = device
+        self.placement = Placement(loaded.manifest.mesh, devices)
         self._recorder = Recorder(observer)
         self._slots = {
             program.variant: Slot(
-                program, self.limits, self.kv_layout, loaded.blobs, device, use_executables, self._recorder
+                program, self.limits, self.kv_layout, loaded.blobs, self.placement, use_executables, self._recorder
             )
             for program in loaded.target.programs
         }
         self._canary_turn = threading.Lock()
         self._taken = loaded.target.programs[0].args  # all programs of a spec take the same, but for the token bucket
+        self._metadata = metadata_specs(self.limits)
+
+    @property
+    def device(self) -> jax.Device:
+        """The device that programs run on, or the first of several."""
+        return self.placement.devices[0]
+
+    def sharding(self, name: str) -> jax.sharding.Sharding:
+        """Where an argument or a result of the call lies, by name: one device, or parts on the devices of a mesh."""
+        return self.placement.sharding(name)
 
     @property
     def programs(self) -> Mapping[Variant, Program]:
@@ -128,6 +146,11 @@ class Engine:
         """
         args = (queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)
         given = in_order(self._taken, args, extra)
+        if self.placement.mesh.data > 1:
+            raise SelectionError(
+                "engine.traced chooses one program, and each data-parallel replica may need another; use engine.program, "
+                "which the host picks"
+            )
         tokens = self._tokens(queries)
         built = [kind for kind in KINDS if Variant(kind, tokens) in self._slots]
         if not built:
@@ -203,22 +226,53 @@ class Engine:
                     f"{dims.name} is traced; must be an array with values: the program is chosen on the host; "
                     "inside jit use engine.traced or engine.program"
                 )
-        kv_lens, page_indices, ends, parts = map(np.asarray, metadata)
-        if validate:
-            validate_metadata(self.limits, tokens, kv_lens, page_indices, ends, parts)
-        elif parts.shape != (3,):
-            refuse(ArrayDims("distribution", (3,), "int32"), metadata[-1])
-        variant = self.select(tokens, parts)
+        replicas = [self._of_replicas(dims, array) for dims, array in zip(self._metadata, metadata, strict=True)]
+        variants, rows, new = set(), 0, 0
+        for kv_lens, page_indices, ends, parts in zip(*replicas, strict=True):
+            if validate:
+                validate_metadata(self.limits, tokens, kv_lens, page_indices, ends, parts)
+            chosen = self.select(tokens, parts)
+            variants.add(chosen if parts[2] else None)
+            rows += int(parts[2])
+            new += int(ends[parts[2]])
+        variant = self._common(variants, tokens)
         slot = self._slots[variant]
         slot.arguments.check(args)
-        new = int(ends[parts[2]])
-        return BatchRun(variant, rows=int(parts[2]), tokens=new, padding=tokens - new), slot.ready()
+        return BatchRun(variant, rows=rows, tokens=new, padding=len(replicas[0]) * tokens - new), slot.ready()
+
+    def _of_replicas(self, dims: ArrayDims, array: Any) -> list[Int32s]:
+        """The part of each data-parallel replica, `dims`, of an array of the batch's metadata."""
+        count = self.placement.mesh.data
+        found = np.asarray(array)
+        if count > 1 and found.shape != (count * dims.shape[0],):
+            refuse(self.placement.mesh.whole(dims), array)
+        if dims.name == "distribution" and found.shape != (3 * count,):
+            refuse(dims, array)
+        return [found] if count == 1 else np.split(found, count)
+
+    def _common(self, variants: set[Variant | None], tokens: int) -> Variant:
+        """The program that all replicas can run: their own where it is the same, else the one that takes any batch."""
+        busy = variants - {None}
+        if not busy:
+            return self.select(tokens, (0, 0, 0))
+        (first, *others) = busy
+        variant = Variant("mixed", tokens) if others or first is None else first
+        if variant not in self._slots:
+            raise SelectionError(advice(self._slots, self.limits, variant))
+        return variant
 
     def _tokens(self, queries: Any) -> int:
+        """Query rows of one replica."""
         if len(getattr(queries, "shape", ())) != 3:
             shape = f"[tokens, {self.model.q_heads}, {self.model.head_dim}]"
             raise BatchError(f"queries are {shown(queries)}; must be {self.model.q_dtype}{shape}; reshape them")
-        return int(queries.shape[0])
+        tokens, rest = divmod(int(queries.shape[0]), self.placement.mesh.data)
+        if rest:
+            raise BatchError(
+                f"queries have {queries.shape[0]} rows; must be a multiple of {self.placement.mesh.data}, as many for each "
+                "data-parallel replica; pad them"
+            )
+        return tokens
 
     def _slot(self, variant: Variant) -> Slot:
         if variant not in self._slots:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -22,10 +23,12 @@ def load(
     target: str | None = None,
     *,
     device: jax.Device | None = None,
+    devices: Sequence[jax.Device] | None = None,
     allow_compile: bool = False,
     observer: Observer | None = None,
 ) -> Engine:
-    """The engine of a bundle for one device, by default this process's first (`target="cpu"`: its CPU).
+    """The engine of a bundle for one device, by default this process's first (`target="cpu"`: its CPU); or for as many
+    `devices` as its spec's `parallel` says, in the order of its mesh, by default this process's first ones.
 
     `path` is the bundle's folder, or a URL that fsspec opens. `target` is by default the one built for exactly this
     kind of device. Reads and hashes the bytes of all its programs; none is deserialized before its hash, the device
@@ -33,16 +36,24 @@ def load(
     compile its portable programs instead, and logs that. `observer` is called with every event of the engine. Raises
     BundleError, or TargetError naming what the bundle has and what was found.
     """
-    device = _first_device(target) if device is None else device
-    loaded = read_target(path, partial(_choose, os.fspath(path), target, device))
-    use_executables = _use_executables(os.fspath(path), loaded.target, device, allow_compile)
-    return Engine(loaded, device, use_executables, observer)
+    if device is not None:
+        devices = [device]
+    found = _local_devices(target) if devices is None else list(devices)
+    loaded = read_target(path, partial(_choose, os.fspath(path), target, found[0]))
+    count = loaded.manifest.mesh.devices
+    if len(found) < count or (devices is not None and len(found) > count):
+        raise TargetError(
+            f"{os.fspath(path)}: found {len(found)} devices; the bundle's programs run on {count}; give as many, or build "
+            "with other numbers under `parallel`"
+        )
+    use_executables = _use_executables(os.fspath(path), loaded.target, found[0], allow_compile)
+    return Engine(loaded, found[:count], use_executables, observer)
 
 
-def _first_device(target: str | None) -> jax.Device:
+def _local_devices(target: str | None) -> list[jax.Device]:
     platform = "cpu" if target == "cpu" else None
     try:
-        return jax.local_devices(backend=platform)[0]
+        return list(jax.local_devices(backend=platform))
     except RuntimeError as error:
         wanted = "a CPU" if platform else "any device"
         raise TargetError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,48 +13,80 @@ from numpy.typing import NDArray
 
 from rpac.bundle import Program
 from rpac.canary import Call, Verdict, judge
-from rpac.layout import index_of
+from rpac.placement import Placement
 from rpac.runtime import Run
 
 LEAST_PAGES = 64
 
 
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """What a program left: its output, what the call's pages hold, and the pages of no row that it wrote to."""
+class Part(NamedTuple):
+    """What a program left on one device: its output, what the call's pages hold, the pages of no row that it wrote to."""
 
-    call: Call
     out: NDArray[Any]
     pages: NDArray[Any]
     strays: tuple[int, ...]
 
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """What a program left on each of its devices, which all had the same call."""
+
+    call: Call
+    parts: tuple[Part, ...]
+
     def against(self, answer: bytes) -> Verdict:
-        """Compared with a stored answer. Raises ValueError where that is the answer to another call."""
-        verdict = judge(self.call, answer, self.out, self.pages)
-        if not self.strays:
-            return verdict
-        named = ", ".join(map(str, self.strays[:5]))
-        return verdict._replace(
-            notes=(*verdict.notes, f"{len(self.strays)} pages of no row were written, first {named}")
-        )
+        """Compared with a stored answer: the worst of the devices. Raises ValueError where that is to another call."""
+        verdicts = [self._judged(part, answer, f"device {index}: ") for index, part in enumerate(self.parts)]
+        return max(verdicts, key=lambda verdict: (len(verdict.notes), verdict.error))
+
+    def _judged(self, part: Part, answer: bytes, where: str) -> Verdict:
+        verdict = judge(self.call, answer, part.out, part.pages)
+        notes = list(verdict.notes)
+        if part.strays:
+            named = ", ".join(map(str, part.strays[:5]))
+            notes.append(f"{len(part.strays)} pages of no row were written, first {named}")
+        return verdict._replace(notes=tuple(where * (len(self.parts) > 1) + note for note in notes))
 
 
-def probe(run: Run, call: Call, program: Program, device: jax.Device) -> Probe:
-    """Runs a call once. Takes the memory of one cache on `device`; two small helpers are compiled, for most calls once."""
-    dims = program.args[index_of(program.args, "kv_cache")]
+def probe(run: Run, call: Call, program: Program, placement: Placement) -> Probe:
+    """Runs a call once, the same on each device. Takes the memory of one cache there.
+
+    Two small helpers are compiled, for most calls once a device.
+    """
+    args = {dims.name: dims for dims in program.args}
+    cache_dims = args["kv_cache"]
     used_pages = len(call.pages)
     # Some pages twice, with what they hold anyway: one shape for calls of a few pages and of some more.
     size = max(1 << (used_pages - 1).bit_length(), LEAST_PAGES) if used_pages else 0
     padded = np.resize(np.arange(used_pages), size)
-    pages, held = jax.device_put((call.pages[padded], call.held[padded]), device)
-    kv_cache = jax.jit(_cache, static_argnums=2)(pages, held, dims.shape[0])
+    pages = [jax.device_put(call.pages[padded], device) for device in placement.devices]
+    held = [jax.device_put(call.held[padded], device) for device in placement.devices]
+    make = jax.jit(_cache, static_argnums=2)
+    kv_cache = placement.join(cache_dims, [make(*one, cache_dims.shape[0]) for one in zip(pages, held, strict=True)])
     batch = call.batch
-    metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
-    out, kv_cache = run((call.queries, call.keys, call.values, kv_cache, *metadata, *call.extra.values()))
-    after, used = jax.jit(_look)(kv_cache, pages)
-    used = np.array(used)
-    used[call.pages] = False
-    return Probe(call, np.asarray(out), np.asarray(after)[:used_pages], tuple(np.flatnonzero(used).tolist()))
+    given = {
+        "queries": call.queries,
+        "keys": call.keys,
+        "values": call.values,
+        "kv_lens": batch.kv_lens,
+        "page_indices": batch.page_indices,
+        "cu_q_lens": batch.cu_q_lens,
+        "distribution": batch.distribution,
+        **call.extra,
+    }
+    out, kv_cache = run(
+        [kv_cache if name == "kv_cache" else placement.repeat(args[name], given[name]) for name in args]
+    )
+    look = jax.jit(_look)
+    outs, caches = placement.parts(out), placement.parts(kv_cache)
+    seen = [(np.asarray(out), *look(cache, at)) for out, cache, at in zip(outs, caches, pages, strict=True)]
+    return Probe(call, tuple(_part(call, *one) for one in seen))
+
+
+def _part(call: Call, out: NDArray[Any], after: jax.Array, used: jax.Array) -> Part:
+    strays = np.array(used)
+    strays[call.pages] = False
+    return Part(out, np.asarray(after)[: len(call.pages)], tuple(np.flatnonzero(strays).tolist()))
 
 
 def _cache(pages: jax.Array, held: jax.Array, count: int) -> jax.Array:

@@ -16,6 +16,7 @@ from rpac.engine.arguments import Arguments, in_order
 from rpac.engine.events import CanaryRun, ProgramReady, Recorder, Tier
 from rpac.engine.probe import probe
 from rpac.errors import BundleError, CheckError
+from rpac.placement import Placement
 from rpac.runtime import Run, Traceable, load_native, load_portable, load_traceable
 
 
@@ -28,15 +29,15 @@ class Slot:
         limits: Limits,
         kv_layout: str,
         blobs: Mapping[str, bytes],
-        device: jax.Device,
+        placement: Placement,
         use_executable: bool,
         recorder: Recorder,
     ) -> None:
         self.program = program
-        self.arguments = Arguments(program, kv_layout, (device,))
+        self.arguments = Arguments(program, kv_layout, placement)
         self._limits = limits
         self._kv_layout = kv_layout
-        self._device = device
+        self._placement = placement
         self._recorder = recorder
         self._exported = blobs[program.exported.sha256]
         self._executable = blobs[program.executable.sha256] if use_executable and program.executable else None
@@ -69,7 +70,7 @@ class Slot:
         self._refuse_wrong()
         with self._tracing:
             if self._traceable is None:
-                self._traceable = load_traceable(self._exported, self.program)
+                self._traceable = load_traceable(self._exported, self.program, self._placement.mesh)
         traceable = self._traceable
 
         def call(*given: jax.Array, **extra: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -93,7 +94,7 @@ class Slot:
         start = time.perf_counter()
         call = canary(variant.kind, self.program.args, self._limits, self._kv_layout)
         try:
-            found = probe(run, call, self.program, self._device)
+            found = probe(run, call, self.program, self._placement)
         except jax.errors.JaxRuntimeError as error:
             self._fail_canary(f"the runtime raised {error}")
         try:
@@ -109,7 +110,7 @@ class Slot:
     def _fail_canary(self, what: str) -> NoReturn:
         variant = self.program.variant
         self._wrong = (
-            f"program {variant} on {self._device}: its canary failed: {what}; must be the oracle's answer; do not serve "
+            f"program {variant} on {self._placement}: its canary failed: {what}; must be the oracle's answer; do not serve "
             "with this pair of compiler and runtime: install those of the bundle's toolchain, or build the bundle again "
             "with these"
         )
@@ -127,7 +128,7 @@ class Slot:
         tier: Tier = "portable" if self._executable is None else "executable"
         load = load_portable if self._executable is None else load_native
         try:
-            run = load(data, self.program, self._device)
+            run = load(data, self.program, self._placement)
         except Exception as error:
             self._recorder.failed(self.program.variant, error)
             raise

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rpac.chip import is_tpu
-from rpac.layout import ArrayDims, arg_specs
+from rpac.layout import ArrayDims, arg_specs, result_specs
+from rpac.mesh import ONE_DEVICE, Mesh
 from rpac.plan import KernelPlan
 from rpac.render import Source
 from rpac.spec import Spec
@@ -19,7 +20,7 @@ FORMAT = 1  # of the cache's entries and of what this package puts in an artifac
 
 @dataclass(frozen=True)
 class Task:
-    """One variant to lower: a source at one token bucket."""
+    """One variant to lower: a source at one token bucket. `args` are one device's of `mesh`."""
 
     target: str
     kind: str
@@ -27,6 +28,8 @@ class Task:
     source: Source
     plan: Mapping[str, Any]
     args: tuple[ArrayDims, ...]
+    mesh: Mesh = ONE_DEVICE
+    results: tuple[str, ...] = ("out", "kv_cache")
 
     @property
     def label(self) -> str:
@@ -45,6 +48,7 @@ class Task:
             "plan": self.plan,
             "args": self.args,
             "toolchain": dict(toolchain),
+            **({} if self.mesh == ONE_DEVICE else {"mesh": self.mesh.as_dict()}),
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
@@ -57,7 +61,15 @@ class Task:
         """The inverse of `to_json`."""
         data = json.loads(text)
         args = tuple(ArrayDims(name, tuple(shape), dtype) for name, shape, dtype in data["args"])
-        return cls(**{**data, "source": Source(*data["source"]), "args": args})
+        return cls(
+            **{
+                **data,
+                "source": Source(*data["source"]),
+                "args": args,
+                "mesh": Mesh(**data["mesh"]),
+                "results": tuple(data["results"]),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -81,8 +93,9 @@ class Lowered:
 
 def tasks_of(spec: Spec, plans: Sequence[tuple[KernelPlan, Source]]) -> list[Task]:
     """A task for every token bucket of every plan, the longest to compile first, so that no worker ends alone."""
+    names = tuple(dims.name for dims in result_specs(spec, spec.serving.max_num_tokens))
     tasks = [
-        Task(plan.target, plan.kind, tokens, source, plan.as_dict(), arg_specs(spec, tokens))
+        Task(plan.target, plan.kind, tokens, source, plan.as_dict(), arg_specs(spec, tokens), spec.mesh, names)
         for plan, source in plans
         for tokens in plan.tokens
     ]

@@ -7,23 +7,28 @@ import linecache
 import re
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 from jax import export
 from jax.experimental import topologies
 
-from rpac.chip import Chip, chip, is_tpu
+from rpac.chip import chip, is_tpu, topology_of
 from rpac.compat import target_mesh
 from rpac.errors import CompileError
 from rpac.layout import index_of
 from rpac.lower.lowered import Lowered, Task
+from rpac.mesh import ONE_DEVICE
+from rpac.placement import on_mesh
 from rpac.render import Source
 from rpac.runtime import build_string
 from rpac.toolchain import JAX_FLAGS
 
 Program = Callable[..., tuple[jax.Array, jax.Array]]
+
+_COLLECTIVE = re.compile(r"\b(all-(reduce|gather|to-all)|collective-(permute|broadcast)|reduce-scatter)(-start)?\(")
 
 
 def load_program(source: Source) -> Program:
@@ -38,18 +43,19 @@ def load_program(source: Source) -> Program:
 
 def lower(task: Task, toolchain: Mapping[str, str]) -> Lowered:
     """Exports a variant and compiles it for its target. Raises CompileError, naming the tile, the need and the limit."""
-    jitted = _jitted(task)
+    _set_flags()
     with _reported(task):
-        if is_tpu(task.target):
-            return _lower_tpu(task, toolchain, jitted, chip(task.target))
-        return _lower_cpu(task, toolchain, jitted)
+        return _lower_tpu(task, toolchain) if is_tpu(task.target) else _lower_cpu(task, toolchain)
 
 
 def compile_only(task: Task) -> None:
-    """Compiles a TPU variant as `lower` does, for what the compiler writes down meanwhile. Raises CompileError."""
-    jitted = _jitted(task)
+    """Compiles a TPU variant as `lower` does, on one device of its mesh, for what the compiler writes down meanwhile.
+
+    Raises CompileError.
+    """
+    _set_flags()
     with _reported(task):
-        _compiled(task, jitted, chip(task.target))
+        _compiled(_OnTopology(replace(task, mesh=ONE_DEVICE)))
 
 
 def compile_for_cpu(task: Task, data: bytes) -> tuple[bytes, str]:
@@ -59,10 +65,9 @@ def compile_for_cpu(task: Task, data: bytes) -> tuple[bytes, str]:
     return compiled.runtime_executable().serialize(), build_string(jax.local_devices(backend="cpu")[0].client)
 
 
-def _jitted(task: Task) -> Any:
+def _set_flags() -> None:
     for name, value in JAX_FLAGS.items():
         jax.config.update(name, int(value) if value.isdigit() else value)
-    return _as_program(load_program(task.source), task)
 
 
 def _as_program(function: Callable[..., Any], task: Task) -> Any:
@@ -70,38 +75,62 @@ def _as_program(function: Callable[..., Any], task: Task) -> Any:
     return jax.jit(function, donate_argnums=index_of(task.args, "kv_cache"), keep_unused=True)
 
 
-def _compiled(task: Task, jitted: Any, device: Chip) -> tuple[Any, jax.Device]:
-    first = topologies.get_topology_desc(device.topology, "tpu").devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(first)
-    shapes = [jax.ShapeDtypeStruct(dims.shape, dims.dtype, sharding=sharding) for dims in task.args]
-    with target_mesh(device.device_kind):
-        return jitted.trace(*shapes).lower(lowering_platforms=("tpu",)).compile(), first
+def _program(task: Task, devices: Sequence[Any] = ()) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
+    """A task's program, jitted, and its arguments: on `devices`, or on any."""
+    names = [dims.name for dims in task.args]
+    program, shardings = on_mesh(load_program(task.source), task.mesh, names, task.results, devices)
+    whole = [task.mesh.whole(dims) for dims in task.args]
+    shapes = [
+        jax.ShapeDtypeStruct(dims.shape, dims.dtype, sharding=sharding)
+        for dims, sharding in zip(whole, shardings, strict=True)
+    ]
+    return _as_program(program, task), shapes
 
 
-def _shapes(task: Task) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct(dims.shape, dims.dtype) for dims in task.args]
+class _OnTopology:
+    """A task's program on devices of its target's smallest topology."""
+
+    def __init__(self, task: Task) -> None:
+        self.chip = chip(task.target)
+        self.topology = topology_of(task.target, task.mesh.devices)
+        self.devices = topologies.get_topology_desc(self.topology, "tpu").devices
+        self.jitted, self.shapes = _program(task, self.devices)
+        # A mesh of devices says by itself for which kind Pallas lowers.
+        self.context = target_mesh(self.chip.device_kind) if task.mesh.devices == 1 else contextlib.nullcontext()
 
 
-def _lower_cpu(task: Task, toolchain: Mapping[str, str], jitted: Any) -> Lowered:
-    exported = export.export(jitted, platforms=("cpu",))(*_shapes(task))
+def _compiled(program: _OnTopology) -> Any:
+    with program.context:
+        return program.jitted.trace(*program.shapes).lower(lowering_platforms=("tpu",)).compile()
+
+
+def _lower_cpu(task: Task, toolchain: Mapping[str, str]) -> Lowered:
+    jitted, shapes = _program(task)
+    exported = export.export(jitted, platforms=("cpu",))(*shapes)
     facts = {"device_kind": "cpu", "topology": None, "flags": {}, "aliases": {"kv_cache": 1}, "memory": {}}
     return _lowered(task, toolchain, exported, None, **facts)
 
 
-def _lower_tpu(task: Task, toolchain: Mapping[str, str], jitted: Any, device: Chip) -> Lowered:
-    with target_mesh(device.device_kind):
-        exported = export.export(jitted, platforms=("tpu",))(*_shapes(task))
-    compiled, first = _compiled(task, jitted, device)
-    memory = compiled.memory_analysis()
+def _lower_tpu(task: Task, toolchain: Mapping[str, str]) -> Lowered:
+    program = _OnTopology(task)
+    # Of one device the export names none: it is for any.
+    jitted, shapes = _program(task) if task.mesh.devices == 1 else (program.jitted, program.shapes)
+    with program.context:
+        exported = export.export(jitted, platforms=("tpu",))(*shapes)
+    compiled = _compiled(program)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    collective = _COLLECTIVE.search(text)
+    if collective is not None:
+        raise CompileError(f"{task.label}: devices wait for each other in the compiled program ({collective[0]}...)")
     return _lowered(
         task,
-        {**toolchain, "libtpu_build": build_string(first.client)},
+        {**toolchain, "libtpu_build": build_string(program.devices[0].client)},
         exported,
         compiled.runtime_executable().serialize(),
-        device_kind=device.device_kind,
-        topology=device.topology,
+        device_kind=program.chip.device_kind,
+        topology=program.topology,
         flags={"vmem_limit_bytes": str(task.plan["vmem_limit"])},
-        aliases=_aliases(task, compiled.as_text(), memory),
+        aliases=_aliases(task, text, memory),
         memory={"temp_bytes": memory.temp_size_in_bytes, "code_bytes": memory.generated_code_size_in_bytes},
     )
 

@@ -8,7 +8,14 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+from rpac.mesh import ONE_DEVICE, Mesh
+
 TARGETS = ("tpu7x", "v6e", "v5p", "v5e", "cpu")
+# What else one may look for among the targets, and what there is to do.
+NO_TARGETS = {
+    "v4": "leave it out: a v4 chip serves as one device of two cores, which libtpu describes, where there is none, only as two "
+    "devices of one, so that no executable made here would load"
+}
 KV_LAYOUTS = ("interleaved", "separate")  # the first is the default; `rpac.layout` says what they are
 QUANTIZED = ("float8_e4m3fn", "float8_e5m2", "int8")  # dtypes of KV alone: each element is a stored code
 KV_SCALES = ("tensor", "head")
@@ -19,7 +26,7 @@ _ALWAYS_MEANT = ("kv_layout",)  # a key with a default that hashes have held fro
 
 @dataclass(frozen=True)
 class Model:
-    """The attention of one model shard; heads are counted in the shard.
+    """The attention of one device's part of a model; heads are counted in it.
 
     `sinks`: each query head has a logit of its own, an argument of every program, that takes part in the softmax and has
     no value.
@@ -76,7 +83,10 @@ class Serving:
 
 @dataclass(frozen=True)
 class Spec:
-    """A valid spec. `source` is the text as given and `file` its name: neither takes part in equality or `hash`."""
+    """A valid spec. `source` is the text as given and `file` its name: neither takes part in equality or `hash`.
+
+    `model` and `serving` are of one device of `mesh`: with `parallel` in the spec, the text has the heads of all together.
+    """
 
     name: str
     model: Model
@@ -84,6 +94,7 @@ class Spec:
     targets: tuple[str, ...]
     source: str = field(compare=False, repr=False)
     file: str = field(compare=False)
+    mesh: Mesh = ONE_DEVICE
 
     def meaning(self) -> dict[str, Any]:
         """The spec as plain data; comments and layout of the file are gone.
@@ -96,6 +107,7 @@ class Spec:
             "model": plain(self.model),
             "serving": plain(self.serving),
             "targets": list(self.targets),
+            **({} if self.mesh == ONE_DEVICE else {"mesh": self.mesh.as_dict()}),
         }
 
     @cached_property

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from rpac.errors import SpecError
+from rpac.mesh import ONE_DEVICE, Mesh
 from rpac.spec.model import (
     KV_LAYOUTS,
     KV_SCALES,
+    NO_TARGETS,
     QUANTIZED,
     QUANTIZERS,
     TARGETS,
@@ -19,7 +22,7 @@ from rpac.spec.model import (
 )
 from rpac.spec.nodes import MAX_SIZE, Report, Section, compose
 
-ROOT_KEYS = ("name", "model", "serving", "targets")
+ROOT_KEYS = ("name", "model", "serving", "parallel", "targets")
 MODEL_KEYS = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale", "sinks", "kv_scale", "quantize")
 SERVING_KEYS = (
     "page_size",
@@ -32,10 +35,12 @@ SERVING_KEYS = (
     "num_pages",
     "kv_layout",
 )
+PARALLEL_KEYS = ("tensor", "data")
 HOMES = {
     **dict.fromkeys(ROOT_KEYS, ""),
     **dict.fromkeys(MODEL_KEYS, "model"),
     **dict.fromkeys(SERVING_KEYS, "serving"),
+    **dict.fromkeys(PARALLEL_KEYS, "parallel"),
 }
 DTYPES = ("bfloat16", "float32")
 KV_DTYPES = (*DTYPES, *QUANTIZED)
@@ -46,6 +51,7 @@ LEAST_APART = {"float32": 8, "bfloat16": 16, **dict.fromkeys(QUANTIZED, 32)}
 NAME = r"[a-z0-9][a-z0-9.-]{0,63}"
 
 MAX_HEADS = 1024
+MAX_DEVICES = 32  # of a topology that libtpu describes for every target
 MAX_GROUP = 16
 MAX_MODEL_LEN = 1 << 20
 MAX_TOKENS = 1 << 20
@@ -95,7 +101,7 @@ def _read(text: str, report: Report) -> Spec | None:
     name = root.text("name", NAME, allowed, "my-model")
     model_section = root.section("model", MODEL_KEYS, HOMES)
     serving_section = root.section("serving", SERVING_KEYS, HOMES)
-    targets = root.words("targets", TARGETS, "[tpu7x, cpu]")
+    targets = root.words("targets", TARGETS, "[tpu7x, cpu]", NO_TARGETS)
     model = None if model_section is None else _model(model_section)
     serving = None if serving_section is None else _serving(serving_section)
     if name is None or model is None or serving is None or targets is None:
@@ -104,7 +110,28 @@ def _read(text: str, report: Report) -> Spec | None:
         model_section.clash("sinks", "must be false for a TPU target", "write `targets: [cpu]`")
     if serving_section is not None:
         _check_apart(serving_section, model, serving)
-    return Spec(name, model, serving, targets, source=text, file=report.file)
+    mesh = _mesh(root, model)
+    if mesh is None:
+        return None
+    part = replace(model, q_heads=model.q_heads // mesh.query_parts, kv_heads=model.kv_heads // mesh.kv)
+    return Spec(name, part, serving, targets, source=text, file=report.file, mesh=mesh)
+
+
+def _mesh(root: Section, model: Model) -> Mesh | None:
+    """How the devices of `parallel` share the model's heads; one device without it."""
+    if not root.has("parallel"):
+        return ONE_DEVICE
+    section = root.section("parallel", PARALLEL_KEYS, HOMES)
+    if section is None:
+        return None
+    tensor, data = (section.integer(key, 1, MAX_DEVICES, 8) if section.has(key) else 1 for key in PARALLEL_KEYS)
+    if tensor is None or data is None:
+        return None
+    if tensor * data > MAX_DEVICES:
+        allowed = f"must be at most {MAX_DEVICES} devices with tensor ({tensor})"
+        section.clash("data", allowed, f"write {MAX_DEVICES // tensor} or less: replicas need not share a program")
+        return None
+    return Mesh.of(model.q_heads, model.kv_heads, tensor, data)
 
 
 def _model(section: Section) -> Model | None:

@@ -143,7 +143,7 @@ def test_a_write_to_a_page_of_no_row_is_found(small: Path) -> None:
         return out, kv_cache.at[free, -1].set(1)
 
     answer = canary.answer(made, *expected(made, engine.model, engine.kv_layout))
-    (note,) = probe(run, made, program, engine.device).against(answer).notes
+    (note,) = probe(run, made, program, engine.placement).against(answer).notes
     assert note == f"1 pages of no row were written, first {free}"
 
 

@@ -12,6 +12,8 @@ CODE = """
 import json, sys, jax, jax.numpy as jnp, numpy as np, rpac
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from rpac.engine.arguments import Arguments
+from rpac.mesh import Mesh as Mesh_of
+from rpac.placement import Placement
 engine = rpac.load(sys.argv[1], device=jax.devices()[1])
 batch = rpac.Batch.build(engine.limits, [1], [2], [[5]])
 dims = engine.programs[rpac.Variant("decode", 8)].args[:4]
@@ -33,7 +35,7 @@ def ordered(*devices):
     replicated = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec())
     made = [jax.device_put(jnp.ones(a.shape, a.dtype), replicated) for a in program.args]
     try:
-        Arguments(program, engine.kv_layout, (second, first)).check(made)
+        Arguments(program, engine.kv_layout, Placement(Mesh_of(copy=2), (second, first))).check(made)
     except rpac.BatchError as error:
         return str(error).replace("TFRT_CPU_", "cpu:")
 program = engine.programs[rpac.Variant("decode", 8)]

@@ -134,6 +134,16 @@ def test_the_decode_program_of_a_real_model_compiles_for_tpu7x() -> None:
     assert (result.device_kind, result.topology) == ("TPU7x", "tpu7x:2x2x1")
 
 
+def test_a_program_for_eight_devices_compiles_without_a_word_between_them() -> None:
+    """That is proved when it is lowered, and that the part of the cache on each device is updated in place."""
+    heads = TINY.read_text().replace("q_heads: 4", "q_heads: 16").replace("kv_heads: 2", "kv_heads: 4")
+    spec = parse_spec(heads + "parallel: {tensor: 8}\n", "tiny.yaml")
+    result = lowered(spec, "v6e", "mixed", 8)
+    assert result.topology == "v6e:2x4"
+    assert result.executable is not None
+    assert kernels_in(result.executable.decode("latin-1")) == KERNELS["mixed"]
+
+
 def test_the_largest_page_table_that_a_plan_allows_compiles() -> None:
     """The limit of SMEM is where PlanError says: one sequence more is refused there, and this is not too many."""
     most = next(seqs for seqs in range(256, 0, -1) if fits(seqs))

@@ -1,11 +1,12 @@
 """Ragged paged attention of llama3-70b-tp8: mixed batches on v6e.
 
-Do not edit: made from spec a95ffe978626e0e52d88ed54784f1794ec0174ef017ece1128f35c4f3862c306 by
+Do not edit: made from spec a5cc5d5f3cb9ea471348a043ab804f02b5cec644f37d8faee2a518792eefe895 by
     rpac build llama3-70b-tp8.yaml --target v6e
 Change the spec or the templates and run it again.
 
 What was specialized:
 - 8 query heads over 1 KV heads, head_dim 128, queries bfloat16, KV bfloat16: constants
+- these are one device's part of 8: KV heads in 8 parts
 - pages of 128 tokens, 64 a sequence, up to 64 sequences
 - token buckets that use it: 256, 1024, 2048
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
