@@ -257,6 +257,7 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
     model, serving = spec.model, spec.serving
     most = max(power_of_two_from(max(serving.context_lens)), LANES)
     new_tokens = min(tokens, serving.page_size)
+    merge_tokens = min(max(MERGE_TOKENS, unit_tokens(model)), serving.page_size)
     most_steps = turn_steps(spec, device, kind)
     spare = device.mxu_size > head_lanes(model) and packing(model.kv_dtype) > 1
     long = most_steps == TURN_STEPS and not spare and packing(model.kv_dtype) > 1
@@ -284,7 +285,7 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
                         diagonal_heads,
                         buffers,
                         UPDATE_BUFFERS,
-                        max(MERGE_TOKENS, unit_tokens(model)) if serving.kv_layout == "separate" else MERGE_TOKENS,
+                        merge_tokens,
                         new_tokens,
                         copy_sizes,
                         spare,

@@ -11,6 +11,11 @@ from typing import Any
 from rpac.mesh import ONE_DEVICE, Mesh
 
 TARGETS = ("tpu7x", "v6e", "v5p", "v5e", "cpu")
+# What else one may look for among the targets, and what there is to do.
+NO_TARGETS = {
+    "v4": "leave it out: a v4 chip serves as one device of two cores, which libtpu describes, where there is none, only as two "
+    "devices of one, so that no executable made here would load"
+}
 KV_LAYOUTS = ("interleaved", "separate")  # the first is the default; `rpac.layout` says what they are
 QUANTIZED = ("float8_e4m3fn", "float8_e5m2", "int8")  # dtypes of KV alone: each element is a stored code
 KV_SCALES = ("tensor", "head")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import yaml
 
@@ -255,15 +256,17 @@ class Section:
                 return None
         return tuple(good)
 
-    def words(self, key: str, choices: Sequence[str], example: str) -> tuple[str, ...] | None:
-        """A list of different words, each one of `choices`."""
+    def words(
+        self, key: str, choices: Sequence[str], example: str, refused: Mapping[str, str]
+    ) -> tuple[str, ...] | None:
+        """A list of different words, each one of `choices`. `refused`: what to do about words that one may look for there."""
         nodes = self._list(key, f"must be a list of {', '.join(choices)}", example)
         if nodes is None:
             return None
         good: list[str] = []
         for i, node in enumerate(nodes):
             where = f"{self.where(key)}[{i}]"
-            word = self._word(node, where, choices)
+            word = self._word(node, where, choices, refused)
             if word in good:
                 self.report.at_node(node, where, "must be listed once", "remove it", f"{word} a second time")
             elif word is not None:
@@ -295,11 +298,15 @@ class Section:
             self.report.at_node(node, where, allowed, "write it in plain decimal digits")
         return None
 
-    def _word(self, node: yaml.Node, where: str, choices: Sequence[str]) -> str | None:
+    def _word(
+        self, node: yaml.Node, where: str, choices: Sequence[str], refused: Mapping[str, str] = MappingProxyType({})
+    ) -> str | None:
         if isinstance(node, yaml.ScalarNode) and _tag(node) == "str" and node.value in choices:
             return str(node.value)
         near = closest(node.value, choices) if isinstance(node, yaml.ScalarNode) else None
         fix = f"write {near}" if near else "write one of them"
+        if isinstance(node, yaml.ScalarNode):
+            fix = refused.get(node.value, fix)
         self.report.at_node(node, where, f"must be one of {', '.join(choices)}", fix)
         return None
 

@@ -11,6 +11,7 @@ from rpac.mesh import ONE_DEVICE, Mesh
 from rpac.spec.model import (
     KV_LAYOUTS,
     KV_SCALES,
+    NO_TARGETS,
     QUANTIZED,
     QUANTIZERS,
     TARGETS,
@@ -44,7 +45,9 @@ HOMES = {
 DTYPES = ("bfloat16", "float32")
 KV_DTYPES = (*DTYPES, *QUANTIZED)
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
-PAGE_SIZES = (16, 32, 64, 128, 256)
+PAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)
+# Of a cache whose tokens lie along sublanes: they share a register of 8 words with others of their head.
+LEAST_APART = {"float32": 8, "bfloat16": 16, **dict.fromkeys(QUANTIZED, 32)}
 NAME = r"[a-z0-9][a-z0-9.-]{0,63}"
 
 MAX_HEADS = 1024
@@ -98,13 +101,15 @@ def _read(text: str, report: Report) -> Spec | None:
     name = root.text("name", NAME, allowed, "my-model")
     model_section = root.section("model", MODEL_KEYS, HOMES)
     serving_section = root.section("serving", SERVING_KEYS, HOMES)
-    targets = root.words("targets", TARGETS, "[tpu7x, cpu]")
+    targets = root.words("targets", TARGETS, "[tpu7x, cpu]", NO_TARGETS)
     model = None if model_section is None else _model(model_section)
     serving = None if serving_section is None else _serving(serving_section)
     if name is None or model is None or serving is None or targets is None:
         return None
     if model.sinks and targets != ("cpu",) and model_section is not None:
         model_section.clash("sinks", "must be false for a TPU target", "write `targets: [cpu]`")
+    if serving_section is not None:
+        _check_apart(serving_section, model, serving)
     mesh = _mesh(root, model)
     if mesh is None:
         return None
@@ -206,6 +211,13 @@ def _serving(section: Section) -> Serving | None:
         num_pages,
         kv_layout,
     )
+
+
+def _check_apart(section: Section, model: Model, serving: Serving) -> None:
+    least = LEAST_APART[model.kv_dtype]
+    if serving.kv_layout == "separate" and serving.page_size < least:
+        allowed = f"must be at least {least} with kv_layout separate and kv_dtype {model.kv_dtype}: as many share a register"
+        section.clash("page_size", allowed, f"write {least}, or `kv_layout: interleaved`")
 
 
 def _check_tokens(

@@ -61,7 +61,13 @@ ONE_EDIT = {
     "heads off": ("q_heads: 4", "q_heads: 5", "3:12: model.q_heads: found 5; must be a multiple of kv_heads (2); write 4 or change kv_heads"),
     "fewer q heads": ("q_heads: 4", "q_heads: 1", "3:12: model.q_heads: found 1; must be a multiple of kv_heads (2); write 2 or change kv_heads"),
     "group too large": ("q_heads: 4", "q_heads: 64", "3:12: model.q_heads: found 64; must be at most 16 times kv_heads (2); write 32 or less, or change kv_heads"),
-    "dtypes differ": ("kv_dtype: bfloat16", "kv_dtype: float32", "7:13: model.kv_dtype: found float32; must equal q_dtype (bfloat16); write bfloat16"),
+    "dtypes differ": ("kv_dtype: bfloat16", "kv_dtype: float32", "7:13: model.kv_dtype: found float32; must equal q_dtype (bfloat16) or be one of float8_e4m3fn, float8_e5m2, int8; write bfloat16"),
+    "scale of what is not quantized": ("kv_dtype: bfloat16", "kv_dtype: bfloat16\n  kv_scale: head", "8:13: model.kv_scale: found head; must be left out with kv_dtype bfloat16, which is stored as it is; remove it, or write `kv_dtype: float8_e4m3fn`"),
+    "quantizer of nothing": ("kv_dtype: bfloat16", "kv_dtype: bfloat16\n  quantize: kernel", "8:13: model.quantize: found kernel; must be left out with kv_dtype bfloat16, which is stored as it is; remove it, or write `kv_dtype: float8_e4m3fn`"),
+    "scale misspelt": ("kv_dtype: bfloat16", "kv_dtype: int8\n  kv_scale: heads", "8:13: model.kv_scale: found heads; must be one of tensor, head; write head"),
+    "quantizer unknown": ("kv_dtype: bfloat16", "kv_dtype: int8\n  quantize: server", "8:13: model.quantize: found server; must be one of caller, kernel; write one of them"),
+    "8-bit queries": ("q_dtype: bfloat16", "q_dtype: int8", f"6:12: model.q_dtype: found int8; {DTYPES}; write one of them"),
+    "page less than a register, apart": ("page_size: 16", "page_size: 8\n  kv_layout: separate", "9:14: serving.page_size: found 8; must be at least 16 with kv_layout separate and kv_dtype bfloat16: as many share a register; write 16, or `kv_layout: interleaved`"),
     "buckets end low": ("[8, 32]", "[8, 16]", "12:18: serving.token_buckets: found 16 at its end; must end in max_num_tokens (32); write [8, 16, 32]"),
     "buckets end high": ("[8, 32]", "[8, 64]", "12:18: serving.token_buckets: found 64 at its end; must end in max_num_tokens (32); write [8, 32]"),
     "buckets descend": ("[8, 32]", "[32, 8]", "12:23: serving.token_buckets[1]: found 8; must be above the 32 before it; sort the list"),
@@ -76,8 +82,8 @@ ONE_EDIT = {
     "tensor of none": ("name: tiny", "name: tiny\nparallel: {tensor: 0}", "2:20: parallel.tensor: found 0; must be an integer from 1 to 32; write 1 or more"),
     "parallel unknown": ("name: tiny", "name: tiny\nparallel: {pipeline: 2}", "2:12: parallel.pipeline: found an unknown key; must be one of tensor, data; remove it"),
     # values out of range or of another type
-    "head_dim": ("head_dim: 128", "head_dim: 64", "5:13: model.head_dim: found 64; must be 128 or 256; write 128"),
-    "page_size": ("page_size: 16", "page_size: 100", "9:14: serving.page_size: found 100; must be 16, 32, 64, 128 or 256; write 128"),
+    "head_dim": ("head_dim: 128", "head_dim: 72", "5:13: model.head_dim: found 72; must be 64, 80, 96, 112, 128, 192 or 256; write 64"),
+    "page_size": ("page_size: 16", "page_size: 100", "9:14: serving.page_size: found 100; must be 8, 16, 32, 64, 128, 256 or 512; write 128"),
     "zero": ("q_heads: 4", "q_heads: 0", f"3:12: model.q_heads: found 0; {HEADS}; write 1 or more"),
     "negative": ("q_heads: 4", "q_heads: -4", f"3:12: model.q_heads: found -4; {HEADS}; write 1 or more"),
     "large": ("q_heads: 4", "q_heads: 4000", f"3:12: model.q_heads: found 4000; {HEADS}; write 1024 or less"),
@@ -119,6 +125,7 @@ ONE_EDIT = {
     "name too long": ("name: tiny", "name: " + "a" * 65, f"1:7: name: found {'a' * 40}...; {NAME}; write my-model"),
     "target unknown": ("cpu]", "tpu7]", f"16:18: targets[1]: found tpu7; {TARGETS}; write tpu7x"),
     "target twice": ("cpu]", "tpu7x]", "16:18: targets[1]: found tpu7x a second time; must be listed once; remove it"),
+    "target of no topology": ("[tpu7x, cpu]", "[v4, cpu]", f"16:11: targets[0]: found v4; {TARGETS}; leave it out: a v4 chip serves as one device of two cores, which libtpu describes, where there is none, only as two devices of one, so that no executable made here would load"),
     "targets empty": ("[tpu7x, cpu]", "[]", "16:10: targets: found an empty list; must be a list of tpu7x, v6e, v5p, v5e, cpu; write [tpu7x, cpu]"),
     "targets a word": ("[tpu7x, cpu]", "cpu", "16:10: targets: found cpu; must be a list of tpu7x, v6e, v5p, v5e, cpu; write [tpu7x, cpu]"),
     # keys
@@ -193,7 +200,7 @@ nam: tiny
 model:
   q_heads: 31
   kv_heads: 8
-  head_dim: 96
+  head_dim: 100
   q_dtype: bf16
   q_dtype: float32
 serving:

@@ -57,6 +57,8 @@ def test_results_are_an_output_like_the_queries_and_the_cache() -> None:
         (3, "bfloat16", (3, 2, 128)),
         (8, "float32", (16, 1, 128)),
         (1, "float32", (2, 1, 128)),
+        (8, "int8", (4, 4, 128)),
+        (3, "float8_e4m3fn", (2, 4, 128)),
     ],
 )
 def test_k_and_v_of_a_token_fill_whole_words(kv_heads: int, kv_dtype: str, row: tuple[int, ...]) -> None:
@@ -75,6 +77,22 @@ def test_separate_k_and_v_are_the_halves_of_a_page_with_tokens_next_to_lanes(kv_
 def test_head_dim_is_padded_to_whole_lanes(head_dim: int, lanes: int, kv_layout: str) -> None:
     spec = laid_out(with_kv(LLAMA, 8, "bfloat16", head_dim), kv_layout)
     assert layout.kv_cache_shape(spec)[-1] == lanes
+
+
+@pytest.mark.parametrize(
+    "kv_layout, kv_heads, kv_dtype, page",
+    [
+        ("interleaved", 8, "bfloat16", (128, 4, 2, 128)),  # of RPA v3's kernel for head_dim 64
+        ("interleaved", 3, "bfloat16", (128, 2, 2, 128)),
+        ("interleaved", 3, "float32", (128, 3, 1, 128)),
+        ("interleaved", 8, "float8_e5m2", (128, 2, 4, 128)),
+        ("separate", 8, "bfloat16", (1, 8, 128, 128)),
+    ],
+)
+def test_k_and_v_of_head_dim_64_share_rows(
+    kv_layout: str, kv_heads: int, kv_dtype: str, page: tuple[int, ...]
+) -> None:
+    assert layout.kv_page_shape(laid_out(with_kv(LLAMA, kv_heads, kv_dtype, 64), kv_layout)) == page
 
 
 @pytest.mark.parametrize("kv_layout", KV_LAYOUTS)
@@ -106,7 +124,7 @@ def test_metadata_has_the_same_shapes_with_and_without_a_spec(spec: Spec) -> Non
 
 @pytest.mark.parametrize("dtype", layout.BITS)
 def test_bits_of_a_dtype_are_those_of_its_arrays(dtype: str) -> None:
-    itemsize = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).itemsize
+    itemsize = np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
     assert layout.BITS[dtype] == 8 * itemsize
     assert layout.packing(dtype) * layout.BITS[dtype] == 32
     assert layout.ArrayDims("x", (3, 5), dtype).nbytes == layout.nbytes((3, 5), dtype) == 15 * itemsize

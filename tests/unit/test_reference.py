@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from rpac import reference
 from rpac.batch import Batch, Limits
-from rpac.reference import ragged_paged_attention, split_kv
+from rpac.reference import quantized, ragged_paged_attention, split_kv
 
 Array = NDArray[Any]
 
@@ -66,11 +66,12 @@ class Call:
             self.put(self.cache, row.row, range(row.context_len))
 
     def put(self, cache: Array, row: int, positions: range) -> None:
-        """Writes K0, V0, K1, V1, ... of some positions of a row, element by element."""
+        """Writes K0, V0, K1, V1, ... of some positions of a row, element by element, and zeros in what is left over."""
         view = list(self.batch)[row]
         packing = cache.shape[3]
         for position in positions:
             page, slot = view.pages[position // LIMITS.page_size], position % LIMITS.page_size
+            cache[page, slot] = 0
             for head in range(self.kv_heads):
                 for which, source in enumerate((self.k, self.v)):
                     word, part = divmod(2 * head + which, packing)
@@ -287,6 +288,40 @@ def test_apart_k_is_first_and_lanes_of_padding_are_left_out() -> None:
     assert k.shape == v.shape == (2, 4, 3, 5)
     np.testing.assert_array_equal(k[1, 3, 2], cache[1, 0, 2, 3, :5])
     np.testing.assert_array_equal(v[1, 3, 2], cache[1, 1, 2, 3, :5])
+
+
+def test_joined_k_and_v_are_the_halves_of_a_row() -> None:
+    cache = np.arange(2 * 4 * 2 * 2 * 128).reshape(2, 4, 2, 2, 128)
+    k, v = split_kv(cache, kv_heads=3, head_dim=64)
+    assert k.shape == v.shape == (2, 4, 3, 64)
+    np.testing.assert_array_equal(k[1, 2, 2], cache[1, 2, 1, 0, :64])
+    np.testing.assert_array_equal(v[1, 2, 2], cache[1, 2, 1, 0, 64:])
+
+
+def test_joined_k_and_v_apart_are_the_halves_of_a_row() -> None:
+    cache = np.arange(2 * 1 * 3 * 4 * 128).reshape(2, 1, 3, 4, 128)
+    k, v = split_kv(cache, kv_heads=3, head_dim=64, kv_layout="separate")
+    assert k.shape == v.shape == (2, 4, 3, 64)
+    np.testing.assert_array_equal(k[1, 3, 2], cache[1, 0, 2, 3, :64])
+    np.testing.assert_array_equal(v[1, 3, 2], cache[1, 0, 2, 3, 64:])
+
+
+@pytest.mark.parametrize(
+    "dtype, numbers, codes",
+    [
+        ("int8", [0.5, 1.5, 2.5, -0.5, -1.5, 127.4, 400, -400], [0, 2, 2, 0, -2, 127, 127, -128]),
+        ("float8_e4m3fn", [1.0625, 1.1875, 2.0**-10, 3 * 2.0**-10, 460, -1e6], [1, 1.25, 0, 2.0**-8, 448, -448]),
+        ("float8_e5m2", [1.125, 1.375, 2.0**-17, 3 * 2.0**-17, 1e6, -1e6], [1, 1.5, 0, 2.0**-15, 57344, -57344]),
+    ],
+)
+def test_numbers_are_quantized_to_the_nearest_and_of_two_to_the_even_one(
+    dtype: str, numbers: list[float], codes: list[float]
+) -> None:
+    scale = np.float32(4)
+    new = np.array(numbers, np.float32).reshape(1, 1, -1) * scale
+    found = quantized(new, scale.reshape(1), np.dtype(dtype))
+    assert found.dtype.name == dtype
+    assert found.astype(np.float32).ravel().tolist() == codes
 
 
 def test_the_oracle_shares_no_code_with_what_it_judges() -> None:
