@@ -24,7 +24,7 @@ _ENTRY = "answer"
 
 def oracle_options(model: Model | Dims, kv_layout: str) -> dict[str, Any]:
     """What the oracle must know of a spec or a bundle beside a call's arguments."""
-    return {"sm_scale": model.sm_scale, "kv_layout": kv_layout}
+    return {"sm_scale": model.sm_scale, "soft_cap": model.soft_cap, "kv_layout": kv_layout}
 
 
 def expected(call: Call, model: Model | Dims, kv_layout: str) -> tuple[NDArray[np.float32], Array]:

@@ -27,15 +27,18 @@ def ragged_paged_attention(
     *,
     sm_scale: float,
     kv_layout: str = "interleaved",
+    soft_cap: float | None = None,
     sinks: Array | None = None,
 ) -> tuple[NDArray[np.float32], Array]:
     """Causal attention of every new token over its sequence, and the cache with the new tokens in it.
 
     Arguments are those of a program, as numpy arrays, of a batch that `validate` accepts; `kv_layout` says how K and V
-    lie in `kv_cache`, as `split_kv` has it; `sinks` `[q_heads]` are logits, one a query head, that take part in its
-    softmax and have no value. Returns the output `[tokens, q_heads, head_dim]` in float32, zero in the
-    rows past the last sequence, and a new cache in the cache's dtype: each new token's K and V as given, every other bit
-    as it was. The caller rounds the output to its dtype.
+    lie in `kv_cache`, as `split_kv` has it. `soft_cap`: a score s becomes soft_cap * tanh(s / soft_cap). `sinks`
+    `[q_heads]` are logits, one a query head, that take part in its softmax and have no value.
+
+    Returns the output `[tokens, q_heads, head_dim]` in float32, zero in the rows past the last sequence, and a new cache
+    in the cache's dtype: each new token's K and V as given, every other bit as it was. The caller rounds the output to
+    its dtype.
     """
     _, q_heads, head_dim = queries.shape
     kv_heads = keys.shape[1]
@@ -65,6 +68,8 @@ def ragged_paged_attention(
         for head in range(q_heads):
             kv_head = head * kv_heads // q_heads
             scores = sm_scale * (queries[start:end, head].astype(np.float64) @ k[:, kv_head].T)
+            if soft_cap is not None:
+                scores = soft_cap * np.tanh(scores / soft_cap)
             scores = np.where(visible, scores, -np.inf)
             if sinks is not None:
                 scores = np.insert(scores, kv_len, np.float64(sinks[head]), axis=-1)

@@ -100,6 +100,9 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "sm_scale": repr(model.sm_scale),
         "score_scale": repr(model.sm_scale * math.log2(math.e)),
         "masked": repr(MASKED),
+        "soft_cap": model.soft_cap,
+        "cap_scale": model.soft_cap and repr(model.sm_scale / model.soft_cap),
+        "cap_log2": model.soft_cap and repr(model.soft_cap * math.log2(math.e)),
         "sinks": model.sinks,
         "kv_layout": serving.kv_layout,
         "splits_words": splits_words(spec),
@@ -246,6 +249,19 @@ def _declared(buffer: Buffer) -> Mapping[str, str]:
     return {"name": buffer.name, "declaration": declaration, "note": buffer.note}
 
 
+def _features(model: Model) -> str:
+    used = {
+        "window": None,
+        "soft cap": model.soft_cap and f"scores capped at {model.soft_cap} (tanh)",
+        "sinks": model.sinks and "attention sinks, an argument, in the softmax's sum",
+        "KV scales": None,
+    }
+    *names, last = [name for name, text in used.items() if not text]
+    unused = f"{', '.join(names)} or {last}" if names else last
+    given = "".join(f"{text}; " for text in used.values() if text)
+    return f"causal, cache updated; {given}no {unused} in the spec: none is in the code"
+
+
 def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
     """What a reader should know was decided before this source was written, and why."""
     model, serving = spec.model, spec.serving
@@ -254,7 +270,7 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
         f"queries {model.q_dtype}, KV {model.kv_dtype}: constants",
         f"pages of {serving.page_size} tokens, {serving.pages_per_seq} a sequence, up to {serving.max_num_seqs} sequences",
         f"token buckets that use it: {', '.join(map(str, plan.tokens))}",
-        "causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code",
+        _features(model),
     ]
     if serving.kv_layout == "separate":
         lines.append("K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)")

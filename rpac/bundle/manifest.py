@@ -107,6 +107,7 @@ class Dims:
     q_dtype: str
     kv_dtype: str
     sm_scale: float
+    soft_cap: float | None = None
     sinks: bool = False
 
     def as_data(self) -> dict[str, Any]:
@@ -253,7 +254,8 @@ def _manifest(root: Node) -> Manifest:
 
 
 def _dims(node: Node) -> Dims:
-    found = node.fields("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale", optional=("sinks",))
+    names = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
+    found = node.fields(*names, optional=("soft_cap", "sinks"))
     return Dims(
         q_heads=found["q_heads"].integer(1, _INT32),
         kv_heads=found["kv_heads"].integer(1, _INT32),
@@ -261,6 +263,7 @@ def _dims(node: Node) -> Dims:
         q_dtype=found["q_dtype"].choice(layout.BITS),
         kv_dtype=found["kv_dtype"].choice(layout.BITS),
         sm_scale=found["sm_scale"].number(),
+        soft_cap=found["soft_cap"].number() if "soft_cap" in found else None,
         sinks="sinks" in found and found["sinks"].flag(),
     )
 

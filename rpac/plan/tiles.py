@@ -212,8 +212,10 @@ class BlockTiles:
         return PIECE if self.tile % PIECE == 0 and PIECE % page_size == 0 else self.tile
 
     def masks_by_mxu(self, model: Model) -> bool:
-        """Whether a step's queries, each with a lane of its own, fit what the MXU has to spare."""
-        return self.spare and exchange_of(model) > 0 and self.step_rows // model.group <= LANES
+        """Whether a step's queries, each with a lane of its own, fit what the MXU has to spare, and nothing undoes the mask."""
+        return (
+            self.spare and model.soft_cap is None and exchange_of(model) > 0 and self.step_rows // model.group <= LANES
+        )
 
     def scores_ahead(self, model: Model, heads: int) -> int:
         """Flash steps whose scores are made before they are weighed, where a piece of code has the steps of `heads` heads."""

@@ -18,8 +18,8 @@ _ALWAYS_MEANT = ("kv_layout",)  # a key with a default that hashes have held fro
 class Model:
     """The attention of one model shard; heads are counted in the shard.
 
-    `sinks`: each query head has a logit of its own, an argument of every program, that takes part in the softmax and has
-    no value.
+    `soft_cap`: scores become cap * tanh(score / cap). `sinks`: each query head has a logit of its own, an argument of every
+    program, that takes part in the softmax and has no value; it is neither scaled nor capped.
     """
 
     q_heads: int
@@ -28,6 +28,7 @@ class Model:
     q_dtype: str
     kv_dtype: str
     sm_scale: float
+    soft_cap: float | None = None
     sinks: bool = False
 
     @property

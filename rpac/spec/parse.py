@@ -10,7 +10,7 @@ from rpac.spec.model import KV_LAYOUTS, TARGETS, Model, Serving, Spec, default_t
 from rpac.spec.nodes import MAX_SIZE, Report, Section, compose
 
 ROOT_KEYS = ("name", "model", "serving", "targets")
-MODEL_KEYS = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale", "sinks")
+MODEL_KEYS = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale", "soft_cap", "sinks")
 SERVING_KEYS = (
     "page_size",
     "max_model_len",
@@ -39,6 +39,7 @@ MAX_TOKENS = 1 << 20
 MAX_SEQS = 4096
 MAX_SLOTS = 2**31 - 1
 SM_SCALES = (1e-6, 1e6)
+SOFT_CAPS = (1e-3, 1e6)
 
 
 def load_spec(path: str | os.PathLike[str]) -> Spec:
@@ -99,6 +100,7 @@ def _model(section: Section) -> Model | None:
     q_dtype = section.choice("q_dtype", DTYPES)
     kv_dtype = section.choice("kv_dtype", DTYPES)
     sm_scale = section.number("sm_scale", *SM_SCALES) if section.has("sm_scale") else None
+    soft_cap = section.number("soft_cap", *SOFT_CAPS) if section.has("soft_cap") else None
     sinks = section.flag("sinks") if section.has("sinks") else False
 
     if q_heads is not None and kv_heads is not None:
@@ -116,7 +118,7 @@ def _model(section: Section) -> Model | None:
     if q_heads is None or kv_heads is None or head_dim is None or q_dtype is None or kv_dtype is None:
         return None
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
-    return Model(q_heads, kv_heads, head_dim, q_dtype, kv_dtype, scale, sinks=bool(sinks))
+    return Model(q_heads, kv_heads, head_dim, q_dtype, kv_dtype, scale, soft_cap=soft_cap, sinks=bool(sinks))
 
 
 def _serving(section: Section) -> Serving | None:
