@@ -103,6 +103,7 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "soft_cap": model.soft_cap,
         "cap_scale": model.soft_cap and repr(model.sm_scale / model.soft_cap),
         "cap_log2": model.soft_cap and repr(model.soft_cap * math.log2(math.e)),
+        "window": model.sliding_window,
         "sinks": model.sinks,
         "kv_layout": serving.kv_layout,
         "splits_words": splits_words(spec),
@@ -158,6 +159,8 @@ def _tile_context(
         **_clear_context(tiles.tile, rows),
         **_split_context(tiles.piece(page), rows, SPLIT_ROWS),
         "tiles": tiles.block // tiles.tile,
+        # Added to the position of a block's first query and divided by a tile: the tiles that some query's window leaves.
+        "window_offset": tiles.q_block - (spec.model.sliding_window or 0) + tiles.tile - 1,
         "tile_rows": tiles.tile * rows.token_rows,
         "tile_units": tiles.tile // unit_tokens(spec.model),
         "piece": tiles.piece(page),
@@ -226,7 +229,8 @@ def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
         "tile_pages": tiles.tile // spec.serving.page_size,
         "tile_units": tiles.tile // unit_tokens(model),
         "clear_keys": False,
-        "even": spec.serving.pages_per_seq * spec.serving.page_size % tiles.tile == 0,
+        # A window begins at any page, and so do its tiles.
+        "even": model.sliding_window is None and spec.serving.pages_per_seq * spec.serving.page_size % tiles.tile == 0,
         "table_end": spec.serving.max_num_seqs * spec.serving.pages_per_seq - 1,
         "heads_per_set": sets.heads,
         "set_rows": sets.rows,
@@ -251,7 +255,8 @@ def _declared(buffer: Buffer) -> Mapping[str, str]:
 
 def _features(model: Model) -> str:
     used = {
-        "window": None,
+        "window": model.sliding_window
+        and f"a window of {model.sliding_window} tokens, nothing fetched before its page",
         "soft cap": model.soft_cap and f"scores capped at {model.soft_cap} (tanh)",
         "sinks": model.sinks and "attention sinks, an argument, in the softmax's sum",
         "KV scales": None,

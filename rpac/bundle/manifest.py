@@ -108,6 +108,7 @@ class Dims:
     kv_dtype: str
     sm_scale: float
     soft_cap: float | None = None
+    sliding_window: int | None = None
     sinks: bool = False
 
     def as_data(self) -> dict[str, Any]:
@@ -255,7 +256,7 @@ def _manifest(root: Node) -> Manifest:
 
 def _dims(node: Node) -> Dims:
     names = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
-    found = node.fields(*names, optional=("soft_cap", "sinks"))
+    found = node.fields(*names, optional=("soft_cap", "sliding_window", "sinks"))
     return Dims(
         q_heads=found["q_heads"].integer(1, _INT32),
         kv_heads=found["kv_heads"].integer(1, _INT32),
@@ -264,6 +265,7 @@ def _dims(node: Node) -> Dims:
         kv_dtype=found["kv_dtype"].choice(layout.BITS),
         sm_scale=found["sm_scale"].number(),
         soft_cap=found["soft_cap"].number() if "soft_cap" in found else None,
+        sliding_window=found["sliding_window"].integer(1, _INT32) if "sliding_window" in found else None,
         sinks="sinks" in found and found["sinks"].flag(),
     )
 

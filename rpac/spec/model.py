@@ -18,7 +18,8 @@ _ALWAYS_MEANT = ("kv_layout",)  # a key with a default that hashes have held fro
 class Model:
     """The attention of one model shard; heads are counted in the shard.
 
-    `soft_cap`: scores become cap * tanh(score / cap). `sinks`: each query head has a logit of its own, an argument of every
+    `soft_cap`: scores become cap * tanh(score / cap). `sliding_window`: a query sees that many tokens, itself the last of
+    them. `sinks`: each query head has a logit of its own, an argument of every
     program, that takes part in the softmax and has no value; it is neither scaled nor capped.
     """
 
@@ -29,6 +30,7 @@ class Model:
     kv_dtype: str
     sm_scale: float
     soft_cap: float | None = None
+    sliding_window: int | None = None
     sinks: bool = False
 
     @property

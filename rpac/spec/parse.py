@@ -10,7 +10,17 @@ from rpac.spec.model import KV_LAYOUTS, TARGETS, Model, Serving, Spec, default_t
 from rpac.spec.nodes import MAX_SIZE, Report, Section, compose
 
 ROOT_KEYS = ("name", "model", "serving", "targets")
-MODEL_KEYS = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale", "soft_cap", "sinks")
+MODEL_KEYS = (
+    "q_heads",
+    "kv_heads",
+    "head_dim",
+    "q_dtype",
+    "kv_dtype",
+    "sm_scale",
+    "soft_cap",
+    "sliding_window",
+    "sinks",
+)
 SERVING_KEYS = (
     "page_size",
     "max_model_len",
@@ -88,6 +98,11 @@ def _read(text: str, report: Report) -> Spec | None:
     serving = None if serving_section is None else _serving(serving_section)
     if name is None or model is None or serving is None or targets is None:
         return None
+    if model.sliding_window is not None and model_section is not None:
+        longest = serving.max_model_len
+        if model.sliding_window >= longest:
+            allowed = f"must be below serving.max_model_len ({longest}): a window as long hides nothing"
+            model_section.clash("sliding_window", allowed, f"remove it, or write {longest - 1} or less")
     if model.sinks and targets != ("cpu",) and model_section is not None:
         model_section.clash("sinks", "must be false for a TPU target", "write `targets: [cpu]`")
     return Spec(name, model, serving, targets, source=text, file=report.file)
@@ -101,6 +116,7 @@ def _model(section: Section) -> Model | None:
     kv_dtype = section.choice("kv_dtype", DTYPES)
     sm_scale = section.number("sm_scale", *SM_SCALES) if section.has("sm_scale") else None
     soft_cap = section.number("soft_cap", *SOFT_CAPS) if section.has("soft_cap") else None
+    window = section.integer("sliding_window", 1, MAX_MODEL_LEN, 1024) if section.has("sliding_window") else None
     sinks = section.flag("sinks") if section.has("sinks") else False
 
     if q_heads is not None and kv_heads is not None:
@@ -118,7 +134,7 @@ def _model(section: Section) -> Model | None:
     if q_heads is None or kv_heads is None or head_dim is None or q_dtype is None or kv_dtype is None:
         return None
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
-    return Model(q_heads, kv_heads, head_dim, q_dtype, kv_dtype, scale, soft_cap=soft_cap, sinks=bool(sinks))
+    return Model(q_heads, kv_heads, head_dim, q_dtype, kv_dtype, scale, soft_cap, window, bool(sinks))
 
 
 def _serving(section: Section) -> Serving | None:
