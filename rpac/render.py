@@ -105,6 +105,7 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "cap_log2": model.soft_cap and repr(model.soft_cap * math.log2(math.e)),
         "window": model.sliding_window,
         "sinks": model.sinks,
+        "log2_e": repr(math.log2(math.e)),
         "kv_layout": serving.kv_layout,
         "splits_words": splits_words(spec),
         "kv_stride": align(model.kv_heads, SUBLANES),
@@ -121,9 +122,22 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "unit_rows": rows.unit_rows,
         "row_order": _row_order(model, rows),
         "vmem_limit": plan.vmem_limit,
+        "decode_call": _call_context(model, scalars=3),
+        "block_call": _call_context(model, scalars=4 if plan.kind == "mixed" else 3, out_given=plan.kind == "mixed"),
         "decode": _tile_context(spec, plan.decode, shared=plan.block is not None),
         "block": _tile_context(spec, plan.block),
     }
+
+
+def _call_context(model: Model, scalars: int, *, out_given: bool = False) -> Mapping[str, Any]:
+    """How many operands of a kernel lie in SMEM, how many in HBM, and which of them are whose results' memory.
+
+    Scalars of the batch come first, then sinks; then queries, keys, values, cache, and the output where it is given.
+    """
+    in_smem = scalars + model.sinks
+    cache = in_smem + 3
+    aliases = {cache: 1, cache + 1: 0} if out_given else {cache: 1}
+    return {"in_smem": in_smem, "in_hbm": 4 + out_given, "aliases": repr(aliases)}
 
 
 def _row_order(model: Model, rows: RowDims) -> str:
@@ -148,6 +162,7 @@ def _tile_context(
     if isinstance(tiles, DecodeTiles):
         groups = spec.model.kv_heads // tiles.pair
         context |= {
+            "sink_row": _row_of_head(spec.model, align(spec.model.group, SUBLANES), spec.model.group),
             **_clear_context(tiles.block, rows),
             **_split_context(tiles.block, rows, SHORT_SPLIT_PIECE if shared else SPLIT_PIECE),
             "groups": groups,
@@ -238,9 +253,15 @@ def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
         "sets": sets.count,
         "query_rows": sets.count * sets.rows,
         "padded": sets.padded(model),
+        "sink_row": _row_of_head(model, sets.rows, queries),
         "out_rows": [(i * sets.rows, min(queries, model.q_heads - i * queries)) for i in range(sets.count)],
         "buffers_declared": [_declared(buffer) for buffer in tiles.scratch(spec)],
     }
+
+
+def _row_of_head(model: Model, rows: int, heads: int) -> str:
+    """The row of query head `head` where `heads` of them lie in each `rows` rows, as an expression."""
+    return "head" if rows == heads else f"head // {heads} * {rows} + head % {heads}"
 
 
 def _declared(buffer: Buffer) -> Mapping[str, str]:

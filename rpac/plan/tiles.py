@@ -96,6 +96,7 @@ class DecodeTiles:
             ),
             Buffer("unit_out", (self.writes, rows.unit_rows, LANES), model.kv_dtype, "rows on their way to the cache"),
             Buffer("q_rows", (query_rows, self.pair * model.head_dim), "float32", "queries of one sequence by KV head"),
+            *sink_rows(model, (query_rows, LANES)),
             Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (query_rows, model.head_dim), "float32", "running output"),
@@ -167,6 +168,7 @@ class GroupTiles:
             Buffer("new_values", new, model.kv_dtype, "new values of every sequence"),
             Buffer("unit_out", unit, model.kv_dtype, "new tokens on their way to the cache"),
             Buffer("scores", (self.step, query_rows, self.tile), "float32", "scores of a group, from turn to turn"),
+            *sink_rows(model, (query_rows, LANES)),
             Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (query_rows, model.head_dim), "float32", "running output"),
@@ -269,6 +271,7 @@ class BlockTiles:
             Buffer("q_rows", (model.kv_heads, q_rows, model.head_dim), model.q_dtype, "one by KV head"),
             *limits,
             Buffer("next_scores", next_scores, "float32", "the first scores of the next turn"),
+            *(sink_rows(model, (model.kv_heads, align(model.group, SUBLANES), LANES)) if exchange_of(model) else ()),
             Buffer("row_max", state, "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", state, "float32", "running sum, the same in every lane"),
             Buffer("acc", (model.kv_heads, q_rows, model.head_dim), "float32", "running output"),
@@ -284,6 +287,11 @@ class BlockTiles:
     def temporaries(self, model: Model) -> int:
         """Bytes of the values of one flash step that registers cannot hold: scores and weights."""
         return 8 * nbytes((self.step_rows, self.tile), "float32")
+
+
+def sink_rows(model: Model, shape: tuple[int, ...]) -> tuple[Buffer, ...]:
+    """The array that holds each query row's sink, where there are sinks."""
+    return (Buffer("sink_rows", shape, "float32", "sinks, the same in every lane"),) if model.sinks else ()
 
 
 def exchange_of(model: Model) -> int:

@@ -103,8 +103,6 @@ def _read(text: str, report: Report) -> Spec | None:
         if model.sliding_window >= longest:
             allowed = f"must be below serving.max_model_len ({longest}): a window as long hides nothing"
             model_section.clash("sliding_window", allowed, f"remove it, or write {longest - 1} or less")
-    if model.sinks and targets != ("cpu",) and model_section is not None:
-        model_section.clash("sinks", "must be false for a TPU target", "write `targets: [cpu]`")
     return Spec(name, model, serving, targets, source=text, file=report.file)
 
 
