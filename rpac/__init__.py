@@ -35,7 +35,7 @@ from rpac.errors import (
 if TYPE_CHECKING:
     from rpac.batch import Batch, Limits
     from rpac.bundle import Variant
-    from rpac.engine import Count, Engine, load
+    from rpac.engine import Count, Engine, load, load_layers
 
 __version__ = "0.1.0"
 
@@ -46,6 +46,7 @@ _LAZY = {
     "Limits": "rpac.batch",
     "Variant": "rpac.bundle",
     "load": "rpac.engine",
+    "load_layers": "rpac.engine",
 }
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "TargetError",
     "Variant",
     "load",
+    "load_layers",
 ]
 
 

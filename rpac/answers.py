@@ -49,9 +49,11 @@ def expected(call: Call, model: Model | Dims, kv_layout: str) -> tuple[NDArray[n
     )
 
 
-def canary_answers(spec: Spec, variants: Iterable[tuple[str, int]], store: Store) -> dict[tuple[str, int], bytes]:
-    """The stored answer of each (kind, tokens); those made before come from `store`."""
-    return {(kind, tokens): _answer(spec, cast(Kind, kind), tokens, store) for kind, tokens in set(variants)}
+def canary_answers(spec: Spec, variants: Iterable[tuple[str, int]], store: Store) -> dict[tuple[str, str, int], bytes]:
+    """The stored answer of each (kind, tokens), by (layer, kind, tokens); those made before come from `store`."""
+    return {
+        (spec.layer, kind, tokens): _answer(spec, cast(Kind, kind), tokens, store) for kind, tokens in set(variants)
+    }
 
 
 def _answer(spec: Spec, kind: Kind, tokens: int, store: Store) -> bytes:

@@ -79,10 +79,11 @@ def _environment(family: str) -> jinja2.Environment:
 def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
     model, serving = spec.model, spec.serving
     rows = RowDims.of(model)
+    of_layer = f", {spec.layer} layers" if spec.layer else ""
     computed = model.q_dtype if model.quantized else model.kv_dtype
     highest = computed == "float32"
     return {
-        "title": f"Ragged paged attention of {spec.name}: {plan.kind} batches on {plan.target}.",
+        "title": f"Ragged paged attention of {spec.name}{of_layer}: {plan.kind} batches on {plan.target}.",
         "spec_hash": spec.hash,
         "command": f"rpac build {Path(spec.file).name} --target {plan.target}",
         "specialized": _specialized(spec, plan),

@@ -33,6 +33,7 @@ RESULTS = ("out", "kv_cache")
 
 _SHA256 = r"[0-9a-f]{64}"
 _NAME = r"[a-z0-9][a-z0-9.-]{0,63}"
+_LAYER = r"[a-z0-9][a-z0-9-]{0,31}"
 _PATH = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*"
 _INT32 = 2**31 - 1
 
@@ -83,13 +84,23 @@ class Program:
 
 @dataclass(frozen=True)
 class Target:
-    """All programs for one device kind. `topology` is what the executables were compiled for, None on cpu."""
+    """All programs for one device kind. `topology` is what the executables were compiled for, None on cpu.
+
+    Where a model has several kinds of layers there is a target for each, with the `layer`'s name and its `model`.
+    """
 
     name: str
     device_kind: str
     topology: str | None
     toolchain: Mapping[str, str]
     programs: tuple[Program, ...]
+    layer: str = ""
+    model: Dims | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in the manifest."""
+        return f"{self.name}.{self.layer}" if self.layer else self.name
 
     @property
     def blobs(self) -> frozenset[Content]:
@@ -159,11 +170,12 @@ def as_data(manifest: Manifest) -> dict[str, Any]:
         "limits": manifest.limits.as_dict(),
         "files": {path: content._asdict() for path, content in manifest.files.items()},
         "targets": {
-            target.name: {
+            target.key: {
                 "device_kind": target.device_kind,
                 "topology": target.topology,
                 "toolchain": dict(target.toolchain),
                 "programs": [_program_data(program) for program in target.programs],
+                **({"layer": target.layer, "model": target.model.as_data()} if target.model else {}),
             }
             for target in manifest.targets.values()
         },
@@ -308,17 +320,22 @@ def _content(node: Node, limit: int) -> Content:
 
 def _target(name: str, node: Node, limits: Limits) -> Target:
     Node(node.file, "targets", name).text(_NAME, "a target's name")
-    fields = node.fields("device_kind", "topology", "toolchain", "programs")
+    fields = node.fields("device_kind", "topology", "toolchain", "programs", optional=("layer", "model"))
+    layer = fields["layer"].text(_LAYER, "the name of a kind of layers") if "layer" in fields else ""
+    if bool(layer) != ("model" in fields) or (layer and not name.endswith(f".{layer}")):
+        raise node.refuse("an object with `layer` and `model`, named by its target and its layer, or with neither")
     programs = tuple(_program(program, limits) for program in fields["programs"].elements())
     if not programs or len({program.variant for program in programs}) < len(programs):
         raise fields["programs"].refuse("a list with one program or more, each of another kind or token bucket")
     topology = fields["topology"]
     return Target(
-        name=name,
+        name=name.removesuffix(f".{layer}"),
         device_kind=fields["device_kind"].text(r".+", "a device kind"),
         topology=None if topology.value is None else topology.text(r".+", "null or a topology's name"),
         toolchain=fields["toolchain"].strings(),
         programs=programs,
+        layer=layer,
+        model=_dims(fields["model"]) if layer else None,
     )
 
 

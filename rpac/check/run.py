@@ -66,19 +66,25 @@ def check_spec(
     """
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
     planned = [
-        (plan, render(spec, plan))
+        (part, plan, render(part, plan))
+        for part in spec.parts
         for target in targets or spec.targets
-        for plan in plan_spec(spec, target)
+        for plan in plan_spec(part, target)
         if kinds is None or plan.kind in kinds
     ]
     results = []
-    for result in _run_units(_units(spec, planned), seed, random_batches, jobs):
+    for result in _run_units(_units(planned), seed, random_batches, jobs):
         progress(result)
         results.append(result)
     compiled = []
     if compile is not None:
-        for target in dict.fromkeys(plan.target for plan, _ in planned):
-            tasks = tasks_of(spec, [(plan, source) for plan, source in planned if plan.target == target])
+        for target in dict.fromkeys(plan.target for _, plan, _ in planned):
+            tasks = [
+                task
+                for part, plan, source in planned
+                if plan.target == target
+                for task in tasks_of(part, [(plan, source)])
+            ]
             compiled.append(_compile(compile, target, tasks))
             progress(compiled[-1])
     return CheckReport(spec.name, spec.hash, seed, tuple(results), tuple(compiled))
@@ -143,12 +149,12 @@ def _judged(
     return replace(found, notes=(*found.notes, *outcome.notes))
 
 
-def _units(spec: Spec, planned: Sequence[tuple[KernelPlan, Source]]) -> list[Unit]:
+def _units(planned: Sequence[tuple[Spec, KernelPlan, Source]]) -> list[Unit]:
     """Sources with one body are one unit: targets differ in what their headers say."""
-    same: dict[str, list[tuple[KernelPlan, Source]]] = {}
-    for plan, source in planned:
-        same.setdefault(source.body, []).append((plan, source))
-    return [Unit(spec, *group[0], tuple(plan.target for plan, _ in group)) for group in same.values()]
+    same: dict[tuple[str, str], list[tuple[Spec, KernelPlan, Source]]] = {}
+    for part, plan, source in planned:
+        same.setdefault((part.layer, source.body), []).append((part, plan, source))
+    return [Unit(*group[0], tuple(plan.target for _, plan, _ in group)) for group in same.values()]
 
 
 def _check_unit(unit: Unit, seed: int, random_batches: int) -> list[Result]:

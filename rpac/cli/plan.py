@@ -37,7 +37,7 @@ def plan(spec_file: Path, targets: tuple[str, ...], as_json: bool) -> None:
     mixed, queries, fetched/computed at once x buffers.
     """
     spec = load_spec(spec_file)
-    plans = [one for target in chosen_targets(spec, targets) for one in plan_spec(spec, target)]
+    plans = [one for part in spec.parts for target in chosen_targets(spec, targets) for one in plan_spec(part, target)]
     if as_json:
         print_json({"spec": spec.name, "spec_hash": spec.hash, "plans": [one.as_dict() for one in plans]})
         return

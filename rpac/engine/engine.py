@@ -44,7 +44,8 @@ class Engine:
         observer: Observer | None = None,
     ) -> None:
         self.name: str = loaded.manifest.name
-        self.model: Dims = loaded.manifest.model
+        self.layer: str = loaded.target.layer
+        self.model: Dims = loaded.target.model or loaded.manifest.model
         self.kv_layout: str = loaded.manifest.kv_layout
         self.limits: Limits = loaded.manifest.limits
         self.target: str = loaded.target.name

@@ -29,11 +29,12 @@ class Task:
     plan: Mapping[str, Any]
     args: tuple[ArrayDims, ...]
     mesh: Mesh = ONE_DEVICE
+    layer: str = ""
     results: tuple[ArrayDims, ...] = ()  # where the mesh has several devices, which need their names
 
     @property
     def label(self) -> str:
-        return f"{self.target} {self.kind} t{self.tokens}"
+        return f"{self.target} {self.layer and self.layer + ' '}{self.kind} t{self.tokens}"
 
     def key(self, toolchain: Mapping[str, str], result: str = "lowered") -> str:
         """sha256 over everything that decides a result of this task, 64 hex digits."""
@@ -85,6 +86,7 @@ class Lowered:
     flags: Mapping[str, str]
     aliases: Mapping[str, Any]
     memory: Mapping[str, Any]
+    layer: str = ""
 
 
 def tasks_of(spec: Spec, plans: Sequence[tuple[KernelPlan, Source]]) -> list[Task]:
@@ -98,6 +100,7 @@ def tasks_of(spec: Spec, plans: Sequence[tuple[KernelPlan, Source]]) -> list[Tas
             plan.as_dict(),
             arg_specs(spec, tokens),
             spec.mesh,
+            spec.layer,
             result_specs(spec, tokens),
         )
         for plan, source in plans

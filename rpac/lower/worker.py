@@ -151,9 +151,17 @@ def _aliases(task: Task, text: str, memory: Any) -> dict[str, int]:
 def _lowered(
     task: Task, toolchain: Mapping[str, str], exported: export.Exported, executable: bytes | None, **facts: Any
 ) -> Lowered:
-    data = bytes(exported.serialize(vjp_order=0))
     return Lowered(
-        task.target, task.kind, task.tokens, task.source, task.plan, data, executable, toolchain=toolchain, **facts
+        task.target,
+        task.kind,
+        task.tokens,
+        task.source,
+        task.plan,
+        bytes(exported.serialize(vjp_order=0)),
+        executable,
+        toolchain=toolchain,
+        layer=task.layer,
+        **facts,
     )
 
 

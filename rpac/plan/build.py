@@ -73,6 +73,8 @@ def plan_spec(spec: Spec, target: str, *, tuned: TunedTiles | None = None) -> tu
     A plan has the tiles that `tuned` (the package's own if None) holds for exactly its case, if any. Raises PlanError
     where the page table does not fit SMEM or no tile fits VMEM; it names the need and the limit.
     """
+    if spec.layers:
+        raise ValueError(f"{spec.name} has several kinds of layers; plan each of its parts")
     tuned = TunedTiles.of(target) if tuned is None else tuned
     device = chip(target) if is_tpu(target) else None
     if device is not None:
@@ -87,7 +89,7 @@ def plan_spec(spec: Spec, target: str, *, tuned: TunedTiles | None = None) -> tu
                 groups.setdefault(plan, []).append(tokens)
         for plan, buckets in groups.items():
             name = kind if len(groups) == 1 else f"{kind}_t{buckets[-1]}"
-            plan = replace(plan, tokens=tuple(buckets), path=f"{target}/{name}.py")
+            plan = replace(plan, tokens=tuple(buckets), path="/".join(filter(None, (target, spec.layer, f"{name}.py"))))
             plans.append(_with_tuned(spec, plan, tuned))
     return tuple(plans)
 

@@ -22,7 +22,7 @@ from rpac.spec.model import (
 )
 from rpac.spec.nodes import MAX_SIZE, Report, Section, compose
 
-ROOT_KEYS = ("name", "model", "serving", "parallel", "targets")
+ROOT_KEYS = ("name", "model", "layers", "serving", "parallel", "targets")
 MODEL_KEYS = (
     "q_heads",
     "kv_heads",
@@ -61,6 +61,7 @@ PAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)
 # Of a cache whose tokens lie along sublanes: they share a register of 8 words with others of their head.
 LEAST_APART = {"float32": 8, "bfloat16": 16, **dict.fromkeys(QUANTIZED, 32)}
 NAME = r"[a-z0-9][a-z0-9.-]{0,63}"
+LAYER = r"[a-z0-9][a-z0-9-]{0,31}"
 
 MAX_HEADS = 1024
 MAX_DEVICES = 32  # of a topology that libtpu describes for every target
@@ -119,18 +120,45 @@ def _read(text: str, report: Report) -> Spec | None:
     serving = None if serving_section is None else _serving(serving_section)
     if name is None or model is None or serving is None or targets is None:
         return None
-    if model.sliding_window is not None and model_section is not None:
-        longest = serving.max_model_len
-        if model.sliding_window >= longest:
-            allowed = f"must be below serving.max_model_len ({longest}): a window as long hides nothing"
-            model_section.clash("sliding_window", allowed, f"remove it, or write {longest - 1} or less")
-    if serving_section is not None:
-        _check_apart(serving_section, model, serving)
+    assert model_section is not None and serving_section is not None
     mesh = _mesh(root, model)
+    kinds = {"": (model_section, model), **_layers(root, model_section, model)}
+    for section, kind in list(kinds.values())[len(kinds) > 1 :]:  # the first is no layer itself where others are named
+        _check_window(section, kind, serving)
+        _check_apart(serving_section, kind, serving)
     if mesh is None:
         return None
-    part = replace(model, q_heads=model.q_heads // mesh.query_parts, kv_heads=model.kv_heads // mesh.kv)
-    return Spec(name, part, serving, targets, source=text, file=report.file, mesh=mesh)
+    parts = {
+        layer: replace(kind, q_heads=kind.q_heads // mesh.query_parts, kv_heads=kind.kv_heads // mesh.kv)
+        for layer, (_, kind) in kinds.items()
+    }
+    model = parts.pop("")
+    return Spec(name, model, serving, targets, source=text, file=report.file, mesh=mesh, layers=tuple(parts.items()))
+
+
+def _layers(root: Section, base: Section, model: Model) -> dict[str, tuple[Section, Model]]:
+    """The kinds of layers by name, each with the keys of `model` that it does not have itself."""
+    if not root.has("layers"):
+        return {}
+    allowed = "must be lower-case letters, digits and dashes, 32 at most, a letter or digit first, each name once"
+    found = {}
+    for name, section in root.sections("layers", LAYER, allowed, MODEL_KEYS, HOMES).items():
+        kind = _model(section.over(base))
+        if kind is not None:
+            found[name] = section, kind
+            if root.has("parallel") and (kind.q_heads, kind.kv_heads) != (model.q_heads, model.kv_heads):
+                heads = f"must be those of model ({model.q_heads} and {model.kv_heads}) beside parallel"
+                section.clash("kv_heads" if section.has("kv_heads") else "q_heads", heads, "build a bundle for each")
+    return found
+
+
+def _check_window(section: Section, model: Model, serving: Serving) -> None:
+    longest = serving.max_model_len
+    if model.sliding_window is not None and model.sliding_window >= longest:
+        allowed = f"must be below serving.max_model_len ({longest}): a window as long hides nothing"
+        section.clash(
+            "sliding_window", allowed, f"remove it, or write {longest - 1} or less", str(model.sliding_window)
+        )
 
 
 def _mesh(root: Section, model: Model) -> Mesh | None:

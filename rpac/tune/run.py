@@ -58,9 +58,10 @@ def tune(
     for target in chosen:
         TunedTiles.of(target, folder)  # a file that is none is said before the search, not after it
     climbs = [
-        Climb(spec, plan, seed)
+        Climb(part, plan, seed)
+        for part in spec.parts
         for target in chosen
-        for plan in plan_spec(spec, target, tuned=TunedTiles())
+        for plan in plan_spec(part, target, tuned=TunedTiles())
         if not kinds or plan.kind in kinds
     ]
     outcomes = search(climbs, pool, store, evaluate=evaluate, out_of_time=out_of_time, progress=progress)
