@@ -65,6 +65,7 @@ class Mesh:
             "values": (_DATA, _KV),
             "kv_cache": (_DATA, (), _KV),  # the words or the KV heads of a page, by its layout
             "sinks": (heads,),
+            "kv_scales": ((), _KV),
         }
         return by_name.get(name, (_DATA,))  # what describes the batch
 

@@ -37,9 +37,11 @@ def ragged_paged_attention(
     Arguments are those of a program, as numpy arrays, of a batch that `validate` accepts; `kv_layout` says how K and V
     lie in `kv_cache`, as `split_kv` has it; `sinks` `[q_heads]` are logits, one a query head, that take part in its
     softmax and have no value; `kv_scales` `[2]` or `[2, kv_heads]` are what stored K and V are multiplied by. New keys and
-    values of another dtype than the cache's are quantized as they are stored, as `quantized` does. Returns the output `[tokens, q_heads, head_dim]` in float32, zero in the
-    rows past the last sequence, and a new cache in the cache's dtype: each new token's K and V as given, zeros in
-    its padding, every other bit as it was. The caller rounds the output to its dtype.
+    values of another dtype than the cache's are quantized as they are stored, as `quantized` does.
+
+    Returns the output `[tokens, q_heads, head_dim]` in float32, zero in the rows past the last sequence, and a new cache
+    in the cache's dtype: each new token's K and V as given, zeros in its padding, every other bit as it was. The caller
+    rounds the output to its dtype.
     """
     _, q_heads, head_dim = queries.shape
     kv_heads = keys.shape[1]
@@ -50,7 +52,9 @@ def ragged_paged_attention(
     if kv_scales is not None:
         scales[:] = kv_scales.reshape(2, -1)
     if keys.dtype != kv_cache.dtype:
-        keys, values = (quantized(new, scale, kv_cache.dtype) for new, scale in zip((keys, values), scales, strict=True))
+        keys, values = (
+            quantized(new, scale, kv_cache.dtype) for new, scale in zip((keys, values), scales, strict=True)
+        )
 
     cache = kv_cache.copy()
     cached_k, cached_v = split_kv(cache, kv_heads, head_dim, kv_layout)  # views
@@ -87,8 +91,8 @@ def ragged_paged_attention(
 
 
 def quantized(new: Array, scales: Array, dtype: np.dtype[Any]) -> Array:
-    """`new` `[tokens, kv_heads, head_dim]` times one over the scale of its head, in float32, as the nearest numbers of `dtype`: of two
-    as near the even one, and of what is past its largest that one.
+    """`new` `[tokens, kv_heads, head_dim]` times one over the scale of its head, in float32, as the nearest numbers of
+    `dtype`: of two as near the even one, and of what is past its largest that one.
     """
     ratio = new.astype(np.float32) * (1 / scales)[:, None]
     if dtype == np.int8:

@@ -198,7 +198,9 @@ def _tile_context(
         groups = spec.model.kv_heads // tiles.pair
         context |= {
             **_clear_context(tiles.block, rows),
-            **_split_context(tiles.block, rows, SHORT_SPLIT_PIECE if shared else SPLIT_PIECE, packing(spec.model.kv_dtype)),
+            **_split_context(
+                tiles.block, rows, SHORT_SPLIT_PIECE if shared else SPLIT_PIECE, packing(spec.model.kv_dtype)
+            ),
             "groups": groups,
             "pair_rows": tiles.pair * align(spec.model.group, SUBLANES),
         }
@@ -294,7 +296,11 @@ def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
 def _quantization(model: Model) -> list[str]:
     if not model.quantized:
         return []
-    scales = {None: "no scales", "tensor": "a scale of K and one of V", "head": "a scale of K and of V for each KV head"}
+    scales = {
+        None: "no scales",
+        "tensor": "a scale of K and one of V",
+        "head": "a scale of K and of V for each KV head",
+    }
     by = "this program" if model.quantize == "kernel" else "the caller"
     return [f"KV of 8 bits, {scales[model.kv_scale]}; {by} quantizes new keys and values"]
 
@@ -312,12 +318,13 @@ def _declared(buffer: Buffer) -> Mapping[str, str]:
 def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
     """What a reader should know was decided before this source was written, and why."""
     model, serving = spec.model, spec.serving
+    others = " or sinks" if model.kv_scale else ", sinks or KV scales"
     lines = [
         f"{model.q_heads} query heads over {model.kv_heads} KV heads, head_dim {model.head_dim}, "
         f"queries {model.q_dtype}, KV {model.kv_dtype}: constants",
         f"pages of {serving.page_size} tokens, {serving.pages_per_seq} a sequence, up to {serving.max_num_seqs} sequences",
         f"token buckets that use it: {', '.join(map(str, plan.tokens))}",
-        f"causal, cache updated; no window, soft cap, {'or sinks' if model.kv_scale else 'sinks or KV scales'} in the spec: none is in the code",
+        f"causal, cache updated; no window, soft cap{others} in the spec: none is in the code",
         *_quantization(model),
     ]
     if spec.mesh.devices > 1:

@@ -270,7 +270,9 @@ def _mesh(node: Node) -> Mesh:
 
 
 def _dims(node: Node) -> Dims:
-    found = node.fields("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale", optional=("sinks", "kv_scale", "quantize"))
+    found = node.fields(
+        "q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale", optional=("sinks", "kv_scale", "quantize")
+    )
     return Dims(
         q_heads=found["q_heads"].integer(1, _INT32),
         kv_heads=found["kv_heads"].integer(1, _INT32),

@@ -90,7 +90,9 @@ def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.ra
 
 
 def _normal(rng: np.random.Generator, like: Array) -> Array:
-    return (rng.standard_normal(like.shape, np.float32) * CODES.get(like.dtype.name, 1)).clip(-127, 127).astype(like.dtype)
+    return (
+        (rng.standard_normal(like.shape, np.float32) * CODES.get(like.dtype.name, 1)).clip(-127, 127).astype(like.dtype)
+    )
 
 
 def _garbage(shape: tuple[int, ...]) -> Int32s:

@@ -95,7 +95,9 @@ class DecodeTiles:
                 "packed", (rows.unit * rows.packed_rows, LANES), word_dtype(model), "a new token in the cache's form"
             ),
             Buffer("unit_out", (self.writes, rows.unit_rows, LANES), model.kv_dtype, "rows on their way to the cache"),
-            Buffer("q_rows", (query_rows, self.pair * head_lanes(model)), "float32", "queries of one sequence by KV head"),
+            Buffer(
+                "q_rows", (query_rows, self.pair * head_lanes(model)), "float32", "queries of one sequence by KV head"
+            ),
             Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (query_rows, head_lanes(model)), "float32", "running output"),

@@ -113,6 +113,9 @@ def _read(text: str, report: Report) -> Spec | None:
     mesh = _mesh(root, model)
     if mesh is None:
         return None
+    if model.kv_scale == "tensor" and mesh.devices > 1 and model_section is not None:
+        allowed = "must be head with `parallel`: a device has the scales of its own KV heads"
+        model_section.clash("kv_scale", allowed, "write head, and repeat the scale for each KV head")
     part = replace(model, q_heads=model.q_heads // mesh.query_parts, kv_heads=model.kv_heads // mesh.kv)
     return Spec(name, part, serving, targets, source=text, file=report.file, mesh=mesh)
 
@@ -216,7 +219,9 @@ def _serving(section: Section) -> Serving | None:
 def _check_apart(section: Section, model: Model, serving: Serving) -> None:
     least = LEAST_APART[model.kv_dtype]
     if serving.kv_layout == "separate" and serving.page_size < least:
-        allowed = f"must be at least {least} with kv_layout separate and kv_dtype {model.kv_dtype}: as many share a register"
+        allowed = (
+            f"must be at least {least} with kv_layout separate and kv_dtype {model.kv_dtype}: as many share a register"
+        )
         section.clash("page_size", allowed, f"write {least}, or `kv_layout: interleaved`")
 
 

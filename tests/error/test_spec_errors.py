@@ -65,6 +65,7 @@ ONE_EDIT = {
     "scale of what is not quantized": ("kv_dtype: bfloat16", "kv_dtype: bfloat16\n  kv_scale: head", "8:13: model.kv_scale: found head; must be left out with kv_dtype bfloat16, which is stored as it is; remove it, or write `kv_dtype: float8_e4m3fn`"),
     "quantizer of nothing": ("kv_dtype: bfloat16", "kv_dtype: bfloat16\n  quantize: kernel", "8:13: model.quantize: found kernel; must be left out with kv_dtype bfloat16, which is stored as it is; remove it, or write `kv_dtype: float8_e4m3fn`"),
     "scale misspelt": ("kv_dtype: bfloat16", "kv_dtype: int8\n  kv_scale: heads", "8:13: model.kv_scale: found heads; must be one of tensor, head; write head"),
+    "scale of a tensor that is cut": ("kv_dtype: bfloat16", "kv_dtype: int8\n  kv_scale: tensor\nparallel:\n  tensor: 2", "8:13: model.kv_scale: found tensor; must be head with `parallel`: a device has the scales of its own KV heads; write head, and repeat the scale for each KV head"),
     "quantizer unknown": ("kv_dtype: bfloat16", "kv_dtype: int8\n  quantize: server", "8:13: model.quantize: found server; must be one of caller, kernel; write one of them"),
     "8-bit queries": ("q_dtype: bfloat16", "q_dtype: int8", f"6:12: model.q_dtype: found int8; {DTYPES}; write one of them"),
     "page less than a register, apart": ("page_size: 16", "page_size: 8\n  kv_layout: separate", "9:14: serving.page_size: found 8; must be at least 16 with kv_layout separate and kv_dtype bfloat16: as many share a register; write 16, or `kv_layout: interleaved`"),

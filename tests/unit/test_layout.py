@@ -89,9 +89,7 @@ def test_head_dim_is_padded_to_whole_lanes(head_dim: int, lanes: int, kv_layout:
         ("separate", 8, "bfloat16", (1, 8, 128, 128)),
     ],
 )
-def test_k_and_v_of_head_dim_64_share_rows(
-    kv_layout: str, kv_heads: int, kv_dtype: str, page: tuple[int, ...]
-) -> None:
+def test_k_and_v_of_head_dim_64_share_rows(kv_layout: str, kv_heads: int, kv_dtype: str, page: tuple[int, ...]) -> None:
     assert layout.kv_page_shape(laid_out(with_kv(LLAMA, kv_heads, kv_dtype, 64), kv_layout)) == page
 
 
