@@ -107,7 +107,7 @@ EIGHT_BITS = [
     quantized(shaped(4, 2), "float8_e5m2", None, "caller"),
     quantized(shaped(16, 4), "int8", "head", "caller"),
     quantized(shaped(6, 3, head_dim=64), "int8", "tensor", "kernel"),
-    quantized(shaped(4, 2, head_dim=256), "int8", "head", "kernel"),
+    quantized(apart(4, 2, head_dim=192, **SHORT), "int8", "head", "kernel"),
     quantized(shaped(4, 2, head_dim=80, dtype="float32"), "float8_e4m3fn", "head", "kernel"),
     quantized(apart(4, 2, **SHORT), "int8", "head", "kernel"),
     quantized(apart(4, 2, head_dim=64, **SHORT), "float8_e4m3fn", "tensor", "caller"),
