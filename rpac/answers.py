@@ -24,7 +24,8 @@ _ENTRY = "answer"
 
 def oracle_options(model: Model | Dims, kv_layout: str) -> dict[str, Any]:
     """What the oracle must know of a spec or a bundle beside a call's arguments."""
-    return {"sm_scale": model.sm_scale, "kv_layout": kv_layout}
+    names = ("sm_scale", "soft_cap", "sliding_window")
+    return {"kv_layout": kv_layout, **{name: getattr(model, name) for name in names}}
 
 
 def expected(call: Call, model: Model | Dims, kv_layout: str) -> tuple[NDArray[np.float32], Array]:

@@ -55,8 +55,8 @@ class Mesh:
         """Parts of the query heads."""
         return self.kv * (self.copy if self.splits_queries else 1)
 
-    def cuts(self, name: str) -> tuple[Cut, ...]:
-        """How an argument or a result of a program is cut: for each axis from the first on; those left out are whole."""
+    def cuts(self, dims: ArrayDims) -> tuple[Cut, ...]:
+        """How an argument or a result of a program is cut along each of its axes."""
         heads: Cut = ("kv", "copy") if self.splits_queries else _KV
         by_name: dict[str, tuple[Cut, ...]] = {
             "queries": (_DATA, heads),
@@ -65,15 +65,14 @@ class Mesh:
             "values": (_DATA, _KV),
             "kv_cache": (_DATA, (), _KV),  # the words or the KV heads of a page, by its layout
             "sinks": (heads,),
-            "kv_scales": ((), _KV),
+            "kv_scales": ((), _KV),  # of the tensor there is one axis less
         }
-        return by_name.get(name, (_DATA,))  # what describes the batch
+        cuts = by_name.get(dims.name, (_DATA,))  # by default what describes the batch
+        return (*cuts, *(() for _ in dims.shape))[: len(dims.shape)]
 
     def repeats(self, dims: ArrayDims) -> tuple[int, ...]:
         """How many parts there are along each axis of an array."""
-        cuts = self.cuts(dims.name)
-        parts = [math.prod(getattr(self, axis) for axis in cut) for cut in cuts]
-        return (*parts, *(1 for _ in dims.shape[len(cuts) :]))
+        return tuple(math.prod(getattr(self, axis) for axis in cut) for cut in self.cuts(dims))
 
     def whole(self, dims: ArrayDims) -> ArrayDims:
         """The array that is made of the parts `dims` of all devices."""

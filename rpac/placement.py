@@ -26,11 +26,11 @@ class Placement:
     def __str__(self) -> str:
         return listed(self.devices)
 
-    def sharding(self, name: str) -> jax.sharding.Sharding:
+    def sharding(self, dims: ArrayDims) -> jax.sharding.Sharding:
         """Of an argument or a result of a program."""
         if len(self.devices) == 1:
             return jax.sharding.SingleDeviceSharding(self.devices[0])
-        return NamedSharding(self._devices, partition(self.mesh, name))
+        return NamedSharding(self._devices, partition(self.mesh, dims))
 
     def repeat(self, dims: ArrayDims, part: NDArray[Any]) -> NDArray[Any]:
         """The whole array in which every device's part is `part`."""
@@ -41,7 +41,7 @@ class Placement:
         if len(self.devices) == 1:
             return parts[0]
         whole = self.mesh.whole(dims)
-        return jax.make_array_from_single_device_arrays(whole.shape, self.sharding(dims.name), list(parts))
+        return jax.make_array_from_single_device_arrays(whole.shape, self.sharding(dims), list(parts))
 
     def parts(self, array: jax.Array) -> list[jax.Array]:
         """The parts of an array, in the order of the devices."""
@@ -57,13 +57,17 @@ def listed(devices: Sequence[jax.Device]) -> str:
 _TYPES = (AxisType.Auto,) * len(AXES)
 
 
-def partition(mesh: Mesh, name: str) -> PartitionSpec:
+def partition(mesh: Mesh, dims: ArrayDims) -> PartitionSpec:
     """How an argument or a result is cut, as JAX says it."""
-    return PartitionSpec(*(cut or None for cut in mesh.cuts(name)))
+    return PartitionSpec(*(cut or None for cut in mesh.cuts(dims)))
 
 
 def on_mesh(
-    program: Callable[..., Any], mesh: Mesh, args: Sequence[str], results: Sequence[str], devices: Sequence[Any] = ()
+    program: Callable[..., Any],
+    mesh: Mesh,
+    args: Sequence[ArrayDims],
+    results: Sequence[ArrayDims],
+    devices: Sequence[Any] = (),
 ) -> tuple[Callable[..., Any], list[jax.sharding.Sharding | None]]:
     """A program of one device's part as one of whole arrays, with the shardings of its arguments.
 
@@ -80,11 +84,11 @@ def on_mesh(
     spread = jax.shard_map(
         program,
         mesh=of_devices,
-        in_specs=tuple(partition(mesh, name) for name in args),
-        out_specs=tuple(partition(mesh, name) for name in results),
+        in_specs=tuple(partition(mesh, dims) for dims in args),
+        out_specs=tuple(partition(mesh, dims) for dims in results),
         check_vma=False,  # of a kernel nothing is known
     )
-    return spread, [NamedSharding(of_devices, partition(mesh, name)) for name in args]
+    return spread, [NamedSharding(of_devices, partition(mesh, dims)) for dims in args]
 
 
 def _sizes(mesh: Mesh) -> tuple[int, ...]:

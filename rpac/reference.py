@@ -29,15 +29,19 @@ def ragged_paged_attention(
     *,
     sm_scale: float,
     kv_layout: str = "interleaved",
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
     sinks: Array | None = None,
     kv_scales: Array | None = None,
 ) -> tuple[NDArray[np.float32], Array]:
     """Causal attention of every new token over its sequence, and the cache with the new tokens in it.
 
     Arguments are those of a program, as numpy arrays, of a batch that `validate` accepts; `kv_layout` says how K and V
-    lie in `kv_cache`, as `split_kv` has it; `sinks` `[q_heads]` are logits, one a query head, that take part in its
-    softmax and have no value; `kv_scales` `[2]` or `[2, kv_heads]` are what stored K and V are multiplied by. New keys and
-    values of another dtype than the cache's are quantized as they are stored, as `quantized` does.
+    lie in `kv_cache`, as `split_kv` has it. `soft_cap`: a score s becomes soft_cap * tanh(s / soft_cap).
+    `sliding_window`: the query at position p sees those from p - sliding_window + 1 to p, where the cache may hold anything
+    before what the first new token sees. `sinks` `[q_heads]` are logits, one a query head, that take part in its softmax
+    and have no value. `kv_scales` `[2]` or `[2, kv_heads]` are what stored K and V are multiplied by; new keys and values
+    of another dtype than the cache's are quantized as they are stored, as `quantized` does.
 
     Returns the output `[tokens, q_heads, head_dim]` in float32, zero in the rows past the last sequence, and a new cache
     in the cache's dtype: each new token's K and V as given, zeros in its padding, every other bit as it was. The caller
@@ -73,20 +77,25 @@ def ragged_paged_attention(
     for seq in range(count):
         start, end = int(cu_q_lens[seq]), int(cu_q_lens[seq + 1])
         kv_len = int(kv_lens[seq])
-        pages = page_tables[seq, : -(-kv_len // page_size)]
-        k = cached_k[pages].reshape(-1, kv_heads, head_dim)[:kv_len].astype(np.float64) * scales[0, :, None]
-        v = cached_v[pages].reshape(-1, kv_heads, head_dim)[:kv_len].astype(np.float64) * scales[1, :, None]
         q_positions = np.arange(kv_len - (end - start), kv_len)
-        visible = np.arange(kv_len) <= q_positions[:, None]
+        window = kv_len if sliding_window is None else sliding_window
+        kv_positions = np.arange(max(kv_len - (end - start) + 1 - window, 0), kv_len)
+        at = page_tables[seq, kv_positions // page_size], kv_positions % page_size
+        k = cached_k[at].astype(np.float64) * scales[0, :, None]
+        v = cached_v[at].astype(np.float64) * scales[1, :, None]
+        visible = kv_positions <= q_positions[:, None]
+        visible &= kv_positions > q_positions[:, None] - window
         for head in range(q_heads):
             kv_head = head * kv_heads // q_heads
             scores = sm_scale * (queries[start:end, head].astype(np.float64) @ k[:, kv_head].T)
+            if soft_cap is not None:
+                scores = soft_cap * np.tanh(scores / soft_cap)
             scores = np.where(visible, scores, -np.inf)
             if sinks is not None:
-                scores = np.insert(scores, kv_len, np.float64(sinks[head]), axis=-1)
+                scores = np.insert(scores, len(k), np.float64(sinks[head]), axis=-1)
             weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
             weights /= weights.sum(axis=-1, keepdims=True)
-            out[start:end, head] = weights[:, :kv_len] @ v[:, kv_head]
+            out[start:end, head] = weights[:, : len(k)] @ v[:, kv_head]
     return out, cache
 
 

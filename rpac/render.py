@@ -14,7 +14,7 @@ import jinja2
 
 import rpac
 from rpac.chip import is_tpu
-from rpac.layout import BITS, align, head_lanes, joins_rows, kv_rows, packing
+from rpac.layout import BITS, align, extra_specs, head_lanes, joins_rows, kv_rows, packing
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims
 from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, exchange_of, splits_rows, splits_words, unit_tokens
 from rpac.spec import Model, Spec
@@ -113,12 +113,17 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "sm_scale": repr(model.sm_scale),
         "score_scale": repr(model.sm_scale * math.log2(math.e)),
         "masked": repr(MASKED),
+        "soft_cap": model.soft_cap,
+        "cap_scale": model.soft_cap and repr(model.sm_scale / model.soft_cap),
+        "cap_log2": model.soft_cap and repr(model.soft_cap * math.log2(math.e)),
+        "window": model.sliding_window,
         "sinks": model.sinks,
+        **_extra_context(spec, plan),
+        "log2_e": repr(math.log2(math.e)),
         "kv_layout": serving.kv_layout,
         "splits_words": splits_words(spec),
         "row_words": splits_rows(spec),
         "to_mxu": f".astype(jnp.{computed})" if model.quantized else "",
-        "smem_args": 3 + (plan.kind == "mixed") + (model.kv_scale is not None),
         "place_bits": packing(model.kv_dtype).bit_length() - 1,
         "padding_rows": rows.token_rows // rows.lane_tiles - kv_rows(model),
         "kv_stride": align(model.kv_heads, SUBLANES),
@@ -136,6 +141,8 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "unit_rows": rows.unit_rows,
         "row_order": _row_order(model, rows),
         "vmem_limit": plan.vmem_limit,
+        "decode_call": _call_context(model, scalars=3),
+        "block_call": _call_context(model, scalars=4 if plan.kind == "mixed" else 3, out_given=plan.kind == "mixed"),
         "decode": _tile_context(spec, plan.decode, shared=plan.block is not None),
         "block": _tile_context(spec, plan.block),
     }
@@ -171,6 +178,40 @@ def _lanes_context(model: Model) -> dict[str, Any]:
     }
 
 
+def _extra_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
+    """How the arguments beside the batch are written, and how scores are scaled and capped.
+
+    Scales of K, where there are, differ by head: they are multiplied in with the scale as soon as there are products.
+    """
+    model = spec.model
+    names = [dims.name for dims in extra_specs(spec)]
+    scale = "CAP_SCALE" if model.soft_cap else "SCORE_SCALE"
+    capped = "capped({})" if model.soft_cap else None
+    scored = capped or ("{}" if model.kv_scale else "{} * SCORE_SCALE")
+    if not is_tpu(plan.target):
+        scale = "CAP_SCALE" if model.soft_cap else "SM_SCALE"
+        by = f"({scale} * kv_scales[0, :, None, None])" if model.kv_scale else scale
+        scored = f"SOFT_CAP * jnp.tanh({{}} * {by})" if model.soft_cap else f"{{}} * {by}"
+    return {
+        "extra_args": "".join(f", {name}" for name in names),
+        "extra_scalars": "".join(f" {name}," for name in names),
+        "head_scale": f" * ({scale} * kv_scales[0, head])" if model.kv_scale else "",
+        "scored": scored.format,
+    }
+
+
+def _call_context(model: Model, scalars: int, *, out_given: bool = False) -> Mapping[str, Any]:
+    """How many operands of a kernel lie in SMEM, how many in HBM, and which of them are whose results' memory.
+
+    Scalars of the batch come first, then `layout.extra_specs`; then queries, keys, values, cache, and the output where it
+    is given.
+    """
+    in_smem = scalars + model.sinks + (model.kv_scale is not None)
+    cache = in_smem + 3
+    aliases = {cache: 1, cache + 1: 0} if out_given else {cache: 1}
+    return {"in_smem": in_smem, "in_hbm": 4 + out_given, "aliases": repr(aliases)}
+
+
 def _row_order(model: Model, rows: RowDims) -> str:
     if joins_rows(model):
         return "by token, then KV head, K in the lower lanes and V in the upper"
@@ -195,6 +236,7 @@ def _tile_context(
     if isinstance(tiles, DecodeTiles):
         groups = spec.model.kv_heads // tiles.pair
         context |= {
+            "sink_row": _row_of_head(spec.model, align(spec.model.group, SUBLANES), spec.model.group),
             **_clear_context(tiles.block, rows),
             **_split_context(
                 tiles.block, rows, SHORT_SPLIT_PIECE if shared else SPLIT_PIECE, packing(spec.model.kv_dtype)
@@ -208,6 +250,8 @@ def _tile_context(
         **_clear_context(tiles.tile, rows),
         **_split_context(tiles.piece(page), rows, SPLIT_ROWS, packing(spec.model.kv_dtype)),
         "tiles": tiles.block // tiles.tile,
+        # Added to the position of a block's first query and divided by a tile: the tiles that some query's window leaves.
+        "window_offset": tiles.q_block - (spec.model.sliding_window or 0) + tiles.tile - 1,
         "tile_rows": tiles.tile * rows.token_rows,
         "tile_units": tiles.tile // unit_tokens(spec.model),
         "piece": tiles.piece(page),
@@ -278,7 +322,8 @@ def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
         "tile_pages": tiles.tile // spec.serving.page_size,
         "tile_units": tiles.tile // unit_tokens(model),
         "clear_keys": False,
-        "even": spec.serving.pages_per_seq * spec.serving.page_size % tiles.tile == 0,
+        # A window begins at any page, and so do its tiles.
+        "even": model.sliding_window is None and spec.serving.pages_per_seq * spec.serving.page_size % tiles.tile == 0,
         "table_end": spec.serving.max_num_seqs * spec.serving.pages_per_seq - 1,
         "heads_per_set": sets.heads,
         "set_rows": sets.rows,
@@ -286,6 +331,7 @@ def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
         "sets": sets.count,
         "query_rows": sets.count * sets.rows,
         "padded": sets.padded(model),
+        "sink_row": _row_of_head(model, sets.rows, queries),
         "out_rows": [(i * sets.rows, min(queries, model.q_heads - i * queries)) for i in range(sets.count)],
         "buffers_declared": [_declared(buffer) for buffer in tiles.scratch(spec)],
     }
@@ -303,6 +349,11 @@ def _quantization(model: Model) -> list[str]:
     return [f"KV of 8 bits, {scales[model.kv_scale]}; {by} quantizes new keys and values"]
 
 
+def _row_of_head(model: Model, rows: int, heads: int) -> str:
+    """The row of query head `head` where `heads` of them lie in each `rows` rows, as an expression."""
+    return "head" if rows == heads else f"head // {heads} * {rows} + head % {heads}"
+
+
 def _declared(buffer: Buffer) -> Mapping[str, str]:
     if buffer.dtype == "smem":
         declaration = f"pltpu.SMEM({buffer.shape}, jnp.int32)"
@@ -313,16 +364,29 @@ def _declared(buffer: Buffer) -> Mapping[str, str]:
     return {"name": buffer.name, "declaration": declaration, "note": buffer.note}
 
 
+def _features(model: Model) -> str:
+    used = {
+        "window": model.sliding_window
+        and f"a window of {model.sliding_window} tokens, nothing fetched before its page",
+        "soft cap": model.soft_cap and f"scores capped at {model.soft_cap} (tanh)",
+        "sinks": model.sinks and "attention sinks, an argument, in the softmax's sum",
+        "KV scales": model.kv_scale and "KV scales, an argument",
+    }
+    *names, last = [name for name, text in used.items() if not text] or [""]
+    unused = f"{', '.join(names)} or {last}" if names else last
+    given = ["causal, cache updated", *(text for text in used.values() if text)]
+    return "; ".join([*given, *([f"no {unused} in the spec: none is in the code"] if unused else [])])
+
+
 def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
     """What a reader should know was decided before this source was written, and why."""
     model, serving = spec.model, spec.serving
-    others = " or sinks" if model.kv_scale else ", sinks or KV scales"
     lines = [
         f"{model.q_heads} query heads over {model.kv_heads} KV heads, head_dim {model.head_dim}, "
         f"queries {model.q_dtype}, KV {model.kv_dtype}: constants",
         f"pages of {serving.page_size} tokens, {serving.pages_per_seq} a sequence, up to {serving.max_num_seqs} sequences",
         f"token buckets that use it: {', '.join(map(str, plan.tokens))}",
-        f"causal, cache updated; no window, soft cap{others} in the spec: none is in the code",
+        _features(model),
         *_quantization(model),
     ]
     if spec.mesh.devices > 1:

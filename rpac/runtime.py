@@ -56,9 +56,7 @@ def load_portable(data: bytes, program: Program, placement: Placement) -> Run:
     """
     exported = _exported(data, program, placement.mesh)
     try:
-        taken, made = (
-            tuple(placement.sharding(dims.name) for dims in part) for part in (program.args, program.results)
-        )
+        taken, made = (tuple(placement.sharding(dims) for dims in part) for part in (program.args, program.results))
         donated = index_of(program.args, "kv_cache")
         call = jax.jit(exported.call, in_shardings=taken, out_shardings=made, donate_argnums=donated)
         compiled = call.lower(*exported.in_avals).compile()
@@ -87,7 +85,7 @@ def load_native(data: bytes, program: Program, placement: Placement) -> Run:
             f"program {program.variant}: the runtime of {placement} does not take its executable ({error}); "
             "build the bundle again for these devices and this runtime"
         ) from error
-    shardings = [placement.sharding(dims.name) for dims in program.args]
+    shardings = [placement.sharding(dims) for dims in program.args]
 
     def run(args: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
         # Only what lies on the host is moved: the cache must be donated as the caller's own array.

@@ -108,6 +108,8 @@ class Dims:
     q_dtype: str
     kv_dtype: str
     sm_scale: float
+    soft_cap: float | None = None
+    sliding_window: int | None = None
     sinks: bool = False
     kv_scale: str | None = None
     quantize: str = "caller"
@@ -270,9 +272,8 @@ def _mesh(node: Node) -> Mesh:
 
 
 def _dims(node: Node) -> Dims:
-    found = node.fields(
-        "q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale", optional=("sinks", "kv_scale", "quantize")
-    )
+    names = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
+    found = node.fields(*names, optional=("soft_cap", "sliding_window", "sinks", "kv_scale", "quantize"))
     return Dims(
         q_heads=found["q_heads"].integer(1, _INT32),
         kv_heads=found["kv_heads"].integer(1, _INT32),
@@ -280,6 +281,8 @@ def _dims(node: Node) -> Dims:
         q_dtype=found["q_dtype"].choice(layout.BITS),
         kv_dtype=found["kv_dtype"].choice(layout.BITS),
         sm_scale=found["sm_scale"].number(),
+        soft_cap=found["soft_cap"].number() if "soft_cap" in found else None,
+        sliding_window=found["sliding_window"].integer(1, _INT32) if "sliding_window" in found else None,
         sinks="sinks" in found and found["sinks"].flag(),
         kv_scale=found["kv_scale"].choice(("tensor", "head")) if "kv_scale" in found else None,
         quantize=found["quantize"].choice(("caller", "kernel")) if "quantize" in found else "caller",

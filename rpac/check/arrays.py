@@ -83,10 +83,25 @@ def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.ra
         by_token[at] = _normal(rng, by_token[at])
     limits = Limits.of(spec)
     validate(limits, tokens, kv_lens, page_indices, cu_q_lens, distribution)
+    if spec.model.sliding_window is not None:
+        _poison_unseen(trial, spec.model.sliding_window, serving.page_size, table, kv_cache)
     extra = {dims.name: _normal(rng, np.empty(dims.shape, dims.dtype)) for dims in layout.extra_specs(spec)}
     if "kv_scales" in extra:
         extra["kv_scales"] = np.exp(extra["kv_scales"] / 4) / np.float32(CODES.get(spec.model.kv_dtype, 1))
     return Arguments(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, extra)
+
+
+def _poison_unseen(trial: Trial, window: int, page_size: int, table: Int32s, kv_cache: Array) -> None:
+    """Makes pages before the windows of all new tokens NaN, and garbage of their entries in the table."""
+    used: set[int] = set()
+    seen: set[int] = set()
+    for row, (q_len, kv_len) in enumerate(zip(trial.q_lens, trial.kv_lens, strict=True)):
+        first = max(kv_len - q_len + 1 - window, 0) // page_size
+        mine = table[row, : layout.cdiv(kv_len, page_size)]
+        used.update(mine.tolist())
+        seen.update(mine[first:].tolist())
+        mine[:first] = _garbage((first,))
+    kv_cache.view(f"uint{8 * kv_cache.itemsize}")[sorted(used - seen)] = SIGNALING_NAN[kv_cache.itemsize]
 
 
 def _normal(rng: np.random.Generator, like: Array) -> Array:

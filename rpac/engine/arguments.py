@@ -54,7 +54,7 @@ class Arguments:
                 f"{dims.name} is on {listed(found)}; must be on {self._placement}; move it with jax.device_put"
             )
         if len(self._placement.devices) > 1:
-            wanted = self._placement.sharding(dims.name)
+            wanted = self._placement.sharding(dims)
             if not array.sharding.is_equivalent_to(wanted, array.ndim):
                 raise BatchError(
                     f"{dims.name} is cut as {array.sharding}; must be as {wanted}; "

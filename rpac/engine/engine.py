@@ -67,7 +67,11 @@ class Engine:
 
     def sharding(self, name: str) -> jax.sharding.Sharding:
         """Where an argument or a result of the call lies, by name: one device, or parts on the devices of a mesh."""
-        return self.placement.sharding(name)
+        program = next(iter(self._slots.values())).program
+        arrays = {dims.name: dims for dims in (*program.args, *program.results)}
+        if name not in arrays:
+            raise BatchError(f"{name!r} is no argument or result; must be one of {', '.join(arrays)}")
+        return self.placement.sharding(arrays[name])
 
     @property
     def programs(self) -> Mapping[Variant, Program]:

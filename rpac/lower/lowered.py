@@ -29,7 +29,7 @@ class Task:
     plan: Mapping[str, Any]
     args: tuple[ArrayDims, ...]
     mesh: Mesh = ONE_DEVICE
-    results: tuple[str, ...] = ("out", "kv_cache")
+    results: tuple[ArrayDims, ...] = ()  # where the mesh has several devices, which need their names
 
     @property
     def label(self) -> str:
@@ -60,16 +60,12 @@ class Task:
     def from_json(cls, text: str) -> Task:
         """The inverse of `to_json`."""
         data = json.loads(text)
-        args = tuple(ArrayDims(name, tuple(shape), dtype) for name, shape, dtype in data["args"])
-        return cls(
-            **{
-                **data,
-                "source": Source(*data["source"]),
-                "args": args,
-                "mesh": Mesh(**data["mesh"]),
-                "results": tuple(data["results"]),
-            }
+        args, results = (
+            tuple(ArrayDims(name, tuple(shape), dtype) for name, shape, dtype in data[part])
+            for part in ("args", "results")
         )
+        source, mesh = Source(*data["source"]), Mesh(**data["mesh"])
+        return cls(**{**data, "source": source, "args": args, "mesh": mesh, "results": results})
 
 
 @dataclass(frozen=True)
@@ -93,9 +89,17 @@ class Lowered:
 
 def tasks_of(spec: Spec, plans: Sequence[tuple[KernelPlan, Source]]) -> list[Task]:
     """A task for every token bucket of every plan, the longest to compile first, so that no worker ends alone."""
-    names = tuple(dims.name for dims in result_specs(spec, spec.serving.max_num_tokens))
     tasks = [
-        Task(plan.target, plan.kind, tokens, source, plan.as_dict(), arg_specs(spec, tokens), spec.mesh, names)
+        Task(
+            plan.target,
+            plan.kind,
+            tokens,
+            source,
+            plan.as_dict(),
+            arg_specs(spec, tokens),
+            spec.mesh,
+            result_specs(spec, tokens),
+        )
         for plan, source in plans
         for tokens in plan.tokens
     ]

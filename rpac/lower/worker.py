@@ -77,8 +77,7 @@ def _as_program(function: Callable[..., Any], task: Task) -> Any:
 
 def _program(task: Task, devices: Sequence[Any] = ()) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
     """A task's program, jitted, and its arguments: on `devices`, or on any."""
-    names = [dims.name for dims in task.args]
-    program, shardings = on_mesh(load_program(task.source), task.mesh, names, task.results, devices)
+    program, shardings = on_mesh(load_program(task.source), task.mesh, task.args, task.results, devices)
     whole = [task.mesh.whole(dims) for dims in task.args]
     shapes = [
         jax.ShapeDtypeStruct(dims.shape, dims.dtype, sharding=sharding)

@@ -222,7 +222,7 @@ def _decode_choices(spec: Spec, device: Chip, tokens: int) -> Iterator[DecodeTil
     token_bytes = nbytes((RowDims.of(model).token_rows, LANES), model.kv_dtype)
     # As long a block as pays, for the chain of MXU, softmax and MXU is paid once a block; but it is computed whole, so no
     # longer than the sequences, and with scores (kv_heads * 8 rows of `block` float32) that do not fill the registers.
-    shortest = max(power_of_two_from(min(serving.context_lens)), LANES)
+    shortest = max(power_of_two_from(min(_reach(spec, 1))), LANES)
     block = max(min(power_of_two_to(8192 // model.kv_heads), 1024, shortest), serving.page_size)
     loaded = min(tokens, serving.max_num_seqs)
     pair = math.gcd(model.kv_heads, max(device.mxu_size // head_lanes(model), 1))
@@ -238,7 +238,7 @@ def _group_choices(spec: Spec, kind: str, tokens: int) -> Iterator[GroupTiles]:
     serving = spec.serving
     token_bytes = nbytes(kv_row_shape(spec.model), spec.model.kv_dtype)
     # A tile is computed whole, so it is no longer than the sequences; a row of its scores is at least a register wide.
-    shortest = max(power_of_two_from(min(serving.context_lens)), LANES)
+    shortest = max(power_of_two_from(min(_reach(spec, 1))), LANES)
     tile = max(min(power_of_two_to(TILE_BYTES // token_bytes), shortest), serving.page_size, LANES)
     loaded = min(tokens, serving.max_num_seqs)
     while tile >= max(serving.page_size, LANES):
@@ -255,7 +255,7 @@ def _group_choices(spec: Spec, kind: str, tokens: int) -> Iterator[GroupTiles]:
 def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator[BlockTiles]:
     """Likewise; a prefill kernel's query block divides the chunk, so that it has no partial block."""
     model, serving = spec.model, spec.serving
-    most = max(power_of_two_from(max(serving.context_lens)), LANES)
+    most = max(power_of_two_from(max(_reach(spec, Q_BLOCKS[0]))), LANES)
     new_tokens = min(tokens, serving.page_size)
     merge_tokens = min(max(MERGE_TOKENS, unit_tokens(model)), serving.page_size)
     most_steps = turn_steps(spec, device, kind)
@@ -295,6 +295,13 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
 def turn_steps(spec: Spec, device: Chip, kind: str) -> tuple[int, int]:
     """Flash steps that one piece of a prefill or mixed kernel's code may have, and those on the diagonal."""
     return FEWER_STEPS[kind] if device.mxu_size <= LANES or splits_words(spec) else TURN_STEPS
+
+
+def _reach(spec: Spec, queries: int) -> tuple[int, ...]:
+    """How many tokens `queries` queries in a row see at each of the expected lengths."""
+    window = spec.model.sliding_window
+    lengths = spec.serving.context_lens
+    return lengths if window is None else tuple(min(length, window + queries - 1) for length in lengths)
 
 
 def _q_blocks(spec: Spec, kind: str, tokens: int) -> Iterator[int]:

@@ -98,6 +98,7 @@ class DecodeTiles:
             Buffer(
                 "q_rows", (query_rows, self.pair * head_lanes(model)), "float32", "queries of one sequence by KV head"
             ),
+            *sink_rows(model, (query_rows, LANES)),
             Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (query_rows, head_lanes(model)), "float32", "running output"),
@@ -170,6 +171,7 @@ class GroupTiles:
             Buffer("new_values", new, new_dtype(model), "new values of every sequence"),
             Buffer("unit_out", unit, model.kv_dtype, "new tokens on their way to the cache"),
             Buffer("scores", (self.step, query_rows, self.tile), "float32", "scores of a group, from turn to turn"),
+            *sink_rows(model, (query_rows, LANES)),
             Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (query_rows, head_lanes(model)), "float32", "running output"),
@@ -215,8 +217,10 @@ class BlockTiles:
         return PIECE if self.tile % PIECE == 0 and PIECE % page_size == 0 else self.tile
 
     def masks_by_mxu(self, model: Model) -> bool:
-        """Whether a step's queries, each with a lane of its own, fit what the MXU has to spare."""
-        return self.spare and exchange_of(model) > 0 and self.step_rows // model.group <= LANES
+        """Whether a step's queries, each with a lane of its own, fit what the MXU has to spare, and nothing undoes the mask."""
+        return (
+            self.spare and model.soft_cap is None and exchange_of(model) > 0 and self.step_rows // model.group <= LANES
+        )
 
     def scores_ahead(self, model: Model, heads: int) -> int:
         """Flash steps whose scores are made before they are weighed, where a piece of code has the steps of `heads` heads."""
@@ -270,6 +274,7 @@ class BlockTiles:
             Buffer("q_rows", (model.kv_heads, q_rows, head_lanes(model)), model.q_dtype, "one by KV head"),
             *limits,
             Buffer("next_scores", next_scores, "float32", "the first scores of the next turn"),
+            *(sink_rows(model, (model.kv_heads, align(model.group, SUBLANES), LANES)) if exchange_of(model) else ()),
             Buffer("row_max", state, "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", state, "float32", "running sum, the same in every lane"),
             Buffer("acc", (model.kv_heads, q_rows, head_lanes(model)), "float32", "running output"),
@@ -285,6 +290,11 @@ class BlockTiles:
     def temporaries(self, model: Model) -> int:
         """Bytes of the values of one flash step that registers cannot hold: scores and weights."""
         return 8 * nbytes((self.step_rows, self.tile), "float32")
+
+
+def sink_rows(model: Model, shape: tuple[int, ...]) -> tuple[Buffer, ...]:
+    """The array that holds each query row's sink, where there are sinks."""
+    return (Buffer("sink_rows", shape, "float32", "sinks, the same in every lane"),) if model.sinks else ()
 
 
 def exchange_of(model: Model) -> int:

@@ -37,11 +37,12 @@ class Dims:
     head_dim: int
     q_dtype: str
     kv_dtype: str
+    sliding_window: int | None
 
     @classmethod
     def of(cls, model: Model | bundle.Dims) -> Dims:
         """Of a spec's model or of a bundle's."""
-        return cls(model.q_heads, model.kv_heads, model.head_dim, model.q_dtype, model.kv_dtype)
+        return cls(model.q_heads, model.kv_heads, model.head_dim, model.q_dtype, model.kv_dtype, model.sliding_window)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def predict(programs: Programs, workload: Workload) -> Prediction:
         dims.head_dim,
         BITS[dims.q_dtype] // 8,
         BITS[dims.kv_dtype] // 8,
+        dims.sliding_window,
     )
     return Prediction(programs.name, workload, variant, programs.call(variant).predict(scalars, work))
 

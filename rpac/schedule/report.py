@@ -53,14 +53,25 @@ def attention_work(
     head_dim: int,
     q_bytes: int,
     kv_bytes: int,
+    sliding_window: int | None = None,
 ) -> Work:
-    """Needed bytes and flops of causal attention; `kv_lens` include the new tokens, `*_bytes` are of one element."""
+    """Needed bytes and flops of causal attention; `kv_lens` include the new tokens, `*_bytes` are of one element.
+
+    Of cached tokens those before the window of the first new token are not needed.
+    """
     kv_row = 2 * kv_heads * head_dim * kv_bytes
     tokens = sum(q_lens)
-    cached = sum(kv_lens) - tokens
-    pairs = sum(q * (kv - q) + q * (q + 1) // 2 for kv, q in zip(kv_lens, q_lens, strict=True))
+    window = max(kv_lens, default=0) if sliding_window is None else sliding_window
+    cached = sum(min(kv - q, window - 1) if sliding_window else kv - q for kv, q in zip(kv_lens, q_lens, strict=True))
+    pairs = sum(_seen(kv, window) - _seen(kv - q, window) for kv, q in zip(kv_lens, q_lens, strict=True))
     moved = cached * kv_row + 2 * tokens * kv_row + 2 * tokens * q_heads * head_dim * q_bytes
     return Work(moved, 4 * head_dim * q_heads * pairs)
+
+
+def _seen(tokens: int, window: int) -> int:
+    """How many tokens the queries of the first `tokens` positions see, all together."""
+    growing = min(tokens, window)
+    return growing * (growing + 1) // 2 + (tokens - growing) * window
 
 
 @dataclass(frozen=True)

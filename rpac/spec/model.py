@@ -28,8 +28,9 @@ _ALWAYS_MEANT = ("kv_layout",)  # a key with a default that hashes have held fro
 class Model:
     """The attention of one device's part of a model; heads are counted in it.
 
-    `sinks`: each query head has a logit of its own, an argument of every program, that takes part in the softmax and has
-    no value.
+    `soft_cap`: scores become cap * tanh(score / cap). `sliding_window`: a query sees that many tokens, itself the last of
+    them. `sinks`: each query head has a logit of its own, an argument of every program, that takes part in the softmax and
+    has no value; it is neither scaled nor capped.
 
     An 8-bit `kv_dtype` may have scales, an argument too, for K and V each: one a KV head (`kv_scale` "head") or one
     ("tensor"); a value is what is stored times its scale. `quantize` says who makes 8 bits of new keys and values: the
@@ -42,6 +43,8 @@ class Model:
     q_dtype: str
     kv_dtype: str
     sm_scale: float
+    soft_cap: float | None = None
+    sliding_window: int | None = None
     sinks: bool = False
     kv_scale: str | None = None
     quantize: str = QUANTIZERS[0]

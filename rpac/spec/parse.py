@@ -23,7 +23,19 @@ from rpac.spec.model import (
 from rpac.spec.nodes import MAX_SIZE, Report, Section, compose
 
 ROOT_KEYS = ("name", "model", "serving", "parallel", "targets")
-MODEL_KEYS = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale", "sinks", "kv_scale", "quantize")
+MODEL_KEYS = (
+    "q_heads",
+    "kv_heads",
+    "head_dim",
+    "q_dtype",
+    "kv_dtype",
+    "sm_scale",
+    "soft_cap",
+    "sliding_window",
+    "sinks",
+    "kv_scale",
+    "quantize",
+)
 SERVING_KEYS = (
     "page_size",
     "max_model_len",
@@ -59,6 +71,7 @@ MAX_TOKENS = 1 << 20
 MAX_SEQS = 4096
 MAX_SLOTS = 2**31 - 1
 SM_SCALES = (1e-6, 1e6)
+SOFT_CAPS = (1e-3, 1e6)
 
 
 def load_spec(path: str | os.PathLike[str]) -> Spec:
@@ -107,8 +120,11 @@ def _read(text: str, report: Report) -> Spec | None:
     serving = None if serving_section is None else _serving(serving_section)
     if name is None or model is None or serving is None or targets is None:
         return None
-    if model.sinks and targets != ("cpu",) and model_section is not None:
-        model_section.clash("sinks", "must be false for a TPU target", "write `targets: [cpu]`")
+    if model.sliding_window is not None and model_section is not None:
+        longest = serving.max_model_len
+        if model.sliding_window >= longest:
+            allowed = f"must be below serving.max_model_len ({longest}): a window as long hides nothing"
+            model_section.clash("sliding_window", allowed, f"remove it, or write {longest - 1} or less")
     if serving_section is not None:
         _check_apart(serving_section, model, serving)
         if (
@@ -121,9 +137,6 @@ def _read(text: str, report: Report) -> Spec | None:
     mesh = _mesh(root, model)
     if mesh is None:
         return None
-    if model.kv_scale == "tensor" and mesh.devices > 1 and model_section is not None:
-        allowed = "must be head with `parallel`: a device has the scales of its own KV heads"
-        model_section.clash("kv_scale", allowed, "write head, and repeat the scale for each KV head")
     part = replace(model, q_heads=model.q_heads // mesh.query_parts, kv_heads=model.kv_heads // mesh.kv)
     return Spec(name, part, serving, targets, source=text, file=report.file, mesh=mesh)
 
@@ -152,6 +165,8 @@ def _model(section: Section) -> Model | None:
     q_dtype = section.choice("q_dtype", DTYPES)
     kv_dtype = section.choice("kv_dtype", KV_DTYPES)
     sm_scale = section.number("sm_scale", *SM_SCALES) if section.has("sm_scale") else None
+    soft_cap = section.number("soft_cap", *SOFT_CAPS) if section.has("soft_cap") else None
+    window = section.integer("sliding_window", 1, MAX_MODEL_LEN, 1024) if section.has("sliding_window") else None
     sinks = section.flag("sinks") if section.has("sinks") else False
 
     if q_heads is not None and kv_heads is not None:
@@ -179,7 +194,9 @@ def _model(section: Section) -> Model | None:
     if quantize is None:
         return None
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
-    return Model(q_heads, kv_heads, head_dim, q_dtype, kv_dtype, scale, bool(sinks), kv_scale, quantize)
+    return Model(
+        q_heads, kv_heads, head_dim, q_dtype, kv_dtype, scale, soft_cap, window, bool(sinks), kv_scale, quantize
+    )
 
 
 def _serving(section: Section) -> Serving | None:

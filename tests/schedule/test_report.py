@@ -88,6 +88,19 @@ def test_needed_work_counts_each_pair_that_may_attend() -> None:
     assert work.bytes == rows * 2 * kv_heads * head_dim * 2 + 2 * 34 * q_heads * head_dim * 2
 
 
+@pytest.mark.parametrize("window", [1, 4, 9, 29])
+def test_needed_work_of_a_window_is_what_it_reaches(window: int) -> None:
+    kv_lens, q_lens = [9, 1, 30], [3, 1, 10]
+    pairs, rows = 0, 0
+    for kv, q in zip(kv_lens, q_lens, strict=True):
+        seen = {(i, j) for i in range(kv - q, kv) for j in range(kv) if i - window < j <= i}
+        pairs += len(seen)
+        rows += len({j for _, j in seen if j < kv - q}) + 2 * q
+    work = attention_work(kv_lens, q_lens, 4, 2, 128, 2, 2, window)
+    assert work.flops == 4 * 128 * 4 * pairs
+    assert work.bytes == rows * 2 * 2 * 128 * 2 + 2 * sum(q_lens) * 4 * 128 * 2
+
+
 def test_the_report_is_plain_json_with_its_definitions() -> None:
     call = Call(load("v6e"))
     parameters = {LENS: [2] * SEQS, TABLE: list(range(32))}

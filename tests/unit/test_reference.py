@@ -91,7 +91,9 @@ class Call:
         }
         return ragged_paged_attention(**(arguments | changes), sm_scale=SM_SCALE)
 
-    def expected(self) -> Array:
+    def expected(
+        self, soft_cap: float | None = None, sliding_window: int | None = None, sinks: Array | None = None
+    ) -> Array:
         """The output by the definition, in plain Python floats."""
         out = np.zeros(self.queries.shape)
         for row in self.batch:
@@ -99,12 +101,16 @@ class Call:
                 for head in range(self.q_heads):
                     kv_head = head // (self.q_heads // self.kv_heads)
                     query = [float(x) for x in self.queries[token, head]]
-                    visible = range(row.context_len + step + 1)
+                    end = row.context_len + step + 1
+                    visible = range(0 if sliding_window is None else max(end - sliding_window, 0), end)
                     keys = [[float(x) for x in self.k[row.row][position, kv_head]] for position in visible]
                     scores = [SM_SCALE * sum(a * b for a, b in zip(query, key, strict=True)) for key in keys]
-                    weights = [math.exp(score - max(scores)) for score in scores]
+                    if soft_cap is not None:
+                        scores = [soft_cap * math.tanh(score / soft_cap) for score in scores]
+                    weights = [math.exp(score) for score in scores]
+                    total = sum(weights) + (0 if sinks is None else math.exp(sinks[head]))
                     for position, weight in zip(visible, weights, strict=True):
-                        out[token, head] += weight / sum(weights) * self.v[row.row][position, kv_head].astype(float)
+                        out[token, head] += weight / total * self.v[row.row][position, kv_head].astype(float)
         return out
 
 
@@ -147,6 +153,38 @@ def test_output_is_the_definition(call: Call) -> None:
     out, _ = call.run()
     assert out.dtype == np.float32
     np.testing.assert_allclose(out, call.expected(), rtol=2e-7, atol=1e-12)
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "soft cap": {"soft_cap": 0.7},
+    "window": {"sliding_window": 5},
+    "window of a page": {"sliding_window": 4},
+    "window of one": {"sliding_window": 1},
+    "sinks": {"sinks": np.array([0.5, -3, 4, -np.inf, 1, 2], F32)},
+    "all": {"soft_cap": 0.7, "sliding_window": 6, "sinks": np.array([0.5, -3, 4, 0, 1, 2], F32)},
+}
+
+
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES.keys())
+@pytest.mark.parametrize("name", ["decode", "mixed", "page boundary", "odd kv heads", "bfloat16"])
+def test_output_with_features_is_the_definition(name: str, features: dict[str, Any]) -> None:
+    call = CALLS[name]
+    if "sinks" in features:
+        features = features | {"sinks": features["sinks"][: call.q_heads]}
+    out, _ = call.run(**features)
+    np.testing.assert_allclose(out, call.expected(**features), rtol=1e-6, atol=1e-12)
+
+
+def test_what_a_window_leaves_may_be_anything() -> None:
+    """Pages before it, and their entries in the table."""
+    call = Call([1, 3], [22, 17], seed=12)
+    want, _ = call.run(sliding_window=6)
+    table, cache = call.batch.page_indices.copy().reshape(LIMITS.max_num_seqs, -1), call.cache.copy()
+    for row, pages in ((0, 4), (1, 3)):  # 23 - 6 = 17 and 20 - 3 + 1 - 6 = 12
+        cache[table[row, :pages]] = np.nan
+        table[row, :pages] = 2**31 - 1
+    out, _ = call.run(kv_cache=cache, page_indices=table.reshape(-1), sliding_window=6)
+    np.testing.assert_array_equal(out, want)
 
 
 @every_call

@@ -76,6 +76,21 @@ def test_scale_is_read_in_any_usual_notation(text: str, value: float) -> None:
     assert parse_spec(edited("head_dim: 128", f"head_dim: 128\n  sm_scale: {text}"), "").model.sm_scale == value
 
 
+FEATURES = {"soft_cap: 50.0": 50.0, "sliding_window: 100": 100, "sinks: true": True}
+
+
+@pytest.mark.parametrize("line", FEATURES)
+def test_a_feature_is_part_of_what_a_spec_means_only_where_it_is_used(line: str) -> None:
+    name = line.split(":")[0]
+    plain, used = parse_spec(TINY, ""), parse_spec(edited("head_dim: 128", f"head_dim: 128\n  {line}"), "")
+    assert getattr(used.model, name) == FEATURES[line] == used.meaning()["model"][name]
+    assert name not in plain.meaning()["model"]
+    assert used.hash != plain.hash
+    if name == "sinks":
+        unused = parse_spec(edited("head_dim: 128", "head_dim: 128\n  sinks: false"), "")
+        assert unused.hash == plain.hash
+
+
 def test_cache_defaults_to_a_full_table_for_every_sequence() -> None:
     assert parse_spec(TINY, "").serving.num_pages == 4 * (128 // 16)
 

@@ -1,0 +1,102 @@
+"""Bugs of windows, soft caps and sinks, put into a kernel by hand: the check catches each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import test_block_mutations as turns
+import test_mutations as tiles
+from mutation import Mutation, check_bug
+from test_features import ALL, SLOW, featured
+
+from rpac.spec import Spec
+
+SINKS = [
+    Mutation("sinks in powers of two", r"(sinks\[.*\]) \* LOG2_E", r"\1"),
+]
+DECODE_FEW = [
+    Mutation("window one too long", r"token >= first\)", "token >= first - 1)"),
+    Mutation("sinks left out of the sum", r"row_sum\[\.\.\.\] = jnp\.ones_like", "row_sum[...] = jnp.zeros_like"),
+]
+DECODE = [
+    *SINKS,
+    Mutation("window one short", r"token >= first\)", "token >= first + 1)"),
+    Mutation(
+        "a page before the window fetched", r"kv_lens\[seq\] - WINDOW, 0\)", "kv_lens[seq] - WINDOW - PAGE_SIZE, 0)"
+    ),
+    Mutation("fetched from the next page on", r"kv_lens\[seq\] - WINDOW, 0\)", "kv_lens[seq] - WINDOW + PAGE_SIZE, 0)"),
+    Mutation("pages from the table's start", r"return seq \* PAGES_PER_SEQ \+ lax.*", "return seq * PAGES_PER_SEQ"),
+    Mutation("not capped", r"capped\((.*, axis=0)\)", r"CAP * CAP_SCALE * \1"),
+    Mutation("sinks no maximum", r"= sink_rows\[\.\.\.\]", "= jnp.full_like(row_max, MASKED)"),
+    Mutation("the first sink for all", r"sinks\[head\]", "sinks[0]"),
+]
+GROUPS_FEW = [
+    Mutation("window one too long", r"token >= left - WINDOW\)", "token >= left - WINDOW - 1)"),
+    Mutation("begins at token 0 alone", r" - first_token\(some_seq\)$", ""),
+]
+GROUPS = [
+    *SINKS,
+    Mutation("window one short", r"token >= left - WINDOW\)", "token > left - WINDOW)"),
+    Mutation(
+        "a page before the window fetched", r"kv_lens\[seq\] - WINDOW, 0\)", "kv_lens[seq] - WINDOW - PAGE_SIZE, 0)"
+    ),
+    Mutation("fetched from the next page on", r"kv_lens\[seq\] - WINDOW, 0\)", "kv_lens[seq] - WINDOW + PAGE_SIZE, 0)"),
+    Mutation("from token 0 but for the first sequence", r"first_token\(jnp\.minimum\(seq, num_seqs - 1\)\)", "0"),
+    Mutation("not capped", r"capped\(scores\)", "CAP * CAP_SCALE * scores"),
+    Mutation("sinks left out of the sum", r"begins, 1\.0, old_sum", "begins, 0.0, old_sum"),
+    Mutation("sinks no maximum", r"begins, sink_rows\[\.\.\.\], old_max", "begins, MASKED, old_max"),
+]
+BLOCK_FEW = [
+    Mutation("window one too long", r"token > query - WINDOW\)", "token >= query - WINDOW)"),
+]
+BLOCK = [
+    Mutation("window one short", r"token > query - WINDOW\)", "token > query - WINDOW + 1)"),
+    Mutation("left edge taken for whole", r"left = jnp\.clip\(lax\.div\(query \+ -?\d+, \d+\), 0, count\)", "left = 0"),
+    Mutation(
+        "a page before the window fetched", r"first_query \+ 1 - WINDOW,", "first_query + 1 - WINDOW - PAGE_SIZE,"
+    ),
+    Mutation("fetched from the next page on", r"first_query \+ 1 - WINDOW,", "first_query + 1 - WINDOW + PAGE_SIZE,"),
+    Mutation("window of the block's last query", r"first_query \+ 1 - WINDOW,", "first_query + 16 - WINDOW,"),
+    Mutation("pages from the table's start", r"return seq \* PAGES_PER_SEQ \+ lax.*", "return seq * PAGES_PER_SEQ"),
+    Mutation("whole tiles left out", r"plain_tiles\(slot, left, plain\)$", "pass"),
+    Mutation("tiles on the diagonal as those at the edge", r"index, index \+ plain\)", "index, index)"),
+    Mutation("a tile in part left out", r"0, count - plain, in_part", "1, count - plain, in_part"),
+]
+ROWS = [
+    *SINKS,
+    Mutation("sinks left out of the sum", r"(row_sum\[head, rows\] =) jnp\.ones", r"\1 jnp.zeros"),
+]
+CAPPED = [Mutation("not capped", r"capped\((products.*, 1\))\)", r"CAP * CAP_SCALE * \1")]
+BY_HEAD = [Mutation("the sink of another head", r"sinks\[q_head\]", "sinks[lax.rem(q_head, GROUP)]")]
+BY_QUERY = [Mutation("sinks of the first KV head", r"sinks\[head \* GROUP \+ row % GROUP\]", "sinks[row % GROUP]")]
+BY_MXU = {"sliding_window": 300, "sinks": True}
+
+
+def cases(layout: str, kind: str, mutations: list[Mutation], *marks: pytest.MarkDecorator) -> list[object]:
+    return [pytest.param(layout, kind, one, id=f"{kind}, {layout}: {one.bug}", marks=marks) for one in mutations]
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "mutation"),
+    [
+        *cases("interleaved", "decode", DECODE_FEW),
+        *cases("apart", "decode", GROUPS_FEW),
+        *cases("interleaved", "prefill", BLOCK_FEW),
+        *cases("interleaved", "decode", DECODE, SLOW),
+        *cases("apart", "decode", GROUPS, SLOW),
+        *cases("interleaved", "prefill", [*BLOCK, *ROWS, *CAPPED, *BY_HEAD], SLOW),
+        *cases("apart", "prefill", [*BLOCK_FEW, *BLOCK], SLOW),
+        *cases("interleaved", "mixed", [*BLOCK_FEW, *BLOCK], SLOW),
+    ],
+)
+def test_a_bug_of_a_feature_is_caught(layout: str, kind: str, mutation: Mutation) -> None:
+    spec = featured(tiles.SPECS[layout], ALL)
+    check_bug(spec, tiles.small_plan(spec, kind), mutation)
+
+
+@SLOW
+@pytest.mark.parametrize("mutation", [*BLOCK_FEW, *ROWS, *BY_QUERY], ids=lambda one: one.bug)
+def test_a_bug_of_a_feature_is_caught_where_the_mxu_masks(mutation: Mutation) -> None:
+    spec: Spec = featured(turns.SPECS["apart"], dict[str, Any](BY_MXU))
+    check_bug(spec, turns.small_plan(spec, "prefill"), mutation)

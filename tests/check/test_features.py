@@ -1,0 +1,151 @@
+"""Features of attention, alone and together: in the interpreter at the edges of the window, on cpu, and compiled."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import test_block_mutations as turns
+import test_mutations as tiles
+
+from rpac.check import Trial, check_source, trials_of
+from rpac.chip import TPU_TARGETS
+from rpac.lower import Cache, lower_all, tasks_of
+from rpac.plan import KernelPlan, plan_spec
+from rpac.render import render
+from rpac.spec import Spec
+
+SEED = 0
+SLOW = pytest.mark.slow
+KINDS = ["decode", "prefill", "mixed"]
+LAYOUTS = ["interleaved", "apart"]
+
+# Scores are of the size of 1, so that a cap of 2 is felt. A window longer than a tile, and no multiple of a page.
+ALONE: dict[str, dict[str, Any]] = {
+    "soft cap": {"soft_cap": 2.0},
+    "window": {"sliding_window": 150},
+    "sinks": {"sinks": True},
+}
+TOGETHER = {
+    " and ".join(names): {key: value for name in names for key, value in ALONE[name].items()}
+    for count in (2, 3)
+    for names in itertools.combinations(ALONE, count)
+}
+ALL = TOGETHER["soft cap and window and sinks"]
+NARROW = {**ALL, "sliding_window": 3}
+EVERY = {**ALONE, **TOGETHER, "narrow window": {"sliding_window": 3}, "narrow window and all": NARROW}
+
+
+def featured(spec: Spec, features: dict[str, Any], name: str = "featured") -> Spec:
+    return replace(spec, name=name, model=replace(spec.model, **features))
+
+
+def failures(spec: Spec, plan: KernelPlan, few: bool = False) -> list[Any]:
+    """What fails of all batches in all modes; of a few batches in one, where so many take too long."""
+    trials: tuple[Trial, ...] = trials_of(spec, plan, np.random.default_rng(SEED), 1)
+    modes = None
+    if few:
+        edges = [trial for trial in trials if trial.name.startswith(("lengths", "rows"))]
+        trials, modes = (edges[-1], trials[-1]), ["on_wait"]
+    found = check_source(spec, plan, render(spec, plan), trials=trials, modes=modes, seed=SEED)
+    return [result for result in found if not result.ok]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "features", [pytest.param(EVERY[one], id=one, marks=[] if EVERY[one] in (ALL, NARROW) else SLOW) for one in EVERY]
+)
+def test_portable_programs_have_them(features: dict[str, Any], layout: str, kind: str) -> None:
+    spec = featured(tiles.SPECS[layout], features)
+    plan = next(plan for plan in reversed(plan_spec(spec, "cpu")) if plan.kind == kind)
+    assert failures(spec, plan) == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_kernels_have_them_all_at_once(layout: str, kind: str) -> None:
+    spec = featured(tiles.SPECS[layout], ALL)
+    assert failures(spec, tiles.small_plan(spec, kind), few=True) == []
+
+
+@SLOW
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("features", EVERY.values(), ids=EVERY)
+def test_kernels_have_them(features: dict[str, Any], layout: str, kind: str) -> None:
+    spec = featured(tiles.SPECS[layout], features)
+    assert failures(spec, tiles.small_plan(spec, kind)) == []
+
+
+@SLOW
+@pytest.mark.parametrize("kind", ["prefill", "mixed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [300, 7])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_kernels_that_take_turns_have_them(soft_cap: float | None, window: int, layout: str, kind: str) -> None:
+    """With a soft cap the MXU cannot mask, for what comes after it would undo the mask."""
+    spec = featured(turns.SPECS[layout], {"soft_cap": soft_cap, "sliding_window": window, "sinks": True})
+    plan = turns.small_plan(spec, kind)
+    assert plan.block.masks_by_mxu(spec.model) == (soft_cap is None)
+    assert failures(spec, plan) == []
+
+
+def compiled(spec: Spec, target: str, kinds: tuple[str, ...]) -> None:
+    planned = [(plan, render(spec, plan)) for plan in plan_spec(spec, target) if plan.kind in kinds]
+    tasks = [task for task in tasks_of(spec, planned) if task.tokens == spec.serving.token_buckets[-1]]
+    for result in lower_all(tasks, Cache(None), 1):
+        assert result.executable
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    ("target", "layout"),
+    list(zip(TPU_TARGETS, itertools.cycle(LAYOUTS), strict=False)),
+)
+def test_a_mixed_program_with_all_compiles(target: str, layout: str) -> None:
+    compiled(featured(tiles.SPECS[layout], ALL), target, ("mixed",))
+
+
+@SLOW
+@pytest.mark.compile
+@pytest.mark.parametrize("target", TPU_TARGETS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("features", EVERY.values(), ids=EVERY)
+def test_every_program_compiles(features: dict[str, Any], layout: str, target: str) -> None:
+    for spec in (tiles.SPECS[layout], turns.SPECS[layout]):
+        compiled(featured(spec, features), target, tuple(KINDS))
+
+
+@pytest.mark.parametrize("target", ["tpu7x", "cpu"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_hold_the_edges_of_the_window(kind: str, target: str) -> None:
+    window, page = 150, 16
+    spec = featured(tiles.SPEC, {"sliding_window": window})
+    plan = next(plan for plan in reversed(plan_spec(spec, target)) if plan.kind == kind)
+    rows = {
+        row
+        for trial in trials_of(spec, plan, np.random.default_rng(SEED), 0)
+        for row in zip(trial.q_lens, trial.kv_lens, strict=True)
+    }
+    q_len = {"decode": 1, "prefill": spec.serving.prefill_chunk, "mixed": 2}[kind]
+    for start in (0, page):  # of the window of the first new token
+        assert {(q_len, window + q_len - 1 + start + off) for off in (-1, 0, 1)} <= rows
+
+
+def test_a_kernel_holds_no_trace_of_a_feature_that_it_does_not_use() -> None:
+    words = {
+        "soft_cap": ("capped", "CAP"),
+        "sliding_window": ("window", "WINDOW", "entry("),
+        "sinks": ("sink", "LOG2_E"),
+    }
+    for target, layout, kind in itertools.product(("tpu7x", "cpu"), LAYOUTS, KINDS):
+        for name, features in ALONE.items():
+            spec = featured(tiles.SPECS[layout], features, "spec")
+            plan = next(plan for plan in plan_spec(spec, target) if plan.kind == kind)
+            text = render(spec, plan).body
+            for key, traces in words.items():
+                assert any(trace in text for trace in traces) == (key in features), (target, layout, kind, name, key)
