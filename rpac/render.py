@@ -124,8 +124,6 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "kv_layout": serving.kv_layout,
         "splits_words": splits_words(spec),
         "row_words": splits_rows(spec),
-        # Words of a token; where each holds a head's K and V, as many as there are heads.
-        "cache_words": "KV_HEADS" if packing(model.kv_dtype) == 2 else rows.packed_rows // rows.lane_tiles,
         "to_mxu": f".astype(jnp.{computed})" if model.quantized else "",
         "place_bits": packing(model.kv_dtype).bit_length() - 1,
         "padding_rows": rows.token_rows // rows.lane_tiles - kv_rows(model),

@@ -240,7 +240,7 @@ class BlockTiles:
             parts = (q_rows // self.step_rows, self.piece(page_size), LANES)
             limits = (
                 Buffer("which_query", (self.step_rows, LANES), model.q_dtype, "a 1 where a lane is the row's query"),
-                Buffer("limits", parts, model.kv_dtype, "by token and query: 0, or what masks a score"),
+                Buffer("limits", parts, model.q_dtype, "by token and query: 0, or what masks a score"),
             )
         next_scores = (self.scores_ahead(model, self.heads), self.step_rows, self.tile)
         state = (model.kv_heads, q_rows, LANES)

@@ -71,7 +71,9 @@ class Module:
         return read, results - read if operation.opcode.endswith("-start") else results
 
     def scalars(self, operation: Operation, parameters: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
-        """The int32 operands of a kernel whose values follow from the call's parameters or from constants, by index."""
+        """The int32 operands of a kernel whose values follow from the call's parameters or from constants, by index, and
+        zeros for those of float32.
+        """
         found = {}
         for index, name in enumerate(operation.inputs):
             values = self._values(name, parameters)
@@ -82,11 +84,13 @@ class Module:
     def _values(self, name: str, parameters: Mapping[int, Sequence[int]]) -> list[int] | None:
         operation = self[name]
         dtype, dims, _ = operation.shapes[0]
-        if dtype != "s32":
-            return None
         count = 1
         for n in dims:
             count *= n
+        if dtype == "f32":
+            return [0] * count  # a scale is multiplied by: nothing that takes time turns on it
+        if dtype != "s32":
+            return None
         text = operation.attributes
         if operation.opcode == "parameter":
             values = parameters.get(int(text.split(")")[0]))

@@ -60,6 +60,7 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)
 # Of a cache whose tokens lie along sublanes: they share a register of 8 words with others of their head.
 LEAST_APART = {"float32": 8, "bfloat16": 16, **dict.fromkeys(QUANTIZED, 32)}
+MAX_BYTES_DIM = 128  # head_dim of an 8-bit cache whose tokens hold K and V side by side
 NAME = r"[a-z0-9][a-z0-9.-]{0,63}"
 LAYER = r"[a-z0-9][a-z0-9-]{0,31}"
 
@@ -126,6 +127,9 @@ def _read(text: str, report: Report) -> Spec | None:
     for section, kind in list(kinds.values())[len(kinds) > 1 :]:  # the first is no layer itself where others are named
         _check_window(section, kind, serving)
         _check_apart(serving_section, kind, serving)
+        copies = kind.quantized and kind.head_dim > MAX_BYTES_DIM and serving.kv_layout != "separate"
+        if copies and targets != ("cpu",):
+            _refuse_copies(serving_section, kind)
     if mesh is None:
         return None
     parts = {
@@ -259,6 +263,15 @@ def _serving(section: Section) -> Serving | None:
         num_pages,
         kv_layout,
     )
+
+
+def _refuse_copies(section: Section, model: Model) -> None:
+    found = "interleaved" if section.has("kv_layout") else "interleaved, its default"
+    allowed = (
+        f"must be separate with kv_dtype {model.kv_dtype} and head_dim above {MAX_BYTES_DIM} on a TPU: to see rows of two "
+        "registers' lanes as rows of one, the compiler copies a cache of bytes"
+    )
+    section.clash("kv_layout", allowed, "write `kv_layout: separate`", found)
 
 
 def _check_apart(section: Section, model: Model, serving: Serving) -> None:

@@ -132,6 +132,7 @@ ONE_EDIT = {
     "name too long": ("name: tiny", "name: " + "a" * 65, f"1:7: name: found {'a' * 40}...; {NAME}; write my-model"),
     "target unknown": ("cpu]", "tpu7]", f"16:18: targets[1]: found tpu7; {TARGETS}; write tpu7x"),
     "target twice": ("cpu]", "tpu7x]", "16:18: targets[1]: found tpu7x a second time; must be listed once; remove it"),
+    "bytes in rows of two registers": ("head_dim: 128\n  q_dtype: bfloat16\n  kv_dtype: bfloat16", "head_dim: 192\n  q_dtype: bfloat16\n  kv_dtype: int8", "9:3: serving.kv_layout: found interleaved, its default; must be separate with kv_dtype int8 and head_dim above 128 on a TPU: to see rows of two registers' lanes as rows of one, the compiler copies a cache of bytes; write `kv_layout: separate`"),
     "target of no topology": ("[tpu7x, cpu]", "[v4, cpu]", f"16:11: targets[0]: found v4; {TARGETS}; leave it out: a v4 chip serves as one device of two cores, which libtpu describes, where there is none, only as two devices of one, so that no executable made here would load"),
     "targets empty": ("[tpu7x, cpu]", "[]", "16:10: targets: found an empty list; must be a list of tpu7x, v6e, v5p, v5e, cpu; write [tpu7x, cpu]"),
     "targets a word": ("[tpu7x, cpu]", "cpu", "16:10: targets: found cpu; must be a list of tpu7x, v6e, v5p, v5e, cpu; write [tpu7x, cpu]"),
