@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from rpac.batch import Batch, Limits
     from rpac.bundle import Variant
     from rpac.engine import Count, Engine, load
+    from rpac.merging import merge, merge_across
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,8 @@ _LAZY = {
     "Limits": "rpac.batch",
     "Variant": "rpac.bundle",
     "load": "rpac.engine",
+    "merge": "rpac.merging",
+    "merge_across": "rpac.merging",
 }
 
 __all__ = [
@@ -69,6 +72,8 @@ __all__ = [
     "TargetError",
     "Variant",
     "load",
+    "merge",
+    "merge_across",
 ]
 
 

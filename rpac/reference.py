@@ -31,6 +31,35 @@ def ragged_paged_attention(
     sliding_window: int | None = None,
     sinks: Array | None = None,
 ) -> tuple[NDArray[np.float32], Array]:
+    """The first two results of `attention_with_lse`."""
+    arguments = (queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)
+    out, cache, _ = attention_with_lse(
+        *arguments,
+        sm_scale=sm_scale,
+        kv_layout=kv_layout,
+        soft_cap=soft_cap,
+        sliding_window=sliding_window,
+        sinks=sinks,
+    )
+    return out, cache
+
+
+def attention_with_lse(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    kv_cache: Array,
+    kv_lens: Int32s,
+    page_indices: Int32s,
+    cu_q_lens: Int32s,
+    distribution: Int32s,
+    *,
+    sm_scale: float,
+    kv_layout: str = "interleaved",
+    soft_cap: float | None = None,
+    sliding_window: int | None = None,
+    sinks: Array | None = None,
+) -> tuple[NDArray[np.float32], Array, NDArray[np.float32]]:
     """Causal attention of every new token over its sequence, and the cache with the new tokens in it.
 
     Arguments are those of a program, as numpy arrays, of a batch that `validate` accepts; `kv_layout` says how K and V
@@ -41,7 +70,7 @@ def ragged_paged_attention(
 
     Returns the output `[tokens, q_heads, head_dim]` in float32, zero in the rows past the last sequence, and a new cache
     in the cache's dtype: each new token's K and V as given, every other bit as it was. The caller rounds the output to
-    its dtype.
+    its dtype. Third, the natural logarithm of each softmax's denominator, `[tokens, q_heads]` in float32, likewise zero.
     """
     _, q_heads, head_dim = queries.shape
     kv_heads = keys.shape[1]
@@ -60,6 +89,7 @@ def ragged_paged_attention(
             cached_v[page, position % page_size] = values[token]
 
     out = np.zeros(queries.shape, np.float32)
+    lse = np.zeros(queries.shape[:2], np.float32)
     for seq in range(count):
         start, end = int(cu_q_lens[seq]), int(cu_q_lens[seq + 1])
         kv_len = int(kv_lens[seq])
@@ -78,10 +108,13 @@ def ragged_paged_attention(
             scores = np.where(visible, scores, -np.inf)
             if sinks is not None:
                 scores = np.insert(scores, len(k), np.float64(sinks[head]), axis=-1)
-            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            weights /= weights.sum(axis=-1, keepdims=True)
+            top = scores.max(axis=-1, keepdims=True)
+            weights = np.exp(scores - top)
+            total = weights.sum(axis=-1, keepdims=True)
+            lse[start:end, head] = (top + np.log(total))[:, 0]
+            weights /= total
             out[start:end, head] = weights[:, : len(k)] @ v[:, kv_head]
-    return out, cache
+    return out, cache, lse
 
 
 def split_kv(kv_cache: Array, kv_heads: int, head_dim: int, kv_layout: str = "interleaved") -> tuple[Array, Array]:

@@ -105,6 +105,7 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "cap_log2": model.soft_cap and repr(model.soft_cap * math.log2(math.e)),
         "window": model.sliding_window,
         "sinks": model.sinks,
+        "lse": serving.log_sum_exp,
         "log2_e": repr(math.log2(math.e)),
         "kv_layout": serving.kv_layout,
         "splits_words": splits_words(spec),
@@ -122,22 +123,31 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "unit_rows": rows.unit_rows,
         "row_order": _row_order(model, rows),
         "vmem_limit": plan.vmem_limit,
-        "decode_call": _call_context(model, scalars=3),
-        "block_call": _call_context(model, scalars=4 if plan.kind == "mixed" else 3, out_given=plan.kind == "mixed"),
+        "decode_call": _call_context(spec, scalars=3),
+        "block_call": _call_context(spec, scalars=4 if plan.kind == "mixed" else 3, out_given=plan.kind == "mixed"),
+        "ln_2": repr(math.log(2)),
         "decode": _tile_context(spec, plan.decode, shared=plan.block is not None),
         "block": _tile_context(spec, plan.block),
     }
 
 
-def _call_context(model: Model, scalars: int, *, out_given: bool = False) -> Mapping[str, Any]:
+def _call_context(spec: Spec, scalars: int, *, out_given: bool = False) -> Mapping[str, Any]:
     """How many operands of a kernel lie in SMEM, how many in HBM, and which of them are whose results' memory.
 
-    Scalars of the batch come first, then sinks; then queries, keys, values, cache, and the output where it is given.
+    Scalars of the batch come first, then sinks; then queries, keys, values, cache, and the output where it is given, with
+    the logarithms of sums where there are any.
     """
-    in_smem = scalars + model.sinks
-    cache = in_smem + 3
-    aliases = {cache: 1, cache + 1: 0} if out_given else {cache: 1}
-    return {"in_smem": in_smem, "in_hbm": 4 + out_given, "aliases": repr(aliases)}
+    in_smem = scalars + spec.model.sinks
+    cache, lse = in_smem + 3, spec.serving.log_sum_exp
+    aliases = {cache: 1}
+    if out_given:
+        aliases |= {cache + 1: 0, cache + 2: 2} if lse else {cache + 1: 0}
+    return {
+        "in_smem": in_smem,
+        "in_hbm": len(aliases) + 3,
+        "out_hbm": 2 + lse,
+        "aliases": repr(aliases),
+    }
 
 
 def _row_order(model: Model, rows: RowDims) -> str:

@@ -20,8 +20,10 @@ from rpac.layout import index_of
 if TYPE_CHECKING:
     from rpac.bundle import Program
 
-Run = Callable[[Sequence[Any]], tuple[jax.Array, jax.Array]]
-Traceable = Callable[..., tuple[jax.Array, jax.Array]]
+# What a program returns: out, kv_cache, and what else its manifest says.
+Results = tuple[jax.Array, ...]
+Run = Callable[[Sequence[Any]], Results]
+Traceable = Callable[..., Results]
 
 
 def build_string(client: Any) -> str:
@@ -56,9 +58,8 @@ def load_portable(data: bytes, program: Program, device: jax.Device) -> Run:
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         raise _unusable(program, f"compile its export for {device}", error) from error
 
-    def run(args: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
-        out, kv_cache = compiled(*args)
-        return out, kv_cache
+    def run(args: Sequence[Any]) -> Results:
+        return tuple(compiled(*args))
 
     return run
 
@@ -78,12 +79,11 @@ def load_native(data: bytes, program: Program, device: jax.Device) -> Run:
             "build the bundle again for this device and runtime"
         ) from error
 
-    def run(args: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+    def run(args: Sequence[Any]) -> Results:
         # Only what lies on the host is moved: the cache must be donated as the caller's own array.
         moved = iter(jax.device_put([arg for arg in args if not isinstance(arg, jax.Array)], device))
         results = loaded.execute_sharded([arg if isinstance(arg, jax.Array) else next(moved) for arg in args])
-        (out,), (kv_cache,) = results.disassemble_into_single_device_arrays()
-        return out, kv_cache
+        return tuple(one for (one,) in results.disassemble_into_single_device_arrays())
 
     return run
 

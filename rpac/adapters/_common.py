@@ -18,7 +18,7 @@ from rpac.bundle import Dims
 from rpac.bundle.manifest import ARGS
 from rpac.errors import BatchError, SelectionError
 
-Result = tuple[jax.Array, jax.Array]
+Result = tuple[jax.Array, ...]
 
 AXES = (3, 3, 3, 5, 1, 1, 1, 1)  # of each of ARGS
 

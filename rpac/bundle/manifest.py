@@ -318,7 +318,7 @@ def _program(node: Node, limits: Limits) -> Program:
         source=fields["source"].text(_PATH, "a plain path under source/"),
         plan=fields["plan"].mapping(),
         args=_arrays(fields["args"], ARGS, tuple(layout.EXTRA_ARGS)),
-        results=_arrays(fields["results"], RESULTS),
+        results=_arrays(fields["results"], RESULTS, layout.EXTRA_RESULTS),
         exported=_content(fields["exported"], MAX_BLOB_BYTES),
         executable=None if executable.value is None else _content(executable, MAX_BLOB_BYTES),
         canary=None if canary.value is None else _content(canary, MAX_CANARY_BYTES),

@@ -50,7 +50,7 @@ def probe(run: Run, call: Call, program: Program, device: jax.Device) -> Probe:
     kv_cache = jax.jit(_cache, static_argnums=2)(pages, held, dims.shape[0])
     batch = call.batch
     metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
-    out, kv_cache = run((call.queries, call.keys, call.values, kv_cache, *metadata, *call.extra.values()))
+    out, kv_cache, *_ = run((call.queries, call.keys, call.values, kv_cache, *metadata, *call.extra.values()))
     after, used = jax.jit(_look)(kv_cache, pages)
     used = np.array(used)
     used[call.pages] = False

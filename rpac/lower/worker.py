@@ -23,7 +23,7 @@ from rpac.render import Source
 from rpac.runtime import build_string
 from rpac.toolchain import JAX_FLAGS
 
-Program = Callable[..., tuple[jax.Array, jax.Array]]
+Program = Callable[..., tuple[jax.Array, ...]]
 
 
 def load_program(source: Source) -> Program:

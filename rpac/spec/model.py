@@ -41,7 +41,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Serving:
-    """How the model is served; lengths and buckets in tokens, `num_pages` in pages of one layer's cache."""
+    """How the model is served; lengths and buckets in tokens, `num_pages` in pages of one layer's cache.
+
+    `log_sum_exp`: programs return the logarithm of each softmax's denominator too, so that parts of an attention can be merged.
+    """
 
     page_size: int
     max_model_len: int
@@ -52,6 +55,7 @@ class Serving:
     context_lens: tuple[int, ...]
     num_pages: int
     kv_layout: str = KV_LAYOUTS[0]
+    log_sum_exp: bool = False
 
     @property
     def pages_per_seq(self) -> int:

@@ -31,6 +31,7 @@ SERVING_KEYS = (
     "context_lens",
     "num_pages",
     "kv_layout",
+    "log_sum_exp",
 )
 HOMES = {
     **dict.fromkeys(ROOT_KEYS, ""),
@@ -145,6 +146,7 @@ def _serving(section: Section) -> Serving | None:
     context_lens = section.integers("context_lens", 1, MAX_MODEL_LEN, "[1024, 4096]")
     num_pages = section.integer("num_pages", 1, MAX_SLOTS, 1024) if section.has("num_pages") else None
     kv_layout = section.choice("kv_layout", KV_LAYOUTS) if section.has("kv_layout") else KV_LAYOUTS[0]
+    log_sum_exp = section.flag("log_sum_exp") if section.has("log_sum_exp") else False
 
     if max_num_tokens is not None:
         _check_tokens(section, max_num_tokens, buckets, max_num_seqs, prefill_chunk)
@@ -174,6 +176,7 @@ def _serving(section: Section) -> Serving | None:
         context_lens,
         num_pages,
         kv_layout,
+        bool(log_sum_exp),
     )
 
 
