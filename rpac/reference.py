@@ -30,6 +30,7 @@ def ragged_paged_attention(
     soft_cap: float | None = None,
     sliding_window: int | None = None,
     sinks: Array | None = None,
+    causal: bool = True,
 ) -> tuple[NDArray[np.float32], Array]:
     """The first two results of `attention_with_lse`."""
     arguments = (queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)
@@ -40,6 +41,7 @@ def ragged_paged_attention(
         soft_cap=soft_cap,
         sliding_window=sliding_window,
         sinks=sinks,
+        causal=causal,
     )
     return out, cache
 
@@ -59,14 +61,15 @@ def attention_with_lse(
     soft_cap: float | None = None,
     sliding_window: int | None = None,
     sinks: Array | None = None,
+    causal: bool = True,
 ) -> tuple[NDArray[np.float32], Array, NDArray[np.float32]]:
-    """Causal attention of every new token over its sequence, and the cache with the new tokens in it.
+    """Attention of every new token over its sequence, and the cache with the new tokens in it.
 
     Arguments are those of a program, as numpy arrays, of a batch that `validate` accepts; `kv_layout` says how K and V
     lie in `kv_cache`, as `split_kv` has it. `soft_cap`: a score s becomes soft_cap * tanh(s / soft_cap).
     `sliding_window`: the query at position p sees those from p - sliding_window + 1 to p, where the cache may hold anything
     before what the first new token sees. `sinks` `[q_heads]` are logits, one a query head, that take part in its softmax
-    and have no value.
+    and have no value. Where not `causal` a query sees all of its sequence, what follows it too.
 
     Returns the output `[tokens, q_heads, head_dim]` in float32, zero in the rows past the last sequence, and a new cache
     in the cache's dtype: each new token's K and V as given, every other bit as it was. The caller rounds the output to
@@ -98,7 +101,7 @@ def attention_with_lse(
         kv_positions = np.arange(max(kv_len - (end - start) + 1 - window, 0), kv_len)
         at = page_tables[seq, kv_positions // page_size], kv_positions % page_size
         k, v = cached_k[at].astype(np.float64), cached_v[at].astype(np.float64)
-        visible = kv_positions <= q_positions[:, None]
+        visible = (kv_positions <= q_positions[:, None]) | (not causal)
         visible &= kv_positions > q_positions[:, None] - window
         for head in range(q_heads):
             kv_head = head * kv_heads // q_heads

@@ -105,6 +105,7 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "cap_log2": model.soft_cap and repr(model.soft_cap * math.log2(math.e)),
         "window": model.sliding_window,
         "sinks": model.sinks,
+        "causal": model.causal,
         "lse": serving.log_sum_exp,
         "log2_e": repr(math.log2(math.e)),
         "kv_layout": serving.kv_layout,
@@ -295,7 +296,8 @@ def _features(model: Model) -> str:
     *names, last = [name for name, text in used.items() if not text]
     unused = f"{', '.join(names)} or {last}" if names else last
     given = "".join(f"{text}; " for text in used.values() if text)
-    return f"causal, cache updated; {given}no {unused} in the spec: none is in the code"
+    order = "causal" if model.causal else "not causal: each query sees all of its sequence"
+    return f"{order}, cache updated; {given}no {unused} in the spec: none is in the code"
 
 
 def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:

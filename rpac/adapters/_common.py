@@ -49,27 +49,31 @@ class Feature(NamedTuple):
 
 
 _SCALED = Feature((None,), "programs take keys, values and queries as they are, not quantized")
-_CAUSAL = "programs are causal"
+_MASK = "programs mask by position alone"
 
 FEATURES = {
-    "causal": Feature((1,), _CAUSAL),
-    "custom_mask": Feature((None,), _CAUSAL),
+    "custom_mask": Feature((None,), _MASK),
     "debug_mode": Feature((False,), "programs attend; they print nothing"),
     "k_scale": _SCALED,
-    "mask_aligned_to_cu_kv": Feature((False,), _CAUSAL),
+    "mask_aligned_to_cu_kv": Feature((False,), _MASK),
     "mask_value": Feature((None, DEFAULT_MASK_VALUE), "what programs mask weighs exactly 0"),
     "q_scale": _SCALED,
     "skip_kv_mask": Feature((False,), "programs mask what lies past the end of a sequence"),
     "softmax_dtype": Feature((None,), "programs compute softmax in float32"),
     "update_kv_cache": Feature((True,), "programs write the new keys and values to the cache"),
-    "use_causal_mask": Feature((True,), _CAUSAL),
     "v_scale": _SCALED,
     "xai_temperature_len": Feature((None,), "programs do not scale scores by position"),
 }
 
 
 # Arguments that must be what the bundle has built in: the key of a spec's model that each is.
-BUILT_IN = {"sliding_window": "sliding_window", "soft_cap": "soft_cap", "logits_soft_cap": "soft_cap"}
+BUILT_IN = {
+    "causal": "causal",
+    "logits_soft_cap": "soft_cap",
+    "sliding_window": "sliding_window",
+    "soft_cap": "soft_cap",
+    "use_causal_mask": "causal",
+}
 
 
 class Size(NamedTuple):
@@ -118,7 +122,8 @@ class Adapter:
             if isinstance(value, jax.core.Tracer):
                 raise BatchError(f"{name} is traced; must be {built}: {self._bundle} has it built in; pass a number")
             if (value is None) != (built is None) or (value is not None and float(value) != built):
-                build = f"with this, where a spec allows it\nmodel:\n  {key}: {value}"
+                line = str(bool(value)).lower() if isinstance(built, bool) else value
+                build = f"with this, where a spec allows it\nmodel:\n  {key}: {line}"
                 if value is None:
                     build = f"without model.{key}"
                 raise SelectionError(

@@ -110,6 +110,7 @@ class Dims:
     soft_cap: float | None = None
     sliding_window: int | None = None
     sinks: bool = False
+    causal: bool = True
 
     def as_data(self) -> dict[str, Any]:
         """Plain data, without features that are not used: the manifest of a bundle without them is as it always was."""
@@ -256,7 +257,7 @@ def _manifest(root: Node) -> Manifest:
 
 def _dims(node: Node) -> Dims:
     names = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
-    found = node.fields(*names, optional=("soft_cap", "sliding_window", "sinks"))
+    found = node.fields(*names, optional=("soft_cap", "sliding_window", "sinks", "causal"))
     return Dims(
         q_heads=found["q_heads"].integer(1, _INT32),
         kv_heads=found["kv_heads"].integer(1, _INT32),
@@ -267,6 +268,7 @@ def _dims(node: Node) -> Dims:
         soft_cap=found["soft_cap"].number() if "soft_cap" in found else None,
         sliding_window=found["sliding_window"].integer(1, _INT32) if "sliding_window" in found else None,
         sinks="sinks" in found and found["sinks"].flag(),
+        causal="causal" not in found or found["causal"].flag(),
     )
 
 

@@ -218,9 +218,15 @@ class BlockTiles:
         return PIECE if self.tile % PIECE == 0 and PIECE % page_size == 0 else self.tile
 
     def masks_by_mxu(self, model: Model) -> bool:
-        """Whether a step's queries, each with a lane of its own, fit what the MXU has to spare, and nothing undoes the mask."""
+        """Whether queries differ in what they see, each of a step's has a lane in what the MXU has to spare, and nothing undoes
+        the mask.
+        """
         return (
-            self.spare and model.soft_cap is None and exchange_of(model) > 0 and self.step_rows // model.group <= LANES
+            model.causal
+            and self.spare
+            and model.soft_cap is None
+            and exchange_of(model) > 0
+            and self.step_rows // model.group <= LANES
         )
 
     def scores_ahead(self, model: Model, heads: int) -> int:

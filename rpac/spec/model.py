@@ -19,8 +19,9 @@ class Model:
     """The attention of one model shard; heads are counted in the shard.
 
     `soft_cap`: scores become cap * tanh(score / cap). `sliding_window`: a query sees that many tokens, itself the last of
-    them. `sinks`: each query head has a logit of its own, an argument of every
-    program, that takes part in the softmax and has no value; it is neither scaled nor capped.
+    them. `sinks`: each query head has a logit of its own, an argument of every program, that takes part in the softmax
+    and has no value; it is neither scaled nor capped.
+    `causal`: a query sees tokens up to its own; else all of its sequence.
     """
 
     q_heads: int
@@ -32,6 +33,7 @@ class Model:
     soft_cap: float | None = None
     sliding_window: int | None = None
     sinks: bool = False
+    causal: bool = True
 
     @property
     def group(self) -> int:

@@ -20,6 +20,7 @@ MODEL_KEYS = (
     "soft_cap",
     "sliding_window",
     "sinks",
+    "causal",
 )
 SERVING_KEYS = (
     "page_size",
@@ -117,7 +118,11 @@ def _model(section: Section) -> Model | None:
     soft_cap = section.number("soft_cap", *SOFT_CAPS) if section.has("soft_cap") else None
     window = section.integer("sliding_window", 1, MAX_MODEL_LEN, 1024) if section.has("sliding_window") else None
     sinks = section.flag("sinks") if section.has("sinks") else False
+    causal = section.flag("causal") if section.has("causal") else True
 
+    if causal is False and window is not None:
+        allowed = "must be true with sliding_window, which looks back from a query and not ahead"
+        section.clash("causal", allowed, "remove one of the two")
     if q_heads is not None and kv_heads is not None:
         if q_heads % kv_heads:
             near = max(1, round(q_heads / kv_heads)) * kv_heads
@@ -133,7 +138,9 @@ def _model(section: Section) -> Model | None:
     if q_heads is None or kv_heads is None or head_dim is None or q_dtype is None or kv_dtype is None:
         return None
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
-    return Model(q_heads, kv_heads, head_dim, q_dtype, kv_dtype, scale, soft_cap, window, bool(sinks))
+    return Model(
+        q_heads, kv_heads, head_dim, q_dtype, kv_dtype, scale, soft_cap, window, bool(sinks), causal is not False
+    )
 
 
 def _serving(section: Section) -> Serving | None:

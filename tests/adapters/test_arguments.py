@@ -29,7 +29,6 @@ NAMES = sorted(ADAPTERS)
 
 # Values of arguments that ask for what no program does.
 REFUSED: dict[str, list[Any]] = {
-    "causal": [0],
     "custom_mask": [np.ones(8, np.int32)],
     "debug_mode": [True],
     "k_scale": [0.5, 1.0],
@@ -39,7 +38,6 @@ REFUSED: dict[str, list[Any]] = {
     "skip_kv_mask": [True],
     "softmax_dtype": [jnp.float32, jnp.bfloat16],
     "update_kv_cache": [False],
-    "use_causal_mask": [False],
     "v_scale": [0.5],
     "xai_temperature_len": [1024.0],
 }
@@ -50,6 +48,7 @@ BUILT_IN: dict[str, list[Any]] = {
     "sliding_window": ["sliding_window", 4096],
     "soft_cap": ["soft_cap", 30.0],
 }
+CAUSAL = ("causal", "use_causal_mask")
 SINKS = ("attention_sink", "softmax_aux")
 
 # Those that ask for nothing beside the signature's defaults.
@@ -108,7 +107,7 @@ def test_the_signature_is_the_peers(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_argument_of_a_peer_is_followed_refused_or_tuning(name: str) -> None:
     taken = set(inspect.signature(ADAPTERS[name].make(FakeEngine())).parameters)
-    assert taken <= FOLLOWED | set(REFUSED) | set(BUILT_IN) | set(SINKS) | set(TUNING)
+    assert taken <= FOLLOWED | set(REFUSED) | set(BUILT_IN) | set(CAUSAL) | set(SINKS) | set(TUNING)
 
 
 @pytest.mark.parametrize(("name", "argument"), of(REFUSED))
@@ -138,6 +137,21 @@ def test_what_the_bundle_has_built_in_is_asked_for_exactly(name: str, argument: 
     assert plain.calls == built.calls == []
     call(name, built, **{argument: value})
     assert len(built.calls) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bundle_is_as_causal_as_it_is_asked_for(name: str) -> None:
+    causal, other = FakeEngine(), FakeEngine()
+    other.model = dataclasses.replace(other.model, causal=False)
+    with pytest.raises(
+        SelectionError, match=r"^(use_causal_mask|causal) is (True|1); must be False, the causal of bundle tiny"
+    ):
+        call(name, other)
+    for argument in set(CAUSAL) & set(inspect.signature(ADAPTERS[name].make(causal)).parameters):
+        with pytest.raises(SelectionError, match=f"^{argument} is False; must be True, .*\nmodel:\n  causal: false$"):
+            call(name, causal, **{argument: False})
+        call(name, other, **{argument: False})
+        assert len(other.calls) == 1
 
 
 @pytest.mark.parametrize(("name", "argument"), of(dict.fromkeys(SINKS)))

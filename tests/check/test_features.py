@@ -38,7 +38,9 @@ TOGETHER = {
 }
 ALL = TOGETHER["soft cap and window and sinks and lse"]
 NARROW = {**ALL, "sliding_window": 3}
-EVERY = {**ALONE, **TOGETHER, "narrow window": {"sliding_window": 3}, "narrow window and all": NARROW}
+AHEAD: dict[str, Any] = {"causal": False, "soft_cap": 2.0, "sinks": True, "log_sum_exp": True}
+BOTH_WAYS = {"not causal": {"causal": False}, "not causal and all": AHEAD}
+EVERY = {**ALONE, **TOGETHER, **BOTH_WAYS, "narrow window": {"sliding_window": 3}, "narrow window and all": NARROW}
 
 
 def featured(spec: Spec, features: dict[str, Any], name: str = "featured") -> Spec:
@@ -62,7 +64,8 @@ def failures(spec: Spec, plan: KernelPlan, few: bool = False) -> list[Any]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "features", [pytest.param(EVERY[one], id=one, marks=[] if EVERY[one] in (ALL, NARROW) else SLOW) for one in EVERY]
+    "features",
+    [pytest.param(EVERY[one], id=one, marks=[] if EVERY[one] in (ALL, NARROW, AHEAD) else SLOW) for one in EVERY],
 )
 def test_portable_programs_have_them(features: dict[str, Any], layout: str, kind: str) -> None:
     spec = featured(tiles.SPECS[layout], features)
@@ -77,6 +80,11 @@ def test_kernels_have_them_all_at_once(layout: str, kind: str) -> None:
     assert failures(spec, tiles.small_plan(spec, kind), few=True) == []
 
 
+def test_a_kernel_that_is_not_causal_sees_ahead() -> None:
+    spec = featured(tiles.SPEC, {"causal": False})
+    assert failures(spec, tiles.small_plan(spec, "prefill"), few=True) == []
+
+
 @SLOW
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -84,6 +92,15 @@ def test_kernels_have_them_all_at_once(layout: str, kind: str) -> None:
 def test_kernels_have_them(features: dict[str, Any], layout: str, kind: str) -> None:
     spec = featured(tiles.SPECS[layout], features)
     assert failures(spec, tiles.small_plan(spec, kind)) == []
+
+
+@SLOW
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernels_that_take_turns_and_are_not_causal(layout: str) -> None:
+    spec = featured(turns.SPECS[layout], {"causal": False, "sinks": True})
+    plan = turns.small_plan(spec, "prefill")
+    assert not plan.block.masks_by_mxu(spec.model)
+    assert failures(spec, plan) == []
 
 
 @SLOW

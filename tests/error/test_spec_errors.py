@@ -108,6 +108,8 @@ ONE_EDIT = {
     "sinks": ("q_heads: 4", "sinks: yes\n  q_heads: 4", "3:10: model.sinks: found yes (a bool); must be true or false; write one of them, unquoted"),
     "sinks a number": ("q_heads: 4", "sinks: 1\n  q_heads: 4", "3:10: model.sinks: found 1; must be true or false; write one of them, unquoted"),
     "sinks quoted": ("q_heads: 4", "sinks: 'true'\n  q_heads: 4", "3:10: model.sinks: found the text 'true'; must be true or false; write one of them, unquoted"),
+    "causal": ("q_heads: 4", "causal: no\n  q_heads: 4", "3:11: model.causal: found no (a bool); must be true or false; write one of them, unquoted"),
+    "window that looks ahead": ("q_heads: 4", "causal: false\n  sliding_window: 64\n  q_heads: 4", "3:11: model.causal: found false (a bool); must be true with sliding_window, which looks back from a query and not ahead; remove one of the two"),
     "lse": ("page_size: 16", "page_size: 16\n  log_sum_exp: 1", "10:16: serving.log_sum_exp: found 1; must be true or false; write one of them, unquoted"),
     "layout misspelt": ("page_size: 16", "page_size: 16\n  kv_layout: seperate", f"10:14: serving.kv_layout: found seperate; {LAYOUTS}; write separate"),
     "layout unknown": ("page_size: 16", "page_size: 16\n  kv_layout: BHSD", f"10:14: serving.kv_layout: found BHSD; {LAYOUTS}; write one of them"),

@@ -91,7 +91,11 @@ class Call:
         return ragged_paged_attention(**(arguments | changes), sm_scale=SM_SCALE)
 
     def expected(
-        self, soft_cap: float | None = None, sliding_window: int | None = None, sinks: Array | None = None
+        self,
+        soft_cap: float | None = None,
+        sliding_window: int | None = None,
+        sinks: Array | None = None,
+        causal: bool = True,
     ) -> Array:
         """The output by the definition, in plain Python floats."""
         out = np.zeros(self.queries.shape)
@@ -100,7 +104,7 @@ class Call:
                 for head in range(self.q_heads):
                     kv_head = head // (self.q_heads // self.kv_heads)
                     query = [float(x) for x in self.queries[token, head]]
-                    end = row.context_len + step + 1
+                    end = row.context_len + step + 1 if causal else row.kv_len
                     visible = range(0 if sliding_window is None else max(end - sliding_window, 0), end)
                     keys = [[float(x) for x in self.k[row.row][position, kv_head]] for position in visible]
                     scores = [SM_SCALE * sum(a * b for a, b in zip(query, key, strict=True)) for key in keys]
@@ -160,6 +164,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "window of a page": {"sliding_window": 4},
     "window of one": {"sliding_window": 1},
     "sinks": {"sinks": np.array([0.5, -3, 4, -np.inf, 1, 2], F32)},
+    "not causal": {"causal": False},
+    "not causal, soft cap and sinks": {"causal": False, "soft_cap": 0.7, "sinks": np.array([0.5, -3, 4, 0, 1, 2], F32)},
     "all": {"soft_cap": 0.7, "sliding_window": 6, "sinks": np.array([0.5, -3, 4, 0, 1, 2], F32)},
 }
 
@@ -187,7 +193,7 @@ def test_lse_is_the_logarithm_of_what_divides_the_weights(features: dict[str, An
     for row in call.batch:
         for step, token in enumerate(row.queries):
             for head in range(call.q_heads):
-                end = row.context_len + step + 1
+                end = row.context_len + step + 1 if features.get("causal", True) else row.kv_len
                 first = max(end - features.get("sliding_window", end), 0)
                 keys = call.k[row.row][first:end, head // (call.q_heads // call.kv_heads)].astype(np.float64)
                 scores = SM_SCALE * keys @ call.queries[token, head].astype(np.float64)
