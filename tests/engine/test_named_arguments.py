@@ -13,7 +13,6 @@ import jax
 import numpy as np
 import pytest
 from command import rpac
-from conftest import SMALL
 
 from rpac.accuracy import attention_error
 from rpac.answers import oracle_options
@@ -26,6 +25,7 @@ from rpac.merging import merge
 from rpac.reference import attention_with_lse
 from rpac.serve_check import serve_check
 
+SMALL = Path(__file__).with_name("small.yaml")
 SINKS = np.array([1.5, -0.5], np.float32)
 ROWS = {"decode": ([1, 1], [20, 0]), "prefill": ([4, 4], [9, 0]), "mixed": ([1, 5], [17, 3])}
 
