@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from rpac.batch import Batch, Limits
     from rpac.bundle import Variant
     from rpac.engine import Count, Engine, load, load_layers
+    from rpac.merging import merge, merge_across
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,8 @@ _LAZY = {
     "Variant": "rpac.bundle",
     "load": "rpac.engine",
     "load_layers": "rpac.engine",
+    "merge": "rpac.merging",
+    "merge_across": "rpac.merging",
 }
 
 __all__ = [
@@ -71,6 +74,8 @@ __all__ = [
     "Variant",
     "load",
     "load_layers",
+    "merge",
+    "merge_across",
 ]
 
 

@@ -19,6 +19,9 @@ BITS = {"float32": 32, "int32": 32, "bfloat16": 16, "float8_e4m3fn": 8, "float8_
 # What programs take beside the batch where a spec asks for it, in argument order, and the lines of a spec that do.
 EXTRA_ARGS = {"sinks": "model:\n  sinks: true", "kv_scales": "model:\n  kv_scale: head"}
 
+# What programs return after the output and the cache where a spec asks for it.
+EXTRA_RESULTS = ("lse",)
+
 # How K and V lie in the cache, and the axis of the cache along which the tokens of a page do.
 TOKEN_AXES = {"interleaved": 1, "separate": 3}
 
@@ -185,9 +188,13 @@ def index_of(arrays: Sequence[ArrayDims], name: str) -> int:
 
 
 def result_specs(spec: Spec, tokens: int) -> tuple[ArrayDims, ...]:
-    """The two results of a program: the output, and the cache in the donated argument's memory."""
+    """The results of a program: the output, the cache in the donated argument's memory, and `lse` where the spec has it.
+
+    `lse` `[tokens, q_heads]` is the natural logarithm of the denominator of each softmax, the sink's part included.
+    """
     model = spec.model
     return (
         ArrayDims("out", out_shape(spec, tokens), model.q_dtype),
         ArrayDims("kv_cache", kv_cache_shape(spec), model.kv_dtype),
+        *((ArrayDims("lse", (tokens, model.q_heads), "float32"),) if spec.serving.log_sum_exp else ()),
     )

@@ -61,6 +61,7 @@ class Mesh:
         by_name: dict[str, tuple[Cut, ...]] = {
             "queries": (_DATA, heads),
             "out": (_DATA, heads),
+            "lse": (_DATA, heads),
             "keys": (_DATA, _KV),
             "values": (_DATA, _KV),
             "kv_cache": (_DATA, (), _KV),  # the words or the KV heads of a page, by its layout

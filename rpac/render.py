@@ -120,6 +120,8 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "window": model.sliding_window,
         "sinks": model.sinks,
         **_extra_context(spec, plan),
+        "causal": model.causal,
+        "lse": serving.log_sum_exp,
         "log2_e": repr(math.log2(math.e)),
         "kv_layout": serving.kv_layout,
         "splits_words": splits_words(spec),
@@ -142,8 +144,9 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "unit_rows": rows.unit_rows,
         "row_order": _row_order(model, rows),
         "vmem_limit": plan.vmem_limit,
-        "decode_call": _call_context(model, scalars=3),
-        "block_call": _call_context(model, scalars=4 if plan.kind == "mixed" else 3, out_given=plan.kind == "mixed"),
+        "decode_call": _call_context(spec, scalars=3),
+        "block_call": _call_context(spec, scalars=4 if plan.kind == "mixed" else 3, out_given=plan.kind == "mixed"),
+        "ln_2": repr(math.log(2)),
         "decode": _tile_context(spec, plan.decode, shared=plan.block is not None),
         "block": _tile_context(spec, plan.block),
     }
@@ -201,16 +204,23 @@ def _extra_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
     }
 
 
-def _call_context(model: Model, scalars: int, *, out_given: bool = False) -> Mapping[str, Any]:
+def _call_context(spec: Spec, scalars: int, *, out_given: bool = False) -> Mapping[str, Any]:
     """How many operands of a kernel lie in SMEM, how many in HBM, and which of them are whose results' memory.
 
     Scalars of the batch come first, then `layout.extra_specs`; then queries, keys, values, cache, and the output where it
-    is given.
+    is given, with the logarithms of sums where there are any.
     """
-    in_smem = scalars + model.sinks + (model.kv_scale is not None)
-    cache = in_smem + 3
-    aliases = {cache: 1, cache + 1: 0} if out_given else {cache: 1}
-    return {"in_smem": in_smem, "in_hbm": 4 + out_given, "aliases": repr(aliases)}
+    in_smem = scalars + len(extra_specs(spec))
+    cache, lse = in_smem + 3, spec.serving.log_sum_exp
+    aliases = {cache: 1}
+    if out_given:
+        aliases |= {cache + 1: 0, cache + 2: 2} if lse else {cache + 1: 0}
+    return {
+        "in_smem": in_smem,
+        "in_hbm": len(aliases) + 3,
+        "out_hbm": 2 + lse,
+        "aliases": repr(aliases),
+    }
 
 
 def _row_order(model: Model, rows: RowDims) -> str:
@@ -375,7 +385,8 @@ def _features(model: Model) -> str:
     }
     *names, last = [name for name, text in used.items() if not text] or [""]
     unused = f"{', '.join(names)} or {last}" if names else last
-    given = ["causal, cache updated", *(text for text in used.values() if text)]
+    order = "causal" if model.causal else "not causal: each query sees all of its sequence"
+    given = [f"{order}, cache updated", *(text for text in used.values() if text)]
     return "; ".join([*given, *([f"no {unused} in the spec: none is in the code"] if unused else [])])
 
 

@@ -124,6 +124,7 @@ class Dims:
     sinks: bool = False
     kv_scale: str | None = None
     quantize: str = "caller"
+    causal: bool = True
 
     def as_data(self) -> dict[str, Any]:
         """Plain data, without features that are not used: the manifest of a bundle without them is as it always was."""
@@ -285,7 +286,7 @@ def _mesh(node: Node) -> Mesh:
 
 def _dims(node: Node) -> Dims:
     names = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
-    found = node.fields(*names, optional=("soft_cap", "sliding_window", "sinks", "kv_scale", "quantize"))
+    found = node.fields(*names, optional=("soft_cap", "sliding_window", "sinks", "kv_scale", "quantize", "causal"))
     return Dims(
         q_heads=found["q_heads"].integer(1, _INT32),
         kv_heads=found["kv_heads"].integer(1, _INT32),
@@ -298,6 +299,7 @@ def _dims(node: Node) -> Dims:
         sinks="sinks" in found and found["sinks"].flag(),
         kv_scale=found["kv_scale"].choice(("tensor", "head")) if "kv_scale" in found else None,
         quantize=found["quantize"].choice(("caller", "kernel")) if "quantize" in found else "caller",
+        causal="causal" not in found or found["causal"].flag(),
     )
 
 
@@ -354,7 +356,7 @@ def _program(node: Node, limits: Limits) -> Program:
         source=fields["source"].text(_PATH, "a plain path under source/"),
         plan=fields["plan"].mapping(),
         args=_arrays(fields["args"], ARGS, tuple(layout.EXTRA_ARGS)),
-        results=_arrays(fields["results"], RESULTS),
+        results=_arrays(fields["results"], RESULTS, layout.EXTRA_RESULTS),
         exported=_content(fields["exported"], MAX_BLOB_BYTES),
         executable=None if executable.value is None else _content(executable, MAX_BLOB_BYTES),
         canary=None if canary.value is None else _content(canary, MAX_CANARY_BYTES),

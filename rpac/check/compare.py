@@ -55,6 +55,19 @@ def compare(
     return Difference(error, tolerance, not differs.any(), tuple(notes))
 
 
+def lse_notes(args: Arguments, lse: Array | None, want: NDArray[np.float32]) -> tuple[str, ...]:
+    """What is wrong with the logarithms of the softmax's denominators, whose absolute error is a relative one of these."""
+    live = int(args.cu_q_lens[args.distribution[2]])
+    if lse is None:
+        return ("the program returns no lse",)
+    errors = np.abs(lse[:live] - want[:live])
+    worst = errors.max(initial=0)
+    if worst <= TOLERANCE[args.queries.dtype.name]:
+        return ()
+    token, head = np.unravel_index(int(np.where(np.isfinite(errors), errors, np.inf).argmax()), errors.shape)
+    return (f"lse of query head {head} at row {_row_of(args, int(token))} is off by {worst:.2g}",)
+
+
 def _bits(array: Array) -> NDArray[Any]:
     return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
 

@@ -18,7 +18,7 @@ from rpac import reference
 from rpac.accuracy import TOLERANCE
 from rpac.answers import oracle_options
 from rpac.check.arrays import Arguments, Array, make_arguments
-from rpac.check.compare import Difference, compare
+from rpac.check.compare import Difference, compare, lse_notes
 from rpac.check.execute import TIME_LIMIT, Outcome, modes_of, prepare_run
 from rpac.check.report import CheckReport, CompileResult, Result
 from rpac.check.trials import Trial, trials_of
@@ -118,7 +118,8 @@ def check_source(
         args = make_arguments(spec, trial, tokens, pages, rng)
         kv_layout = spec.serving.kv_layout
         options = {**oracle_options(spec.model, kv_layout), **args.extra}
-        wanted = reference.ragged_paged_attention(*args.of_batch, **options)
+        out, kv_cache, lse = reference.attention_with_lse(*args.of_batch, **options)
+        wanted = out, kv_cache, lse if spec.serving.log_sum_exp else None
         for mode in modes or modes_of(plan):
             start = time.perf_counter()
             outcome = run(args, mode)
@@ -141,12 +142,18 @@ def check_source(
 
 
 def _judged(
-    args: Arguments, outcome: Outcome, want_out: NDArray[np.float32], want_cache: Array, kv_layout: str
+    args: Arguments,
+    outcome: Outcome,
+    want_out: NDArray[np.float32],
+    want_cache: Array,
+    want_lse: NDArray[np.float32] | None,
+    kv_layout: str,
 ) -> Difference:
     if outcome.out is None or outcome.kv_cache is None:
         return Difference(math.inf, TOLERANCE[args.queries.dtype.name], False, outcome.notes)
     found = compare(args, outcome.out, outcome.kv_cache, want_out, want_cache, kv_layout=kv_layout)
-    return replace(found, notes=(*found.notes, *outcome.notes))
+    more = () if want_lse is None else lse_notes(args, outcome.lse, want_lse)
+    return replace(found, notes=(*found.notes, *more, *outcome.notes))
 
 
 def _units(planned: Sequence[tuple[Spec, KernelPlan, Source]]) -> list[Unit]:

@@ -23,7 +23,7 @@ from rpac.engine.warming import Warming
 from rpac.errors import BatchError, SelectionError, TargetError
 from rpac.layout import ArrayDims, metadata_specs
 from rpac.placement import Placement
-from rpac.runtime import Run, Traceable
+from rpac.runtime import Results, Run, Traceable
 from rpac.select import advice, select
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Engine:
         cu_q_lens: Any,
         distribution: Any,
         **extra: Any,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> Results:
         """As the call, for use inside jit: the program is chosen on the device, by the distribution's value.
 
         The programs are those of the token bucket of `queries`. Nothing can raise for a value inside jit: where the
@@ -161,8 +161,10 @@ class Engine:
         if not built:
             raise SelectionError(advice(self._slots, self.limits, Variant("mixed", tokens)))
         programs = {kind: self._slots[Variant(kind, tokens)].traceable() for kind in built}
-        self._slots[Variant(built[0], tokens)].arguments.check_shapes(given)
-        return run_selected(programs, self.limits, args, extra)
+        first = self._slots[Variant(built[0], tokens)]
+        first.arguments.check_shapes(given)
+        more = [jax.numpy.zeros(dims.shape, dims.dtype) for dims in first.program.results[2:]]
+        return run_selected(programs, self.limits, args, extra, more)
 
     def collector(self) -> EngineCollector:
         """This engine's metrics for a server's own `prometheus_client` registry, which takes one collector alone:
@@ -196,8 +198,10 @@ class Engine:
         *,
         validate: bool = True,
         **extra: Any,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> Results:
         """Runs one batch: `(out, kv_cache)`, shapes and dtypes as in the batch contract (`rpac.layout`).
+
+        Where the bundle's spec has `log_sum_exp` there is a third result, `lse`, for `rpac.merge`.
 
         `extra`: what the bundle's spec makes programs take beside the batch, by name (`rpac.layout.EXTRA_ARGS`), such as
         `sinks`.

@@ -74,7 +74,7 @@ def probe(run: Run, call: Call, program: Program, placement: Placement) -> Probe
         "distribution": batch.distribution,
         **call.extra,
     }
-    out, kv_cache = run(
+    out, kv_cache, *_ = run(
         [kv_cache if name == "kv_cache" else placement.repeat(args[name], given[name]) for name in args]
     )
     look = jax.jit(_look)

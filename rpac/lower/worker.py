@@ -26,7 +26,7 @@ from rpac.render import Source
 from rpac.runtime import build_string
 from rpac.toolchain import JAX_FLAGS
 
-Program = Callable[..., tuple[jax.Array, jax.Array]]
+Program = Callable[..., tuple[jax.Array, ...]]
 
 _COLLECTIVE = re.compile(r"\b(all-(reduce|gather|to-all)|collective-(permute|broadcast)|reduce-scatter)(-start)?\(")
 

@@ -103,10 +103,12 @@ class DecodeTiles:
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (query_rows, head_lanes(model)), "float32", "running output"),
             Buffer("out_rows", (self.writes, model.q_heads, model.head_dim), model.q_dtype, "outputs on their way out"),
+            *lse_rows(spec, (self.writes, align(model.q_heads, SUBLANES), LANES)),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
             Buffer("load_sem", (3,), "dma", "queries, keys, values"),
             Buffer("unit_sem", (self.writes,), "dma", "cache writes"),
             Buffer("out_sem", (self.writes,), "dma", "outputs"),
+            *lse_sem(spec, self.writes),
         )
 
     def temporaries(self, model: Model) -> int:
@@ -176,6 +178,7 @@ class GroupTiles:
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (query_rows, head_lanes(model)), "float32", "running output"),
             Buffer("out_all", queries, model.q_dtype, "outputs of every sequence, and of none"),
+            *lse_rows(spec, (self.loaded + 1, align(model.q_heads, SUBLANES), LANES)),
             Buffer("tile_seq", (slots,), "smem", "the sequence of each tile in flight"),
             Buffer("tile_first", (slots,), "smem", "its first token"),
             Buffer("tile_left", (slots,), "smem", "tokens of its sequence from there on"),
@@ -183,6 +186,7 @@ class GroupTiles:
             Buffer("load_sem", (3,), "dma", "queries, keys, values"),
             Buffer("unit_sem", (self.writes,), "dma", "cache writes"),
             Buffer("out_sem", (1,), "dma", "outputs"),
+            *lse_sem(spec, 1),
         )
 
     def temporaries(self, model: Model) -> int:
@@ -217,9 +221,15 @@ class BlockTiles:
         return PIECE if self.tile % PIECE == 0 and PIECE % page_size == 0 else self.tile
 
     def masks_by_mxu(self, model: Model) -> bool:
-        """Whether a step's queries, each with a lane of its own, fit what the MXU has to spare, and nothing undoes the mask."""
+        """Whether queries differ in what they see, each of a step's has a lane in what the MXU has to spare, and nothing undoes
+        the mask.
+        """
         return (
-            self.spare and model.soft_cap is None and exchange_of(model) > 0 and self.step_rows // model.group <= LANES
+            model.causal
+            and self.spare
+            and model.soft_cap is None
+            and exchange_of(model) > 0
+            and self.step_rows // model.group <= LANES
         )
 
     def scores_ahead(self, model: Model, heads: int) -> int:
@@ -279,12 +289,14 @@ class BlockTiles:
             Buffer("row_sum", state, "float32", "running sum, the same in every lane"),
             Buffer("acc", (model.kv_heads, q_rows, head_lanes(model)), "float32", "running output"),
             Buffer("out_rows", (1, *queries), model.q_dtype, "an output block on its way out"),
+            *lse_rows(spec, (self.q_block * align(model.q_heads, SUBLANES), LANES)),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
             Buffer("new_sem", (self.update_buffers,), "dma", "new keys and values"),
             Buffer("old_sem", (self.update_buffers,), "dma", "pages that hold old tokens"),
             Buffer("write_sem", (self.update_buffers,), "dma", "cache writes"),
             Buffer("q_sem", (self.buffers,), "dma", "query blocks"),
             Buffer("out_sem", (1,), "dma", "output blocks"),
+            *lse_sem(spec, 1),
         )
 
     def temporaries(self, model: Model) -> int:
@@ -295,6 +307,20 @@ class BlockTiles:
 def sink_rows(model: Model, shape: tuple[int, ...]) -> tuple[Buffer, ...]:
     """The array that holds each query row's sink, where there are sinks."""
     return (Buffer("sink_rows", shape, "float32", "sinks, the same in every lane"),) if model.sinks else ()
+
+
+def lse_rows(spec: Spec, shape: tuple[int, ...]) -> tuple[Buffer, ...]:
+    """The array in which the logarithms of the sums leave, where a spec has them: a row a query head."""
+    return (
+        (Buffer("lse_rows", shape, "float32", "logarithms of sums, the same in every lane"),)
+        if spec.serving.log_sum_exp
+        else ()
+    )
+
+
+def lse_sem(spec: Spec, count: int) -> tuple[Buffer, ...]:
+    """The semaphores that go with it."""
+    return (Buffer("lse_sem", (count,), "dma", "logarithms of sums"),) if spec.serving.log_sum_exp else ()
 
 
 def exchange_of(model: Model) -> int:

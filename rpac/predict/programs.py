@@ -38,11 +38,20 @@ class Dims:
     q_dtype: str
     kv_dtype: str
     sliding_window: int | None
+    causal: bool
 
     @classmethod
     def of(cls, model: Model | bundle.Dims) -> Dims:
         """Of a spec's model or of a bundle's."""
-        return cls(model.q_heads, model.kv_heads, model.head_dim, model.q_dtype, model.kv_dtype, model.sliding_window)
+        return cls(
+            model.q_heads,
+            model.kv_heads,
+            model.head_dim,
+            model.q_dtype,
+            model.kv_dtype,
+            model.sliding_window,
+            model.causal,
+        )
 
 
 @dataclass(frozen=True)

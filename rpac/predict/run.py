@@ -52,6 +52,7 @@ def predict(programs: Programs, workload: Workload) -> Prediction:
         BITS[dims.q_dtype] // 8,
         BITS[dims.kv_dtype] // 8,
         dims.sliding_window,
+        dims.causal,
     )
     return Prediction(programs.name, workload, variant, programs.call(variant).predict(scalars, work))
 

@@ -54,8 +54,9 @@ def attention_work(
     q_bytes: int,
     kv_bytes: int,
     sliding_window: int | None = None,
+    causal: bool = True,
 ) -> Work:
-    """Needed bytes and flops of causal attention; `kv_lens` include the new tokens, `*_bytes` are of one element.
+    """Needed bytes and flops of attention; `kv_lens` include the new tokens, `*_bytes` are of one element.
 
     Of cached tokens those before the window of the first new token are not needed.
     """
@@ -63,7 +64,9 @@ def attention_work(
     tokens = sum(q_lens)
     window = max(kv_lens, default=0) if sliding_window is None else sliding_window
     cached = sum(min(kv - q, window - 1) if sliding_window else kv - q for kv, q in zip(kv_lens, q_lens, strict=True))
-    pairs = sum(_seen(kv, window) - _seen(kv - q, window) for kv, q in zip(kv_lens, q_lens, strict=True))
+    pairs = sum(
+        _seen(kv, window) - _seen(kv - q, window) if causal else kv * q for kv, q in zip(kv_lens, q_lens, strict=True)
+    )
     moved = cached * kv_row + 2 * tokens * kv_row + 2 * tokens * q_heads * head_dim * q_bytes
     return Work(moved, 4 * head_dim * q_heads * pairs)
 

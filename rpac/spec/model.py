@@ -31,7 +31,7 @@ class Model:
 
     `soft_cap`: scores become cap * tanh(score / cap). `sliding_window`: a query sees that many tokens, itself the last of
     them. `sinks`: each query head has a logit of its own, an argument of every program, that takes part in the softmax and
-    has no value; it is neither scaled nor capped.
+    has no value; it is neither scaled nor capped. `causal`: a query sees tokens up to its own; else all of its sequence.
 
     An 8-bit `kv_dtype` may have scales, an argument too, for K and V each: one a KV head (`kv_scale` "head") or one
     ("tensor"); a value is what is stored times its scale. `quantize` says who makes 8 bits of new keys and values: the
@@ -49,6 +49,7 @@ class Model:
     sinks: bool = False
     kv_scale: str | None = None
     quantize: str = QUANTIZERS[0]
+    causal: bool = True
 
     @property
     def quantized(self) -> bool:
@@ -68,7 +69,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Serving:
-    """How the model is served; lengths and buckets in tokens, `num_pages` in pages of one layer's cache."""
+    """How the model is served; lengths and buckets in tokens, `num_pages` in pages of one layer's cache.
+
+    `log_sum_exp`: programs return the logarithm of each softmax's denominator too, so that parts of an attention can be merged.
+    """
 
     page_size: int
     max_model_len: int
@@ -79,6 +83,7 @@ class Serving:
     context_lens: tuple[int, ...]
     num_pages: int
     kv_layout: str = KV_LAYOUTS[0]
+    log_sum_exp: bool = False
 
     @property
     def pages_per_seq(self) -> int:

@@ -35,6 +35,7 @@ MODEL_KEYS = (
     "sinks",
     "kv_scale",
     "quantize",
+    "causal",
 )
 SERVING_KEYS = (
     "page_size",
@@ -46,6 +47,7 @@ SERVING_KEYS = (
     "context_lens",
     "num_pages",
     "kv_layout",
+    "log_sum_exp",
 )
 PARALLEL_KEYS = ("tensor", "data")
 HOMES = {
@@ -193,7 +195,11 @@ def _model(section: Section) -> Model | None:
     soft_cap = section.number("soft_cap", *SOFT_CAPS) if section.has("soft_cap") else None
     window = section.integer("sliding_window", 1, MAX_MODEL_LEN, 1024) if section.has("sliding_window") else None
     sinks = section.flag("sinks") if section.has("sinks") else False
+    causal = section.flag("causal") if section.has("causal") else True
 
+    if causal is False and window is not None:
+        allowed = "must be true with sliding_window, which looks back from a query and not ahead"
+        section.clash("causal", allowed, "remove one of the two")
     if q_heads is not None and kv_heads is not None:
         if q_heads % kv_heads:
             near = max(1, round(q_heads / kv_heads)) * kv_heads
@@ -220,7 +226,18 @@ def _model(section: Section) -> Model | None:
         return None
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
     return Model(
-        q_heads, kv_heads, head_dim, q_dtype, kv_dtype, scale, soft_cap, window, bool(sinks), kv_scale, quantize
+        q_heads,
+        kv_heads,
+        head_dim,
+        q_dtype,
+        kv_dtype,
+        scale,
+        soft_cap,
+        window,
+        bool(sinks),
+        kv_scale,
+        quantize,
+        causal is not False,
     )
 
 
@@ -234,6 +251,7 @@ def _serving(section: Section) -> Serving | None:
     context_lens = section.integers("context_lens", 1, MAX_MODEL_LEN, "[1024, 4096]")
     num_pages = section.integer("num_pages", 1, MAX_SLOTS, 1024) if section.has("num_pages") else None
     kv_layout = section.choice("kv_layout", KV_LAYOUTS) if section.has("kv_layout") else KV_LAYOUTS[0]
+    log_sum_exp = section.flag("log_sum_exp") if section.has("log_sum_exp") else False
 
     if max_num_tokens is not None:
         _check_tokens(section, max_num_tokens, buckets, max_num_seqs, prefill_chunk)
@@ -263,6 +281,7 @@ def _serving(section: Section) -> Serving | None:
         context_lens,
         num_pages,
         kv_layout,
+        bool(log_sum_exp),
     )
 
 

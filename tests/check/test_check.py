@@ -14,7 +14,7 @@ import pytest
 from rpac import reference
 from rpac.check import CheckReport, CompileResult, Result, Trial, check_source, check_spec, trials_of
 from rpac.check.arrays import GARBAGE, Arguments, make_arguments
-from rpac.check.compare import TOLERANCE, compare
+from rpac.check.compare import TOLERANCE, compare, lse_notes
 from rpac.errors import CheckError, CompileError
 from rpac.lower import Task
 from rpac.plan import GroupTiles, KernelPlan, plan_spec
@@ -220,6 +220,18 @@ def judged(change: Callable[[np.ndarray, np.ndarray], None], spec: Spec = TINY) 
 
 def test_the_oracle_rounded_to_the_output_dtype_passes() -> None:
     assert judged(lambda out, cache: None) == (True, "")
+
+
+def test_an_lse_that_is_off_or_missing_fails_and_is_named() -> None:
+    args = arguments()
+    _, _, want = reference.attention_with_lse(*args.of_batch, sm_scale=TINY.model.sm_scale)
+    assert lse_notes(args, want, want) == ()
+    assert lse_notes(args, None, want) == ("the program returns no lse",)
+    for value in (want[7, 2] + 0.01, np.nan, -np.inf):
+        lse = want.copy()
+        lse[7, 2] = value
+        (note,) = lse_notes(args, lse, want)
+        assert note.startswith("lse of query head 2 at row ")
 
 
 def test_padding_rows_of_the_output_are_not_compared() -> None:

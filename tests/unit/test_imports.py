@@ -20,7 +20,7 @@ ORDER = [
     "spec", "chip", "layout", "batch", "trace", "serving", "plan", "buckets", "render",
     "accuracy", "canary",  # how good an answer must be, and the calls that a bundle stores answers to
     "publish", "store",  # files and folders: a bundle's and a cache's
-    "compat", "runtime", "toolchain",  # JAX: what differs, what runs, what it is
+    "compat", "runtime", "toolchain", "merging",  # JAX: what differs, what runs, what it is, and parts of attention
     "lower", "schedule", "bundle", "select", "engine", "adapters",
     "reference", "answers", "check", "build", "serve_check", "predict", "tune",
     "cli",

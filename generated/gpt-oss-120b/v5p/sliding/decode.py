@@ -313,7 +313,7 @@ def decode_kernel(
         sink_rows[...] = jnp.full_like(sink_rows, MASKED)
         for head in range(Q_HEADS):
             row = head
-            sink_rows[row : row + 1] = jnp.full((1, 128), sinks[head] * LOG2_E)
+            sink_rows[row : row + 1] = jnp.full((1, 128), sinks[head]) * LOG2_E
 
     # ---- send output
 

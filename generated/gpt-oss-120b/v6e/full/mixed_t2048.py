@@ -298,7 +298,7 @@ def decode_kernel(
         sink_rows[...] = jnp.full_like(sink_rows, MASKED)
         for head in range(Q_HEADS):
             row = head
-            sink_rows[row : row + 1] = jnp.full((1, 128), sinks[head] * LOG2_E)
+            sink_rows[row : row + 1] = jnp.full((1, 128), sinks[head]) * LOG2_E
 
     # ---- send output
 
@@ -660,7 +660,7 @@ def mixed_kernel(
         """The sinks of each KV head's queries, in the order in which rows repeat them."""
         for head in range(KV_HEADS):
             for row in range(sink_rows.shape[1]):
-                sink_rows[head, row : row + 1] = jnp.full((1, 128), sinks[head * GROUP + row % GROUP] * LOG2_E)
+                sink_rows[head, row : row + 1] = jnp.full((1, 128), sinks[head * GROUP + row % GROUP]) * LOG2_E
 
     def clear(head, rows):
         """The running state of some rows of a KV head, as before their first tile: each sink in the sum, where the maximum
