@@ -838,7 +838,7 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
             pltpu.VMEM((3, 64, 8, 128), jnp.bfloat16),  # q_in: query blocks as they come
             pltpu.VMEM((1, 512, 128), jnp.bfloat16),  # q_rows: one by KV head
             pltpu.VMEM((256, 128), jnp.bfloat16),  # which_query: a 1 where a lane is the row's query
-            pltpu.VMEM((2, 256, 128), jnp.float8_e4m3fn),  # limits: by token and query: 0, or what masks a score
+            pltpu.VMEM((2, 256, 128), jnp.bfloat16),  # limits: by token and query: 0, or what masks a score
             pltpu.VMEM((1, 256, 512), jnp.float32),  # next_scores: the first scores of the next turn
             pltpu.VMEM((1, 512, 128), jnp.float32),  # row_max: running maximum, the same in every lane
             pltpu.VMEM((1, 512, 128), jnp.float32),  # row_sum: running sum, the same in every lane
