@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 
 from rpac import build as job
-from rpac.chip import is_tpu
 from rpac.cli.common import (
     cache_of,
     cache_option,
@@ -56,7 +55,7 @@ def build(
             f"{spec_file}: --this-cpu is for one device, the spec for {spec.mesh.devices}; leave --this-cpu out"
         )
     tasks = job.all_tasks(spec, chosen)
-    on_cpu = sum(not is_tpu(task.target) for task in tasks) if this_cpu else 0
+    on_cpu = sum(task.target == "cpu" for task in tasks) if this_cpu else 0
     report = lowering_progress(len(tasks) + on_cpu)
     built = job.build(
         spec,

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from rpac.bundle import Manifest, Target, read_manifest, read_target
+from rpac.chip import PLATFORMS
 from rpac.engine.engine import Engine
 from rpac.engine.events import Observer
 from rpac.errors import TargetError
@@ -53,11 +54,11 @@ def load(
 
 
 def _local_devices(target: str | None) -> list[jax.Device]:
-    platform = "cpu" if target == "cpu" else None
+    platform = target if target in PLATFORMS else None
     try:
         return list(jax.local_devices(backend=platform))
     except RuntimeError as error:
-        wanted = "a CPU" if platform else "any device"
+        wanted = f"a {platform.upper()}" if platform else "any device"
         raise TargetError(
             f"JAX does not find {wanted} ({error}); check JAX_PLATFORMS and what it has installed"
         ) from error
@@ -71,7 +72,8 @@ def load_layers(path: str | os.PathLike[str], target: str | None = None, **optio
 
 def _choose(path: str, target: str | None, layer: str, device: jax.Device, manifest: Manifest) -> Target:
     kind = device.device_kind
-    of_device = [one for one in manifest.targets.values() if one.device_kind == kind and target in (None, one.name)]
+    kinds = (kind, device.platform)  # a portable target is for all devices of a platform
+    of_device = [one for one in manifest.targets.values() if one.device_kind in kinds and target in (None, one.name)]
     if not of_device:
         has = ", ".join(f"{one.key} ({one.device_kind})" for one in manifest.targets.values())
         asked = "" if target is None else f"target {target!r} and "
@@ -92,8 +94,8 @@ def _choose(path: str, target: str | None, layer: str, device: jax.Device, manif
 def _use_executables(path: str, target: Target, device: jax.Device, allow_compile: bool) -> bool:
     """Whether the executables run here. Raises TargetError where they do not and nothing else may."""
     without = [str(program.variant) for program in target.programs if program.executable is None]
-    if without and device.platform == "cpu":
-        return False  # a CPU target has the portable tier alone, unless it was built for one CPU
+    if without and target.name in PLATFORMS:
+        return False  # a portable target has that tier alone, unless it was built for one CPU
     misfit = (
         f"holds no executable of {', '.join(without)}; must hold one of every program; build it again"
         if without

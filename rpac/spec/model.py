@@ -11,7 +11,7 @@ from typing import Any
 from rpac.errors import Problem, SpecError
 from rpac.mesh import ONE_DEVICE, Mesh
 
-TARGETS = ("tpu7x", "v6e", "v5p", "v5e", "cpu")
+TARGETS = ("tpu7x", "v6e", "v5p", "v5e", "cpu", "gpu")
 # What else one may look for among the targets, and what there is to do.
 NO_TARGETS = {
     "v4": "leave it out: a v4 chip serves as one device of two cores, which libtpu describes, where there is none, only as two "

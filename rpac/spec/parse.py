@@ -60,6 +60,7 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)
 # Of a cache whose tokens lie along sublanes: they share a register of 8 words with others of their head.
 LEAST_APART = {"float32": 8, "bfloat16": 16, **dict.fromkeys(QUANTIZED, 32)}
+PORTABLE = ("cpu", "gpu")  # targets without a TPU kernel
 MAX_BYTES_DIM = 128  # head_dim of an 8-bit cache whose tokens hold K and V side by side
 NAME = r"[a-z0-9][a-z0-9.-]{0,63}"
 LAYER = r"[a-z0-9][a-z0-9-]{0,31}"
@@ -128,7 +129,7 @@ def _read(text: str, report: Report) -> Spec | None:
         _check_window(section, kind, serving)
         _check_apart(serving_section, kind, serving)
         copies = kind.quantized and kind.head_dim > MAX_BYTES_DIM and serving.kv_layout != "separate"
-        if copies and targets != ("cpu",):
+        if copies and not set(targets) <= set(PORTABLE):
             _refuse_copies(serving_section, kind)
     if mesh is None:
         return None
