@@ -111,7 +111,8 @@ def test_a_page_holds_k_and_v_of_every_head_and_nothing_else(shipped: Spec, kv_l
     spec = laid_out(shipped, kv_layout)
     model, serving = spec.model, spec.serving
     words = layout.packing(model.kv_dtype) if kv_layout == "interleaved" else 1
-    elements = serving.page_size * layout.align(2 * model.kv_heads, words) * model.head_dim
+    rows, lanes = (model.kv_heads, 128) if model.head_dim == 64 else (2 * model.kv_heads, model.head_dim)
+    elements = serving.page_size * layout.align(rows, words) * lanes
     assert math.prod(layout.kv_page_shape(spec)) == elements
     assert layout.kv_cache_shape(spec) == (serving.num_pages, *layout.kv_page_shape(spec))
 
