@@ -12,7 +12,10 @@ from rpac.spec import TARGETS, parse_spec
 from rpac.spec import parse as rules
 from rpac.spec.model import KV_LAYOUTS, KV_SCALES, NO_TARGETS, QUANTIZERS
 
-HEADER = "# What rpac supports\n\nMade by `rpac support` from the rules of the spec format; a test holds this file against them.\n"
+HEADER = """# What rpac supports
+
+Made by `rpac support` from the rules of the spec format; a test holds this file against them.
+"""
 
 BASE = {
     "name": "a",
