@@ -75,7 +75,6 @@ def cdiv(value, by):
     return lax.div(value + (by - 1), by)
 
 
-
 def quantized(new, scales):
     """`new` `[tokens, KV_HEADS, head_dim]` in float8_e4m3fn: the nearest number, of two as near the even one, or the largest."""
     ratio = new.astype(jnp.float32) * (1 / scales)[:, None]

@@ -23,7 +23,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 KV_HEADS = 1
-GROUP = 8  # query heads that share a KV head
 HEAD_DIM = 128
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 128
