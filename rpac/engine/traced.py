@@ -11,17 +11,19 @@ from jax import lax
 
 from rpac.batch import Kind, Limits
 from rpac.bundle.manifest import KINDS
+from rpac.layout import ArrayDims, index_of
 from rpac.runtime import Traceable
 
 
 def run_selected(
-    programs: Mapping[Kind, Traceable], limits: Limits, args: Sequence[Any], extra: Mapping[str, Any]
+    programs: Mapping[Kind, Traceable], limits: Limits, taken: Sequence[ArrayDims], args: Sequence[Any]
 ) -> tuple[jax.Array, jax.Array]:
-    """The one program of `programs` that the distribution, the last of `args`, needs; all are of one token bucket.
+    """The one program of `programs` that the distribution needs; all are of one token bucket and take `args`, `taken`.
 
     Where the distribution is none, or its program is missing: out is NaN and the cache as it was.
     """
-    queries, keys, values, kv_cache, *metadata, distribution = args
+    queries, kv_cache, distribution = (args[index_of(taken, name)] for name in ("queries", "kv_cache", "distribution"))
+    names = [dims.name for dims in taken]
     wanted = _kind_index(distribution)
     i, j, k = distribution
     is_one = (i >= 0) & (i <= j) & (j <= k) & (k <= limits.max_num_seqs)
@@ -34,7 +36,8 @@ def run_selected(
     for kind, program in programs.items():
 
         def body(_: jax.Array, results: Any, program: Traceable = program) -> Any:
-            return program(queries, keys, values, results[1], *metadata, safe, **extra)
+            changed = {"kv_cache": results[1], "distribution": safe}
+            return program(*(changed.get(name, arg) for name, arg in zip(names, args, strict=True)))
 
         # Not lax.switch: XLA for cpu copies the whole cache into each branch. A loop's state stays in place everywhere.
         turns = (chosen == KINDS.index(kind)).astype(jnp.int32)
