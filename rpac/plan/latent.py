@@ -15,6 +15,7 @@ from rpac.spec import Model, Spec
 DECODE_TILE: Final = 512  # tokens: what a tile costs by itself, its merge, is paid seldom
 STEPS: Final = {"decode": 4, "mixed": 2}  # tiles in a group: every one is code
 IN_FLIGHT_BYTES: Final = 6 << 20  # more than the HBM delivers within one DMA's latency (5.4 MB on TPU7x)
+MAX_AHEAD: Final = 8  # turns: more are buffers and nothing else
 WRITES: Final = 8  # new tokens on their way to the cache: as many sequences as a group may end, and more
 BLOCK: Final = 512  # tokens of KV of a step of a prefill or mixed kernel
 BLOCK_ROWS: Final = (2048, 1024, 512)  # query rows, tokens times heads, of its blocks
@@ -119,7 +120,8 @@ def decode_choices(spec: Spec, kind: str, tokens: int) -> Iterator[LatentDecodeT
     while tile >= max(serving.page_size, LANES):
         step = STEPS[kind]
         while step:
-            for ahead in range(2 + math.ceil(IN_FLIGHT_BYTES / (step * tile * token_bytes)), 1, -1):
+            most = min(2 + math.ceil(IN_FLIGHT_BYTES / (step * tile * token_bytes)), MAX_AHEAD)
+            for ahead in range(most, 1, -1):
                 yield LatentDecodeTiles(tile, step, ahead, WRITES, loaded)
             step //= 2
         tile //= 2
