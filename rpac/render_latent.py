@@ -23,6 +23,7 @@ _WITHOUT: Final[Mapping[str, Any]] = {
     "kv_scale": None,
     "partial": False,
     "joins_rows": False,
+    "before": "",
     "extra_args": "",
     "extra_scalars": "",
 }
@@ -60,12 +61,12 @@ def latent_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "prefill_chunk": serving.prefill_chunk,
         "unit": unit_tokens(model),
         "vmem_limit": plan.vmem_limit,
-        "decode": _tiles(spec, plan.decode),
-        "block": _tiles(spec, plan.block),
+        "decode": _tiles(spec, plan, plan.decode),
+        "block": _tiles(spec, plan, plan.block),
     }
 
 
-def _tiles(spec: Spec, tiles: Any) -> dict[str, Any]:
+def _tiles(spec: Spec, plan: KernelPlan, tiles: Any) -> dict[str, Any]:
     model, page = spec.model, spec.serving.page_size
     match tiles:
         case XlaTiles():
@@ -83,8 +84,14 @@ def _tiles(spec: Spec, tiles: Any) -> dict[str, Any]:
             }
         case LatentBlockTiles():
             rows = tiles.q_block * model.q_heads
+            mixed = plan.kind == "mixed"
+            scalars = 4 if mixed else 3
+            cache = scalars + 3  # after queries, their rotary parts and the new tokens
             return {
                 **vars(tiles),
+                "in_smem": scalars,
+                "in_hbm": 5 if mixed else 4,
+                "aliases": repr({cache: 1, cache + 1: 0} if mixed else {cache: 1}),
                 "ahead": tiles.buffers - 1,
                 "block_pages": tiles.block // page,
                 "block_units": tiles.block // unit_tokens(model),
