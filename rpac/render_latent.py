@@ -11,7 +11,7 @@ from rpac.plan import KernelPlan, LatentBlockTiles, LatentDecodeTiles
 from rpac.plan.tiles import XlaTiles, unit_tokens
 from rpac.spec import Spec
 
-SCORES_AHEAD: Final = 1  # flash steps whose scores are made before they are weighed
+MASKED_STEPS: Final = 4  # flash steps on the diagonal that are one piece of code: few blocks are there
 
 # Of shared parts of templates: what latent attention has not.
 _WITHOUT: Final[Mapping[str, Any]] = {
@@ -83,7 +83,8 @@ def _tiles(spec: Spec, plan: KernelPlan, tiles: Any) -> dict[str, Any]:
                 "table_end": spec.serving.max_num_seqs * spec.serving.pages_per_seq - 1,
             }
         case LatentBlockTiles():
-            rows = tiles.q_block * model.q_heads
+            row_steps = tiles.q_block * model.q_heads // tiles.step_rows
+            masked_steps = math.gcd(row_steps, MASKED_STEPS)
             mixed = plan.kind == "mixed"
             scalars = 4 if mixed else 3
             cache = scalars + 3  # after queries, their rotary parts and the new tokens
@@ -95,10 +96,10 @@ def _tiles(spec: Spec, plan: KernelPlan, tiles: Any) -> dict[str, Any]:
                 "ahead": tiles.buffers - 1,
                 "block_pages": tiles.block // page,
                 "block_units": tiles.block // unit_tokens(model),
-                "rows": rows,
-                "row_steps": rows // tiles.step_rows,
-                "step_tokens": max(tiles.step_rows // model.q_heads, 1),
-                "scores_ahead": min(SCORES_AHEAD, rows // tiles.step_rows),
+                "row_steps": row_steps,
+                "masked_steps": masked_steps,
+                "masked_turns": row_steps // masked_steps,
+                "step_tokens": tiles.step_rows // model.q_heads,
                 "update_ahead": tiles.update_buffers - 3,  # a page that is written out keeps its buffer for three steps
             }
     return {}

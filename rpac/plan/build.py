@@ -199,7 +199,7 @@ def _plan_block(spec: Spec, device: Chip, kind: str, tokens: int) -> BlockTiles 
 
 def _plan_decode(spec: Spec, device: Chip, kind: str, tokens: int) -> DecodeTiles | GroupTiles:
     if spec.model.rope_dim is not None:
-        return _fit(spec, device, decode_choices(spec, kind, tokens))
+        return _fit(spec, device, decode_choices(spec, tokens))
     if spec.serving.kv_layout == "separate":
         return _fit(spec, device, _group_choices(spec, kind, tokens))
     return _fit(spec, device, _decode_choices(spec, device, tokens))

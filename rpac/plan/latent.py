@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from rpac.layout import LANES, kv_page_shape, latent_lanes, nbytes
-from rpac.plan.legal import copy_sizes_of, power_of_two_from
+from rpac.plan.legal import copy_sizes_of, power_of_two_from, power_of_two_to
 from rpac.plan.tiles import Buffer, GroupTiles, XlaTiles, unit_tokens
 from rpac.spec import Model, Spec
 
-DECODE_TILE: Final = 512  # tokens: what a tile costs by itself, its merge, is paid seldom
-STEPS: Final = {"decode": 4, "mixed": 2}  # tiles in a group: every one is code
+DECODE_TILE: Final = 1024  # tokens: what a tile costs by itself, its merge, is paid seldom
+TURN_TOKENS: Final = 2048  # of a group: more are little faster, and every tile is code
 IN_FLIGHT_BYTES: Final = 6 << 20  # more than the HBM delivers within one DMA's latency (5.4 MB on TPU7x)
+MOST_STEPS: Final = 4
 MAX_AHEAD: Final = 8  # turns: more are buffers and nothing else
 WRITES: Final = 8  # new tokens on their way to the cache: as many sequences as a group may end, and more
 BLOCK: Final = 512  # tokens of KV of a step of a prefill or mixed kernel
@@ -109,7 +110,7 @@ class LatentBlockTiles:
         return 4 * nbytes((self.step_rows, self.block + model.head_dim), "float32")
 
 
-def decode_choices(spec: Spec, kind: str, tokens: int) -> Iterator[LatentDecodeTiles]:
+def decode_choices(spec: Spec, tokens: int) -> Iterator[LatentDecodeTiles]:
     """From the tiles that the chip is kept busy with down to the smallest that work."""
     serving = spec.serving
     token_bytes = nbytes((latent_lanes(spec.model),), spec.model.kv_dtype)
@@ -118,7 +119,7 @@ def decode_choices(spec: Spec, kind: str, tokens: int) -> Iterator[LatentDecodeT
     tile = max(min(DECODE_TILE, shortest), serving.page_size)
     loaded = min(tokens, serving.max_num_seqs)
     while tile >= max(serving.page_size, LANES):
-        step = STEPS[kind]
+        step = min(TURN_TOKENS // tile, MOST_STEPS)
         while step:
             most = min(2 + math.ceil(IN_FLIGHT_BYTES / (step * tile * token_bytes)), MAX_AHEAD)
             for ahead in range(most, 1, -1):
@@ -133,14 +134,13 @@ def block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[LatentBlockTil
     longest = max(power_of_two_from(max(serving.context_lens)), LANES)
     limit = serving.prefill_chunk if kind == "prefill" else min(tokens, serving.prefill_chunk)
     for rows in BLOCK_ROWS:
-        q_block = math.gcd(power_of_two_from(rows // model.q_heads), serving.prefill_chunk)
-        if kind != "prefill":
-            q_block = min(power_of_two_from(rows // model.q_heads), power_of_two_from(limit))
+        q_block = power_of_two_to(rows // model.q_heads)
+        q_block = math.gcd(q_block, limit) if kind == "prefill" else min(q_block, power_of_two_from(limit))
         for block in (BLOCK, BLOCK // 2, LANES):
             yield LatentBlockTiles(
                 q_block=q_block,
                 block=max(min(block, longest), serving.page_size),
-                step_rows=math.gcd(STEP_ROWS, q_block * model.q_heads),
+                step_rows=min(power_of_two_to(STEP_ROWS // model.q_heads), q_block) * model.q_heads,
                 buffers=BUFFERS,
                 update_buffers=UPDATE_BUFFERS,
                 merge_tokens=min(MERGE_TOKENS, serving.page_size),

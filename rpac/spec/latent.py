@@ -12,7 +12,7 @@ KV_LORA_RANKS: Final = (128, 256, 384, 512)
 ROPE_DIMS: Final = (64, 128)
 DTYPES: Final = ("bfloat16", "float32")
 MAX_HEADS: Final = 128  # of one device: a token's queries are one product's rows
-HEADS_STEP: Final = 8  # as many share a register
+HEADS_STEP: Final = 16  # as many share a register
 
 # What the cache of latent attention has no place for, or its kernels no code, and why.
 _REFUSED: Final = {
