@@ -29,12 +29,13 @@ def oracle_options(model: Model | Dims, kv_layout: str) -> dict[str, Any]:
 
 
 def oracle(
-    model: Model | Dims, kv_layout: str, args: Sequence[Array], extra: Mapping[str, Array]
+    model: Model | Dims, kv_layout: str, args: Sequence[Array], extra: Mapping[str, Any]
 ) -> tuple[NDArray[np.float32], Array]:
     """What a program of this model makes of its arguments, those of the batch in order and `extra` by name."""
     if model.rope_dim is not None:
         return reference_latent.latent_paged_attention(*args, sm_scale=model.sm_scale)
-    return reference.ragged_paged_attention(*args, **oracle_options(model, kv_layout), **extra)
+    options = {**oracle_options(model, kv_layout), **extra}
+    return reference.ragged_paged_attention(*args, **options)
 
 
 def expected(call: Call, model: Model | Dims, kv_layout: str) -> tuple[NDArray[np.float32], Array]:
@@ -68,7 +69,10 @@ def _answer(spec: Spec, kind: Kind, tokens: int, store: Store) -> bytes:
 def _key(spec: Spec, kind: Kind, tokens: int) -> str:
     """sha256 over all that decides an answer, the code that makes the inputs and the oracle included."""
     limits = Limits.of(spec)
-    sources = [Path(str(module.__file__)).read_bytes() for module in (canary, reference, *((reference_latent,) if spec.model.rope_dim else ()))]
+    sources = [
+        Path(str(module.__file__)).read_bytes()
+        for module in (canary, reference, *((reference_latent,) if spec.model.rope_dim else ()))
+    ]
     what = {
         "result": "canary",
         "kind": kind,

@@ -36,7 +36,7 @@ _DIGEST_BYTES = 32
 class Call:
     """One call of a program, on a cache that is zero but for `pages`, which hold `held` `[len(pages), *page_shape]`.
 
-    `by_token` are the arguments before the cache, by name, in order: queries first. `extra` are the arguments after those of the batch, by name, in order.
+    `by_token` are the arguments before the cache, by name, in order, queries first; `extra` those after the batch's.
     """
 
     batch: Batch

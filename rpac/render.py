@@ -254,9 +254,12 @@ def _row_order(model: Model, rows: RowDims) -> str:
 
 
 def _tile_context(
-    spec: Spec, tiles: DecodeTiles | GroupTiles | BlockTiles | XlaTiles | None, *, shared: bool = False
+    spec: Spec,
+    tiles: DecodeTiles | GroupTiles | BlockTiles | LatentBlockTiles | XlaTiles | None,
+    *,
+    shared: bool = False,
 ) -> Mapping[str, Any]:
-    if tiles is None:
+    if tiles is None or isinstance(tiles, LatentBlockTiles):
         return {}
     if isinstance(tiles, GroupTiles):
         return _group_context(spec, tiles)

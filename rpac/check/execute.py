@@ -53,6 +53,7 @@ def prepare_run(plan: KernelPlan, source: Source, seconds: float = TIME_LIMIT) -
     program: Callable[..., Any] | None = None
     compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
     params = interpret_params()
+
     def run(args: Arguments, mode: str) -> Outcome:
         nonlocal program
         shapes = tuple(array.shape for array in args.in_order)

@@ -182,9 +182,9 @@ class Engine:
     ) -> tuple[jax.Array, jax.Array]:
         """Runs one batch: `(out, kv_cache)`, shapes and dtypes as in the batch contract (`rpac.layout`).
 
-        The arguments are queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution; of latent attention
-        queries, queries_rope, new_kv, new_rope and on from kv_cache; in this order or by name. `extra`: what the bundle's spec makes programs take beside the batch, by name (`rpac.layout.EXTRA_ARGS`), such as
-        `sinks`.
+        The arguments are queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution; of latent
+        attention queries, queries_rope, new_kv, new_rope, and on from kv_cache; in this order, or by name. `extra`: what the
+        bundle's spec makes programs take beside them, by name (`rpac.layout.EXTRA_ARGS`), such as `sinks`.
 
         `kv_cache` is a jax array on this engine's device; it is donated, use the one returned. The others are jax
         arrays there, or numpy arrays. Metadata is read on the host: give it as numpy, because an array on a TPU is

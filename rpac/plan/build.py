@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 from rpac.chip import Chip, chip, is_tpu
 from rpac.errors import PlanError
@@ -21,7 +22,6 @@ from rpac.plan.legal import (
 )
 from rpac.plan.tiles import (
     RULE,
-    AnyTiles,
     BlockTiles,
     DecodeTiles,
     GroupTiles,
@@ -61,6 +61,8 @@ FEWER_STEPS = {"prefill": (16, 8), "mixed": (4, 2)}
 # running state less often.
 TILE, LONG_TILE = 512, 1024
 INT32_BYTES = 4
+
+FittedTiles = TypeVar("FittedTiles", DecodeTiles, GroupTiles, BlockTiles, LatentBlockTiles)
 
 
 def kinds_of(spec: Spec, tokens: int) -> tuple[str, ...]:
@@ -209,13 +211,13 @@ def _vmem_usable(device: Chip) -> int:
     return device.vmem_bytes - device.vmem_bytes // 16
 
 
-def vmem_need(spec: Spec, tiles: Tiles) -> int:
+def vmem_need(spec: Spec, tiles: Tiles | LatentBlockTiles) -> int:
     """Bytes of VMEM that a kernel with these tiles takes."""
     scratch = tiles.scratch(spec)
     return sum(buffer.vmem_bytes for buffer in scratch) + tiles.temporaries(spec.model)
 
 
-def _fit(spec: Spec, device: Chip, choices: Iterator[AnyTiles]) -> AnyTiles:
+def _fit(spec: Spec, device: Chip, choices: Iterator[FittedTiles]) -> FittedTiles:
     """The first choice that fits. The last one is the smallest there is."""
     limit = _vmem_usable(device) - VMEM_HEADROOM
     for tiles in choices:

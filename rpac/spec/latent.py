@@ -37,7 +37,12 @@ def read_latent(section: Section, scales: tuple[float, float], most_heads: int) 
     q_dtype = section.choice("q_dtype", DTYPES)
     kv_dtype = section.choice("kv_dtype", DTYPES)
     # Not from the dims: the model's own scale is by its head_dim before absorption, and some multiply it.
-    scale = section.number("sm_scale", *scales)
+    scale = section.number("sm_scale", *scales) if section.has("sm_scale") else None
+    if not section.has("sm_scale"):
+        allowed = "must be given with attention latent: it does not follow from kv_lora_rank and rope_dim"
+        section.clash(
+            "sm_scale", allowed, "add it: (qk_nope_head_dim + qk_rope_head_dim) ** -0.5 of the model", "no such key"
+        )
 
     for key, value, choices in (("kv_lora_rank", rank, KV_LORA_RANKS), ("rope_dim", rope_dim, ROPE_DIMS)):
         if value is not None and value not in choices:
@@ -53,5 +58,7 @@ def read_latent(section: Section, scales: tuple[float, float], most_heads: int) 
 def check_device(section: Section, q_heads: int) -> None:
     """Refuses a number of query heads of one device that no kernel takes."""
     if q_heads % HEADS_STEP or q_heads > MAX_HEADS:
-        allowed = f"must leave each device a multiple of {HEADS_STEP} query heads with attention latent, at most {MAX_HEADS}"
+        allowed = (
+            f"must leave each device a multiple of {HEADS_STEP} query heads with attention latent, at most {MAX_HEADS}"
+        )
         section.clash("q_heads", allowed, "change it, or parallel.tensor", f"{q_heads} on each device")

@@ -254,7 +254,9 @@ def _check_apart(section: Section, model: Model, serving: Serving) -> None:
     if (serving.kv_layout == "separate" or latent) and serving.page_size < least:
         what = "attention latent" if latent else "kv_layout separate"
         allowed = f"must be at least {least} with {what} and kv_dtype {model.kv_dtype}: as many share a register"
-        section.clash("page_size", allowed, f"write {least}" if latent else f"write {least}, or `kv_layout: interleaved`")
+        section.clash(
+            "page_size", allowed, f"write {least}" if latent else f"write {least}, or `kv_layout: interleaved`"
+        )
 
 
 def _with_layout(section: Section, model: Model, serving: Serving) -> Serving:
@@ -262,7 +264,9 @@ def _with_layout(section: Section, model: Model, serving: Serving) -> Serving:
     if model.rope_dim is None:
         return serving
     if section.has("kv_layout"):
-        allowed = "must be left out with attention latent: a token has one vector for keys and values, and nothing to order"
+        allowed = (
+            "must be left out with attention latent: a token has one vector for keys and values, and nothing to order"
+        )
         section.clash("kv_layout", allowed, "remove it")
     return replace(serving, kv_layout=LATENT_LAYOUT)
 

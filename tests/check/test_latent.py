@@ -26,9 +26,7 @@ SEED = 0
 
 def latent(q_heads: int = 16, rank: int = 128, rope_dim: int = 64, dtype: str = "bfloat16", **serving: Any) -> Spec:
     model = Model(q_heads, 1, rank, dtype, dtype, 0.1, rope_dim=rope_dim)
-    return replace(
-        TINY, name="latent", model=model, serving=replace(TINY.serving, kv_layout="latent", **serving)
-    )
+    return replace(TINY, name="latent", model=model, serving=replace(TINY.serving, kv_layout="latent", **serving))
 
 
 SPEC = latent()
