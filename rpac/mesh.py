@@ -60,6 +60,7 @@ class Mesh:
         heads: Cut = ("kv", "copy") if self.splits_queries else _KV
         by_name: dict[str, tuple[Cut, ...]] = {
             "queries": (_DATA, heads),
+            "queries_rope": (_DATA, heads),
             "out": (_DATA, heads),
             "lse": (_DATA, heads),
             "keys": (_DATA, _KV),

@@ -15,8 +15,18 @@ import jinja2
 import rpac
 from rpac.chip import is_tpu
 from rpac.layout import BITS, align, extra_specs, head_lanes, joins_rows, kv_rows, packing
-from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims
+from rpac.plan import (
+    BlockTiles,
+    Buffer,
+    DecodeTiles,
+    GroupTiles,
+    KernelPlan,
+    LatentBlockTiles,
+    LatentDecodeTiles,
+    RowDims,
+)
 from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, exchange_of, splits_rows, splits_words, unit_tokens
+from rpac.render_latent import latent_context, latent_lines
 from rpac.spec import Model, Spec
 
 MASKED = -2.0e38
@@ -59,7 +69,10 @@ def templates_dir() -> Path:
 def render(spec: Spec, plan: KernelPlan) -> Source:
     """The source of one plan."""
     family = "pallas_tpu" if is_tpu(plan.target) else "xla"
-    text = _environment(family).get_template(f"{plan.kind}.py.jinja").render(_context(spec, plan))
+    latent = spec.model.rope_dim is not None
+    name = f"latent_{plan.kind}.py.jinja" if latent else f"{plan.kind}.py.jinja"
+    context = _latent_context(spec, plan) if latent else _context(spec, plan)
+    text = _environment(family).get_template(name).render(context)
     return Source(plan.path, text.rstrip("\n") + "\n")
 
 
@@ -76,17 +89,40 @@ def _environment(family: str) -> jinja2.Environment:
     )
 
 
-def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
-    model, serving = spec.model, spec.serving
-    rows = RowDims.of(model)
+def _latent_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
+    context = {
+        **_header(spec, plan),
+        **latent_context(spec, plan),
+        "masked": repr(MASKED),
+        "causal": True,
+        "lse": False,
+        "kv_end": "kv_end(seq, q_block)",
+    }
+    for part in ("decode", "block"):
+        tiles = getattr(plan, part)
+        if isinstance(tiles, LatentDecodeTiles | LatentBlockTiles):
+            context[part]["buffers_declared"] = [_declared(buffer) for buffer in tiles.scratch(spec)]
+    return context
+
+
+def _header(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
+    """What the head of every source says."""
     of_layer = f", {spec.layer} layers" if spec.layer else ""
-    computed = model.q_dtype if model.quantized else model.kv_dtype
-    highest = computed == "float32"
     return {
         "title": f"Ragged paged attention of {spec.name}{of_layer}: {plan.kind} batches on {plan.target}.",
         "spec_hash": spec.hash,
         "command": f"rpac build {Path(spec.file).name} --target {plan.target}",
         "specialized": _specialized(spec, plan),
+    }
+
+
+def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
+    model, serving = spec.model, spec.serving
+    rows = RowDims.of(model)
+    computed = model.q_dtype if model.quantized else model.kv_dtype
+    highest = computed == "float32"
+    return {
+        **_header(spec, plan),
         "kind": plan.kind,
         "q_heads": model.q_heads,
         "kv_heads": model.kv_heads,
@@ -94,6 +130,8 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "group_rows": align(model.group, SUBLANES),
         "q_stride": align(model.q_heads, SUBLANES),
         "head_dim": model.head_dim,
+        "query_dim": "HEAD_DIM",
+        "new_arrays": ("keys", "values"),
         "head_lanes": head_lanes(model),
         "joins_rows": joins_rows(model),
         "kinds": 1 if joins_rows(model) else 2,
@@ -232,9 +270,12 @@ def _row_order(model: Model, rows: RowDims) -> str:
 
 
 def _tile_context(
-    spec: Spec, tiles: DecodeTiles | GroupTiles | BlockTiles | XlaTiles | None, *, shared: bool = False
+    spec: Spec,
+    tiles: DecodeTiles | GroupTiles | BlockTiles | LatentBlockTiles | XlaTiles | None,
+    *,
+    shared: bool = False,
 ) -> Mapping[str, Any]:
-    if tiles is None:
+    if tiles is None or isinstance(tiles, LatentBlockTiles):
         return {}
     if isinstance(tiles, GroupTiles):
         return _group_context(spec, tiles)
@@ -401,6 +442,9 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
         _features(model),
         *_quantization(model),
     ]
+    if model.rope_dim is not None:
+        head, cache, *tiles = latent_lines(spec, plan)
+        lines = [head, cache, *lines[1:3], "causal, cache updated", *tiles]
     if spec.mesh.devices > 1:
         lines.insert(1, f"these are one device's part of {spec.mesh.devices}: {spec.mesh}")
     if serving.kv_layout == "separate":
@@ -413,7 +457,7 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
             f"decode: blocks of {d.block} tokens, as long as the expected lengths and the registers for scores allow; "
             f"{d.buffers} buffers, so that DMA latency hides behind {d.buffers - 1} blocks in flight"
         )
-    if isinstance(plan.decode, GroupTiles):
+    if isinstance(plan.decode, GroupTiles) and model.rope_dim is None:
         g = plan.decode
         lines.append(
             f"decode: tiles of {g.tile} tokens, no longer than the expected lengths, {g.step} of them a turn, so that one "

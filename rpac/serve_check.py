@@ -14,7 +14,6 @@ import numpy as np
 from rpac.answers import expected
 from rpac.batch import Limits
 from rpac.bundle import Variant, verify_bundle
-from rpac.bundle.manifest import ARGS
 from rpac.canary import answer, make_call
 from rpac.engine import CanaryRun, Engine, Event, ProgramReady, load_layers
 from rpac.engine.probe import probe
@@ -144,7 +143,8 @@ def _run_batch(engine: Engine, variant: Variant, rows: Sequence[tuple[int, int]]
     wanted = answer(call, *expected(call, engine.model, engine.kv_layout))
 
     def run(args: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
-        return engine(*args[: len(ARGS)], **dict(zip(call.extra, args[len(ARGS) :], strict=True)))
+        taken = len(args) - len(call.extra)
+        return engine(*args[:taken], **dict(zip(call.extra, args[taken:], strict=True)))
 
     found = probe(run, call, program, engine.placement).against(wanted)
     named = " ".join(f"{q_len}+{context}" for q_len, context in rows)

@@ -10,6 +10,7 @@ from tabulate import tabulate
 from rpac.errors import SpecError
 from rpac.spec import TARGETS, parse_spec
 from rpac.spec import parse as rules
+from rpac.spec.latent import KV_LORA_RANKS, ROPE_DIMS
 from rpac.spec.model import KV_LAYOUTS, KV_SCALES, NO_TARGETS, QUANTIZERS
 
 HEADER = """# What rpac supports
@@ -51,6 +52,17 @@ FEATURES: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "sinks": {"model": {"sinks": "true"}},
     "not causal": {"model": {"causal": "false"}},
     "log-sum-exp": {"serving": {"log_sum_exp": "true"}},
+    "latent attention": {
+        "model": {
+            "attention": "latent",
+            "q_heads": 16,
+            "kv_heads": None,
+            "head_dim": None,
+            "kv_lora_rank": 512,
+            "rope_dim": 64,
+            "sm_scale": 0.07,
+        }
+    },
     "two kinds of layers": {"layers": {"local": "{sliding_window: 512}", "global": "{}"}},
     "tensor parallel": {"parallel": {"tensor": 4}},
     "data parallel": {"parallel": {"data": 2}},
@@ -97,6 +109,13 @@ def _keys() -> list[tuple[str, str, str]]:
         ("model.sliding_window", "1 to max_model_len - 1 tokens", "none"),
         ("model.sinks", "true, false: an argument `sinks`", "false"),
         ("model.causal", "true, false: each query sees all of its sequence", "true"),
+        (
+            "model.attention",
+            "latent: the cache holds one vector a token, shared by all heads (MLA)",
+            "of K and V heads",
+        ),
+        ("model.kv_lora_rank", f"{either(KV_LORA_RANKS)}, of latent attention alone", ""),
+        ("model.rope_dim", f"{either(ROPE_DIMS)}, of latent attention alone", ""),
         ("layers.NAME", f"any of {either(rules.MODEL_KEYS)}, in place of model's", "one kind of layer"),
         ("serving.page_size", either(rules.PAGE_SIZES), ""),
         ("serving.kv_layout", either(KV_LAYOUTS), KV_LAYOUTS[0]),
@@ -134,6 +153,8 @@ def text_of(*features: Mapping[str, Mapping[str, object]]) -> str:
             part = whole.setdefault(section, {})
             assert isinstance(part, dict)
             part.update(keys)
+            for key in [key for key, value in part.items() if value is None]:
+                del part[key]
     lines = []
     for name, part in whole.items():
         if isinstance(part, dict):

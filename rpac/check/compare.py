@@ -47,7 +47,8 @@ def compare(
         row = _row_of(args, token)
         position = args.kv_lens[row] - args.cu_q_lens[row + 1] + token
         notes.append(f"attention of query head {head} at row {row}, position {position} is off by {error:.2g}")
-    differs = np.moveaxis(_bits(cache) != _bits(want_cache), TOKEN_AXES[kv_layout], 1).any(axis=(2, 3, 4))
+    differs = np.moveaxis(_bits(cache) != _bits(want_cache), TOKEN_AXES[kv_layout], 1)
+    differs = differs.any(axis=tuple(range(2, differs.ndim)))
     if differs.any():
         page, slot = (int(index[0]) for index in np.nonzero(differs))
         owner = _owner(args, page, slot, page_size=differs.shape[1])

@@ -54,8 +54,6 @@ def prepare_run(plan: KernelPlan, source: Source, seconds: float = TIME_LIMIT) -
     program: Callable[..., Any] | None = None
     compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
     params = interpret_params()
-    # As it is served. The interpreter copies what it is given.
-    donated = () if is_tpu(plan.target) else Arguments._fields.index("kv_cache")
 
     def run(args: Arguments, mode: str) -> Outcome:
         nonlocal program
@@ -64,6 +62,8 @@ def prepare_run(plan: KernelPlan, source: Source, seconds: float = TIME_LIMIT) -
             with _quiet():
                 program = program or load_program(source)
                 if shapes not in compiled:
+                    # As it is served. The interpreter copies what it is given.
+                    donated = () if is_tpu(plan.target) else len(args.by_token)  # the cache
                     with pltpu.force_tpu_interpret_mode(params):
                         compiled[shapes] = jax.jit(program, donate_argnums=donated).lower(*args.in_order).compile()
                 if mode == COMPILED:

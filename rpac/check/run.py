@@ -14,9 +14,8 @@ from multiprocessing import get_context
 import numpy as np
 from numpy.typing import NDArray
 
-from rpac import reference
 from rpac.accuracy import TOLERANCE
-from rpac.answers import oracle_options
+from rpac.answers import oracle
 from rpac.check.arrays import Arguments, Array, make_arguments
 from rpac.check.compare import Difference, compare, lse_notes
 from rpac.check.execute import TIME_LIMIT, Outcome, modes_of, prepare_run
@@ -117,8 +116,7 @@ def check_source(
         rng = np.random.default_rng([seed, zlib.crc32(trial.name.encode())])
         args = make_arguments(spec, trial, tokens, pages, rng)
         kv_layout = spec.serving.kv_layout
-        options = {**oracle_options(spec.model, kv_layout), **args.extra}
-        out, kv_cache, lse = reference.attention_with_lse(*args.of_batch, **options)
+        out, kv_cache, lse = oracle(spec.model, kv_layout, args.of_batch, args.extra)
         wanted = out, kv_cache, lse if spec.serving.log_sum_exp else None
         for mode in modes or modes_of(plan):
             start = time.perf_counter()

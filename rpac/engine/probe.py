@@ -65,9 +65,7 @@ def probe(run: Run, call: Call, program: Program, placement: Placement) -> Probe
     kv_cache = placement.join(cache_dims, [make(*one, cache_dims.shape[0]) for one in zip(pages, held, strict=True)])
     batch = call.batch
     given = {
-        "queries": call.queries,
-        "keys": call.keys,
-        "values": call.values,
+        **call.by_token,
         "kv_lens": batch.kv_lens,
         "page_indices": batch.page_indices,
         "cu_q_lens": batch.cu_q_lens,

@@ -11,6 +11,7 @@ from jax import lax
 
 from rpac.batch import Kind, Limits
 from rpac.bundle.manifest import KINDS
+from rpac.layout import ArrayDims, index_of
 from rpac.runtime import Results, Traceable
 
 KV_CACHE_RESULT = 1
@@ -19,17 +20,18 @@ KV_CACHE_RESULT = 1
 def run_selected(
     programs: Mapping[Kind, Traceable],
     limits: Limits,
+    taken: Sequence[ArrayDims],
     args: Sequence[Any],
-    extra: Mapping[str, Any],
     more: Sequence[Any],
 ) -> Results:
-    """The one program of `programs` that the distribution, the last of `args`, needs; all are of one token bucket.
+    """The one program of `programs` that the distribution needs; all are of one token bucket and take `args`, `taken`.
 
     `more` are arrays of the shapes of the results after the cache.
 
     Where the distribution is none, or its program is missing: the cache is as it was, and all else that is returned NaN.
     """
-    queries, keys, values, kv_cache, *metadata, distribution = args
+    queries, kv_cache, distribution = (args[index_of(taken, name)] for name in ("queries", "kv_cache", "distribution"))
+    names = [dims.name for dims in taken]
     wanted = _kind_index(distribution)
     i, j, k = distribution
     is_one = (i >= 0) & (i <= j) & (j <= k) & (k <= limits.max_num_seqs)
@@ -42,7 +44,8 @@ def run_selected(
     for kind, program in programs.items():
 
         def body(_: jax.Array, results: Any, program: Traceable = program) -> Any:
-            return program(queries, keys, values, results[1], *metadata, safe, **extra)
+            changed = {"kv_cache": results[1], "distribution": safe}
+            return program(*(changed.get(name, arg) for name, arg in zip(names, args, strict=True)))
 
         # Not lax.switch: XLA for cpu copies the whole cache into each branch. A loop's state stays in place everywhere.
         turns = (chosen == KINDS.index(kind)).astype(jnp.int32)

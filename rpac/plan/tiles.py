@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from rpac.layout import LANES, align, cdiv, head_lanes, joins_rows, kv_page_shape, kv_row_shape, nbytes, packing
 from rpac.spec import Model, Spec
+
+if TYPE_CHECKING:
+    from rpac.plan.latent import LatentBlockTiles
 
 SCORES_AHEAD = 3  # flash steps whose scores are made before they are weighed: as many as keep the MXU busy meanwhile
 SCORES_AHEAD_AT_MOST = 3 * 256 * 512  # of them all: more are moved in and out of registers more often than it helps
@@ -400,7 +403,7 @@ class KernelPlan:
     tokens: tuple[int, ...]
     path: str
     decode: DecodeTiles | GroupTiles | XlaTiles | None
-    block: BlockTiles | XlaTiles | None
+    block: BlockTiles | LatentBlockTiles | XlaTiles | None
     vmem_need: int
     vmem_limit: int
     vmem_bytes: int

@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import rpac.bundle.manifest as bundle
@@ -39,19 +39,12 @@ class Dims:
     kv_dtype: str
     sliding_window: int | None
     causal: bool
+    rope_dim: int | None
 
     @classmethod
     def of(cls, model: Model | bundle.Dims) -> Dims:
         """Of a spec's model or of a bundle's."""
-        return cls(
-            model.q_heads,
-            model.kv_heads,
-            model.head_dim,
-            model.q_dtype,
-            model.kv_dtype,
-            model.sliding_window,
-            model.causal,
-        )
+        return cls(*(getattr(model, one.name) for one in fields(cls)))
 
 
 @dataclass(frozen=True)

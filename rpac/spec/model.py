@@ -19,6 +19,8 @@ NO_TARGETS = {
 }
 KV_LAYOUTS = ("interleaved", "separate")  # the first is the default; `rpac.layout` says what they are
 QUANTIZED = ("float8_e4m3fn", "float8_e5m2", "int8")  # dtypes of KV alone: each element is a stored code
+LATENT_LAYOUT = "latent"  # that of latent attention, which has no other
+ATTENTIONS = ("grouped", "latent")  # the first is the default
 KV_SCALES = ("tensor", "head")
 QUANTIZERS = ("caller", "kernel")  # the first is the default
 MIN_DEFAULT_BUCKET = 16
@@ -36,6 +38,9 @@ class Model:
     An 8-bit `kv_dtype` may have scales, an argument too, for K and V each: one a KV head (`kv_scale` "head") or one
     ("tensor"); a value is what is stored times its scale. `quantize` says who makes 8 bits of new keys and values: the
     caller, or the kernel's program.
+
+    With `rope_dim` it is latent attention in its absorbed form: a token has one latent vector of `head_dim` (kv_lora_rank)
+    elements, which is the value and part of the key of all query heads, and a rotary part of the key of `rope_dim`.
     """
 
     q_heads: int
@@ -50,6 +55,7 @@ class Model:
     kv_scale: str | None = None
     quantize: str = QUANTIZERS[0]
     causal: bool = True
+    rope_dim: int | None = None
 
     @property
     def quantized(self) -> bool:
@@ -82,7 +88,7 @@ class Serving:
     prefill_chunk: int
     context_lens: tuple[int, ...]
     num_pages: int
-    kv_layout: str = KV_LAYOUTS[0]
+    kv_layout: str = KV_LAYOUTS[0]  # or LATENT_LAYOUT
     log_sum_exp: bool = False
 
     @property

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from rpac.errors import SpecError
 from rpac.mesh import ONE_DEVICE, Mesh
+from rpac.spec.latent import LATENT_KEYS, check_device, read_latent
 from rpac.spec.model import (
+    ATTENTIONS,
     KV_LAYOUTS,
     KV_SCALES,
+    LATENT_LAYOUT,
     NO_TARGETS,
     QUANTIZED,
     QUANTIZERS,
@@ -24,6 +27,7 @@ from rpac.spec.nodes import MAX_SIZE, Report, Section, compose
 
 ROOT_KEYS = ("name", "model", "layers", "serving", "parallel", "targets")
 MODEL_KEYS = (
+    "attention",
     "q_heads",
     "kv_heads",
     "head_dim",
@@ -36,6 +40,7 @@ MODEL_KEYS = (
     "kv_scale",
     "quantize",
     "causal",
+    *LATENT_KEYS,
 )
 SERVING_KEYS = (
     "page_size",
@@ -126,6 +131,7 @@ def _read(text: str, report: Report) -> Spec | None:
         return None
     assert model_section is not None and serving_section is not None
     mesh = _mesh(root, model)
+    serving = _with_layout(serving_section, model, serving)
     kinds = {"": (model_section, model), **_layers(root, model_section, model)}
     for section, kind in list(kinds.values())[len(kinds) > 1 :]:  # the first is no layer itself where others are named
         _check_window(section, kind, serving)
@@ -139,6 +145,9 @@ def _read(text: str, report: Report) -> Spec | None:
         layer: replace(kind, q_heads=kind.q_heads // mesh.query_parts, kv_heads=kind.kv_heads // mesh.kv)
         for layer, (_, kind) in kinds.items()
     }
+    for layer, part in parts.items():
+        if part.rope_dim is not None:
+            check_device(kinds[layer][0], part.q_heads)
     model = parts.pop("")
     return Spec(name, model, serving, targets, source=text, file=report.file, mesh=mesh, layers=tuple(parts.items()))
 
@@ -186,6 +195,13 @@ def _mesh(root: Section, model: Model) -> Mesh | None:
 
 
 def _model(section: Section) -> Model | None:
+    if section.has("attention"):
+        attention = section.choice("attention", ATTENTIONS)
+        if attention != ATTENTIONS[0]:
+            return read_latent(section, SM_SCALES, MAX_HEADS) if attention else None
+    for key in LATENT_KEYS:
+        if section.has(key):
+            section.clash(key, "must be left out without attention latent", "remove it, or write `attention: latent`")
     q_heads = section.integer("q_heads", 1, MAX_HEADS, 32)
     kv_heads = section.integer("kv_heads", 1, MAX_HEADS, 8)
     head_dim = section.integer("head_dim", 1, max(HEAD_DIMS), 128)
@@ -296,11 +312,27 @@ def _refuse_copies(section: Section, model: Model) -> None:
 
 def _check_apart(section: Section, model: Model, serving: Serving) -> None:
     least = LEAST_APART[model.kv_dtype]
-    if serving.kv_layout == "separate" and serving.page_size < least:
-        allowed = (
-            f"must be at least {least} with kv_layout separate and kv_dtype {model.kv_dtype}: as many share a register"
+    latent = model.rope_dim is not None
+    if (serving.kv_layout == "separate" or latent) and serving.page_size < least:
+        what = "attention latent" if latent else "kv_layout separate"
+        allowed = f"must be at least {least} with {what} and kv_dtype {model.kv_dtype}: as many share a register"
+        section.clash(
+            "page_size", allowed, f"write {least}" if latent else f"write {least}, or `kv_layout: interleaved`"
         )
-        section.clash("page_size", allowed, f"write {least}, or `kv_layout: interleaved`")
+
+
+def _with_layout(section: Section, model: Model, serving: Serving) -> Serving:
+    """The serving of a model whose attention decides the cache's layout."""
+    if model.rope_dim is None:
+        return serving
+    if section.has("kv_layout"):
+        allowed = (
+            "must be left out with attention latent: a token has one vector for keys and values, and nothing to order"
+        )
+        section.clash("kv_layout", allowed, "remove it")
+    if serving.log_sum_exp:
+        section.clash("log_sum_exp", "must be false with attention latent: its kernels do not return it", "remove it")
+    return replace(serving, kv_layout=LATENT_LAYOUT)
 
 
 def _check_tokens(

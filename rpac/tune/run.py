@@ -54,6 +54,10 @@ def tune(
     chosen = [target for target in targets if is_tpu(target)]
     if not chosen:
         raise TargetError(f"{spec.file}: no TPU among the targets {', '.join(targets)}; only their kernels are tuned")
+    if spec.model.rope_dim is not None:
+        raise TargetError(
+            f"{spec.file}: attention latent has one set of tiles, with nothing to search; leave it as planned"
+        )
     check_compiler(toolchain()["libtpu"])
     for target in chosen:
         TunedTiles.of(target, folder)  # a file that is none is said before the search, not after it

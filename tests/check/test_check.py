@@ -178,7 +178,7 @@ def by_token(spec: Spec, cache: np.ndarray) -> np.ndarray:
 @each_layout
 def test_what_nothing_may_read_is_poison(spec: Spec) -> None:
     args = arguments(spec=spec)
-    for array in (args.queries, args.keys, args.values):
+    for array in args.by_token.values():
         assert np.isfinite(array[:9].astype(np.float32)).all()
         assert np.isnan(array[9:].astype(np.float32)).all()
     table = args.page_indices.reshape(TINY.serving.max_num_seqs, -1)

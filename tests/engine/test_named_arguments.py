@@ -53,7 +53,7 @@ def call_of(engine: Engine, kind: Any) -> tuple[list[Any], Callable[[Any], Any]]
     cache = np.zeros(args[3].shape, args[3].dtype)
     cache[made.pages] = made.held
     batch = made.batch
-    given = [made.queries, made.keys, made.values, cache, *metadata(batch)]
+    given = [*made.by_token.values(), cache, *metadata(batch)]
     options = oracle_options(engine.model, engine.kv_layout)
 
     def want(sinks: Any) -> Any:
