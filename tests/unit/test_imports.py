@@ -17,12 +17,12 @@ PACKAGE = Path(rpac.__file__).parent
 # From the lowest to the highest; a module, or a package as a whole, imports only from above its own line.
 ORDER = [
     "errors",
-    "spec", "chip", "layout", "batch", "trace", "serving", "plan", "buckets", "render",
+    "spec", "chip", "layout", "batch", "trace", "serving", "plan", "buckets", "render_latent", "render",
     "accuracy", "canary",  # how good an answer must be, and the calls that a bundle stores answers to
     "publish", "store",  # files and folders: a bundle's and a cache's
     "compat", "runtime", "toolchain",  # JAX: what differs, what runs, what it is
     "lower", "schedule", "bundle", "select", "engine", "adapters",
-    "reference", "answers", "check", "build", "serve_check", "predict", "tune",
+    "reference", "reference_latent", "answers", "check", "build", "serve_check", "predict", "tune",
     "cli",
 ]  # fmt: skip
 
