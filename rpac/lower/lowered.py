@@ -49,7 +49,9 @@ class Task:
             "plan": self.plan,
             "args": self.args,
             "toolchain": dict(toolchain),
-            **({} if self.mesh == ONE_DEVICE else {"mesh": self.mesh.as_dict()}),
+            "mesh": self.mesh.as_dict(),
+            "layer": self.layer,
+            "results": self.results,
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 

@@ -22,6 +22,7 @@ from rpac.render import Source, render
 from rpac.spec import Spec, load_spec
 
 SPECS = Path(__file__).parents[2] / "specs"
+SHIPPED = [part for path in sorted(SPECS.glob("*.yaml")) for part in load_spec(path).parts]
 TINY = load_spec(SPECS / "tiny.yaml")
 SEPARATE = replace(TINY, serving=replace(TINY.serving, kv_layout="separate"))
 each_layout = pytest.mark.parametrize("spec", [TINY, SEPARATE], ids=lambda spec: spec.serving.kv_layout)
@@ -49,6 +50,10 @@ def arguments(trial: Trial = MIXED, spec: Spec = TINY) -> Arguments:
 # ---- batches
 
 
+def name_of(spec: Spec) -> str:
+    return f"{spec.name} {spec.layer}".strip()
+
+
 ODD = [
     TINY,
     serving(max_num_seqs=1),
@@ -63,12 +68,12 @@ ODD = [
     serving(kv_layout="separate"),
     serving(kv_layout="separate", max_num_seqs=1, max_model_len=2064),
     serving(kv_layout="separate", token_buckets=(1, 2, 32), page_size=256, max_model_len=2304),
-    *(load_spec(path) for path in sorted(SPECS.glob("*.yaml"))),
+    *SHIPPED,
 ]
 
 
 @pytest.mark.parametrize("target", ["tpu7x", "cpu"])
-@pytest.mark.parametrize("spec", ODD, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", ODD, ids=name_of)
 def test_every_batch_is_one_that_its_program_may_be_given(spec: Spec, target: str) -> None:
     for plan in plan_spec(spec, target) if target in spec.targets else ():
         found = trials(spec, plan)
@@ -89,9 +94,8 @@ def test_every_batch_is_one_that_its_program_may_be_given(spec: Spec, target: st
 
 
 @pytest.mark.parametrize("target", ["tpu7x", "cpu"])
-@pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_decode_batches_hold_every_edge_length(path: Path, target: str) -> None:
-    spec = load_spec(path)
+@pytest.mark.parametrize("spec", SHIPPED, ids=name_of)
+def test_decode_batches_hold_every_edge_length(spec: Spec, target: str) -> None:
     plan = plan_of(spec, "decode", target)
     assert plan.decode is not None
     found = trials(spec, plan)
@@ -129,9 +133,8 @@ def test_batches_of_groups_too_long_for_any_row_leave_out_whole_ones() -> None:
 
 @pytest.mark.parametrize("target", ["tpu7x", "cpu"])
 @pytest.mark.parametrize("kind", ["prefill", "mixed"])
-@pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_other_batches_end_around_pages_tiles_and_blocks(path: Path, kind: str, target: str) -> None:
-    spec = load_spec(path)
+@pytest.mark.parametrize("spec", SHIPPED, ids=name_of)
+def test_other_batches_end_around_pages_tiles_and_blocks(spec: Spec, kind: str, target: str) -> None:
     serving = spec.serving
     for plan in plan_spec(spec, target):
         if plan.kind != kind:

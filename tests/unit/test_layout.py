@@ -18,6 +18,8 @@ from rpac.spec import KV_LAYOUTS, Spec, load_spec
 
 SPECS = Path(__file__).parents[2] / "specs"
 SHIPPED = [load_spec(path) for path in sorted(SPECS.glob("*.yaml"))]
+WITH_HEADS = [spec for spec in SHIPPED if spec.model.rope_dim is None]  # of K and V
+DEEPSEEK = load_spec(SPECS / "deepseek-v3.yaml")
 LLAMA = load_spec(SPECS / "llama3-8b.yaml")
 
 
@@ -40,6 +42,24 @@ def test_llama_has_the_arguments_of_rpa_v3() -> None:
         ("cu_q_lens", (65,), "int32"),
         ("distribution", (3,), "int32"),
     )
+
+
+def test_latent_attention_has_queries_in_two_parts_and_one_row_a_token() -> None:
+    assert layout.arg_specs(DEEPSEEK, 64) == (
+        ("queries", (64, 128, 512), "bfloat16"),
+        ("queries_rope", (64, 128, 64), "bfloat16"),
+        ("new_kv", (64, 512), "bfloat16"),
+        ("new_rope", (64, 64), "bfloat16"),
+        ("kv_cache", (4096, 128, 640), "bfloat16"),
+        ("kv_lens", (64,), "int32"),
+        ("page_indices", (64 * 64,), "int32"),
+        ("cu_q_lens", (65,), "int32"),
+        ("distribution", (3,), "int32"),
+    )
+    assert [tuple(dims) for dims in layout.result_specs(DEEPSEEK, 64)] == [
+        ("out", (64, 128, 512), "bfloat16"),
+        ("kv_cache", (4096, 128, 640), "bfloat16"),
+    ]
 
 
 def test_results_are_an_output_like_the_queries_and_the_cache() -> None:
@@ -100,12 +120,12 @@ def test_the_axis_of_the_tokens_has_those_of_a_page(kv_layout: str) -> None:
 
 
 def test_every_layout_of_a_spec_has_its_shape_and_no_other() -> None:
-    assert tuple(layout.TOKEN_AXES) == KV_LAYOUTS
+    assert tuple(layout.TOKEN_AXES) == (*KV_LAYOUTS, "latent")
     assert len({layout.kv_page_shape(laid_out(LLAMA, kv_layout)) for kv_layout in KV_LAYOUTS}) == len(KV_LAYOUTS)
 
 
 @pytest.mark.parametrize("kv_layout", KV_LAYOUTS)
-@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("shipped", WITH_HEADS, ids=lambda spec: spec.name)
 def test_a_page_holds_k_and_v_of_every_head_and_nothing_else(shipped: Spec, kv_layout: str) -> None:
     """But what fills words, where a token's rows do not. No shipped spec has rows that are no whole registers."""
     spec = laid_out(shipped, kv_layout)

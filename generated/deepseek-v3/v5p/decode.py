@@ -20,7 +20,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-Q_HEADS = 128  # which share each token's row of the cache
 RANK = 512  # lanes of a latent vector, which is the value and part of the key
 LANES = 640  # of a row: the latent vector, 64 of the rotary key, 64 of padding
 PAGE_SIZE = 128  # tokens

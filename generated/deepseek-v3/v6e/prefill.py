@@ -294,14 +294,13 @@ def prefill_kernel(
     def finish():
         """The output of a query block, and the running state cleared for the next one."""
 
-        def one(step, _):
+        def one(step):
             tokens, rows = step_place(step)
             out = (acc[rows] / widen(row_sum[rows], RANK)).astype(out_rows.dtype)
             out_rows[0, tokens] = out.reshape(2, Q_HEADS, RANK)
             clear(rows)
-            return 0
 
-        lax.fori_loop(0, 8, one, 0)
+        loop(8, one)
 
     def clear_tail(slot, valid):
         """Zeroes rows from token `valid` to the end of what is computed: a weight of 0 does not hide a NaN."""
@@ -357,18 +356,13 @@ def prefill_kernel(
                 query = first_query + step * 2 + row // Q_HEADS
                 return jnp.where(token <= query, scores, MASKED)
 
-            def turn(index, _):
+            def turn(index):
                 flash_steps(index * 4, 4, masked_score, slot)
-                return 0
 
-            lax.fori_loop(0, 2, turn, 0)
+            loop(2, turn)
 
     def attend():
-        def clear_one(step, _):
-            clear(step_place(step)[1])
-            return 0
-
-        lax.fori_loop(0, 8, clear_one, 0)
+        loop(8, lambda step: clear(step_place(step)[1]))
         start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
         ahead = start
         for step in range(2):
