@@ -85,9 +85,7 @@ def test_sequences_in_another_order(name: str, seed: int) -> None:
     rows = np.concatenate([np.arange(args.cu_q_lens[row], args.cu_q_lens[row + 1]) for row in order])
     tokens = np.concatenate([rows, np.arange(len(rows), len(args.queries))])
     moved = args._replace(
-        queries=args.queries[tokens],
-        keys=args.keys[tokens],
-        values=args.values[tokens],
+        by_token={key: array[tokens] for key, array in args.by_token.items()},
         kv_lens=args.kv_lens[order],
         page_indices=args.page_indices.reshape(4, -1)[order].ravel(),
         cu_q_lens=np.concatenate([[0], np.cumsum(q_lens[order])]).astype(np.int32),
@@ -123,14 +121,13 @@ def test_a_prefill_that_is_cut_in_two(name: str, seed: int) -> None:
 
     def part(start: int, end: int, kv_cache: np.ndarray) -> Arguments:
         new = {
-            key: np.concatenate([getattr(args, key)[start:end], getattr(args, key)[end:], getattr(args, key)[:start]])
-            for key in ("queries", "keys", "values")
+            key: np.concatenate([array[start:end], array[end:], array[:start]]) for key, array in args.by_token.items()
         }
         ends = args.cu_q_lens.copy()
         ends[1] = end - start
         lens = args.kv_lens.copy()
         lens[0] -= count - end
-        return args._replace(**new, kv_cache=kv_cache, cu_q_lens=ends, kv_lens=lens)
+        return args._replace(by_token=new, kv_cache=kv_cache, cu_q_lens=ends, kv_lens=lens)
 
     first, kv_cache = attend(name, "mixed", part(0, cut, args.kv_cache))
     second, kv_cache = attend(name, "mixed", part(cut, count, kv_cache))
