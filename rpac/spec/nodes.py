@@ -21,6 +21,7 @@ SHOWN_CHARS = 40
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_LINE_END = re.compile(r"\r\n|[\n\r\x85\u2028\u2029]")  # as YAML has them
 _TAG = "tag:yaml.org,2002:"
 _KINDS = {"bool": "a bool", "timestamp": "a date"}
 
@@ -132,8 +133,8 @@ def compose(text: str, report: Report) -> yaml.MappingNode | None:
 
 
 def _line_column(text: str, position: int) -> tuple[int, int]:
-    before = text[:position]
-    return before.count("\n") + 1, position - (before.rfind("\n") + 1) + 1
+    lines = _LINE_END.split(text[:position])
+    return len(lines), len(lines[-1]) + 1
 
 
 class Section:
