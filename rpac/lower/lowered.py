@@ -30,7 +30,7 @@ class Task:
     args: tuple[ArrayDims, ...]
     mesh: Mesh = ONE_DEVICE
     layer: str = ""
-    results: tuple[ArrayDims, ...] = ()  # where the mesh has several devices, which need their names
+    results: tuple[ArrayDims, ...] = ()  # a mesh of several devices needs their names
 
     @property
     def label(self) -> str:

@@ -148,7 +148,17 @@ def _of_bundle(path: Path, target: str, layer: str, store: Store, progress: Prog
         text = (path / "source" / program.source).read_text()
         variant = program.variant
         tasks.append(
-            Task(target, variant.kind, variant.tokens, Source(program.source, text), program.plan, program.args)
+            Task(
+                target,
+                variant.kind,
+                variant.tokens,
+                Source(program.source, text),
+                program.plan,
+                program.args,
+                manifest.mesh,
+                layer,
+                program.results,
+            )
         )
     dims = Dims.of(found.model or manifest.model)
     context_lens = load_spec(path / "spec.yaml").serving.context_lens

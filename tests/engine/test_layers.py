@@ -52,7 +52,7 @@ def test_each_kind_of_layer_is_served_as_the_oracle_says(bundle: Path) -> None:
         batch = call.batch
         args = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
         extra = {"sinks": SINKS} if name == "global" else {}
-        new = (call.queries, call.keys, call.values)
+        new = tuple(call.by_token.values())
         out, _ = engine(*new, jax.device_put(cache.copy(), engine.sharding("kv_cache")), *args, **extra)
         options = {**oracle_options(engine.model, engine.kv_layout), **extra}
         want, _ = ragged_paged_attention(*new, cache, *args, **options)
@@ -93,7 +93,7 @@ NAME = "must be lower-case letters, digits and dashes, 32 at most, a letter or d
         ("layers: []", "layers: found a list; must be a mapping of names to mappings"),
         ("layers: {}", "layers: found a mapping; must be a mapping of names to mappings"),
         ("layers: {Local: {}}", f"layers.Local: found Local; {NAME}"),
-        ("layers: {local: 3}", "layers.local: found 3; must be a mapping with q_heads, kv_heads"),
+        ("layers: {local: 3}", "layers.local: found 3; must be a mapping with attention, q_heads, kv_heads"),
         ("layers: {local: {window: 3}}", "layers.local.window: found an unknown key"),
         ("layers: {local: {sliding_window: 48}}", "layers.local.sliding_window: found 48; must be below serving.max"),
         ("layers: {local: {q_heads: 3, kv_heads: 2}}", "layers.local.q_heads: found 3; must be a multiple of kv_heads"),
