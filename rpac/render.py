@@ -25,7 +25,20 @@ from rpac.plan import (
     LatentDecodeTiles,
     RowDims,
 )
-from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, exchange_of, splits_rows, splits_words, unit_tokens
+from rpac.plan.tiles import (
+    PIECE,
+    RULE,
+    SCORE_SLOTS,
+    SUBLANES,
+    TIED_AHEAD,
+    TIED_ROWS,
+    Sets,
+    XlaTiles,
+    exchange_of,
+    splits_rows,
+    splits_words,
+    unit_tokens,
+)
 from rpac.render_latent import latent_context, latent_lines
 from rpac.spec import Model, Spec
 
@@ -311,6 +324,12 @@ def _tile_context(
         "q_rows": spec.model.group * tiles.q_block,
         "row_steps": spec.model.group * tiles.q_block // tiles.step_rows,
         **_sort_context(spec.model, tiles.q_block),
+        "tied": tiles.tied(spec),
+        "tied_ahead": TIED_AHEAD,
+        "score_slots": SCORE_SLOTS,
+        "tied_rows": TIED_ROWS,
+        "score_tokens": PIECE,
+        "diagonal_turns": spec.model.kv_heads // tiles.diagonal_heads,
         "masks_by_mxu": tiles.masks_by_mxu(spec.model),
         "clear_keys": tiles.masks_by_mxu(spec.model),
         "turns": spec.model.kv_heads // tiles.heads,

@@ -21,6 +21,7 @@ from rpac.plan.legal import (
     step_rows_of,
 )
 from rpac.plan.tiles import (
+    LONG_TILE,
     RULE,
     BlockTiles,
     DecodeTiles,
@@ -57,9 +58,9 @@ STEP_ROWS = 256  # query rows of a flash step: with fewer, pushing K and V into 
 TURN_STEPS = (32, 16)
 # Where code is scarce: a narrow MXU takes twice as much for a product, and splitting words takes much by itself.
 FEWER_STEPS = {"prefill": (16, 8), "mixed": (4, 2)}
-# Tokens of a flash step. Where a head fills a wide MXU, its vector work must be less for each score: a longer step moves the
-# running state less often.
-TILE, LONG_TILE = 512, 1024
+# Tokens of a flash step. Where a head fills a wide MXU, its vector work must be less for each score: a longer step,
+# LONG_TILE, moves the running state less often.
+TILE = 512
 INT32_BYTES = 4
 
 FittedTiles = TypeVar("FittedTiles", DecodeTiles, GroupTiles, BlockTiles, LatentBlockTiles)

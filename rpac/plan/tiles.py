@@ -17,6 +17,11 @@ SCORES_AHEAD = 3  # flash steps whose scores are made before they are weighed: a
 SCORES_AHEAD_AT_MOST = 3 * 256 * 512  # of them all: more are moved in and out of registers more often than it helps
 STEPS_PER_SCORE = 2  # at least: scores made ahead are code too
 PIECE = 256  # tokens, if whole pages: a tile on the diagonal is computed by pieces, of no fewer than the MXU is wide
+LONG_PIECE = 512  # likewise of a long tile, where what a step costs by itself is more
+LONG_TILE = 1024  # tokens of a flash step whose weights are tied to the scores that the MXU makes meanwhile
+TIED_AHEAD = 2  # steps whose scores are made before they are weighed, where they are tied
+SCORE_SLOTS = 4  # steps whose scores are kept then: a power of two above those, so that a turn's steps come out even
+TIED_ROWS = 32  # rows of weights that wait for one register of scores
 SUBLANES = 8  # of a 32-bit register tile, on every generation supported
 RULE: Final = "rule"
 """`KernelPlan.origin` of tiles that the rules of this package made, for want of tuned ones."""
@@ -221,7 +226,16 @@ class BlockTiles:
 
     def piece(self, page_size: int) -> int:
         """Tokens of a part of a tile that is computed where the whole would reach past the diagonal."""
-        return PIECE if self.tile % PIECE == 0 and PIECE % page_size == 0 else self.tile
+        size = LONG_PIECE if self.tile == LONG_TILE and not self.spare else PIECE
+        return size if self.tile % size == 0 and size % page_size == 0 else self.tile
+
+    def tied(self, spec: Spec) -> bool:
+        """Whether weights are tied to scores made meanwhile, which keeps the compiler from spilling them: where a head fills
+        the MXU, steps are long, and the steps of every turn go around the scores that are kept.
+        """
+        steps = math.gcd(self.heads, self.diagonal_heads) * (spec.model.group * self.q_block // self.step_rows)
+        whole = steps % SCORE_SLOTS == 0 and self.step_rows % TIED_ROWS == 0 and PIECE % spec.serving.page_size == 0
+        return self.tile == LONG_TILE and not self.spare and whole and not splits_words(spec)
 
     def masks_by_mxu(self, model: Model) -> bool:
         """Whether queries differ in what they see, each of a step's has a lane in what the MXU has to spare, and nothing undoes
@@ -255,7 +269,9 @@ class BlockTiles:
                 Buffer("which_query", (self.step_rows, LANES), model.q_dtype, "a 1 where a lane is the row's query"),
                 Buffer("limits", parts, model.q_dtype, "by token and query: 0, or what masks a score"),
             )
-        next_scores = (self.scores_ahead(model, self.heads), self.step_rows, self.tile)
+        tied = self.tied(spec)
+        next_scores = (SCORE_SLOTS if tied else self.scores_ahead(model, self.heads), self.step_rows, self.tile)
+        kept = "scores of the next steps" if tied else "the first scores of the next turn"
         state = (model.kv_heads, q_rows, LANES)
         by_token: tuple[Buffer, ...] = ()
         if not exchange_of(model):
@@ -286,7 +302,8 @@ class BlockTiles:
             *by_token,
             Buffer("q_rows", (model.kv_heads, q_rows, head_lanes(model)), model.q_dtype, "one by KV head"),
             *limits,
-            Buffer("next_scores", next_scores, "float32", "the first scores of the next turn"),
+            Buffer("next_scores", next_scores, "float32", kept),
+            *((Buffer("step_max", (*next_scores[:2], LANES), "float32", "their largest, by lane"),) if tied else ()),
             *(sink_rows(model, (model.kv_heads, align(model.group, SUBLANES), LANES)) if exchange_of(model) else ()),
             Buffer("row_max", state, "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", state, "float32", "running sum, the same in every lane"),
@@ -304,7 +321,8 @@ class BlockTiles:
 
     def temporaries(self, model: Model) -> int:
         """Bytes of the values of one flash step that registers cannot hold: scores and weights."""
-        return 8 * nbytes((self.step_rows, self.tile), "float32")
+        tiles = 4 if self.tile == LONG_TILE and not self.spare else 8  # scores that are kept have an array of their own
+        return tiles * nbytes((self.step_rows, self.tile), "float32")
 
 
 def sink_rows(model: Model, shape: tuple[int, ...]) -> tuple[Buffer, ...]:
