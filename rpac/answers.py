@@ -24,7 +24,7 @@ _ENTRY = "answer"
 
 def oracle_options(model: Model | Dims, kv_layout: str) -> dict[str, Any]:
     """What the oracle must know of a spec or a bundle beside a call's arguments."""
-    names = ("sm_scale", "soft_cap", "sliding_window", "causal")
+    names = ("sm_scale", "soft_cap", "sliding_window", "attention_chunk", "causal")
     return {"kv_layout": kv_layout, **{name: getattr(model, name) for name in names}}
 
 

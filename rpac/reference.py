@@ -31,6 +31,7 @@ def ragged_paged_attention(
     kv_layout: str = "interleaved",
     soft_cap: float | None = None,
     sliding_window: int | None = None,
+    attention_chunk: int | None = None,
     sinks: Array | None = None,
     kv_scales: Array | None = None,
     causal: bool = True,
@@ -43,6 +44,7 @@ def ragged_paged_attention(
         kv_layout=kv_layout,
         soft_cap=soft_cap,
         sliding_window=sliding_window,
+        attention_chunk=attention_chunk,
         sinks=sinks,
         kv_scales=kv_scales,
         causal=causal,
@@ -64,6 +66,7 @@ def attention_with_lse(
     kv_layout: str = "interleaved",
     soft_cap: float | None = None,
     sliding_window: int | None = None,
+    attention_chunk: int | None = None,
     sinks: Array | None = None,
     kv_scales: Array | None = None,
     causal: bool = True,
@@ -73,7 +76,8 @@ def attention_with_lse(
     Arguments are those of a program, as numpy arrays, of a batch that `validate` accepts; `kv_layout` says how K and V
     lie in `kv_cache`, as `split_kv` has it. `soft_cap`: a score s becomes soft_cap * tanh(s / soft_cap).
     `sliding_window`: the query at position p sees those from p - sliding_window + 1 to p, where the cache may hold anything
-    before what the first new token sees. `sinks` `[q_heads]` are logits, one a query head, that take part in its softmax
+    before what the first new token sees. `attention_chunk`: that query sees those from the last multiple of it that is not
+    above p on, likewise. `sinks` `[q_heads]` are logits, one a query head, that take part in its softmax
     and have no value. `kv_scales` `[2]` or `[2, kv_heads]` are what stored K and V are multiplied by; new keys and values
     of another dtype than the cache's are quantized as they are stored, as `quantized` does. Where not `causal` a query sees
     all of its sequence, what follows it too.
@@ -116,12 +120,14 @@ def attention_with_lse(
         kv_len = int(kv_lens[seq])
         q_positions = np.arange(kv_len - (end - start), kv_len)
         window = kv_len if sliding_window is None else sliding_window
-        kv_positions = np.arange(max(kv_len - (end - start) + 1 - window, 0), kv_len)
+        chunk = kv_len if attention_chunk is None else attention_chunk
+        first_seen = np.maximum(np.maximum(q_positions + 1 - window, q_positions // chunk * chunk), 0)
+        kv_positions = np.arange(first_seen[0], kv_len)
         at = page_tables[seq, kv_positions // page_size], kv_positions % page_size
         k = cached_k[at].astype(np.float64) * scales[0, :, None]
         v = cached_v[at].astype(np.float64) * scales[1, :, None]
         visible = (kv_positions <= q_positions[:, None]) | (not causal)
-        visible &= kv_positions > q_positions[:, None] - window
+        visible &= kv_positions >= first_seen[:, None]
         for head in range(q_heads):
             kv_head = head * kv_heads // q_heads
             scores = sm_scale * (queries[start:end, head].astype(np.float64) @ k[:, kv_head].T)

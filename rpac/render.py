@@ -156,6 +156,8 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "cap_scale": model.soft_cap and repr(model.sm_scale / model.soft_cap),
         "cap_log2": model.soft_cap and repr(model.soft_cap * math.log2(math.e)),
         "window": model.sliding_window,
+        "attention_chunk": model.attention_chunk,
+        "late": bool(model.sliding_window or model.attention_chunk),  # not all queries see their sequence from its start
         "sinks": model.sinks,
         **_extra_context(spec, plan),
         "causal": model.causal,
@@ -375,7 +377,8 @@ def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
         "tile_units": tiles.tile // unit_tokens(model),
         "clear_keys": False,
         # A window begins at any page, and so do its tiles.
-        "even": model.sliding_window is None and spec.serving.pages_per_seq * spec.serving.page_size % tiles.tile == 0,
+        "even": model.sliding_window is None
+        and math.gcd(model.attention_chunk or 0, spec.serving.max_model_len) % tiles.tile == 0,
         "table_end": spec.serving.max_num_seqs * spec.serving.pages_per_seq - 1,
         "heads_per_set": sets.heads,
         "set_rows": sets.rows,
@@ -427,6 +430,8 @@ def _features(model: Model) -> str:
     *names, last = [name for name, text in used.items() if not text] or [""]
     unused = f"{', '.join(names)} or {last}" if names else last
     order = "causal" if model.causal else "not causal: each query sees all of its sequence"
+    if model.attention_chunk:
+        order += f" inside its own chunk of {model.attention_chunk} tokens, nothing fetched before it"
     given = [f"{order}, cache updated", *(text for text in used.values() if text)]
     return "; ".join([*given, *([f"no {unused} in the spec: none is in the code"] if unused else [])])
 

@@ -17,6 +17,8 @@ MASKED_STEPS: Final = 4  # flash steps on the diagonal that are one piece of cod
 _WITHOUT: Final[Mapping[str, Any]] = {
     "soft_cap": None,
     "window": None,
+    "attention_chunk": None,
+    "late": False,
     "sinks": False,
     "quantized": False,
     "quantize": "caller",

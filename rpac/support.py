@@ -49,6 +49,7 @@ FEATURES: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "pages of 512": {"serving": {"page_size": 512}},
     "soft cap": {"model": {"soft_cap": 30.0}},
     "sliding window": {"model": {"sliding_window": 1024}},
+    "attention in chunks": {"model": {"attention_chunk": 1024}},
     "sinks": {"model": {"sinks": "true"}},
     "not causal": {"model": {"causal": "false"}},
     "log-sum-exp": {"serving": {"log_sum_exp": "true"}},
@@ -107,6 +108,7 @@ def _keys() -> list[tuple[str, str, str]]:
         ("model.sm_scale", f"{rules.SM_SCALES[0]:g} to {rules.SM_SCALES[1]:g}", "head_dim ** -0.5"),
         ("model.soft_cap", f"{rules.SOFT_CAPS[0]:g} to {rules.SOFT_CAPS[1]:g}", "none"),
         ("model.sliding_window", "1 to max_model_len - 1 tokens", "none"),
+        ("model.attention_chunk", "a multiple of page_size, below max_model_len", "none"),
         ("model.sinks", "true, false: an argument `sinks`", "false"),
         ("model.causal", "true, false: each query sees all of its sequence", "true"),
         (

@@ -123,6 +123,7 @@ class Dims:
     sm_scale: float
     soft_cap: float | None = None
     sliding_window: int | None = None
+    attention_chunk: int | None = None
     sinks: bool = False
     kv_scale: str | None = None
     quantize: str = "caller"
@@ -291,7 +292,7 @@ def _mesh(node: Node) -> Mesh:
 
 def _dims(node: Node) -> Dims:
     names = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
-    optional = ("soft_cap", "sliding_window", "sinks", "kv_scale", "quantize", "causal", "rope_dim")
+    optional = ("soft_cap", "sliding_window", "attention_chunk", "sinks", "kv_scale", "quantize", "causal", "rope_dim")
     found = node.fields(*names, optional=optional)
     return Dims(
         q_heads=found["q_heads"].integer(1, _INT32),
@@ -302,6 +303,7 @@ def _dims(node: Node) -> Dims:
         sm_scale=found["sm_scale"].number(),
         soft_cap=found["soft_cap"].number() if "soft_cap" in found else None,
         sliding_window=found["sliding_window"].integer(1, _INT32) if "sliding_window" in found else None,
+        attention_chunk=found["attention_chunk"].integer(1, _INT32) if "attention_chunk" in found else None,
         sinks="sinks" in found and found["sinks"].flag(),
         kv_scale=found["kv_scale"].choice(("tensor", "head")) if "kv_scale" in found else None,
         quantize=found["quantize"].choice(("caller", "kernel")) if "quantize" in found else "caller",

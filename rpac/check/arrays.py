@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rpac import layout
 from rpac.batch import Limits, validate
 from rpac.check.trials import Trial
-from rpac.spec import Spec
+from rpac.spec import Model, Spec
 
 Array = NDArray[Any]
 Int32s = NDArray[np.int32]
@@ -89,20 +89,20 @@ def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.ra
         by_token[at] = _normal(rng, by_token[at])
     limits = Limits.of(spec)
     validate(limits, tokens, kv_lens, page_indices, cu_q_lens, distribution)
-    if spec.model.sliding_window is not None:
-        _poison_unseen(trial, spec.model.sliding_window, serving.page_size, table, kv_cache)
+    if spec.model.sliding_window is not None or spec.model.attention_chunk is not None:
+        _poison_unseen(trial, spec.model, serving.page_size, table, kv_cache)
     extra = {dims.name: _normal(rng, np.empty(dims.shape, dims.dtype)) for dims in layout.extra_specs(spec)}
     if "kv_scales" in extra:
         extra["kv_scales"] = np.exp(extra["kv_scales"] / 4) / np.float32(CODES.get(spec.model.kv_dtype, 1))
     return Arguments(arrays, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, extra)
 
 
-def _poison_unseen(trial: Trial, window: int, page_size: int, table: Int32s, kv_cache: Array) -> None:
-    """Makes pages before the windows of all new tokens NaN, and garbage of their entries in the table."""
+def _poison_unseen(trial: Trial, model: Model, page_size: int, table: Int32s, kv_cache: Array) -> None:
+    """Makes pages before what all new tokens see NaN, and garbage of their entries in the table."""
     used: set[int] = set()
     seen: set[int] = set()
     for row, (q_len, kv_len) in enumerate(zip(trial.q_lens, trial.kv_lens, strict=True)):
-        first = max(kv_len - q_len + 1 - window, 0) // page_size
+        first = model.first_seen(kv_len - q_len) // page_size
         mine = table[row, : layout.cdiv(kv_len, page_size)]
         used.update(mine.tolist())
         seen.update(mine[first:].tolist())

@@ -68,6 +68,7 @@ class _Trials(ABC):
         self.max_seqs = spec.serving.max_num_seqs
         self.chunk = spec.serving.prefill_chunk
         self.window = spec.model.sliding_window
+        self.attention_chunk = spec.model.attention_chunk
         self.buckets = plan.tokens
         self.decode_block, self.decode_tile = _block_and_tile(plan.decode)
         self.groups = plan.decode.groups if isinstance(plan.decode, GroupTiles) else 0
@@ -105,14 +106,25 @@ class _Trials(ABC):
         ends = [length for off in offs if (length := self.length(q_len, self.tile, off)) is not None]
         return [*ends, *(q_len + self.tile - off for off in (2, 1) if q_len + self.tile - off <= self.max_len)]
 
-    def around_window(self, q_len: int, sizes: Iterable[int]) -> list[int]:
+    def around_starts(self, q_len: int, sizes: Iterable[int]) -> list[int]:
         """Lengths where the window of the first of `q_len` new tokens begins at the first token of its sequence, at the first
         of a page, or of what is computed or fetched at once after that; a token before, and one after.
         """
+        if self.attention_chunk is not None:
+            return self.around_chunk_ends(q_len)
         if self.window is None:
             return []
         starts = sorted({0, self.page, *(self.page + size for size in sizes)})
         lengths = (self.window + q_len - 1 + start + off for start in starts for off in (-1, 0, 1))
+        return list(dict.fromkeys(length for length in lengths if q_len <= length <= self.max_len))
+
+    def around_chunk_ends(self, q_len: int) -> list[int]:
+        """Lengths where the last, a middle and the first of `q_len` new tokens are at the end of a part of the sequence; a
+        token before, and one after.
+        """
+        assert self.attention_chunk is not None
+        ends = (parts * self.attention_chunk + after for parts in (1, 2) for after in (0, q_len // 2, q_len - 1))
+        lengths = (end + off for end in ends for off in (-1, 0, 1))
         return list(dict.fromkeys(length for length in lengths if q_len <= length <= self.max_len))
 
     def random_len(self, rng: np.random.Generator, low: int) -> int:
@@ -139,7 +151,7 @@ class _Decode(_Trials):
     def edges(self) -> Iterator[Trial]:
         sizes = (self.page, self.decode_tile, self.decode_block)
         marks = {size + off for size in sizes for off in (-1, 0, 1)} | {1, 2, 2 * self.decode_block + 1}
-        marks |= set(self.around_window(1, (self.decode_tile, self.decode_block)))
+        marks |= set(self.around_starts(1, (self.decode_tile, self.decode_block)))
         lengths = sorted(length for length in marks if length <= self.max_len)
         size = min(self.max_rows, MAX_EDGE_ROWS)
         for index in range(0, len(lengths), size):
@@ -177,7 +189,7 @@ class _Prefill(_Trials):
     def edges(self) -> Iterator[Trial]:
         # Their first chunk, their second, and ends around a page, a piece, a tile and a block.
         lengths = [self.chunk, 2 * self.chunk, *self.lengths(self.chunk, (self.page, self.tile, self.block))]
-        lengths += [*self.diagonals(self.chunk), *self.around_window(self.chunk, (self.tile, self.block))]
+        lengths += [*self.diagonals(self.chunk), *self.around_starts(self.chunk, (self.tile, self.block))]
         lengths = list(dict.fromkeys(length for length in lengths if length <= self.max_len))
         size = min(self.buckets[0] // self.chunk, self.max_seqs)
         for index in range(0, len(lengths), size):
@@ -237,9 +249,9 @@ class _Mixed(_Trials):
     def around_windows(self) -> Iterator[tuple[int, int]]:
         """Rows of two new tokens at the edges of the window, and of more than a query block, whose second begins elsewhere."""
         if self.bucket > 1:
-            yield from ((2, length) for length in self.around_window(2, (self.tile, self.block)))
+            yield from ((2, length) for length in self.around_starts(2, (self.tile, self.block)))
         most = min(self.q_block + 2, self.bucket, self.max_len)
-        yield from ((most, length) for length in self.around_window(most, ())[-1:])
+        yield from ((most, length) for length in self.around_starts(most, ())[-1:])
 
     def filling(self, tokens: int) -> list[tuple[int, int]]:
         """Rows that fill a bucket to its last token, the last one from the end of one page into the next."""

@@ -319,12 +319,16 @@ def _reach(spec: Spec, queries: int) -> tuple[int, ...]:
     """How many tokens `queries` queries in a row see at each of the expected lengths."""
     window = spec.model.sliding_window
     lengths = spec.serving.context_lens
+    if spec.model.attention_chunk is not None:
+        return tuple(min(length, spec.model.attention_chunk) for length in lengths)
     return lengths if window is None else tuple(min(length, window + queries - 1) for length in lengths)
 
 
 def _q_blocks(spec: Spec, kind: str, tokens: int) -> Iterator[int]:
     """Query blocks from the largest down; in a mixed batch, where a block is computed whole, none longer than a chunk."""
     for q_block in Q_BLOCKS:
+        if q_block > (spec.model.attention_chunk or q_block):
+            continue  # a block lies in two parts of a sequence at most
         if kind != "prefill":
             yield min(q_block, max(power_of_two_from(min(tokens, spec.serving.prefill_chunk)), MIN_Q_BLOCK))
         elif spec.serving.prefill_chunk % q_block == 0:

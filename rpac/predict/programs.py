@@ -40,6 +40,7 @@ class Dims:
     sliding_window: int | None
     causal: bool
     rope_dim: int | None
+    attention_chunk: int | None
 
     @classmethod
     def of(cls, model: Model | bundle.Dims) -> Dims:

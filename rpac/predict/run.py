@@ -54,6 +54,7 @@ def predict(programs: Programs, workload: Workload) -> Prediction:
         dims.sliding_window,
         dims.causal,
         dims.rope_dim,
+        dims.attention_chunk,
     )
     return Prediction(programs.name, workload, variant, programs.call(variant).predict(scalars, work))
 

@@ -20,6 +20,7 @@ _REFUSED: Final = {
     "head_dim": "a key is kv_lora_rank + rope_dim long, a value kv_lora_rank",
     "soft_cap": "no model with latent attention caps its scores, and its kernels do not",
     "sliding_window": "no model with latent attention has windows, and its kernels fetch all tokens",
+    "attention_chunk": "no model with latent attention cuts its sequences, and its kernels fetch all tokens",
     "sinks": "no model with latent attention has sinks, and its kernels add none",
     "causal": "no model with latent attention looks ahead, and its kernels do not",
     "kv_scale": "its cache is stored as it is",

@@ -32,7 +32,7 @@ class Model:
     """The attention of one device's part of a model; heads are counted in it.
 
     `soft_cap`: scores become cap * tanh(score / cap). `sliding_window`: a query sees that many tokens, itself the last of
-    them. `sinks`: each query head has a logit of its own, an argument of every program, that takes part in the softmax and
+    them. `attention_chunk`: a query sees tokens of its own part of the sequence alone, whose parts have that many. `sinks`: each query head has a logit of its own, an argument of every program, that takes part in the softmax and
     has no value; it is neither scaled nor capped. `causal`: a query sees tokens up to its own; else all of its sequence.
 
     An 8-bit `kv_dtype` may have scales, an argument too, for K and V each: one a KV head (`kv_scale` "head") or one
@@ -56,6 +56,13 @@ class Model:
     quantize: str = QUANTIZERS[0]
     causal: bool = True
     rope_dim: int | None = None
+    attention_chunk: int | None = None
+
+    def first_seen(self, position: int) -> int:
+        """The first token that the query at `position` of its sequence sees."""
+        if self.attention_chunk is not None:
+            return position // self.attention_chunk * self.attention_chunk
+        return 0 if self.sliding_window is None else max(position + 1 - self.sliding_window, 0)
 
     @property
     def quantized(self) -> bool:

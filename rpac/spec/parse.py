@@ -36,6 +36,7 @@ MODEL_KEYS = (
     "sm_scale",
     "soft_cap",
     "sliding_window",
+    "attention_chunk",
     "sinks",
     "kv_scale",
     "quantize",
@@ -81,6 +82,7 @@ MAX_SEQS = 4096
 MAX_SLOTS = 2**31 - 1
 SM_SCALES = (1e-6, 1e6)
 SOFT_CAPS = (1e-3, 1e6)
+MIN_ATTENTION_CHUNK = 16  # the shortest block of queries: one lies in two parts at most
 
 
 def load_spec(path: str | os.PathLike[str]) -> Spec:
@@ -175,6 +177,14 @@ def _check_window(section: Section, model: Model, serving: Serving) -> None:
         section.clash(
             "sliding_window", allowed, f"remove it, or write {longest - 1} or less", str(model.sliding_window)
         )
+    chunk, page = model.attention_chunk, serving.page_size
+    if chunk is not None and chunk >= longest:
+        allowed = f"must be below serving.max_model_len ({longest}): no sequence has a second part"
+        section.clash("attention_chunk", allowed, "remove it, or raise max_model_len", str(chunk))
+    elif chunk is not None and (chunk % page or chunk < MIN_ATTENTION_CHUNK):
+        least = max(page, MIN_ATTENTION_CHUNK)
+        allowed = f"must be a multiple of serving.page_size ({page}), {least} at least: a part begins with a page"
+        section.clash("attention_chunk", allowed, f"write {max(chunk // page * page, least)}", str(chunk))
 
 
 def _mesh(root: Section, model: Model) -> Mesh | None:
@@ -210,12 +220,16 @@ def _model(section: Section) -> Model | None:
     sm_scale = section.number("sm_scale", *SM_SCALES) if section.has("sm_scale") else None
     soft_cap = section.number("soft_cap", *SOFT_CAPS) if section.has("soft_cap") else None
     window = section.integer("sliding_window", 1, MAX_MODEL_LEN, 1024) if section.has("sliding_window") else None
+    chunk = section.integer("attention_chunk", 1, MAX_MODEL_LEN, 8192) if section.has("attention_chunk") else None
     sinks = section.flag("sinks") if section.has("sinks") else False
     causal = section.flag("causal") if section.has("causal") else True
 
     if causal is False and window is not None:
         allowed = "must be true with sliding_window, which looks back from a query and not ahead"
         section.clash("causal", allowed, "remove one of the two")
+    if chunk is not None and (causal is False or window is not None):
+        allowed = "must be left out with sliding_window, and where causal is false: one rule says what a query sees"
+        section.clash("attention_chunk", allowed, "remove one of the two")
     if q_heads is not None and kv_heads is not None:
         if q_heads % kv_heads:
             near = max(1, round(q_heads / kv_heads)) * kv_heads
@@ -254,6 +268,7 @@ def _model(section: Section) -> Model | None:
         kv_scale,
         quantize,
         causal is not False,
+        attention_chunk=chunk,
     )
 
 
