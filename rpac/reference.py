@@ -33,6 +33,7 @@ def ragged_paged_attention(
     sliding_window: int | None = None,
     sinks: Array | None = None,
     kv_scales: Array | None = None,
+    tree: Int32s | None = None,
 ) -> tuple[NDArray[np.float32], Array]:
     """Causal attention of every new token over its sequence, and the cache with the new tokens in it.
 
@@ -41,7 +42,8 @@ def ragged_paged_attention(
     `sliding_window`: the query at position p sees those from p - sliding_window + 1 to p, where the cache may hold anything
     before what the first new token sees. `sinks` `[q_heads]` are logits, one a query head, that take part in its softmax
     and have no value. `kv_scales` `[2]` or `[2, kv_heads]` are what stored K and V are multiplied by; new keys and values
-    of another dtype than the cache's are quantized as they are stored, as `quantized` does.
+    of another dtype than the cache's are quantized as they are stored, as `quantized` does. `tree` `[rows, new tokens]`: of
+    a decode row s, new token i sees new token j where bit j of tree[s, i] is set, and all of the context.
 
     Returns the output `[tokens, q_heads, head_dim]` in float32, zero in the rows past the last sequence, and a new cache
     in the cache's dtype: each new token's K and V as given, zeros in its padding, every other bit as it was. The caller
@@ -85,6 +87,9 @@ def ragged_paged_attention(
         v = cached_v[at].astype(np.float64) * scales[1, :, None]
         visible = kv_positions <= q_positions[:, None]
         visible &= kv_positions > q_positions[:, None] - window
+        if tree is not None and seq < distribution[0]:
+            for token, column in np.ndindex(end - start, end - start):
+                visible[token, column - (end - start)] = int(tree[seq, token]) >> column & 1
         for head in range(q_heads):
             kv_head = head * kv_heads // q_heads
             scores = sm_scale * (queries[start:end, head].astype(np.float64) @ k[:, kv_head].T)

@@ -16,7 +16,7 @@ import rpac
 from rpac.chip import is_tpu
 from rpac.layout import BITS, align, extra_specs, head_lanes, joins_rows, kv_rows, packing
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims
-from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, exchange_of, splits_rows, splits_words, unit_tokens
+from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, decode_rows, exchange_of, splits_rows, splits_words, unit_tokens
 from rpac.spec import Model, Spec
 
 MASKED = -2.0e38
@@ -90,7 +90,9 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "q_heads": model.q_heads,
         "kv_heads": model.kv_heads,
         "group": model.group,
-        "group_rows": align(model.group, SUBLANES),
+        "group_rows": align(model.group * serving.decode_len, SUBLANES),
+        "decode_len": serving.decode_len,
+        "tree_mask": serving.tree_mask,
         "q_stride": align(model.q_heads, SUBLANES),
         "head_dim": model.head_dim,
         "head_lanes": head_lanes(model),
@@ -117,6 +119,8 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "cap_scale": model.soft_cap and repr(model.sm_scale / model.soft_cap),
         "cap_log2": model.soft_cap and repr(model.soft_cap * math.log2(math.e)),
         "window": model.sliding_window,
+        # How far before the end of a sequence the window of its first new token begins.
+        "window_reach": "WINDOW" if serving.decode_len == 1 else "(WINDOW + DECODE_LEN - 1)",
         "sinks": model.sinks,
         **_extra_context(spec, plan),
         "log2_e": repr(math.log2(math.e)),
@@ -127,6 +131,8 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "cache_words": "KV_HEADS" if packing(model.kv_dtype) == 2 else rows.packed_rows // rows.lane_tiles,
         "to_mxu": f".astype(jnp.{computed})" if model.quantized else "",
         "place_bits": packing(model.kv_dtype).bit_length() - 1,
+        "place_mask": f"{(1 << BITS[model.kv_dtype]) - 1:#X}".replace("X", "x"),
+        "element_bits": BITS[model.kv_dtype],
         "padding_rows": rows.token_rows // rows.lane_tiles - kv_rows(model),
         "kv_stride": align(model.kv_heads, SUBLANES),
         "page_size": serving.page_size,
@@ -143,7 +149,7 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "unit_rows": rows.unit_rows,
         "row_order": _row_order(model, rows),
         "vmem_limit": plan.vmem_limit,
-        "decode_call": _call_context(model, scalars=3),
+        "decode_call": _call_context(model, scalars=3 + serving.tree_mask),
         "block_call": _call_context(model, scalars=4 if plan.kind == "mixed" else 3, out_given=plan.kind == "mixed"),
         "decode": _tile_context(spec, plan.decode, shared=plan.block is not None),
         "block": _tile_context(spec, plan.block),
@@ -187,6 +193,9 @@ def _extra_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
     """
     model = spec.model
     names = [dims.name for dims in extra_specs(spec)]
+    of_blocks = [name for name in names if name != "tree"]
+    # Of one axis, for the rows of two are padded in SMEM.
+    operands = [f"{name}.reshape(-1)" if name == "tree" else name for name in names]
     scale = "CAP_SCALE" if model.soft_cap else "SCORE_SCALE"
     capped = "capped({})" if model.soft_cap else None
     scored = capped or ("{}" if model.kv_scale else "{} * SCORE_SCALE")
@@ -197,6 +206,9 @@ def _extra_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
     return {
         "extra_args": "".join(f", {name}" for name in names),
         "extra_scalars": "".join(f" {name}," for name in names),
+        "decode_operands": "".join(f" {operand}," for operand in operands),
+        "block_args": "".join(f", {name}" for name in of_blocks),
+        "block_scalars": "".join(f" {name}," for name in of_blocks),
         "head_scale": f" * ({scale} * kv_scales[0, head])" if model.kv_scale else "",
         "scored": scored.format,
     }
@@ -237,14 +249,18 @@ def _tile_context(
     context |= {"ahead": tiles.buffers - 1, "buffers_declared": [_declared(buffer) for buffer in tiles.scratch(spec)]}
     if isinstance(tiles, DecodeTiles):
         groups = spec.model.kv_heads // tiles.pair
+        head_rows = decode_rows(spec) // spec.model.kv_heads
         context |= {
+            "mask_rows": head_rows,
+            "mask_repeats": spec.model.kv_heads,
+            "head_rows": head_rows,
             "sink_row": _row_of_head(spec.model, align(spec.model.group, SUBLANES), spec.model.group),
             **_clear_context(tiles.block, rows),
             **_split_context(
                 tiles.block, rows, SHORT_SPLIT_PIECE if shared else SPLIT_PIECE, packing(spec.model.kv_dtype)
             ),
             "groups": groups,
-            "pair_rows": tiles.pair * align(spec.model.group, SUBLANES),
+            "pair_rows": tiles.pair * head_rows,
         }
         context["split_share"] = math.ceil(context["splits"] / (SPLIT_PHASES * groups))
         return context
@@ -314,8 +330,8 @@ def _split_context(piece: int, rows: RowDims, at_once: int, pack: int) -> Mappin
 
 def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
     model = spec.model
-    sets = Sets.of(model)
-    queries = sets.heads * model.group
+    sets = Sets.of(spec)
+    queries = sets.heads * sets.queries
     return {
         **vars(tiles),
         "groups": tiles.groups,
@@ -334,7 +350,12 @@ def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
         "query_rows": sets.count * sets.rows,
         "padded": sets.padded(model),
         "sink_row": _row_of_head(model, sets.rows, queries),
-        "out_rows": [(i * sets.rows, min(queries, model.q_heads - i * queries)) for i in range(sets.count)],
+        "out_rows": [
+            (i * sets.rows, min(queries, model.kv_heads * sets.queries - i * queries)) for i in range(sets.count)
+        ],
+        "mask_rows": sets.rows,
+        "mask_repeats": sets.count,
+        "head_rows": sets.rows // sets.heads,
         "buffers_declared": [_declared(buffer) for buffer in tiles.scratch(spec)],
     }
 
@@ -349,6 +370,14 @@ def _quantization(model: Model) -> list[str]:
     }
     by = "this program" if model.quantize == "kernel" else "the caller"
     return [f"KV of 8 bits, {scales[model.kv_scale]}; {by} quantizes new keys and values"]
+
+
+def _drafts(spec: Spec) -> list[str]:
+    serving = spec.serving
+    if serving.decode_len == 1:
+        return []
+    seen = "each sees those that `tree` says, an argument" if serving.tree_mask else "each sees those before it"
+    return [f"decode rows of {serving.decode_len} new tokens, the last accepted one and drafts; {seen}"]
 
 
 def _row_of_head(model: Model, rows: int, heads: int) -> str:
@@ -386,6 +415,7 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
     lines = [
         f"{model.q_heads} query heads over {model.kv_heads} KV heads, head_dim {model.head_dim}, "
         f"queries {model.q_dtype}, KV {model.kv_dtype}: constants",
+        *_drafts(spec),
         f"pages of {serving.page_size} tokens, {serving.pages_per_seq} a sequence, up to {serving.max_num_seqs} sequences",
         f"token buckets that use it: {', '.join(map(str, plan.tokens))}",
         _features(model),

@@ -81,20 +81,25 @@ class DecodeTiles:
 
     def scratch(self, spec: Spec) -> tuple[Buffer, ...]:
         """The scratch arrays, in the order of the kernel's parameters."""
-        model = spec.model
+        model, drafts = spec.model, spec.serving.decode_len
         rows = RowDims.of(model)
-        query_rows = model.kv_heads * align(model.group, SUBLANES)
-        new = (self.loaded, model.kv_heads, model.head_dim)
+        query_rows = decode_rows(spec)
+        loaded = self.loaded * drafts
+        new = (loaded, model.kv_heads, model.head_dim)
+        units: tuple[int, ...] = (self.writes,)
+        out: tuple[int, ...] = (self.writes,)
+        if drafts > 1:
+            units, out = (self.writes, units_of_new(drafts, rows.unit)), (self.writes, drafts)
         return (
             Buffer("kv", (self.buffers, self.block * rows.token_rows, LANES), model.kv_dtype, "fetched blocks"),
             *split_words(spec, self.block, 2),
-            Buffer("q_all", (self.loaded, model.q_heads, model.head_dim), model.q_dtype, "queries of every sequence"),
+            Buffer("q_all", (loaded, model.q_heads, model.head_dim), model.q_dtype, "queries of every sequence"),
             Buffer("new_keys", new, new_dtype(model), "new keys of every sequence"),
             Buffer("new_values", new, new_dtype(model), "new values of every sequence"),
             Buffer(
                 "packed", (rows.unit * rows.packed_rows, LANES), word_dtype(model), "a new token in the cache's form"
             ),
-            Buffer("unit_out", (self.writes, rows.unit_rows, LANES), model.kv_dtype, "rows on their way to the cache"),
+            Buffer("unit_out", (*units, rows.unit_rows, LANES), model.kv_dtype, "rows on their way to the cache"),
             Buffer(
                 "q_rows", (query_rows, self.pair * head_lanes(model)), "float32", "queries of one sequence by KV head"
             ),
@@ -102,38 +107,41 @@ class DecodeTiles:
             Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (query_rows, head_lanes(model)), "float32", "running output"),
-            Buffer("out_rows", (self.writes, model.q_heads, model.head_dim), model.q_dtype, "outputs on their way out"),
+            Buffer("out_rows", (*out, model.q_heads, model.head_dim), model.q_dtype, "outputs on their way out"),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
             Buffer("load_sem", (3,), "dma", "queries, keys, values"),
             Buffer("unit_sem", (self.writes,), "dma", "cache writes"),
             Buffer("out_sem", (self.writes,), "dma", "outputs"),
         )
 
-    def temporaries(self, model: Model) -> int:
+    def temporaries(self, spec: Spec) -> int:
         """Bytes of the values of one flash step that registers cannot hold: scores and weights."""
-        return 2 * nbytes((model.kv_heads * align(model.group, SUBLANES), self.block), "float32")
+        return 2 * nbytes((decode_rows(spec), self.block), "float32")
 
 
 @dataclass(frozen=True)
 class Sets:
     """How query rows are put together for products with one KV head each: `heads` KV heads share `rows` rows.
 
-    Fewer rows than the registers' 8 cost as much as 8, so heads of small groups share them; `count` sets hold all heads.
+    Fewer rows than the registers' 8 cost as much as 8, so heads of few queries share them; `count` sets hold all heads.
+    `queries` are those of one KV head, of all new tokens of a sequence.
     """
 
     heads: int
     rows: int
     count: int
+    queries: int
 
     @classmethod
-    def of(cls, model: Model) -> Sets:
+    def of(cls, spec: Spec) -> Sets:
         """The sets of a model's heads."""
-        heads = SUBLANES // model.group if SUBLANES % model.group == 0 else 1
-        return cls(heads, align(model.group, SUBLANES), cdiv(model.kv_heads, heads))
+        queries = spec.model.group * spec.serving.decode_len
+        heads = SUBLANES // queries if SUBLANES % queries == 0 else 1
+        return cls(heads, align(queries, SUBLANES), cdiv(spec.model.kv_heads, heads), queries)
 
     def padded(self, model: Model) -> bool:
         """Whether some rows of a set are no query's."""
-        return self.count * self.rows != model.q_heads
+        return self.count * self.rows != model.kv_heads * self.queries
 
 
 @dataclass(frozen=True)
@@ -156,14 +164,17 @@ class GroupTiles:
     def scratch(self, spec: Spec) -> tuple[Buffer, ...]:
         """The scratch arrays, in the order of the kernel's parameters."""
         model, page_size = spec.model, spec.serving.page_size
-        sets = Sets.of(model)
+        drafts = spec.serving.decode_len
+        sets = Sets.of(spec)
         query_rows = sets.count * sets.rows
-        new = (self.loaded, model.kv_heads, model.head_dim)
-        queries = (self.loaded + 1, model.q_heads, model.head_dim)
+        new = (self.loaded * drafts, model.kv_heads, model.head_dim)
+        queries = ((self.loaded + 1) * drafts, model.q_heads, model.head_dim)
         slots = self.groups * self.step
         kv = (slots, self.tile // page_size, *kv_page_shape(spec))
         kinds, heads, _, lanes = kv_page_shape(spec)
-        unit = (self.writes, kinds, heads, unit_tokens(model), lanes)
+        unit: tuple[int, ...] = (self.writes, kinds, heads, unit_tokens(model), lanes)
+        if drafts > 1:
+            unit = (self.writes, units_of_new(drafts, unit_tokens(model)), *unit[1:])
         return (
             Buffer("kv", kv, model.kv_dtype, "fetched tiles"),
             Buffer("q_in", queries, model.q_dtype, "queries of every sequence, and of none"),
@@ -185,9 +196,9 @@ class GroupTiles:
             Buffer("out_sem", (1,), "dma", "outputs"),
         )
 
-    def temporaries(self, model: Model) -> int:
+    def temporaries(self, spec: Spec) -> int:
         """Bytes of the values of one turn that registers cannot hold: weights, and scores on their way."""
-        sets = Sets.of(model)
+        sets = Sets.of(spec)
         return 2 * self.step * nbytes((sets.count * sets.rows, self.tile), "float32")
 
 
@@ -287,7 +298,7 @@ class BlockTiles:
             Buffer("out_sem", (1,), "dma", "output blocks"),
         )
 
-    def temporaries(self, model: Model) -> int:
+    def temporaries(self, spec: Spec) -> int:
         """Bytes of the values of one flash step that registers cannot hold: scores and weights."""
         return 8 * nbytes((self.step_rows, self.tile), "float32")
 
@@ -295,6 +306,16 @@ class BlockTiles:
 def sink_rows(model: Model, shape: tuple[int, ...]) -> tuple[Buffer, ...]:
     """The array that holds each query row's sink, where there are sinks."""
     return (Buffer("sink_rows", shape, "float32", "sinks, the same in every lane"),) if model.sinks else ()
+
+
+def decode_rows(spec: Spec) -> int:
+    """Query rows of one sequence in a decode kernel where K and V are interleaved: by KV head, each in whole registers."""
+    return spec.model.kv_heads * align(spec.model.group * spec.serving.decode_len, SUBLANES)
+
+
+def units_of_new(new_tokens: int, unit: int) -> int:
+    """The most units of `unit` tokens that the new tokens of a sequence, two or more, lie in."""
+    return (new_tokens - 2) // unit + 2
 
 
 def exchange_of(model: Model) -> int:

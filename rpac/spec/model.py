@@ -67,7 +67,11 @@ class Model:
 
 @dataclass(frozen=True)
 class Serving:
-    """How the model is served; lengths and buckets in tokens, `num_pages` in pages of one layer's cache."""
+    """How the model is served; lengths and buckets in tokens, `num_pages` in pages of one layer's cache.
+
+    `decode_len`: new tokens of every decode row, the last accepted one and the drafts behind it. `tree_mask`: which of them
+    each sees is an argument of every program; without it each sees those before it.
+    """
 
     page_size: int
     max_model_len: int
@@ -78,6 +82,8 @@ class Serving:
     context_lens: tuple[int, ...]
     num_pages: int
     kv_layout: str = KV_LAYOUTS[0]
+    decode_len: int = 1
+    tree_mask: bool = False
 
     @property
     def pages_per_seq(self) -> int:

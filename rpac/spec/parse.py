@@ -46,6 +46,8 @@ SERVING_KEYS = (
     "context_lens",
     "num_pages",
     "kv_layout",
+    "decode_len",
+    "tree_mask",
 )
 PARALLEL_KEYS = ("tensor", "data")
 HOMES = {
@@ -68,6 +70,7 @@ MAX_GROUP = 16
 MAX_MODEL_LEN = 1 << 20
 MAX_TOKENS = 1 << 20
 MAX_SEQS = 4096
+MAX_DECODE_LEN = 8  # the new tokens of a decode row lie in two registers of the cache at most
 MAX_SLOTS = 2**31 - 1
 SM_SCALES = (1e-6, 1e6)
 SOFT_CAPS = (1e-3, 1e6)
@@ -124,6 +127,9 @@ def _read(text: str, report: Report) -> Spec | None:
         if model.sliding_window >= longest:
             allowed = f"must be below serving.max_model_len ({longest}): a window as long hides nothing"
             model_section.clash("sliding_window", allowed, f"remove it, or write {longest - 1} or less")
+        if serving.tree_mask and serving_section is not None:
+            allowed = "must be left out with model.sliding_window: a window counts from a draft's depth, which no mask says"
+            serving_section.clash("tree_mask", allowed, "remove it, or remove model.sliding_window")
     if serving_section is not None:
         _check_apart(serving_section, model, serving)
     mesh = _mesh(root, model)
@@ -201,9 +207,13 @@ def _serving(section: Section) -> Serving | None:
     context_lens = section.integers("context_lens", 1, MAX_MODEL_LEN, "[1024, 4096]")
     num_pages = section.integer("num_pages", 1, MAX_SLOTS, 1024) if section.has("num_pages") else None
     kv_layout = section.choice("kv_layout", KV_LAYOUTS) if section.has("kv_layout") else KV_LAYOUTS[0]
+    decode_len = section.integer("decode_len", 1, MAX_DECODE_LEN, 4) if section.has("decode_len") else 1
+    tree_mask = section.flag("tree_mask") if section.has("tree_mask") else False
 
     if max_num_tokens is not None:
-        _check_tokens(section, max_num_tokens, buckets, max_num_seqs, prefill_chunk)
+        _check_tokens(section, max_num_tokens, buckets, max_num_seqs, prefill_chunk, decode_len or 1)
+    if decode_len is not None:
+        _check_drafts(section, decode_len, bool(tree_mask), buckets, max_model_len)
     if max_model_len is not None:
         _check_lengths(section, max_model_len, prefill_chunk, context_lens)
     if page_size is not None and page_size not in PAGE_SIZES:
@@ -219,6 +229,8 @@ def _serving(section: Section) -> Serving | None:
         return None
     if prefill_chunk is None or context_lens is None or num_pages is None or kv_layout is None:
         return None
+    if decode_len is None or tree_mask is None:
+        return None
     buckets = buckets or default_token_buckets(max_num_tokens)
     return Serving(
         page_size,
@@ -230,6 +242,8 @@ def _serving(section: Section) -> Serving | None:
         context_lens,
         num_pages,
         kv_layout,
+        decode_len,
+        tree_mask,
     )
 
 
@@ -248,17 +262,40 @@ def _check_tokens(
     buckets: tuple[int, ...] | None,
     max_num_seqs: int | None,
     prefill_chunk: int | None,
+    decode_len: int,
 ) -> None:
     if buckets is not None and buckets[-1] != max_num_tokens:
         allowed = f"must end in max_num_tokens ({max_num_tokens})"
         below = [bucket for bucket in buckets if bucket < max_num_tokens]
         section.clash("token_buckets", allowed, f"write {[*below, max_num_tokens]}", f"{buckets[-1]} at its end")
-    if max_num_seqs is not None and max_num_seqs > max_num_tokens:
-        allowed = f"must be at most max_num_tokens ({max_num_tokens}): decode takes a token of every sequence"
-        section.clash("max_num_seqs", allowed, f"write {max_num_tokens} or raise max_num_tokens")
+    if max_num_seqs is not None and max_num_seqs * decode_len > max_num_tokens:
+        most = max(max_num_tokens // decode_len, 1)
+        if decode_len == 1:
+            allowed = f"must be at most max_num_tokens ({max_num_tokens}): decode takes a token of every sequence"
+        else:
+            allowed = (
+                f"must be at most {most}, max_num_tokens ({max_num_tokens}) by decode_len ({decode_len}): decode takes as many "
+                "tokens of every sequence"
+            )
+        section.clash("max_num_seqs", allowed, f"write {most} or raise max_num_tokens")
     if prefill_chunk is not None and prefill_chunk > max_num_tokens:
         allowed = f"must be at most max_num_tokens ({max_num_tokens})"
         section.clash("prefill_chunk", allowed, f"write {max_num_tokens} or raise max_num_tokens")
+
+
+def _check_drafts(
+    section: Section, decode_len: int, tree_mask: bool, buckets: tuple[int, ...] | None, max_model_len: int | None
+) -> None:
+    if tree_mask and decode_len == 1:
+        allowed = "must be left out with decode_len 1: a row's only new token sees itself"
+        section.clash("tree_mask", allowed, "remove it, or write `decode_len: 4`")
+    if max_model_len is not None and decode_len > max_model_len:
+        allowed = f"must be at most max_model_len ({max_model_len})"
+        section.clash("decode_len", allowed, f"write {max_model_len} or less, or raise max_model_len")
+    if buckets is not None and buckets[0] < decode_len:
+        allowed = f"must be at least decode_len ({decode_len}) each: a decode row has as many tokens"
+        kept = [bucket for bucket in buckets if bucket >= decode_len]
+        section.clash("token_buckets", allowed, f"write {kept or [decode_len]}", f"{buckets[0]} at its start")
 
 
 def _check_lengths(
