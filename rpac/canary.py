@@ -111,7 +111,7 @@ def make_call(
         at = np.array([places[page] for page in row.pages], np.int64)[old // limits.page_size], old % limits.page_size
         by_token[at] = contents[at]
     more = dims[layout.index_of(dims, "distribution") + 1 :]
-    extra = {one.name: _numbers(one.shape, seed, 5 + i) for i, one in enumerate(more)}
+    extra: dict[str, Array] = {one.name: _numbers(one.shape, seed, 5 + i) for i, one in enumerate(more)}
     if "tree" in extra:
         extra["tree"] = _tree(extra["tree"])
     if "kv_scales" in extra:

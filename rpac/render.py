@@ -16,7 +16,17 @@ import rpac
 from rpac.chip import is_tpu
 from rpac.layout import BITS, align, extra_specs, head_lanes, joins_rows, kv_rows, packing
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims
-from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, decode_rows, exchange_of, splits_rows, splits_words, unit_tokens
+from rpac.plan.tiles import (
+    RULE,
+    SUBLANES,
+    Sets,
+    XlaTiles,
+    decode_rows,
+    exchange_of,
+    splits_rows,
+    splits_words,
+    unit_tokens,
+)
 from rpac.spec import Model, Spec
 
 MASKED = -2.0e38

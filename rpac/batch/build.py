@@ -74,8 +74,8 @@ class Batch:
         `q_lens` counts each sequence's new tokens, `context_lens` its tokens already in the cache; `page_tables`
         lists its pages, which must hold both; one array `[sequences, entries]` is read faster than lists. Rows are
         sorted into decode, prefill and mixed, in the caller's order within each; a sequence of exactly `decode_len`
-        new tokens (1 by default) is decode, one of exactly `prefill_chunk` is prefill. The token bucket is the smallest that fits. Raises BatchError, or
-        SelectionError where no bucket is large enough.
+        tokens (1 unless the spec says more) is decode, one of exactly `prefill_chunk` is prefill. The token bucket is the
+        smallest that fits. Raises BatchError, or SelectionError where no bucket is large enough.
         """
         limits = limits if isinstance(limits, Limits) else Limits.of(limits)
         new = integers("q_lens", q_lens, 1)

@@ -46,7 +46,7 @@ class Limits:
         needed = [name for name in names if name != "decode_len"]
         if sorted(data) not in (sorted(needed), sorted(names)):
             raise ValueError(f"limits: found {sorted(data)}; must be {sorted(needed)}, and decode_len if above 1")
-        for name in data.keys() - {"token_buckets"}:
+        for name in sorted(data.keys() - {"token_buckets"}):
             if type(data[name]) is not int or data[name] < 1:
                 raise ValueError(f"limits.{name}: found {data[name]!r}; must be an integer above 0")
         buckets = data["token_buckets"]

@@ -265,7 +265,11 @@ class _Mixed(_Trials):
             yield self.mixed("around a chunk", [(chunk + 1, min(chunk + page, self.max_len)), (chunk - 1, chunk - 1)])
         rest = min(room - chunk - self.new, page + 1)
         if rest > 0 and self.max_seqs > 2:
-            rows = [(self.new, min(page + self.new, self.max_len)), (chunk, chunk), (rest, min(2 * page + 1, self.max_len))]
+            rows = [
+                (self.new, min(page + self.new, self.max_len)),
+                (chunk, chunk),
+                (rest, min(2 * page + 1, self.max_len)),
+            ]
             yield self.mixed("everything", rows, decodes=1, prefills=1)
 
     def many(self, name: str) -> Trial:

@@ -23,7 +23,9 @@ def parse_decode(text: str, decode_len: int = 1) -> Workload:
         raise BatchError(f"--decode: found {text!r}; must be SEQUENCESxCONTEXT, such as 64x1024")
     rows, context = _rows("--decode", text, match[1]), int(match[2])
     if context < decode_len:
-        raise BatchError(f"--decode: found {text!r}; must be of {decode_len} tokens at least, the new ones of a decode row")
+        raise BatchError(
+            f"--decode: found {text!r}; must be of {decode_len} tokens at least, the new ones of a decode row"
+        )
     return Workload(f"decode {text}", (decode_len,) * rows, (context,) * rows)
 
 

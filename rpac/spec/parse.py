@@ -128,7 +128,9 @@ def _read(text: str, report: Report) -> Spec | None:
             allowed = f"must be below serving.max_model_len ({longest}): a window as long hides nothing"
             model_section.clash("sliding_window", allowed, f"remove it, or write {longest - 1} or less")
         if serving.tree_mask and serving_section is not None:
-            allowed = "must be left out with model.sliding_window: a window counts from a draft's depth, which no mask says"
+            allowed = (
+                "must be left out with model.sliding_window: a window counts from a draft's depth, which no mask says"
+            )
             serving_section.clash("tree_mask", allowed, "remove it, or remove model.sliding_window")
     if serving_section is not None:
         _check_apart(serving_section, model, serving)
