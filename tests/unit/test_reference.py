@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Call:
     head_dim: int = 16
     lanes: int = 16
     dtype: Any = F32
+    limits: Limits = LIMITS
     batch: Batch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,7 +45,7 @@ class Call:
         pages = iter(rng.permutation(LIMITS.num_pages).tolist())
         needs = [-(-(q + c) // LIMITS.page_size) for q, c in zip(self.q_lens, self.context_lens, strict=True)]
         tables = [[next(pages) for _ in range(need)] for need in needs]
-        self.batch = Batch.build(LIMITS, self.q_lens, self.context_lens, tables)
+        self.batch = Batch.build(self.limits, self.q_lens, self.context_lens, tables)
         tokens = self.batch.tokens
 
         def random(*shape: int) -> Array:
@@ -173,6 +174,32 @@ def test_output_with_features_is_the_definition(name: str, features: dict[str, A
         features = features | {"sinks": features["sinks"][: call.q_heads]}
     out, _ = call.run(**features)
     np.testing.assert_allclose(out, call.expected(**features), rtol=1e-6, atol=1e-12)
+
+
+def test_a_tree_says_what_the_new_tokens_of_decode_rows_see_of_each_other() -> None:
+    """Of a chain it is causal attention; a branch is the sequence that it would be alone; other rows stay causal."""
+    limits = replace(LIMITS, decode_len=3)
+    call = Call([3, 3, 2], [5, 0, 6], seed=13, limits=limits)
+    chain = np.tile(np.array([0b001, 0b011, 0b111], np.int32), (limits.max_num_seqs, 1))
+    want, want_cache = call.run()
+    out, cache = call.run(tree=chain)
+    np.testing.assert_array_equal(out, want)
+    np.testing.assert_array_equal(bits(cache), bits(want_cache))
+
+    tree = chain.copy()
+    tree[:, 2] = 0b101  # a second child of the first
+    out, _ = call.run(tree=tree)
+    for row in list(call.batch)[:2]:
+        first, second, third = row.queries
+        assert not np.allclose(out[third], want[third])
+        np.testing.assert_array_equal(out[[first, second]], want[[first, second]])
+        seen = [*range(row.context_len + 1), row.context_len + 2]
+        k, v = call.k[row.row][seen].astype(float), call.v[row.row][seen].astype(float)
+        for head in range(call.q_heads):
+            weights = np.exp(SM_SCALE * (k[:, head // 2] @ call.queries[third, head].astype(float)))
+            np.testing.assert_allclose(out[third, head], weights @ v[:, head // 2] / weights.sum(), rtol=1e-6)
+    rest = slice(call.batch.cu_q_lens[2], None)
+    np.testing.assert_array_equal(out[rest], want[rest])
 
 
 def test_what_a_window_leaves_may_be_anything() -> None:
