@@ -228,7 +228,7 @@ def _decode_choices(spec: Spec, device: Chip, tokens: int) -> Iterator[DecodeTil
     # longer than the sequences, and with scores (kv_heads * 8 rows of `block` float32) that do not fill the registers.
     shortest = max(power_of_two_from(min(_reach(spec, serving.decode_len))), LANES)
     more_rows = decode_rows(spec) // (model.kv_heads * align(model.group, SUBLANES))  # than with one new token
-    block = max(min(power_of_two_to(8192 // model.kv_heads // more_rows), 1024, shortest), serving.page_size)
+    block = max(min(power_of_two_to(8192 // model.kv_heads // more_rows), 1024, shortest), serving.page_size, LANES)
     loaded = min(tokens // serving.decode_len, serving.max_num_seqs)
     pair = math.gcd(model.kv_heads, max(device.mxu_size // head_lanes(model), 1))
     while block >= max(serving.page_size, LANES):  # a row of scores is at least one register wide

@@ -53,7 +53,9 @@ def test_written_defaults_mean_nothing() -> None:
     assert used.meaning()["serving"] | {"decode_len": 4, "tree_mask": True} == used.meaning()["serving"]
 
 
-LIMITS = Limits(page_size=4, pages_per_seq=5, max_num_seqs=6, num_pages=40, prefill_chunk=8, token_buckets=(32,), decode_len=4)
+LIMITS = Limits(
+    page_size=4, pages_per_seq=5, max_num_seqs=6, num_pages=40, prefill_chunk=8, token_buckets=(32,), decode_len=4
+)
 
 
 def test_rows_of_as_many_new_tokens_are_decode_and_those_of_one_are_not() -> None:
