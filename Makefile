@@ -12,7 +12,7 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow test-adapters lint generate generated check bench-cpu bench-peers bench-scheduling \
+.PHONY: demo test test-newest test-slow test-adapters lint support generate generated check bench-cpu bench-peers bench-scheduling \
 	calibrate build-all serve-demo clean
 
 demo: $(VENV)/ready
@@ -47,6 +47,9 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+support: $(VENV)/ready
+	$(BIN)/rpac support > docs/support.md
 
 generate: $(VENV)/ready
 	@for spec in $(SPECS); do $(BIN)/rpac generate $$spec || exit; done

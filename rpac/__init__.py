@@ -35,7 +35,8 @@ from rpac.errors import (
 if TYPE_CHECKING:
     from rpac.batch import Batch, Limits
     from rpac.bundle import Variant
-    from rpac.engine import Count, Engine, load
+    from rpac.engine import Count, Engine, load, load_layers
+    from rpac.merging import merge, merge_across
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,9 @@ _LAZY = {
     "Limits": "rpac.batch",
     "Variant": "rpac.bundle",
     "load": "rpac.engine",
+    "load_layers": "rpac.engine",
+    "merge": "rpac.merging",
+    "merge_across": "rpac.merging",
 }
 
 __all__ = [
@@ -69,6 +73,9 @@ __all__ = [
     "TargetError",
     "Variant",
     "load",
+    "load_layers",
+    "merge",
+    "merge_across",
 ]
 
 

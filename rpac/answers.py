@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from rpac import canary, layout, reference
+from rpac import canary, layout, reference, reference_latent
 from rpac.batch import Kind, Limits
 from rpac.bundle import Dims
 from rpac.canary import Array, Call
@@ -24,8 +24,21 @@ _ENTRY = "answer"
 
 def oracle_options(model: Model | Dims, kv_layout: str) -> dict[str, Any]:
     """What the oracle must know of a spec or a bundle beside a call's arguments."""
-    names = ("sm_scale", "soft_cap", "sliding_window")
+    names = ("sm_scale", "soft_cap", "sliding_window", "causal")
     return {"kv_layout": kv_layout, **{name: getattr(model, name) for name in names}}
+
+
+def oracle(
+    model: Model | Dims, kv_layout: str, args: Sequence[Array], extra: Mapping[str, Any]
+) -> tuple[NDArray[np.float32], Array, NDArray[np.float32] | None]:
+    """What a program of this model makes of its arguments, those of the batch in order and `extra` by name.
+
+    The third result is the logarithm of each softmax's denominator, None of latent attention.
+    """
+    if model.rope_dim is not None:
+        return *reference_latent.latent_paged_attention(*args, sm_scale=model.sm_scale), None
+    options = {**oracle_options(model, kv_layout), **extra}
+    return reference.attention_with_lse(*args, **options)
 
 
 def expected(call: Call, model: Model | Dims, kv_layout: str) -> tuple[NDArray[np.float32], Array]:
@@ -35,23 +48,16 @@ def expected(call: Call, model: Model | Dims, kv_layout: str) -> tuple[NDArray[n
     places[call.pages] = np.arange(len(call.pages))
     # A cache of these pages alone, because one of all of them may take gigabytes.
     tables = places[batch.page_indices]
-    return reference.ragged_paged_attention(
-        call.queries,
-        call.keys,
-        call.values,
-        call.held,
-        batch.kv_lens,
-        tables,
-        batch.cu_q_lens,
-        batch.distribution,
-        **oracle_options(model, kv_layout),
-        **call.extra,
-    )
+    args = (*call.by_token.values(), call.held, batch.kv_lens, tables, batch.cu_q_lens, batch.distribution)
+    out, pages, _ = oracle(model, kv_layout, args, call.extra)
+    return out, pages
 
 
-def canary_answers(spec: Spec, variants: Iterable[tuple[str, int]], store: Store) -> dict[tuple[str, int], bytes]:
-    """The stored answer of each (kind, tokens); those made before come from `store`."""
-    return {(kind, tokens): _answer(spec, cast(Kind, kind), tokens, store) for kind, tokens in set(variants)}
+def canary_answers(spec: Spec, variants: Iterable[tuple[str, int]], store: Store) -> dict[tuple[str, str, int], bytes]:
+    """The stored answer of each (kind, tokens), by (layer, kind, tokens); those made before come from `store`."""
+    return {
+        (spec.layer, kind, tokens): _answer(spec, cast(Kind, kind), tokens, store) for kind, tokens in set(variants)
+    }
 
 
 def _answer(spec: Spec, kind: Kind, tokens: int, store: Store) -> bytes:
@@ -69,7 +75,10 @@ def _answer(spec: Spec, kind: Kind, tokens: int, store: Store) -> bytes:
 def _key(spec: Spec, kind: Kind, tokens: int) -> str:
     """sha256 over all that decides an answer, the code that makes the inputs and the oracle included."""
     limits = Limits.of(spec)
-    sources = [Path(str(module.__file__)).read_bytes() for module in (canary, reference)]
+    sources = [
+        Path(str(module.__file__)).read_bytes()
+        for module in (canary, reference, *((reference_latent,) if spec.model.rope_dim else ()))
+    ]
     what = {
         "result": "canary",
         "kind": kind,

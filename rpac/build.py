@@ -10,7 +10,7 @@ from rpac.answers import canary_answers
 from rpac.bundle.manifest import Manifest
 from rpac.bundle.write import is_bundle, stage_bundle
 from rpac.errors import TargetError
-from rpac.lower import Cache, Lowered, add_cpu_executables, lower_all, tasks_of
+from rpac.lower import Cache, Lowered, Task, add_cpu_executables, lower_all, tasks_of
 from rpac.lower.pool import Progress
 from rpac.plan import KernelPlan, plan_spec
 from rpac.publish import publish
@@ -41,8 +41,13 @@ def chosen_targets(spec: Spec, wanted: Sequence[str]) -> tuple[str, ...]:
 
 
 def sources_of(spec: Spec, targets: Iterable[str]) -> list[tuple[KernelPlan, Source]]:
-    """Every plan of these targets with the source that it makes."""
+    """Every plan of these targets with the source that it makes; of a spec with one kind of layer."""
     return [(plan, render(spec, plan)) for target in targets for plan in plan_spec(spec, target)]
+
+
+def all_tasks(spec: Spec, targets: Sequence[str]) -> list[Task]:
+    """What a build lowers: the tasks of every kind of layer."""
+    return [task for part in spec.parts for task in tasks_of(part, sources_of(part, targets))]
 
 
 def build(
@@ -60,20 +65,23 @@ def build(
     With `this_cpu` the programs of the cpu target get executables for the CPU of this machine; it is called with the
     label of each. Raises PlanError, CompileError or OutputError; then what was there is as it was.
     """
-    tasks = tasks_of(spec, sources_of(spec, targets))
+    tasks = all_tasks(spec, targets)
     path = folder / f"{spec.name}.rpac"
     with publish(path, is_bundle, wait_s) as stage:
         lowered = lower_all(tasks, cache, jobs, progress)
         if this_cpu is not None:
             lowered = add_cpu_executables(tasks, lowered, jobs, this_cpu)
-        canaries = canary_answers(spec, [(one.kind, one.tokens) for one in lowered], cache.store)
+        canaries: dict[tuple[str, str, int], bytes] = {}
+        for part in spec.parts:
+            variants = [(one.kind, one.tokens) for one in lowered if one.layer == part.layer]
+            canaries |= canary_answers(part, variants, cache.store)
         manifest = stage_bundle(stage, spec, lowered, canaries=canaries)
     return Built(path, manifest, tuple(lowered))
 
 
 def generate(spec: Spec, folder: Path) -> list[Source]:
     """Writes the sources of every target of a spec to `folder/NAME/`, for people to read and diff."""
-    sources = [source for _, source in sources_of(spec, spec.targets)]
+    sources = [source for part in spec.parts for _, source in sources_of(part, spec.targets)]
     with publish(folder / spec.name, lambda path: (path / GENERATED_MARK).is_file()) as stage:
         for source in sources:
             stage.write(source.path, source.text.encode())

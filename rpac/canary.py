@@ -36,16 +36,19 @@ _DIGEST_BYTES = 32
 class Call:
     """One call of a program, on a cache that is zero but for `pages`, which hold `held` `[len(pages), *page_shape]`.
 
-    `extra` are the arguments after those of the batch, by name, in order.
+    `by_token` are the arguments before the cache, by name, in order, queries first; `extra` those after the batch's.
     """
 
     batch: Batch
-    queries: Array
-    keys: Array
-    values: Array
+    by_token: Mapping[str, Array]
     pages: Int32s
     held: Array
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def queries(self) -> Array:
+        """`[tokens, q_heads, ...]`; the output has this shape too."""
+        return self.by_token["queries"]
 
     @cached_property
     def samples(self) -> tuple[list[int], list[int]]:
@@ -65,7 +68,7 @@ class Call:
         """sha256 over every input but the padding, so that one answer is right for every token bucket."""
         batch = self.batch
         metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
-        new = (array[: batch.num_tokens] for array in (self.queries, self.keys, self.values))
+        new = (array[: batch.num_tokens] for array in self.by_token.values())
         arrays = (*new, self.pages, self.held, *metadata, *self.extra.values())
         return hashlib.sha256(b"".join(map(_bytes, arrays))).digest()
 
@@ -98,25 +101,26 @@ def make_call(
     ends = np.cumsum([0, *counts]).tolist()
     tables = [pages[start:end] for start, end in itertools.pairwise(ends)]
     batch = _as_kind(kind, Batch.build(limits, q_lens, context_lens, tables))
-    queries, keys, values = (np.zeros(one.shape, one.dtype) for one in dims[:3])
-    for stream, array in enumerate((queries, keys, values), start=1):
+    cache = layout.index_of(dims, "kv_cache")
+    by_token = {one.name: np.zeros(one.shape, one.dtype) for one in dims[:cache]}
+    for stream, array in enumerate(by_token.values(), start=1):
         new = array[: batch.num_tokens]
         new[:] = _numbers(new.shape, seed, stream)
-    held = np.zeros((used, *dims[3].shape[1:]), dims[3].dtype)
-    by_token = np.moveaxis(held, layout.TOKEN_AXES[kv_layout], 1)  # a view
-    contents = _numbers(by_token.shape, seed, 4)
+    held = np.zeros((used, *dims[cache].shape[1:]), dims[cache].dtype)
+    held_tokens = np.moveaxis(held, layout.TOKEN_AXES[kv_layout], 1)  # a view
+    contents = _numbers(held_tokens.shape, seed, cache + 1)
     places = {page: place for place, page in enumerate(pages)}
     for row in batch:
         old = np.arange(row.context_len)
         at = np.array([places[page] for page in row.pages], np.int64)[old // limits.page_size], old % limits.page_size
-        by_token[at] = contents[at]
+        held_tokens[at] = contents[at]
     more = dims[layout.index_of(dims, "distribution") + 1 :]
-    extra: dict[str, Array] = {one.name: _numbers(one.shape, seed, 5 + i) for i, one in enumerate(more)}
+    extra: dict[str, Array] = {one.name: _numbers(one.shape, seed, cache + 2 + i) for i, one in enumerate(more)}
     if "tree" in extra:
         extra["tree"] = _tree(extra["tree"])
     if "kv_scales" in extra:
         extra["kv_scales"] = 1 + np.abs(extra["kv_scales"]) / 4
-    return Call(batch, queries, keys, values, np.array(pages, np.int32), held, extra)
+    return Call(batch, by_token, np.array(pages, np.int32), held, extra)
 
 
 def canary(kind: Kind, dims: Sequence[layout.ArrayDims], limits: Limits, kv_layout: str) -> Call:

@@ -54,8 +54,12 @@ class Chip:
     peak_bf16_flops: int
 
 
+# Targets of portable programs, which run on any device of a platform: JAX's names of it, where it lowers and where it runs.
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}
+
+
 def is_tpu(target: str) -> bool:
-    """Whether a target has a chip; `cpu` has none."""
+    """Whether a target has a chip; `cpu` and `gpu` have none."""
     return target in _ENTRIES
 
 

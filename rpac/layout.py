@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rpac.spec import Model, Spec
 
 LANES = 128
+SUBLANES = 8  # of a 32-bit register tile, on every generation supported
 WORD_BITS = 32
 BITS = {"float32": 32, "int32": 32, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8, "int8": 8}
 
@@ -23,8 +24,11 @@ EXTRA_ARGS = {
     "tree": "serving:\n  tree_mask: true\n  decode_len: 4",
 }
 
+# What programs return after the output and the cache where a spec asks for it.
+EXTRA_RESULTS = ("lse",)
+
 # How K and V lie in the cache, and the axis of the cache along which the tokens of a page do.
-TOKEN_AXES = {"interleaved": 1, "separate": 3}
+TOKEN_AXES = {"interleaved": 1, "separate": 3, "latent": 1}
 
 Shape = tuple[int, ...]
 
@@ -76,6 +80,11 @@ def head_lanes(model: Model) -> int:
     return align(model.head_dim, LANES)
 
 
+def latent_lanes(model: Model) -> int:
+    """The lanes of a token's row in the cache of latent attention, up to whole registers."""
+    return align(model.head_dim + (model.rope_dim or 0), LANES)
+
+
 def joins_rows(model: Model) -> bool:
     """Whether K and V of a token and head share a row: K in its lower lanes, V in its upper, and none left over.
 
@@ -105,8 +114,14 @@ def kv_page_shape(spec: Spec) -> Shape:
 
     Interleaved: `[page_size, *kv_row_shape]`. Separate: `[2, kv_heads, page_size, align(head_dim, 128)]`, K then V;
     with head_dim 64 `[1, kv_heads, page_size, 128]`, both in one row. Padding is as in `kv_row_shape`.
+
+    Latent: `[page_size, align(kv_lora_rank + rope_dim, 128)]`, a token a row: its latent vector, then its rotary key, then
+    padding as in `kv_row_shape` (with 512 and 64 the lanes 0-511, 512-575 and 576-639). Tokens lie along sublanes, so that
+    a page is a matrix as the MXU takes it, and the values are its first lanes.
     """
     model, serving = spec.model, spec.serving
+    if model.rope_dim is not None:
+        return (serving.page_size, latent_lanes(model))
     if serving.kv_layout == "separate":
         return (kv_rows(model) // model.kv_heads, model.kv_heads, serving.page_size, head_lanes(model))
     return (serving.page_size, *kv_row_shape(model))
@@ -161,8 +176,22 @@ def metadata_specs(rows: Rows) -> tuple[ArrayDims, ...]:
 
 
 def arg_specs(spec: Spec, tokens: int) -> tuple[ArrayDims, ...]:
-    """The arguments of a program of one token bucket, in argument order: those of the batch, then `extra_specs`."""
+    """The arguments of a program of one token bucket, in argument order: those of the batch, then `extra_specs`.
+
+    Of latent attention: `queries` `[tokens, q_heads, kv_lora_rank]` (q_nope after absorption), `queries_rope`
+    `[tokens, q_heads, rope_dim]`, `new_kv` `[tokens, kv_lora_rank]`, `new_rope` `[tokens, rope_dim]`, then the cache and the
+    metadata as ever. The output is as `queries`.
+    """
     model = spec.model
+    if model.rope_dim is not None:
+        return (
+            ArrayDims("queries", queries_shape(spec, tokens), model.q_dtype),
+            ArrayDims("queries_rope", (tokens, model.q_heads, model.rope_dim), model.q_dtype),
+            ArrayDims("new_kv", (tokens, model.head_dim), model.kv_dtype),
+            ArrayDims("new_rope", (tokens, model.rope_dim), model.kv_dtype),
+            ArrayDims("kv_cache", kv_cache_shape(spec), model.kv_dtype),
+            *metadata_specs(spec.serving),
+        )
     return (
         ArrayDims("queries", queries_shape(spec, tokens), model.q_dtype),
         ArrayDims("keys", kv_new_shape(spec, tokens), model.new_dtype),
@@ -195,9 +224,13 @@ def index_of(arrays: Sequence[ArrayDims], name: str) -> int:
 
 
 def result_specs(spec: Spec, tokens: int) -> tuple[ArrayDims, ...]:
-    """The two results of a program: the output, and the cache in the donated argument's memory."""
+    """The results of a program: the output, the cache in the donated argument's memory, and `lse` where the spec has it.
+
+    `lse` `[tokens, q_heads]` is the natural logarithm of the denominator of each softmax, the sink's part included.
+    """
     model = spec.model
     return (
         ArrayDims("out", out_shape(spec, tokens), model.q_dtype),
         ArrayDims("kv_cache", kv_cache_shape(spec), model.kv_dtype),
+        *((ArrayDims("lse", (tokens, model.q_heads), "float32"),) if spec.serving.log_sum_exp else ()),
     )

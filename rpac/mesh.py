@@ -60,7 +60,9 @@ class Mesh:
         heads: Cut = ("kv", "copy") if self.splits_queries else _KV
         by_name: dict[str, tuple[Cut, ...]] = {
             "queries": (_DATA, heads),
+            "queries_rope": (_DATA, heads),
             "out": (_DATA, heads),
+            "lse": (_DATA, heads),
             "keys": (_DATA, _KV),
             "values": (_DATA, _KV),
             "kv_cache": (_DATA, (), _KV),  # the words or the KV heads of a page, by its layout

@@ -17,7 +17,13 @@ Array = NDArray[Any]
 Int32s = NDArray[np.int32]
 
 
-def ragged_paged_attention(
+def ragged_paged_attention(*args: Any, **options: Any) -> tuple[NDArray[np.float32], Array]:
+    """The first two results of `attention_with_lse`, whose arguments it takes."""
+    out, cache, _ = attention_with_lse(*args, **options)
+    return out, cache
+
+
+def attention_with_lse(
     queries: Array,
     keys: Array,
     values: Array,
@@ -33,21 +39,24 @@ def ragged_paged_attention(
     sliding_window: int | None = None,
     sinks: Array | None = None,
     kv_scales: Array | None = None,
+    causal: bool = True,
     tree: Int32s | None = None,
-) -> tuple[NDArray[np.float32], Array]:
-    """Causal attention of every new token over its sequence, and the cache with the new tokens in it.
+) -> tuple[NDArray[np.float32], Array, NDArray[np.float32]]:
+    """Attention of every new token over its sequence, and the cache with the new tokens in it.
 
     Arguments are those of a program, as numpy arrays, of a batch that `validate` accepts; `kv_layout` says how K and V
     lie in `kv_cache`, as `split_kv` has it. `soft_cap`: a score s becomes soft_cap * tanh(s / soft_cap).
     `sliding_window`: the query at position p sees those from p - sliding_window + 1 to p, where the cache may hold anything
     before what the first new token sees. `sinks` `[q_heads]` are logits, one a query head, that take part in its softmax
     and have no value. `kv_scales` `[2]` or `[2, kv_heads]` are what stored K and V are multiplied by; new keys and values
-    of another dtype than the cache's are quantized as they are stored, as `quantized` does. `tree` `[rows, new tokens]`: of
-    a decode row s, new token i sees new token j where bit j of tree[s, i] is set, and all of the context.
+    of another dtype than the cache's are quantized as they are stored, as `quantized` does. Where not `causal` a query sees
+    all of its sequence, what follows it too. `tree` `[rows, new tokens]`: of a decode row s, new token i sees new token j
+    where bit j of tree[s, i] is set, and all of the context.
 
     Returns the output `[tokens, q_heads, head_dim]` in float32, zero in the rows past the last sequence, and a new cache
     in the cache's dtype: each new token's K and V as given, zeros in its padding, every other bit as it was. The caller
-    rounds the output to its dtype.
+    rounds the output to its dtype. Third, the natural logarithm of each softmax's denominator, `[tokens, q_heads]` in
+    float32, likewise zero.
     """
     _, q_heads, head_dim = queries.shape
     kv_heads = keys.shape[1]
@@ -76,6 +85,7 @@ def ragged_paged_attention(
             cached_v[page, position % page_size] = values[token]
 
     out = np.zeros(queries.shape, np.float32)
+    lse = np.zeros(queries.shape[:2], np.float32)
     for seq in range(count):
         start, end = int(cu_q_lens[seq]), int(cu_q_lens[seq + 1])
         kv_len = int(kv_lens[seq])
@@ -85,7 +95,7 @@ def ragged_paged_attention(
         at = page_tables[seq, kv_positions // page_size], kv_positions % page_size
         k = cached_k[at].astype(np.float64) * scales[0, :, None]
         v = cached_v[at].astype(np.float64) * scales[1, :, None]
-        visible = kv_positions <= q_positions[:, None]
+        visible = (kv_positions <= q_positions[:, None]) | (not causal)
         visible &= kv_positions > q_positions[:, None] - window
         if tree is not None and seq < distribution[0]:
             for token, column in np.ndindex(end - start, end - start):
@@ -98,10 +108,13 @@ def ragged_paged_attention(
             scores = np.where(visible, scores, -np.inf)
             if sinks is not None:
                 scores = np.insert(scores, len(k), np.float64(sinks[head]), axis=-1)
-            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            weights /= weights.sum(axis=-1, keepdims=True)
+            top = scores.max(axis=-1, keepdims=True)
+            weights = np.exp(scores - top)
+            total = weights.sum(axis=-1, keepdims=True)
+            lse[start:end, head] = (top + np.log(total))[:, 0]
+            weights /= total
             out[start:end, head] = weights[:, : len(k)] @ v[:, kv_head]
-    return out, cache
+    return out, cache, lse
 
 
 def quantized(new: Array, scales: Array, dtype: np.dtype[Any]) -> Array:

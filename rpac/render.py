@@ -14,19 +14,20 @@ import jinja2
 
 import rpac
 from rpac.chip import is_tpu
-from rpac.layout import BITS, align, extra_specs, head_lanes, joins_rows, kv_rows, packing
-from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims
-from rpac.plan.tiles import (
-    RULE,
-    SUBLANES,
-    Sets,
-    XlaTiles,
-    decode_rows,
-    exchange_of,
-    splits_rows,
-    splits_words,
-    unit_tokens,
+from rpac.layout import BITS, SUBLANES, align, extra_specs, head_lanes, joins_rows, kv_rows, packing
+from rpac.plan import (
+    BlockTiles,
+    Buffer,
+    DecodeTiles,
+    GroupTiles,
+    KernelPlan,
+    LatentBlockTiles,
+    LatentDecodeTiles,
+    RowDims,
 )
+from rpac.plan.tiles import RULE, XlaTiles, exchange_of, splits_rows, splits_words, unit_tokens
+from rpac.render_decode import draft_context, draft_lines, extra_of_blocks, interleaved_rows, separate_rows
+from rpac.render_latent import latent_context, latent_lines
 from rpac.spec import Model, Spec
 
 MASKED = -2.0e38
@@ -69,7 +70,10 @@ def templates_dir() -> Path:
 def render(spec: Spec, plan: KernelPlan) -> Source:
     """The source of one plan."""
     family = "pallas_tpu" if is_tpu(plan.target) else "xla"
-    text = _environment(family).get_template(f"{plan.kind}.py.jinja").render(_context(spec, plan))
+    latent = spec.model.rope_dim is not None
+    name = f"latent_{plan.kind}.py.jinja" if latent else f"{plan.kind}.py.jinja"
+    context = _latent_context(spec, plan) if latent else _context(spec, plan)
+    text = _environment(family).get_template(name).render(context)
     return Source(plan.path, text.rstrip("\n") + "\n")
 
 
@@ -86,25 +90,48 @@ def _environment(family: str) -> jinja2.Environment:
     )
 
 
+def _latent_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
+    context = {
+        **_header(spec, plan),
+        **latent_context(spec, plan),
+        "masked": repr(MASKED),
+        "causal": True,
+        "lse": False,
+        "kv_end": "kv_end(seq, q_block)",
+    }
+    for part in ("decode", "block"):
+        tiles = getattr(plan, part)
+        if isinstance(tiles, LatentDecodeTiles | LatentBlockTiles):
+            context[part]["buffers_declared"] = [_declared(buffer) for buffer in tiles.scratch(spec)]
+    return context
+
+
+def _header(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
+    """What the head of every source says."""
+    of_layer = f", {spec.layer} layers" if spec.layer else ""
+    return {
+        "title": f"Ragged paged attention of {spec.name}{of_layer}: {plan.kind} batches on {plan.target}.",
+        "spec_hash": spec.hash,
+        "command": f"rpac build {Path(spec.file).name} --target {plan.target}",
+        "specialized": _specialized(spec, plan),
+    }
+
+
 def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
     model, serving = spec.model, spec.serving
     rows = RowDims.of(model)
     computed = model.q_dtype if model.quantized else model.kv_dtype
     highest = computed == "float32"
     return {
-        "title": f"Ragged paged attention of {spec.name}: {plan.kind} batches on {plan.target}.",
-        "spec_hash": spec.hash,
-        "command": f"rpac build {Path(spec.file).name} --target {plan.target}",
-        "specialized": _specialized(spec, plan),
+        **_header(spec, plan),
         "kind": plan.kind,
         "q_heads": model.q_heads,
         "kv_heads": model.kv_heads,
         "group": model.group,
-        "group_rows": align(model.group * serving.decode_len, SUBLANES),
-        "decode_len": serving.decode_len,
-        "tree_mask": serving.tree_mask,
         "q_stride": align(model.q_heads, SUBLANES),
         "head_dim": model.head_dim,
+        "query_dim": "HEAD_DIM",
+        "new_arrays": ("keys", "values"),
         "head_lanes": head_lanes(model),
         "joins_rows": joins_rows(model),
         "kinds": 1 if joins_rows(model) else 2,
@@ -129,20 +156,17 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "cap_scale": model.soft_cap and repr(model.sm_scale / model.soft_cap),
         "cap_log2": model.soft_cap and repr(model.soft_cap * math.log2(math.e)),
         "window": model.sliding_window,
-        # How far before the end of a sequence the window of its first new token begins.
-        "window_reach": "WINDOW" if serving.decode_len == 1 else "(WINDOW + DECODE_LEN - 1)",
         "sinks": model.sinks,
-        **_extra_context(spec, plan),
+        **_score_context(spec, plan),
+        **draft_context(spec),
+        "causal": model.causal,
+        "lse": serving.log_sum_exp,
         "log2_e": repr(math.log2(math.e)),
         "kv_layout": serving.kv_layout,
         "splits_words": splits_words(spec),
         "row_words": splits_rows(spec),
-        # Words of a token; where each holds a head's K and V, as many as there are heads.
-        "cache_words": "KV_HEADS" if packing(model.kv_dtype) == 2 else rows.packed_rows // rows.lane_tiles,
         "to_mxu": f".astype(jnp.{computed})" if model.quantized else "",
         "place_bits": packing(model.kv_dtype).bit_length() - 1,
-        "place_mask": f"{(1 << BITS[model.kv_dtype]) - 1:#X}".replace("X", "x"),
-        "element_bits": BITS[model.kv_dtype],
         "padding_rows": rows.token_rows // rows.lane_tiles - kv_rows(model),
         "kv_stride": align(model.kv_heads, SUBLANES),
         "page_size": serving.page_size,
@@ -159,8 +183,9 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "unit_rows": rows.unit_rows,
         "row_order": _row_order(model, rows),
         "vmem_limit": plan.vmem_limit,
-        "decode_call": _call_context(model, scalars=3 + serving.tree_mask),
-        "block_call": _call_context(model, scalars=4 if plan.kind == "mixed" else 3, out_given=plan.kind == "mixed"),
+        "decode_call": _call_context(spec, "decode"),
+        "block_call": _call_context(spec, plan.kind),
+        "ln_2": repr(math.log(2)),
         "decode": _tile_context(spec, plan.decode, shared=plan.block is not None),
         "block": _tile_context(spec, plan.block),
     }
@@ -196,16 +221,12 @@ def _lanes_context(model: Model) -> dict[str, Any]:
     }
 
 
-def _extra_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
-    """How the arguments beside the batch are written, and how scores are scaled and capped.
+def _score_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
+    """How scores are scaled and capped.
 
     Scales of K, where there are, differ by head: they are multiplied in with the scale as soon as there are products.
     """
     model = spec.model
-    names = [dims.name for dims in extra_specs(spec)]
-    of_blocks = [name for name in names if name != "tree"]
-    # Of one axis, for the rows of two are padded in SMEM.
-    operands = [f"{name}.reshape(-1)" if name == "tree" else name for name in names]
     scale = "CAP_SCALE" if model.soft_cap else "SCORE_SCALE"
     capped = "capped({})" if model.soft_cap else None
     scored = capped or ("{}" if model.kv_scale else "{} * SCORE_SCALE")
@@ -214,26 +235,29 @@ def _extra_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         by = f"({scale} * kv_scales[0, :, None, None])" if model.kv_scale else scale
         scored = f"SOFT_CAP * jnp.tanh({{}} * {by})" if model.soft_cap else f"{{}} * {by}"
     return {
-        "extra_args": "".join(f", {name}" for name in names),
-        "extra_scalars": "".join(f" {name}," for name in names),
-        "decode_operands": "".join(f" {operand}," for operand in operands),
-        "block_args": "".join(f", {name}" for name in of_blocks),
-        "block_scalars": "".join(f" {name}," for name in of_blocks),
         "head_scale": f" * ({scale} * kv_scales[0, head])" if model.kv_scale else "",
         "scored": scored.format,
     }
 
 
-def _call_context(model: Model, scalars: int, *, out_given: bool = False) -> Mapping[str, Any]:
+def _call_context(spec: Spec, kernel: str) -> Mapping[str, Any]:
     """How many operands of a kernel lie in SMEM, how many in HBM, and which of them are whose results' memory.
 
-    Scalars of the batch come first, then `layout.extra_specs`; then queries, keys, values, cache, and the output where it
-    is given.
+    Scalars of the batch come first, then arguments beside it; then queries, keys, values, cache, and the output where it
+    is given, with the logarithms of sums where there are any.
     """
-    in_smem = scalars + model.sinks + (model.kv_scale is not None)
-    cache = in_smem + 3
-    aliases = {cache: 1, cache + 1: 0} if out_given else {cache: 1}
-    return {"in_smem": in_smem, "in_hbm": 4 + out_given, "aliases": repr(aliases)}
+    extra = len(extra_specs(spec) if kernel == "decode" else extra_of_blocks(spec))
+    in_smem = (4 if kernel == "mixed" else 3) + extra
+    cache, lse = in_smem + 3, spec.serving.log_sum_exp
+    aliases = {cache: 1}
+    if kernel == "mixed":
+        aliases |= {cache + 1: 0, cache + 2: 2} if lse else {cache + 1: 0}
+    return {
+        "in_smem": in_smem,
+        "in_hbm": len(aliases) + 3,
+        "out_hbm": 2 + lse,
+        "aliases": repr(aliases),
+    }
 
 
 def _row_order(model: Model, rows: RowDims) -> str:
@@ -245,9 +269,12 @@ def _row_order(model: Model, rows: RowDims) -> str:
 
 
 def _tile_context(
-    spec: Spec, tiles: DecodeTiles | GroupTiles | BlockTiles | XlaTiles | None, *, shared: bool = False
+    spec: Spec,
+    tiles: DecodeTiles | GroupTiles | BlockTiles | LatentBlockTiles | XlaTiles | None,
+    *,
+    shared: bool = False,
 ) -> Mapping[str, Any]:
-    if tiles is None:
+    if tiles is None or isinstance(tiles, LatentBlockTiles):
         return {}
     if isinstance(tiles, GroupTiles):
         return _group_context(spec, tiles)
@@ -259,18 +286,13 @@ def _tile_context(
     context |= {"ahead": tiles.buffers - 1, "buffers_declared": [_declared(buffer) for buffer in tiles.scratch(spec)]}
     if isinstance(tiles, DecodeTiles):
         groups = spec.model.kv_heads // tiles.pair
-        head_rows = decode_rows(spec) // spec.model.kv_heads
         context |= {
-            "mask_rows": head_rows,
-            "mask_repeats": spec.model.kv_heads,
-            "head_rows": head_rows,
-            "sink_row": _row_of_head(spec.model, align(spec.model.group, SUBLANES), spec.model.group),
             **_clear_context(tiles.block, rows),
             **_split_context(
                 tiles.block, rows, SHORT_SPLIT_PIECE if shared else SPLIT_PIECE, packing(spec.model.kv_dtype)
             ),
             "groups": groups,
-            "pair_rows": tiles.pair * head_rows,
+            **interleaved_rows(spec, tiles.pair),
         }
         context["split_share"] = math.ceil(context["splits"] / (SPLIT_PHASES * groups))
         return context
@@ -340,8 +362,6 @@ def _split_context(piece: int, rows: RowDims, at_once: int, pack: int) -> Mappin
 
 def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
     model = spec.model
-    sets = Sets.of(spec)
-    queries = sets.heads * sets.queries
     return {
         **vars(tiles),
         "groups": tiles.groups,
@@ -353,19 +373,7 @@ def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
         # A window begins at any page, and so do its tiles.
         "even": model.sliding_window is None and spec.serving.pages_per_seq * spec.serving.page_size % tiles.tile == 0,
         "table_end": spec.serving.max_num_seqs * spec.serving.pages_per_seq - 1,
-        "heads_per_set": sets.heads,
-        "set_rows": sets.rows,
-        "set_queries": queries,
-        "sets": sets.count,
-        "query_rows": sets.count * sets.rows,
-        "padded": sets.padded(model),
-        "sink_row": _row_of_head(model, sets.rows, queries),
-        "out_rows": [
-            (i * sets.rows, min(queries, model.kv_heads * sets.queries - i * queries)) for i in range(sets.count)
-        ],
-        "mask_rows": sets.rows,
-        "mask_repeats": sets.count,
-        "head_rows": sets.rows // sets.heads,
+        **separate_rows(spec),
         "buffers_declared": [_declared(buffer) for buffer in tiles.scratch(spec)],
     }
 
@@ -380,19 +388,6 @@ def _quantization(model: Model) -> list[str]:
     }
     by = "this program" if model.quantize == "kernel" else "the caller"
     return [f"KV of 8 bits, {scales[model.kv_scale]}; {by} quantizes new keys and values"]
-
-
-def _drafts(spec: Spec) -> list[str]:
-    serving = spec.serving
-    if serving.decode_len == 1:
-        return []
-    seen = "each sees those that `tree` says, an argument" if serving.tree_mask else "each sees those before it"
-    return [f"decode rows of {serving.decode_len} new tokens, the last accepted one and drafts; {seen}"]
-
-
-def _row_of_head(model: Model, rows: int, heads: int) -> str:
-    """The row of query head `head` where `heads` of them lie in each `rows` rows, as an expression."""
-    return "head" if rows == heads else f"head // {heads} * {rows} + head % {heads}"
 
 
 def _declared(buffer: Buffer) -> Mapping[str, str]:
@@ -415,7 +410,8 @@ def _features(model: Model) -> str:
     }
     *names, last = [name for name, text in used.items() if not text] or [""]
     unused = f"{', '.join(names)} or {last}" if names else last
-    given = ["causal, cache updated", *(text for text in used.values() if text)]
+    order = "causal" if model.causal else "not causal: each query sees all of its sequence"
+    given = [f"{order}, cache updated", *(text for text in used.values() if text)]
     return "; ".join([*given, *([f"no {unused} in the spec: none is in the code"] if unused else [])])
 
 
@@ -425,12 +421,15 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
     lines = [
         f"{model.q_heads} query heads over {model.kv_heads} KV heads, head_dim {model.head_dim}, "
         f"queries {model.q_dtype}, KV {model.kv_dtype}: constants",
-        *_drafts(spec),
+        *draft_lines(spec),
         f"pages of {serving.page_size} tokens, {serving.pages_per_seq} a sequence, up to {serving.max_num_seqs} sequences",
         f"token buckets that use it: {', '.join(map(str, plan.tokens))}",
         _features(model),
         *_quantization(model),
     ]
+    if model.rope_dim is not None:
+        head, cache, *tiles = latent_lines(spec, plan)
+        lines = [head, cache, *lines[1:3], "causal, cache updated", *tiles]
     if spec.mesh.devices > 1:
         lines.insert(1, f"these are one device's part of {spec.mesh.devices}: {spec.mesh}")
     if serving.kv_layout == "separate":
@@ -443,7 +442,7 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
             f"decode: blocks of {d.block} tokens, as long as the expected lengths and the registers for scores allow; "
             f"{d.buffers} buffers, so that DMA latency hides behind {d.buffers - 1} blocks in flight"
         )
-    if isinstance(plan.decode, GroupTiles):
+    if isinstance(plan.decode, GroupTiles) and model.rope_dim is None:
         g = plan.decode
         lines.append(
             f"decode: tiles of {g.tile} tokens, no longer than the expected lengths, {g.step} of them a turn, so that one "

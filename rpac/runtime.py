@@ -24,8 +24,10 @@ from rpac.placement import Placement
 if TYPE_CHECKING:
     from rpac.bundle import Program
 
-Run = Callable[[Sequence[Any]], tuple[jax.Array, jax.Array]]
-Traceable = Callable[..., tuple[jax.Array, jax.Array]]
+# What a program returns: out, kv_cache, and what else its manifest says.
+Results = tuple[jax.Array, ...]
+Run = Callable[[Sequence[Any]], Results]
+Traceable = Callable[..., Results]
 
 
 def build_string(client: Any) -> str:
@@ -63,9 +65,8 @@ def load_portable(data: bytes, program: Program, placement: Placement) -> Run:
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         raise _unusable(program, f"compile its export for {placement}", error) from error
 
-    def run(args: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
-        out, kv_cache = compiled(*args)
-        return out, kv_cache
+    def run(args: Sequence[Any]) -> Results:
+        return tuple(compiled(*args))
 
     return run
 
@@ -87,7 +88,7 @@ def load_native(data: bytes, program: Program, placement: Placement) -> Run:
         ) from error
     shardings = [placement.sharding(dims) for dims in program.args]
 
-    def run(args: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+    def run(args: Sequence[Any]) -> Results:
         # Only what lies on the host is moved: the cache must be donated as the caller's own array.
         there = [isinstance(arg, jax.Array) for arg in args]
         hosted = [(arg, to) for arg, to, known in zip(args, shardings, there, strict=True) if not known]
@@ -96,8 +97,7 @@ def load_native(data: bytes, program: Program, placement: Placement) -> Run:
             [arg if known else next(moved) for arg, known in zip(args, there, strict=True)]
         )
         parts = results.disassemble_into_single_device_arrays()
-        out, kv_cache = (placement.join(dims, part) for dims, part in zip(program.results, parts, strict=True))
-        return out, kv_cache
+        return tuple(placement.join(dims, part) for dims, part in zip(program.results, parts, strict=True))
 
     return run
 

@@ -14,9 +14,8 @@ import numpy as np
 from rpac.answers import expected
 from rpac.batch import Limits
 from rpac.bundle import Variant, verify_bundle
-from rpac.bundle.manifest import ARGS
 from rpac.canary import answer, make_call
-from rpac.engine import CanaryRun, Engine, Event, ProgramReady, load
+from rpac.engine import CanaryRun, Engine, Event, ProgramReady, load_layers
 from rpac.engine.probe import probe
 from rpac.errors import CheckError, RpacError
 from rpac.layout import cdiv
@@ -53,9 +52,11 @@ class _Steps:
     def __init__(self, progress: Callable[[Step], None]) -> None:
         self.done: list[Step] = []
         self.exit_code = 0
+        self.layer = ""  # what the steps are of, where a model has several kinds of layers
         self._progress = progress
 
     def run(self, name: str, what: Callable[[], str]) -> bool:
+        name = f"{self.layer} {name}".strip()
         start = time.perf_counter()
         try:
             ok, detail = True, what()
@@ -85,19 +86,21 @@ def serve_check(
     for a bundle that does not serve: the report says why, and a step that others need ends it.
     """
     steps = _Steps(progress)
-    engines: list[Engine] = []
+    engines: dict[str, Engine] = {}
     events: list[Event] = []
 
     def opened() -> str:
-        engine = load(bundle, target, allow_compile=allow_compile, observer=events.append)
-        engines.append(engine)
+        engines.update(load_layers(bundle, target, allow_compile=allow_compile, observer=events.append))
+        engine, *_ = engines.values()
         device = engine.device
         return f"target {engine.target} on {device} ({device.device_kind}; {build_string(device.client)})"
 
+    rng = np.random.default_rng(seed)
     if steps.run("verify", lambda: _verified(bundle)) and steps.run("load", opened):
-        (engine,) = engines
-        if steps.run("warm", lambda: _warmed(engine, events)):
-            _run_programs(steps, engine, events, np.random.default_rng(seed), batches)
+        for layer, engine in engines.items():
+            steps.layer = layer
+            if steps.run("warm", lambda: _warmed(engine, events)):  # noqa: B023  (runs now)
+                _run_programs(steps, engine, events, rng, batches)
     return ServeReport(os.fspath(bundle), seed, tuple(steps.done), steps.exit_code)
 
 
@@ -140,7 +143,8 @@ def _run_batch(engine: Engine, variant: Variant, rows: Sequence[tuple[int, int]]
     wanted = answer(call, *expected(call, engine.model, engine.kv_layout))
 
     def run(args: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
-        return engine(*args[: len(ARGS)], **dict(zip(call.extra, args[len(ARGS) :], strict=True)))
+        taken = len(args) - len(call.extra)
+        return engine(*args[:taken], **dict(zip(call.extra, args[taken:], strict=True)))
 
     found = probe(run, call, program, engine.placement).against(wanted)
     named = " ".join(f"{q_len}+{context}" for q_len, context in rows)

@@ -39,6 +39,7 @@ class StandIn:
     target: str = "cpu"
     device_kind: str = "cpu"
     topology: str | None = None
+    layer: str = ""
     toolchain: dict[str, str] = field(default_factory=lambda: {"jax": "any", "libtpu_build": "none"})
     plan: dict[str, Any] = field(default_factory=lambda: {"tile": [8, 128]})
     flags: dict[str, str] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from rpac.bundle import Dims
 from rpac.bundle.manifest import ARGS
 from rpac.errors import BatchError, SelectionError
 
-Result = tuple[jax.Array, jax.Array]
+Result = tuple[jax.Array, ...]
 
 AXES = (3, 3, 3, 5, 1, 1, 1, 1)  # of each of ARGS
 
@@ -49,29 +49,30 @@ class Feature(NamedTuple):
 
 
 _SCALED = Feature((None,), "programs take keys, values and queries as they are, not quantized")
-_CAUSAL = "programs are causal"
-_SINKS = Feature((None,), "programs have no attention sinks")
-_CAP = Feature((None,), "programs do not cap scores")
+_MASK = "programs mask by position alone"
 
 FEATURES = {
-    "attention_sink": _SINKS,
-    "causal": Feature((1,), _CAUSAL),
-    "custom_mask": Feature((None,), _CAUSAL),
+    "custom_mask": Feature((None,), _MASK),
     "debug_mode": Feature((False,), "programs attend; they print nothing"),
     "k_scale": _SCALED,
-    "logits_soft_cap": _CAP,
-    "mask_aligned_to_cu_kv": Feature((False,), _CAUSAL),
+    "mask_aligned_to_cu_kv": Feature((False,), _MASK),
     "mask_value": Feature((None, DEFAULT_MASK_VALUE), "what programs mask weighs exactly 0"),
     "q_scale": _SCALED,
     "skip_kv_mask": Feature((False,), "programs mask what lies past the end of a sequence"),
-    "sliding_window": Feature((None,), "programs attend to the whole context"),
-    "soft_cap": _CAP,
-    "softmax_aux": _SINKS,
     "softmax_dtype": Feature((None,), "programs compute softmax in float32"),
     "update_kv_cache": Feature((True,), "programs write the new keys and values to the cache"),
-    "use_causal_mask": Feature((True,), _CAUSAL),
     "v_scale": _SCALED,
     "xai_temperature_len": Feature((None,), "programs do not scale scores by position"),
+}
+
+
+# Arguments that must be what the bundle has built in: the key of a spec's model that each is.
+BUILT_IN = {
+    "causal": "causal",
+    "logits_soft_cap": "soft_cap",
+    "sliding_window": "sliding_window",
+    "soft_cap": "soft_cap",
+    "use_causal_mask": "causal",
 }
 
 
@@ -118,6 +119,32 @@ class Adapter:
                     f"spec adds it: run the layers that need it on the kernel of {self.peer}"
                 )
 
+    def require_built(self, **given: Any) -> None:
+        """Raises for the first argument of `BUILT_IN` that is not the bundle's."""
+        for name, value in given.items():
+            key = BUILT_IN[name]
+            built = getattr(self.engine.model, key)
+            if isinstance(value, jax.core.Tracer):
+                raise BatchError(f"{name} is traced; must be {built}: {self._bundle} has it built in; pass a number")
+            if (value is None) != (built is None) or (value is not None and float(value) != built):
+                line = str(bool(value)).lower() if isinstance(built, bool) else value
+                build = f"with this, where a spec allows it\nmodel:\n  {key}: {line}"
+                if value is None:
+                    build = f"without model.{key}"
+                raise SelectionError(
+                    f"{name} is {value}; must be {built}, the {key} of {self._bundle}; pass that, or build {build}"
+                )
+
+    def sinks(self, name: str, value: Any) -> dict[str, Any]:
+        """The engine's argument for a peer's sinks. Raises SelectionError where one of the two has them alone."""
+        if (value is not None) != self.engine.model.sinks:
+            has, line = ("has no sinks", "true") if value is not None else ("takes sinks", "false")
+            raise SelectionError(
+                f"{name} is {_shown(value)}, and {self._bundle} {has}; pass what it takes, or build with\nmodel:\n"
+                f"  sinks: {line}"
+            )
+        return {} if value is None else {"sinks": value}
+
     def require_scale(self, name: str, value: Any) -> None:
         """Raises unless the scale of the scores is the bundle's, to the precision of float32."""
         built = self.engine.model.sm_scale
@@ -138,11 +165,11 @@ class Adapter:
                 "return the dtype of queries; no line of a spec adds another; convert the output"
             )
 
-    def run(self, *args: Any, chunk_prefill_size: int | None = None) -> Result:
+    def run(self, *args: Any, chunk_prefill_size: int | None = None, **extra: Any) -> Result:
         """The call on the contract's arguments: `engine.traced` where one is a tracer, else `engine` itself.
 
         There may be fewer rows than max_num_seqs. Without `chunk_prefill_size`, rows [i, j) may have any length: they
-        run as mixed rows.
+        run as mixed rows. `extra` are the engine's arguments by name.
         """
         require_axes(ARGS, args, AXES)
         queries, keys, _, kv_cache, kv_lens, page_indices, cu_q_lens, distribution = args
@@ -153,7 +180,7 @@ class Adapter:
         for name, array, size in (("cu_q_lens", cu_q_lens, rows + 1), ("distribution", distribution, 3)):
             if len(array) != size:
                 raise BatchError(f"{name} is {_shown(array)}; must be int32[{size}]; see the batch contract")
-        in_trace = traced(args)
+        in_trace = traced((*args, *extra.values()))
         xp: Any = jnp if in_trace else np
         metadata = [xp.asarray(array) for array in args[4:]]
         if rows < self.engine.limits.max_num_seqs:
@@ -161,8 +188,8 @@ class Adapter:
         if chunk_prefill_size is None:
             metadata[-1] = metadata[-1][PREFILL_AS_MIXED]
         if in_trace:
-            return self.engine.traced(*args[:4], *metadata)
-        return self.engine(*args[:4], *metadata, validate=self.validate)
+            return self.engine.traced(*args[:4], *metadata, **extra)
+        return self.engine(*args[:4], *metadata, validate=self.validate, **extra)
 
     def array_sizes(self, queries: Any, keys: Any, kv_cache: Any) -> Iterator[Size]:
         """What the arrays that hold tokens and pages say about the spec."""

@@ -97,13 +97,11 @@ def ragged_page_attention_v3_kernel(engine: Programs, *, validate: bool = True) 
         vmem_limit_bytes: int | None = None,
     ) -> Result:
         adapter.require_neutral(
-            softmax_aux=softmax_aux,
-            sliding_window=sliding_window,
-            logits_soft_cap=logits_soft_cap,
             q_scale=q_scale,
             k_scale=k_scale,
             v_scale=v_scale,
         )
+        adapter.require_built(causal=True, sliding_window=sliding_window, logits_soft_cap=logits_soft_cap)
         # None is the peer's word for its default.
         scale = queries.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         adapter.require_scale("softmax_scale", scale)
@@ -117,6 +115,7 @@ def ragged_page_attention_v3_kernel(engine: Programs, *, validate: bool = True) 
             query_start_loc,
             distribution,
             chunk_prefill_size=chunk_prefill_size,
+            **adapter.sinks("softmax_aux", softmax_aux),
         )
 
     return attention

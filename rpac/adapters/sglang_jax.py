@@ -66,10 +66,6 @@ def ragged_paged_attention_v3(engine: Programs, *, validate: bool = True) -> Cal
     ) -> Result:
         adapter.require_neutral(
             custom_mask=custom_mask,
-            attention_sink=attention_sink,
-            causal=causal,
-            sliding_window=sliding_window,
-            soft_cap=soft_cap,
             mask_value=mask_value,
             q_scale=q_scale,
             k_scale=k_scale,
@@ -80,11 +76,13 @@ def ragged_paged_attention_v3(engine: Programs, *, validate: bool = True) -> Cal
             debug_mode=debug_mode,
             mask_aligned_to_cu_kv=mask_aligned_to_cu_kv,
         )
+        adapter.require_built(causal=causal, sliding_window=sliding_window, soft_cap=soft_cap)
         adapter.require_scale("sm_scale", sm_scale)
         adapter.require_out_dtype(out_dtype)
+        extra = adapter.sinks("attention_sink", attention_sink)
         arrays = queries, keys, values, kv_cache_fused
         metadata = kv_lens, page_indices, cu_q_lens, cu_kv_lens, distribution
-        return _run(adapter, arrays, metadata, chunk_prefill_size)
+        return _run(adapter, arrays, metadata, chunk_prefill_size, **extra)
 
     return attention
 
@@ -122,13 +120,12 @@ def ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Callab
         vmem_limit_bytes: int | None = None,
     ) -> Result:
         adapter.require_neutral(
-            sliding_window=sliding_window,
-            soft_cap=soft_cap,
             mask_value=mask_value,
             q_scale=q_scale,
             k_scale=k_scale,
             v_scale=v_scale,
         )
+        adapter.require_built(causal=True, sliding_window=sliding_window, soft_cap=soft_cap)
         adapter.require_scale("sm_scale", sm_scale)
         arrays = queries, keys, values, _packed(kv_cache_fused, layout.packing(engine.model.kv_dtype))
         metadata = kv_lens, page_indices, cu_q_lens, cu_kv_lens, distribution
@@ -148,7 +145,7 @@ def _packed(kv_cache_fused: Any, packing: int) -> Any:
 
 
 def _run(
-    adapter: Adapter, arrays: tuple[Any, ...], metadata: tuple[Any, ...], chunk_prefill_size: int | None
+    adapter: Adapter, arrays: tuple[Any, ...], metadata: tuple[Any, ...], chunk_prefill_size: int | None, **extra: Any
 ) -> Result:
     """The call on the contract's metadata, made from the peer's."""
     in_trace = traced((*arrays, *metadata))
@@ -169,7 +166,7 @@ def _run(
         decodes = xp.cumprod(single.astype(np.int32)).sum()  # those before the first longer one
         distribution = xp.stack([decodes, decodes, distribution[2]]).astype(np.int32)
     table = page_indices[places].reshape(-1)
-    return adapter.run(*arrays, kv_lens, table, cu_q_lens, distribution, chunk_prefill_size=chunk_prefill_size)
+    return adapter.run(*arrays, kv_lens, table, cu_q_lens, distribution, chunk_prefill_size=chunk_prefill_size, **extra)
 
 
 def _require_metadata(metadata: tuple[Any, ...]) -> None:

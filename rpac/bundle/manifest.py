@@ -28,11 +28,14 @@ MAX_FILE_BYTES = 4 << 20
 MAX_CANARY_BYTES = 1 << 20
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-ARGS = ("queries", "keys", "values", "kv_cache", "kv_lens", "page_indices", "cu_q_lens", "distribution")
+_CACHE_AND_BATCH = ("kv_cache", "kv_lens", "page_indices", "cu_q_lens", "distribution")
+ARGS = ("queries", "keys", "values", *_CACHE_AND_BATCH)
+LATENT_ARGS = ("queries", "queries_rope", "new_kv", "new_rope", *_CACHE_AND_BATCH)  # of latent attention
 RESULTS = ("out", "kv_cache")
 
 _SHA256 = r"[0-9a-f]{64}"
 _NAME = r"[a-z0-9][a-z0-9.-]{0,63}"
+_LAYER = r"[a-z0-9][a-z0-9-]{0,31}"
 _PATH = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*"
 _INT32 = 2**31 - 1
 
@@ -83,13 +86,23 @@ class Program:
 
 @dataclass(frozen=True)
 class Target:
-    """All programs for one device kind. `topology` is what the executables were compiled for, None on cpu."""
+    """All programs for one device kind. `topology` is what the executables were compiled for, None on cpu.
+
+    Where a model has several kinds of layers there is a target for each, with the `layer`'s name and its `model`.
+    """
 
     name: str
     device_kind: str
     topology: str | None
     toolchain: Mapping[str, str]
     programs: tuple[Program, ...]
+    layer: str = ""
+    model: Dims | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in the manifest."""
+        return f"{self.name}.{self.layer}" if self.layer else self.name
 
     @property
     def blobs(self) -> frozenset[Content]:
@@ -113,6 +126,8 @@ class Dims:
     sinks: bool = False
     kv_scale: str | None = None
     quantize: str = "caller"
+    causal: bool = True
+    rope_dim: int | None = None
 
     def as_data(self) -> dict[str, Any]:
         """Plain data, without features that are not used: the manifest of a bundle without them is as it always was."""
@@ -159,11 +174,12 @@ def as_data(manifest: Manifest) -> dict[str, Any]:
         "limits": manifest.limits.as_dict(),
         "files": {path: content._asdict() for path, content in manifest.files.items()},
         "targets": {
-            target.name: {
+            target.key: {
                 "device_kind": target.device_kind,
                 "topology": target.topology,
                 "toolchain": dict(target.toolchain),
                 "programs": [_program_data(program) for program in target.programs],
+                **({"layer": target.layer, "model": target.model.as_data()} if target.model else {}),
             }
             for target in manifest.targets.values()
         },
@@ -246,7 +262,9 @@ def _manifest(root: Node) -> Manifest:
     )  # fmt: skip
     limits = _limits(fields["limits"])
     files = {path: _file(path, node) for path, node in fields["files"].items().items()}
-    targets = {name: _target(name, node, limits) for name, node in fields["targets"].items().items()}
+    model = _dims(fields["model"])
+    args = ARGS if model.rope_dim is None else LATENT_ARGS
+    targets = {name: _target(name, node, limits, args) for name, node in fields["targets"].items().items()}
     for name, target in targets.items():
         for program in target.programs:
             if f"source/{program.source}" not in files:
@@ -256,7 +274,7 @@ def _manifest(root: Node) -> Manifest:
     return Manifest(
         name=fields["name"].text(_NAME, "a spec's name"),
         spec_hash=fields["spec_hash"].text(_SHA256, "64 hex digits"),
-        model=_dims(fields["model"]),
+        model=model,
         kv_layout=fields["kv_layout"].choice(layout.TOKEN_AXES),
         limits=limits,
         targets=targets,
@@ -273,7 +291,8 @@ def _mesh(node: Node) -> Mesh:
 
 def _dims(node: Node) -> Dims:
     names = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
-    found = node.fields(*names, optional=("soft_cap", "sliding_window", "sinks", "kv_scale", "quantize"))
+    optional = ("soft_cap", "sliding_window", "sinks", "kv_scale", "quantize", "causal", "rope_dim")
+    found = node.fields(*names, optional=optional)
     return Dims(
         q_heads=found["q_heads"].integer(1, _INT32),
         kv_heads=found["kv_heads"].integer(1, _INT32),
@@ -286,6 +305,8 @@ def _dims(node: Node) -> Dims:
         sinks="sinks" in found and found["sinks"].flag(),
         kv_scale=found["kv_scale"].choice(("tensor", "head")) if "kv_scale" in found else None,
         quantize=found["quantize"].choice(("caller", "kernel")) if "quantize" in found else "caller",
+        causal="causal" not in found or found["causal"].flag(),
+        rope_dim=found["rope_dim"].integer(1, _INT32) if "rope_dim" in found else None,
     )
 
 
@@ -306,23 +327,28 @@ def _content(node: Node, limit: int) -> Content:
     return Content(fields["sha256"].text(_SHA256, "64 hex digits"), fields["size"].integer(1, limit))
 
 
-def _target(name: str, node: Node, limits: Limits) -> Target:
+def _target(name: str, node: Node, limits: Limits, args: tuple[str, ...]) -> Target:
     Node(node.file, "targets", name).text(_NAME, "a target's name")
-    fields = node.fields("device_kind", "topology", "toolchain", "programs")
-    programs = tuple(_program(program, limits) for program in fields["programs"].elements())
+    fields = node.fields("device_kind", "topology", "toolchain", "programs", optional=("layer", "model"))
+    layer = fields["layer"].text(_LAYER, "the name of a kind of layers") if "layer" in fields else ""
+    if bool(layer) != ("model" in fields) or (layer and not name.endswith(f".{layer}")):
+        raise node.refuse("an object with `layer` and `model`, named by its target and its layer, or with neither")
+    programs = tuple(_program(program, limits, args) for program in fields["programs"].elements())
     if not programs or len({program.variant for program in programs}) < len(programs):
         raise fields["programs"].refuse("a list with one program or more, each of another kind or token bucket")
     topology = fields["topology"]
     return Target(
-        name=name,
+        name=name.removesuffix(f".{layer}"),
         device_kind=fields["device_kind"].text(r".+", "a device kind"),
         topology=None if topology.value is None else topology.text(r".+", "null or a topology's name"),
         toolchain=fields["toolchain"].strings(),
         programs=programs,
+        layer=layer,
+        model=_dims(fields["model"]) if layer else None,
     )
 
 
-def _program(node: Node, limits: Limits) -> Program:
+def _program(node: Node, limits: Limits, args: tuple[str, ...]) -> Program:
     fields = node.fields(
         "kind", "tokens", "source", "plan", "args", "results", "exported", "executable", "canary", "flags", "aliases",
         "memory", "check",
@@ -336,8 +362,8 @@ def _program(node: Node, limits: Limits) -> Program:
         variant=Variant(kind, tokens),
         source=fields["source"].text(_PATH, "a plain path under source/"),
         plan=fields["plan"].mapping(),
-        args=_arrays(fields["args"], ARGS, tuple(layout.EXTRA_ARGS)),
-        results=_arrays(fields["results"], RESULTS),
+        args=_arrays(fields["args"], args, tuple(layout.EXTRA_ARGS)),
+        results=_arrays(fields["results"], RESULTS, layout.EXTRA_RESULTS),
         exported=_content(fields["exported"], MAX_BLOB_BYTES),
         executable=None if executable.value is None else _content(executable, MAX_BLOB_BYTES),
         canary=None if canary.value is None else _content(canary, MAX_CANARY_BYTES),

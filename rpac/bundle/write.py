@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rpac.spec import Spec
 
 Checks = Mapping[tuple[str, str, int], Mapping[str, Any]]
-Canaries = Mapping[tuple[str, int], bytes]
+Canaries = Mapping[tuple[str, str, int], bytes]
 
 
 def write_bundle(
@@ -34,7 +34,7 @@ def write_bundle(
     """Publishes the bundle of `spec` at `path`, whole or not at all.
 
     `checks` maps (target, kind, tokens) to tolerances and results, where a variant was checked; `canaries` maps
-    (kind, tokens) to the oracle's answers, as `rpac.canary` stores them. `wait_s`: seconds to wait for another build
+    (layer, kind, tokens) to the oracle's answers, as `rpac.canary` stores them. `wait_s`: seconds to wait for another build
     into the same folder. Raises OutputError, and then what was at `path` is as it was.
     """
     with publish(path, is_bundle, wait_s) as stage:
@@ -50,7 +50,7 @@ def stage_bundle(
 ) -> Manifest:
     """`write_bundle` into a stage that the caller holds, so that a long build owns its folder from its start."""
     lowered = sorted(lowered, key=lambda one: (one.target, KINDS.index(cast(Kind, one.kind)), one.tokens))
-    built = {(one.kind, one.tokens) for one in lowered}
+    built = {(one.layer, one.kind, one.tokens) for one in lowered}
     answers = {variant: data for variant, data in (canaries or {}).items() if variant in built}
     tiers = [data for one in lowered for data in (one.exported, one.executable) if data is not None]
     blobs = {Content.of(data): data for data in (*tiers, *answers.values())}
@@ -83,22 +83,27 @@ def is_bundle(path: Path) -> bool:
 
 def _targets(spec: Spec, lowered: list[Lowered], checks: Checks, canaries: Canaries) -> dict[str, Target]:
     targets: dict[str, Target] = {}
-    for name in dict.fromkeys(program.target for program in lowered):
-        programs = [program for program in lowered if program.target == name]
-        first = programs[0]
+    for name, layer in dict.fromkeys((program.target, program.layer) for program in lowered):
+        programs = [program for program in lowered if (program.target, program.layer) == (name, layer)]
+        first, part = programs[0], spec.part(layer)
         shared = {(one.device_kind, one.topology, tuple(sorted(one.toolchain.items()))) for one in programs}
         if len(shared) > 1:
             raise ValueError(f"programs of target {name} differ in device kind, topology or toolchain: {shared}")
-        targets[name] = Target(
+        target = Target(
             name=name,
             device_kind=first.device_kind,
             topology=first.topology,
             toolchain=first.toolchain,
             programs=tuple(
-                _program(spec, one, checks.get((name, one.kind, one.tokens)), canaries.get((one.kind, one.tokens)))
+                _program(
+                    part, one, checks.get((name, one.kind, one.tokens)), canaries.get((layer, one.kind, one.tokens))
+                )
                 for one in programs
             ),
+            layer=layer,
+            model=Dims(**vars(part.model)) if layer else None,
         )
+        targets[target.key] = target
     return targets
 
 

@@ -26,11 +26,9 @@ GARBAGE = (-7, np.iinfo(np.int32).max)
 
 
 class Arguments(NamedTuple):
-    """The arguments of a program, as numpy arrays; `extra` by name, in order."""
+    """The arguments of a program, as numpy arrays; `by_token`, those before the cache, and `extra` by name, in order."""
 
-    queries: Array
-    keys: Array
-    values: Array
+    by_token: Mapping[str, Array]
     kv_cache: Array
     kv_lens: Int32s
     page_indices: Int32s
@@ -39,9 +37,14 @@ class Arguments(NamedTuple):
     extra: Mapping[str, Array]
 
     @property
+    def queries(self) -> Array:
+        """`[tokens, q_heads, ...]`"""
+        return self.by_token["queries"]
+
+    @property
     def of_batch(self) -> tuple[Array, ...]:
-        """Those that every program takes."""
-        return self[:-1]
+        """Those that every program of a kind of attention takes."""
+        return (*self.by_token.values(), *self[1:-1])
 
     @property
     def in_order(self) -> tuple[Array, ...]:
@@ -59,11 +62,14 @@ def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.ra
     # The generated code takes the number of pages from the cache, and a cache of all of them would take gigabytes.
     spec = replace(spec, serving=replace(spec.serving, num_pages=pages))
     serving = spec.serving
-    queries, keys, values, kv_cache = (
-        np.full(dims.shape, POISON.get(dims.dtype, np.nan), dims.dtype) for dims in layout.arg_specs(spec, tokens)[:4]
-    )
+    taken = layout.arg_specs(spec, tokens)
+    arrays = {
+        dims.name: np.full(dims.shape, POISON.get(dims.dtype, np.nan), dims.dtype)
+        for dims in taken[: layout.index_of(taken, "kv_cache") + 1]
+    }
+    kv_cache = arrays.pop("kv_cache")
     kv_cache.view(f"uint{8 * kv_cache.itemsize}").fill(SIGNALING_NAN[kv_cache.itemsize])
-    for array in (queries, keys, values):
+    for array in arrays.values():
         array[: trial.new_tokens] = _normal(rng, array[: trial.new_tokens])
 
     kv_lens, page_indices, cu_q_lens, _ = (_garbage(dims.shape) for dims in layout.metadata_specs(serving))
@@ -88,7 +94,7 @@ def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.ra
     extra = {dims.name: _random(rng, dims) for dims in layout.extra_specs(spec)}
     if "kv_scales" in extra:
         extra["kv_scales"] = np.exp(extra["kv_scales"] / 4) / np.float32(CODES.get(spec.model.kv_dtype, 1))
-    return Arguments(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, extra)
+    return Arguments(arrays, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, extra)
 
 
 def _poison_unseen(trial: Trial, window: int, page_size: int, table: Int32s, kv_cache: Array) -> None:

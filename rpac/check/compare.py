@@ -47,12 +47,26 @@ def compare(
         row = _row_of(args, token)
         position = args.kv_lens[row] - args.cu_q_lens[row + 1] + token
         notes.append(f"attention of query head {head} at row {row}, position {position} is off by {error:.2g}")
-    differs = np.moveaxis(_bits(cache) != _bits(want_cache), TOKEN_AXES[kv_layout], 1).any(axis=(2, 3, 4))
+    differs = np.moveaxis(_bits(cache) != _bits(want_cache), TOKEN_AXES[kv_layout], 1)
+    differs = differs.any(axis=tuple(range(2, differs.ndim)))
     if differs.any():
         page, slot = (int(index[0]) for index in np.nonzero(differs))
         owner = _owner(args, page, slot, page_size=differs.shape[1])
         notes.append(f"cache differs in {int(differs.sum())} tokens, first {owner}")
     return Difference(error, tolerance, not differs.any(), tuple(notes))
+
+
+def lse_notes(args: Arguments, lse: Array | None, want: NDArray[np.float32]) -> tuple[str, ...]:
+    """What is wrong with the logarithms of the softmax's denominators, whose absolute error is a relative one of these."""
+    live = int(args.cu_q_lens[args.distribution[2]])
+    if lse is None:
+        return ("the program returns no lse",)
+    errors = np.abs(lse[:live] - want[:live])
+    worst = errors.max(initial=0)
+    if worst <= TOLERANCE[args.queries.dtype.name]:
+        return ()
+    token, head = np.unravel_index(int(np.where(np.isfinite(errors), errors, np.inf).argmax()), errors.shape)
+    return (f"lse of query head {head} at row {_row_of(args, int(token))} is off by {worst:.2g}",)
 
 
 def _bits(array: Array) -> NDArray[Any]:

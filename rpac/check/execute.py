@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ class Outcome:
 
     out: Array | None
     kv_cache: Array | None
+    lse: Array | None = None
     races: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -53,8 +54,6 @@ def prepare_run(plan: KernelPlan, source: Source, seconds: float = TIME_LIMIT) -
     program: Callable[..., Any] | None = None
     compiled: dict[tuple[tuple[int, ...], ...], Any] = {}
     params = interpret_params()
-    # As it is served. The interpreter copies what it is given.
-    donated = () if is_tpu(plan.target) else Arguments._fields.index("kv_cache")
 
     def run(args: Arguments, mode: str) -> Outcome:
         nonlocal program
@@ -63,23 +62,29 @@ def prepare_run(plan: KernelPlan, source: Source, seconds: float = TIME_LIMIT) -
             with _quiet():
                 program = program or load_program(source)
                 if shapes not in compiled:
+                    # As it is served. The interpreter copies what it is given.
+                    donated = () if is_tpu(plan.target) else len(args.by_token)  # the cache
                     with pltpu.force_tpu_interpret_mode(params):
                         compiled[shapes] = jax.jit(program, donate_argnums=donated).lower(*args.in_order).compile()
                 if mode == COMPILED:
-                    out, kv_cache = compiled[shapes](*args._replace(kv_cache=jnp.array(args.kv_cache)).in_order)
-                    return Outcome(np.asarray(out), np.asarray(kv_cache))
+                    results = compiled[shapes](*args._replace(kv_cache=jnp.array(args.kv_cache)).in_order)
+                    return Outcome(*_as_numpy(results))
                 set_dma_mode(params, mode)
                 printed = io.StringIO()  # where it says which semaphores a kernel left with bytes not waited for
                 with contextlib.redirect_stdout(printed), race_reports() as races, time_limit(seconds):
-                    out, kv_cache = jax.block_until_ready(compiled[shapes](*args.in_order))
-                return Outcome(
-                    np.asarray(out), np.asarray(kv_cache), tuple(races), tuple(printed.getvalue().splitlines())
-                )
+                    results = jax.block_until_ready(compiled[shapes](*args.in_order))
+                notes = tuple(printed.getvalue().splitlines())
+                return Outcome(*_as_numpy(results), races=tuple(races), notes=notes)
         except Exception as error:  # whatever a kernel under check does, the report must come
             reset_interpreter()
             return Outcome(None, None, notes=(f"raised {_summary(error)}",))
 
     return run
+
+
+def _as_numpy(results: Sequence[Any]) -> tuple[Array, Array, Array | None]:
+    out, kv_cache, *lse = map(np.asarray, results)
+    return out, kv_cache, lse[0] if lse else None
 
 
 @contextlib.contextmanager

@@ -14,11 +14,10 @@ from multiprocessing import get_context
 import numpy as np
 from numpy.typing import NDArray
 
-from rpac import reference
 from rpac.accuracy import TOLERANCE
-from rpac.answers import oracle_options
+from rpac.answers import oracle
 from rpac.check.arrays import Arguments, Array, make_arguments
-from rpac.check.compare import Difference, compare
+from rpac.check.compare import Difference, compare, lse_notes
 from rpac.check.execute import TIME_LIMIT, Outcome, modes_of, prepare_run
 from rpac.check.report import CheckReport, CompileResult, Result
 from rpac.check.trials import Trial, trials_of
@@ -66,19 +65,25 @@ def check_spec(
     """
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
     planned = [
-        (plan, render(spec, plan))
+        (part, plan, render(part, plan))
+        for part in spec.parts
         for target in targets or spec.targets
-        for plan in plan_spec(spec, target)
+        for plan in plan_spec(part, target)
         if kinds is None or plan.kind in kinds
     ]
     results = []
-    for result in _run_units(_units(spec, planned), seed, random_batches, jobs):
+    for result in _run_units(_units(planned), seed, random_batches, jobs):
         progress(result)
         results.append(result)
     compiled = []
     if compile is not None:
-        for target in dict.fromkeys(plan.target for plan, _ in planned):
-            tasks = tasks_of(spec, [(plan, source) for plan, source in planned if plan.target == target])
+        for target in dict.fromkeys(plan.target for _, plan, _ in planned):
+            tasks = [
+                task
+                for part, plan, source in planned
+                if plan.target == target
+                for task in tasks_of(part, [(plan, source)])
+            ]
             compiled.append(_compile(compile, target, tasks))
             progress(compiled[-1])
     return CheckReport(spec.name, spec.hash, seed, tuple(results), tuple(compiled))
@@ -111,8 +116,8 @@ def check_source(
         rng = np.random.default_rng([seed, zlib.crc32(trial.name.encode())])
         args = make_arguments(spec, trial, tokens, pages, rng)
         kv_layout = spec.serving.kv_layout
-        options = {**oracle_options(spec.model, kv_layout), **args.extra}
-        wanted = reference.ragged_paged_attention(*args.of_batch, **options)
+        out, kv_cache, lse = oracle(spec.model, kv_layout, args.of_batch, args.extra)
+        wanted = out, kv_cache, lse if spec.serving.log_sum_exp else None
         for mode in modes or modes_of(plan):
             start = time.perf_counter()
             outcome = run(args, mode)
@@ -135,20 +140,26 @@ def check_source(
 
 
 def _judged(
-    args: Arguments, outcome: Outcome, want_out: NDArray[np.float32], want_cache: Array, kv_layout: str
+    args: Arguments,
+    outcome: Outcome,
+    want_out: NDArray[np.float32],
+    want_cache: Array,
+    want_lse: NDArray[np.float32] | None,
+    kv_layout: str,
 ) -> Difference:
     if outcome.out is None or outcome.kv_cache is None:
         return Difference(math.inf, TOLERANCE[args.queries.dtype.name], False, outcome.notes)
     found = compare(args, outcome.out, outcome.kv_cache, want_out, want_cache, kv_layout=kv_layout)
-    return replace(found, notes=(*found.notes, *outcome.notes))
+    more = () if want_lse is None else lse_notes(args, outcome.lse, want_lse)
+    return replace(found, notes=(*found.notes, *more, *outcome.notes))
 
 
-def _units(spec: Spec, planned: Sequence[tuple[KernelPlan, Source]]) -> list[Unit]:
+def _units(planned: Sequence[tuple[Spec, KernelPlan, Source]]) -> list[Unit]:
     """Sources with one body are one unit: targets differ in what their headers say."""
-    same: dict[str, list[tuple[KernelPlan, Source]]] = {}
-    for plan, source in planned:
-        same.setdefault(source.body, []).append((plan, source))
-    return [Unit(spec, *group[0], tuple(plan.target for plan, _ in group)) for group in same.values()]
+    same: dict[tuple[str, str], list[tuple[Spec, KernelPlan, Source]]] = {}
+    for part, plan, source in planned:
+        same.setdefault((part.layer, source.body), []).append((part, plan, source))
+    return [Unit(*group[0], tuple(plan.target for _, plan, _ in group)) for group in same.values()]
 
 
 def _check_unit(unit: Unit, seed: int, random_batches: int) -> list[Result]:

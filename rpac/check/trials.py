@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rpac.layout import cdiv
-from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan
+from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles
 from rpac.plan.tiles import XlaTiles, unit_tokens
 from rpac.spec import Spec
 
@@ -122,8 +122,10 @@ class _Trials(ABC):
         return int(np.exp(rng.uniform(np.log(low), np.log(high + 1))))
 
 
-def _block_and_tile(tiles: DecodeTiles | GroupTiles | BlockTiles | XlaTiles | None) -> tuple[int, int]:
-    """What is fetched at once and what is computed at once: the same in a portable program."""
+def _block_and_tile(
+    tiles: DecodeTiles | GroupTiles | BlockTiles | LatentBlockTiles | XlaTiles | None,
+) -> tuple[int, int]:
+    """What is fetched at once and what is computed at once: the same in a portable program, and in a block of latents."""
     if tiles is None:
         return 0, 0
     if isinstance(tiles, GroupTiles):

@@ -15,6 +15,7 @@ from rpac.cli.inspect import inspect
 from rpac.cli.plan import plan
 from rpac.cli.predict import predict_command
 from rpac.cli.serve_check import serve_check_command
+from rpac.cli.support import support_command
 from rpac.cli.tune import tune_command
 from rpac.errors import RpacError
 
@@ -41,6 +42,8 @@ def main() -> None:
     """
 
 
-COMMANDS = (plan, buckets, build, check, inspect, generate, predict_command, serve_check_command, tune_command)
+COMMANDS = (
+    plan, buckets, build, check, inspect, generate, predict_command, serve_check_command, support_command, tune_command
+)  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

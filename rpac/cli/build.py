@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 
 from rpac import build as job
-from rpac.chip import is_tpu
 from rpac.cli.common import (
     cache_of,
     cache_option,
@@ -22,7 +21,7 @@ from rpac.cli.common import (
     target_option,
 )
 from rpac.errors import TargetError
-from rpac.lower import Lowered, tasks_of
+from rpac.lower import Lowered
 from rpac.spec import load_spec
 
 
@@ -55,8 +54,8 @@ def build(
         raise TargetError(
             f"{spec_file}: --this-cpu is for one device, the spec for {spec.mesh.devices}; leave --this-cpu out"
         )
-    tasks = tasks_of(spec, job.sources_of(spec, chosen))
-    on_cpu = sum(not is_tpu(task.target) for task in tasks) if this_cpu else 0
+    tasks = job.all_tasks(spec, chosen)
+    on_cpu = sum(task.target == "cpu" for task in tasks) if this_cpu else 0
     report = lowering_progress(len(tasks) + on_cpu)
     built = job.build(
         spec,

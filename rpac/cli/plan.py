@@ -8,7 +8,7 @@ import click
 
 from rpac.build import chosen_targets
 from rpac.cli.common import json_option, print_json, size, spec_argument, table, target_option
-from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, plan_spec
+from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles, plan_spec
 from rpac.plan.tiles import XlaTiles
 from rpac.spec import load_spec
 
@@ -37,7 +37,7 @@ def plan(spec_file: Path, targets: tuple[str, ...], as_json: bool) -> None:
     mixed, queries, fetched/computed at once x buffers.
     """
     spec = load_spec(spec_file)
-    plans = [one for target in chosen_targets(spec, targets) for one in plan_spec(spec, target)]
+    plans = [one for part in spec.parts for target in chosen_targets(spec, targets) for one in plan_spec(part, target)]
     if as_json:
         print_json({"spec": spec.name, "spec_hash": spec.hash, "plans": [one.as_dict() for one in plans]})
         return
@@ -51,7 +51,7 @@ def _row(one: KernelPlan) -> tuple[str, ...]:
     return (one.path, " ".join(map(str, one.tokens)), _tiles(one.decode), _tiles(one.block), *budgets, one.origin)
 
 
-def _tiles(tiles: DecodeTiles | GroupTiles | BlockTiles | XlaTiles | None) -> str:
+def _tiles(tiles: DecodeTiles | GroupTiles | BlockTiles | LatentBlockTiles | XlaTiles | None) -> str:
     match tiles:
         case None:
             return "-"
@@ -61,5 +61,7 @@ def _tiles(tiles: DecodeTiles | GroupTiles | BlockTiles | XlaTiles | None) -> st
             return f"{tiles.step} x {tiles.tile} x{tiles.groups}"
         case BlockTiles():
             return f"{tiles.q_block} q, {tiles.block}/{tiles.tile} x{tiles.buffers}"
+        case LatentBlockTiles():
+            return f"{tiles.q_block} q, {tiles.block} x{tiles.buffers}"
         case XlaTiles():
             return f"{tiles.q_block} q, {tiles.block}" if tiles.q_block > 1 else f"{tiles.block} x{tiles.blocks}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -18,6 +19,7 @@ from rpac.predict import (
     draw,
     emit,
     expected,
+    layers_in,
     parse_decode,
     parse_prefill,
     predict,
@@ -64,9 +66,11 @@ def predict_command(
     if plot is not None:
         check_plot(plot)
     store = Store(None if no_cache else default_cache_dir())
+    chosen = [(path, layer) for path in paths for layer in layers_in(path)]
+    found = [_programs(path, target, layer, store, any_compiler) for path, layer in chosen]
     pairs = [
         (programs, workload)
-        for programs in _named_apart([_programs(path, target, store, any_compiler) for path in paths], paths)
+        for programs in _named_apart(found, [path for path, _ in chosen])
         for workload in [*(parse_decode(text, programs.limits.decode_len) for text in decode), *others]
         or expected(programs.limits, programs.context_lens)
     ]
@@ -81,14 +85,15 @@ def predict_command(
     if not predictions[0].report.compiler_verified:
         click.echo(f"warning: nobody has verified this reading of libtpu {predictions[0].report.compiler}", err=True)
     if as_json:
-        found = [one.to_json() for one in predictions]
-        print_json(found[0] if len(found) == 1 else {"predictions": found})
+        written = [one.to_json() for one in predictions]
+        print_json(written[0] if len(written) == 1 else {"predictions": written})
     else:
         _print(predictions, target, detail or len(predictions) == 1)
 
 
-def _programs(path: Path, target: str, store: Store, any_compiler: bool) -> Programs:
-    return programs_of(path, target, store, lambda line: click.echo(line, err=True), any_compiler=any_compiler)
+def _programs(path: Path, target: str, layer: str, store: Store, any_compiler: bool) -> Programs:
+    progress = partial(click.echo, err=True)
+    return programs_of(path, target, store, progress, any_compiler=any_compiler, layer=layer)
 
 
 def _named_apart(programs: Sequence[Programs], paths: Sequence[Path]) -> list[Programs]:

@@ -16,7 +16,7 @@ from rpac.engine.events import (
     ProgramFailed,
     ProgramReady,
 )
-from rpac.engine.opening import load
+from rpac.engine.opening import load, load_layers
 from rpac.engine.warming import Warming
 
 __all__ = [
@@ -32,4 +32,5 @@ __all__ = [
     "ProgramReady",
     "Warming",
     "load",
+    "load_layers",
 ]

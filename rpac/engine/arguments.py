@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 import jax
 
 from rpac.bundle import Program
-from rpac.bundle.manifest import ARGS
 from rpac.errors import BatchError
 from rpac.layout import EXTRA_ARGS, ArrayDims, index_of
 from rpac.placement import Placement, listed
@@ -63,12 +62,15 @@ class Arguments:
 
 
 def in_order(taken: Sequence[ArrayDims], args: Sequence[Any], extra: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The arguments of a call in the order in which its program takes them: those of the batch, then those by name.
+    """The arguments of a call in the order in which its program takes them: `args`, then those by name.
 
-    One by name that is None is as if it were not given. Raises BatchError for one that is missing or unknown.
+    One by name that is None is as if it were not given. Raises BatchError for one that is missing, unknown or given twice.
     """
     given = {name: value for name, value in extra.items() if value is not None}
-    names = [dims.name for dims in taken[len(ARGS) :]]
+    if len(args) > len(taken):
+        takes = ", ".join(dims.name for dims in taken)
+        raise BatchError(f"there are {len(args)} arguments; must be {takes}; leave out what is more")
+    names = [dims.name for dims in taken[len(args) :]]
     for name in given:
         if name not in names:
             takes = ", ".join(dims.name for dims in taken)
@@ -76,11 +78,11 @@ def in_order(taken: Sequence[ArrayDims], args: Sequence[Any], extra: Mapping[str
             raise BatchError(
                 f"{name} is no argument of this bundle's programs, which take {takes}; leave it out{build}"
             )
-    for dims in taken[len(ARGS) :]:
+    for dims in taken[len(args) :]:
         if dims.name not in given:
+            why = f", as this bundle's spec has `{EXTRA_ARGS[dims.name].split()[1]}`" if dims.name in EXTRA_ARGS else ""
             raise BatchError(
-                f"{dims.name} is not given; must be {dims.dtype}{list(dims.shape)}, as this bundle's spec has "
-                f"`{EXTRA_ARGS[dims.name].split()[1]}`; pass it by name: {dims.name}=..."
+                f"{dims.name} is not given; must be {dims.dtype}{list(dims.shape)}{why}; pass it by name: {dims.name}=..."
             )
     return (*args, *(given[name] for name in names))
 

@@ -14,16 +14,16 @@ from rpac.batch import Kind, Limits
 from rpac.batch import validate as validate_metadata
 from rpac.batch.kind import Int32s
 from rpac.bundle import Dims, LoadedTarget, Program, Variant
-from rpac.bundle.manifest import ARGS, KINDS
+from rpac.bundle.manifest import KINDS
 from rpac.engine.arguments import in_order, refuse, shown
 from rpac.engine.events import BatchRun, Count, Observer, Recorder, Totals
 from rpac.engine.slot import Slot
 from rpac.engine.traced import run_selected
 from rpac.engine.warming import Warming
 from rpac.errors import BatchError, SelectionError, TargetError
-from rpac.layout import ArrayDims, metadata_specs
+from rpac.layout import ArrayDims, index_of, metadata_specs
 from rpac.placement import Placement
-from rpac.runtime import Run, Traceable
+from rpac.runtime import Results, Run, Traceable
 from rpac.select import advice, select
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class Engine:
         observer: Observer | None = None,
     ) -> None:
         self.name: str = loaded.manifest.name
-        self.model: Dims = loaded.manifest.model
+        self.layer: str = loaded.target.layer
+        self.model: Dims = loaded.target.model or loaded.manifest.model
         self.kv_layout: str = loaded.manifest.kv_layout
         self.limits: Limits = loaded.manifest.limits
         self.target: str = loaded.target.name
@@ -131,16 +132,9 @@ class Engine:
 
     def traced(
         self,
-        queries: Any,
-        keys: Any,
-        values: Any,
-        kv_cache: Any,
-        kv_lens: Any,
-        page_indices: Any,
-        cu_q_lens: Any,
-        distribution: Any,
+        *args: Any,
         **extra: Any,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> Results:
         """As the call, for use inside jit: the program is chosen on the device, by the distribution's value.
 
         The programs are those of the token bucket of `queries`. Nothing can raise for a value inside jit: where the
@@ -148,20 +142,21 @@ class Engine:
         it was. Other values are not checked: build the metadata with `rpac.Batch`. Raises BatchError or
         SelectionError while it is traced, for shapes, dtypes and the token bucket.
         """
-        args = (queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)
         given = in_order(self._taken, args, extra)
         if self.placement.mesh.data > 1:
             raise SelectionError(
                 "engine.traced chooses one program, and each data-parallel replica may need another; use engine.program, "
                 "which the host picks"
             )
-        tokens = self._tokens(queries)
+        tokens = self._tokens(given[0])
         built = [kind for kind in KINDS if Variant(kind, tokens) in self._slots]
         if not built:
             raise SelectionError(advice(self._slots, self.limits, Variant("mixed", tokens)))
         programs = {kind: self._slots[Variant(kind, tokens)].traceable() for kind in built}
-        self._slots[Variant(built[0], tokens)].arguments.check_shapes(given)
-        return run_selected(programs, self.limits, args, extra)
+        first = self._slots[Variant(built[0], tokens)]
+        first.arguments.check_shapes(given)
+        more = [jax.numpy.zeros(dims.shape, dims.dtype) for dims in first.program.results[2:]]
+        return run_selected(programs, self.limits, self._taken, given, more)
 
     def collector(self) -> EngineCollector:
         """This engine's metrics for a server's own `prometheus_client` registry, which takes one collector alone:
@@ -184,22 +179,17 @@ class Engine:
 
     def __call__(
         self,
-        queries: Any,
-        keys: Any,
-        values: Any,
-        kv_cache: Any,
-        kv_lens: Any,
-        page_indices: Any,
-        cu_q_lens: Any,
-        distribution: Any,
-        *,
+        *args: Any,
         validate: bool = True,
         **extra: Any,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> Results:
         """Runs one batch: `(out, kv_cache)`, shapes and dtypes as in the batch contract (`rpac.layout`).
 
-        `extra`: what the bundle's spec makes programs take beside the batch, by name (`rpac.layout.EXTRA_ARGS`), such as
-        `sinks`.
+        Where the bundle's spec has `log_sum_exp` there is a third result, `lse`, for `rpac.merge`.
+
+        The arguments are queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution; of latent
+        attention queries, queries_rope, new_kv, new_rope, and on from kv_cache; in this order, or by name. `extra`: what the
+        bundle's spec makes programs take beside them, by name (`rpac.layout.EXTRA_ARGS`), such as `sinks`.
 
         `kv_cache` is a jax array on this engine's device; it is donated, use the one returned. The others are jax
         arrays there, or numpy arrays. Metadata is read on the host: give it as numpy, because an array on a TPU is
@@ -209,21 +199,21 @@ class Engine:
         Rows of `out` past cu_q_lens[k] are padding and hold anything. Raises BatchError, or SelectionError with the
         spec lines that would add the batch; `kv_cache` is then still the caller's.
         """
-        given = (queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)
         try:
-            args = in_order(self._taken, given, extra)
-            event, run = self._accepted(args, validate)
+            given = in_order(self._taken, args, extra)
+            event, run = self._accepted(given, validate)
         except (BatchError, SelectionError) as error:
             self._recorder.refused(error)
             raise
-        result = run(args)
+        result = run(given)
         self._recorder.record(event)
         return result
 
     def _accepted(self, args: Sequence[Any], validate: bool) -> tuple[BatchRun, Run]:
         """What runs a batch. Nothing of it has run, nor is the cache donated, when this raises."""
-        queries, _, _, _, *metadata = args[: len(ARGS)]
-        tokens = self._tokens(queries)
+        first = index_of(self._taken, self._metadata[0].name)
+        metadata = args[first : first + len(self._metadata)]
+        tokens = self._tokens(args[0])
         for dims, arg in zip(self._taken, args, strict=True):
             if isinstance(arg, jax.core.Tracer):
                 raise BatchError(

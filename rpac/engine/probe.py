@@ -65,16 +65,14 @@ def probe(run: Run, call: Call, program: Program, placement: Placement) -> Probe
     kv_cache = placement.join(cache_dims, [make(*one, cache_dims.shape[0]) for one in zip(pages, held, strict=True)])
     batch = call.batch
     given = {
-        "queries": call.queries,
-        "keys": call.keys,
-        "values": call.values,
+        **call.by_token,
         "kv_lens": batch.kv_lens,
         "page_indices": batch.page_indices,
         "cu_q_lens": batch.cu_q_lens,
         "distribution": batch.distribution,
         **call.extra,
     }
-    out, kv_cache = run(
+    out, kv_cache, *_ = run(
         [kv_cache if name == "kv_cache" else placement.repeat(args[name], given[name]) for name in args]
     )
     look = jax.jit(_look)

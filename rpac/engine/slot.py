@@ -17,7 +17,7 @@ from rpac.engine.events import CanaryRun, ProgramReady, Recorder, Tier
 from rpac.engine.probe import probe
 from rpac.errors import BundleError, CheckError
 from rpac.placement import Placement
-from rpac.runtime import Run, Traceable, load_native, load_portable, load_traceable
+from rpac.runtime import Results, Run, Traceable, load_native, load_portable, load_traceable
 
 
 class Slot:
@@ -73,7 +73,7 @@ class Slot:
                 self._traceable = load_traceable(self._exported, self.program, self._placement.mesh)
         traceable = self._traceable
 
-        def call(*given: jax.Array, **extra: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def call(*given: jax.Array, **extra: jax.Array) -> Results:
             args = in_order(self.program.args, given, extra)
             self.arguments.check_shapes(args)
             return traceable(*args)

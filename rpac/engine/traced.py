@@ -11,17 +11,27 @@ from jax import lax
 
 from rpac.batch import Kind, Limits
 from rpac.bundle.manifest import KINDS
-from rpac.runtime import Traceable
+from rpac.layout import ArrayDims, index_of
+from rpac.runtime import Results, Traceable
+
+KV_CACHE_RESULT = 1
 
 
 def run_selected(
-    programs: Mapping[Kind, Traceable], limits: Limits, args: Sequence[Any], extra: Mapping[str, Any]
-) -> tuple[jax.Array, jax.Array]:
-    """The one program of `programs` that the distribution, the last of `args`, needs; all are of one token bucket.
+    programs: Mapping[Kind, Traceable],
+    limits: Limits,
+    taken: Sequence[ArrayDims],
+    args: Sequence[Any],
+    more: Sequence[Any],
+) -> Results:
+    """The one program of `programs` that the distribution needs; all are of one token bucket and take `args`, `taken`.
 
-    Where the distribution is none, or its program is missing: out is NaN and the cache as it was.
+    `more` are arrays of the shapes of the results after the cache.
+
+    Where the distribution is none, or its program is missing: the cache is as it was, and all else that is returned NaN.
     """
-    queries, keys, values, kv_cache, *metadata, distribution = args
+    queries, kv_cache, distribution = (args[index_of(taken, name)] for name in ("queries", "kv_cache", "distribution"))
+    names = [dims.name for dims in taken]
     wanted = _kind_index(distribution)
     i, j, k = distribution
     is_one = (i >= 0) & (i <= j) & (j <= k) & (k <= limits.max_num_seqs)
@@ -30,16 +40,19 @@ def run_selected(
     safe = jnp.where(found, distribution, 0)
     first = KINDS.index(next(iter(programs)))
     chosen = jnp.where(found, wanted, first)
-    out = queries  # of out's shape; one program takes its turn and replaces it
+    results = (queries, kv_cache, *more)  # of the results' shapes; one program takes its turn and replaces them
     for kind, program in programs.items():
 
         def body(_: jax.Array, results: Any, program: Traceable = program) -> Any:
-            return program(queries, keys, values, results[1], *metadata, safe, **extra)
+            changed = {"kv_cache": results[1], "distribution": safe}
+            return program(*(changed.get(name, arg) for name, arg in zip(names, args, strict=True)))
 
         # Not lax.switch: XLA for cpu copies the whole cache into each branch. A loop's state stays in place everywhere.
         turns = (chosen == KINDS.index(kind)).astype(jnp.int32)
-        out, kv_cache = lax.fori_loop(0, turns, body, (out, kv_cache))
-    return jnp.where(found, out, jnp.nan), kv_cache
+        results = lax.fori_loop(0, turns, body, results)
+    return tuple(
+        one if index == KV_CACHE_RESULT else jnp.where(found, one, jnp.nan) for index, one in enumerate(results)
+    )
 
 
 def _kind_index(distribution: Any) -> jax.Array:

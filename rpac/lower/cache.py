@@ -55,5 +55,6 @@ def _lowered(task: Task, files: Mapping[str, bytes]) -> Lowered:
         task.plan,
         files["exported"],
         files.get("executable"),
+        layer=task.layer,
         **json.loads(files[FACTS]),
     )

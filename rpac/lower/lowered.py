@@ -29,11 +29,12 @@ class Task:
     plan: Mapping[str, Any]
     args: tuple[ArrayDims, ...]
     mesh: Mesh = ONE_DEVICE
-    results: tuple[ArrayDims, ...] = ()  # where the mesh has several devices, which need their names
+    layer: str = ""
+    results: tuple[ArrayDims, ...] = ()  # a mesh of several devices needs their names
 
     @property
     def label(self) -> str:
-        return f"{self.target} {self.kind} t{self.tokens}"
+        return f"{self.target} {self.layer and self.layer + ' '}{self.kind} t{self.tokens}"
 
     def key(self, toolchain: Mapping[str, str], result: str = "lowered") -> str:
         """sha256 over everything that decides a result of this task, 64 hex digits."""
@@ -48,7 +49,9 @@ class Task:
             "plan": self.plan,
             "args": self.args,
             "toolchain": dict(toolchain),
-            **({} if self.mesh == ONE_DEVICE else {"mesh": self.mesh.as_dict()}),
+            "mesh": self.mesh.as_dict(),
+            "layer": self.layer,
+            "results": self.results,
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
@@ -85,6 +88,7 @@ class Lowered:
     flags: Mapping[str, str]
     aliases: Mapping[str, Any]
     memory: Mapping[str, Any]
+    layer: str = ""
 
 
 def tasks_of(spec: Spec, plans: Sequence[tuple[KernelPlan, Source]]) -> list[Task]:
@@ -98,6 +102,7 @@ def tasks_of(spec: Spec, plans: Sequence[tuple[KernelPlan, Source]]) -> list[Tas
             plan.as_dict(),
             arg_specs(spec, tokens),
             spec.mesh,
+            spec.layer,
             result_specs(spec, tokens),
         )
         for plan, source in plans

@@ -14,7 +14,6 @@ from functools import partial
 from multiprocessing import get_context, parent_process, resource_tracker
 from typing import TypeVar
 
-from rpac.chip import is_tpu
 from rpac.errors import CompileError
 from rpac.lower.cache import Cache
 from rpac.lower.lowered import Lowered, Task
@@ -70,7 +69,7 @@ def add_cpu_executables(
     calls = {
         index: partial(_compile_for_cpu, task, done[index].exported)
         for index, task in enumerate(tasks)
-        if not is_tpu(task.target)
+        if task.target == "cpu"
     }
     _run_all(calls, lambda index: tasks[index].label, jobs, keep)
     return list(done.values())

@@ -15,7 +15,7 @@ import jax
 from jax import export
 from jax.experimental import topologies
 
-from rpac.chip import chip, is_tpu, topology_of
+from rpac.chip import PLATFORMS, chip, is_tpu, topology_of
 from rpac.compat import target_mesh
 from rpac.errors import CompileError
 from rpac.layout import index_of
@@ -26,7 +26,7 @@ from rpac.render import Source
 from rpac.runtime import build_string
 from rpac.toolchain import JAX_FLAGS
 
-Program = Callable[..., tuple[jax.Array, jax.Array]]
+Program = Callable[..., tuple[jax.Array, ...]]
 
 _COLLECTIVE = re.compile(r"\b(all-(reduce|gather|to-all)|collective-(permute|broadcast)|reduce-scatter)(-start)?\(")
 
@@ -45,7 +45,7 @@ def lower(task: Task, toolchain: Mapping[str, str]) -> Lowered:
     """Exports a variant and compiles it for its target. Raises CompileError, naming the tile, the need and the limit."""
     _set_flags()
     with _reported(task):
-        return _lower_tpu(task, toolchain) if is_tpu(task.target) else _lower_cpu(task, toolchain)
+        return _lower_tpu(task, toolchain) if is_tpu(task.target) else _lower_portable(task, toolchain)
 
 
 def compile_only(task: Task) -> None:
@@ -103,10 +103,10 @@ def _compiled(program: _OnTopology) -> Any:
         return program.jitted.trace(*program.shapes).lower(lowering_platforms=("tpu",)).compile()
 
 
-def _lower_cpu(task: Task, toolchain: Mapping[str, str]) -> Lowered:
+def _lower_portable(task: Task, toolchain: Mapping[str, str]) -> Lowered:
     jitted, shapes = _program(task)
-    exported = export.export(jitted, platforms=("cpu",))(*shapes)
-    facts = {"device_kind": "cpu", "topology": None, "flags": {}, "aliases": {"kv_cache": 1}, "memory": {}}
+    exported = export.export(jitted, platforms=(PLATFORMS[task.target],))(*shapes)
+    facts = {"device_kind": task.target, "topology": None, "flags": {}, "aliases": {"kv_cache": 1}, "memory": {}}
     return _lowered(task, toolchain, exported, None, **facts)
 
 
@@ -151,9 +151,17 @@ def _aliases(task: Task, text: str, memory: Any) -> dict[str, int]:
 def _lowered(
     task: Task, toolchain: Mapping[str, str], exported: export.Exported, executable: bytes | None, **facts: Any
 ) -> Lowered:
-    data = bytes(exported.serialize(vjp_order=0))
     return Lowered(
-        task.target, task.kind, task.tokens, task.source, task.plan, data, executable, toolchain=toolchain, **facts
+        task.target,
+        task.kind,
+        task.tokens,
+        task.source,
+        task.plan,
+        bytes(exported.serialize(vjp_order=0)),
+        executable,
+        toolchain=toolchain,
+        layer=task.layer,
+        **facts,
     )
 
 

@@ -1,6 +1,7 @@
 """Chooses tiles and buffers for each (case, target, token bucket) within the VMEM and SMEM of the target."""
 
 from rpac.plan.build import KIND_ORDER, kinds_of, plan_spec
+from rpac.plan.latent import LatentBlockTiles, LatentDecodeTiles
 from rpac.plan.tiles import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "DecodeTiles",
     "GroupTiles",
     "KernelPlan",
+    "LatentBlockTiles",
+    "LatentDecodeTiles",
     "RowDims",
     "kinds_of",
     "plan_spec",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 from rpac.chip import Chip, chip, is_tpu
 from rpac.errors import PlanError
-from rpac.layout import LANES, align, extra_specs, head_lanes, kv_row_shape, metadata_specs, nbytes, packing
+from rpac.layout import LANES, SUBLANES, align, extra_specs, head_lanes, kv_row_shape, metadata_specs, nbytes, packing
+from rpac.plan.latent import LatentBlockTiles, block_choices, decode_choices, xla_tiles
 from rpac.plan.legal import (
     MIN_Q_BLOCK,
     Tiles,
@@ -18,17 +20,15 @@ from rpac.plan.legal import (
     power_of_two_to,
     step_rows_of,
 )
+from rpac.plan.query_rows import head_rows
 from rpac.plan.tiles import (
     RULE,
-    SUBLANES,
-    AnyTiles,
     BlockTiles,
     DecodeTiles,
     GroupTiles,
     KernelPlan,
     RowDims,
     XlaTiles,
-    decode_rows,
     splits_words,
     unit_tokens,
 )
@@ -63,6 +63,8 @@ FEWER_STEPS = {"prefill": (16, 8), "mixed": (4, 2)}
 TILE, LONG_TILE = 512, 1024
 INT32_BYTES = 4
 
+FittedTiles = TypeVar("FittedTiles", DecodeTiles, GroupTiles, BlockTiles, LatentBlockTiles)
+
 
 def kinds_of(spec: Spec, tokens: int) -> tuple[str, ...]:
     """The distributions that a token bucket can hold: a prefill-only batch needs room for one chunk."""
@@ -75,6 +77,8 @@ def plan_spec(spec: Spec, target: str, *, tuned: TunedTiles | None = None) -> tu
     A plan has the tiles that `tuned` (the package's own if None) holds for exactly its case, if any. Raises PlanError
     where the page table does not fit SMEM or no tile fits VMEM; it names the need and the limit.
     """
+    if spec.layers:
+        raise ValueError(f"{spec.name} has several kinds of layers; plan each of its parts")
     tuned = TunedTiles.of(target) if tuned is None else tuned
     device = chip(target) if is_tpu(target) else None
     if device is not None:
@@ -89,7 +93,7 @@ def plan_spec(spec: Spec, target: str, *, tuned: TunedTiles | None = None) -> tu
                 groups.setdefault(plan, []).append(tokens)
         for plan, buckets in groups.items():
             name = kind if len(groups) == 1 else f"{kind}_t{buckets[-1]}"
-            plan = replace(plan, tokens=tuple(buckets), path=f"{target}/{name}.py")
+            plan = replace(plan, tokens=tuple(buckets), path="/".join(filter(None, (target, spec.layer, f"{name}.py"))))
             plans.append(_with_tuned(spec, plan, tuned))
     return tuple(plans)
 
@@ -122,7 +126,7 @@ def _interpolated(spec: Spec, plan: KernelPlan, entry: Entry | None) -> KernelPl
 
 
 def with_tiles(
-    spec: Spec, plan: KernelPlan, decode: DecodeTiles | GroupTiles | None, block: BlockTiles | None
+    spec: Spec, plan: KernelPlan, decode: DecodeTiles | GroupTiles | None, block: BlockTiles | LatentBlockTiles | None
 ) -> KernelPlan | None:
     """A TPU plan with other tiles and the budget that follows from them, or None where they do not fit."""
     device = chip(plan.target)
@@ -133,7 +137,7 @@ def with_tiles(
 
 
 def _vmem_budget(
-    spec: Spec, device: Chip, decode: DecodeTiles | GroupTiles | None, block: BlockTiles | None
+    spec: Spec, device: Chip, decode: DecodeTiles | GroupTiles | None, block: BlockTiles | LatentBlockTiles | None
 ) -> tuple[int, int]:
     """Bytes that the larger kernel takes, and those that the compiler is told it may use."""
     need = max(vmem_need(spec, tiles) for tiles in (decode, block) if tiles is not None)
@@ -142,7 +146,7 @@ def _vmem_budget(
 
 def smem_need(spec: Spec) -> int:
     """Bytes of the scalars of the batch that kernels keep in SMEM."""
-    tree = (dims for dims in extra_specs(spec) if dims.name == "tree")
+    tree = (dims for dims in extra_specs(spec) if dims.name == "tree")  # of other arguments there is little
     return sum(dims.nbytes for dims in (*metadata_specs(spec.serving), *tree))
 
 
@@ -169,27 +173,40 @@ def _check_chunk(spec: Spec) -> None:
 
 
 def _plan_xla(spec: Spec, target: str, kind: str) -> KernelPlan:
+    decode, block = _xla_tiles(spec, kind) if spec.model.rope_dim is None else xla_tiles(spec)
+    return KernelPlan(
+        target, kind, (), "", decode if kind != "prefill" else None, block if kind != "decode" else None, 0, 0, 0, 0, 0
+    )
+
+
+def _xla_tiles(spec: Spec, kind: str) -> tuple[XlaTiles, XlaTiles]:
     page = spec.serving.page_size
     token_bytes = nbytes((RowDims.of(spec.model).token_rows, LANES), spec.model.kv_dtype)
     size = max(page, XLA_DECODE_BLOCK)
     blocks = min(max(XLA_STEP_BYTES // (size * token_bytes), 1), 16)
     decode = XlaTiles(block=size, blocks=blocks)
     block = XlaTiles(block=max(page, 256), q_block=128) if kind == "prefill" else XlaTiles(max(page, 512), q_block=32)
-    return KernelPlan(
-        target, kind, (), "", decode if kind != "prefill" else None, block if kind != "decode" else None, 0, 0, 0, 0, 0
-    )
+    return decode, block
 
 
 def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
     decode = _plan_decode(spec, device, kind, tokens) if kind != "prefill" else None
-    block = _fit(spec, device, _block_choices(spec, device, kind, tokens)) if kind != "decode" else None
+    block = _plan_block(spec, device, kind, tokens) if kind != "decode" else None
     need, limit = _vmem_budget(spec, device, decode, block)
     return KernelPlan(
         device.target, kind, (), "", decode, block, need, limit, device.vmem_bytes, smem_need(spec), device.smem_bytes
     )
 
 
+def _plan_block(spec: Spec, device: Chip, kind: str, tokens: int) -> BlockTiles | LatentBlockTiles:
+    if spec.model.rope_dim is not None:
+        return _fit(spec, device, block_choices(spec, kind, tokens))
+    return _fit(spec, device, _block_choices(spec, device, kind, tokens))
+
+
 def _plan_decode(spec: Spec, device: Chip, kind: str, tokens: int) -> DecodeTiles | GroupTiles:
+    if spec.model.rope_dim is not None:
+        return _fit(spec, device, decode_choices(spec, tokens))
     if spec.serving.kv_layout == "separate":
         return _fit(spec, device, _group_choices(spec, kind, tokens))
     return _fit(spec, device, _decode_choices(spec, device, tokens))
@@ -199,13 +216,13 @@ def _vmem_usable(device: Chip) -> int:
     return device.vmem_bytes - device.vmem_bytes // 16
 
 
-def vmem_need(spec: Spec, tiles: Tiles) -> int:
+def vmem_need(spec: Spec, tiles: Tiles | LatentBlockTiles) -> int:
     """Bytes of VMEM that a kernel with these tiles takes."""
     scratch = tiles.scratch(spec)
     return sum(buffer.vmem_bytes for buffer in scratch) + tiles.temporaries(spec)
 
 
-def _fit(spec: Spec, device: Chip, choices: Iterator[AnyTiles]) -> AnyTiles:
+def _fit(spec: Spec, device: Chip, choices: Iterator[FittedTiles]) -> FittedTiles:
     """The first choice that fits. The last one is the smallest there is."""
     limit = _vmem_usable(device) - VMEM_HEADROOM
     for tiles in choices:
@@ -227,7 +244,7 @@ def _decode_choices(spec: Spec, device: Chip, tokens: int) -> Iterator[DecodeTil
     # As long a block as pays, for the chain of MXU, softmax and MXU is paid once a block; but it is computed whole, so no
     # longer than the sequences, and with scores (kv_heads * 8 rows of `block` float32) that do not fill the registers.
     shortest = max(power_of_two_from(min(_reach(spec, serving.decode_len))), LANES)
-    more_rows = decode_rows(spec) // (model.kv_heads * align(model.group, SUBLANES))  # than with one new token
+    more_rows = head_rows(spec) // align(model.group, SUBLANES)  # than with one new token
     block = max(min(power_of_two_to(8192 // model.kv_heads // more_rows), 1024, shortest), serving.page_size, LANES)
     loaded = min(tokens // serving.decode_len, serving.max_num_seqs)
     pair = math.gcd(model.kv_heads, max(device.mxu_size // head_lanes(model), 1))

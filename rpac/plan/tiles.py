@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from rpac.layout import LANES, align, cdiv, head_lanes, joins_rows, kv_page_shape, kv_row_shape, nbytes, packing
+from rpac.layout import LANES, SUBLANES, align, head_lanes, joins_rows, kv_page_shape, kv_row_shape, nbytes, packing
+from rpac.plan.query_rows import Sets, by_sequence, head_rows, units_by_sequence
 from rpac.spec import Model, Spec
+
+if TYPE_CHECKING:
+    from rpac.plan.latent import LatentBlockTiles
 
 SCORES_AHEAD = 3  # flash steps whose scores are made before they are weighed: as many as keep the MXU busy meanwhile
 SCORES_AHEAD_AT_MOST = 3 * 256 * 512  # of them all: more are moved in and out of registers more often than it helps
 STEPS_PER_SCORE = 2  # at least: scores made ahead are code too
 PIECE = 256  # tokens, if whole pages: a tile on the diagonal is computed by pieces, of no fewer than the MXU is wide
-SUBLANES = 8  # of a 32-bit register tile, on every generation supported
 RULE: Final = "rule"
 """`KernelPlan.origin` of tiles that the rules of this package made, for want of tuned ones."""
 
@@ -81,15 +84,13 @@ class DecodeTiles:
 
     def scratch(self, spec: Spec) -> tuple[Buffer, ...]:
         """The scratch arrays, in the order of the kernel's parameters."""
-        model, drafts = spec.model, spec.serving.decode_len
+        model = spec.model
         rows = RowDims.of(model)
-        query_rows = decode_rows(spec)
-        loaded = self.loaded * drafts
+        query_rows = model.kv_heads * head_rows(spec)
+        loaded = self.loaded * spec.serving.decode_len
         new = (loaded, model.kv_heads, model.head_dim)
-        units: tuple[int, ...] = (self.writes,)
-        out: tuple[int, ...] = (self.writes,)
-        if drafts > 1:
-            units, out = (self.writes, units_of_new(drafts, rows.unit)), (self.writes, drafts)
+        units = units_by_sequence(spec, self.writes, rows.unit)
+        out = by_sequence(spec, self.writes)
         return (
             Buffer("kv", (self.buffers, self.block * rows.token_rows, LANES), model.kv_dtype, "fetched blocks"),
             *split_words(spec, self.block, 2),
@@ -108,40 +109,17 @@ class DecodeTiles:
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (query_rows, head_lanes(model)), "float32", "running output"),
             Buffer("out_rows", (*out, model.q_heads, model.head_dim), model.q_dtype, "outputs on their way out"),
+            *lse_rows(spec, (*out, align(model.q_heads, SUBLANES), LANES)),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
             Buffer("load_sem", (3,), "dma", "queries, keys, values"),
             Buffer("unit_sem", (self.writes,), "dma", "cache writes"),
             Buffer("out_sem", (self.writes,), "dma", "outputs"),
+            *lse_sem(spec, self.writes),
         )
 
     def temporaries(self, spec: Spec) -> int:
         """Bytes of the values of one flash step that registers cannot hold: scores and weights."""
-        return 2 * nbytes((decode_rows(spec), self.block), "float32")
-
-
-@dataclass(frozen=True)
-class Sets:
-    """How query rows are put together for products with one KV head each: `heads` KV heads share `rows` rows.
-
-    Fewer rows than the registers' 8 cost as much as 8, so heads of few queries share them; `count` sets hold all heads.
-    `queries` are those of one KV head, of all new tokens of a sequence.
-    """
-
-    heads: int
-    rows: int
-    count: int
-    queries: int
-
-    @classmethod
-    def of(cls, spec: Spec) -> Sets:
-        """The sets of a model's heads."""
-        queries = spec.model.group * spec.serving.decode_len
-        heads = SUBLANES // queries if SUBLANES % queries == 0 else 1
-        return cls(heads, align(queries, SUBLANES), cdiv(spec.model.kv_heads, heads), queries)
-
-    def padded(self, model: Model) -> bool:
-        """Whether some rows of a set are no query's."""
-        return self.count * self.rows != model.kv_heads * self.queries
+        return 2 * nbytes((spec.model.kv_heads * head_rows(spec), self.block), "float32")
 
 
 @dataclass(frozen=True)
@@ -172,9 +150,8 @@ class GroupTiles:
         slots = self.groups * self.step
         kv = (slots, self.tile // page_size, *kv_page_shape(spec))
         kinds, heads, _, lanes = kv_page_shape(spec)
-        unit: tuple[int, ...] = (self.writes, kinds, heads, unit_tokens(model), lanes)
-        if drafts > 1:
-            unit = (self.writes, units_of_new(drafts, unit_tokens(model)), *unit[1:])
+        unit_size = unit_tokens(model)
+        unit = (*units_by_sequence(spec, self.writes, unit_size), kinds, heads, unit_size, lanes)
         return (
             Buffer("kv", kv, model.kv_dtype, "fetched tiles"),
             Buffer("q_in", queries, model.q_dtype, "queries of every sequence, and of none"),
@@ -187,6 +164,7 @@ class GroupTiles:
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (query_rows, head_lanes(model)), "float32", "running output"),
             Buffer("out_all", queries, model.q_dtype, "outputs of every sequence, and of none"),
+            *lse_rows(spec, (queries[0], align(model.q_heads, SUBLANES), LANES)),
             Buffer("tile_seq", (slots,), "smem", "the sequence of each tile in flight"),
             Buffer("tile_first", (slots,), "smem", "its first token"),
             Buffer("tile_left", (slots,), "smem", "tokens of its sequence from there on"),
@@ -194,6 +172,7 @@ class GroupTiles:
             Buffer("load_sem", (3,), "dma", "queries, keys, values"),
             Buffer("unit_sem", (self.writes,), "dma", "cache writes"),
             Buffer("out_sem", (1,), "dma", "outputs"),
+            *lse_sem(spec, 1),
         )
 
     def temporaries(self, spec: Spec) -> int:
@@ -228,9 +207,15 @@ class BlockTiles:
         return PIECE if self.tile % PIECE == 0 and PIECE % page_size == 0 else self.tile
 
     def masks_by_mxu(self, model: Model) -> bool:
-        """Whether a step's queries, each with a lane of its own, fit what the MXU has to spare, and nothing undoes the mask."""
+        """Whether queries differ in what they see, each of a step's has a lane in what the MXU has to spare, and nothing undoes
+        the mask.
+        """
         return (
-            self.spare and model.soft_cap is None and exchange_of(model) > 0 and self.step_rows // model.group <= LANES
+            model.causal
+            and self.spare
+            and model.soft_cap is None
+            and exchange_of(model) > 0
+            and self.step_rows // model.group <= LANES
         )
 
     def scores_ahead(self, model: Model, heads: int) -> int:
@@ -251,7 +236,7 @@ class BlockTiles:
             parts = (q_rows // self.step_rows, self.piece(page_size), LANES)
             limits = (
                 Buffer("which_query", (self.step_rows, LANES), model.q_dtype, "a 1 where a lane is the row's query"),
-                Buffer("limits", parts, model.kv_dtype, "by token and query: 0, or what masks a score"),
+                Buffer("limits", parts, model.q_dtype, "by token and query: 0, or what masks a score"),
             )
         next_scores = (self.scores_ahead(model, self.heads), self.step_rows, self.tile)
         state = (model.kv_heads, q_rows, LANES)
@@ -290,12 +275,14 @@ class BlockTiles:
             Buffer("row_sum", state, "float32", "running sum, the same in every lane"),
             Buffer("acc", (model.kv_heads, q_rows, head_lanes(model)), "float32", "running output"),
             Buffer("out_rows", (1, *queries), model.q_dtype, "an output block on its way out"),
+            *lse_rows(spec, (self.q_block * align(model.q_heads, SUBLANES), LANES)),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
             Buffer("new_sem", (self.update_buffers,), "dma", "new keys and values"),
             Buffer("old_sem", (self.update_buffers,), "dma", "pages that hold old tokens"),
             Buffer("write_sem", (self.update_buffers,), "dma", "cache writes"),
             Buffer("q_sem", (self.buffers,), "dma", "query blocks"),
             Buffer("out_sem", (1,), "dma", "output blocks"),
+            *lse_sem(spec, 1),
         )
 
     def temporaries(self, spec: Spec) -> int:
@@ -308,14 +295,18 @@ def sink_rows(model: Model, shape: tuple[int, ...]) -> tuple[Buffer, ...]:
     return (Buffer("sink_rows", shape, "float32", "sinks, the same in every lane"),) if model.sinks else ()
 
 
-def decode_rows(spec: Spec) -> int:
-    """Query rows of one sequence in a decode kernel where K and V are interleaved: by KV head, each in whole registers."""
-    return spec.model.kv_heads * align(spec.model.group * spec.serving.decode_len, SUBLANES)
+def lse_rows(spec: Spec, shape: tuple[int, ...]) -> tuple[Buffer, ...]:
+    """The array in which the logarithms of the sums leave, where a spec has them: a row a query head."""
+    return (
+        (Buffer("lse_rows", shape, "float32", "logarithms of sums, the same in every lane"),)
+        if spec.serving.log_sum_exp
+        else ()
+    )
 
 
-def units_of_new(new_tokens: int, unit: int) -> int:
-    """The most units of `unit` tokens that the new tokens of a sequence, two or more, lie in."""
-    return (new_tokens - 2) // unit + 2
+def lse_sem(spec: Spec, count: int) -> tuple[Buffer, ...]:
+    """The semaphores that go with it."""
+    return (Buffer("lse_sem", (count,), "dma", "logarithms of sums"),) if spec.serving.log_sum_exp else ()
 
 
 def exchange_of(model: Model) -> int:
@@ -395,7 +386,7 @@ class KernelPlan:
     tokens: tuple[int, ...]
     path: str
     decode: DecodeTiles | GroupTiles | XlaTiles | None
-    block: BlockTiles | XlaTiles | None
+    block: BlockTiles | LatentBlockTiles | XlaTiles | None
     vmem_need: int
     vmem_limit: int
     vmem_bytes: int

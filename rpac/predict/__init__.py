@@ -2,7 +2,7 @@
 
 from rpac.predict.batches import expected, parse_decode, parse_prefill
 from rpac.predict.plot import check_plot, draw
-from rpac.predict.programs import Programs, programs_of
+from rpac.predict.programs import Programs, layers_in, programs_of
 from rpac.predict.run import Prediction, emit, predict
 from rpac.trace import Workload, read_trace
 
@@ -14,6 +14,7 @@ __all__ = [
     "draw",
     "emit",
     "expected",
+    "layers_in",
     "parse_decode",
     "parse_prefill",
     "predict",

@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import rpac.bundle.manifest as bundle
@@ -38,11 +38,13 @@ class Dims:
     q_dtype: str
     kv_dtype: str
     sliding_window: int | None
+    causal: bool
+    rope_dim: int | None
 
     @classmethod
     def of(cls, model: Model | bundle.Dims) -> Dims:
         """Of a spec's model or of a bundle's."""
-        return cls(model.q_heads, model.kv_heads, model.head_dim, model.q_dtype, model.kv_dtype, model.sliding_window)
+        return cls(*(getattr(model, one.name) for one in fields(cls)))
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,10 @@ def programs_of(
     progress: Progress = lambda line: None,
     *,
     any_compiler: bool = False,
+    layer: str = "",
 ) -> Programs:
-    """The programs that a spec would build for a TPU target, or that a bundle (a folder) holds for it.
+    """The programs that a spec would build for a TPU target, or that a bundle (a folder) holds for it; of one kind of
+    `layer` where the model has several.
 
     Raises SpecError, BundleError, PlanError; TargetError where there is nothing for that target, or where a bundle was
     built with other compilers than are here; ScheduleError where those are not verified, unless `any_compiler`.
@@ -97,42 +101,74 @@ def programs_of(
         raise TargetError(f"target {target!r} has no schedule to predict from; must be one of {', '.join(TPU_TARGETS)}")
     if not any_compiler:
         check_compiler(toolchain()["libtpu"])
-    found = (_of_bundle if path.is_dir() else _of_spec)(path, target, store, progress)
+    found = (_of_bundle if path.is_dir() else _of_spec)(path, target, layer, store, progress)
     return replace(found, any_compiler=any_compiler)
 
 
-def _of_spec(path: Path, target: str, store: Store, progress: Progress) -> Programs:
-    spec = load_spec(path)
+def layers_in(path: Path) -> list[str]:
+    """The kinds of layers of a spec or a bundle, by name; the empty name where there is one kind."""
+    if path.is_dir():
+        return list(dict.fromkeys(one.layer for one in read_manifest(path).targets.values()))
+    return [part.layer for part in load_spec(path).parts]
+
+
+def _of_spec(path: Path, target: str, layer: str, store: Store, progress: Progress) -> Programs:
+    spec = load_spec(path).part(layer)
     chosen_targets(spec, [target])
     dims = Dims.of(spec.model)
     tasks = tasks_of(spec, sources_of(spec, [target]))
     return Programs(
-        spec.name, target, dims, Limits.of(spec), spec.serving.context_lens, _by_variant(tasks), store, progress
+        _name(spec.name, layer),
+        target,
+        dims,
+        Limits.of(spec),
+        spec.serving.context_lens,
+        _by_variant(tasks),
+        store,
+        progress,
     )
 
 
-def _of_bundle(path: Path, target: str, store: Store, progress: Progress) -> Programs:
+def _of_bundle(path: Path, target: str, layer: str, store: Store, progress: Progress) -> Programs:
     verify_bundle(path)
     manifest = read_manifest(path)
-    if target not in manifest.targets:
-        raise TargetError(f"{path}: holds no programs for {target}; it has {', '.join(manifest.targets)}")
+    key = f"{target}.{layer}" if layer else target
+    if key not in manifest.targets:
+        raise TargetError(f"{path}: holds no programs for {key}; it has {', '.join(manifest.targets)}")
+    found = manifest.targets[key]
     for package in COMPILERS:
-        built = manifest.targets[target].toolchain.get(package)
+        built = found.toolchain.get(package)
         if built != toolchain()[package]:
             raise TargetError(
                 f"{path}: built with {package} {built}; this one is {toolchain()[package]} and would schedule it "
                 f"otherwise; install the {package} of the build, or build again"
             )
     tasks = []
-    for program in manifest.targets[target].programs:
+    for program in found.programs:
         text = (path / "source" / program.source).read_text()
         variant = program.variant
         tasks.append(
-            Task(target, variant.kind, variant.tokens, Source(program.source, text), program.plan, program.args)
+            Task(
+                target,
+                variant.kind,
+                variant.tokens,
+                Source(program.source, text),
+                program.plan,
+                program.args,
+                manifest.mesh,
+                layer,
+                program.results,
+            )
         )
-    dims = Dims.of(manifest.model)
+    dims = Dims.of(found.model or manifest.model)
     context_lens = load_spec(path / "spec.yaml").serving.context_lens
-    return Programs(manifest.name, target, dims, manifest.limits, context_lens, _by_variant(tasks), store, progress)
+    return Programs(
+        _name(manifest.name, layer), target, dims, manifest.limits, context_lens, _by_variant(tasks), store, progress
+    )
+
+
+def _name(name: str, layer: str) -> str:
+    return f"{name} {layer}" if layer else name
 
 
 def _by_variant(tasks: list[Task]) -> dict[Variant, Task]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rpac.batch import Batch
 from rpac.bundle import Variant
-from rpac.layout import BITS
+from rpac.layout import BITS, ArrayDims, index_of
 from rpac.predict.programs import Programs
 from rpac.publish import publish
 from rpac.schedule import CallReport, attention_work
 from rpac.select import select
 from rpac.trace import Workload
 
-FIRST_SCALAR = 4  # of a program's arguments; the metadata follows the arrays
 OPERANDS = "operands.json"
 
 
@@ -52,6 +52,8 @@ def predict(programs: Programs, workload: Workload) -> Prediction:
         BITS[dims.q_dtype] // 8,
         BITS[dims.kv_dtype] // 8,
         dims.sliding_window,
+        dims.causal,
+        dims.rope_dim,
     )
     return Prediction(programs.name, workload, variant, programs.call(variant).predict(scalars, work))
 
@@ -73,16 +75,21 @@ def emit(programs: Programs, workload: Workload, folder: Path) -> list[str]:
     return [*(f"{name}.txt" for name in operands), OPERANDS]
 
 
-def scalars_of(batch: Batch) -> dict[int, list[int]]:
-    """A batch's metadata by parameter number."""
-    arrays = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
-    return {FIRST_SCALAR + index: array.tolist() for index, array in enumerate(arrays)}
+def scalars_of(batch: Batch, args: Sequence[ArrayDims]) -> dict[int, list[int]]:
+    """A batch's metadata by parameter number of a program with arguments `args`."""
+    arrays = {
+        "kv_lens": batch.kv_lens,
+        "page_indices": batch.page_indices,
+        "cu_q_lens": batch.cu_q_lens,
+        "distribution": batch.distribution,
+    }
+    return {index_of(args, name): array.tolist() for name, array in arrays.items()}
 
 
 def _selected(programs: Programs, workload: Workload) -> tuple[Variant, dict[int, list[int]]]:
     batch = workload.batch(programs.limits)
     variant = select(programs.tasks, programs.limits, batch.tokens, batch.distribution)
-    scalars = scalars_of(batch)
+    scalars = scalars_of(batch, programs.tasks[variant].args)
     names = [dims.name for dims in programs.tasks[variant].args]
     if "tree" in names:
         # Of drafts in a row, as the needed flops are counted too: what a tree says does not change what a kernel does.

@@ -71,10 +71,13 @@ class Module:
         return read, results - read if operation.opcode.endswith("-start") else results
 
     def scalars(self, operation: Operation, parameters: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
-        """The int32 operands of a kernel whose values follow from the call's parameters or from constants, by index."""
+        """The scalar operands of a kernel, by index: int32 ones whose values follow from the call's parameters or from
+        constants, and lists of float32, all zero, for no schedule turns on a float.
+        """
         found = {}
         for index, name in enumerate(operation.inputs):
-            values = self._values(name, parameters)
+            dtype, dims, _ = self[name].shapes[0]
+            values = [0] * dims[0] if dtype == "f32" and len(dims) == 1 else self._values(name, parameters)
             if values is not None:
                 found[index] = values
         return found
@@ -82,11 +85,13 @@ class Module:
     def _values(self, name: str, parameters: Mapping[int, Sequence[int]]) -> list[int] | None:
         operation = self[name]
         dtype, dims, _ = operation.shapes[0]
-        if dtype != "s32":
-            return None
         count = 1
         for n in dims:
             count *= n
+        if dtype == "f32":
+            return [0] * count  # a scale is multiplied by: nothing that takes time turns on it
+        if dtype != "s32":
+            return None
         text = operation.attributes
         if operation.opcode == "parameter":
             values = parameters.get(int(text.split(")")[0]))

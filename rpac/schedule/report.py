@@ -28,7 +28,8 @@ DEFINITIONS = {
     "mbu": "needed_bytes / (seconds x the chip's peak HBM bytes/s)",
     "mfu": "needed_flops / (seconds x the chip's peak bf16 flop/s); a multiply-add is two flops",
     "needed_bytes": "cached K and V read once, new K and V read and written once, queries read, output written",
-    "needed_flops": "4 x head_dim x q_heads for each pair of a query and a token that it may attend to",
+    "needed_flops": "4 x head_dim x q_heads for each pair of a query and a token that it may attend to; of latent attention "
+    "2 x (2 x kv_lora_rank + rope_dim) x q_heads",
     "moved_bytes": "what DMAs between HBM and the core move, with what XLA's operations read and write",
     "compute_seconds": "bundles issued, empty ones included, over the clock",
     "stall_seconds": "what waits add to them; the two make up a kernel's seconds",
@@ -54,18 +55,24 @@ def attention_work(
     q_bytes: int,
     kv_bytes: int,
     sliding_window: int | None = None,
+    causal: bool = True,
+    rope_dim: int | None = None,
 ) -> Work:
-    """Needed bytes and flops of causal attention; `kv_lens` include the new tokens, `*_bytes` are of one element.
+    """Needed bytes and flops of attention; `kv_lens` include the new tokens, `*_bytes` are of one element.
 
-    Of cached tokens those before the window of the first new token are not needed.
+    Of cached tokens those before the window of the first new token are not needed. With `rope_dim` it is latent attention:
+    keys are that much longer than values, which are part of them and have no bytes of their own.
     """
-    kv_row = 2 * kv_heads * head_dim * kv_bytes
+    q_row = head_dim + (rope_dim or 0)
+    kv_row = (2 * kv_heads * head_dim if rope_dim is None else q_row) * kv_bytes
     tokens = sum(q_lens)
     window = max(kv_lens, default=0) if sliding_window is None else sliding_window
     cached = sum(min(kv - q, window - 1) if sliding_window else kv - q for kv, q in zip(kv_lens, q_lens, strict=True))
-    pairs = sum(_seen(kv, window) - _seen(kv - q, window) for kv, q in zip(kv_lens, q_lens, strict=True))
-    moved = cached * kv_row + 2 * tokens * kv_row + 2 * tokens * q_heads * head_dim * q_bytes
-    return Work(moved, 4 * head_dim * q_heads * pairs)
+    pairs = sum(
+        _seen(kv, window) - _seen(kv - q, window) if causal else kv * q for kv, q in zip(kv_lens, q_lens, strict=True)
+    )
+    moved = cached * kv_row + 2 * tokens * kv_row + tokens * q_heads * (q_row + head_dim) * q_bytes
+    return Work(moved, 2 * (q_row + head_dim) * q_heads * pairs)
 
 
 def _seen(tokens: int, window: int) -> int:

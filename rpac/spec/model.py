@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
+from rpac.errors import Problem, SpecError
 from rpac.mesh import ONE_DEVICE, Mesh
 
-TARGETS = ("tpu7x", "v6e", "v5p", "v5e", "cpu")
+TARGETS = ("tpu7x", "v6e", "v5p", "v5e", "cpu", "gpu")
 # What else one may look for among the targets, and what there is to do.
 NO_TARGETS = {
     "v4": "leave it out: a v4 chip serves as one device of two cores, which libtpu describes, where there is none, only as two "
@@ -18,6 +19,8 @@ NO_TARGETS = {
 }
 KV_LAYOUTS = ("interleaved", "separate")  # the first is the default; `rpac.layout` says what they are
 QUANTIZED = ("float8_e4m3fn", "float8_e5m2", "int8")  # dtypes of KV alone: each element is a stored code
+LATENT_LAYOUT = "latent"  # that of latent attention, which has no other
+ATTENTIONS = ("grouped", "latent")  # the first is the default
 KV_SCALES = ("tensor", "head")
 QUANTIZERS = ("caller", "kernel")  # the first is the default
 MIN_DEFAULT_BUCKET = 16
@@ -30,11 +33,14 @@ class Model:
 
     `soft_cap`: scores become cap * tanh(score / cap). `sliding_window`: a query sees that many tokens, itself the last of
     them. `sinks`: each query head has a logit of its own, an argument of every program, that takes part in the softmax and
-    has no value; it is neither scaled nor capped.
+    has no value; it is neither scaled nor capped. `causal`: a query sees tokens up to its own; else all of its sequence.
 
     An 8-bit `kv_dtype` may have scales, an argument too, for K and V each: one a KV head (`kv_scale` "head") or one
     ("tensor"); a value is what is stored times its scale. `quantize` says who makes 8 bits of new keys and values: the
     caller, or the kernel's program.
+
+    With `rope_dim` it is latent attention in its absorbed form: a token has one latent vector of `head_dim` (kv_lora_rank)
+    elements, which is the value and part of the key of all query heads, and a rotary part of the key of `rope_dim`.
     """
 
     q_heads: int
@@ -48,6 +54,8 @@ class Model:
     sinks: bool = False
     kv_scale: str | None = None
     quantize: str = QUANTIZERS[0]
+    causal: bool = True
+    rope_dim: int | None = None
 
     @property
     def quantized(self) -> bool:
@@ -70,7 +78,8 @@ class Serving:
     """How the model is served; lengths and buckets in tokens, `num_pages` in pages of one layer's cache.
 
     `decode_len`: new tokens of every decode row, the last accepted one and the drafts behind it. `tree_mask`: which of them
-    each sees is an argument of every program; without it each sees those before it.
+    each sees is an argument of every program; without it each sees those before it. `log_sum_exp`: programs return the
+    logarithm of each softmax's denominator too, so that parts of an attention can be merged.
     """
 
     page_size: int
@@ -81,7 +90,8 @@ class Serving:
     prefill_chunk: int
     context_lens: tuple[int, ...]
     num_pages: int
-    kv_layout: str = KV_LAYOUTS[0]
+    kv_layout: str = KV_LAYOUTS[0]  # or LATENT_LAYOUT
+    log_sum_exp: bool = False
     decode_len: int = 1
     tree_mask: bool = False
 
@@ -95,6 +105,8 @@ class Spec:
     """A valid spec. `source` is the text as given and `file` its name: neither takes part in equality or `hash`.
 
     `model` and `serving` are of one device of `mesh`: with `parallel` in the spec, the text has the heads of all together.
+    `layers`: the kinds of attention layers of a model that has several, by name; `parts` are specs of one kind each, which
+    know its name and the `whole`.
     """
 
     name: str
@@ -104,6 +116,9 @@ class Spec:
     source: str = field(compare=False, repr=False)
     file: str = field(compare=False)
     mesh: Mesh = ONE_DEVICE
+    layers: tuple[tuple[str, Model], ...] = ()
+    layer: str = ""
+    whole: Spec | None = field(default=None, compare=False, repr=False)
 
     def meaning(self) -> dict[str, Any]:
         """The spec as plain data; comments and layout of the file are gone.
@@ -117,11 +132,36 @@ class Spec:
             "serving": plain(self.serving),
             "targets": list(self.targets),
             **({} if self.mesh == ONE_DEVICE else {"mesh": self.mesh.as_dict()}),
+            **({"layers": {name: plain(model) for name, model in self.layers}} if self.layers else {}),
         }
 
     @cached_property
+    def parts(self) -> tuple[Spec, ...]:
+        """What kernels are made of: a spec for each kind of layer, or this one where there is one kind."""
+        if not self.layers:
+            return (self,)
+        return tuple(replace(self, model=model, layers=(), layer=name, whole=self) for name, model in self.layers)
+
+    def part(self, layer: str) -> Spec:
+        """The spec of one kind of layer, by name; of a spec with one kind, itself for the empty name.
+
+        Raises SpecError, naming the kinds, for another.
+        """
+        for part in self.parts:
+            if part.layer == layer:
+                return part
+        names = ", ".join(part.layer for part in self.parts)
+        allowed = f"must be one of {names}" if self.layers else "must be left out: the model has one kind of layer"
+        raise SpecError([Problem(self.file, None, None, "layers", f"layer {layer!r}", allowed, "name one of them")])
+
+    @cached_property
     def hash(self) -> str:
-        """sha256 of the meaning, 64 hex digits: equal for files that differ only in comments or written defaults."""
+        """sha256 of the meaning, 64 hex digits: equal for files that differ only in comments or written defaults.
+
+        That of the whole, in a part.
+        """
+        if self.whole is not None:
+            return self.whole.hash
         text = json.dumps(self.meaning(), sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 

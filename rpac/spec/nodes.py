@@ -6,6 +6,7 @@ Numbers are read as they look, in plain decimal: YAML 1.1 takes 010 for eight an
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ SHOWN_CHARS = 40
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_LINE_END = re.compile(r"\r\n|[\n\r\x85\u2028\u2029]")  # as YAML has them
 _TAG = "tag:yaml.org,2002:"
 _KINDS = {"bool": "a bool", "timestamp": "a date"}
 
@@ -131,8 +133,8 @@ def compose(text: str, report: Report) -> yaml.MappingNode | None:
 
 
 def _line_column(text: str, position: int) -> tuple[int, int]:
-    before = text[:position]
-    return before.count("\n") + 1, position - (before.rfind("\n") + 1) + 1
+    lines = _LINE_END.split(text[:position])
+    return len(lines), len(lines[-1]) + 1
 
 
 class Section:
@@ -200,6 +202,34 @@ class Section:
             return Section(self.report, node, self.where(key), keys, homes)
         self.report.at_node(node, self.where(key), allowed, f"write its keys, indented, below `{key}:`")
         return None
+
+    def sections(
+        self, key: str, pattern: str, allowed: str, keys: Sequence[str], homes: Mapping[str, str]
+    ) -> dict[str, Section]:
+        """A mapping of names that match `pattern` (`allowed` in words) to mappings with `keys`. The key must be there."""
+        node = self._values[key]
+        if not isinstance(node, yaml.MappingNode) or not node.value:
+            self.report.at_node(
+                node, self.where(key), "must be a mapping of names to mappings", f"indent them below `{key}:`"
+            )
+            return {}
+        found: dict[str, Section] = {}
+        for name_node, value in node.value:
+            name = str(name_node.value)
+            where = f"{self.where(key)}.{show(name)}"
+            if not re.fullmatch(pattern, name) or name in found:
+                self.report.at_node(name_node, where, allowed, "write another name")
+            elif isinstance(value, yaml.MappingNode):
+                found[name] = Section(self.report, value, where, keys, homes)
+            else:
+                self.report.at_node(value, where, f"must be a mapping with {', '.join(keys)}", "write {} for none")
+        return found
+
+    def over(self, base: Section) -> Section:
+        """This section with what it does not have taken from `base`."""
+        merged = copy.copy(self)
+        merged._values = {**base._values, **self._values}
+        return merged
 
     def text(self, key: str, pattern: str, allowed: str, example: str) -> str | None:
         """A text value that matches the whole of `pattern`."""

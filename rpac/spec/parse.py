@@ -8,9 +8,13 @@ from pathlib import Path
 
 from rpac.errors import SpecError
 from rpac.mesh import ONE_DEVICE, Mesh
+from rpac.spec.drafts import DRAFT_KEYS, check_kinds, check_room, check_rows, read_drafts
+from rpac.spec.latent import LATENT_KEYS, check_device, read_latent
 from rpac.spec.model import (
+    ATTENTIONS,
     KV_LAYOUTS,
     KV_SCALES,
+    LATENT_LAYOUT,
     NO_TARGETS,
     QUANTIZED,
     QUANTIZERS,
@@ -22,8 +26,9 @@ from rpac.spec.model import (
 )
 from rpac.spec.nodes import MAX_SIZE, Report, Section, compose
 
-ROOT_KEYS = ("name", "model", "serving", "parallel", "targets")
+ROOT_KEYS = ("name", "model", "layers", "serving", "parallel", "targets")
 MODEL_KEYS = (
+    "attention",
     "q_heads",
     "kv_heads",
     "head_dim",
@@ -35,6 +40,8 @@ MODEL_KEYS = (
     "sinks",
     "kv_scale",
     "quantize",
+    "causal",
+    *LATENT_KEYS,
 )
 SERVING_KEYS = (
     "page_size",
@@ -46,8 +53,8 @@ SERVING_KEYS = (
     "context_lens",
     "num_pages",
     "kv_layout",
-    "decode_len",
-    "tree_mask",
+    "log_sum_exp",
+    *DRAFT_KEYS,
 )
 PARALLEL_KEYS = ("tensor", "data")
 HOMES = {
@@ -62,7 +69,10 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)
 # Of a cache whose tokens lie along sublanes: they share a register of 8 words with others of their head.
 LEAST_APART = {"float32": 8, "bfloat16": 16, **dict.fromkeys(QUANTIZED, 32)}
+PORTABLE = ("cpu", "gpu")  # targets without a TPU kernel
+MAX_BYTES_DIM = 128  # head_dim of an 8-bit cache whose tokens hold K and V side by side
 NAME = r"[a-z0-9][a-z0-9.-]{0,63}"
+LAYER = r"[a-z0-9][a-z0-9-]{0,31}"
 
 MAX_HEADS = 1024
 MAX_DEVICES = 32  # of a topology that libtpu describes for every target
@@ -70,7 +80,6 @@ MAX_GROUP = 16
 MAX_MODEL_LEN = 1 << 20
 MAX_TOKENS = 1 << 20
 MAX_SEQS = 4096
-MAX_DECODE_LEN = 8  # the new tokens of a decode row lie in two registers of the cache at most
 MAX_SLOTS = 2**31 - 1
 SM_SCALES = (1e-6, 1e6)
 SOFT_CAPS = (1e-3, 1e6)
@@ -122,23 +131,54 @@ def _read(text: str, report: Report) -> Spec | None:
     serving = None if serving_section is None else _serving(serving_section)
     if name is None or model is None or serving is None or targets is None:
         return None
-    if model.sliding_window is not None and model_section is not None:
-        longest = serving.max_model_len
-        if model.sliding_window >= longest:
-            allowed = f"must be below serving.max_model_len ({longest}): a window as long hides nothing"
-            model_section.clash("sliding_window", allowed, f"remove it, or write {longest - 1} or less")
-        if serving.tree_mask and serving_section is not None:
-            allowed = (
-                "must be left out with model.sliding_window: a window counts from a draft's depth, which no mask says"
-            )
-            serving_section.clash("tree_mask", allowed, "remove it, or remove model.sliding_window")
-    if serving_section is not None:
-        _check_apart(serving_section, model, serving)
+    assert model_section is not None and serving_section is not None
     mesh = _mesh(root, model)
+    serving = _with_layout(serving_section, model, serving)
+    kinds = {"": (model_section, model), **_layers(root, model_section, model)}
+    of_layers = list(kinds.values())[len(kinds) > 1 :]  # the first is no layer itself where others are named
+    check_kinds(serving_section, serving, [kind for _, kind in of_layers])
+    for section, kind in of_layers:
+        _check_window(section, kind, serving)
+        _check_apart(serving_section, kind, serving)
+        copies = kind.quantized and kind.head_dim > MAX_BYTES_DIM and serving.kv_layout != "separate"
+        if copies and not set(targets) <= set(PORTABLE):
+            _refuse_copies(serving_section, kind)
     if mesh is None:
         return None
-    part = replace(model, q_heads=model.q_heads // mesh.query_parts, kv_heads=model.kv_heads // mesh.kv)
-    return Spec(name, part, serving, targets, source=text, file=report.file, mesh=mesh)
+    parts = {
+        layer: replace(kind, q_heads=kind.q_heads // mesh.query_parts, kv_heads=kind.kv_heads // mesh.kv)
+        for layer, (_, kind) in kinds.items()
+    }
+    for layer, part in parts.items():
+        if part.rope_dim is not None:
+            check_device(kinds[layer][0], part.q_heads)
+    model = parts.pop("")
+    return Spec(name, model, serving, targets, source=text, file=report.file, mesh=mesh, layers=tuple(parts.items()))
+
+
+def _layers(root: Section, base: Section, model: Model) -> dict[str, tuple[Section, Model]]:
+    """The kinds of layers by name, each with the keys of `model` that it does not have itself."""
+    if not root.has("layers"):
+        return {}
+    allowed = "must be lower-case letters, digits and dashes, 32 at most, a letter or digit first, each name once"
+    found = {}
+    for name, section in root.sections("layers", LAYER, allowed, MODEL_KEYS, HOMES).items():
+        kind = _model(section.over(base))
+        if kind is not None:
+            found[name] = section, kind
+            if root.has("parallel") and (kind.q_heads, kind.kv_heads) != (model.q_heads, model.kv_heads):
+                heads = f"must be those of model ({model.q_heads} and {model.kv_heads}) beside parallel"
+                section.clash("kv_heads" if section.has("kv_heads") else "q_heads", heads, "build a bundle for each")
+    return found
+
+
+def _check_window(section: Section, model: Model, serving: Serving) -> None:
+    longest = serving.max_model_len
+    if model.sliding_window is not None and model.sliding_window >= longest:
+        allowed = f"must be below serving.max_model_len ({longest}): a window as long hides nothing"
+        section.clash(
+            "sliding_window", allowed, f"remove it, or write {longest - 1} or less", str(model.sliding_window)
+        )
 
 
 def _mesh(root: Section, model: Model) -> Mesh | None:
@@ -159,6 +199,13 @@ def _mesh(root: Section, model: Model) -> Mesh | None:
 
 
 def _model(section: Section) -> Model | None:
+    if section.has("attention"):
+        attention = section.choice("attention", ATTENTIONS)
+        if attention != ATTENTIONS[0]:
+            return read_latent(section, SM_SCALES, MAX_HEADS) if attention else None
+    for key in LATENT_KEYS:
+        if section.has(key):
+            section.clash(key, "must be left out without attention latent", "remove it, or write `attention: latent`")
     q_heads = section.integer("q_heads", 1, MAX_HEADS, 32)
     kv_heads = section.integer("kv_heads", 1, MAX_HEADS, 8)
     head_dim = section.integer("head_dim", 1, max(HEAD_DIMS), 128)
@@ -168,7 +215,11 @@ def _model(section: Section) -> Model | None:
     soft_cap = section.number("soft_cap", *SOFT_CAPS) if section.has("soft_cap") else None
     window = section.integer("sliding_window", 1, MAX_MODEL_LEN, 1024) if section.has("sliding_window") else None
     sinks = section.flag("sinks") if section.has("sinks") else False
+    causal = section.flag("causal") if section.has("causal") else True
 
+    if causal is False and window is not None:
+        allowed = "must be true with sliding_window, which looks back from a query and not ahead"
+        section.clash("causal", allowed, "remove one of the two")
     if q_heads is not None and kv_heads is not None:
         if q_heads % kv_heads:
             near = max(1, round(q_heads / kv_heads)) * kv_heads
@@ -195,7 +246,18 @@ def _model(section: Section) -> Model | None:
         return None
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
     return Model(
-        q_heads, kv_heads, head_dim, q_dtype, kv_dtype, scale, soft_cap, window, bool(sinks), kv_scale, quantize
+        q_heads,
+        kv_heads,
+        head_dim,
+        q_dtype,
+        kv_dtype,
+        scale,
+        soft_cap,
+        window,
+        bool(sinks),
+        kv_scale,
+        quantize,
+        causal is not False,
     )
 
 
@@ -209,13 +271,12 @@ def _serving(section: Section) -> Serving | None:
     context_lens = section.integers("context_lens", 1, MAX_MODEL_LEN, "[1024, 4096]")
     num_pages = section.integer("num_pages", 1, MAX_SLOTS, 1024) if section.has("num_pages") else None
     kv_layout = section.choice("kv_layout", KV_LAYOUTS) if section.has("kv_layout") else KV_LAYOUTS[0]
-    decode_len = section.integer("decode_len", 1, MAX_DECODE_LEN, 4) if section.has("decode_len") else 1
-    tree_mask = section.flag("tree_mask") if section.has("tree_mask") else False
+    log_sum_exp = section.flag("log_sum_exp") if section.has("log_sum_exp") else False
+    decode_len, tree_mask = read_drafts(section)
 
     if max_num_tokens is not None:
-        _check_tokens(section, max_num_tokens, buckets, max_num_seqs, prefill_chunk, decode_len or 1)
-    if decode_len is not None:
-        _check_drafts(section, decode_len, bool(tree_mask), buckets, max_model_len)
+        _check_tokens(section, max_num_tokens, buckets, max_num_seqs, prefill_chunk, decode_len)
+    check_room(section, decode_len, buckets, max_model_len)
     if max_model_len is not None:
         _check_lengths(section, max_model_len, prefill_chunk, context_lens)
     if page_size is not None and page_size not in PAGE_SIZES:
@@ -231,8 +292,6 @@ def _serving(section: Section) -> Serving | None:
         return None
     if prefill_chunk is None or context_lens is None or num_pages is None or kv_layout is None:
         return None
-    if decode_len is None or tree_mask is None:
-        return None
     buckets = buckets or default_token_buckets(max_num_tokens)
     return Serving(
         page_size,
@@ -244,18 +303,44 @@ def _serving(section: Section) -> Serving | None:
         context_lens,
         num_pages,
         kv_layout,
+        bool(log_sum_exp),
         decode_len,
         tree_mask,
     )
 
 
+def _refuse_copies(section: Section, model: Model) -> None:
+    found = "interleaved" if section.has("kv_layout") else "interleaved, its default"
+    allowed = (
+        f"must be separate with kv_dtype {model.kv_dtype} and head_dim above {MAX_BYTES_DIM} on a TPU: to see rows of two "
+        "registers' lanes as rows of one, the compiler copies a cache of bytes"
+    )
+    section.clash("kv_layout", allowed, "write `kv_layout: separate`", found)
+
+
 def _check_apart(section: Section, model: Model, serving: Serving) -> None:
     least = LEAST_APART[model.kv_dtype]
-    if serving.kv_layout == "separate" and serving.page_size < least:
-        allowed = (
-            f"must be at least {least} with kv_layout separate and kv_dtype {model.kv_dtype}: as many share a register"
+    latent = model.rope_dim is not None
+    if (serving.kv_layout == "separate" or latent) and serving.page_size < least:
+        what = "attention latent" if latent else "kv_layout separate"
+        allowed = f"must be at least {least} with {what} and kv_dtype {model.kv_dtype}: as many share a register"
+        section.clash(
+            "page_size", allowed, f"write {least}" if latent else f"write {least}, or `kv_layout: interleaved`"
         )
-        section.clash("page_size", allowed, f"write {least}, or `kv_layout: interleaved`")
+
+
+def _with_layout(section: Section, model: Model, serving: Serving) -> Serving:
+    """The serving of a model whose attention decides the cache's layout."""
+    if model.rope_dim is None:
+        return serving
+    if section.has("kv_layout"):
+        allowed = (
+            "must be left out with attention latent: a token has one vector for keys and values, and nothing to order"
+        )
+        section.clash("kv_layout", allowed, "remove it")
+    if serving.log_sum_exp:
+        section.clash("log_sum_exp", "must be false with attention latent: its kernels do not return it", "remove it")
+    return replace(serving, kv_layout=LATENT_LAYOUT)
 
 
 def _check_tokens(
@@ -270,34 +355,11 @@ def _check_tokens(
         allowed = f"must end in max_num_tokens ({max_num_tokens})"
         below = [bucket for bucket in buckets if bucket < max_num_tokens]
         section.clash("token_buckets", allowed, f"write {[*below, max_num_tokens]}", f"{buckets[-1]} at its end")
-    if max_num_seqs is not None and max_num_seqs * decode_len > max_num_tokens:
-        most = max(max_num_tokens // decode_len, 1)
-        if decode_len == 1:
-            allowed = f"must be at most max_num_tokens ({max_num_tokens}): decode takes a token of every sequence"
-        else:
-            allowed = (
-                f"must be at most {most}, max_num_tokens ({max_num_tokens}) by decode_len ({decode_len}): decode takes as many "
-                "tokens of every sequence"
-            )
-        section.clash("max_num_seqs", allowed, f"write {most} or raise max_num_tokens")
+    if max_num_seqs is not None:
+        check_rows(section, max_num_tokens, max_num_seqs, decode_len)
     if prefill_chunk is not None and prefill_chunk > max_num_tokens:
         allowed = f"must be at most max_num_tokens ({max_num_tokens})"
         section.clash("prefill_chunk", allowed, f"write {max_num_tokens} or raise max_num_tokens")
-
-
-def _check_drafts(
-    section: Section, decode_len: int, tree_mask: bool, buckets: tuple[int, ...] | None, max_model_len: int | None
-) -> None:
-    if tree_mask and decode_len == 1:
-        allowed = "must be left out with decode_len 1: a row's only new token sees itself"
-        section.clash("tree_mask", allowed, "remove it, or write `decode_len: 4`")
-    if max_model_len is not None and decode_len > max_model_len:
-        allowed = f"must be at most max_model_len ({max_model_len})"
-        section.clash("decode_len", allowed, f"write {max_model_len} or less, or raise max_model_len")
-    if buckets is not None and buckets[0] < decode_len:
-        allowed = f"must be at least decode_len ({decode_len}) each: a decode row has as many tokens"
-        kept = [bucket for bucket in buckets if bucket >= decode_len]
-        section.clash("token_buckets", allowed, f"write {kept or [decode_len]}", f"{buckets[0]} at its start")
 
 
 def _check_lengths(

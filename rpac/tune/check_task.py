@@ -24,7 +24,8 @@ def main(path: str) -> None:
     from rpac.check.trials import trials_of
 
     data = json.loads(Path(path).read_text())
-    spec, plan = parse_spec(data["spec"], data["file"]), KernelPlan.from_dict(data["plan"])
+    spec = parse_spec(data["spec"], data["file"]).part(data["layer"])
+    plan = KernelPlan.from_dict(data["plan"])
     first, *_, random = trials_of(spec, plan, np.random.default_rng(data["seed"]), random_batches=1)
     for result in check_source(spec, plan, render(spec, plan), trials=[first, random], seed=data["seed"]):
         if not result.ok:

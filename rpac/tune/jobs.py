@@ -109,7 +109,13 @@ class Check:
 
     def run(self) -> Result:
         """In a process of its own: the interpreter keeps one kernel's state a process, and may end it."""
-        what = {"spec": self.spec.source, "file": self.spec.file, "plan": self.plan.as_dict(), "seed": self.seed}
+        what = {
+            "spec": self.spec.source,
+            "file": self.spec.file,
+            "layer": self.spec.layer,
+            "plan": self.plan.as_dict(),
+            "seed": self.seed,
+        }
         with tempfile.TemporaryDirectory(prefix="rpac-check-") as folder:
             path = Path(folder, "check.json")
             path.write_text(json.dumps(what))

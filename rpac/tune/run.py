@@ -54,13 +54,18 @@ def tune(
     chosen = [target for target in targets if is_tpu(target)]
     if not chosen:
         raise TargetError(f"{spec.file}: no TPU among the targets {', '.join(targets)}; only their kernels are tuned")
+    if spec.model.rope_dim is not None:
+        raise TargetError(
+            f"{spec.file}: attention latent has one set of tiles, with nothing to search; leave it as planned"
+        )
     check_compiler(toolchain()["libtpu"])
     for target in chosen:
         TunedTiles.of(target, folder)  # a file that is none is said before the search, not after it
     climbs = [
-        Climb(spec, plan, seed)
+        Climb(part, plan, seed)
+        for part in spec.parts
         for target in chosen
-        for plan in plan_spec(spec, target, tuned=TunedTiles())
+        for plan in plan_spec(part, target, tuned=TunedTiles())
         if not kinds or plan.kind in kinds
     ]
     outcomes = search(climbs, pool, store, evaluate=evaluate, out_of_time=out_of_time, progress=progress)

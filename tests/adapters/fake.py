@@ -28,18 +28,21 @@ class FakeEngine:
     calls: list[tuple[Any, ...]] = field(default_factory=list)
     traces: list[tuple[Any, ...]] = field(default_factory=list)
     validated: list[bool] = field(default_factory=list)
+    extra: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def of(cls, spec: Spec) -> FakeEngine:
         return cls(spec.name, Dims(**vars(spec.model)), spec.serving.kv_layout, Limits.of(spec))
 
-    def __call__(self, *args: Any, validate: bool = True) -> Any:
+    def __call__(self, *args: Any, validate: bool = True, **extra: Any) -> Any:
         self.calls.append(args)
+        self.extra.append(extra)
         self.validated.append(validate)
         return args[4:], args[3]
 
-    def traced(self, *args: Any) -> Any:
+    def traced(self, *args: Any, **extra: Any) -> Any:
         self.traces.append(args)
+        self.extra.append(extra)
         return args[4:], args[3]
 
 

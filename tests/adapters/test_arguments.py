@@ -29,25 +29,27 @@ NAMES = sorted(ADAPTERS)
 
 # Values of arguments that ask for what no program does.
 REFUSED: dict[str, list[Any]] = {
-    "attention_sink": [np.zeros(4, np.float32)],
-    "causal": [0],
     "custom_mask": [np.ones(8, np.int32)],
     "debug_mode": [True],
     "k_scale": [0.5, 1.0],
-    "logits_soft_cap": [30.0],
     "mask_aligned_to_cu_kv": [True],
     "mask_value": [-1e4, 0.0],
     "q_scale": [0.5],
     "skip_kv_mask": [True],
-    "sliding_window": [4096, 0],
-    "soft_cap": [30.0, 0.0],
-    "softmax_aux": [np.zeros(4, np.float32)],
     "softmax_dtype": [jnp.float32, jnp.bfloat16],
     "update_kv_cache": [False],
-    "use_causal_mask": [False],
     "v_scale": [0.5],
     "xai_temperature_len": [1024.0],
 }
+
+# Those that a bundle has built in, each with the key of a spec's model.
+BUILT_IN: dict[str, list[Any]] = {
+    "logits_soft_cap": ["soft_cap", 30.0],
+    "sliding_window": ["sliding_window", 4096],
+    "soft_cap": ["soft_cap", 30.0],
+}
+CAUSAL = ("causal", "use_causal_mask")
+SINKS = ("attention_sink", "softmax_aux")
 
 # Those that ask for nothing beside the signature's defaults.
 NEUTRAL: dict[str, list[Any]] = {
@@ -105,7 +107,7 @@ def test_the_signature_is_the_peers(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_argument_of_a_peer_is_followed_refused_or_tuning(name: str) -> None:
     taken = set(inspect.signature(ADAPTERS[name].make(FakeEngine())).parameters)
-    assert taken <= FOLLOWED | set(REFUSED) | set(TUNING)
+    assert taken <= FOLLOWED | set(REFUSED) | set(BUILT_IN) | set(CAUSAL) | set(SINKS) | set(TUNING)
 
 
 @pytest.mark.parametrize(("name", "argument"), of(REFUSED))
@@ -116,6 +118,59 @@ def test_what_no_program_does_is_refused_by_name(name: str, argument: str) -> No
         with pytest.raises(SelectionError, match=f"^{argument} is {shown}; must be .*; no line of a spec adds it: run"):
             call(name, engine, **{argument: value})
         assert engine.calls == []
+
+
+@pytest.mark.parametrize(("name", "argument"), of(BUILT_IN))
+def test_what_the_bundle_has_built_in_is_asked_for_exactly(name: str, argument: str) -> None:
+    key, value = BUILT_IN[argument]
+    plain, built = FakeEngine(), FakeEngine()
+    built.model = dataclasses.replace(built.model, **{key: value})
+    message = f"^{argument} is {value}; must be None, the {key} of bundle tiny; .*\nmodel:\n  {key}: {value}$"
+    with pytest.raises(SelectionError, match=message):
+        call(name, plain, **{argument: value})
+    with pytest.raises(
+        SelectionError, match=f"^{argument} is None; must be {value}, .*, or build without model.{key}$"
+    ):
+        call(name, built)
+    with pytest.raises(SelectionError, match=f"^{argument} is {value + 1}; must be {value}"):
+        call(name, built, **{argument: value + 1})
+    assert plain.calls == built.calls == []
+    call(name, built, **{argument: value})
+    assert len(built.calls) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bundle_is_as_causal_as_it_is_asked_for(name: str) -> None:
+    causal, other = FakeEngine(), FakeEngine()
+    other.model = dataclasses.replace(other.model, causal=False)
+    with pytest.raises(
+        SelectionError, match=r"^(use_causal_mask|causal) is (True|1); must be False, the causal of bundle tiny"
+    ):
+        call(name, other)
+    for argument in set(CAUSAL) & set(inspect.signature(ADAPTERS[name].make(causal)).parameters):
+        with pytest.raises(SelectionError, match=f"^{argument} is False; must be True, .*\nmodel:\n  causal: false$"):
+            call(name, causal, **{argument: False})
+        call(name, other, **{argument: False})
+        assert len(other.calls) == 1
+
+
+@pytest.mark.parametrize(("name", "argument"), of(dict.fromkeys(SINKS)))
+def test_sinks_reach_a_bundle_that_takes_them(name: str, argument: str) -> None:
+    sinks = np.zeros(4, np.float32)
+    plain, taking = FakeEngine(), FakeEngine()
+    taking.model = dataclasses.replace(taking.model, sinks=True)
+    with pytest.raises(
+        SelectionError, match=rf"^{argument} is float32\[4\], and bundle tiny has no sinks; .*\nmodel:\n  sinks: true$"
+    ):
+        call(name, plain, **{argument: sinks})
+    with pytest.raises(
+        SelectionError, match=rf"^{argument} is None, and bundle tiny takes sinks; .*\nmodel:\n  sinks: false$"
+    ):
+        call(name, taking)
+    call(name, taking, **{argument: sinks})
+    jax.jit(lambda value: call(name, taking, **{argument: value})[1])(sinks)
+    assert taking.extra[0]["sinks"] is sinks
+    assert isinstance(taking.extra[1]["sinks"], jax.core.Tracer)
 
 
 @pytest.mark.parametrize(("name", "argument"), of(NEUTRAL))
@@ -248,8 +303,8 @@ def test_arrays_of_another_size_are_refused_with_the_lines_that_build_for_them(
 def test_a_cache_of_a_dtype_that_no_spec_has_is_refused_without_lines(name: str) -> None:
     engine = FakeEngine()
     args = list(arguments(name, engine))
-    args[3] = args[3].astype(jnp.float8_e4m3fn)
-    with pytest.raises(SelectionError, match=r"kv_dtype of kv_cache is float8_e4m3fn.*; no line of a spec adds that"):
+    args[3] = args[3].astype(jnp.float16)
+    with pytest.raises(SelectionError, match=r"kv_dtype of kv_cache is float16.*; no line of a spec adds that"):
         call(name, engine, *args)
 
 

@@ -14,7 +14,7 @@ import pytest
 from rpac import reference
 from rpac.check import CheckReport, CompileResult, Result, Trial, check_source, check_spec, trials_of
 from rpac.check.arrays import GARBAGE, Arguments, make_arguments
-from rpac.check.compare import TOLERANCE, compare
+from rpac.check.compare import TOLERANCE, compare, lse_notes
 from rpac.errors import CheckError, CompileError
 from rpac.lower import Task
 from rpac.plan import GroupTiles, KernelPlan, plan_spec
@@ -22,6 +22,7 @@ from rpac.render import Source, render
 from rpac.spec import Spec, load_spec
 
 SPECS = Path(__file__).parents[2] / "specs"
+SHIPPED = [part for path in sorted(SPECS.glob("*.yaml")) for part in load_spec(path).parts]
 TINY = load_spec(SPECS / "tiny.yaml")
 SEPARATE = replace(TINY, serving=replace(TINY.serving, kv_layout="separate"))
 each_layout = pytest.mark.parametrize("spec", [TINY, SEPARATE], ids=lambda spec: spec.serving.kv_layout)
@@ -49,6 +50,10 @@ def arguments(trial: Trial = MIXED, spec: Spec = TINY) -> Arguments:
 # ---- batches
 
 
+def name_of(spec: Spec) -> str:
+    return f"{spec.name} {spec.layer}".strip()
+
+
 ODD = [
     TINY,
     serving(max_num_seqs=1),
@@ -63,12 +68,12 @@ ODD = [
     serving(kv_layout="separate"),
     serving(kv_layout="separate", max_num_seqs=1, max_model_len=2064),
     serving(kv_layout="separate", token_buckets=(1, 2, 32), page_size=256, max_model_len=2304),
-    *(load_spec(path) for path in sorted(SPECS.glob("*.yaml"))),
+    *SHIPPED,
 ]
 
 
 @pytest.mark.parametrize("target", ["tpu7x", "cpu"])
-@pytest.mark.parametrize("spec", ODD, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", ODD, ids=name_of)
 def test_every_batch_is_one_that_its_program_may_be_given(spec: Spec, target: str) -> None:
     for plan in plan_spec(spec, target) if target in spec.targets else ():
         found = trials(spec, plan)
@@ -89,9 +94,8 @@ def test_every_batch_is_one_that_its_program_may_be_given(spec: Spec, target: st
 
 
 @pytest.mark.parametrize("target", ["tpu7x", "cpu"])
-@pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_decode_batches_hold_every_edge_length(path: Path, target: str) -> None:
-    spec = load_spec(path)
+@pytest.mark.parametrize("spec", SHIPPED, ids=name_of)
+def test_decode_batches_hold_every_edge_length(spec: Spec, target: str) -> None:
     plan = plan_of(spec, "decode", target)
     assert plan.decode is not None
     found = trials(spec, plan)
@@ -129,9 +133,8 @@ def test_batches_of_groups_too_long_for_any_row_leave_out_whole_ones() -> None:
 
 @pytest.mark.parametrize("target", ["tpu7x", "cpu"])
 @pytest.mark.parametrize("kind", ["prefill", "mixed"])
-@pytest.mark.parametrize("path", sorted(SPECS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_other_batches_end_around_pages_tiles_and_blocks(path: Path, kind: str, target: str) -> None:
-    spec = load_spec(path)
+@pytest.mark.parametrize("spec", SHIPPED, ids=name_of)
+def test_other_batches_end_around_pages_tiles_and_blocks(spec: Spec, kind: str, target: str) -> None:
     serving = spec.serving
     for plan in plan_spec(spec, target):
         if plan.kind != kind:
@@ -178,7 +181,7 @@ def by_token(spec: Spec, cache: np.ndarray) -> np.ndarray:
 @each_layout
 def test_what_nothing_may_read_is_poison(spec: Spec) -> None:
     args = arguments(spec=spec)
-    for array in (args.queries, args.keys, args.values):
+    for array in args.by_token.values():
         assert np.isfinite(array[:9].astype(np.float32)).all()
         assert np.isnan(array[9:].astype(np.float32)).all()
     table = args.page_indices.reshape(TINY.serving.max_num_seqs, -1)
@@ -220,6 +223,18 @@ def judged(change: Callable[[np.ndarray, np.ndarray], None], spec: Spec = TINY) 
 
 def test_the_oracle_rounded_to_the_output_dtype_passes() -> None:
     assert judged(lambda out, cache: None) == (True, "")
+
+
+def test_an_lse_that_is_off_or_missing_fails_and_is_named() -> None:
+    args = arguments()
+    _, _, want = reference.attention_with_lse(*args.of_batch, sm_scale=TINY.model.sm_scale)
+    assert lse_notes(args, want, want) == ()
+    assert lse_notes(args, None, want) == ("the program returns no lse",)
+    for value in (want[7, 2] + 0.01, np.nan, -np.inf):
+        lse = want.copy()
+        lse[7, 2] = value
+        (note,) = lse_notes(args, lse, want)
+        assert note.startswith("lse of query head 2 at row ")
 
 
 def test_padding_rows_of_the_output_are_not_compared() -> None:

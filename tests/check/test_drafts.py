@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import test_mutations as tiles
 from mutation import Mutation, check_bug, dropped
-from test_features import KINDS, LAYOUTS, SEED, SLOW, compiled, failures
+from test_features import KINDS, LAYOUTS, SEED, SLOW, compiled, failures, featured
 
 from rpac.check import trials_of
 from rpac.chip import TPU_TARGETS
@@ -22,11 +21,12 @@ from rpac.spec import Spec
 FLOAT8 = {"kv_dtype": "float8_e4m3fn", "kv_scale": "head"}
 WITH_TREES: dict[str, dict[str, Any]] = {
     "alone": {},
-    "soft cap and sinks": {"soft_cap": 2.0, "sinks": True},
+    "soft cap, sinks and lse": {"soft_cap": 2.0, "sinks": True, "log_sum_exp": True},
     "8 bits": FLOAT8,
     "8 bits, made in the program": {"kv_dtype": "int8", "kv_scale": "tensor", "quantize": "kernel"},
     "float32": {"q_dtype": "float32", "kv_dtype": "float32"},
     "head_dim 64, odd heads": {"head_dim": 64, "q_heads": 15, "kv_heads": 3},
+    "heads that share a register, and lse": {"q_heads": 3, "kv_heads": 3, "log_sum_exp": True},
     "head_dim 96, one KV head": {"head_dim": 96, "q_heads": 3, "kv_heads": 1},
     "head_dim 256": {"head_dim": 256, "q_heads": 16},
 }
@@ -34,9 +34,13 @@ PARTNERS = {
     **WITH_TREES,
     "window": {"sliding_window": 150},
     "a window shorter than the new tokens": {"sliding_window": 3},
-    "window, soft cap, sinks and 8 bits": {"sliding_window": 150, "soft_cap": 2.0, "sinks": True, **FLOAT8},
+    "window, soft cap, sinks, lse and 8 bits": {
+        **WITH_TREES["soft cap, sinks and lse"],
+        "sliding_window": 150,
+        **FLOAT8,
+    },
 }
-FEW = {False: "window, soft cap, sinks and 8 bits", True: "soft cap and sinks"}
+FEW = {False: "window, soft cap, sinks, lse and 8 bits", True: "soft cap, sinks and lse"}
 CASES = [
     pytest.param(decode_len, tree, partners, id=f"{decode_len}{', tree' if tree else ''}, {name}", marks=marks)
     for tree in (False, True)
@@ -46,10 +50,8 @@ CASES = [
 ]
 
 
-def drafting(layout: str, decode_len: int, tree: bool = False, **model: Any) -> Spec:
-    spec = tiles.SPECS[layout]
-    serving = replace(spec.serving, decode_len=decode_len, tree_mask=tree)
-    return replace(spec, name="drafting", model=replace(spec.model, **model), serving=serving)
+def drafting(layout: str, decode_len: int, tree: bool = False, **features: Any) -> Spec:
+    return featured(tiles.SPECS[layout], {**features, "decode_len": decode_len, "tree_mask": tree}, "drafting")
 
 
 @pytest.mark.parametrize("kind", ["decode", "mixed"])
@@ -135,7 +137,7 @@ def test_a_bug_is_caught(layout: str, tree: bool, mutation: Mutation) -> None:
 @pytest.mark.compile
 @pytest.mark.parametrize(("target", "layout"), list(zip(TPU_TARGETS, itertools.cycle(LAYOUTS), strict=False)))
 def test_a_mixed_program_compiles(target: str, layout: str) -> None:
-    compiled(drafting(layout, 4, True, **WITH_TREES["soft cap and sinks"]), target, ("mixed",))
+    compiled(drafting(layout, 4, True, **WITH_TREES["soft cap, sinks and lse"]), target, ("mixed",))
 
 
 @SLOW

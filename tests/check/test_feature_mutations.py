@@ -7,13 +7,26 @@ from typing import Any
 import pytest
 import test_block_mutations as turns
 import test_mutations as tiles
-from mutation import Mutation, check_bug
+from mutation import Mutation, check_bug, dropped, no_wait
 from test_features import ALL, SLOW, featured
 
 from rpac.spec import Spec
 
 SINKS = [
-    Mutation("sinks in powers of two", r"(sinks\[.*\]) \* LOG2_E", r"\1"),
+    Mutation("sinks in powers of two", r" \* LOG2_E", ""),
+]
+LSE_DECODE = [
+    Mutation("lse of the group's first head", r"(lse_rows\[.*\]) = rows", r"\1 = rows[:1]"),
+    dropped("no wait for the last lse", r"lse_copy\(num_seqs - 1 - i\)\.wait\(\)"),
+    dropped("no wait for an lse before its buffer is used again", r"lse_copy\(seq - \d\)\.wait\(\)"),
+    Mutation("lse without its maximum", r"log_sum\(row_max\[\.\.\.\],", "log_sum(0 * row_max[...],"),
+]
+LSE_BLOCK = [
+    Mutation("lse of the next head", r"(lse_rows\[pl\.ds\()head", r"\1lax.rem(head + 1, 4)"),
+    Mutation("lse of the first KV head", r"kv_head = lax\.div\(head, GROUP\)", "kv_head = 0"),
+    no_wait("an lse before its buffer is used again", r" {20}lse_copies\("),
+    no_wait("the last lse", r" {8}lse_copies\("),
+    dropped("lse not taken", r"log_sums\(\)(?!:)"),
 ]
 DECODE_FEW = [
     Mutation("window one too long", r"token >= first\)", "token >= first - 1)"),
@@ -21,6 +34,7 @@ DECODE_FEW = [
 ]
 DECODE = [
     *SINKS,
+    *LSE_DECODE,
     Mutation("window one short", r"token >= first\)", "token >= first + 1)"),
     Mutation(
         "a page before the window fetched", r"kv_lens\[seq\] - WINDOW, 0\)", "kv_lens[seq] - WINDOW - PAGE_SIZE, 0)"
@@ -85,7 +99,7 @@ def cases(layout: str, kind: str, mutations: list[Mutation], *marks: pytest.Mark
         *cases("interleaved", "prefill", BLOCK_FEW),
         *cases("interleaved", "decode", DECODE, SLOW),
         *cases("apart", "decode", GROUPS, SLOW),
-        *cases("interleaved", "prefill", [*BLOCK, *ROWS, *CAPPED, *BY_HEAD], SLOW),
+        *cases("interleaved", "prefill", [*BLOCK, *ROWS, *LSE_BLOCK, *CAPPED, *BY_HEAD], SLOW),
         *cases("apart", "prefill", [*BLOCK_FEW, *BLOCK], SLOW),
         *cases("interleaved", "mixed", [*BLOCK_FEW, *BLOCK], SLOW),
     ],

@@ -28,19 +28,26 @@ ALONE: dict[str, dict[str, Any]] = {
     "soft cap": {"soft_cap": 2.0},
     "window": {"sliding_window": 150},
     "sinks": {"sinks": True},
+    "lse": {"log_sum_exp": True},
 }
+SERVED = ("log_sum_exp", "decode_len", "tree_mask")
 TOGETHER = {
     " and ".join(names): {key: value for name in names for key, value in ALONE[name].items()}
-    for count in (2, 3)
+    for count in (2, 3, 4)
     for names in itertools.combinations(ALONE, count)
 }
-ALL = TOGETHER["soft cap and window and sinks"]
+ALL = TOGETHER["soft cap and window and sinks and lse"]
 NARROW = {**ALL, "sliding_window": 3}
-EVERY = {**ALONE, **TOGETHER, "narrow window": {"sliding_window": 3}, "narrow window and all": NARROW}
+AHEAD: dict[str, Any] = {"causal": False, "soft_cap": 2.0, "sinks": True, "log_sum_exp": True}
+BOTH_WAYS = {"not causal": {"causal": False}, "not causal and all": AHEAD}
+EVERY = {**ALONE, **TOGETHER, **BOTH_WAYS, "narrow window": {"sliding_window": 3}, "narrow window and all": NARROW}
 
 
 def featured(spec: Spec, features: dict[str, Any], name: str = "featured") -> Spec:
-    return replace(spec, name=name, model=replace(spec.model, **features))
+    """A spec with features of the model, and of how it is served."""
+    served = {key: value for key, value in features.items() if key in SERVED}
+    model = {key: value for key, value in features.items() if key not in SERVED}
+    return replace(spec, name=name, model=replace(spec.model, **model), serving=replace(spec.serving, **served))
 
 
 def failures(spec: Spec, plan: KernelPlan, few: bool = False) -> list[Any]:
@@ -57,7 +64,8 @@ def failures(spec: Spec, plan: KernelPlan, few: bool = False) -> list[Any]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "features", [pytest.param(EVERY[one], id=one, marks=[] if EVERY[one] in (ALL, NARROW) else SLOW) for one in EVERY]
+    "features",
+    [pytest.param(EVERY[one], id=one, marks=[] if EVERY[one] in (ALL, NARROW, AHEAD) else SLOW) for one in EVERY],
 )
 def test_portable_programs_have_them(features: dict[str, Any], layout: str, kind: str) -> None:
     spec = featured(tiles.SPECS[layout], features)
@@ -72,6 +80,11 @@ def test_kernels_have_them_all_at_once(layout: str, kind: str) -> None:
     assert failures(spec, tiles.small_plan(spec, kind), few=True) == []
 
 
+def test_a_kernel_that_is_not_causal_sees_ahead() -> None:
+    spec = featured(tiles.SPEC, {"causal": False})
+    assert failures(spec, tiles.small_plan(spec, "prefill"), few=True) == []
+
+
 @SLOW
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -82,13 +95,24 @@ def test_kernels_have_them(features: dict[str, Any], layout: str, kind: str) -> 
 
 
 @SLOW
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernels_that_take_turns_and_are_not_causal(layout: str) -> None:
+    spec = featured(turns.SPECS[layout], {"causal": False, "sinks": True})
+    plan = turns.small_plan(spec, "prefill")
+    assert not plan.block.masks_by_mxu(spec.model)
+    assert failures(spec, plan) == []
+
+
+@SLOW
 @pytest.mark.parametrize("kind", ["prefill", "mixed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [300, 7])
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 def test_kernels_that_take_turns_have_them(soft_cap: float | None, window: int, layout: str, kind: str) -> None:
     """With a soft cap the MXU cannot mask, for what comes after it would undo the mask."""
-    spec = featured(turns.SPECS[layout], {"soft_cap": soft_cap, "sliding_window": window, "sinks": True})
+    spec = featured(
+        turns.SPECS[layout], {"soft_cap": soft_cap, "sliding_window": window, "sinks": True, "log_sum_exp": True}
+    )
     plan = turns.small_plan(spec, kind)
     assert plan.block.masks_by_mxu(spec.model) == (soft_cap is None)
     assert failures(spec, plan) == []
@@ -141,6 +165,7 @@ def test_a_kernel_holds_no_trace_of_a_feature_that_it_does_not_use() -> None:
         "soft_cap": ("capped", "CAP"),
         "sliding_window": ("window", "WINDOW", "entry("),
         "sinks": ("sink", "LOG2_E"),
+        "log_sum_exp": (", lse", "LN_2"),
     }
     for target, layout, kind in itertools.product(("tpu7x", "cpu"), LAYOUTS, KINDS):
         for name, features in ALONE.items():

@@ -26,6 +26,12 @@ def shaped(q_heads: int, kv_heads: int, head_dim: int = 128, dtype: str = "bfloa
     return replace(TINY, name=name, model=model, serving=replace(TINY.serving, **serving))
 
 
+def quantized(spec: Spec, kv_dtype: str, kv_scale: str | None, quantize: str) -> Spec:
+    """A spec with KV of 8 bits."""
+    model = replace(spec.model, kv_dtype=kv_dtype, kv_scale=kv_scale, quantize=quantize)
+    return replace(spec, name=f"{spec.name}-{kv_dtype}-{kv_scale}-{quantize}", model=model)
+
+
 FEW = [
     shaped(2, 2),  # group 1
     shaped(8, 1),  # group 8, and the fewest rows a token can have
@@ -42,6 +48,12 @@ SHAPES = [
     shaped(4, 2, page_size=64, prefill_chunk=32),
     shaped(4, 2, page_size=256),
     shaped(4, 2, token_buckets=(1, 32)),
+    shaped(5, 1),
+    shaped(3, 3),
+    shaped(7, 7),
+    shaped(14, 2),  # group 7
+    shaped(4, 2, page_size=8),
+    shaped(4, 2, page_size=512),
 ]
 
 
@@ -69,6 +81,37 @@ APART = [
     apart(8, 2, page_size=16, token_buckets=(1, 32)),
     apart(4, 2, page_size=16, max_model_len=48, context_lens=(48,)),  # shorter than a tile
     apart(4, 2, max_num_seqs=32),  # more sequences than there are buffers for their new tokens
+    apart(4, 2, dtype="float32", page_size=8),
+    apart(4, 2, page_size=512, max_model_len=1024),
+]
+
+PADDED_FEW = [shaped(6, 3, head_dim=64), shaped(4, 2, head_dim=80)]
+SHORT = {"max_model_len": 128, "max_num_seqs": 4, "page_size": 32}
+# Rows that are no whole registers, and those that K and V share.
+PADDED = [
+    *PADDED_FEW,
+    shaped(4, 2, head_dim=64, dtype="float32"),
+    shaped(1, 1, head_dim=64),  # half of each word is padding
+    shaped(16, 4, head_dim=64),  # sorted by exchange
+    shaped(4, 2, head_dim=96),
+    shaped(4, 2, head_dim=112),
+    shaped(4, 2, head_dim=192),
+    shaped(4, 2, head_dim=192, dtype="float32"),
+    apart(6, 3, head_dim=64, **SHORT),
+    apart(16, 4, head_dim=96, **SHORT),
+    apart(4, 2, head_dim=64, dtype="float32", **SHORT),
+]
+EIGHT_BITS_FEW = [quantized(shaped(6, 3), "float8_e4m3fn", "head", "kernel")]
+EIGHT_BITS = [
+    *EIGHT_BITS_FEW,
+    quantized(shaped(4, 2), "float8_e5m2", None, "caller"),
+    quantized(shaped(16, 4), "int8", "head", "caller"),
+    quantized(shaped(6, 3, head_dim=64), "int8", "tensor", "kernel"),
+    quantized(apart(4, 2, head_dim=192, **SHORT), "int8", "head", "kernel"),
+    quantized(shaped(4, 2, head_dim=80, dtype="float32"), "float8_e4m3fn", "head", "kernel"),
+    quantized(apart(4, 2, **SHORT), "int8", "head", "kernel"),
+    quantized(apart(4, 2, head_dim=64, **SHORT), "float8_e4m3fn", "tensor", "caller"),
+    quantized(apart(4, 2, head_dim=80, **SHORT), "float8_e5m2", "head", "kernel"),
 ]
 
 
@@ -111,7 +154,11 @@ def params(specs: list[Spec], few: list[Spec]) -> list[object]:
 each_shape = pytest.mark.parametrize("spec", params(SHAPES, FEW))
 each_shape_apart = pytest.mark.parametrize("spec", params(APART, APART_FEW))
 each_exchange = pytest.mark.parametrize("spec", params(EXCHANGED, EXCHANGED_FEW))
-each_portable_shape = pytest.mark.parametrize("spec", params([*SHAPES, *APART], [*FEW, APART_FEW[0]]))
+each_new_shape = pytest.mark.parametrize("spec", params([*PADDED, *EIGHT_BITS], [PADDED_FEW[0], *EIGHT_BITS_FEW]))
+each_portable_shape = pytest.mark.parametrize(
+    "spec",
+    params([*SHAPES, *APART, *PADDED, *EIGHT_BITS], [*FEW, APART_FEW[0], *PADDED_FEW, *EIGHT_BITS_FEW]),
+)
 
 
 def check(spec: Spec, target: str, kind: str, tiles: Callable[[KernelPlan], KernelPlan] = lambda plan: plan) -> None:
@@ -133,6 +180,14 @@ def test_portable_programs_agree_with_the_oracle(spec: Spec, kind: str) -> None:
 @each_shape
 def test_kernels_agree_with_the_oracle_in_the_interpreter(spec: Spec, kind: str) -> None:
     """For the target with the widest MXU, on which decode pairs heads where it can."""
+    check(spec, "tpu7x", kind)
+
+
+@pytest.mark.parametrize("kind", ["decode", pytest.param("prefill", marks=SLOW), pytest.param("mixed", marks=SLOW)])
+@each_new_shape
+def test_kernels_of_padded_joined_and_quantized_rows_agree_with_the_oracle_in_the_interpreter(
+    spec: Spec, kind: str
+) -> None:
     check(spec, "tpu7x", kind)
 
 
@@ -189,11 +244,17 @@ def test_kernels_of_odd_shapes_with_k_and_v_apart_compile(target: str) -> None:
     compile_all(APART_FEW, target, kinds=("mixed",))
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("target", ["tpu7x", "v6e", "v5p", "v5e"])
+def test_kernels_of_padded_joined_and_quantized_rows_compile(target: str) -> None:
+    compile_all([PADDED_FEW[0], EIGHT_BITS_FEW[0]], target, kinds=("mixed",))
+
+
 @pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.parametrize("target", ["tpu7x", "v6e", "v5p", "v5e"])
 def test_kernels_of_every_shape_compile(target: str) -> None:
-    compile_all([*SHAPES, *APART], target)
+    compile_all([*SHAPES, *APART, *PADDED, *EIGHT_BITS], target)
 
 
 def compile_all(specs: list[Spec], target: str, kinds: tuple[str, ...] = KIND_ORDER) -> None:

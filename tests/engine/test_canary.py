@@ -73,7 +73,7 @@ def test_a_program_that_raises_on_its_canary_is_not_run_again(small: Path, monke
 def test_zeros_are_named(tiny: Spec, answers: Any) -> None:
     variant = Variant("mixed", 32)
     made = tiny_canary(tiny, variant)
-    verdict = canary.judge(made, answers[variant], np.zeros(made.queries.shape, np.float32), made.held)
+    verdict = canary.judge(made, answers["", *variant], np.zeros(made.queries.shape, np.float32), made.held)
     assert verdict.error == 1
     assert "all that was looked at is zero" in verdict.notes[0]
 
@@ -83,12 +83,12 @@ def test_a_canary_is_held_to_the_dtype_s_tolerance_and_to_every_bit_of_its_pages
         made = tiny_canary(tiny, variant)
         out, pages = expected(made, tiny.model, tiny.serving.kv_layout)
         within, beyond = (out * np.float32(1 + TOLERANCE["bfloat16"] * part) for part in (0.9, 1.1))
-        assert canary.judge(made, answers[variant], within, pages).notes == ()
-        (note,) = canary.judge(made, answers[variant], beyond, pages).notes
+        assert canary.judge(made, answers["", *variant], within, pages).notes == ()
+        (note,) = canary.judge(made, answers["", *variant], beyond, pages).notes
         assert re.match(r"attention of query head \d at token \d+ is off by 0.0086 of 0.0078", note)
         flipped = pages.copy()
         flipped.view(np.uint8).reshape(-1)[-1] ^= 1
-        (note,) = canary.judge(made, answers[variant], out, flipped).notes
+        (note,) = canary.judge(made, answers["", *variant], out, flipped).notes
         assert "the cache's pages" in note
 
 

@@ -165,6 +165,18 @@ def test_an_executable_of_another_build_never_reaches_the_tpu(tmp_path: Path, ti
     assert device.handed == []
 
 
+def test_a_gpu_takes_the_portable_programs_of_its_platform(tmp_path: Path, tiny: Spec, programs: list[Any]) -> None:
+    of_gpu = [dataclasses.replace(one, target="gpu", device_kind="gpu") for one in programs]
+    write_bundle(tmp_path / "tiny.rpac", tiny, [*programs, *of_gpu])
+    device: Any = StandInTpu("any")
+    device.platform, device.device_kind = "gpu", "NVIDIA H200"
+    assert load(tmp_path / "tiny.rpac", device=device).target == "gpu"
+    with pytest.raises(
+        TargetError, match=r"'cpu' and device .* of kind 'NVIDIA H200'; the bundle has cpu \(cpu\), gpu"
+    ):
+        load(tmp_path / "tiny.rpac", target="cpu", device=device)
+
+
 def test_a_tpu_target_without_an_executable_is_refused(tmp_path: Path, tiny: Spec, programs: list[Any]) -> None:
     odd = [
         dataclasses.replace(one, executable=one.executable if one.kind != "mixed" else None)

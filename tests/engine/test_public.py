@@ -14,7 +14,7 @@ def test_the_public_names_are_these_and_all_there() -> None:
     assert rpac.__all__ == [
         "Batch", "BatchError", "BundleError", "CheckError", "CompileError", "Count", "Engine", "Limits",
         "OutOfPagesError", "OutputError", "PageError", "PlanError", "Problem", "RpacError", "ScheduleError",
-        "SelectionError", "SpecError", "TargetError", "Variant", "load",
+        "SelectionError", "SpecError", "TargetError", "Variant", "load", "load_layers", "merge", "merge_across",
     ]  # fmt: skip
     assert all(getattr(rpac, name) is not None for name in rpac.__all__)
     assert set(rpac.__all__) <= set(dir(rpac))
@@ -44,5 +44,8 @@ print(json.dumps([float(out[0, 0, 0]), sorted(name for name in sys.modules if na
     value, modules = python(code, str(bundle))
     assert value == 3
     roots = {name.split(".")[1] for name in modules}
-    serving = {"accuracy", "batch", "bundle", "canary", "engine", "errors", "layout", "publish", "runtime", "select"}
+    serving = {
+        "accuracy", "batch", "bundle", "canary", "chip", "engine", "errors", "host", "layout", "mesh", "placement", "publish",
+        "runtime", "select",
+    }  # fmt: skip
     assert roots <= serving

@@ -149,7 +149,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "heads": (lambda data: data["model"].update(q_heads=True), "model.q_heads: found True; must be an integer from 1"),
     "dtype": (lambda data: data["model"].update(kv_dtype="int3"), "model.kv_dtype: found 'int3'; must be one of bfloat16"),
     "scale": (lambda data: data["model"].update(sm_scale="1"), "model.sm_scale: found '1'; must be a number"),
-    "layout": (lambda data: data.update(kv_layout="paged"), "manifest.kv_layout: found 'paged'; must be one of interleaved, separate"),
+    "layout": (lambda data: data.update(kv_layout="paged"), "manifest.kv_layout: found 'paged'; must be one of interleaved, latent, separate"),
     "limits": (lambda data: data["limits"].update(num_pages=0), "limits.num_pages: found 0; must be an integer above 0"),
     "targets": (lambda data: data.update(targets=3), "manifest.targets: found 3; must be an object"),
     "target name": (lambda data: data["targets"].update(A=data["targets"]["cpu"]), "targets: found 'A'; must be a target's name"),
@@ -378,7 +378,7 @@ def test_an_executable_for_another_cpu(tmp_path: Path, tiny: Spec, native_progra
 def test_an_executable_that_the_runtime_does_not_take(tmp_path: Path, tiny: Spec, native_programs: list[Any]) -> None:
     path = tmp_path / "tiny.rpac"
     write_bundle(path, tiny, [dataclasses.replace(one, executable=b"of another runtime") for one in native_programs])
-    with pytest.raises(TargetError, match=r"program decode/8: the runtime of .* does not take its executable"):
+    with pytest.raises(TargetError, match=r"program \w+/\d+: the runtime of .* does not take its executable"):
         load(path, target="cpu").warm()
 
 

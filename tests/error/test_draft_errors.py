@@ -42,7 +42,7 @@ def test_a_tree_in_a_window_is_refused_with_the_reason() -> None:
     text = GOOD.replace("  head_dim: 128\n", "  head_dim: 128\n  sliding_window: 9\n")
     text = text.replace("serving:\n", "serving:\n  decode_len: 4\n  tree_mask: true\n")
     assert report(text) == [
-        "x.yaml:11:14: serving.tree_mask: found true (a bool); must be left out with model.sliding_window: a window counts from a draft's depth, which no mask says; remove it, or remove model.sliding_window"
+        "x.yaml:11:14: serving.tree_mask: found true (a bool); must be left out with sliding_window: a window counts from a draft's depth, which no mask says; remove one of the two"
     ]
 
 

@@ -35,7 +35,7 @@ targets: [tpu7x, cpu]
 """
 DTYPES = "must be one of bfloat16, float32"
 LAYOUTS = "must be one of interleaved, separate"
-TARGETS = "must be one of tpu7x, v6e, v5p, v5e, cpu"
+TARGETS = "must be one of tpu7x, v6e, v5p, v5e, cpu, gpu"
 NAME = "must be lower-case letters, digits, dots and dashes, 64 at most, a letter or digit first"
 HEADS = "must be an integer from 1 to 1024"
 TOKENS = "must be an integer from 1 to 1048576"
@@ -117,6 +117,9 @@ ONE_EDIT = {
     "sinks": ("q_heads: 4", "sinks: yes\n  q_heads: 4", "3:10: model.sinks: found yes (a bool); must be true or false; write one of them, unquoted"),
     "sinks a number": ("q_heads: 4", "sinks: 1\n  q_heads: 4", "3:10: model.sinks: found 1; must be true or false; write one of them, unquoted"),
     "sinks quoted": ("q_heads: 4", "sinks: 'true'\n  q_heads: 4", "3:10: model.sinks: found the text 'true'; must be true or false; write one of them, unquoted"),
+    "causal": ("q_heads: 4", "causal: no\n  q_heads: 4", "3:11: model.causal: found no (a bool); must be true or false; write one of them, unquoted"),
+    "window that looks ahead": ("q_heads: 4", "causal: false\n  sliding_window: 64\n  q_heads: 4", "3:11: model.causal: found false (a bool); must be true with sliding_window, which looks back from a query and not ahead; remove one of the two"),
+    "lse": ("page_size: 16", "page_size: 16\n  log_sum_exp: 1", "10:16: serving.log_sum_exp: found 1; must be true or false; write one of them, unquoted"),
     "layout misspelt": ("page_size: 16", "page_size: 16\n  kv_layout: seperate", f"10:14: serving.kv_layout: found seperate; {LAYOUTS}; write separate"),
     "layout unknown": ("page_size: 16", "page_size: 16\n  kv_layout: BHSD", f"10:14: serving.kv_layout: found BHSD; {LAYOUTS}; write one of them"),
     "layout nothing": ("page_size: 16", "page_size: 16\n  kv_layout:", f"10:13: serving.kv_layout: found nothing (null); {LAYOUTS}; write one of them"),
@@ -132,13 +135,14 @@ ONE_EDIT = {
     "name too long": ("name: tiny", "name: " + "a" * 65, f"1:7: name: found {'a' * 40}...; {NAME}; write my-model"),
     "target unknown": ("cpu]", "tpu7]", f"16:18: targets[1]: found tpu7; {TARGETS}; write tpu7x"),
     "target twice": ("cpu]", "tpu7x]", "16:18: targets[1]: found tpu7x a second time; must be listed once; remove it"),
+    "bytes in rows of two registers": ("head_dim: 128\n  q_dtype: bfloat16\n  kv_dtype: bfloat16", "head_dim: 192\n  q_dtype: bfloat16\n  kv_dtype: int8", "9:3: serving.kv_layout: found interleaved, its default; must be separate with kv_dtype int8 and head_dim above 128 on a TPU: to see rows of two registers' lanes as rows of one, the compiler copies a cache of bytes; write `kv_layout: separate`"),
     "target of no topology": ("[tpu7x, cpu]", "[v4, cpu]", f"16:11: targets[0]: found v4; {TARGETS}; leave it out: a v4 chip serves as one device of two cores, which libtpu describes, where there is none, only as two devices of one, so that no executable made here would load"),
-    "targets empty": ("[tpu7x, cpu]", "[]", "16:10: targets: found an empty list; must be a list of tpu7x, v6e, v5p, v5e, cpu; write [tpu7x, cpu]"),
-    "targets a word": ("[tpu7x, cpu]", "cpu", "16:10: targets: found cpu; must be a list of tpu7x, v6e, v5p, v5e, cpu; write [tpu7x, cpu]"),
+    "targets empty": ("[tpu7x, cpu]", "[]", "16:10: targets: found an empty list; must be a list of tpu7x, v6e, v5p, v5e, cpu, gpu; write [tpu7x, cpu]"),
+    "targets a word": ("[tpu7x, cpu]", "cpu", "16:10: targets: found cpu; must be a list of tpu7x, v6e, v5p, v5e, cpu, gpu; write [tpu7x, cpu]"),
     # keys
     "key misspelt": ("q_heads: 4", "q_head: 4", f"3:3: model.q_head: found an unknown key; must be one of {MODEL}; write q_heads"),
     "key unknown": ("q_heads: 4", "q_heads: 4\n  color: red", f"4:3: model.color: found an unknown key; must be one of {MODEL}; remove it"),
-    "key misplaced": ("name: tiny", "name: tiny\npage_size: 16", "2:1: page_size: found an unknown key; must be one of name, model, serving, parallel, targets; move it under serving"),
+    "key misplaced": ("name: tiny", "name: tiny\npage_size: 16", "2:1: page_size: found an unknown key; must be one of name, model, layers, serving, parallel, targets; move it under serving"),
     "key too deep": ("q_heads: 4", "q_heads: 4\n  name: x", f"4:3: model.name: found an unknown key; must be one of {MODEL}; move it to the top level"),
     "key twice": ("q_heads: 4", "q_heads: 4\n  q_heads: 4", "4:3: model.q_heads: found a second value; must be given once; remove this one or line 3"),
     "key missing": ("  q_heads: 4\n", "", f"3:3: model.q_heads: found no such key; {HEADS}; add `q_heads: 32`"),
@@ -218,7 +222,7 @@ serving:
   max_num_seqs: 65
   prefill_chunk: 128
   context_lens: [50, 1024]
-targets: [tpu7x, gpu, tpu7x]
+targets: [tpu7x, npu, tpu7x]
 """
     places = [line.split(": ")[:2] for line in report(text)]
     assert places == [

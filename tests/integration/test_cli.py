@@ -185,7 +185,7 @@ def test_every_problem_of_a_spec_is_reported_with_its_place(tmp_path: Path) -> N
     message = refused(2, "build", "bad.yaml", "--json", cwd=tmp_path)
     lines = message.splitlines()
     assert [line.removeprefix("rpac: SpecError: ").split(":")[0] for line in lines] == ["bad.yaml"] * len(lines)
-    assert "model.head_dim: found 100; must be 128 or 256" in message
+    assert "model.head_dim: found 100; must be 64, 80, 96, 112, 128, 192 or 256" in message
     assert "serving.page_size: found 17" in message
 
 

@@ -20,7 +20,6 @@ from rpac.check.execute import DMA_MODES, prepare_run
 from rpac.check.trials import Trial, trials_of
 from rpac.plan import KernelPlan, plan_spec
 from rpac.predict import Programs, programs_of
-from rpac.predict.run import FIRST_SCALAR
 from rpac.render import render
 from rpac.schedule import Call
 from rpac.spec import Spec, load_spec
@@ -54,7 +53,8 @@ Side = tuple[tuple[int, ...], bool]  # the shape of arrays, and whether they are
 def walked(call: Call, args: Arguments) -> tuple[Counter[Extent], set[Side], int]:
     """What the call's kernels move between HBM and the core, by the walk: extents, the sides of the kernels that the
     compiler keeps in VMEM, and how many bytes of scalars they read beside."""
-    scalars = {FIRST_SCALAR + i: values.tolist() for i, values in enumerate(args.of_batch[FIRST_SCALAR:])}
+    first = len(args.of_batch) - 4
+    scalars = {first + i: values.tolist() for i, values in enumerate(args.of_batch[first:])}
     found: Counter[Extent] = Counter()
     in_vmem: set[Side] = set()
     total = 0

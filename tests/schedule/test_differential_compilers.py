@@ -90,7 +90,7 @@ def test_a_kernel_with_bounds_checks_walks_as_the_same_without(built: Callable[[
 
     def walked(programs: Programs) -> Walk:
         call = programs.call(variant)
-        scalars = scalars_of(parse_decode("3x200").batch(programs.limits))
+        scalars = scalars_of(parse_decode("3x200").batch(programs.limits), task.args)
         ((name, operands),) = call.operands(scalars).items()
         return call.walk_kernel(name, operands, trace=True)
 

@@ -101,6 +101,10 @@ def test_needed_work_of_a_window_is_what_it_reaches(window: int) -> None:
     assert work.bytes == rows * 2 * 2 * 128 * 2 + 2 * sum(q_lens) * 4 * 128 * 2
 
 
+def test_needed_work_that_is_not_causal_counts_every_pair() -> None:
+    assert attention_work([9, 30], [3, 10], 4, 2, 128, 2, 2, causal=False).flops == 4 * 128 * 4 * (9 * 3 + 30 * 10)
+
+
 def test_the_report_is_plain_json_with_its_definitions() -> None:
     call = Call(load("v6e"))
     parameters = {LENS: [2] * SEQS, TABLE: list(range(32))}

@@ -18,8 +18,8 @@ from rpac.tune.candidates import AXES, label_of, variants
 
 PLANS = [
     pytest.param(spec, plan, id=f"{spec.name}-{plan.path}")
-    for path in sorted(Path(ROOT, "specs").glob("*.yaml"))
-    for spec in [load_spec(path)]
+    for name in ("tiny", "llama3-8b", "llama3-8b-separate", "llama3-70b-tp8", "gpt-oss-120b", "qwen3-235b")
+    for spec in load_spec(Path(ROOT, "specs", f"{name}.yaml")).parts[:1]
     for target in ("tpu7x", "v5e")
     for plan in plan_spec(spec, target, tuned=TunedTiles())
 ]

@@ -159,12 +159,13 @@ def test_what_tiles_do_not_turn_on_is_no_part_of_a_case(folder: Path, changes: d
 
 
 def test_a_field_that_a_spec_gains_is_part_of_its_case() -> None:
-    """Whatever model and serving hold is in the key, or stands for something that is."""
-    from dataclasses import fields
+    """Whatever model and serving hold is in the key, or stands for something that is; but for features at their default."""
+    from dataclasses import MISSING, fields, replace
 
     key = key_of(SPEC, "decode", (8, 32))
+    assert key_of(replace(SPEC, model=replace(SPEC.model, sinks=True)), "decode", (8, 32)) != key
     stood_for = {"sm_scale", "max_model_len", "max_num_tokens", "token_buckets", "context_lens", "num_pages"}
-    held = {field.name for part in (SPEC.model, SPEC.serving) for field in fields(part)}
+    held = {field.name for part in (SPEC.model, SPEC.serving) for field in fields(part) if field.default is MISSING}
     assert held - stood_for <= set(key)
     assert key["kv_layout"] == getattr(SPEC.serving, "kv_layout", "interleaved")
 

@@ -14,7 +14,7 @@ from rpac.plan.tuned import TunedTiles
 from rpac.spec import Serving, Spec, load_spec
 from rpac.tune.batches import batches_of, limits_of
 
-SPECS = [load_spec(path) for path in sorted((ROOT / "specs").glob("*.yaml"))]
+SPECS = [part for path in sorted((ROOT / "specs").glob("*.yaml")) for part in load_spec(path).parts]
 TINY_SPEC = load_spec(TINY)
 
 
@@ -44,7 +44,7 @@ def test_batches_are_of_the_plans_kind_and_inside_the_contract(spec: Spec, seed:
             assert batches
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.name}{spec.layer and '-'}{spec.layer}")
 def test_each_expected_length_has_a_batch_and_one_is_ragged(spec: Spec) -> None:
     lengths = spec.serving.context_lens
     for plan in plan_spec(spec, "tpu7x", tuned=TunedTiles()):

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from rpac.chip import TPU_TARGETS, Chip, chip, is_tpu, target_of
+from rpac.chip import PLATFORMS, TPU_TARGETS, Chip, chip, is_tpu, target_of
 from rpac.errors import TargetError
 from rpac.spec import TARGETS
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_target_of_a_spec_is_a_chip_or_cpu() -> None:
-    assert (*TPU_TARGETS, "cpu") == TARGETS
-    assert [target for target in TARGETS if not is_tpu(target)] == ["cpu"]
+def test_every_target_of_a_spec_is_a_chip_or_a_platform() -> None:
+    assert (*TPU_TARGETS, *PLATFORMS) == TARGETS
+    assert [target for target in TARGETS if not is_tpu(target)] == list(PLATFORMS)
 
 
 @pytest.mark.parametrize("target", ["cpu", "v4", ""])

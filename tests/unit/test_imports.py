@@ -17,13 +17,13 @@ PACKAGE = Path(rpac.__file__).parent
 # From the lowest to the highest; a module, or a package as a whole, imports only from above its own line.
 ORDER = [
     "errors",
-    "spec", "chip", "layout", "batch", "trace", "serving", "plan", "buckets", "render",
+    "chip", "layout", "mesh", "spec", "batch", "trace", "serving", "plan", "buckets", "render_decode", "render_latent", "render",
     "accuracy", "canary",  # how good an answer must be, and the calls that a bundle stores answers to
     "publish", "store",  # files and folders: a bundle's and a cache's
-    "compat", "runtime", "toolchain",  # JAX: what differs, what runs, what it is
+    "host", "compat", "placement", "runtime", "toolchain", "merging",  # JAX: what differs, runs, lies where, and what it is
     "lower", "schedule", "bundle", "select", "engine", "adapters",
-    "reference", "answers", "check", "build", "serve_check", "predict", "tune",
-    "cli",
+    "reference", "reference_latent", "answers", "check", "build", "serve_check", "predict", "tune",
+    "support", "cli",
 ]  # fmt: skip
 
 # May be imported where it is needed, because it imports nothing but `errors`: `rpac.__version__` is there.

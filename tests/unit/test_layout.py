@@ -13,11 +13,13 @@ import pytest
 
 from rpac import layout
 from rpac.batch import Limits
-from rpac.reference import ragged_paged_attention
+from rpac.reference import attention_with_lse
 from rpac.spec import KV_LAYOUTS, Spec, load_spec
 
 SPECS = Path(__file__).parents[2] / "specs"
 SHIPPED = [load_spec(path) for path in sorted(SPECS.glob("*.yaml"))]
+WITH_HEADS = [spec for spec in SHIPPED if spec.model.rope_dim is None]  # of K and V
+DEEPSEEK = load_spec(SPECS / "deepseek-v3.yaml")
 LLAMA = load_spec(SPECS / "llama3-8b.yaml")
 
 
@@ -40,6 +42,24 @@ def test_llama_has_the_arguments_of_rpa_v3() -> None:
         ("cu_q_lens", (65,), "int32"),
         ("distribution", (3,), "int32"),
     )
+
+
+def test_latent_attention_has_queries_in_two_parts_and_one_row_a_token() -> None:
+    assert layout.arg_specs(DEEPSEEK, 64) == (
+        ("queries", (64, 128, 512), "bfloat16"),
+        ("queries_rope", (64, 128, 64), "bfloat16"),
+        ("new_kv", (64, 512), "bfloat16"),
+        ("new_rope", (64, 64), "bfloat16"),
+        ("kv_cache", (4096, 128, 640), "bfloat16"),
+        ("kv_lens", (64,), "int32"),
+        ("page_indices", (64 * 64,), "int32"),
+        ("cu_q_lens", (65,), "int32"),
+        ("distribution", (3,), "int32"),
+    )
+    assert [tuple(dims) for dims in layout.result_specs(DEEPSEEK, 64)] == [
+        ("out", (64, 128, 512), "bfloat16"),
+        ("kv_cache", (4096, 128, 640), "bfloat16"),
+    ]
 
 
 def test_results_are_an_output_like_the_queries_and_the_cache() -> None:
@@ -100,17 +120,19 @@ def test_the_axis_of_the_tokens_has_those_of_a_page(kv_layout: str) -> None:
 
 
 def test_every_layout_of_a_spec_has_its_shape_and_no_other() -> None:
-    assert tuple(layout.TOKEN_AXES) == KV_LAYOUTS
+    assert tuple(layout.TOKEN_AXES) == (*KV_LAYOUTS, "latent")
     assert len({layout.kv_page_shape(laid_out(LLAMA, kv_layout)) for kv_layout in KV_LAYOUTS}) == len(KV_LAYOUTS)
 
 
 @pytest.mark.parametrize("kv_layout", KV_LAYOUTS)
-@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("shipped", WITH_HEADS, ids=lambda spec: spec.name)
 def test_a_page_holds_k_and_v_of_every_head_and_nothing_else(shipped: Spec, kv_layout: str) -> None:
-    """True as long as no shipped spec needs padding."""
+    """But what fills words, where a token's rows do not. No shipped spec has rows that are no whole registers."""
     spec = laid_out(shipped, kv_layout)
     model, serving = spec.model, spec.serving
-    elements = serving.page_size * 2 * model.kv_heads * model.head_dim
+    words = layout.packing(model.kv_dtype) if kv_layout == "interleaved" else 1
+    rows, lanes = (model.kv_heads, 128) if model.head_dim == 64 else (2 * model.kv_heads, model.head_dim)
+    elements = serving.page_size * layout.align(rows, words) * lanes
     assert math.prod(layout.kv_page_shape(spec)) == elements
     assert layout.kv_cache_shape(spec) == (serving.num_pages, *layout.kv_page_shape(spec))
 
@@ -130,7 +152,7 @@ def test_bits_of_a_dtype_are_those_of_its_arrays(dtype: str) -> None:
 
 def test_arguments_have_the_names_and_order_of_the_oracle() -> None:
     names = [dims.name for dims in layout.arg_specs(LLAMA, 64)]
-    parameters = inspect.signature(ragged_paged_attention).parameters.values()
+    parameters = inspect.signature(attention_with_lse).parameters.values()
     assert names == [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from rpac import store
 from rpac.build import sources_of
-from rpac.layout import arg_specs
+from rpac.layout import ArrayDims, arg_specs
 from rpac.lower import Cache, Lowered, Task, tasks_of
+from rpac.mesh import Mesh
 from rpac.render import Source
 from rpac.spec import Spec, parse_spec
 from rpac.store import default_cache_dir
@@ -60,6 +61,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "plan": {"plan": {"vmem_limit": 2, "decode": {"block": 2}}},
     "plan's tiles": {"plan": {"vmem_limit": 1, "decode": {"block": 4}}},
     "arguments": {"args": ()},
+    "mesh": {"mesh": Mesh(data=2)},
+    "layer": {"layer": "local"},
+    "results": {"results": (ArrayDims("out", (1,), "float32"),)},
 }
 
 

@@ -28,7 +28,9 @@ from rpac.plan.build import (
 from rpac.plan.tiles import Sets, XlaTiles, unit_tokens
 from rpac.spec import Model, Serving, Spec, load_spec
 
-SPECS = [load_spec(path) for path in sorted((Path(__file__).parents[2] / "specs").glob("*.yaml"))]
+SPECS = [
+    part for path in sorted((Path(__file__).parents[2] / "specs").glob("*.yaml")) for part in load_spec(path).parts
+]
 TINY = next(spec for spec in SPECS if spec.name == "tiny")
 
 
@@ -47,7 +49,9 @@ def specs(draw: st.DrawFn) -> Spec:
     layout = draw(st.sampled_from(["interleaved", "separate"]))
     seqs, lens = draw(st.integers(1, min(64, buckets[-1] // new))), tuple(sorted(lengths))
     tree = new > 1 and draw(st.booleans())
-    serving = Serving(page, max_len, buckets[-1], buckets, seqs, chunk, lens, 4096, layout, new, tree)
+    serving = Serving(
+        page, max_len, buckets[-1], buckets, seqs, chunk, lens, 4096, layout, decode_len=new, tree_mask=tree
+    )
     return Spec("any", model, serving, (*TPU_TARGETS, "cpu"), source="", file="any.yaml")
 
 
@@ -65,7 +69,7 @@ def sequences(spec: Spec, plan: KernelPlan) -> set[int]:
 
 
 targets = st.sampled_from([*TPU_TARGETS, "cpu"])
-each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.name} {spec.layer}".strip())
 
 
 # ---- which programs
@@ -176,7 +180,11 @@ def test_groups_fit_and_are_fetched_far_enough_ahead_where_there_is_room(spec: S
 
 
 @pytest.mark.parametrize("target", TPU_TARGETS)
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.serving.kv_layout == "separate"], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "spec",
+    [spec for spec in SPECS if spec.serving.kv_layout == "separate"],
+    ids=lambda s: f"{s.name} {s.layer}".strip(),
+)
 def test_decode_rows_of_a_mixed_program_go_by_smaller_groups_of_the_same_tiles(spec: Spec, target: str) -> None:
     found = {plan.kind: plan.decode for plan in plan_spec(spec, target)}
     decode, mixed = found["decode"], found["mixed"]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from rpac import reference
 from rpac.batch import Batch, Limits
-from rpac.reference import quantized, ragged_paged_attention, split_kv
+from rpac.reference import attention_with_lse, quantized, ragged_paged_attention, split_kv
 
 Array = NDArray[Any]
 
@@ -93,7 +93,11 @@ class Call:
         return ragged_paged_attention(**(arguments | changes), sm_scale=SM_SCALE)
 
     def expected(
-        self, soft_cap: float | None = None, sliding_window: int | None = None, sinks: Array | None = None
+        self,
+        soft_cap: float | None = None,
+        sliding_window: int | None = None,
+        sinks: Array | None = None,
+        causal: bool = True,
     ) -> Array:
         """The output by the definition, in plain Python floats."""
         out = np.zeros(self.queries.shape)
@@ -102,7 +106,7 @@ class Call:
                 for head in range(self.q_heads):
                     kv_head = head // (self.q_heads // self.kv_heads)
                     query = [float(x) for x in self.queries[token, head]]
-                    end = row.context_len + step + 1
+                    end = row.context_len + step + 1 if causal else row.kv_len
                     visible = range(0 if sliding_window is None else max(end - sliding_window, 0), end)
                     keys = [[float(x) for x in self.k[row.row][position, kv_head]] for position in visible]
                     scores = [SM_SCALE * sum(a * b for a, b in zip(query, key, strict=True)) for key in keys]
@@ -162,6 +166,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "window of a page": {"sliding_window": 4},
     "window of one": {"sliding_window": 1},
     "sinks": {"sinks": np.array([0.5, -3, 4, -np.inf, 1, 2], F32)},
+    "not causal": {"causal": False},
+    "not causal, soft cap and sinks": {"causal": False, "soft_cap": 0.7, "sinks": np.array([0.5, -3, 4, 0, 1, 2], F32)},
     "all": {"soft_cap": 0.7, "sliding_window": 6, "sinks": np.array([0.5, -3, 4, 0, 1, 2], F32)},
 }
 
@@ -200,6 +206,29 @@ def test_a_tree_says_what_the_new_tokens_of_decode_rows_see_of_each_other() -> N
             np.testing.assert_allclose(out[third, head], weights @ v[:, head // 2] / weights.sum(), rtol=1e-6)
     rest = slice(call.batch.cu_q_lens[2], None)
     np.testing.assert_array_equal(out[rest], want[rest])
+
+
+@pytest.mark.parametrize("features", [{}, *FEATURES.values()], ids=["none", *FEATURES])
+def test_lse_is_the_logarithm_of_what_divides_the_weights(features: dict[str, Any]) -> None:
+    """A value that is 1 for one key alone gets its weight; that is exp of the score less lse."""
+    call = CALLS["mixed"]
+    if "sinks" in features:
+        features = features | {"sinks": features["sinks"][: call.q_heads]}
+    metadata = call.batch.kv_lens, call.batch.page_indices, call.batch.cu_q_lens, call.batch.distribution
+    arrays = call.queries, call.keys, call.values, call.cache
+    out, _, lse = attention_with_lse(*arrays, *metadata, sm_scale=SM_SCALE, **features)
+    np.testing.assert_array_equal(out, call.run(**features)[0])
+    for row in call.batch:
+        for step, token in enumerate(row.queries):
+            for head in range(call.q_heads):
+                end = row.context_len + step + 1 if features.get("causal", True) else row.kv_len
+                first = max(end - features.get("sliding_window", end), 0)
+                keys = call.k[row.row][first:end, head // (call.q_heads // call.kv_heads)].astype(np.float64)
+                scores = SM_SCALE * keys @ call.queries[token, head].astype(np.float64)
+                if "soft_cap" in features:
+                    scores = features["soft_cap"] * np.tanh(scores / features["soft_cap"])
+                sink = features["sinks"][head] if "sinks" in features else -np.inf
+                assert lse[token, head] == pytest.approx(np.logaddexp.reduce([*scores, sink]), rel=1e-6, abs=1e-6)
 
 
 def test_what_a_window_leaves_may_be_anything() -> None:

@@ -24,7 +24,7 @@ def shaped(q_heads: int, kv_heads: int, head_dim: int, dtype: str) -> Spec:
 
 
 SPECS = [
-    *(load_spec(path) for path in sorted((ROOT / "specs").glob("*.yaml"))),
+    *(part for path in sorted((ROOT / "specs").glob("*.yaml")) for part in load_spec(path).parts),
     shaped(9, 3, 128, "bfloat16"),
     shaped(4, 2, 256, "bfloat16"),
     shaped(4, 2, 128, "float32"),
@@ -99,7 +99,8 @@ def test_a_source_says_what_it_is_and_how_it_was_made(spec: Spec, plan: KernelPl
     header = ast.get_docstring(ast.parse(source.text))
     assert header is not None
     first, *rest = header.splitlines()
-    assert first == f"Ragged paged attention of {spec.name}: {plan.kind} batches on {plan.target}."
+    of = f"{spec.name}, {spec.layer} layers" if spec.layer else spec.name
+    assert first == f"Ragged paged attention of {of}: {plan.kind} batches on {plan.target}."
     assert "Do not edit" in header
     assert spec.hash in header
     assert f"rpac build {Path(spec.file).name} --target {plan.target}" in header

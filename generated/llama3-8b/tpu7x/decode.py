@@ -11,6 +11,7 @@ What was specialized:
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - only decode batches: the other kernels are not in this program
 - decode: blocks of 1024 tokens, as long as the expected lengths and the registers for scores allow; 4 buffers, so that DMA latency hides behind 3 blocks in flight
+- tuned: 1.000 of the rule's time, predicted with libtpu 0.0.42.1, seed 0
 - VMEM: 26,693,632 bytes counted, 41,943,040 allowed, 67,108,864 there
 """
 import jax

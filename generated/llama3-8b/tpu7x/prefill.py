@@ -11,6 +11,7 @@ What was specialized:
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
+- tuned: 1.000 of the rule's time, predicted with libtpu 0.0.42.1, seed 0
 - VMEM: 54,394,880 bytes counted, 62,914,560 allowed, 67,108,864 there
 """
 import jax

@@ -1,0 +1,1001 @@
+"""Ragged paged attention of gpt-oss-120b, sliding layers: mixed batches on v5e.
+
+Do not edit: made from spec 623a068067c941bea572da917de4730a962bd2653c2fc3dc293059a64040709c by
+    rpac build gpt-oss-120b.yaml --target v5e
+Change the spec or the templates and run it again.
+
+What was specialized:
+- 8 query heads over 1 KV heads, head_dim 64, queries bfloat16, KV bfloat16: constants
+- these are one device's part of 8: KV heads in 8 parts
+- pages of 128 tokens, 128 a sequence, up to 64 sequences
+- token buckets that use it: 64
+- causal, cache updated; a window of 128 tokens, nothing fetched before its page; attention sinks, an argument, in the softmax's sum; no soft cap or KV scales in the spec: none is in the code
+- decode: blocks of 128 tokens, as long as the expected lengths and the registers for scores allow; 16 buffers, so that DMA latency hides behind 15 blocks in flight
+- mixed: blocks of 64 queries against 512 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
+- VMEM: 9,187,328 bytes counted, 25,165,824 allowed, 134,217,728 there
+"""
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+Q_HEADS = 8
+KV_HEADS = 1
+GROUP = 8  # query heads that share a KV head
+HEAD_DIM = 128  # lanes of a head: of its keys, then of its values
+OWN_DIM = 64  # lanes of either
+PAGE_SIZE = 128  # tokens
+PAGES_PER_SEQ = 128
+SCORE_SCALE = 0.18033688011112042  # 0.125 (the softmax scale) * log2(e): probabilities are powers of two
+WINDOW = 128  # tokens that a query sees, itself the last of them
+LOG2_E = 1.4426950408889634  # sinks are natural logarithms
+MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
+
+# The cache of one layer is seen as rows of 128 lanes: by token, then KV head, K in the lower lanes and V in the upper.
+PAGE_ROWS = 256  # 2 of each token
+UNIT = 8  # tokens of the smallest piece that a DMA or a store reaches
+UNIT_ROWS = 16
+
+
+def pack_token(keys, values, packed, token):
+    """Lays one token's new keys and values `[KV_HEADS, OWN_DIM]` into rows: of each head its key, then its value."""
+    (rows,) = cache_rows_of(keys.astype(jnp.float32), values.astype(jnp.float32))
+    rows = jnp.concatenate([rows, jnp.zeros((1, HEAD_DIM))], axis=0)
+    packed[token * 1 : (token + 1) * 1] = rows_as_words(rows.astype(jnp.bfloat16))
+
+
+def rows_as_words(rows):
+    return pltpu.bitcast(rows, jnp.uint32)
+
+
+def words_as_rows(words):
+    return pltpu.bitcast(words, jnp.bfloat16)
+
+
+def by_place(words):
+    """Words of 2 rows a token, of as many tokens, as words of 2 tokens a row: transposes them."""
+    low, high = words
+    return (low & jnp.uint32(0xFFFF)) | (high << 16), (low >> 16) | (high & jnp.uint32(0xFFFF0000))
+
+
+def token_of_word(tokens):
+    """Which of `tokens` consecutive tokens each packed row belongs to."""
+    return lax.broadcasted_iota(jnp.int32, (tokens * 1, 128), 0) // 1
+
+
+def whole_lanes(rows):
+    """Rows of OWN_DIM lanes, with zeros up to HEAD_DIM."""
+    return jnp.concatenate([rows, jnp.zeros((*rows.shape[:-1], HEAD_DIM - OWN_DIM), rows.dtype)], axis=-1)
+
+
+def own_lanes(rows):
+    """The lanes of values, of rows of HEAD_DIM lanes."""
+    return rows[..., OWN_DIM:]
+
+
+def cache_rows_of(keys, values):
+    """The rows of new keys and values `[..., OWN_DIM]` in the cache, `[..., HEAD_DIM]` each: one of both."""
+    return (jnp.concatenate([keys, values], axis=-1),)
+
+
+def widen(rows, lanes):
+    """Rows that hold one value in all 128 lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
+    return jnp.concatenate([rows] * (lanes // 128), axis=1)
+
+
+def products(rows, matrix, contracted):
+    """`rows` times `matrix` along its dimension `contracted`, in float32."""
+    dims = (((1,), (contracted,)), ((), ()))
+    return lax.dot_general(rows, matrix, dims, preferred_element_type=jnp.float32)
+
+
+def decode_kernel(
+    # scalars in SMEM
+    kv_lens, page_indices, distribution, sinks,
+    # arrays in HBM; the cache is updated in place
+    q_hbm, k_hbm, v_hbm, _cache, out_hbm, cache_hbm,
+    # scratch
+    kv,
+    row_words,
+    q_all,
+    new_keys,
+    new_values,
+    packed,
+    unit_out,
+    q_rows,
+    sink_rows,
+    row_max,
+    row_sum,
+    acc,
+    out_rows,
+    kv_sem,
+    load_sem,
+    unit_sem,
+    out_sem,
+):  # fmt: skip
+    """One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.
+
+    A step is one KV block of one sequence. The fetch runs 15 steps ahead, across the ends of sequences.
+    While one block is computed, the words of the next are split into heads: the one keeps the MXU busy, the other the stores.
+    """
+    num_seqs = distribution[0]
+
+    # ---- window: a sequence begins at the page where its window does; nothing before it is fetched
+
+    def first_token(seq):
+        return lax.div(jnp.maximum(kv_lens[seq] - WINDOW, 0), PAGE_SIZE) * PAGE_SIZE
+
+    def window_len(seq):
+        """Tokens from there on."""
+        return kv_lens[seq] - first_token(seq)
+
+    def entry(seq):
+        return seq * PAGES_PER_SEQ + lax.div(first_token(seq), PAGE_SIZE)
+
+    # ---- fetch KV: whole pages, into one of 16 buffers of 128 tokens
+
+    # `entry` is where in the page table the window's first page is, and `kv_end` counts the tokens from there on.
+    def page_copy(entry, block, slot, page):
+        physical = page_indices[entry + block * 1 + page]
+        rows = pl.ds(page * PAGE_ROWS, PAGE_ROWS)
+        return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, rows], kv_sem.at[slot])
+
+    def pages_of(kv_end, block):
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 1, 1)
+
+    def start_block(kv_end, entry, block, slot):
+        def one(page, _):
+            page_copy(entry, block, slot, page).start()
+            return 0
+
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 1)
+        def _():
+            for page in range(1):
+                one(page, 0)
+
+        @pl.when(pages < 1)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
+
+    def wait_block(kv_end, entry, block, slot):
+        def one(page, _):
+            page_copy(entry, block, slot, page).wait()
+            return 0
+
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 1)
+        def _():
+            pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
+
+        @pl.when(pages < 1)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
+
+    def advance(seq, block):
+        last = (block + 1) * 128 >= window_len(seq)
+        return jnp.where(last, seq + 1, seq), jnp.where(last, 0, block + 1)
+
+    def fetch_ahead(step, seq, block):
+        @pl.when(seq < num_seqs)
+        def _():
+            start_block(window_len(seq), entry(seq), block, lax.rem(step, 16))
+
+        next_seq, next_block = advance(jnp.minimum(seq, num_seqs - 1), block)
+        return jnp.where(seq < num_seqs, next_seq, seq), jnp.where(seq < num_seqs, next_block, block)
+
+    # ---- update cache: the new token's row goes into the fetched block, and from a copy of it back to its page
+
+    def unit_copy(seq):
+        slot = lax.rem(seq, 4)
+        position = kv_lens[seq] - 1
+        page = page_indices[seq * PAGES_PER_SEQ + position // PAGE_SIZE]
+        row = pl.multiple_of(lax.rem(position, PAGE_SIZE) // UNIT * UNIT_ROWS, UNIT_ROWS)
+        return pltpu.make_async_copy(unit_out.at[slot], cache_hbm.at[page, pl.ds(row, UNIT_ROWS)], unit_sem.at[slot])
+
+    def update_cache(seq, block, slot):
+        @pl.when(seq >= 4)
+        def _():
+            unit_copy(seq - 4).wait()
+
+        token = window_len(seq) - 1 - block * 128
+        rows = pl.ds(pl.multiple_of(token // UNIT * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
+        for i in range(UNIT):
+            pack_token(new_keys[seq], new_values[seq], packed, i)
+        words = jnp.where(token_of_word(UNIT) == lax.rem(token, UNIT), packed[...], rows_as_words(kv[slot, rows]))
+        kv[slot, rows] = words_as_rows(words)
+        unit_out[lax.rem(seq, 4)] = words_as_rows(words)
+        unit_copy(seq).start()
+
+    def clear_tail(slot, valid):
+        """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
+        rows = pl.ds(pl.multiple_of(valid // UNIT * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
+
+        @pl.when(lax.rem(valid, UNIT) > 0)
+        def _():
+            words = rows_as_words(kv[slot, rows])
+            kv[slot, rows] = words_as_rows(jnp.where(token_of_word(UNIT) < lax.rem(valid, UNIT), words, jnp.zeros_like(words)))
+
+        def zero(units):
+            def one(index, _):
+                rows = units * UNIT_ROWS
+                kv[slot, pl.ds(pl.multiple_of(index * rows, rows), rows)] = jnp.zeros((rows, 128), kv.dtype)
+                return 0
+
+            return one
+
+        # One unit at a time to where 16 at a time can go on.
+        first = pl.cdiv(valid, UNIT)
+        wide = pl.cdiv(first, 16)
+        lax.fori_loop(first, wide * 16, zero(1), 0)
+        lax.fori_loop(wide, pl.cdiv(valid, 128) * 1, zero(16), 0)
+
+    # ---- read KV: one head of a block at a time
+
+    class Split:
+        """The split of a block's words by the place of rows in them at `here` (0 or 1), in pieces to be done beside other work.
+
+        A word then holds token t in its lowest part, t + 64 in the next, and so on.
+        """
+
+        def __init__(self, slot, here):
+            self.slot, self.here, self.done = slot, here, 0
+
+        def go_on(self, pieces):
+            for piece in range(self.done, min(self.done + pieces, 1)):
+                firsts = [part * 128 + piece * 128 for part in range(2)]
+                words = [rows_as_words(kv[self.slot, pl.ds(first, 128)]) for first in firsts]
+                for place, part in enumerate(by_place(words)):
+                    row_words[self.here, place, pl.ds(piece * 64, 64)] = part
+            self.done += pieces
+
+        def finish(self):
+            self.go_on(1)
+
+    def row_of(here, row):
+        """`[128, HEAD_DIM]` of one row of each token, in the order of `block_tokens`."""
+        words = row_words[here, row % 2, pl.ds(row // 2, 64, stride=1), :]
+        return words_as_rows(words)
+
+    def head_keys(here, head):
+        return row_of(here, head)
+
+    def head_values(here, head):
+        return row_of(here, head)
+
+    def block_tokens(shape):
+        """The token of each column of a score: the parts of the words, interleaved."""
+        column = lax.broadcasted_iota(jnp.int32, shape, 1)
+        return (column >> 1) + (column & 1) * 64
+
+    # ---- flash step: every KV head's 8 query rows against one block, under one softmax
+
+    def heads(head):
+        return slice(head * 8, (head + 1) * 8)
+
+    def flash_step(first, valid, here, next_slot):
+        """One block, whose words are split already at `here` (0 or 1), while those of the next go to the other place."""
+        split = Split(next_slot, 1 - here)
+        scores = []
+        for head in range(KV_HEADS):
+            scores.append(products(q_rows[heads(head)].astype(jnp.bfloat16), head_keys(here, head), 1))
+            split.go_on(1)
+        scores = jnp.concatenate(scores, axis=0) * SCORE_SCALE
+        token = block_tokens(scores.shape)
+        scores = jnp.where((token >= first) & (token < valid), scores, MASKED)
+        old_max = row_max[...]
+        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
+        weights = jnp.exp2(scores - widen(new_max, 128))
+        rescale = jnp.exp2(old_max - new_max)
+        row_max[...] = new_max
+        row_sum[...] = rescale * row_sum[...] + jnp.sum(weights, axis=1, keepdims=True)
+        weights = weights.astype(jnp.bfloat16)
+        for head in range(KV_HEADS):
+            part = products(weights[heads(head)], head_values(here, head), 0)
+            split.go_on(1)
+            acc[heads(head)] = widen(rescale[heads(head)], HEAD_DIM) * acc[heads(head)] + part
+        split.finish()
+
+    def begin(seq):
+        queries = whole_lanes(q_all[seq].astype(jnp.float32))
+        for head in range(KV_HEADS):
+            rows = slice(head * 8, head * 8 + GROUP)
+            q_rows[rows] = queries[head * GROUP : (head + 1) * GROUP]
+        row_max[...] = sink_rows[...]
+        row_sum[...] = jnp.ones_like(row_sum)
+        acc[...] = jnp.zeros_like(acc)
+
+    def load_sinks():
+        """Spreads the sinks over their query rows. Each is in the sum from the start, where the maximum is its own."""
+        sink_rows[...] = jnp.full_like(sink_rows, MASKED)
+        for head in range(Q_HEADS):
+            row = head
+            sink_rows[row : row + 1] = jnp.full((1, 128), sinks[head]) * LOG2_E
+
+    # ---- send output
+
+    def out_copy(seq):
+        slot = lax.rem(seq, 4)
+        return pltpu.make_async_copy(out_rows.at[slot], out_hbm.at[seq], out_sem.at[slot])
+
+    def finish(seq):
+        @pl.when(seq >= 4)
+        def _():
+            out_copy(seq - 4).wait()
+
+        out = own_lanes(acc[...] / widen(row_sum[...], HEAD_DIM)).astype(out_rows.dtype)
+        for head in range(KV_HEADS):
+            rows = out[head * 8 : head * 8 + GROUP]
+            out_rows[lax.rem(seq, 4), head * GROUP : (head + 1) * GROUP] = rows
+        out_copy(seq).start()
+
+    @pl.when(num_seqs > 0)
+    def _():
+        start = (jnp.int32(0), jnp.int32(0))
+        ahead = start
+        for step in range(15):
+            ahead = fetch_ahead(step, *ahead)
+        loads = [
+            pltpu.make_async_copy(source.at[pl.ds(0, 64)], target, load_sem.at[i])
+            for i, (source, target) in enumerate([(q_hbm, q_all), (k_hbm, new_keys), (v_hbm, new_values)])
+        ]
+        for load in loads:
+            load.start()
+        q_rows[...] = jnp.zeros_like(q_rows)
+        load_sinks()
+        for load in loads:
+            load.wait()
+
+        def arrive(step, seq, block):
+            """Waits for a block; at the end of its sequence, puts the new token in and clears what lies behind."""
+            slot = lax.rem(step, 16)
+            kv_len = window_len(seq)
+            wait_block(kv_len, entry(seq), block, slot)
+
+            @pl.when((block + 1) * 128 >= kv_len)
+            def _():
+                update_cache(seq, block, slot)
+                clear_tail(slot, kv_len - block * 128)
+
+        arrive(0, *start)
+        Split(0, 0).finish()
+
+        def body(carry):
+            step, seq, block, *ahead = carry
+            ahead = fetch_ahead(step + 15, *ahead)
+            kv_len = window_len(seq)
+            valid = jnp.minimum(kv_len - block * 128, 128)
+            first = kv_len - WINDOW - block * 128
+            following = advance(seq, block)
+
+            @pl.when(following[0] < num_seqs)
+            def _():
+                arrive(step + 1, *following)
+
+            @pl.when(block == 0)
+            def _():
+                begin(seq)
+
+            next_slot = lax.rem(step + 1, 16)
+            pl.when(lax.rem(step, 2) == 0)(lambda: flash_step(first, valid, 0, next_slot))
+            pl.when(lax.rem(step, 2) == 1)(lambda: flash_step(first, valid, 1, next_slot))
+
+            @pl.when((block + 1) * 128 >= kv_len)
+            def _():
+                finish(seq)
+
+            return step + 1, *following, *ahead
+
+        lax.while_loop(lambda carry: carry[1] < num_seqs, body, (jnp.int32(0), *start, *ahead))
+
+        def drain(i, _):
+            unit_copy(num_seqs - 1 - i).wait()
+            out_copy(num_seqs - 1 - i).wait()
+            return 0
+
+        lax.fori_loop(0, jnp.minimum(num_seqs, 4), drain, 0)
+
+
+def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distribution, sinks):
+    """`(out, rows)` of the decode sequences; other rows of `out` are not written."""
+    smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
+    return pl.pallas_call(
+        decode_kernel,
+        in_specs=[smem] * 4 + [hbm] * 4,
+        out_specs=[hbm] * 2,
+        out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
+        input_output_aliases={7: 1},
+        scratch_shapes=[
+            pltpu.VMEM((16, 256, 128), jnp.bfloat16),  # kv: fetched blocks
+            pltpu.VMEM((2, 2, 64, 128), jnp.uint32),  # row_words: a tile by row of a token, 2 tokens a word
+            pltpu.VMEM((64, 8, 64), jnp.bfloat16),  # q_all: queries of every sequence
+            pltpu.VMEM((64, 1, 64), jnp.bfloat16),  # new_keys: new keys of every sequence
+            pltpu.VMEM((64, 1, 64), jnp.bfloat16),  # new_values: new values of every sequence
+            pltpu.VMEM((8, 128), jnp.uint32),  # packed: a new token in the cache's form
+            pltpu.VMEM((4, 16, 128), jnp.bfloat16),  # unit_out: rows on their way to the cache
+            pltpu.VMEM((8, 128), jnp.float32),  # q_rows: queries of one sequence by KV head
+            pltpu.VMEM((8, 128), jnp.float32),  # sink_rows: sinks, the same in every lane
+            pltpu.VMEM((8, 128), jnp.float32),  # row_max: running maximum, the same in every lane
+            pltpu.VMEM((8, 128), jnp.float32),  # row_sum: running sum, the same in every lane
+            pltpu.VMEM((8, 128), jnp.float32),  # acc: running output
+            pltpu.VMEM((4, 8, 64), jnp.bfloat16),  # out_rows: outputs on their way out
+            pltpu.SemaphoreType.DMA((16,)),  # kv_sem: fetches
+            pltpu.SemaphoreType.DMA((3,)),  # load_sem: queries, keys, values
+            pltpu.SemaphoreType.DMA((4,)),  # unit_sem: cache writes
+            pltpu.SemaphoreType.DMA((4,)),  # out_sem: outputs
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=25165824, disable_bounds_checks=True),
+        name="rpa_decode",
+    )(kv_lens, page_indices, distribution, sinks, queries, keys, values, rows)
+
+
+def mixed_kernel(
+    # scalars in SMEM
+    kv_lens, page_indices, cu_q_lens, distribution, sinks,
+    # arrays in HBM; the cache is updated in place, and so is the output, which holds the decode rows
+    q_hbm, k_hbm, v_hbm, _cache, _out, out_hbm, cache_hbm,
+    # scratch
+    kv,
+    row_words,
+    new_keys,
+    new_values,
+    page_rows,
+    packed,
+    q_in,
+    q_rows,
+    next_scores,
+    sink_rows,
+    row_max,
+    row_sum,
+    acc,
+    out_rows,
+    kv_sem,
+    new_sem,
+    old_sem,
+    write_sem,
+    q_sem,
+    out_sem,
+):  # fmt: skip
+    """Any number of new tokens for each of the sequences [distribution[0], distribution[2]): update their pages, then attend.
+
+    A step is one KV block against one query block. The fetch runs 2 steps ahead, across the ends of both.
+    """
+    first_seq = distribution[0]
+    end_seq = distribution[2]
+
+    def q_start(seq):
+        return cu_q_lens[seq]
+
+    def q_len(seq):
+        return cu_q_lens[seq + 1] - cu_q_lens[seq]
+
+    # ---- update cache: page by page, old tokens kept, new ones packed in; 2 pages ahead, 5 in flight
+
+    def page_span(seq, page):
+        """The new tokens of a page, as a range within it."""
+        kv_len = kv_lens[seq]
+        return jnp.maximum(kv_len - q_len(seq) - page * PAGE_SIZE, 0), jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
+
+    def new_token_copies(seq, page, slot):
+        # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
+        wanted = q_start(seq) + page * PAGE_SIZE - (kv_lens[seq] - q_len(seq))
+        source = jnp.clip(wanted, 0, k_hbm.shape[0] - 64)
+        take, put = pl.ds(source, 64), pl.ds(PAGE_SIZE + source - wanted, 64)
+        return (
+            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[slot, put], new_sem.at[slot]),
+            pltpu.make_async_copy(v_hbm.at[take], new_values.at[slot, put], new_sem.at[slot]),
+        )
+
+    def old_page_copy(seq, page, slot):
+        physical = page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(cache_hbm.at[physical], page_rows.at[slot], old_sem.at[slot])
+
+    def page_write(seq, page, slot):
+        physical = page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(page_rows.at[slot], cache_hbm.at[physical], write_sem.at[slot])
+
+    def first_page(seq):
+        return lax.div(kv_lens[seq] - q_len(seq), PAGE_SIZE)
+
+    def next_page(seq, page):
+        last = (page + 1) * PAGE_SIZE >= kv_lens[seq]
+        next_seq = jnp.where(last, seq + 1, seq)
+        return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
+
+    def load_page(step, seq, page):
+        slot = lax.rem(step, 5)
+
+        @pl.when(seq < end_seq)
+        def _():
+            @pl.when(step >= 5)
+            def _():
+                page_write(seq, page, slot).wait()  # the write of 5 steps ago: as many bytes, this semaphore
+
+            for copy in new_token_copies(seq, page, slot):
+                copy.start()
+            first, end = page_span(seq, page)
+
+            @pl.when((first > 0) | (end < PAGE_SIZE))
+            def _():
+                old_page_copy(seq, page, slot).start()
+
+        next_seq, next_index = next_page(jnp.minimum(seq, end_seq - 1), page)
+        return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
+
+    def merge_page(step, seq, page):
+        slot = lax.rem(step, 5)
+        first, end = page_span(seq, page)
+        for copy in new_token_copies(seq, page, slot):
+            copy.wait()
+
+        @pl.when((first > 0) | (end < PAGE_SIZE))
+        def _():
+            old_page_copy(seq, page, slot).wait()
+
+        def merge(piece, _):
+            start = piece * 16
+            for i in range(16):
+                pack_token(new_keys[slot, PAGE_SIZE + start + i], new_values[slot, PAGE_SIZE + start + i], packed, i)
+            rows = pl.ds(pl.multiple_of(piece * 32, 32), 32)
+            token = start + token_of_word(16)
+            words = jnp.where((token >= first) & (token < end), packed[...], rows_as_words(page_rows[slot, rows]))
+            page_rows[slot, rows] = words_as_rows(words)
+            return 0
+
+        lax.fori_loop(lax.div(first, 16), pl.cdiv(end, 16), merge, 0)
+        page_write(seq, page, slot).start()
+
+    def update_cache():
+        def body(carry):
+            step, seq, page, *ahead = carry
+            ahead = load_page(step + 2, *ahead)
+            merge_page(step, seq, page)
+            return step + 1, *next_page(seq, page), *ahead
+
+        start = (first_seq, first_page(first_seq))
+        ahead = start
+        for step in range(2):
+            ahead = load_page(jnp.int32(step), *ahead)
+        steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
+
+        def drain(i, _):
+            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 5)).wait()
+            return 0
+
+        lax.fori_loop(0, jnp.minimum(steps, 5), drain, 0)
+
+    # ---- fetch KV: whole pages, into one of 3 buffers of 512 tokens
+
+    # `entry` is where in the page table the window's first page is, and `kv_end` counts the tokens from there on.
+    def page_copy(entry, block, slot, page):
+        physical = page_indices[entry + block * 4 + page]
+        rows = pl.ds(page * PAGE_ROWS, PAGE_ROWS)
+        return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, rows], kv_sem.at[slot])
+
+    def pages_of(kv_end, block):
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 4, 4)
+
+    def start_block(kv_end, entry, block, slot):
+        def one(page, _):
+            page_copy(entry, block, slot, page).start()
+            return 0
+
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 4)
+        def _():
+            for page in range(4):
+                one(page, 0)
+
+        @pl.when(pages < 4)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
+
+    def wait_block(kv_end, entry, block, slot):
+        def one(page, _):
+            page_copy(entry, block, slot, page).wait()
+            return 0
+
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 4)
+        def _():
+            pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
+
+        @pl.when(pages < 4)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
+
+    def first_token(seq, q_block):
+        """Where the page begins that the window of a block's first query does; nothing before it is fetched."""
+        first_query = kv_lens[seq] - q_len(seq) + q_block * 64
+        return lax.div(jnp.maximum(first_query + 1 - WINDOW, 0), PAGE_SIZE) * PAGE_SIZE
+
+    def entry(seq, q_block):
+        return seq * PAGES_PER_SEQ + lax.div(first_token(seq, q_block), PAGE_SIZE)
+
+    def kv_end(seq, q_block):
+        """The number of tokens from there on to the last query of the block."""
+        new = q_len(seq)
+        return kv_lens[seq] - new + jnp.minimum((q_block + 1) * 64, new) - first_token(seq, q_block)
+
+    def advance(seq, q_block, q_step, block):
+        last = (block + 1) * 512 >= kv_end(seq, q_block)
+        last_of_seq = last & ((q_block + 1) * 64 >= q_len(seq))
+        return (
+            jnp.where(last_of_seq, seq + 1, seq),
+            jnp.where(last, jnp.where(last_of_seq, 0, q_block + 1), q_block),
+            jnp.where(last, q_step + 1, q_step),
+            jnp.where(last, 0, block + 1),
+        )
+
+    def fetch_ahead(step, *at):
+        seq, q_block, q_step, block = at
+
+        @pl.when(seq < end_seq)
+        def _():
+            @pl.when(block == 0)
+            def _():
+                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.start())
+
+            start_block(kv_end(seq, q_block), entry(seq, q_block), block, lax.rem(step, 3))
+
+        following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
+        return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
+
+    # ---- query blocks: 64 tokens in and out in their natural layout, by KV head inside
+
+    def block_copies(seq, block, make, act):
+        """Acts on copies that together hold the block's tokens and no others, in sizes that are powers of two."""
+        tokens = jnp.minimum(q_len(seq) - block * 64, 64)
+        for size in (64, 32, 16, 8, 4, 2, 1):
+
+            @pl.when((tokens & size) > 0)
+            def _(size=size):
+                first = tokens & ~(2 * size - 1)
+                act(make(q_start(seq) + block * 64 + first, first, size))
+
+    def query_copies(seq, block, slot, act):
+        def make(token, first, size):
+            return pltpu.make_async_copy(q_hbm.at[pl.ds(token, size)], q_in.at[slot, pl.ds(first, size)], q_sem.at[slot])
+
+        block_copies(seq, block, make, act)
+
+    def out_copies(seq, block, slot, act):
+        def make(token, first, size):
+            return pltpu.make_async_copy(out_rows.at[slot, pl.ds(first, size)], out_hbm.at[pl.ds(token, size)], out_sem.at[slot])
+
+        block_copies(seq, block, make, act)
+
+    def loop(count, body):
+        """Runs `body(index)` for each index below `count`, as one piece of code."""
+
+        def turn(index, _):
+            body(index)
+            return 0
+
+        lax.fori_loop(0, count, turn, 0)
+
+    def load_sinks():
+        """The sinks of each KV head's queries, in the order in which rows repeat them."""
+        for head in range(KV_HEADS):
+            for row in range(sink_rows.shape[1]):
+                sink_rows[head, row : row + 1] = jnp.full((1, 128), sinks[head * GROUP + row % GROUP]) * LOG2_E
+
+    def clear(head, rows):
+        """The running state of some rows of a KV head, as before their first tile: each sink in the sum, where the maximum
+        is its own.
+        """
+        row_max[head, rows] = jnp.concatenate([sink_rows[head]] * (rows.size // sink_rows.shape[1]), axis=0)
+        row_sum[head, rows] = jnp.ones((rows.size, 128))
+        acc[head, rows] = jnp.zeros((rows.size, HEAD_DIM))
+
+    def clear_all():
+        def one(piece):
+            rows = pl.ds(lax.rem(piece, 2) * 256, 256)
+            clear(lax.div(piece, 2), rows)
+
+        loop(KV_HEADS * 2, one)
+
+    def query_of(row):
+        """Which query of the block a row is of: rows go by query, then head."""
+        return row // GROUP
+
+    def begin(slot):
+        """Sorts a query block by KV head, `[KV_HEADS, 64 * GROUP, HEAD_DIM]`."""
+
+        def sort(piece):
+            tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
+            rows = pl.ds(pl.multiple_of(piece * 128, 128), 128)
+            for first in range(0, KV_HEADS, 1):
+                queries = q_in[slot, tokens, first * GROUP : (first + 1) * GROUP]
+                q_rows[first, rows] = whole_lanes(queries).reshape(128, HEAD_DIM)
+
+        loop(4, sort)
+
+    def finish(slot):
+        """Puts a block's output back in the order of its tokens, and clears the running state for the next one."""
+
+        def unsort(piece):
+            tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
+            rows = pl.ds(pl.multiple_of(piece * 128, 128), 128)
+
+            def out_of(head):
+                out = acc[head, rows] / widen(row_sum[head, rows], HEAD_DIM)
+                clear(head, rows)
+                return own_lanes(out).astype(out_rows.dtype)
+
+            for first in range(0, KV_HEADS, 1):
+                heads = slice(first * GROUP, (first + 1) * GROUP)
+                out_rows[slot, tokens, heads] = out_of(first).reshape(16, GROUP, OWN_DIM)
+
+        loop(4, unsort)
+
+    def clear_tail(slot, valid):
+        """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
+        rows = pl.ds(pl.multiple_of(valid // UNIT * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
+
+        @pl.when(lax.rem(valid, UNIT) > 0)
+        def _():
+            words = rows_as_words(kv[slot, rows])
+            kv[slot, rows] = words_as_rows(jnp.where(token_of_word(UNIT) < lax.rem(valid, UNIT), words, jnp.zeros_like(words)))
+
+        def zero(units):
+            def one(index, _):
+                rows = units * UNIT_ROWS
+                kv[slot, pl.ds(pl.multiple_of(index * rows, rows), rows)] = jnp.zeros((rows, 128), kv.dtype)
+                return 0
+
+            return one
+
+        # One unit at a time to where 16 at a time can go on.
+        first = pl.cdiv(valid, UNIT)
+        wide = pl.cdiv(first, 16)
+        lax.fori_loop(first, wide * 16, zero(1), 0)
+        lax.fori_loop(wide, pl.cdiv(valid, 512) * 4, zero(16), 0)
+
+    # ---- read KV: `tokens` tokens of one head, from token `first` of a block on
+
+    def split_tile(slot, tile):
+        """Splits a tile's words by the place of rows in them. A word then holds 2 tokens of a piece of 256: token t
+        of the piece in its lowest part, t + 128 in the next, and so on.
+        """
+
+        def split(turn, _):  # few enough rows at a time to stay in registers
+            piece, part = lax.div(turn, 1), lax.rem(turn, 1)
+            first = tile * 1024 + piece * 512 + part * 256
+            firsts = [pl.multiple_of(first + part * 256, 256) for part in range(2)]
+            words = [rows_as_words(kv[slot, pl.ds(first, 256)]) for first in firsts]
+            to = pl.ds(pl.multiple_of(turn * 128, 128), 128)
+            for place, part in enumerate(by_place(words)):
+                row_words[place, to] = part
+            return 0
+
+        lax.fori_loop(0, 2, split, 0)
+
+    def row_of(first, tokens, row):
+        """`[tokens, HEAD_DIM]` of one row of each token out of the tile that was split last, in the order of `piece_tokens`."""
+        place, word = lax.rem(row, 2), lax.div(row, 2)
+        start = lax.div(lax.rem(first, 512), 2) * 1 + word
+        words = row_words[place, pl.ds(start, tokens // 2, stride=1), :]
+        return words_as_rows(words)
+
+    def head_keys(slot, first, tokens, head):
+        return row_of(first, tokens, head)
+
+    def head_values(slot, first, tokens, head):
+        return row_of(first, tokens, head)
+
+    def piece_tokens(shape, axis):
+        """The token of each index along an axis of a piece's: the parts of the words, interleaved."""
+        index = lax.broadcasted_iota(jnp.int32, shape, axis)
+        return (index >> 1) + (index & 1) * 128
+
+    # ---- flash steps: 256 query rows of one head against one tile, or on the diagonal against one piece of it
+
+    def score(slot, first, tokens, head, rows):
+        return products(q_rows[head, rows], head_keys(slot, first, tokens, head), 1) * SCORE_SCALE
+
+    def weigh(scores, slot, first, head, rows):
+        tokens = scores.shape[1]
+        old_max = row_max[head, rows]
+        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
+        weights = jnp.exp2(scores - widen(new_max, tokens))
+        rescale = jnp.exp2(old_max - new_max)
+        row_max[head, rows] = new_max
+        row_sum[head, rows] = rescale * row_sum[head, rows] + jnp.sum(weights, axis=1, keepdims=True)
+        part = products(weights.astype(jnp.bfloat16), head_values(slot, first, tokens, head), 0)
+        acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part
+
+    def flash_turns(turns, heads, ahead, tokens, place, score_of, slot):
+        """Takes turns of some heads against the `tokens` tokens from `place(turn)` on, which is a token and the first head.
+
+        A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, the first of the next turn
+        at its end: so the MXU and the vector units work at once.
+        """
+        steps = [(head, pl.ds(row, 256)) for head in range(heads) for row in range(0, 512, 256)]
+
+        def scores_of(turn, step):
+            first, head = place(turn)
+            return score_of(first, head + steps[step][0], steps[step][1])
+
+        def one_turn(turn, _):
+            first, first_head = place(turn)
+            scores = [next_scores[i, :, :tokens] for i in range(ahead)]
+            for i, (head, rows) in enumerate(steps):
+                later = i + ahead
+                if later < len(steps):
+                    scores.append(scores_of(turn, later))
+                else:
+                    following = jnp.minimum(turn + 1, turns - 1)
+                    next_scores[later - len(steps), :, :tokens] = scores_of(following, later - len(steps))
+                weigh(scores[i], slot, first, first_head + head, rows)
+            return 0
+
+        for i in range(ahead):
+            next_scores[i, :, :tokens] = scores_of(0, i)
+        lax.fori_loop(0, turns, one_turn, 0)
+
+    def plain_tiles(slot, begin, count):
+        """Tiles that all queries of the block see whole, from tile `begin` on."""
+
+        def score_of(first, head, rows):
+            return score(slot, first, 512, head, rows)
+
+        def place_from(first_tile):
+            def place(turn):
+                tile, head = first_tile + lax.div(turn, 1), lax.rem(turn, 1) * 1
+                return tile * 512, head
+
+            return place
+
+        def one(tile, _):
+            split_tile(slot, tile)
+            flash_turns(1, 1, 1, 512, place_from(tile), score_of, slot)
+            return 0
+
+        lax.fori_loop(begin, begin + count, one, 0)
+
+    def seen(token, query):
+        return (token <= query) & (token > query - WINDOW)
+
+    def diagonal_tile(slot, tile, valid, first_query):
+        """A tile that some query sees in part, as far as there are tokens. `first_query` is seen from the block's start."""
+        split_tile(slot, tile)
+
+        def one_piece(piece, _):
+            first = piece * 256
+
+            def score_of(first, head, rows):
+                scores = score(slot, first, 256, head, rows)
+                query = first_query + query_of(rows.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0))
+                return jnp.where(seen(first + piece_tokens(scores.shape, 1), query), scores, MASKED)
+
+            def place(turn):
+                return first, turn * 1
+
+            flash_turns(KV_HEADS // 1, 1, 1, 256, place, score_of, slot)
+            return 0
+
+        first_piece = tile * 2
+        lax.fori_loop(first_piece, jnp.minimum(first_piece + 2, pl.cdiv(valid, 256)), one_piece, 0)
+
+    def attend():
+        load_sinks()
+        clear_all()
+        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        ahead = start
+        for step in range(2):
+            ahead = fetch_ahead(step, *ahead)
+
+        def body(carry):
+            step, at, ahead, sent = carry
+            seq, q_block, q_step, block = at
+            ahead = fetch_ahead(step + 2, *ahead)
+            slot = lax.rem(step, 3)
+            end = kv_end(seq, q_block)
+            valid = jnp.minimum(end - block * 512, 512)
+            last = (block + 1) * 512 >= end
+            first_query = kv_lens[seq] - q_len(seq) + q_block * 64 - first_token(seq, q_block)
+
+            @pl.when(block == 0)
+            def _():
+                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.wait())
+                begin(lax.rem(q_step, 3))
+
+            wait_block(end, entry(seq, q_block), block, slot)
+
+            @pl.when(last)
+            def _():
+                clear_tail(slot, valid)
+
+            # Tiles in order: those that the window of some query leaves in part, whole ones, those on the diagonal.
+            query = first_query - block * 512
+            count = pl.cdiv(valid, 512)
+            left = jnp.clip(lax.div(query + 447, 512), 0, count)
+            plain = jnp.maximum(jnp.clip(lax.div(query + 1, 512), 0, 1) - left, 0)
+            plain_tiles(slot, left, plain)
+
+            def in_part(index, _):
+                diagonal_tile(slot, jnp.where(index < left, index, index + plain), valid, query)
+                return 0
+
+            lax.fori_loop(0, count - plain, in_part, 0)
+
+            @pl.when(last)
+            def _():
+                @pl.when(q_step > 0)
+                def _():
+                    out_copies(*sent, 0, lambda copy: copy.wait())
+
+                finish(0)
+                out_copies(seq, q_block, 0, lambda copy: copy.start())
+
+            sent = tuple(jnp.where(last, new, old) for new, old in zip((seq, q_block), sent))
+            return step + 1, advance(*at), ahead, sent
+
+        state = (jnp.int32(0), start, ahead, start[:2])
+        *_, sent = lax.while_loop(lambda carry: carry[1][0] < end_seq, body, state)
+        out_copies(*sent, 0, lambda copy: copy.wait())
+
+    @pl.when(first_seq < end_seq)
+    def _():
+        update_cache()
+        attend()
+
+
+def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_lens, distribution, sinks):
+    """`(out, rows)` with the rows of the sequences that are not decode written; other rows of `out` stay."""
+    smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
+    return pl.pallas_call(
+        mixed_kernel,
+        in_specs=[smem] * 5 + [hbm] * 5,
+        out_specs=[hbm] * 2,
+        out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
+        input_output_aliases={8: 1, 9: 0},
+        scratch_shapes=[
+            pltpu.VMEM((3, 1024, 128), jnp.bfloat16),  # kv: fetched blocks
+            pltpu.VMEM((2, 256, 128), jnp.uint32),  # row_words: a tile by row of a token, 2 tokens a word
+            pltpu.VMEM((5, 320, 1, 64), jnp.bfloat16),  # new_keys: new keys, around the page they go to
+            pltpu.VMEM((5, 320, 1, 64), jnp.bfloat16),  # new_values: new values, likewise
+            pltpu.VMEM((5, 256, 128), jnp.bfloat16),  # page_rows: pages to update
+            pltpu.VMEM((16, 128), jnp.uint32),  # packed: new tokens in the cache's form
+            pltpu.VMEM((3, 64, 8, 64), jnp.bfloat16),  # q_in: query blocks as they come
+            pltpu.VMEM((1, 512, 128), jnp.bfloat16),  # q_rows: one by KV head
+            pltpu.VMEM((1, 256, 512), jnp.float32),  # next_scores: the first scores of the next turn
+            pltpu.VMEM((1, 8, 128), jnp.float32),  # sink_rows: sinks, the same in every lane
+            pltpu.VMEM((1, 512, 128), jnp.float32),  # row_max: running maximum, the same in every lane
+            pltpu.VMEM((1, 512, 128), jnp.float32),  # row_sum: running sum, the same in every lane
+            pltpu.VMEM((1, 512, 128), jnp.float32),  # acc: running output
+            pltpu.VMEM((1, 64, 8, 64), jnp.bfloat16),  # out_rows: an output block on its way out
+            pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
+            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
+            pltpu.SemaphoreType.DMA((5,)),  # old_sem: pages that hold old tokens
+            pltpu.SemaphoreType.DMA((5,)),  # write_sem: cache writes
+            pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
+            pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=25165824, disable_bounds_checks=True),
+        name="rpa_mixed",
+    )(kv_lens, page_indices, cu_q_lens, distribution, sinks, queries, keys, values, rows, out)
+
+
+def cache_rows(kv_cache):
+    """The cache as rows of 128 lanes, `[pages, PAGE_ROWS, 128]`. The bytes lie the same: the compiler makes it a bitcast."""
+    return kv_cache.reshape(kv_cache.shape[0], PAGE_ROWS, 128)
+
+
+def rows_cache(rows, shape):
+    """The inverse of `cache_rows`."""
+    return rows.reshape(shape)
+
+
+def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, sinks):
+    """Attention of any batch: decode rows, then the rest; returns `(out, kv_cache)`, the cache in the donated memory."""
+    rows = cache_rows(kv_cache)
+    out, rows = attend_decode(queries, keys, values, rows, kv_lens, page_indices, distribution, sinks)
+    out, rows = attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_lens, distribution, sinks)
+    return out, rows_cache(rows, kv_cache.shape)

@@ -1,0 +1,13 @@
+"""`rpac support`: what specs may say."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("support")
+def support_command() -> None:
+    """Print every key of a spec with its values, and which features exclude each other, as Markdown (docs/support.md)."""
+    from rpac.support import document
+
+    click.echo(document(), nl=False)

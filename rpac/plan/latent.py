@@ -1,0 +1,156 @@
+"""Tiles of the kernels of latent attention, and the choice among them. All query heads share a token's row of the cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from rpac.layout import LANES, kv_page_shape, latent_lanes, nbytes
+from rpac.plan.legal import copy_sizes_of, power_of_two_from, power_of_two_to
+from rpac.plan.tiles import Buffer, GroupTiles, XlaTiles, unit_tokens
+from rpac.spec import Spec
+
+DECODE_TILE: Final = 1024  # tokens: what a tile costs by itself, its merge, is paid seldom
+TURN_TOKENS: Final = 2048  # of a group: more are little faster, and every tile is code
+IN_FLIGHT_BYTES: Final = 6 << 20  # more than the HBM delivers within one DMA's latency (5.4 MB on TPU7x)
+MOST_STEPS: Final = 4
+MAX_AHEAD: Final = 8  # turns: more are buffers and nothing else
+WRITES: Final = 8  # new tokens on their way to the cache: as many sequences as a group may end, and more
+BLOCK: Final = 512  # tokens of KV of a step of a prefill or mixed kernel
+BLOCK_ROWS: Final = (2048, 1024, 512)  # query rows, tokens times heads, of its blocks
+STEP_ROWS: Final = 256  # of them computed at once: with fewer, pushing KV into the MXU shows
+BUFFERS: Final = 3
+UPDATE_BUFFERS: Final = 5  # pages under update: fetched two steps ahead and written out in three
+MERGE_TOKENS: Final = 16
+XLA_ROWS: Final = 2048  # query rows of a step of a portable program
+
+
+@dataclass(frozen=True)
+class LatentDecodeTiles(GroupTiles):
+    """Tiles of a decode kernel, as `GroupTiles`: a turn takes `step` tiles of `tile` tokens of any sequences."""
+
+    def scratch(self, spec: Spec) -> tuple[Buffer, ...]:
+        """The scratch arrays, in the order of the kernel's parameters."""
+        model, page_size = spec.model, spec.serving.page_size
+        lanes = latent_lanes(model)
+        rows = (self.loaded + 1, model.q_heads)
+        slots = self.groups * self.step
+        unit = (self.writes, unit_tokens(model), lanes)
+        return (
+            Buffer("kv", (slots, self.tile // page_size, *kv_page_shape(spec)), model.kv_dtype, "fetched tiles"),
+            Buffer("q_in", (*rows, model.head_dim), model.q_dtype, "queries of every sequence, and of none"),
+            Buffer("q_rope_in", (*rows, lanes - model.head_dim), model.q_dtype, "their rotary parts"),
+            Buffer("new_in", (self.loaded, 1, lanes), model.kv_dtype, "new tokens of every sequence"),
+            Buffer("unit_out", unit, model.kv_dtype, "new tokens on their way to the cache"),
+            Buffer("scores", (self.step, model.q_heads, self.tile), "float32", "scores of a group, from turn to turn"),
+            Buffer("row_max", (model.q_heads, LANES), "float32", "running maximum, the same in every lane"),
+            Buffer("row_sum", (model.q_heads, LANES), "float32", "running sum, the same in every lane"),
+            Buffer("acc", (model.q_heads, model.head_dim), "float32", "running output"),
+            Buffer("out_all", (*rows, model.head_dim), model.q_dtype, "outputs of every sequence, and of none"),
+            Buffer("tile_seq", (slots,), "smem", "the sequence of each tile in flight"),
+            Buffer("tile_first", (slots,), "smem", "its first token"),
+            Buffer("tile_left", (slots,), "smem", "tokens of its sequence from there on"),
+            Buffer("kv_sem", (self.groups,), "dma", "fetches"),
+            Buffer("load_sem", (3,), "dma", "queries, their rotary parts, new tokens"),
+            Buffer("unit_sem", (self.writes,), "dma", "cache writes"),
+            Buffer("out_sem", (1,), "dma", "outputs"),
+        )
+
+    def temporaries(self, spec: Spec) -> int:
+        """Bytes of the values of one turn that registers cannot hold: weights, scores on their way, the weighted values."""
+        return 2 * self.step * nbytes((spec.model.q_heads, self.tile + spec.model.head_dim), "float32")
+
+
+@dataclass(frozen=True)
+class LatentBlockTiles:
+    """Tiles of a prefill or mixed kernel, in tokens: `q_block` new ones, of all heads, against `block` cached ones a step.
+
+    `step_rows` query rows (tokens times heads) are computed at once.
+    """
+
+    q_block: int
+    block: int
+    step_rows: int
+    buffers: int
+    update_buffers: int
+    merge_tokens: int
+    new_tokens: int
+    copy_sizes: tuple[int, ...]
+
+    def scratch(self, spec: Spec) -> tuple[Buffer, ...]:
+        """The scratch arrays, in the order of the kernel's parameters."""
+        model, page_size = spec.model, spec.serving.page_size
+        lanes, rows = latent_lanes(model), self.q_block * model.q_heads
+        new = (self.update_buffers, 2 * page_size + self.new_tokens, 1, lanes)
+        page = kv_page_shape(spec)
+        queries = (self.q_block, model.q_heads)
+        return (
+            Buffer("kv", (self.buffers, self.block // page_size, *page), model.kv_dtype, "fetched blocks"),
+            Buffer("new_in", new, model.kv_dtype, "new tokens, around the page they go to"),
+            Buffer("page_rows", (self.update_buffers, *page), model.kv_dtype, "pages to update"),
+            Buffer("merged", (self.merge_tokens, lanes), "float32", "new tokens, side by side"),
+            Buffer("q_in", (self.buffers, *queries, model.head_dim), model.q_dtype, "query blocks as they come"),
+            Buffer("q_rope_in", (self.buffers, *queries, lanes - model.head_dim), model.q_dtype, "their rotary parts"),
+            Buffer("row_max", (rows, LANES), "float32", "running maximum, the same in every lane"),
+            Buffer("row_sum", (rows, LANES), "float32", "running sum, the same in every lane"),
+            Buffer("acc", (rows, model.head_dim), "float32", "running output"),
+            Buffer("out_rows", (1, *queries, model.head_dim), model.q_dtype, "an output block on its way out"),
+            Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
+            Buffer("new_sem", (self.update_buffers,), "dma", "new tokens"),
+            Buffer("old_sem", (self.update_buffers,), "dma", "pages that hold old tokens"),
+            Buffer("write_sem", (self.update_buffers,), "dma", "cache writes"),
+            Buffer("q_sem", (self.buffers,), "dma", "query blocks"),
+            Buffer("out_sem", (1,), "dma", "output blocks"),
+        )
+
+    def temporaries(self, spec: Spec) -> int:
+        """Bytes of the values of flash steps that registers cannot hold: scores, weights and weighted values."""
+        return 4 * nbytes((self.step_rows, self.block + spec.model.head_dim), "float32")
+
+
+def decode_choices(spec: Spec, tokens: int) -> Iterator[LatentDecodeTiles]:
+    """From the tiles that the chip is kept busy with down to the smallest that work."""
+    serving = spec.serving
+    token_bytes = nbytes((latent_lanes(spec.model),), spec.model.kv_dtype)
+    # A tile is computed whole, so it is no longer than the sequences; a row of its scores is at least a register wide.
+    shortest = max(power_of_two_from(min(serving.context_lens)), LANES)
+    tile = max(min(DECODE_TILE, shortest), serving.page_size)
+    loaded = min(tokens, serving.max_num_seqs)
+    while tile >= max(serving.page_size, LANES):
+        step = min(TURN_TOKENS // tile, MOST_STEPS)
+        while step:
+            most = min(2 + math.ceil(IN_FLIGHT_BYTES / (step * tile * token_bytes)), MAX_AHEAD)
+            for ahead in range(most, 1, -1):
+                yield LatentDecodeTiles(tile, step, ahead, WRITES, loaded)
+            step //= 2
+        tile //= 2
+
+
+def block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[LatentBlockTiles]:
+    """Likewise; a prefill kernel's query block divides the chunk, so that it has no partial block."""
+    model, serving = spec.model, spec.serving
+    longest = max(power_of_two_from(max(serving.context_lens)), LANES)
+    limit = serving.prefill_chunk if kind == "prefill" else min(tokens, serving.prefill_chunk)
+    for rows in BLOCK_ROWS:
+        q_block = power_of_two_to(rows // model.q_heads)
+        q_block = math.gcd(q_block, limit) if kind == "prefill" else min(q_block, power_of_two_from(limit))
+        for block in (BLOCK, BLOCK // 2, LANES):
+            yield LatentBlockTiles(
+                q_block=q_block,
+                block=max(min(block, longest), serving.page_size),
+                step_rows=min(power_of_two_to(STEP_ROWS // model.q_heads), q_block) * model.q_heads,
+                buffers=BUFFERS,
+                update_buffers=UPDATE_BUFFERS,
+                merge_tokens=min(MERGE_TOKENS, serving.page_size),
+                new_tokens=min(tokens, serving.page_size),
+                copy_sizes=copy_sizes_of(kind, q_block, tokens),
+            )
+
+
+def xla_tiles(spec: Spec) -> tuple[XlaTiles, XlaTiles]:
+    """Tiles of the portable programs: of decode, and of prefill and mixed."""
+    page = spec.serving.page_size
+    q_block = max(XLA_ROWS // spec.model.q_heads, 1)
+    return XlaTiles(block=max(page, LANES), blocks=4), XlaTiles(block=max(page, 256), q_block=q_block)

@@ -1,0 +1,109 @@
+"""Models with several kinds of layers: one spec, one bundle, an engine for each kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from command import rpac
+
+from rpac import TargetError, layout, load, load_layers
+from rpac.accuracy import attention_error
+from rpac.answers import oracle_options
+from rpac.build import all_tasks
+from rpac.bundle import read_manifest
+from rpac.canary import make_call
+from rpac.errors import SpecError
+from rpac.reference import ragged_paged_attention
+from rpac.serve_check import serve_check
+from rpac.spec import load_spec, parse_spec
+
+SMALL = Path(__file__).with_name("small.yaml").read_text()
+LAYERS = """layers:
+  local: {sliding_window: 10}
+  global: {soft_cap: 5.0, sinks: true}
+"""
+TEXT = SMALL.replace("serving:", f"{LAYERS}serving:")
+SINKS = np.array([1.5, -0.5], np.float32)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("layers")
+    (folder / "layers.yaml").write_text(TEXT)
+    done = rpac("build", folder / "layers.yaml", "-o", folder, cache=folder / "cache")
+    assert done.returncode == 0, done.stderr
+    return folder / "small.rpac"
+
+
+def test_each_kind_of_layer_is_served_as_the_oracle_says(bundle: Path) -> None:
+    engines = load_layers(bundle, "cpu")
+    assert sorted(engines) == ["global", "local"]
+    outs = {}
+    for name, engine in engines.items():
+        assert engine.layer == name
+        engine.warm(canary=True)
+        program = next(iter(engine.programs.values()))
+        call = make_call("mixed", program.args, engine.limits, engine.kv_layout, [1, 5], [30, 3], 7)
+        cache = np.zeros(program.args[3].shape, np.float32)
+        cache[call.pages] = call.held
+        batch = call.batch
+        args = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+        extra = {"sinks": SINKS} if name == "global" else {}
+        new = tuple(call.by_token.values())
+        out, _ = engine(*new, jax.device_put(cache.copy(), engine.sharding("kv_cache")), *args, **extra)
+        options = {**oracle_options(engine.model, engine.kv_layout), **extra}
+        want, _ = ragged_paged_attention(*new, cache, *args, **options)
+        outs[name] = np.asarray(out)[: batch.num_tokens]
+        error, _ = attention_error(outs[name], want[: batch.num_tokens])
+        assert error < 1e-5
+    assert not np.allclose(outs["local"], outs["global"])
+    assert serve_check(bundle, "cpu", seed=1).exit_code == 0
+
+
+def test_a_layer_must_be_named(bundle: Path) -> None:
+    with pytest.raises(TargetError, match=r"found layer ''; the model's kinds of layers are 'global', 'local'"):
+        load(bundle, target="cpu")
+    assert load(bundle, target="cpu", layer="local").layer == "local"
+
+
+def test_the_parts_have_the_whole_specs_hash_and_paths_of_their_own(bundle: Path) -> None:
+    spec = load_spec(bundle.parent / "layers.yaml")
+    assert [part.layer for part in spec.parts] == ["local", "global"]
+    assert {part.hash for part in spec.parts} == {spec.hash} != {parse_spec(SMALL, "x").hash}
+    assert spec.part("local").model.sliding_window == 10
+    assert spec.part("local").model.soft_cap is None
+    paths = {task.source.path for task in all_tasks(spec, ["cpu"])}
+    kinds = ("decode", "mixed", "prefill")
+    assert paths == {f"cpu/{layer}/{kind}.py" for layer in ("global", "local") for kind in kinds}
+    assert [dims.name for dims in layout.extra_specs(spec.part("global"))] == ["sinks"]
+    assert sorted(read_manifest(bundle).targets) == ["cpu.global", "cpu.local"]
+    with pytest.raises(SpecError, match="must be one of local, global"):
+        spec.part("other")
+
+
+NAME = "must be lower-case letters, digits and dashes, 32 at most, a letter or digit first, each name once"
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ("layers: []", "layers: found a list; must be a mapping of names to mappings"),
+        ("layers: {}", "layers: found a mapping; must be a mapping of names to mappings"),
+        ("layers: {Local: {}}", f"layers.Local: found Local; {NAME}"),
+        ("layers: {local: 3}", "layers.local: found 3; must be a mapping with attention, q_heads, kv_heads"),
+        ("layers: {local: {window: 3}}", "layers.local.window: found an unknown key"),
+        ("layers: {local: {sliding_window: 48}}", "layers.local.sliding_window: found 48; must be below serving.max"),
+        ("layers: {local: {q_heads: 3, kv_heads: 2}}", "layers.local.q_heads: found 3; must be a multiple of kv_heads"),
+        (
+            "layers: {local: {q_heads: 4}}\nparallel: {tensor: 1}",
+            "layers.local.q_heads: found 4; must be those of model (2 and 1) beside parallel",
+        ),
+    ],
+)
+def test_layers_that_are_none(layers: str, said: str) -> None:
+    with pytest.raises(SpecError) as raised:
+        parse_spec(SMALL.replace("serving:", f"{layers}\nserving:"), "x.yaml")
+    assert said in str(raised.value)
