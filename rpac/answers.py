@@ -86,6 +86,7 @@ def _key(spec: Spec, kind: Kind, tokens: int) -> str:
         "model": asdict(spec.model),
         "limits": limits.as_dict(),
         "kv_layout": spec.serving.kv_layout,
+        **({"tree_mask": True} if spec.serving.tree_mask else {}),
         "sources": [hashlib.sha256(source).hexdigest() for source in sources],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

@@ -115,7 +115,9 @@ def make_call(
         at = np.array([places[page] for page in row.pages], np.int64)[old // limits.page_size], old % limits.page_size
         held_tokens[at] = contents[at]
     more = dims[layout.index_of(dims, "distribution") + 1 :]
-    extra = {one.name: _numbers(one.shape, seed, cache + 2 + i).astype(one.dtype) for i, one in enumerate(more)}
+    extra: dict[str, Array] = {one.name: _numbers(one.shape, seed, cache + 2 + i) for i, one in enumerate(more)}
+    if "tree" in extra:
+        extra["tree"] = _tree(extra["tree"])
     if "kv_scales" in extra:
         extra["kv_scales"] = 1 + np.abs(extra["kv_scales"]) / 4
     return Call(batch, by_token, np.array(pages, np.int32), held, extra)
@@ -158,11 +160,11 @@ def judge(call: Call, stored: bytes, out: Array, pages: Array) -> Verdict:
 
 def canary_rows(kind: Kind, tokens: int, limits: Limits) -> tuple[list[int], list[int]]:
     """New tokens and context of each row: few, around the end of a page, as many as the cache has pages for."""
-    page, chunk, full = limits.page_size, limits.prefill_chunk, limits.max_kv_len
+    page, chunk, full, new = limits.page_size, limits.prefill_chunk, limits.max_kv_len, limits.decode_len
     wanted = {
-        "decode": [(1, page), (1, 0), (1, page - 1), (1, 2 * page + 2)],
+        "decode": [(new, page), (new, 0), (new, page - 1), (new, 2 * page + 2)],
         "prefill": [(chunk, page // 2 + 1), (chunk, 0)][: 2 if chunk < LONG_CHUNK else 1],
-        "mixed": [(1, page), (min(5, max(tokens - 1, 1)), page - 2), (chunk, page // 2 + 1)],
+        "mixed": [(new, page), (min(5, max(tokens - 1, 1)), page - 2), (chunk, page // 2 + 1)],
     }[kind]
     rows: list[tuple[int, int]] = []
     pages = limits.num_pages
@@ -183,6 +185,15 @@ def _as_kind(kind: Kind, batch: Batch) -> Batch:
     distribution = np.array((0, count if kind == "prefill" else 0, count), np.int32)
     metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, distribution)
     return Batch.of_arrays(batch.limits, batch.tokens, *metadata, order=batch.order)
+
+
+def _tree(numbers: NDArray[np.float32]) -> Int32s:
+    """Trees of drafts by `numbers` `[rows, new tokens]`: each new token sees itself and what one before it sees."""
+    bits = np.ones(numbers.shape, np.int32)
+    for token in range(1, numbers.shape[1]):
+        parent = (4 * numbers[:, token] + 8).astype(np.int64) % token
+        bits[:, token] = bits[np.arange(len(bits)), parent] | 1 << token
+    return bits
 
 
 def _numbers(shape: tuple[int, ...], seed: int, stream: int) -> NDArray[np.float32]:

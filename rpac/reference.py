@@ -17,38 +17,9 @@ Array = NDArray[Any]
 Int32s = NDArray[np.int32]
 
 
-def ragged_paged_attention(
-    queries: Array,
-    keys: Array,
-    values: Array,
-    kv_cache: Array,
-    kv_lens: Int32s,
-    page_indices: Int32s,
-    cu_q_lens: Int32s,
-    distribution: Int32s,
-    *,
-    sm_scale: float,
-    kv_layout: str = "interleaved",
-    soft_cap: float | None = None,
-    sliding_window: int | None = None,
-    attention_chunk: int | None = None,
-    sinks: Array | None = None,
-    kv_scales: Array | None = None,
-    causal: bool = True,
-) -> tuple[NDArray[np.float32], Array]:
-    """The first two results of `attention_with_lse`."""
-    arguments = (queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)
-    out, cache, _ = attention_with_lse(
-        *arguments,
-        sm_scale=sm_scale,
-        kv_layout=kv_layout,
-        soft_cap=soft_cap,
-        sliding_window=sliding_window,
-        attention_chunk=attention_chunk,
-        sinks=sinks,
-        kv_scales=kv_scales,
-        causal=causal,
-    )
+def ragged_paged_attention(*args: Any, **options: Any) -> tuple[NDArray[np.float32], Array]:
+    """The first two results of `attention_with_lse`, whose arguments it takes."""
+    out, cache, _ = attention_with_lse(*args, **options)
     return out, cache
 
 
@@ -70,6 +41,7 @@ def attention_with_lse(
     sinks: Array | None = None,
     kv_scales: Array | None = None,
     causal: bool = True,
+    tree: Int32s | None = None,
 ) -> tuple[NDArray[np.float32], Array, NDArray[np.float32]]:
     """Attention of every new token over its sequence, and the cache with the new tokens in it.
 
@@ -80,7 +52,8 @@ def attention_with_lse(
     above p on, likewise. `sinks` `[q_heads]` are logits, one a query head, that take part in its softmax
     and have no value. `kv_scales` `[2]` or `[2, kv_heads]` are what stored K and V are multiplied by; new keys and values
     of another dtype than the cache's are quantized as they are stored, as `quantized` does. Where not `causal` a query sees
-    all of its sequence, what follows it too.
+    all of its sequence, what follows it too. `tree` `[rows, new tokens]`: of a decode row s, new token i sees new token j
+    where bit j of tree[s, i] is set, and all of the context.
 
     Returns the output `[tokens, q_heads, head_dim]` in float32, zero in the rows past the last sequence, and a new cache
     in the cache's dtype: each new token's K and V as given, zeros in its padding, every other bit as it was. The caller
@@ -128,6 +101,9 @@ def attention_with_lse(
         v = cached_v[at].astype(np.float64) * scales[1, :, None]
         visible = (kv_positions <= q_positions[:, None]) | (not causal)
         visible &= kv_positions >= first_seen[:, None]
+        if tree is not None and seq < distribution[0]:
+            for token, column in np.ndindex(end - start, end - start):
+                visible[token, column - (end - start)] = int(tree[seq, token]) >> column & 1
         for head in range(q_heads):
             kv_head = head * kv_heads // q_heads
             scores = sm_scale * (queries[start:end, head].astype(np.float64) @ k[:, kv_head].T)

@@ -14,7 +14,7 @@ import jinja2
 
 import rpac
 from rpac.chip import is_tpu
-from rpac.layout import BITS, align, extra_specs, head_lanes, joins_rows, kv_rows, packing
+from rpac.layout import BITS, SUBLANES, align, extra_specs, head_lanes, joins_rows, kv_rows, packing
 from rpac.plan import (
     BlockTiles,
     Buffer,
@@ -25,7 +25,8 @@ from rpac.plan import (
     LatentDecodeTiles,
     RowDims,
 )
-from rpac.plan.tiles import RULE, SUBLANES, Sets, XlaTiles, exchange_of, splits_rows, splits_words, unit_tokens
+from rpac.plan.tiles import RULE, XlaTiles, exchange_of, splits_rows, splits_words, unit_tokens
+from rpac.render_decode import draft_context, draft_lines, extra_of_blocks, interleaved_rows, separate_rows
 from rpac.render_latent import latent_context, latent_lines
 from rpac.spec import Model, Spec
 
@@ -127,7 +128,6 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "q_heads": model.q_heads,
         "kv_heads": model.kv_heads,
         "group": model.group,
-        "group_rows": align(model.group, SUBLANES),
         "q_stride": align(model.q_heads, SUBLANES),
         "head_dim": model.head_dim,
         "query_dim": "HEAD_DIM",
@@ -157,9 +157,12 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "cap_log2": model.soft_cap and repr(model.soft_cap * math.log2(math.e)),
         "window": model.sliding_window,
         "attention_chunk": model.attention_chunk,
-        "late": bool(model.sliding_window or model.attention_chunk),  # not all queries see their sequence from its start
+        "late": bool(
+            model.sliding_window or model.attention_chunk
+        ),  # not all queries see their sequence from its start
         "sinks": model.sinks,
-        **_extra_context(spec, plan),
+        **_score_context(spec, plan),
+        **draft_context(spec),
         "causal": model.causal,
         "lse": serving.log_sum_exp,
         "log2_e": repr(math.log2(math.e)),
@@ -184,8 +187,8 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "unit_rows": rows.unit_rows,
         "row_order": _row_order(model, rows),
         "vmem_limit": plan.vmem_limit,
-        "decode_call": _call_context(spec, scalars=3),
-        "block_call": _call_context(spec, scalars=4 if plan.kind == "mixed" else 3, out_given=plan.kind == "mixed"),
+        "decode_call": _call_context(spec, "decode"),
+        "block_call": _call_context(spec, plan.kind),
         "ln_2": repr(math.log(2)),
         "decode": _tile_context(spec, plan.decode, shared=plan.block is not None),
         "block": _tile_context(spec, plan.block),
@@ -222,13 +225,12 @@ def _lanes_context(model: Model) -> dict[str, Any]:
     }
 
 
-def _extra_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
-    """How the arguments beside the batch are written, and how scores are scaled and capped.
+def _score_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
+    """How scores are scaled and capped.
 
     Scales of K, where there are, differ by head: they are multiplied in with the scale as soon as there are products.
     """
     model = spec.model
-    names = [dims.name for dims in extra_specs(spec)]
     scale = "CAP_SCALE" if model.soft_cap else "SCORE_SCALE"
     capped = "capped({})" if model.soft_cap else None
     scored = capped or ("{}" if model.kv_scale else "{} * SCORE_SCALE")
@@ -237,23 +239,22 @@ def _extra_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         by = f"({scale} * kv_scales[0, :, None, None])" if model.kv_scale else scale
         scored = f"SOFT_CAP * jnp.tanh({{}} * {by})" if model.soft_cap else f"{{}} * {by}"
     return {
-        "extra_args": "".join(f", {name}" for name in names),
-        "extra_scalars": "".join(f" {name}," for name in names),
         "head_scale": f" * ({scale} * kv_scales[0, head])" if model.kv_scale else "",
         "scored": scored.format,
     }
 
 
-def _call_context(spec: Spec, scalars: int, *, out_given: bool = False) -> Mapping[str, Any]:
+def _call_context(spec: Spec, kernel: str) -> Mapping[str, Any]:
     """How many operands of a kernel lie in SMEM, how many in HBM, and which of them are whose results' memory.
 
-    Scalars of the batch come first, then `layout.extra_specs`; then queries, keys, values, cache, and the output where it
+    Scalars of the batch come first, then arguments beside it; then queries, keys, values, cache, and the output where it
     is given, with the logarithms of sums where there are any.
     """
-    in_smem = scalars + len(extra_specs(spec))
+    extra = len(extra_specs(spec) if kernel == "decode" else extra_of_blocks(spec))
+    in_smem = (4 if kernel == "mixed" else 3) + extra
     cache, lse = in_smem + 3, spec.serving.log_sum_exp
     aliases = {cache: 1}
-    if out_given:
+    if kernel == "mixed":
         aliases |= {cache + 1: 0, cache + 2: 2} if lse else {cache + 1: 0}
     return {
         "in_smem": in_smem,
@@ -290,13 +291,12 @@ def _tile_context(
     if isinstance(tiles, DecodeTiles):
         groups = spec.model.kv_heads // tiles.pair
         context |= {
-            "sink_row": _row_of_head(spec.model, align(spec.model.group, SUBLANES), spec.model.group),
             **_clear_context(tiles.block, rows),
             **_split_context(
                 tiles.block, rows, SHORT_SPLIT_PIECE if shared else SPLIT_PIECE, packing(spec.model.kv_dtype)
             ),
             "groups": groups,
-            "pair_rows": tiles.pair * align(spec.model.group, SUBLANES),
+            **interleaved_rows(spec, tiles.pair),
         }
         context["split_share"] = math.ceil(context["splits"] / (SPLIT_PHASES * groups))
         return context
@@ -366,8 +366,6 @@ def _split_context(piece: int, rows: RowDims, at_once: int, pack: int) -> Mappin
 
 def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
     model = spec.model
-    sets = Sets.of(model)
-    queries = sets.heads * model.group
     return {
         **vars(tiles),
         "groups": tiles.groups,
@@ -380,14 +378,7 @@ def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
         "even": model.sliding_window is None
         and math.gcd(model.attention_chunk or 0, spec.serving.max_model_len) % tiles.tile == 0,
         "table_end": spec.serving.max_num_seqs * spec.serving.pages_per_seq - 1,
-        "heads_per_set": sets.heads,
-        "set_rows": sets.rows,
-        "set_queries": queries,
-        "sets": sets.count,
-        "query_rows": sets.count * sets.rows,
-        "padded": sets.padded(model),
-        "sink_row": _row_of_head(model, sets.rows, queries),
-        "out_rows": [(i * sets.rows, min(queries, model.q_heads - i * queries)) for i in range(sets.count)],
+        **separate_rows(spec),
         "buffers_declared": [_declared(buffer) for buffer in tiles.scratch(spec)],
     }
 
@@ -402,11 +393,6 @@ def _quantization(model: Model) -> list[str]:
     }
     by = "this program" if model.quantize == "kernel" else "the caller"
     return [f"KV of 8 bits, {scales[model.kv_scale]}; {by} quantizes new keys and values"]
-
-
-def _row_of_head(model: Model, rows: int, heads: int) -> str:
-    """The row of query head `head` where `heads` of them lie in each `rows` rows, as an expression."""
-    return "head" if rows == heads else f"head // {heads} * {rows} + head % {heads}"
 
 
 def _declared(buffer: Buffer) -> Mapping[str, str]:
@@ -442,6 +428,7 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
     lines = [
         f"{model.q_heads} query heads over {model.kv_heads} KV heads, head_dim {model.head_dim}, "
         f"queries {model.q_dtype}, KV {model.kv_dtype}: constants",
+        *draft_lines(spec),
         f"pages of {serving.page_size} tokens, {serving.pages_per_seq} a sequence, up to {serving.max_num_seqs} sequences",
         f"token buckets that use it: {', '.join(map(str, plan.tokens))}",
         _features(model),

@@ -30,7 +30,10 @@ _WITHOUT: Final[Mapping[str, Any]] = {
     "kv_end": "kv_end(seq, q_block)",
     "lse": False,
     "extra_args": "",
-    "extra_scalars": "",
+    "block_args": "",
+    "decode_len": 1,
+    "sight_by_row": False,
+    "tree_mask": False,
 }
 
 

@@ -165,7 +165,7 @@ def random_rows(variant: Variant, limits: Limits, rng: np.random.Generator) -> l
         if kind == "prefill":
             q_len = chunk
         elif kind == "decode" or (row and rng.random() < 0.5):
-            q_len = 1
+            q_len = limits.decode_len
         else:
             q_len = int(rng.integers(1, min(room, full) + 1))
         context = int(rng.integers(0, max(full - q_len, 0) + 1))

@@ -10,6 +10,7 @@ from tabulate import tabulate
 from rpac.errors import SpecError
 from rpac.spec import TARGETS, parse_spec
 from rpac.spec import parse as rules
+from rpac.spec.drafts import MAX_DECODE_LEN
 from rpac.spec.latent import KV_LORA_RANKS, ROPE_DIMS
 from rpac.spec.model import KV_LAYOUTS, KV_SCALES, NO_TARGETS, QUANTIZERS
 
@@ -53,6 +54,8 @@ FEATURES: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "sinks": {"model": {"sinks": "true"}},
     "not causal": {"model": {"causal": "false"}},
     "log-sum-exp": {"serving": {"log_sum_exp": "true"}},
+    "drafts": {"serving": {"decode_len": 4}},
+    "a tree of drafts": {"serving": {"decode_len": 4, "tree_mask": "true"}},
     "latent attention": {
         "model": {
             "attention": "latent",
@@ -129,6 +132,16 @@ def _keys() -> list[tuple[str, str, str]]:
         ("serving.context_lens", "expected lengths, ascending", ""),
         ("serving.num_pages", "pages of one layer's cache", "a full table for each sequence"),
         ("serving.log_sum_exp", "true, false: a third result `lse`", "false"),
+        (
+            "serving.decode_len",
+            f"1 to {MAX_DECODE_LEN} new tokens of each decode row, at most max_num_tokens / max_num_seqs",
+            "1",
+        ),
+        (
+            "serving.tree_mask",
+            "true, false: an argument `tree`, which new tokens of a decode row each of them sees",
+            "false",
+        ),
         ("parallel.tensor", f"devices that share the heads, {rules.MAX_DEVICES} with data at most", "1"),
         ("parallel.data", "replicas", "1"),
     ]

@@ -103,6 +103,11 @@ class Adapter:
                 f"{self._bundle} has kv_layout {self.engine.kv_layout}; must be interleaved, as {self.peer} keeps "
                 "K and V in its cache; build with\nserving:\n  kv_layout: interleaved"
             )
+        if self.engine.limits.decode_len > 1:
+            raise SelectionError(
+                f"{self._bundle} has decode_len {self.engine.limits.decode_len}; must be 1, the new tokens of a decode row "
+                f"of {self.peer}; build with\nserving:\n  decode_len: 1"
+            )
 
     def require_neutral(self, **given: Any) -> None:
         """Raises SelectionError for the first argument that asks for what no program does."""

@@ -91,7 +91,7 @@ def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.ra
     validate(limits, tokens, kv_lens, page_indices, cu_q_lens, distribution)
     if spec.model.sliding_window is not None or spec.model.attention_chunk is not None:
         _poison_unseen(trial, spec.model, serving.page_size, table, kv_cache)
-    extra = {dims.name: _normal(rng, np.empty(dims.shape, dims.dtype)) for dims in layout.extra_specs(spec)}
+    extra = {dims.name: _random(rng, dims) for dims in layout.extra_specs(spec)}
     if "kv_scales" in extra:
         extra["kv_scales"] = np.exp(extra["kv_scales"] / 4) / np.float32(CODES.get(spec.model.kv_dtype, 1))
     return Arguments(arrays, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, extra)
@@ -108,6 +108,18 @@ def _poison_unseen(trial: Trial, model: Model, page_size: int, table: Int32s, kv
         seen.update(mine[first:].tolist())
         mine[:first] = _garbage((first,))
     kv_cache.view(f"uint{8 * kv_cache.itemsize}")[sorted(used - seen)] = SIGNALING_NAN[kv_cache.itemsize]
+
+
+def _random(rng: np.random.Generator, dims: layout.ArrayDims) -> Array:
+    """An argument beside the batch; of a tree any bits, but that every new token sees itself."""
+    if dims.name == "tree":
+        return _any_bits(rng, dims.shape) | np.left_shift(np.int32(1), np.arange(dims.shape[1], dtype=np.int32))
+    return _normal(rng, np.empty(dims.shape, dims.dtype))
+
+
+def _any_bits(rng: np.random.Generator, shape: tuple[int, ...]) -> Int32s:
+    int32 = np.iinfo(np.int32)
+    return rng.integers(int32.min, int32.max, shape, np.int32, endpoint=True)
 
 
 def _normal(rng: np.random.Generator, like: Array) -> Array:

@@ -10,7 +10,7 @@ from typing import Final
 from rpac.layout import LANES, kv_page_shape, latent_lanes, nbytes
 from rpac.plan.legal import copy_sizes_of, power_of_two_from, power_of_two_to
 from rpac.plan.tiles import Buffer, GroupTiles, XlaTiles, unit_tokens
-from rpac.spec import Model, Spec
+from rpac.spec import Spec
 
 DECODE_TILE: Final = 1024  # tokens: what a tile costs by itself, its merge, is paid seldom
 TURN_TOKENS: Final = 2048  # of a group: more are little faster, and every tile is code
@@ -58,9 +58,9 @@ class LatentDecodeTiles(GroupTiles):
             Buffer("out_sem", (1,), "dma", "outputs"),
         )
 
-    def temporaries(self, model: Model) -> int:
+    def temporaries(self, spec: Spec) -> int:
         """Bytes of the values of one turn that registers cannot hold: weights, scores on their way, the weighted values."""
-        return 2 * self.step * nbytes((model.q_heads, self.tile + model.head_dim), "float32")
+        return 2 * self.step * nbytes((spec.model.q_heads, self.tile + spec.model.head_dim), "float32")
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ class LatentBlockTiles:
             Buffer("out_sem", (1,), "dma", "output blocks"),
         )
 
-    def temporaries(self, model: Model) -> int:
+    def temporaries(self, spec: Spec) -> int:
         """Bytes of the values of flash steps that registers cannot hold: scores, weights and weighted values."""
-        return 4 * nbytes((self.step_rows, self.block + model.head_dim), "float32")
+        return 4 * nbytes((self.step_rows, self.block + spec.model.head_dim), "float32")
 
 
 def decode_choices(spec: Spec, tokens: int) -> Iterator[LatentDecodeTiles]:

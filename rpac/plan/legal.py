@@ -27,8 +27,8 @@ def is_legal(spec: Spec, plan: KernelPlan, tiles: Tiles) -> bool:
     else:
         fitting = tiles.q_block <= max(power_of_two_from(plan.tokens[-1]), MIN_Q_BLOCK)
     whole_turns = model.kv_heads % tiles.heads == 0 and model.kv_heads % tiles.diagonal_heads == 0
-    two_parts = tiles.q_block <= (model.attention_chunk or tiles.q_block)  # of a sequence at most, in which a block lies
-    return whole_pages and whole_tiles and whole_turns and fitting and two_parts and len(copies) == 1
+    two_chunks = tiles.q_block <= (model.attention_chunk or tiles.q_block)  # in which a block lies, at most
+    return whole_pages and whole_tiles and whole_turns and fitting and two_chunks and len(copies) == 1
 
 
 def copy_sizes_of(kind: str, q_block: int, tokens: int) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from rpac.layout import LANES, align, cdiv, head_lanes, joins_rows, kv_page_shape, kv_row_shape, nbytes, packing
+from rpac.layout import LANES, SUBLANES, align, head_lanes, joins_rows, kv_page_shape, kv_row_shape, nbytes, packing
+from rpac.plan.query_rows import Sets, by_sequence, head_rows, units_by_sequence
 from rpac.spec import Model, Spec
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ SCORES_AHEAD = 3  # flash steps whose scores are made before they are weighed: a
 SCORES_AHEAD_AT_MOST = 3 * 256 * 512  # of them all: more are moved in and out of registers more often than it helps
 STEPS_PER_SCORE = 2  # at least: scores made ahead are code too
 PIECE = 256  # tokens, if whole pages: a tile on the diagonal is computed by pieces, of no fewer than the MXU is wide
-SUBLANES = 8  # of a 32-bit register tile, on every generation supported
 RULE: Final = "rule"
 """`KernelPlan.origin` of tiles that the rules of this package made, for want of tuned ones."""
 
@@ -86,18 +86,21 @@ class DecodeTiles:
         """The scratch arrays, in the order of the kernel's parameters."""
         model = spec.model
         rows = RowDims.of(model)
-        query_rows = model.kv_heads * align(model.group, SUBLANES)
-        new = (self.loaded, model.kv_heads, model.head_dim)
+        query_rows = model.kv_heads * head_rows(spec)
+        loaded = self.loaded * spec.serving.decode_len
+        new = (loaded, model.kv_heads, model.head_dim)
+        units = units_by_sequence(spec, self.writes, rows.unit)
+        out = by_sequence(spec, self.writes)
         return (
             Buffer("kv", (self.buffers, self.block * rows.token_rows, LANES), model.kv_dtype, "fetched blocks"),
             *split_words(spec, self.block, 2),
-            Buffer("q_all", (self.loaded, model.q_heads, model.head_dim), model.q_dtype, "queries of every sequence"),
+            Buffer("q_all", (loaded, model.q_heads, model.head_dim), model.q_dtype, "queries of every sequence"),
             Buffer("new_keys", new, new_dtype(model), "new keys of every sequence"),
             Buffer("new_values", new, new_dtype(model), "new values of every sequence"),
             Buffer(
                 "packed", (rows.unit * rows.packed_rows, LANES), word_dtype(model), "a new token in the cache's form"
             ),
-            Buffer("unit_out", (self.writes, rows.unit_rows, LANES), model.kv_dtype, "rows on their way to the cache"),
+            Buffer("unit_out", (*units, rows.unit_rows, LANES), model.kv_dtype, "rows on their way to the cache"),
             Buffer(
                 "q_rows", (query_rows, self.pair * head_lanes(model)), "float32", "queries of one sequence by KV head"
             ),
@@ -105,8 +108,8 @@ class DecodeTiles:
             Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (query_rows, head_lanes(model)), "float32", "running output"),
-            Buffer("out_rows", (self.writes, model.q_heads, model.head_dim), model.q_dtype, "outputs on their way out"),
-            *lse_rows(spec, (self.writes, align(model.q_heads, SUBLANES), LANES)),
+            Buffer("out_rows", (*out, model.q_heads, model.head_dim), model.q_dtype, "outputs on their way out"),
+            *lse_rows(spec, (*out, align(model.q_heads, SUBLANES), LANES)),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
             Buffer("load_sem", (3,), "dma", "queries, keys, values"),
             Buffer("unit_sem", (self.writes,), "dma", "cache writes"),
@@ -114,31 +117,9 @@ class DecodeTiles:
             *lse_sem(spec, self.writes),
         )
 
-    def temporaries(self, model: Model) -> int:
+    def temporaries(self, spec: Spec) -> int:
         """Bytes of the values of one flash step that registers cannot hold: scores and weights."""
-        return 2 * nbytes((model.kv_heads * align(model.group, SUBLANES), self.block), "float32")
-
-
-@dataclass(frozen=True)
-class Sets:
-    """How query rows are put together for products with one KV head each: `heads` KV heads share `rows` rows.
-
-    Fewer rows than the registers' 8 cost as much as 8, so heads of small groups share them; `count` sets hold all heads.
-    """
-
-    heads: int
-    rows: int
-    count: int
-
-    @classmethod
-    def of(cls, model: Model) -> Sets:
-        """The sets of a model's heads."""
-        heads = SUBLANES // model.group if SUBLANES % model.group == 0 else 1
-        return cls(heads, align(model.group, SUBLANES), cdiv(model.kv_heads, heads))
-
-    def padded(self, model: Model) -> bool:
-        """Whether some rows of a set are no query's."""
-        return self.count * self.rows != model.q_heads
+        return 2 * nbytes((spec.model.kv_heads * head_rows(spec), self.block), "float32")
 
 
 @dataclass(frozen=True)
@@ -161,14 +142,16 @@ class GroupTiles:
     def scratch(self, spec: Spec) -> tuple[Buffer, ...]:
         """The scratch arrays, in the order of the kernel's parameters."""
         model, page_size = spec.model, spec.serving.page_size
-        sets = Sets.of(model)
+        drafts = spec.serving.decode_len
+        sets = Sets.of(spec)
         query_rows = sets.count * sets.rows
-        new = (self.loaded, model.kv_heads, model.head_dim)
-        queries = (self.loaded + 1, model.q_heads, model.head_dim)
+        new = (self.loaded * drafts, model.kv_heads, model.head_dim)
+        queries = ((self.loaded + 1) * drafts, model.q_heads, model.head_dim)
         slots = self.groups * self.step
         kv = (slots, self.tile // page_size, *kv_page_shape(spec))
         kinds, heads, _, lanes = kv_page_shape(spec)
-        unit = (self.writes, kinds, heads, unit_tokens(model), lanes)
+        unit_size = unit_tokens(model)
+        unit = (*units_by_sequence(spec, self.writes, unit_size), kinds, heads, unit_size, lanes)
         return (
             Buffer("kv", kv, model.kv_dtype, "fetched tiles"),
             Buffer("q_in", queries, model.q_dtype, "queries of every sequence, and of none"),
@@ -181,7 +164,7 @@ class GroupTiles:
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (query_rows, head_lanes(model)), "float32", "running output"),
             Buffer("out_all", queries, model.q_dtype, "outputs of every sequence, and of none"),
-            *lse_rows(spec, (self.loaded + 1, align(model.q_heads, SUBLANES), LANES)),
+            *lse_rows(spec, (queries[0], align(model.q_heads, SUBLANES), LANES)),
             Buffer("tile_seq", (slots,), "smem", "the sequence of each tile in flight"),
             Buffer("tile_first", (slots,), "smem", "its first token"),
             Buffer("tile_left", (slots,), "smem", "tokens of its sequence from there on"),
@@ -192,9 +175,9 @@ class GroupTiles:
             *lse_sem(spec, 1),
         )
 
-    def temporaries(self, model: Model) -> int:
+    def temporaries(self, spec: Spec) -> int:
         """Bytes of the values of one turn that registers cannot hold: weights, and scores on their way."""
-        sets = Sets.of(model)
+        sets = Sets.of(spec)
         return 2 * self.step * nbytes((sets.count * sets.rows, self.tile), "float32")
 
 
@@ -302,7 +285,7 @@ class BlockTiles:
             *lse_sem(spec, 1),
         )
 
-    def temporaries(self, model: Model) -> int:
+    def temporaries(self, spec: Spec) -> int:
         """Bytes of the values of one flash step that registers cannot hold: scores and weights."""
         return 8 * nbytes((self.step_rows, self.tile), "float32")
 

@@ -61,15 +61,18 @@ def attention_work(
 ) -> Work:
     """Needed bytes and flops of attention; `kv_lens` include the new tokens, `*_bytes` are of one element.
 
-    Of cached tokens those that the first new token does not see, before its window or its part, are not needed. With `rope_dim` it is latent attention:
-    keys are that much longer than values, which are part of them and have no bytes of their own.
+    Of cached tokens those that the first new token does not see, before its window or its chunk, are not needed. With
+    `rope_dim` it is latent attention: keys are that much longer than values, which are part of them and have no bytes of
+    their own.
     """
     q_row = head_dim + (rope_dim or 0)
     kv_row = (2 * kv_heads * head_dim if rope_dim is None else q_row) * kv_bytes
     tokens = sum(q_lens)
     window = max(kv_lens, default=0) if sliding_window is None else sliding_window
     chunk = max(kv_lens, default=0) + 1 if attention_chunk is None else attention_chunk
-    cached = sum(min((kv - q) % chunk, window - 1 if sliding_window else kv) for kv, q in zip(kv_lens, q_lens, strict=True))
+    cached = sum(
+        min((kv - q) % chunk, window - 1 if sliding_window else kv) for kv, q in zip(kv_lens, q_lens, strict=True)
+    )
     pairs = sum(
         _seen(kv, window, chunk) - _seen(kv - q, window, chunk) if causal else kv * q
         for kv, q in zip(kv_lens, q_lens, strict=True)

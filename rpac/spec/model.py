@@ -32,8 +32,9 @@ class Model:
     """The attention of one device's part of a model; heads are counted in it.
 
     `soft_cap`: scores become cap * tanh(score / cap). `sliding_window`: a query sees that many tokens, itself the last of
-    them. `attention_chunk`: a query sees tokens of its own part of the sequence alone, whose parts have that many. `sinks`: each query head has a logit of its own, an argument of every program, that takes part in the softmax and
-    has no value; it is neither scaled nor capped. `causal`: a query sees tokens up to its own; else all of its sequence.
+    them. `attention_chunk`: a query sees its own chunk of the sequence alone, whose chunks have that many tokens. `sinks`:
+    each query head has a logit of its own, an argument of every program, that takes part in the softmax and has no value; it
+    is neither scaled nor capped. `causal`: a query sees tokens up to its own; else all of its sequence.
 
     An 8-bit `kv_dtype` may have scales, an argument too, for K and V each: one a KV head (`kv_scale` "head") or one
     ("tensor"); a value is what is stored times its scale. `quantize` says who makes 8 bits of new keys and values: the
@@ -84,7 +85,9 @@ class Model:
 class Serving:
     """How the model is served; lengths and buckets in tokens, `num_pages` in pages of one layer's cache.
 
-    `log_sum_exp`: programs return the logarithm of each softmax's denominator too, so that parts of an attention can be merged.
+    `decode_len`: new tokens of every decode row, the last accepted one and the drafts behind it. `tree_mask`: which of them
+    each sees is an argument of every program; without it each sees those before it. `log_sum_exp`: programs return the
+    logarithm of each softmax's denominator too, so that parts of an attention can be merged.
     """
 
     page_size: int
@@ -97,6 +100,8 @@ class Serving:
     num_pages: int
     kv_layout: str = KV_LAYOUTS[0]  # or LATENT_LAYOUT
     log_sum_exp: bool = False
+    decode_len: int = 1
+    tree_mask: bool = False
 
     @property
     def pages_per_seq(self) -> int:

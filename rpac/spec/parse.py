@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rpac.errors import SpecError
 from rpac.mesh import ONE_DEVICE, Mesh
+from rpac.spec.drafts import DRAFT_KEYS, check_kinds, check_room, check_rows, read_drafts
 from rpac.spec.latent import LATENT_KEYS, check_device, read_latent
 from rpac.spec.model import (
     ATTENTIONS,
@@ -54,6 +55,7 @@ SERVING_KEYS = (
     "num_pages",
     "kv_layout",
     "log_sum_exp",
+    *DRAFT_KEYS,
 )
 PARALLEL_KEYS = ("tensor", "data")
 HOMES = {
@@ -82,7 +84,7 @@ MAX_SEQS = 4096
 MAX_SLOTS = 2**31 - 1
 SM_SCALES = (1e-6, 1e6)
 SOFT_CAPS = (1e-3, 1e6)
-MIN_ATTENTION_CHUNK = 16  # the shortest block of queries: one lies in two parts at most
+MIN_ATTENTION_CHUNK = 16  # the shortest block of queries: one lies in two chunks at most
 
 
 def load_spec(path: str | os.PathLike[str]) -> Spec:
@@ -135,7 +137,9 @@ def _read(text: str, report: Report) -> Spec | None:
     mesh = _mesh(root, model)
     serving = _with_layout(serving_section, model, serving)
     kinds = {"": (model_section, model), **_layers(root, model_section, model)}
-    for section, kind in list(kinds.values())[len(kinds) > 1 :]:  # the first is no layer itself where others are named
+    of_layers = list(kinds.values())[len(kinds) > 1 :]  # the first is no layer itself where others are named
+    check_kinds(serving_section, serving, [kind for _, kind in of_layers])
+    for section, kind in of_layers:
         _check_window(section, kind, serving)
         _check_apart(serving_section, kind, serving)
         copies = kind.quantized and kind.head_dim > MAX_BYTES_DIM and serving.kv_layout != "separate"
@@ -179,11 +183,11 @@ def _check_window(section: Section, model: Model, serving: Serving) -> None:
         )
     chunk, page = model.attention_chunk, serving.page_size
     if chunk is not None and chunk >= longest:
-        allowed = f"must be below serving.max_model_len ({longest}): no sequence has a second part"
+        allowed = f"must be below serving.max_model_len ({longest}): no sequence has a second chunk"
         section.clash("attention_chunk", allowed, "remove it, or raise max_model_len", str(chunk))
     elif chunk is not None and (chunk % page or chunk < MIN_ATTENTION_CHUNK):
         least = max(page, MIN_ATTENTION_CHUNK)
-        allowed = f"must be a multiple of serving.page_size ({page}), {least} at least: a part begins with a page"
+        allowed = f"must be a multiple of serving.page_size ({page}), {least} at least: a chunk begins with a page"
         section.clash("attention_chunk", allowed, f"write {max(chunk // page * page, least)}", str(chunk))
 
 
@@ -283,9 +287,11 @@ def _serving(section: Section) -> Serving | None:
     num_pages = section.integer("num_pages", 1, MAX_SLOTS, 1024) if section.has("num_pages") else None
     kv_layout = section.choice("kv_layout", KV_LAYOUTS) if section.has("kv_layout") else KV_LAYOUTS[0]
     log_sum_exp = section.flag("log_sum_exp") if section.has("log_sum_exp") else False
+    decode_len, tree_mask = read_drafts(section)
 
     if max_num_tokens is not None:
-        _check_tokens(section, max_num_tokens, buckets, max_num_seqs, prefill_chunk)
+        _check_tokens(section, max_num_tokens, buckets, max_num_seqs, prefill_chunk, decode_len)
+    check_room(section, decode_len, buckets, max_model_len)
     if max_model_len is not None:
         _check_lengths(section, max_model_len, prefill_chunk, context_lens)
     if page_size is not None and page_size not in PAGE_SIZES:
@@ -313,6 +319,8 @@ def _serving(section: Section) -> Serving | None:
         num_pages,
         kv_layout,
         bool(log_sum_exp),
+        decode_len,
+        tree_mask,
     )
 
 
@@ -356,14 +364,14 @@ def _check_tokens(
     buckets: tuple[int, ...] | None,
     max_num_seqs: int | None,
     prefill_chunk: int | None,
+    decode_len: int,
 ) -> None:
     if buckets is not None and buckets[-1] != max_num_tokens:
         allowed = f"must end in max_num_tokens ({max_num_tokens})"
         below = [bucket for bucket in buckets if bucket < max_num_tokens]
         section.clash("token_buckets", allowed, f"write {[*below, max_num_tokens]}", f"{buckets[-1]} at its end")
-    if max_num_seqs is not None and max_num_seqs > max_num_tokens:
-        allowed = f"must be at most max_num_tokens ({max_num_tokens}): decode takes a token of every sequence"
-        section.clash("max_num_seqs", allowed, f"write {max_num_tokens} or raise max_num_tokens")
+    if max_num_seqs is not None:
+        check_rows(section, max_num_tokens, max_num_seqs, decode_len)
     if prefill_chunk is not None and prefill_chunk > max_num_tokens:
         allowed = f"must be at most max_num_tokens ({max_num_tokens})"
         section.clash("prefill_chunk", allowed, f"write {max_num_tokens} or raise max_num_tokens")

@@ -30,7 +30,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": True},
     "lse": {"log_sum_exp": True},
 }
-SERVED = ("log_sum_exp",)
+SERVED = ("log_sum_exp", "decode_len", "tree_mask")
 TOGETHER = {
     " and ".join(names): {key: value for name in names for key, value in ALONE[name].items()}
     for count in (2, 3, 4)
@@ -44,7 +44,14 @@ BOTH_WAYS = {"not causal": {"causal": False}, "not causal and all": AHEAD}
 CHUNKS = {"attention_chunk": 192}
 CHUNKS_ALL = {"attention_chunk": 320, "soft_cap": 2.0, "sinks": True, "log_sum_exp": True}
 IN_CHUNKS = {"chunks": CHUNKS, "chunks and all": CHUNKS_ALL}
-EVERY = {**ALONE, **TOGETHER, **BOTH_WAYS, **IN_CHUNKS, "narrow window": {"sliding_window": 3}, "narrow window and all": NARROW}
+EVERY = {
+    **ALONE,
+    **TOGETHER,
+    **BOTH_WAYS,
+    **IN_CHUNKS,
+    "narrow window": {"sliding_window": 3},
+    "narrow window and all": NARROW,
+}
 
 
 def featured(spec: Spec, features: dict[str, Any], name: str = "featured") -> Spec:
@@ -69,7 +76,10 @@ def failures(spec: Spec, plan: KernelPlan, few: bool = False) -> list[Any]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "features",
-    [pytest.param(EVERY[one], id=one, marks=[] if EVERY[one] in (ALL, NARROW, AHEAD, CHUNKS) else SLOW) for one in EVERY],
+    [
+        pytest.param(EVERY[one], id=one, marks=[] if EVERY[one] in (ALL, NARROW, AHEAD, CHUNKS) else SLOW)
+        for one in EVERY
+    ],
 )
 def test_portable_programs_have_them(features: dict[str, Any], layout: str, kind: str) -> None:
     spec = featured(tiles.SPECS[layout], features)

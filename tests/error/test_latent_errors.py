@@ -53,6 +53,8 @@ CASES = {
         "x.yaml:9:13: model.soft_cap: found 2; must be left out with attention latent: no model with latent attention caps its scores, and its kernels do not; remove it"),
     "window": ("  sm_scale", "  sliding_window: 64\n  sm_scale",
         "x.yaml:9:19: model.sliding_window: found 64; must be left out with attention latent: no model with latent attention has windows, and its kernels fetch all tokens; remove it"),
+    "chunks": ("  sm_scale", "  attention_chunk: 64\n  sm_scale",
+        "x.yaml:9:20: model.attention_chunk: found 64; must be left out with attention latent: no model with latent attention cuts its sequences, and its kernels fetch all tokens; remove it"),
     "sinks": ("  sm_scale", "  sinks: true\n  sm_scale",
         "x.yaml:9:10: model.sinks: found true (a bool); must be left out with attention latent: no model with latent attention has sinks, and its kernels add none; remove it"),
     "kv_scale": ("  sm_scale", "  kv_scale: head\n  sm_scale",
