@@ -38,6 +38,9 @@ def oracle(
     if model.rope_dim is not None:
         return *reference_latent.latent_paged_attention(*args, sm_scale=model.sm_scale), None
     options = {**oracle_options(model, kv_layout), **extra}
+    if not model.update_cache:
+        queries, *others = args
+        return reference.attention_with_lse(queries, None, None, *others, kv_heads=model.kv_heads, **options)
     return reference.attention_with_lse(*args, **options)
 
 

@@ -111,7 +111,7 @@ def make_call(
     contents = _numbers(held_tokens.shape, seed, cache + 1)
     places = {page: place for place, page in enumerate(pages)}
     for row in batch:
-        old = np.arange(row.context_len)
+        old = np.arange(row.context_len if "keys" in by_token or kv_layout == "latent" else row.kv_len)
         at = np.array([places[page] for page in row.pages], np.int64)[old // limits.page_size], old % limits.page_size
         held_tokens[at] = contents[at]
     more = dims[layout.index_of(dims, "distribution") + 1 :]

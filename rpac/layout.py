@@ -176,7 +176,8 @@ def metadata_specs(rows: Rows) -> tuple[ArrayDims, ...]:
 
 
 def arg_specs(spec: Spec, tokens: int) -> tuple[ArrayDims, ...]:
-    """The arguments of a program of one token bucket, in argument order: those of the batch, then `extra_specs`.
+    """The arguments of a program of one token bucket, in argument order: those of the batch, then `extra_specs`. There are
+    no `keys` and `values` where the cache is not updated.
 
     Of latent attention: `queries` `[tokens, q_heads, kv_lora_rank]` (q_nope after absorption), `queries_rope`
     `[tokens, q_heads, rope_dim]`, `new_kv` `[tokens, kv_lora_rank]`, `new_rope` `[tokens, rope_dim]`, then the cache and the
@@ -194,8 +195,11 @@ def arg_specs(spec: Spec, tokens: int) -> tuple[ArrayDims, ...]:
         )
     return (
         ArrayDims("queries", queries_shape(spec, tokens), model.q_dtype),
-        ArrayDims("keys", kv_new_shape(spec, tokens), model.new_dtype),
-        ArrayDims("values", kv_new_shape(spec, tokens), model.new_dtype),
+        *(
+            ArrayDims(name, kv_new_shape(spec, tokens), model.new_dtype)
+            for name in ("keys", "values")
+            if model.update_cache
+        ),
         ArrayDims("kv_cache", kv_cache_shape(spec), model.kv_dtype),
         *metadata_specs(spec.serving),
         *extra_specs(spec),

@@ -25,8 +25,8 @@ def ragged_paged_attention(*args: Any, **options: Any) -> tuple[NDArray[np.float
 
 def attention_with_lse(
     queries: Array,
-    keys: Array,
-    values: Array,
+    keys: Array | None,
+    values: Array | None,
     kv_cache: Array,
     kv_lens: Int32s,
     page_indices: Int32s,
@@ -41,6 +41,7 @@ def attention_with_lse(
     sinks: Array | None = None,
     kv_scales: Array | None = None,
     causal: bool = True,
+    kv_heads: int | None = None,
     tree: Int32s | None = None,
 ) -> tuple[NDArray[np.float32], Array, NDArray[np.float32]]:
     """Attention of every new token over its sequence, and the cache with the new tokens in it.
@@ -53,7 +54,8 @@ def attention_with_lse(
     and have no value. `kv_scales` `[2]` or `[2, kv_heads]` are what stored K and V are multiplied by; new keys and values
     of another dtype than the cache's are quantized as they are stored, as `quantized` does. Where not `causal` a query sees
     all of its sequence, what follows it too. `tree` `[rows, new tokens]`: of a decode row s, new token i sees new token j
-    where bit j of tree[s, i] is set, and all of the context.
+    where bit j of tree[s, i] is set, and all of the context. `keys` and `values` are None where the cache holds those of the
+    new tokens already; then `kv_heads` must be given.
 
     Returns the output `[tokens, q_heads, head_dim]` in float32, zero in the rows past the last sequence, and a new cache
     in the cache's dtype: each new token's K and V as given, zeros in its padding, every other bit as it was. The caller
@@ -61,26 +63,26 @@ def attention_with_lse(
     float32, likewise zero.
     """
     _, q_heads, head_dim = queries.shape
-    kv_heads = keys.shape[1]
+    kv_heads = kv_heads if keys is None else keys.shape[1]
+    assert kv_heads is not None and (keys is None) == (values is None)
     page_tables = page_indices.reshape(len(kv_lens), -1)
     count = int(distribution[2])
 
     scales = np.ones((2, kv_heads), np.float32)
     if kv_scales is not None:
         scales[:] = kv_scales.reshape(2, -1)
-    if keys.dtype != kv_cache.dtype:
-        keys, values = (
-            quantized(new, scale, kv_cache.dtype) for new, scale in zip((keys, values), scales, strict=True)
-        )
-
     cache = kv_cache.copy()
     cached_k, cached_v = split_kv(cache, kv_heads, head_dim, kv_layout)  # views
     page_size = cached_k.shape[1]
     by_token = cache.swapaxes(1, 3) if kv_layout == "separate" else cache  # a view
-    for seq in range(count):
-        start, end = int(cu_q_lens[seq]), int(cu_q_lens[seq + 1])
-        for token in range(start, end):
-            position = int(kv_lens[seq]) - end + token
+    if keys is not None and values is not None:
+        if keys.dtype != kv_cache.dtype:
+            keys, values = (
+                quantized(new, scale, kv_cache.dtype) for new, scale in zip((keys, values), scales, strict=True)
+            )
+        new = [(seq, token) for seq in range(count) for token in range(int(cu_q_lens[seq]), int(cu_q_lens[seq + 1]))]
+        for seq, token in new:
+            position = int(kv_lens[seq]) - int(cu_q_lens[seq + 1]) + token
             page = page_tables[seq, position // page_size]
             by_token[page, position % page_size] = 0
             cached_k[page, position % page_size] = keys[token]

@@ -132,6 +132,11 @@ def _context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "head_dim": model.head_dim,
         "query_dim": "HEAD_DIM",
         "new_arrays": ("keys", "values"),
+        "updates": model.update_cache,
+        "new_args": "keys, values, " if model.update_cache else "",
+        "new_hbm": " k_hbm, v_hbm," if model.update_cache else "",
+        "new_loads": ", (k_hbm, new_keys), (v_hbm, new_values)" if model.update_cache else "",
+        "puts_in": f"puts the new token{'s' * (serving.decode_len > 1)} in and " if model.update_cache else "",
         "head_lanes": head_lanes(model),
         "joins_rows": joins_rows(model),
         "kinds": 1 if joins_rows(model) else 2,
@@ -252,13 +257,14 @@ def _call_context(spec: Spec, kernel: str) -> Mapping[str, Any]:
     """
     extra = len(extra_specs(spec) if kernel == "decode" else extra_of_blocks(spec))
     in_smem = (4 if kernel == "mixed" else 3) + extra
-    cache, lse = in_smem + 3, spec.serving.log_sum_exp
+    arrays = 3 if spec.model.update_cache else 1  # before the cache
+    cache, lse = in_smem + arrays, spec.serving.log_sum_exp
     aliases = {cache: 1}
     if kernel == "mixed":
         aliases |= {cache + 1: 0, cache + 2: 2} if lse else {cache + 1: 0}
     return {
         "in_smem": in_smem,
-        "in_hbm": len(aliases) + 3,
+        "in_hbm": arrays + len(aliases),
         "out_hbm": 2 + lse,
         "aliases": repr(aliases),
     }
@@ -418,7 +424,10 @@ def _features(model: Model) -> str:
     order = "causal" if model.causal else "not causal: each query sees all of its sequence"
     if model.attention_chunk:
         order += f" inside its own chunk of {model.attention_chunk} tokens, nothing fetched before it"
-    given = [f"{order}, cache updated", *(text for text in used.values() if text)]
+    given = [
+        f"{order}, cache {'updated' if model.update_cache else 'read alone'}",
+        *(text for text in used.values() if text),
+    ]
     return "; ".join([*given, *([f"no {unused} in the spec: none is in the code"] if unused else [])])
 
 

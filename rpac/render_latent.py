@@ -34,6 +34,8 @@ _WITHOUT: Final[Mapping[str, Any]] = {
     "decode_len": 1,
     "sight_by_row": False,
     "tree_mask": False,
+    "updates": True,
+    "puts_in": "puts the new token in and ",
 }
 
 

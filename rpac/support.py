@@ -53,6 +53,7 @@ FEATURES: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "attention in chunks": {"model": {"attention_chunk": 1024}},
     "sinks": {"model": {"sinks": "true"}},
     "not causal": {"model": {"causal": "false"}},
+    "cache not updated": {"model": {"update_cache": "false"}},
     "log-sum-exp": {"serving": {"log_sum_exp": "true"}},
     "drafts": {"serving": {"decode_len": 4}},
     "a tree of drafts": {"serving": {"decode_len": 4, "tree_mask": "true"}},
@@ -114,6 +115,7 @@ def _keys() -> list[tuple[str, str, str]]:
         ("model.attention_chunk", "a multiple of page_size, below max_model_len", "none"),
         ("model.sinks", "true, false: an argument `sinks`", "false"),
         ("model.causal", "true, false: each query sees all of its sequence", "true"),
+        ("model.update_cache", "true, false: no arguments `keys` and `values`, the cache has them", "true"),
         (
             "model.attention",
             "latent: the cache holds one vector a token, shared by all heads (MLA)",

@@ -55,8 +55,9 @@ class Arguments(NamedTuple):
 def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.random.Generator) -> Arguments:
     """The call of a trial in a bucket of `tokens`, on a cache of `pages` pages, which are dealt out shuffled.
 
-    NaN are: pages of no row, rows of the cache past a sequence's old tokens, and the padding of queries, keys and values;
-    those in the cache signaling ones, so that a kernel that takes them through arithmetic does not keep them bit for bit.
+    NaN are: pages of no row, rows of the cache past a sequence's old tokens (past its new ones, where the cache is not
+    updated), and the padding of queries, keys and values; those in the cache signaling ones, so that a kernel that takes
+    them through arithmetic does not keep them bit for bit.
     Raises BatchError where the trial breaks the batch contract.
     """
     # The generated code takes the number of pages from the cache, and a cache of all of them would take gigabytes.
@@ -81,8 +82,9 @@ def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.ra
     by_token = np.moveaxis(kv_cache, layout.TOKEN_AXES[serving.kv_layout], 1)  # a view
     free = iter(rng.permutation(pages).tolist())
     shared = [next(free) for _ in range(trial.shared_pages)]
-    for row, context in enumerate(kv_len - q_len for q_len, kv_len in zip(trial.q_lens, trial.kv_lens, strict=True)):
-        mine = [*shared, *_take(free, layout.cdiv(trial.kv_lens[row], serving.page_size) - len(shared))]
+    for row, (q_len, kv_len) in enumerate(zip(trial.q_lens, trial.kv_lens, strict=True)):
+        context = kv_len - q_len if spec.model.update_cache else kv_len
+        mine = [*shared, *_take(free, layout.cdiv(kv_len, serving.page_size) - len(shared))]
         table[row, : len(mine)] = mine
         held = np.arange(0 if row == 0 else len(shared) * serving.page_size, context)
         at = table[row, held // serving.page_size], held % serving.page_size

@@ -18,6 +18,20 @@ SCORES_AHEAD = 3  # flash steps whose scores are made before they are weighed: a
 SCORES_AHEAD_AT_MOST = 3 * 256 * 512  # of them all: more are moved in and out of registers more often than it helps
 STEPS_PER_SCORE = 2  # at least: scores made ahead are code too
 PIECE = 256  # tokens, if whole pages: a tile on the diagonal is computed by pieces, of no fewer than the MXU is wide
+_OF_UPDATES: Final = frozenset(
+    (
+        "new_keys",
+        "new_values",
+        "packed",
+        "by_head",
+        "unit_out",
+        "page_rows",
+        "unit_sem",
+        "new_sem",
+        "old_sem",
+        "write_sem",
+    )
+)
 RULE: Final = "rule"
 """`KernelPlan.origin` of tiles that the rules of this package made, for want of tuned ones."""
 
@@ -91,7 +105,8 @@ class DecodeTiles:
         new = (loaded, model.kv_heads, model.head_dim)
         units = units_by_sequence(spec, self.writes, rows.unit)
         out = by_sequence(spec, self.writes)
-        return (
+        return needed(
+            spec,
             Buffer("kv", (self.buffers, self.block * rows.token_rows, LANES), model.kv_dtype, "fetched blocks"),
             *split_words(spec, self.block, 2),
             Buffer("q_all", (loaded, model.q_heads, model.head_dim), model.q_dtype, "queries of every sequence"),
@@ -111,7 +126,7 @@ class DecodeTiles:
             Buffer("out_rows", (*out, model.q_heads, model.head_dim), model.q_dtype, "outputs on their way out"),
             *lse_rows(spec, (*out, align(model.q_heads, SUBLANES), LANES)),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
-            Buffer("load_sem", (3,), "dma", "queries, keys, values"),
+            *load_sem(spec),
             Buffer("unit_sem", (self.writes,), "dma", "cache writes"),
             Buffer("out_sem", (self.writes,), "dma", "outputs"),
             *lse_sem(spec, self.writes),
@@ -152,7 +167,8 @@ class GroupTiles:
         kinds, heads, _, lanes = kv_page_shape(spec)
         unit_size = unit_tokens(model)
         unit = (*units_by_sequence(spec, self.writes, unit_size), kinds, heads, unit_size, lanes)
-        return (
+        return needed(
+            spec,
             Buffer("kv", kv, model.kv_dtype, "fetched tiles"),
             Buffer("q_in", queries, model.q_dtype, "queries of every sequence, and of none"),
             Buffer("new_keys", new, new_dtype(model), "new keys of every sequence"),
@@ -169,7 +185,7 @@ class GroupTiles:
             Buffer("tile_first", (slots,), "smem", "its first token"),
             Buffer("tile_left", (slots,), "smem", "tokens of its sequence from there on"),
             Buffer("kv_sem", (self.groups,), "dma", "fetches"),
-            Buffer("load_sem", (3,), "dma", "queries, keys, values"),
+            *load_sem(spec),
             Buffer("unit_sem", (self.writes,), "dma", "cache writes"),
             Buffer("out_sem", (1,), "dma", "outputs"),
             *lse_sem(spec, 1),
@@ -258,7 +274,8 @@ class BlockTiles:
             if rows.lane_tiles > 1:
                 shape = (rows.lane_tiles, *shape)
             merged = Buffer("by_head", shape, "float32", "new tokens, to be read by head")
-        return (
+        return needed(
+            spec,
             Buffer("kv", kv, model.kv_dtype, "fetched blocks"),
             *split_words(spec, self.tile),
             Buffer("new_keys", new, new_dtype(model), "new keys, around the page they go to"),
@@ -288,6 +305,18 @@ class BlockTiles:
     def temporaries(self, spec: Spec) -> int:
         """Bytes of the values of one flash step that registers cannot hold: scores and weights."""
         return 8 * nbytes((self.step_rows, self.tile), "float32")
+
+
+def needed(spec: Spec, *buffers: Buffer) -> tuple[Buffer, ...]:
+    """Of the scratch arrays of a kernel those that a spec has a use for: some are for updating the cache alone."""
+    return buffers if spec.model.update_cache else tuple(one for one in buffers if one.name not in _OF_UPDATES)
+
+
+def load_sem(spec: Spec) -> tuple[Buffer, ...]:
+    """The semaphores of what a decode kernel loads at its start."""
+    if spec.model.update_cache:
+        return (Buffer("load_sem", (3,), "dma", "queries, keys, values"),)
+    return (Buffer("load_sem", (1,), "dma", "queries"),)
 
 
 def sink_rows(model: Model, shape: tuple[int, ...]) -> tuple[Buffer, ...]:

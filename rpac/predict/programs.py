@@ -41,6 +41,7 @@ class Dims:
     causal: bool
     rope_dim: int | None
     attention_chunk: int | None
+    update_cache: bool
 
     @classmethod
     def of(cls, model: Model | bundle.Dims) -> Dims:

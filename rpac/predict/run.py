@@ -55,6 +55,7 @@ def predict(programs: Programs, workload: Workload) -> Prediction:
         dims.causal,
         dims.rope_dim,
         dims.attention_chunk,
+        dims.update_cache,
     )
     return Prediction(programs.name, workload, variant, programs.call(variant).predict(scalars, work))
 

@@ -58,12 +58,13 @@ def attention_work(
     causal: bool = True,
     rope_dim: int | None = None,
     attention_chunk: int | None = None,
+    update_cache: bool = True,
 ) -> Work:
     """Needed bytes and flops of attention; `kv_lens` include the new tokens, `*_bytes` are of one element.
 
     Of cached tokens those that the first new token does not see, before its window or its chunk, are not needed. With
     `rope_dim` it is latent attention: keys are that much longer than values, which are part of them and have no bytes of
-    their own.
+    their own. Without `update_cache` the new tokens' rows are read, and not written.
     """
     q_row = head_dim + (rope_dim or 0)
     kv_row = (2 * kv_heads * head_dim if rope_dim is None else q_row) * kv_bytes
@@ -77,7 +78,9 @@ def attention_work(
         _seen(kv, window, chunk) - _seen(kv - q, window, chunk) if causal else kv * q
         for kv, q in zip(kv_lens, q_lens, strict=True)
     )
-    moved = cached * kv_row + 2 * tokens * kv_row + tokens * q_heads * (q_row + head_dim) * q_bytes
+    moved = (
+        cached * kv_row + (2 if update_cache else 1) * tokens * kv_row + tokens * q_heads * (q_row + head_dim) * q_bytes
+    )
     return Work(moved, 2 * (q_row + head_dim) * q_heads * pairs)
 
 

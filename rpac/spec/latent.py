@@ -22,6 +22,7 @@ _REFUSED: Final = {
     "sliding_window": "no model with latent attention has windows, and its kernels fetch all tokens",
     "attention_chunk": "no model with latent attention cuts its sequences, and its kernels fetch all tokens",
     "sinks": "no model with latent attention has sinks, and its kernels add none",
+    "update_cache": "no model with latent attention shares its cache between layers, and its kernels write it",
     "causal": "no model with latent attention looks ahead, and its kernels do not",
     "kv_scale": "its cache is stored as it is",
     "quantize": "its cache is stored as it is",

@@ -34,7 +34,8 @@ class Model:
     `soft_cap`: scores become cap * tanh(score / cap). `sliding_window`: a query sees that many tokens, itself the last of
     them. `attention_chunk`: a query sees its own chunk of the sequence alone, whose chunks have that many tokens. `sinks`:
     each query head has a logit of its own, an argument of every program, that takes part in the softmax and has no value; it
-    is neither scaled nor capped. `causal`: a query sees tokens up to its own; else all of its sequence.
+    is neither scaled nor capped. `update_cache`: new keys and values are arguments, written to the cache; else the cache holds
+    them already, as in a layer that shares another's. `causal`: a query sees tokens up to its own; else all of its sequence.
 
     An 8-bit `kv_dtype` may have scales, an argument too, for K and V each: one a KV head (`kv_scale` "head") or one
     ("tensor"); a value is what is stored times its scale. `quantize` says who makes 8 bits of new keys and values: the
@@ -58,6 +59,7 @@ class Model:
     causal: bool = True
     rope_dim: int | None = None
     attention_chunk: int | None = None
+    update_cache: bool = True
 
     def first_seen(self, position: int) -> int:
         """The first token that the query at `position` of its sequence sees."""

@@ -42,6 +42,7 @@ MODEL_KEYS = (
     "kv_scale",
     "quantize",
     "causal",
+    "update_cache",
     *LATENT_KEYS,
 )
 SERVING_KEYS = (
@@ -227,6 +228,7 @@ def _model(section: Section) -> Model | None:
     chunk = section.integer("attention_chunk", 1, MAX_MODEL_LEN, 8192) if section.has("attention_chunk") else None
     sinks = section.flag("sinks") if section.has("sinks") else False
     causal = section.flag("causal") if section.has("causal") else True
+    update = section.flag("update_cache") if section.has("update_cache") else True
 
     if causal is False and window is not None:
         allowed = "must be true with sliding_window, which looks back from a query and not ahead"
@@ -245,6 +247,9 @@ def _model(section: Section) -> Model | None:
         section.clash("head_dim", f"must be {_either(HEAD_DIMS)}", f"write {_nearest(head_dim, HEAD_DIMS)}")
     kv_scale = section.choice("kv_scale", KV_SCALES) if section.has("kv_scale") else None
     quantize = section.choice("quantize", QUANTIZERS) if section.has("quantize") else QUANTIZERS[0]
+    if update is False and quantize == "kernel":
+        allowed = "must be left out with update_cache false: there is nothing to quantize"
+        section.clash("quantize", allowed, "remove one of the two")
     if kv_dtype not in QUANTIZED:
         if q_dtype is not None and kv_dtype is not None and q_dtype != kv_dtype:
             allowed = f"must equal q_dtype ({q_dtype}) or be one of {', '.join(QUANTIZED)}"
@@ -273,6 +278,7 @@ def _model(section: Section) -> Model | None:
         quantize,
         causal is not False,
         attention_chunk=chunk,
+        update_cache=update is not False,
     )
 
 

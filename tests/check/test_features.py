@@ -44,7 +44,11 @@ BOTH_WAYS = {"not causal": {"causal": False}, "not causal and all": AHEAD}
 CHUNKS = {"attention_chunk": 192}
 CHUNKS_ALL = {"attention_chunk": 320, "soft_cap": 2.0, "sinks": True, "log_sum_exp": True}
 IN_CHUNKS = {"chunks": CHUNKS, "chunks and all": CHUNKS_ALL}
+# Of a layer that reads another's cache: causal, or as attention across to an encoder's tokens.
+READ = {"update_cache": False}
+READS = {"read alone": READ, "read alone and all": {**READ, **ALL}, "read alone and not causal": {**READ, **AHEAD}}
 EVERY = {
+    **READS,
     **ALONE,
     **TOGETHER,
     **BOTH_WAYS,
@@ -77,7 +81,7 @@ def failures(spec: Spec, plan: KernelPlan, few: bool = False) -> list[Any]:
 @pytest.mark.parametrize(
     "features",
     [
-        pytest.param(EVERY[one], id=one, marks=[] if EVERY[one] in (ALL, NARROW, AHEAD, CHUNKS) else SLOW)
+        pytest.param(EVERY[one], id=one, marks=[] if EVERY[one] in (ALL, NARROW, AHEAD, CHUNKS, READ) else SLOW)
         for one in EVERY
     ],
 )
@@ -95,8 +99,11 @@ def test_kernels_have_them_all_at_once(layout: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("layout", "kind"), [("interleaved", "decode"), ("apart", "prefill")])
-def test_kernels_see_their_own_chunk(layout: str, kind: str) -> None:
-    spec = featured(tiles.SPECS[layout], CHUNKS)
+@pytest.mark.parametrize("features", [CHUNKS, READ], ids=["chunks", "read alone"])
+def test_kernels_see_their_own_chunk_and_leave_the_cache_alone(
+    features: dict[str, Any], layout: str, kind: str
+) -> None:
+    spec = featured(tiles.SPECS[layout], features)
     assert failures(spec, tiles.small_plan(spec, kind), few=True) == []
 
 
@@ -189,10 +196,23 @@ def test_a_kernel_holds_no_trace_of_a_feature_that_it_does_not_use() -> None:
         "log_sum_exp": (", lse", "LN_2"),
     }
     for target, layout, kind in itertools.product(("tpu7x", "cpu"), LAYOUTS, KINDS):
-        for name, features in {**ALONE, "chunks": CHUNKS}.items():
+        for name, features in {**ALONE, "chunks": CHUNKS, "read alone": READ}.items():
             spec = featured(tiles.SPECS[layout], features, "spec")
             plan = next(plan for plan in plan_spec(spec, target) if plan.kind == kind)
             text = render(spec, plan).body
             for key, traces in words.items():
                 assert any(trace in text for trace in traces) == (key in features), (target, layout, kind, name, key)
+            writes = any(
+                trace in text
+                for trace in (
+                    "update_cache(",
+                    "update_rows(",
+                    "update_pages(",
+                    "new_keys",
+                    "pack_token",
+                    "keys, values",
+                    "new_rows",
+                )
+            )
+            assert writes == (name != "read alone"), (target, layout, kind, name)
             assert not target.startswith("tpu") or ("first_token(" in text) == (name in ("window", "chunks"))

@@ -53,6 +53,8 @@ CASES = {
         "x.yaml:9:13: model.soft_cap: found 2; must be left out with attention latent: no model with latent attention caps its scores, and its kernels do not; remove it"),
     "window": ("  sm_scale", "  sliding_window: 64\n  sm_scale",
         "x.yaml:9:19: model.sliding_window: found 64; must be left out with attention latent: no model with latent attention has windows, and its kernels fetch all tokens; remove it"),
+    "update_cache": ("  sm_scale", "  update_cache: false\n  sm_scale",
+        "x.yaml:9:17: model.update_cache: found false (a bool); must be left out with attention latent: no model with latent attention shares its cache between layers, and its kernels write it; remove it"),
     "chunks": ("  sm_scale", "  attention_chunk: 64\n  sm_scale",
         "x.yaml:9:20: model.attention_chunk: found 64; must be left out with attention latent: no model with latent attention cuts its sequences, and its kernels fetch all tokens; remove it"),
     "sinks": ("  sm_scale", "  sinks: true\n  sm_scale",

@@ -114,6 +114,12 @@ def test_needed_work_of_a_window_is_what_it_reaches(window: int) -> None:
     assert work.bytes == rows * 2 * 2 * 128 * 2 + 2 * sum(q_lens) * 4 * 128 * 2
 
 
+def test_needed_work_that_writes_nothing_reads_each_row_once() -> None:
+    written, read = (attention_work([9, 30], [3, 10], 4, 2, 128, 2, 2, update_cache=update) for update in (True, False))
+    assert written.bytes - read.bytes == 13 * 2 * 2 * 128 * 2
+    assert written.flops == read.flops
+
+
 def test_needed_work_that_is_not_causal_counts_every_pair() -> None:
     assert attention_work([9, 30], [3, 10], 4, 2, 128, 2, 2, causal=False).flops == 4 * 128 * 4 * (9 * 3 + 30 * 10)
 

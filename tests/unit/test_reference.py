@@ -255,6 +255,14 @@ def test_what_no_query_sees_may_be_anything(sight: dict[str, int]) -> None:
 
 
 @every_call
+def test_without_new_tokens_the_cache_is_read_as_it_is(call: Call) -> None:
+    out, cache = call.run()
+    again, same = call.run(keys=None, values=None, kv_heads=call.kv_heads, kv_cache=cache)
+    np.testing.assert_array_equal(again, out)
+    assert same.tobytes() == cache.tobytes()
+
+
+@every_call
 def test_new_tokens_are_in_the_cache_and_every_other_bit_is_as_it_was(call: Call) -> None:
     expected = call.cache.copy()
     for row in call.batch:
