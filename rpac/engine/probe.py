@@ -62,7 +62,8 @@ def probe(run: Run, call: Call, program: Program, placement: Placement) -> Probe
     pages = [jax.device_put(call.pages[padded], device) for device in placement.devices]
     held = [jax.device_put(call.held[padded], device) for device in placement.devices]
     make = jax.jit(_cache, static_argnums=2)
-    kv_cache = placement.join(cache_dims, [make(*one, cache_dims.shape[0]) for one in zip(pages, held, strict=True)])
+    parts = [make(*one, cache_dims.shape[0]) for one in zip(pages, held, strict=True)]
+    kv_cache = placement.joiner(cache_dims)(parts)
     batch = call.batch
     given = {
         **call.by_token,

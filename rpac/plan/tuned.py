@@ -44,7 +44,7 @@ def key_of(spec: Spec, kind: str, tokens: Sequence[int]) -> dict[str, Any]:
     `length_class`: the powers of two around the lengths that serving expects.
     """
     lengths = spec.serving.context_lens
-    fields = {"kv_layout": "interleaved", **plain(spec.model), **plain(spec.serving)}
+    fields = {**plain(spec.model), **plain(spec.serving)}
     return {
         **{name: value for name, value in fields.items() if name not in _NO_PART},
         "kind": kind,
