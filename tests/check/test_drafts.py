@@ -40,34 +40,43 @@ PARTNERS = {
         **FLOAT8,
     },
 }
-FEW = {False: "window, soft cap, sinks, lse and 8 bits", True: "soft cap, sinks and lse"}
 CASES = [
-    pytest.param(decode_len, tree, partners, id=f"{decode_len}{', tree' if tree else ''}, {name}", marks=marks)
+    pytest.param(layout, decode_len, tree, partners, id=f"{layout}, {decode_len}{', tree' if tree else ''}: {name}")
+    for layout in LAYOUTS
     for tree in (False, True)
     for name, partners in (WITH_TREES if tree else PARTNERS).items()
     for decode_len in (2, 4, 5, 8)
-    for marks in [[] if (decode_len, name) == (4, FEW[tree]) else [SLOW]]
 ]
+# All features at once, with a tree and without.
+WINDOW, TREE = "4: window, soft cap, sinks, lse and 8 bits", "4, tree: soft cap, sinks and lse"
+every_case = ("layout", "decode_len", "tree", "partners")
+
+
+def slow_but(*quick: str) -> list[Any]:
+    return [pytest.param(*case.values, id=case.id, marks=[] if case.id in quick else [SLOW]) for case in CASES]
 
 
 def drafting(layout: str, decode_len: int, tree: bool = False, **features: Any) -> Spec:
     return featured(tiles.SPECS[layout], {**features, "decode_len": decode_len, "tree_mask": tree}, "drafting")
 
 
-@pytest.mark.parametrize("kind", ["decode", "mixed"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("decode_len", "tree", "partners"), CASES)
-def test_portable_programs_have_them(
-    decode_len: int, tree: bool, partners: dict[str, Any], layout: str, kind: str
-) -> None:
+@pytest.mark.parametrize(every_case, slow_but(f"interleaved, {WINDOW}"))
+def test_portable_programs_have_them(layout: str, decode_len: int, tree: bool, partners: dict[str, Any]) -> None:
+    """Programs of mixed batches, whose decode rows are computed as those of batches of decode rows alone."""
     spec = drafting(layout, decode_len, tree, **partners)
-    plan = next(plan for plan in reversed(plan_spec(spec, "cpu")) if plan.kind == kind)
+    plan = next(plan for plan in reversed(plan_spec(spec, "cpu")) if plan.kind == "mixed")
     assert failures(spec, plan) == []
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("decode_len", "tree", "partners"), CASES)
-def test_kernels_have_them(decode_len: int, tree: bool, partners: dict[str, Any], layout: str) -> None:
+@pytest.mark.parametrize(("layout", "tree"), [("interleaved", False), ("apart", True)])
+def test_portable_programs_of_decode_rows_have_them(layout: str, tree: bool) -> None:
+    spec = drafting(layout, 4, tree, log_sum_exp=True)
+    plan = next(plan for plan in reversed(plan_spec(spec, "cpu")) if plan.kind == "decode")
+    assert failures(spec, plan, few=True) == []
+
+
+@pytest.mark.parametrize(every_case, slow_but(f"interleaved, {TREE}", f"apart, {WINDOW}"))
+def test_kernels_have_them(layout: str, decode_len: int, tree: bool, partners: dict[str, Any]) -> None:
     spec = drafting(layout, decode_len, tree, **partners)
     assert failures(spec, tiles.small_plan(spec, "decode"), few=True) == []
 
@@ -114,19 +123,17 @@ TREES = [
 ]
 
 
-def cases(layout: str, tree: bool, mutations: list[Mutation], few: int) -> list[object]:
-    return [
-        pytest.param(layout, tree, one, id=f"{layout}: {one.bug}", marks=[] if index < few else [SLOW])
-        for index, one in enumerate(mutations)
-    ]
+def cases(layout: str, tree: bool, mutations: list[Mutation]) -> list[Any]:
+    return [pytest.param(layout, tree, one, id=f"{layout}: {one.bug}", marks=SLOW) for one in mutations]
 
 
 @pytest.mark.parametrize(
     ("layout", "tree", "mutation"),
     [
-        *cases("apart", False, SEPARATE, 1),
-        *cases("interleaved", False, INTERLEAVED, 0),
-        *cases("interleaved", True, TREES, 1),
+        pytest.param("apart", False, SEPARATE[0], id=f"apart: {SEPARATE[0].bug}"),
+        *cases("apart", False, SEPARATE[1:]),
+        *cases("interleaved", False, INTERLEAVED),
+        *cases("interleaved", True, TREES),
     ],
 )
 def test_a_bug_is_caught(layout: str, tree: bool, mutation: Mutation) -> None:
@@ -135,7 +142,7 @@ def test_a_bug_is_caught(layout: str, tree: bool, mutation: Mutation) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(("target", "layout"), list(zip(TPU_TARGETS, itertools.cycle(LAYOUTS), strict=False)))
+@pytest.mark.parametrize(("target", "layout"), [("tpu7x", "apart"), ("v5e", "interleaved")])
 def test_a_mixed_program_compiles(target: str, layout: str) -> None:
     compiled(drafting(layout, 4, True, **WITH_TREES["soft cap, sinks and lse"]), target, ("mixed",))
 
@@ -143,10 +150,9 @@ def test_a_mixed_program_compiles(target: str, layout: str) -> None:
 @SLOW
 @pytest.mark.compile
 @pytest.mark.parametrize("target", TPU_TARGETS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("decode_len", "tree", "partners"), CASES)
+@pytest.mark.parametrize(every_case, CASES)
 def test_every_program_compiles(
-    decode_len: int, tree: bool, partners: dict[str, Any], layout: str, target: str
+    layout: str, decode_len: int, tree: bool, partners: dict[str, Any], target: str
 ) -> None:
     compiled(drafting(layout, decode_len, tree, **partners), target, tuple(KINDS))
 

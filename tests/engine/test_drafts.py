@@ -59,7 +59,7 @@ def test_a_tree_by_name_reaches_the_program(engine: Engine, kind: str) -> None:
     cache[call.pages] = call.held
     batch = call.batch
     assert batch.kind == kind
-    given = [call.queries, call.keys, call.values, jax.device_put(cache, engine.device)]
+    given = [*call.by_token.values(), jax.device_put(cache, engine.device)]
     given += [batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution]
     want = expected(call, engine.model, engine.kv_layout)[0][: batch.num_tokens]
     for run in (jax.jit(engine.traced), engine):

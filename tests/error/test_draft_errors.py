@@ -9,10 +9,12 @@ import re
 
 import numpy as np
 import pytest
+from test_latent_errors import GOOD as LATENT
 from test_spec_errors import GOOD, report
 
 from rpac.batch import Batch, Limits, validate
 from rpac.errors import BatchError
+from rpac.serving import Scheduler
 from rpac.spec import parse_spec
 
 LENGTH = "must be an integer from 1 to 8"
@@ -38,12 +40,28 @@ def test_what_does_not_fit_is_refused(old: str, new: str, said: str) -> None:
     assert report(GOOD.replace(old, new)) == [f"x.yaml:{said}"]
 
 
-def test_a_tree_in_a_window_is_refused_with_the_reason() -> None:
-    text = GOOD.replace("  head_dim: 128\n", "  head_dim: 128\n  sliding_window: 9\n")
-    text = text.replace("serving:\n", "serving:\n  decode_len: 4\n  tree_mask: true\n")
-    assert report(text) == [
-        "x.yaml:11:14: serving.tree_mask: found true (a bool); must be left out with sliding_window: a window counts from a draft's depth, which no mask says; remove one of the two"
-    ]
+WITHOUT = {
+    "a tree in a window": ("decode_len: 4\n  tree_mask: true", "sliding_window: 9", "11:14: serving.tree_mask: found true (a bool); must be left out with sliding_window: a window counts from a draft's depth, which no mask says; remove one of the two"),
+    "drafts that see ahead": ("decode_len: 4", "causal: false", "10:15: serving.decode_len: found 4; must be 1 with causal false: drafts are verified by what each makes of the tokens before it alone; remove one of the two"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("drafts, feature, said", WITHOUT.values(), ids=WITHOUT.keys())
+def test_what_drafts_do_not_go_with_is_refused_with_the_reason(drafts: str, feature: str, said: str) -> None:
+    text = GOOD.replace("serving:\n", f"serving:\n  {drafts}\n")
+    assert report(text.replace("  head_dim: 128\n", f"  head_dim: 128\n  {feature}\n")) == [f"x.yaml:{said}"]
+
+
+@pytest.mark.parametrize("drafts, feature, said", WITHOUT.values(), ids=WITHOUT.keys())
+def test_it_is_refused_once_where_several_layers_have_it(drafts: str, feature: str, said: str) -> None:
+    text = GOOD.replace("serving:\n", f"serving:\n  {drafts}\n")
+    (line,) = report(text + f"layers: {{a: {{{feature}}}, b: {{{feature}}}, c: {{}}}}\n")
+    assert line.partition(": ")[2] == said.partition(": ")[2]
+
+
+def test_latent_attention_has_no_drafts() -> None:
+    said = "serving.decode_len: found 4; must be 1 with attention latent, whose kernels take one new token of each decode row; remove one of the two"
+    assert report(LATENT.replace("serving:\n", "serving:\n  decode_len: 4\n")) == [f"x.yaml:11:15: {said}"]
 
 
 def test_written_defaults_mean_nothing() -> None:
@@ -71,3 +89,10 @@ def test_a_decode_row_off_the_length_is_refused() -> None:
     said = "row 1 (decode): has 1 new tokens; decode rows must have decode_len (4); put it behind the decode rows"
     with pytest.raises(BatchError, match=re.escape(said)):
         validate(LIMITS, 32, batch.kv_lens, batch.page_indices, batch.cu_q_lens, distribution)
+
+
+def test_a_scheduler_has_no_drafts() -> None:
+    with pytest.raises(
+        BatchError, match=re.escape("decode_len is 4; must be 1, the new tokens of a sequence that decodes here")
+    ):
+        Scheduler(LIMITS)
