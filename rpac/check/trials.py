@@ -11,7 +11,8 @@ import numpy as np
 
 from rpac.layout import cdiv
 from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles
-from rpac.plan.tiles import XlaTiles, unit_tokens
+from rpac.plan.buffers import unit_tokens
+from rpac.plan.tiles import XlaTiles
 from rpac.spec import Spec
 
 MAX_EDGE_ROWS = 8  # of one batch of edges

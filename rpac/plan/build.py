@@ -10,28 +10,13 @@ from typing import TypeVar
 from rpac.chip import Chip, chip, is_tpu
 from rpac.errors import PlanError
 from rpac.layout import LANES, SUBLANES, align, extra_specs, head_lanes, kv_row_shape, metadata_specs, nbytes, packing
+from rpac.plan.buffers import RowDims, splits_words, unit_tokens
+from rpac.plan.kernel_plan import RULE, KernelPlan
 from rpac.plan.latent import LatentBlockTiles, block_choices, decode_choices, xla_tiles
-from rpac.plan.legal import (
-    MIN_Q_BLOCK,
-    Tiles,
-    copy_sizes_of,
-    is_legal,
-    power_of_two_from,
-    power_of_two_to,
-    step_rows_of,
-)
+from rpac.plan.legal import MIN_Q_BLOCK, Tiles, is_legal
 from rpac.plan.query_rows import head_rows
-from rpac.plan.tiles import (
-    RULE,
-    BlockTiles,
-    DecodeTiles,
-    GroupTiles,
-    KernelPlan,
-    RowDims,
-    XlaTiles,
-    splits_words,
-    unit_tokens,
-)
+from rpac.plan.sizes import copy_sizes_of, power_of_two_from, power_of_two_to, step_rows_of
+from rpac.plan.tiles import MERGE_TOKENS, UPDATE_BUFFERS, BlockTiles, DecodeTiles, GroupTiles, XlaTiles
 from rpac.plan.tuned import Entry, TunedTiles
 from rpac.spec import Spec
 
@@ -41,9 +26,6 @@ IN_FLIGHT_BYTES = 8 * MIB  # more than the HBM delivers within one DMA's latency
 MIN_BUFFERS, MAX_BUFFERS = 3, 16
 SMEM_RESERVE = 64 << 10  # for what the compiler keeps there itself
 VMEM_HEADROOM = 8 * MIB  # above what we count, for values that the compiler spills
-MERGE_TOKENS = 16
-# Pages under update: fetched two steps ahead and written out in three, which hides the latency of DMAs.
-UPDATE_BUFFERS = 5
 XLA_DECODE_BLOCK = 128  # these two: fastest of those timed on two CPU cores, by small margins
 XLA_STEP_BYTES = MIB
 WRITES = 4  # outputs and cache rows of sequences that may still be on their way

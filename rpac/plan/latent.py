@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from rpac.layout import LANES, kv_page_shape, latent_lanes, nbytes
-from rpac.plan.legal import copy_sizes_of, power_of_two_from, power_of_two_to
-from rpac.plan.tiles import Buffer, GroupTiles, XlaTiles, unit_tokens
+from rpac.plan.buffers import Buffer, unit_tokens
+from rpac.plan.sizes import copy_sizes_of, power_of_two_from, power_of_two_to
+from rpac.plan.tiles import MERGE_TOKENS, UPDATE_BUFFERS, GroupTiles, XlaTiles
 from rpac.spec import Spec
 
 DECODE_TILE: Final = 1024  # tokens: what a tile costs by itself, its merge, is paid seldom
@@ -22,8 +23,6 @@ BLOCK: Final = 512  # tokens of KV of a step of a prefill or mixed kernel
 BLOCK_ROWS: Final = (2048, 1024, 512)  # query rows, tokens times heads, of its blocks
 STEP_ROWS: Final = 256  # of them computed at once: with fewer, pushing KV into the MXU shows
 BUFFERS: Final = 3
-UPDATE_BUFFERS: Final = 5  # pages under update: fetched two steps ahead and written out in three
-MERGE_TOKENS: Final = 16
 XLA_ROWS: Final = 2048  # query rows of a step of a portable program
 
 

@@ -15,7 +15,8 @@ from typing import Any, Final
 
 import rpac
 from rpac.errors import PlanError
-from rpac.plan.tiles import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, decode_tiles_from, tiles_from
+from rpac.plan.kernel_plan import KernelPlan, decode_tiles_from, tiles_from
+from rpac.plan.tiles import BlockTiles, DecodeTiles, GroupTiles
 from rpac.spec import Spec, plain
 
 SCHEMA: Final = 1

@@ -14,7 +14,7 @@ from test_features import KINDS, LAYOUTS, SEED, SLOW, compiled, failures, featur
 from rpac.check import trials_of
 from rpac.chip import TPU_TARGETS
 from rpac.plan import plan_spec
-from rpac.plan.tiles import unit_tokens
+from rpac.plan.buffers import unit_tokens
 from rpac.render import render
 from rpac.spec import Spec
 

@@ -15,6 +15,7 @@ from rpac.chip import TPU_TARGETS, chip
 from rpac.errors import PlanError
 from rpac.layout import LANES
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims, kinds_of, plan_spec
+from rpac.plan.buffers import unit_tokens
 from rpac.plan.build import (
     IN_FLIGHT_BYTES,
     SMEM_RESERVE,
@@ -25,7 +26,8 @@ from rpac.plan.build import (
     smem_need,
     vmem_need,
 )
-from rpac.plan.tiles import Sets, XlaTiles, unit_tokens
+from rpac.plan.query_rows import Sets
+from rpac.plan.tiles import XlaTiles
 from rpac.spec import Model, Serving, Spec, load_spec
 
 SPECS = [

@@ -87,12 +87,3 @@ def _sink_row(spec: Spec, rows: int, heads: int, rows_of_head: int) -> str:
     if spec.serving.decode_len > 1:
         return f"head // GROUP * {rows_of_head} + token * GROUP + head % GROUP"
     return "head" if rows == heads else f"head // {heads} * {rows} + head % {heads}"
-
-
-def draft_lines(spec: Spec) -> list[str]:
-    """What a reader should know before a source of decode rows with several new tokens."""
-    if spec.serving.decode_len == 1:
-        return []
-    tree = spec.serving.tree_mask
-    seen = "each sees those that `tree` says, an argument" if tree else "each sees those before it"
-    return [f"decode rows of {spec.serving.decode_len} new tokens, the last accepted one and drafts; {seen}"]
