@@ -129,22 +129,25 @@ def canary(kind: Kind, dims: Sequence[layout.ArrayDims], limits: Limits, kv_layo
     return make_call(kind, dims, limits, kv_layout, q_lens, context_lens, SEED)
 
 
-def answer(call: Call, out: NDArray[np.float32], pages: Array) -> bytes:
-    """What a bundle stores: the inputs' sha256, that of `pages` after the call, and the samples of `out` in float32.
+def answer(call: Call, out: NDArray[np.float32], pages: Array, lse: NDArray[np.float32] | None = None) -> bytes:
+    """What a bundle stores: the inputs' sha256, that of `pages` after the call, and samples of `out` and `lse` in float32.
 
-    `out` is the oracle's, `[tokens, q_heads, head_dim]`; `pages` what the call's pages hold afterwards.
+    `out` is the oracle's, `[tokens, q_heads, head_dim]`; `pages` what the call's pages hold afterwards; `lse`
+    `[tokens, q_heads]`, of programs that return it.
     """
-    samples = np.ascontiguousarray(out[call.samples], "<f4")
-    return call.digest + hashlib.sha256(_bytes(pages)).digest() + samples.tobytes()
+    samples = [np.ascontiguousarray(array[call.samples], "<f4").tobytes() for array in (out, lse) if array is not None]
+    return b"".join([call.digest, hashlib.sha256(_bytes(pages)).digest(), *samples])
 
 
-def judge(call: Call, stored: bytes, out: Array, pages: Array) -> Verdict:
+def judge(call: Call, stored: bytes, out: Array, pages: Array, lse: Array | None = None) -> Verdict:
     """A program's results against a stored answer. Raises ValueError where the answer is not to this call."""
     head_dim = call.queries.shape[-1]
     count = len(call.samples[0])
-    if len(stored) != 2 * _DIGEST_BYTES + 4 * count * head_dim or not stored.startswith(call.digest):
+    sampled = count * (head_dim + (lse is not None))
+    if len(stored) != 2 * _DIGEST_BYTES + 4 * sampled or not stored.startswith(call.digest):
         raise ValueError("found the answer to other inputs than this rpac makes")
-    want = np.frombuffer(stored, "<f4", offset=2 * _DIGEST_BYTES).reshape(count, 1, head_dim)
+    wanted = np.frombuffer(stored, "<f4", offset=2 * _DIGEST_BYTES)
+    want = wanted[: count * head_dim].reshape(count, 1, head_dim)
     found = out[call.samples].astype(np.float32).reshape(count, 1, head_dim)
     error, (worst, _) = attention_error(found, want)
     notes = []
@@ -153,6 +156,10 @@ def judge(call: Call, stored: bytes, out: Array, pages: Array) -> Verdict:
         token, head = (axis[worst] for axis in call.samples)
         zeros = "" if found.any() else ", all that was looked at is zero"
         notes.append(f"attention of query head {head} at token {token} is off by {error:.2g} of {tolerance:.2g}{zeros}")
+    if lse is not None:
+        off = np.abs(lse[call.samples] - wanted[count * head_dim :]).max(initial=0)
+        if not off <= tolerance:
+            notes.append(f"lse is off by {off:.2g} of {tolerance:.2g}")
     if hashlib.sha256(_bytes(pages)).digest() != stored[_DIGEST_BYTES : 2 * _DIGEST_BYTES]:
         notes.append("the cache's pages do not hold what the batch writes")
     return Verdict(error, tuple(notes))
