@@ -12,7 +12,7 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow test-adapters lint support generate generated check bench-cpu bench-peers bench-scheduling \
+.PHONY: demo test test-newest test-slow test-adapters lint support generate generated check bench-cpu bench-gpu bench-peers bench-scheduling \
 	calibrate build-all serve-demo clean
 
 demo: $(VENV)/ready
@@ -68,6 +68,11 @@ build-all: $(VENV)/ready
 
 bench-cpu: $(VENV)/ready
 	$(BIN)/python benchmarks/cpu.py
+
+# On a machine with a GPU, with a CUDA build of jax beside rpac there.
+bench-gpu: $(VENV)/ready
+	$(BIN)/rpac build benchmarks/gpu.yaml --target gpu
+	$(BIN)/python benchmarks/gpu.py build/gpu.rpac
 
 bench-peers: $(VENV)/ready
 	$(BIN)/python benchmarks/peers.py

@@ -24,7 +24,7 @@ _ENTRY = "answer"
 
 def oracle_options(model: Model | Dims, kv_layout: str) -> dict[str, Any]:
     """What the oracle must know of a spec or a bundle beside a call's arguments."""
-    names = ("sm_scale", "soft_cap", "sliding_window", "causal")
+    names = ("sm_scale", "soft_cap", "sliding_window", "attention_chunk", "causal")
     return {"kv_layout": kv_layout, **{name: getattr(model, name) for name in names}}
 
 
@@ -38,19 +38,24 @@ def oracle(
     if model.rope_dim is not None:
         return *reference_latent.latent_paged_attention(*args, sm_scale=model.sm_scale), None
     options = {**oracle_options(model, kv_layout), **extra}
+    if not model.update_cache:
+        queries, *others = args
+        return reference.attention_with_lse(queries, None, None, *others, kv_heads=model.kv_heads, **options)
     return reference.attention_with_lse(*args, **options)
 
 
-def expected(call: Call, model: Model | Dims, kv_layout: str) -> tuple[NDArray[np.float32], Array]:
-    """The oracle's output of a call, and what the call's pages hold afterwards."""
+def expected(
+    call: Call, model: Model | Dims, kv_layout: str, log_sum_exp: bool = False
+) -> tuple[NDArray[np.float32], Array, NDArray[np.float32] | None]:
+    """The oracle's output of a call, what the call's pages hold afterwards, and the lse of programs that return it."""
     batch = call.batch
     places = np.zeros(batch.limits.num_pages, np.int32)
     places[call.pages] = np.arange(len(call.pages))
     # A cache of these pages alone, because one of all of them may take gigabytes.
     tables = places[batch.page_indices]
     args = (*call.by_token.values(), call.held, batch.kv_lens, tables, batch.cu_q_lens, batch.distribution)
-    out, pages, _ = oracle(model, kv_layout, args, call.extra)
-    return out, pages
+    out, pages, lse = oracle(model, kv_layout, args, call.extra)
+    return out, pages, lse if log_sum_exp else None
 
 
 def canary_answers(spec: Spec, variants: Iterable[tuple[str, int]], store: Store) -> dict[tuple[str, str, int], bytes]:
@@ -67,7 +72,7 @@ def _answer(spec: Spec, kind: Kind, tokens: int, store: Store) -> bytes:
         return known[_ENTRY]
     kv_layout = spec.serving.kv_layout
     call = canary.canary(kind, layout.arg_specs(spec, tokens), Limits.of(spec), kv_layout)
-    made = canary.answer(call, *expected(call, spec.model, kv_layout))
+    made = canary.answer(call, *expected(call, spec.model, kv_layout, spec.serving.log_sum_exp))
     store.write(key, {_ENTRY: made})
     return made
 
@@ -86,6 +91,7 @@ def _key(spec: Spec, kind: Kind, tokens: int) -> str:
         "model": asdict(spec.model),
         "limits": limits.as_dict(),
         "kv_layout": spec.serving.kv_layout,
+        **{key: True for key in ("tree_mask", "log_sum_exp") if getattr(spec.serving, key)},
         "sources": [hashlib.sha256(source).hexdigest() for source in sources],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()

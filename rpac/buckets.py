@@ -50,8 +50,8 @@ class Traffic:
                 limit = "max_num_tokens of any spec" if spec is None else f"max_num_tokens of {spec.file}"
                 fix = "split the batch" if spec is None else f"split the batch, or write max_num_tokens: {max(sizes)}"
                 raise BatchError(f"{one.label}: has {size} new tokens; must be at most {most}, {limit}; {fix}")
-        chunk = 0 if spec is None else spec.serving.prefill_chunk
-        kinds = np.array([KIND_ORDER.index(_kind(one.q_lens, chunk)) for one in workloads], np.int64)
+        chunk, new = (0, 1) if spec is None else (spec.serving.prefill_chunk, spec.serving.decode_len)
+        kinds = np.array([KIND_ORDER.index(_kind(one.q_lens, chunk, new)) for one in workloads], np.int64)
         return cls(np.array(sizes, np.int64), kinds, align(max(sizes), ROWS) if spec is None else most)
 
 
@@ -149,6 +149,6 @@ def _padding(tokens: Int64s, rows: Int64s) -> float | None:
     return float(1 - tokens.sum() / rows.sum()) if len(tokens) else None
 
 
-def _kind(q_lens: Sequence[int], chunk: int) -> Kind:
-    decodes = q_lens.count(1)
-    return select_kind((decodes, decodes + (q_lens.count(chunk) if chunk != 1 else 0), len(q_lens)))
+def _kind(q_lens: Sequence[int], chunk: int, new: int) -> Kind:
+    decodes = q_lens.count(new)
+    return select_kind((decodes, decodes + (q_lens.count(chunk) if chunk != new else 0), len(q_lens)))

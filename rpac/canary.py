@@ -111,11 +111,13 @@ def make_call(
     contents = _numbers(held_tokens.shape, seed, cache + 1)
     places = {page: place for place, page in enumerate(pages)}
     for row in batch:
-        old = np.arange(row.context_len)
+        old = np.arange(row.context_len if "keys" in by_token or kv_layout == "latent" else row.kv_len)
         at = np.array([places[page] for page in row.pages], np.int64)[old // limits.page_size], old % limits.page_size
         held_tokens[at] = contents[at]
     more = dims[layout.index_of(dims, "distribution") + 1 :]
-    extra = {one.name: _numbers(one.shape, seed, cache + 2 + i).astype(one.dtype) for i, one in enumerate(more)}
+    extra: dict[str, Array] = {one.name: _numbers(one.shape, seed, cache + 2 + i) for i, one in enumerate(more)}
+    if "tree" in extra:
+        extra["tree"] = _tree(extra["tree"])
     if "kv_scales" in extra:
         extra["kv_scales"] = 1 + np.abs(extra["kv_scales"]) / 4
     return Call(batch, by_token, np.array(pages, np.int32), held, extra)
@@ -127,22 +129,25 @@ def canary(kind: Kind, dims: Sequence[layout.ArrayDims], limits: Limits, kv_layo
     return make_call(kind, dims, limits, kv_layout, q_lens, context_lens, SEED)
 
 
-def answer(call: Call, out: NDArray[np.float32], pages: Array) -> bytes:
-    """What a bundle stores: the inputs' sha256, that of `pages` after the call, and the samples of `out` in float32.
+def answer(call: Call, out: NDArray[np.float32], pages: Array, lse: NDArray[np.float32] | None = None) -> bytes:
+    """What a bundle stores: the inputs' sha256, that of `pages` after the call, and samples of `out` and `lse` in float32.
 
-    `out` is the oracle's, `[tokens, q_heads, head_dim]`; `pages` what the call's pages hold afterwards.
+    `out` is the oracle's, `[tokens, q_heads, head_dim]`; `pages` what the call's pages hold afterwards; `lse`
+    `[tokens, q_heads]`, of programs that return it.
     """
-    samples = np.ascontiguousarray(out[call.samples], "<f4")
-    return call.digest + hashlib.sha256(_bytes(pages)).digest() + samples.tobytes()
+    samples = [np.ascontiguousarray(array[call.samples], "<f4").tobytes() for array in (out, lse) if array is not None]
+    return b"".join([call.digest, hashlib.sha256(_bytes(pages)).digest(), *samples])
 
 
-def judge(call: Call, stored: bytes, out: Array, pages: Array) -> Verdict:
+def judge(call: Call, stored: bytes, out: Array, pages: Array, lse: Array | None = None) -> Verdict:
     """A program's results against a stored answer. Raises ValueError where the answer is not to this call."""
     head_dim = call.queries.shape[-1]
     count = len(call.samples[0])
-    if len(stored) != 2 * _DIGEST_BYTES + 4 * count * head_dim or not stored.startswith(call.digest):
+    sampled = count * (head_dim + (lse is not None))
+    if len(stored) != 2 * _DIGEST_BYTES + 4 * sampled or not stored.startswith(call.digest):
         raise ValueError("found the answer to other inputs than this rpac makes")
-    want = np.frombuffer(stored, "<f4", offset=2 * _DIGEST_BYTES).reshape(count, 1, head_dim)
+    wanted = np.frombuffer(stored, "<f4", offset=2 * _DIGEST_BYTES)
+    want = wanted[: count * head_dim].reshape(count, 1, head_dim)
     found = out[call.samples].astype(np.float32).reshape(count, 1, head_dim)
     error, (worst, _) = attention_error(found, want)
     notes = []
@@ -151,6 +156,10 @@ def judge(call: Call, stored: bytes, out: Array, pages: Array) -> Verdict:
         token, head = (axis[worst] for axis in call.samples)
         zeros = "" if found.any() else ", all that was looked at is zero"
         notes.append(f"attention of query head {head} at token {token} is off by {error:.2g} of {tolerance:.2g}{zeros}")
+    if lse is not None:
+        off = np.abs(lse[call.samples] - wanted[count * head_dim :]).max(initial=0)
+        if not off <= tolerance:
+            notes.append(f"lse is off by {off:.2g} of {tolerance:.2g}")
     if hashlib.sha256(_bytes(pages)).digest() != stored[_DIGEST_BYTES : 2 * _DIGEST_BYTES]:
         notes.append("the cache's pages do not hold what the batch writes")
     return Verdict(error, tuple(notes))
@@ -158,11 +167,11 @@ def judge(call: Call, stored: bytes, out: Array, pages: Array) -> Verdict:
 
 def canary_rows(kind: Kind, tokens: int, limits: Limits) -> tuple[list[int], list[int]]:
     """New tokens and context of each row: few, around the end of a page, as many as the cache has pages for."""
-    page, chunk, full = limits.page_size, limits.prefill_chunk, limits.max_kv_len
+    page, chunk, full, new = limits.page_size, limits.prefill_chunk, limits.max_kv_len, limits.decode_len
     wanted = {
-        "decode": [(1, page), (1, 0), (1, page - 1), (1, 2 * page + 2)],
+        "decode": [(new, page), (new, 0), (new, page - 1), (new, 2 * page + 2)],
         "prefill": [(chunk, page // 2 + 1), (chunk, 0)][: 2 if chunk < LONG_CHUNK else 1],
-        "mixed": [(1, page), (min(5, max(tokens - 1, 1)), page - 2), (chunk, page // 2 + 1)],
+        "mixed": [(new, page), (min(5, max(tokens - 1, 1)), page - 2), (chunk, page // 2 + 1)],
     }[kind]
     rows: list[tuple[int, int]] = []
     pages = limits.num_pages
@@ -183,6 +192,15 @@ def _as_kind(kind: Kind, batch: Batch) -> Batch:
     distribution = np.array((0, count if kind == "prefill" else 0, count), np.int32)
     metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, distribution)
     return Batch.of_arrays(batch.limits, batch.tokens, *metadata, order=batch.order)
+
+
+def _tree(numbers: NDArray[np.float32]) -> Int32s:
+    """Trees of drafts by `numbers` `[rows, new tokens]`: each new token sees itself and what one before it sees."""
+    bits = np.ones(numbers.shape, np.int32)
+    for token in range(1, numbers.shape[1]):
+        parent = (4 * numbers[:, token] + 8).astype(np.int64) % token
+        bits[:, token] = bits[np.arange(len(bits)), parent] | 1 << token
+    return bits
 
 
 def _numbers(shape: tuple[int, ...], seed: int, stream: int) -> NDArray[np.float32]:

@@ -13,11 +13,16 @@ if TYPE_CHECKING:
     from rpac.spec import Model, Spec
 
 LANES = 128
+SUBLANES = 8  # of a 32-bit register tile, on every generation supported
 WORD_BITS = 32
 BITS = {"float32": 32, "int32": 32, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8, "int8": 8}
 
 # What programs take beside the batch where a spec asks for it, in argument order, and the lines of a spec that do.
-EXTRA_ARGS = {"sinks": "model:\n  sinks: true", "kv_scales": "model:\n  kv_scale: head"}
+EXTRA_ARGS = {
+    "sinks": "model:\n  sinks: true",
+    "kv_scales": "model:\n  kv_scale: head",
+    "tree": "serving:\n  tree_mask: true\n  decode_len: 4",
+}
 
 # What programs return after the output and the cache where a spec asks for it.
 EXTRA_RESULTS = ("lse",)
@@ -171,7 +176,8 @@ def metadata_specs(rows: Rows) -> tuple[ArrayDims, ...]:
 
 
 def arg_specs(spec: Spec, tokens: int) -> tuple[ArrayDims, ...]:
-    """The arguments of a program of one token bucket, in argument order: those of the batch, then `extra_specs`.
+    """The arguments of a program of one token bucket, in argument order: those of the batch, then `extra_specs`. There are
+    no `keys` and `values` where the cache is not updated.
 
     Of latent attention: `queries` `[tokens, q_heads, kv_lora_rank]` (q_nope after absorption), `queries_rope`
     `[tokens, q_heads, rope_dim]`, `new_kv` `[tokens, kv_lora_rank]`, `new_rope` `[tokens, rope_dim]`, then the cache and the
@@ -189,8 +195,11 @@ def arg_specs(spec: Spec, tokens: int) -> tuple[ArrayDims, ...]:
         )
     return (
         ArrayDims("queries", queries_shape(spec, tokens), model.q_dtype),
-        ArrayDims("keys", kv_new_shape(spec, tokens), model.new_dtype),
-        ArrayDims("values", kv_new_shape(spec, tokens), model.new_dtype),
+        *(
+            ArrayDims(name, kv_new_shape(spec, tokens), model.new_dtype)
+            for name in ("keys", "values")
+            if model.update_cache
+        ),
         ArrayDims("kv_cache", kv_cache_shape(spec), model.kv_dtype),
         *metadata_specs(spec.serving),
         *extra_specs(spec),
@@ -199,12 +208,18 @@ def arg_specs(spec: Spec, tokens: int) -> tuple[ArrayDims, ...]:
 
 def extra_specs(spec: Spec) -> tuple[ArrayDims, ...]:
     """What a spec's programs take after the batch, in the order of `EXTRA_ARGS`: `sinks` `[q_heads]`; `kv_scales`, of K and
-    then of V, `[2, kv_heads]`, or `[2]` where they are of the tensor.
+    then of V, `[2, kv_heads]`, or `[2]` where they are of the tensor; `tree` `[max_num_seqs, decode_len]` int32, in which
+    bit j of `tree[s, i]` says whether new token i of decode row s sees new token j: bit i is set, bits from decode_len on
+    mean nothing, and the context is always seen.
     """
-    model = spec.model
+    model, serving = spec.model, spec.serving
     scales = {"head": (2, model.kv_heads), "tensor": (2,)}
-    shapes = {"sinks": (model.q_heads,) if model.sinks else None, "kv_scales": scales.get(model.kv_scale or "")}
-    return tuple(ArrayDims(name, shape, "float32") for name in EXTRA_ARGS if (shape := shapes[name]) is not None)
+    every: dict[str, tuple[Shape | None, str]] = {
+        "sinks": ((model.q_heads,) if model.sinks else None, "float32"),
+        "kv_scales": (scales.get(model.kv_scale or ""), "float32"),
+        "tree": ((serving.max_num_seqs, serving.decode_len) if serving.tree_mask else None, "int32"),
+    }
+    return tuple(ArrayDims(name, shape, every[name][1]) for name in EXTRA_ARGS if (shape := every[name][0]) is not None)
 
 
 def index_of(arrays: Sequence[ArrayDims], name: str) -> int:

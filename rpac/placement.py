@@ -36,12 +36,12 @@ class Placement:
         """The whole array in which every device's part is `part`."""
         return np.tile(part, self.mesh.repeats(dims)) if len(self.devices) > 1 else part
 
-    def join(self, dims: ArrayDims, parts: Sequence[jax.Array]) -> jax.Array:
-        """The whole array of one part on each device, in their order; nothing is copied."""
+    def joiner(self, dims: ArrayDims) -> Callable[[Sequence[jax.Array]], jax.Array]:
+        """What makes the whole array of one part on each device, in their order; nothing is copied."""
         if len(self.devices) == 1:
-            return parts[0]
-        whole = self.mesh.whole(dims)
-        return jax.make_array_from_single_device_arrays(whole.shape, self.sharding(dims), list(parts))
+            return lambda parts: parts[0]
+        shape, sharding = self.mesh.whole(dims).shape, self.sharding(dims)
+        return lambda parts: jax.make_array_from_single_device_arrays(shape, sharding, list(parts))
 
     def parts(self, array: jax.Array) -> list[jax.Array]:
         """The parts of an array, in the order of the devices."""

@@ -17,43 +17,16 @@ Array = NDArray[Any]
 Int32s = NDArray[np.int32]
 
 
-def ragged_paged_attention(
-    queries: Array,
-    keys: Array,
-    values: Array,
-    kv_cache: Array,
-    kv_lens: Int32s,
-    page_indices: Int32s,
-    cu_q_lens: Int32s,
-    distribution: Int32s,
-    *,
-    sm_scale: float,
-    kv_layout: str = "interleaved",
-    soft_cap: float | None = None,
-    sliding_window: int | None = None,
-    sinks: Array | None = None,
-    kv_scales: Array | None = None,
-    causal: bool = True,
-) -> tuple[NDArray[np.float32], Array]:
-    """The first two results of `attention_with_lse`."""
-    arguments = (queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution)
-    out, cache, _ = attention_with_lse(
-        *arguments,
-        sm_scale=sm_scale,
-        kv_layout=kv_layout,
-        soft_cap=soft_cap,
-        sliding_window=sliding_window,
-        sinks=sinks,
-        kv_scales=kv_scales,
-        causal=causal,
-    )
+def ragged_paged_attention(*args: Any, **options: Any) -> tuple[NDArray[np.float32], Array]:
+    """The first two results of `attention_with_lse`, whose arguments it takes."""
+    out, cache, _ = attention_with_lse(*args, **options)
     return out, cache
 
 
 def attention_with_lse(
     queries: Array,
-    keys: Array,
-    values: Array,
+    keys: Array | None,
+    values: Array | None,
     kv_cache: Array,
     kv_lens: Int32s,
     page_indices: Int32s,
@@ -64,19 +37,25 @@ def attention_with_lse(
     kv_layout: str = "interleaved",
     soft_cap: float | None = None,
     sliding_window: int | None = None,
+    attention_chunk: int | None = None,
     sinks: Array | None = None,
     kv_scales: Array | None = None,
     causal: bool = True,
+    kv_heads: int | None = None,
+    tree: Int32s | None = None,
 ) -> tuple[NDArray[np.float32], Array, NDArray[np.float32]]:
     """Attention of every new token over its sequence, and the cache with the new tokens in it.
 
     Arguments are those of a program, as numpy arrays, of a batch that `validate` accepts; `kv_layout` says how K and V
     lie in `kv_cache`, as `split_kv` has it. `soft_cap`: a score s becomes soft_cap * tanh(s / soft_cap).
     `sliding_window`: the query at position p sees those from p - sliding_window + 1 to p, where the cache may hold anything
-    before what the first new token sees. `sinks` `[q_heads]` are logits, one a query head, that take part in its softmax
+    before what the first new token sees. `attention_chunk`: that query sees those from the last multiple of it that is not
+    above p on, likewise. `sinks` `[q_heads]` are logits, one a query head, that take part in its softmax
     and have no value. `kv_scales` `[2]` or `[2, kv_heads]` are what stored K and V are multiplied by; new keys and values
     of another dtype than the cache's are quantized as they are stored, as `quantized` does. Where not `causal` a query sees
-    all of its sequence, what follows it too.
+    all of its sequence, what follows it too. `tree` `[rows, new tokens]`: of a decode row s, new token i sees new token j
+    where bit j of tree[s, i] is set, and all of the context. `keys` and `values` are None where the cache holds those of the
+    new tokens already; then `kv_heads` must be given.
 
     Returns the output `[tokens, q_heads, head_dim]` in float32, zero in the rows past the last sequence, and a new cache
     in the cache's dtype: each new token's K and V as given, zeros in its padding, every other bit as it was. The caller
@@ -84,26 +63,26 @@ def attention_with_lse(
     float32, likewise zero.
     """
     _, q_heads, head_dim = queries.shape
-    kv_heads = keys.shape[1]
+    kv_heads = kv_heads if keys is None else keys.shape[1]
+    assert kv_heads is not None and (keys is None) == (values is None)
     page_tables = page_indices.reshape(len(kv_lens), -1)
     count = int(distribution[2])
 
     scales = np.ones((2, kv_heads), np.float32)
     if kv_scales is not None:
         scales[:] = kv_scales.reshape(2, -1)
-    if keys.dtype != kv_cache.dtype:
-        keys, values = (
-            quantized(new, scale, kv_cache.dtype) for new, scale in zip((keys, values), scales, strict=True)
-        )
-
     cache = kv_cache.copy()
     cached_k, cached_v = split_kv(cache, kv_heads, head_dim, kv_layout)  # views
     page_size = cached_k.shape[1]
     by_token = cache.swapaxes(1, 3) if kv_layout == "separate" else cache  # a view
-    for seq in range(count):
-        start, end = int(cu_q_lens[seq]), int(cu_q_lens[seq + 1])
-        for token in range(start, end):
-            position = int(kv_lens[seq]) - end + token
+    if keys is not None and values is not None:
+        if keys.dtype != kv_cache.dtype:
+            keys, values = (
+                quantized(new, scale, kv_cache.dtype) for new, scale in zip((keys, values), scales, strict=True)
+            )
+        new = [(seq, token) for seq in range(count) for token in range(int(cu_q_lens[seq]), int(cu_q_lens[seq + 1]))]
+        for seq, token in new:
+            position = int(kv_lens[seq]) - int(cu_q_lens[seq + 1]) + token
             page = page_tables[seq, position // page_size]
             by_token[page, position % page_size] = 0
             cached_k[page, position % page_size] = keys[token]
@@ -116,12 +95,17 @@ def attention_with_lse(
         kv_len = int(kv_lens[seq])
         q_positions = np.arange(kv_len - (end - start), kv_len)
         window = kv_len if sliding_window is None else sliding_window
-        kv_positions = np.arange(max(kv_len - (end - start) + 1 - window, 0), kv_len)
+        chunk = kv_len if attention_chunk is None else attention_chunk
+        first_seen = np.maximum(np.maximum(q_positions + 1 - window, q_positions // chunk * chunk), 0)
+        kv_positions = np.arange(first_seen[0], kv_len)
         at = page_tables[seq, kv_positions // page_size], kv_positions % page_size
         k = cached_k[at].astype(np.float64) * scales[0, :, None]
         v = cached_v[at].astype(np.float64) * scales[1, :, None]
         visible = (kv_positions <= q_positions[:, None]) | (not causal)
-        visible &= kv_positions > q_positions[:, None] - window
+        visible &= kv_positions >= first_seen[:, None]
+        if tree is not None and seq < distribution[0]:
+            for token, column in np.ndindex(end - start, end - start):
+                visible[token, column - (end - start)] = int(tree[seq, token]) >> column & 1
         for head in range(q_heads):
             kv_head = head * kv_heads // q_heads
             scores = sm_scale * (queries[start:end, head].astype(np.float64) @ k[:, kv_head].T)

@@ -87,6 +87,7 @@ def load_native(data: bytes, program: Program, placement: Placement) -> Run:
             "build the bundle again for these devices and this runtime"
         ) from error
     shardings = [placement.sharding(dims) for dims in program.args]
+    joiners = [placement.joiner(dims) for dims in program.results]
 
     def run(args: Sequence[Any]) -> Results:
         # Only what lies on the host is moved: the cache must be donated as the caller's own array.
@@ -97,7 +98,7 @@ def load_native(data: bytes, program: Program, placement: Placement) -> Run:
             [arg if known else next(moved) for arg, known in zip(args, there, strict=True)]
         )
         parts = results.disassemble_into_single_device_arrays()
-        return tuple(placement.join(dims, part) for dims, part in zip(program.results, parts, strict=True))
+        return tuple(join(part) for join, part in zip(joiners, parts, strict=True))
 
     return run
 

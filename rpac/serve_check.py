@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from rpac.answers import expected
@@ -19,7 +18,7 @@ from rpac.engine import CanaryRun, Engine, Event, ProgramReady, load_layers
 from rpac.engine.probe import probe
 from rpac.errors import CheckError, RpacError
 from rpac.layout import cdiv
-from rpac.runtime import build_string
+from rpac.runtime import Results, build_string
 
 MAX_ROWS = 6
 MAX_LEN = 1024  # tokens of a row, for the oracle's sake
@@ -140,9 +139,10 @@ def _run_batch(engine: Engine, variant: Variant, rows: Sequence[tuple[int, int]]
     program = engine.programs[variant]
     q_lens, context_lens = [q_len for q_len, _ in rows], [context for _, context in rows]
     call = make_call(variant.kind, program.args, engine.limits, engine.kv_layout, q_lens, context_lens, seed)
-    wanted = answer(call, *expected(call, engine.model, engine.kv_layout))
+    log_sum_exp = any(dims.name == "lse" for dims in program.results)
+    wanted = answer(call, *expected(call, engine.model, engine.kv_layout, log_sum_exp))
 
-    def run(args: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+    def run(args: Sequence[Any]) -> Results:
         taken = len(args) - len(call.extra)
         return engine(*args[:taken], **dict(zip(call.extra, args[taken:], strict=True)))
 
@@ -165,7 +165,7 @@ def random_rows(variant: Variant, limits: Limits, rng: np.random.Generator) -> l
         if kind == "prefill":
             q_len = chunk
         elif kind == "decode" or (row and rng.random() < 0.5):
-            q_len = 1
+            q_len = limits.decode_len
         else:
             q_len = int(rng.integers(1, min(room, full) + 1))
         context = int(rng.integers(0, max(full - q_len, 0) + 1))

@@ -10,6 +10,7 @@ from tabulate import tabulate
 from rpac.errors import SpecError
 from rpac.spec import TARGETS, parse_spec
 from rpac.spec import parse as rules
+from rpac.spec.drafts import MAX_DECODE_LEN
 from rpac.spec.latent import KV_LORA_RANKS, ROPE_DIMS
 from rpac.spec.model import KV_LAYOUTS, KV_SCALES, NO_TARGETS, QUANTIZERS
 
@@ -49,9 +50,13 @@ FEATURES: Mapping[str, Mapping[str, Mapping[str, object]]] = {
     "pages of 512": {"serving": {"page_size": 512}},
     "soft cap": {"model": {"soft_cap": 30.0}},
     "sliding window": {"model": {"sliding_window": 1024}},
+    "attention in chunks": {"model": {"attention_chunk": 1024}},
     "sinks": {"model": {"sinks": "true"}},
     "not causal": {"model": {"causal": "false"}},
+    "cache not updated": {"model": {"update_cache": "false"}},
     "log-sum-exp": {"serving": {"log_sum_exp": "true"}},
+    "drafts": {"serving": {"decode_len": 4}},
+    "a tree of drafts": {"serving": {"decode_len": 4, "tree_mask": "true"}},
     "latent attention": {
         "model": {
             "attention": "latent",
@@ -107,8 +112,10 @@ def _keys() -> list[tuple[str, str, str]]:
         ("model.sm_scale", f"{rules.SM_SCALES[0]:g} to {rules.SM_SCALES[1]:g}", "head_dim ** -0.5"),
         ("model.soft_cap", f"{rules.SOFT_CAPS[0]:g} to {rules.SOFT_CAPS[1]:g}", "none"),
         ("model.sliding_window", "1 to max_model_len - 1 tokens", "none"),
+        ("model.attention_chunk", "a multiple of page_size, below max_model_len", "none"),
         ("model.sinks", "true, false: an argument `sinks`", "false"),
         ("model.causal", "true, false: each query sees all of its sequence", "true"),
+        ("model.update_cache", "true, false: no arguments `keys` and `values`, the cache has them", "true"),
         (
             "model.attention",
             "latent: the cache holds one vector a token, shared by all heads (MLA)",
@@ -127,6 +134,16 @@ def _keys() -> list[tuple[str, str, str]]:
         ("serving.context_lens", "expected lengths, ascending", ""),
         ("serving.num_pages", "pages of one layer's cache", "a full table for each sequence"),
         ("serving.log_sum_exp", "true, false: a third result `lse`", "false"),
+        (
+            "serving.decode_len",
+            f"1 to {MAX_DECODE_LEN} new tokens of each decode row, at most max_num_tokens / max_num_seqs",
+            "1",
+        ),
+        (
+            "serving.tree_mask",
+            "true, false: an argument `tree`, which new tokens of a decode row each of them sees",
+            "false",
+        ),
         ("parallel.tensor", f"devices that share the heads, {rules.MAX_DEVICES} with data at most", "1"),
         ("parallel.data", "replicas", "1"),
     ]

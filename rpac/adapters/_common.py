@@ -60,7 +60,6 @@ FEATURES = {
     "q_scale": _SCALED,
     "skip_kv_mask": Feature((False,), "programs mask what lies past the end of a sequence"),
     "softmax_dtype": Feature((None,), "programs compute softmax in float32"),
-    "update_kv_cache": Feature((True,), "programs write the new keys and values to the cache"),
     "v_scale": _SCALED,
     "xai_temperature_len": Feature((None,), "programs do not scale scores by position"),
 }
@@ -72,6 +71,7 @@ BUILT_IN = {
     "logits_soft_cap": "soft_cap",
     "sliding_window": "sliding_window",
     "soft_cap": "soft_cap",
+    "update_kv_cache": "update_cache",
     "use_causal_mask": "causal",
 }
 
@@ -102,6 +102,16 @@ class Adapter:
             raise SelectionError(
                 f"{self._bundle} has kv_layout {self.engine.kv_layout}; must be interleaved, as {self.peer} keeps "
                 "K and V in its cache; build with\nserving:\n  kv_layout: interleaved"
+            )
+        if self.engine.limits.decode_len > 1:
+            raise SelectionError(
+                f"{self._bundle} has decode_len {self.engine.limits.decode_len}; must be 1, the new tokens of a decode row "
+                f"of {self.peer}; build with\nserving:\n  decode_len: 1"
+            )
+        if self.engine.model.attention_chunk is not None:
+            raise SelectionError(
+                f"{self._bundle} has attention_chunk {self.engine.model.attention_chunk}; must have none, for {self.peer} has no "
+                "argument that asks for it; build without model.attention_chunk"
             )
 
     def require_neutral(self, **given: Any) -> None:
@@ -175,6 +185,7 @@ class Adapter:
         for name, array, size in (("cu_q_lens", cu_q_lens, rows + 1), ("distribution", distribution, 3)):
             if len(array) != size:
                 raise BatchError(f"{name} is {_shown(array)}; must be int32[{size}]; see the batch contract")
+        arrays = args[:4] if self.engine.model.update_cache else (queries, kv_cache)
         in_trace = traced((*args, *extra.values()))
         xp: Any = jnp if in_trace else np
         metadata = [xp.asarray(array) for array in args[4:]]
@@ -183,8 +194,8 @@ class Adapter:
         if chunk_prefill_size is None:
             metadata[-1] = metadata[-1][PREFILL_AS_MIXED]
         if in_trace:
-            return self.engine.traced(*args[:4], *metadata, **extra)
-        return self.engine(*args[:4], *metadata, validate=self.validate, **extra)
+            return self.engine.traced(*arrays, *metadata, **extra)
+        return self.engine(*arrays, *metadata, validate=self.validate, **extra)
 
     def array_sizes(self, queries: Any, keys: Any, kv_cache: Any) -> Iterator[Size]:
         """What the arrays that hold tokens and pages say about the spec."""

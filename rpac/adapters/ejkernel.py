@@ -101,7 +101,9 @@ def ragged_page_attention_v3_kernel(engine: Programs, *, validate: bool = True) 
             k_scale=k_scale,
             v_scale=v_scale,
         )
-        adapter.require_built(causal=True, sliding_window=sliding_window, logits_soft_cap=logits_soft_cap)
+        adapter.require_built(
+            causal=True, update_kv_cache=True, sliding_window=sliding_window, logits_soft_cap=logits_soft_cap
+        )
         # None is the peer's word for its default.
         scale = queries.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         adapter.require_scale("softmax_scale", scale)

@@ -76,7 +76,7 @@ def ragged_paged_attention_v3(engine: Programs, *, validate: bool = True) -> Cal
             debug_mode=debug_mode,
             mask_aligned_to_cu_kv=mask_aligned_to_cu_kv,
         )
-        adapter.require_built(causal=causal, sliding_window=sliding_window, soft_cap=soft_cap)
+        adapter.require_built(causal=causal, update_kv_cache=True, sliding_window=sliding_window, soft_cap=soft_cap)
         adapter.require_scale("sm_scale", sm_scale)
         adapter.require_out_dtype(out_dtype)
         extra = adapter.sinks("attention_sink", attention_sink)
@@ -125,7 +125,7 @@ def ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Callab
             k_scale=k_scale,
             v_scale=v_scale,
         )
-        adapter.require_built(causal=True, sliding_window=sliding_window, soft_cap=soft_cap)
+        adapter.require_built(causal=True, update_kv_cache=True, sliding_window=sliding_window, soft_cap=soft_cap)
         adapter.require_scale("sm_scale", sm_scale)
         arrays = queries, keys, values, _packed(kv_cache_fused, layout.packing(engine.model.kv_dtype))
         metadata = kv_lens, page_indices, cu_q_lens, cu_kv_lens, distribution

@@ -51,7 +51,6 @@ def ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Callab
         disable_semaphore_checks: bool = True,
     ) -> Result:
         adapter.require_neutral(
-            update_kv_cache=update_kv_cache,
             skip_kv_mask=skip_kv_mask,
             mask_value=mask_value,
             q_scale=q_scale,
@@ -59,7 +58,12 @@ def ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Callab
             v_scale=v_scale,
             debug_mode=debug_mode,
         )
-        adapter.require_built(use_causal_mask=use_causal_mask, sliding_window=sliding_window, soft_cap=soft_cap)
+        adapter.require_built(
+            use_causal_mask=use_causal_mask,
+            update_kv_cache=update_kv_cache,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+        )
         adapter.require_scale("sm_scale", sm_scale)
         adapter.require_out_dtype(out_dtype)
         return adapter.run(

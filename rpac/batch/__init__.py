@@ -1,8 +1,9 @@
 """The batch contract: the metadata arrays of a call, built from plain lists and validated.
 
-Sequences lie in rows: [0, i) decode (one new token), [i, j) prefill (exactly `prefill_chunk` new tokens) and
-[j, k) mixed (any number of new tokens, one at least), where (i, j, k) is the distribution. The new tokens of row r
-are queries[cu_q_lens[r]:cu_q_lens[r + 1]], at positions kv_lens[r] - q_len to kv_lens[r] - 1 of their sequence.
+Sequences lie in rows: [0, i) decode (exactly `decode_len` new tokens, 1 unless the spec says more), [i, j) prefill
+(exactly `prefill_chunk` new tokens) and [j, k) mixed (any number of new tokens, one at least), where (i, j, k) is the
+distribution. The new tokens of row r are queries[cu_q_lens[r]:cu_q_lens[r + 1]], at positions kv_lens[r] - q_len to
+kv_lens[r] - 1 of their sequence.
 Only the first ceil(kv_lens[r] / page_size) entries of row r's page table are read. Rows at or past k are dead: they,
 and cu_q_lens past index k, may hold anything.
 """

@@ -73,16 +73,16 @@ class Batch:
 
         `q_lens` counts each sequence's new tokens, `context_lens` its tokens already in the cache; `page_tables`
         lists its pages, which must hold both; one array `[sequences, entries]` is read faster than lists. Rows are
-        sorted into decode, prefill and mixed, in the caller's order within each; a sequence of one token is decode,
-        one of exactly `prefill_chunk` is prefill. The token bucket is the smallest that fits. Raises BatchError, or
-        SelectionError where no bucket is large enough.
+        sorted into decode, prefill and mixed, in the caller's order within each; a sequence of exactly `decode_len`
+        tokens (1 unless the spec says more) is decode, one of exactly `prefill_chunk` is prefill. The token bucket is the
+        smallest that fits. Raises BatchError, or SelectionError where no bucket is large enough.
         """
         limits = limits if isinstance(limits, Limits) else Limits.of(limits)
         new = integers("q_lens", q_lens, 1)
         context = integers("context_lens", context_lens, 0)
         pages, sizes = _page_lists(page_tables)
         _check_sizes(limits, new, context, sizes)
-        ranks = np.where(new == 1, 0, np.where(new == limits.prefill_chunk, 1, 2))
+        ranks = np.where(new == limits.decode_len, 0, np.where(new == limits.prefill_chunk, 1, 2))
         order = np.argsort(ranks, kind="stable")
         decodes, prefills, k = int((ranks == 0).sum()), int((ranks == 1).sum()), len(order)
 

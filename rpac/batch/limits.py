@@ -23,6 +23,7 @@ class Limits:
     num_pages: int
     prefill_chunk: int
     token_buckets: tuple[int, ...]
+    decode_len: int = 1
 
     @classmethod
     def of(cls, spec: Spec) -> Limits:
@@ -35,15 +36,17 @@ class Limits:
             num_pages=serving.num_pages,
             prefill_chunk=serving.prefill_chunk,
             token_buckets=serving.token_buckets,
+            decode_len=serving.decode_len,
         )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Limits:
         """The inverse of `as_dict`. Raises ValueError, naming the entry, where `data` is anything else."""
         names = [field.name for field in fields(cls)]
-        if sorted(data) != sorted(names):
-            raise ValueError(f"limits: found {sorted(data)}; must be {sorted(names)}")
-        for name in names[:-1]:
+        needed = [name for name in names if name != "decode_len"]
+        if sorted(data) not in (sorted(needed), sorted(names)):
+            raise ValueError(f"limits: found {sorted(data)}; must be {sorted(needed)}, and decode_len if above 1")
+        for name in sorted(data.keys() - {"token_buckets"}):
             if type(data[name]) is not int or data[name] < 1:
                 raise ValueError(f"limits.{name}: found {data[name]!r}; must be an integer above 0")
         buckets = data["token_buckets"]
@@ -54,8 +57,9 @@ class Limits:
         return cls(**{**data, "token_buckets": tuple(buckets)})
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for a manifest."""
-        return {**asdict(self), "token_buckets": list(self.token_buckets)}
+        """Plain data for a manifest; a `decode_len` of 1 is not in it, so that it is as it was before there were others."""
+        data = {**asdict(self), "token_buckets": list(self.token_buckets)}
+        return {name: value for name, value in data.items() if (name, value) != ("decode_len", 1)}
 
     @property
     def max_kv_len(self) -> int:

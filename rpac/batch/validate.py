@@ -88,9 +88,10 @@ def _check_lengths(
     if ends[k] > tokens:
         raise BatchError(f"cu_q_lens[{k}] is {ends[k]}; must be at most {tokens}, the rows of queries")
     off = np.zeros(k, np.bool_)
-    off[:i] = q_lens[:i] != 1
+    off[:i] = q_lens[:i] != limits.decode_len
     if off.any():
-        fail(off, "has {q} new tokens; decode rows must have 1; put it behind the decode rows")
+        length = "1" if limits.decode_len == 1 else f"decode_len ({limits.decode_len})"
+        fail(off, f"has {{q}} new tokens; decode rows must have {length}; put it behind the decode rows")
     off[i:j] = q_lens[i:j] != limits.prefill_chunk
     if off.any():
         chunk = limits.prefill_chunk

@@ -30,6 +30,7 @@ MAX_CANARY_BYTES = 1 << 20
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _CACHE_AND_BATCH = ("kv_cache", "kv_lens", "page_indices", "cu_q_lens", "distribution")
 ARGS = ("queries", "keys", "values", *_CACHE_AND_BATCH)
+READ_ARGS = ("queries", *_CACHE_AND_BATCH)  # where the cache is not updated
 LATENT_ARGS = ("queries", "queries_rope", "new_kv", "new_rope", *_CACHE_AND_BATCH)  # of latent attention
 RESULTS = ("out", "kv_cache")
 
@@ -123,6 +124,8 @@ class Dims:
     sm_scale: float
     soft_cap: float | None = None
     sliding_window: int | None = None
+    attention_chunk: int | None = None
+    update_cache: bool = True
     sinks: bool = False
     kv_scale: str | None = None
     quantize: str = "caller"
@@ -263,8 +266,7 @@ def _manifest(root: Node) -> Manifest:
     limits = _limits(fields["limits"])
     files = {path: _file(path, node) for path, node in fields["files"].items().items()}
     model = _dims(fields["model"])
-    args = ARGS if model.rope_dim is None else LATENT_ARGS
-    targets = {name: _target(name, node, limits, args) for name, node in fields["targets"].items().items()}
+    targets = {name: _target(name, node, limits, model) for name, node in fields["targets"].items().items()}
     for name, target in targets.items():
         for program in target.programs:
             if f"source/{program.source}" not in files:
@@ -291,7 +293,17 @@ def _mesh(node: Node) -> Mesh:
 
 def _dims(node: Node) -> Dims:
     names = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
-    optional = ("soft_cap", "sliding_window", "sinks", "kv_scale", "quantize", "causal", "rope_dim")
+    optional = (
+        "soft_cap",
+        "sliding_window",
+        "attention_chunk",
+        "sinks",
+        "kv_scale",
+        "quantize",
+        "causal",
+        "rope_dim",
+        "update_cache",
+    )
     found = node.fields(*names, optional=optional)
     return Dims(
         q_heads=found["q_heads"].integer(1, _INT32),
@@ -302,10 +314,12 @@ def _dims(node: Node) -> Dims:
         sm_scale=found["sm_scale"].number(),
         soft_cap=found["soft_cap"].number() if "soft_cap" in found else None,
         sliding_window=found["sliding_window"].integer(1, _INT32) if "sliding_window" in found else None,
+        attention_chunk=found["attention_chunk"].integer(1, _INT32) if "attention_chunk" in found else None,
         sinks="sinks" in found and found["sinks"].flag(),
         kv_scale=found["kv_scale"].choice(("tensor", "head")) if "kv_scale" in found else None,
         quantize=found["quantize"].choice(("caller", "kernel")) if "quantize" in found else "caller",
         causal="causal" not in found or found["causal"].flag(),
+        update_cache="update_cache" not in found or found["update_cache"].flag(),
         rope_dim=found["rope_dim"].integer(1, _INT32) if "rope_dim" in found else None,
     )
 
@@ -327,12 +341,14 @@ def _content(node: Node, limit: int) -> Content:
     return Content(fields["sha256"].text(_SHA256, "64 hex digits"), fields["size"].integer(1, limit))
 
 
-def _target(name: str, node: Node, limits: Limits, args: tuple[str, ...]) -> Target:
+def _target(name: str, node: Node, limits: Limits, model: Dims) -> Target:
     Node(node.file, "targets", name).text(_NAME, "a target's name")
     fields = node.fields("device_kind", "topology", "toolchain", "programs", optional=("layer", "model"))
     layer = fields["layer"].text(_LAYER, "the name of a kind of layers") if "layer" in fields else ""
     if bool(layer) != ("model" in fields) or (layer and not name.endswith(f".{layer}")):
         raise node.refuse("an object with `layer` and `model`, named by its target and its layer, or with neither")
+    own = _dims(fields["model"]) if layer else None
+    args = _args_of(own or model)
     programs = tuple(_program(program, limits, args) for program in fields["programs"].elements())
     if not programs or len({program.variant for program in programs}) < len(programs):
         raise fields["programs"].refuse("a list with one program or more, each of another kind or token bucket")
@@ -344,8 +360,15 @@ def _target(name: str, node: Node, limits: Limits, args: tuple[str, ...]) -> Tar
         toolchain=fields["toolchain"].strings(),
         programs=programs,
         layer=layer,
-        model=_dims(fields["model"]) if layer else None,
+        model=own,
     )
+
+
+def _args_of(model: Dims) -> tuple[str, ...]:
+    """The arguments that every program of a kind of attention takes, by name."""
+    if model.rope_dim is not None:
+        return LATENT_ARGS
+    return ARGS if model.update_cache else READ_ARGS
 
 
 def _program(node: Node, limits: Limits, args: tuple[str, ...]) -> Program:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rpac import layout
 from rpac.batch import Limits, validate
 from rpac.check.trials import Trial
-from rpac.spec import Spec
+from rpac.spec import Model, Spec
 
 Array = NDArray[Any]
 Int32s = NDArray[np.int32]
@@ -55,8 +55,9 @@ class Arguments(NamedTuple):
 def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.random.Generator) -> Arguments:
     """The call of a trial in a bucket of `tokens`, on a cache of `pages` pages, which are dealt out shuffled.
 
-    NaN are: pages of no row, rows of the cache past a sequence's old tokens, and the padding of queries, keys and values;
-    those in the cache signaling ones, so that a kernel that takes them through arithmetic does not keep them bit for bit.
+    NaN are: pages of no row, rows of the cache past a sequence's old tokens (past its new ones, where the cache is not
+    updated), and the padding of queries, keys and values; those in the cache signaling ones, so that a kernel that takes
+    them through arithmetic does not keep them bit for bit.
     Raises BatchError where the trial breaks the batch contract.
     """
     # The generated code takes the number of pages from the cache, and a cache of all of them would take gigabytes.
@@ -81,33 +82,46 @@ def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.ra
     by_token = np.moveaxis(kv_cache, layout.TOKEN_AXES[serving.kv_layout], 1)  # a view
     free = iter(rng.permutation(pages).tolist())
     shared = [next(free) for _ in range(trial.shared_pages)]
-    for row, context in enumerate(kv_len - q_len for q_len, kv_len in zip(trial.q_lens, trial.kv_lens, strict=True)):
-        mine = [*shared, *_take(free, layout.cdiv(trial.kv_lens[row], serving.page_size) - len(shared))]
+    for row, (q_len, kv_len) in enumerate(zip(trial.q_lens, trial.kv_lens, strict=True)):
+        context = kv_len - q_len if spec.model.update_cache else kv_len
+        mine = [*shared, *_take(free, layout.cdiv(kv_len, serving.page_size) - len(shared))]
         table[row, : len(mine)] = mine
         held = np.arange(0 if row == 0 else len(shared) * serving.page_size, context)
         at = table[row, held // serving.page_size], held % serving.page_size
         by_token[at] = _normal(rng, by_token[at])
     limits = Limits.of(spec)
     validate(limits, tokens, kv_lens, page_indices, cu_q_lens, distribution)
-    if spec.model.sliding_window is not None:
-        _poison_unseen(trial, spec.model.sliding_window, serving.page_size, table, kv_cache)
-    extra = {dims.name: _normal(rng, np.empty(dims.shape, dims.dtype)) for dims in layout.extra_specs(spec)}
+    if spec.model.sliding_window is not None or spec.model.attention_chunk is not None:
+        _poison_unseen(trial, spec.model, serving.page_size, table, kv_cache)
+    extra = {dims.name: _random(rng, dims) for dims in layout.extra_specs(spec)}
     if "kv_scales" in extra:
         extra["kv_scales"] = np.exp(extra["kv_scales"] / 4) / np.float32(CODES.get(spec.model.kv_dtype, 1))
     return Arguments(arrays, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, extra)
 
 
-def _poison_unseen(trial: Trial, window: int, page_size: int, table: Int32s, kv_cache: Array) -> None:
-    """Makes pages before the windows of all new tokens NaN, and garbage of their entries in the table."""
+def _poison_unseen(trial: Trial, model: Model, page_size: int, table: Int32s, kv_cache: Array) -> None:
+    """Makes pages before what all new tokens see NaN, and garbage of their entries in the table."""
     used: set[int] = set()
     seen: set[int] = set()
     for row, (q_len, kv_len) in enumerate(zip(trial.q_lens, trial.kv_lens, strict=True)):
-        first = max(kv_len - q_len + 1 - window, 0) // page_size
+        first = model.first_seen(kv_len - q_len) // page_size
         mine = table[row, : layout.cdiv(kv_len, page_size)]
         used.update(mine.tolist())
         seen.update(mine[first:].tolist())
         mine[:first] = _garbage((first,))
     kv_cache.view(f"uint{8 * kv_cache.itemsize}")[sorted(used - seen)] = SIGNALING_NAN[kv_cache.itemsize]
+
+
+def _random(rng: np.random.Generator, dims: layout.ArrayDims) -> Array:
+    """An argument beside the batch; of a tree any bits, but that every new token sees itself."""
+    if dims.name == "tree":
+        return _any_bits(rng, dims.shape) | np.left_shift(np.int32(1), np.arange(dims.shape[1], dtype=np.int32))
+    return _normal(rng, np.empty(dims.shape, dims.dtype))
+
+
+def _any_bits(rng: np.random.Generator, shape: tuple[int, ...]) -> Int32s:
+    int32 = np.iinfo(np.int32)
+    return rng.integers(int32.min, int32.max, shape, np.int32, endpoint=True)
 
 
 def _normal(rng: np.random.Generator, like: Array) -> Array:

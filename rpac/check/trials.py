@@ -11,6 +11,7 @@ import numpy as np
 
 from rpac.layout import cdiv
 from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles
+from rpac.plan.buffers import unit_tokens
 from rpac.plan.tiles import XlaTiles
 from rpac.spec import Spec
 
@@ -67,7 +68,10 @@ class _Trials(ABC):
         self.max_len = spec.serving.max_model_len
         self.max_seqs = spec.serving.max_num_seqs
         self.chunk = spec.serving.prefill_chunk
+        self.new = spec.serving.decode_len
+        self.unit = unit_tokens(spec.model)
         self.window = spec.model.sliding_window
+        self.attention_chunk = spec.model.attention_chunk
         self.buckets = plan.tokens
         self.decode_block, self.decode_tile = _block_and_tile(plan.decode)
         self.groups = plan.decode.groups if isinstance(plan.decode, GroupTiles) else 0
@@ -105,14 +109,25 @@ class _Trials(ABC):
         ends = [length for off in offs if (length := self.length(q_len, self.tile, off)) is not None]
         return [*ends, *(q_len + self.tile - off for off in (2, 1) if q_len + self.tile - off <= self.max_len)]
 
-    def around_window(self, q_len: int, sizes: Iterable[int]) -> list[int]:
+    def around_starts(self, q_len: int, sizes: Iterable[int]) -> list[int]:
         """Lengths where the window of the first of `q_len` new tokens begins at the first token of its sequence, at the first
         of a page, or of what is computed or fetched at once after that; a token before, and one after.
         """
+        if self.attention_chunk is not None:
+            return self.around_chunk_ends(q_len)
         if self.window is None:
             return []
         starts = sorted({0, self.page, *(self.page + size for size in sizes)})
         lengths = (self.window + q_len - 1 + start + off for start in starts for off in (-1, 0, 1))
+        return list(dict.fromkeys(length for length in lengths if q_len <= length <= self.max_len))
+
+    def around_chunk_ends(self, q_len: int) -> list[int]:
+        """Lengths where the last, a middle and the first of `q_len` new tokens are at the end of a chunk of the sequence; a
+        token before, and one after.
+        """
+        assert self.attention_chunk is not None
+        ends = (parts * self.attention_chunk + after for parts in (1, 2) for after in (0, q_len // 2, q_len - 1))
+        lengths = (end + off for end in ends for off in (-1, 0, 1))
         return list(dict.fromkeys(length for length in lengths if q_len <= length <= self.max_len))
 
     def random_len(self, rng: np.random.Generator, low: int) -> int:
@@ -134,13 +149,15 @@ def _block_and_tile(
 class _Decode(_Trials):
     @property
     def max_rows(self) -> int:
-        return min(self.max_seqs, self.buckets[-1])
+        return min(self.max_seqs, self.buckets[-1] // self.new)
 
     def edges(self) -> Iterator[Trial]:
-        sizes = (self.page, self.decode_tile, self.decode_block)
-        marks = {size + off for size in sizes for off in (-1, 0, 1)} | {1, 2, 2 * self.decode_block + 1}
-        marks |= set(self.around_window(1, (self.decode_tile, self.decode_block)))
-        lengths = sorted(length for length in marks if length <= self.max_len)
+        # Where the new tokens are several, each of them is the first past the end of each size.
+        sizes = (self.page, self.decode_tile, self.decode_block, *([self.unit] if self.new > 1 else []))
+        marks = {size + off for size in sizes for off in range(-1, self.new + 1)}
+        marks |= {self.new, self.new + 1, 2 * self.decode_block + 1}
+        marks |= set(self.around_starts(self.new, (self.decode_tile, self.decode_block)))
+        lengths = sorted(length for length in marks if self.new <= length <= self.max_len)
         size = min(self.max_rows, MAX_EDGE_ROWS)
         for index in range(0, len(lengths), size):
             part = lengths[index : index + size]
@@ -158,26 +175,27 @@ class _Decode(_Trials):
         each = min(cdiv(self.groups + 1, count), self.max_len // self.decode_block)
         if each:
             yield self.rows("whole groups", [each * self.decode_block] * count)
-        yield self.rows("max sequences, full table of the last", [1] * (self.max_rows - 1) + [self.max_len])
+        yield self.rows("max sequences, full table of the last", [self.new] * (self.max_rows - 1) + [self.max_len])
 
     def rows(self, name: str, kv_lens: Sequence[int], shared_pages: int = 0) -> Trial:
-        return Trial(name, (1,) * len(kv_lens), tuple(kv_lens), len(kv_lens), 0, shared_pages)
+        return Trial(name, (self.new,) * len(kv_lens), tuple(kv_lens), len(kv_lens), 0, shared_pages)
 
     def many(self, name: str, count: int) -> Trial:
-        """Rows that end close to a tile's end, which is least to clear, all but their last page shared."""
+        """Rows that end close to a tile's end, which is least to clear, all pages shared but those of new tokens."""
         length = min(max(self.decode_tile, self.page), self.max_len)
-        return self.rows(name, [length - row % 4 for row in range(count)], length // self.page - 1)
+        lengths = [max(length - row % 4, self.new) for row in range(count)]
+        return self.rows(name, lengths, max(length - 3 - self.new, 0) // self.page)
 
     def random(self, name: str, rng: np.random.Generator) -> Trial:
         count = int(rng.integers(1, min(self.max_rows, RANDOM_ROWS) + 1))
-        return self.rows(name, [self.random_len(rng, 1) for _ in range(count)])
+        return self.rows(name, [self.random_len(rng, self.new) for _ in range(count)])
 
 
 class _Prefill(_Trials):
     def edges(self) -> Iterator[Trial]:
         # Their first chunk, their second, and ends around a page, a piece, a tile and a block.
         lengths = [self.chunk, 2 * self.chunk, *self.lengths(self.chunk, (self.page, self.tile, self.block))]
-        lengths += [*self.diagonals(self.chunk), *self.around_window(self.chunk, (self.tile, self.block))]
+        lengths += [*self.diagonals(self.chunk), *self.around_starts(self.chunk, (self.tile, self.block))]
         lengths = list(dict.fromkeys(length for length in lengths if length <= self.max_len))
         size = min(self.buckets[0] // self.chunk, self.max_seqs)
         for index in range(0, len(lengths), size):
@@ -212,7 +230,9 @@ class _Mixed(_Trials):
         for part in self.packed([*self.around_ends(), *self.around_pages(), *self.around_windows()]):
             yield self.mixed("rows " + " ".join(f"{q_len}:{kv_len}" for q_len, kv_len in part), part)
         yield self.mixed("empty", [])
-        some = [(1, min(length, full)) for length in (page + 1, 1, self.decode_tile + 1)][: min(bucket, self.max_seqs)]
+        new = self.new
+        some = [(new, min(length, full)) for length in (page + new, new, self.decode_tile + 1)]
+        some = some[: min(bucket // new, self.max_seqs)]
         yield self.mixed("only decode", some, decodes=len(some))
         yield self.mixed("full bucket", self.filling(bucket))
         yield self.mixed("one sequence, full table", [(min(self.q_block, bucket, full), full)])
@@ -237,9 +257,9 @@ class _Mixed(_Trials):
     def around_windows(self) -> Iterator[tuple[int, int]]:
         """Rows of two new tokens at the edges of the window, and of more than a query block, whose second begins elsewhere."""
         if self.bucket > 1:
-            yield from ((2, length) for length in self.around_window(2, (self.tile, self.block)))
+            yield from ((2, length) for length in self.around_starts(2, (self.tile, self.block)))
         most = min(self.q_block + 2, self.bucket, self.max_len)
-        yield from ((most, length) for length in self.around_window(most, ())[-1:])
+        yield from ((most, length) for length in self.around_starts(most, ())[-1:])
 
     def filling(self, tokens: int) -> list[tuple[int, int]]:
         """Rows that fill a bucket to its last token, the last one from the end of one page into the next."""
@@ -258,19 +278,25 @@ class _Mixed(_Trials):
         yield self.mixed("only prefill", [(chunk, second)], prefills=1)
         if 1 < chunk < self.max_len and 2 * chunk <= room and self.max_seqs > 1:
             yield self.mixed("around a chunk", [(chunk + 1, min(chunk + page, self.max_len)), (chunk - 1, chunk - 1)])
-        rest = min(room - chunk - 1, page + 1)
+        rest = min(room - chunk - self.new, page + 1)
         if rest > 0 and self.max_seqs > 2:
-            rows = [(1, min(page + 1, self.max_len)), (chunk, chunk), (rest, min(2 * page + 1, self.max_len))]
+            rows = [
+                (self.new, min(page + self.new, self.max_len)),
+                (chunk, chunk),
+                (rest, min(2 * page + 1, self.max_len)),
+            ]
             yield self.mixed("everything", rows, decodes=1, prefills=1)
 
     def many(self, name: str) -> Trial:
         """As many rows as there can be: decode rows and up to four of a few tokens, whose first pages are shared."""
-        count = min(self.max_seqs, self.bucket)
+        count = min(self.max_seqs, self.bucket // self.new)
         length = min(max(self.decode_tile, 2 * self.page), self.max_len)
         decodes = count - min(4, count)
-        room = self.bucket - count
-        rows = [(1 if row < decodes or row - decodes >= room else 2, length - row % 4) for row in range(count)]
-        return self.mixed(name, rows, decodes=decodes, shared_pages=max(length - 5, 0) // self.page)
+        room = self.bucket - count * self.new
+        new = [self.new if row < decodes else 1 if row - decodes >= room else 2 for row in range(count)]
+        rows = [(q_len, max(length - row % 4, q_len)) for row, q_len in enumerate(new)]
+        shared = max(length - 3 - max(self.new, 2), 0) // self.page
+        return self.mixed(name, rows, decodes=decodes, shared_pages=shared)
 
     def packed(self, rows: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         """The rows in order, as few batches of the smallest bucket as that takes."""
@@ -290,10 +316,10 @@ class _Mixed(_Trials):
         return Trial(name, q_lens, kv_lens, decodes, prefills, shared_pages)
 
     def random(self, name: str, rng: np.random.Generator) -> Trial:
-        count = int(rng.integers(1, min(self.max_seqs, self.bucket, RANDOM_ROWS) + 1))
+        count = int(rng.integers(1, min(self.max_seqs, self.bucket // self.new, RANDOM_ROWS) + 1))
         decodes = int(rng.integers(0, count + 1))
-        room = self.bucket - decodes
-        q_lens = [1] * decodes
+        room = self.bucket - decodes * self.new
+        q_lens = [self.new] * decodes
         for left in range(count - decodes, 0, -1):
             q_lens.append(int(rng.integers(1, min(room - (left - 1), self.max_len) + 1)))
             room -= q_lens[-1]

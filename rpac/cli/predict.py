@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import click
@@ -38,7 +37,7 @@ TOP_SLOTS = 4
 @click.command("predict")
 @click.argument("paths", metavar="SPEC|BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--target", required=True, type=click.Choice(TPU_TARGETS))
-@click.option("--decode", multiple=True, metavar="NxC", help="N sequences with one new token each, the last of C.")
+@click.option("--decode", multiple=True, metavar="NxC", help="N decode rows, their last new token of C.")
 @click.option("--prefill", multiple=True, metavar="NxQ/C", help="N sequences with Q new tokens each, the last of C.")
 @click.option("--mixed", type=click.Path(path_type=Path), help="JSON lines with q_lens and kv_lens, a batch each.")
 @click.option("--emit", "emit_to", type=click.Path(path_type=Path), help="Write the schedules and their operands here.")
@@ -61,9 +60,9 @@ def predict_command(
     as_json: bool,
 ) -> None:
     """Predict batches on the programs of each SPEC or BUNDLE; without any, those that the spec expects."""
-    given = list(
-        chain(map(parse_decode, decode), map(parse_prefill, prefill), read_trace(mixed) if mixed is not None else ())
-    )
+    others = [*map(parse_prefill, prefill), *(read_trace(mixed) if mixed is not None else ())]
+    for text in decode:
+        parse_decode(text)  # refused before anything is compiled
     if plot is not None:
         check_plot(plot)
     store = Store(None if no_cache else default_cache_dir())
@@ -72,7 +71,8 @@ def predict_command(
     pairs = [
         (programs, workload)
         for programs in _named_apart(found, [path for path, _ in chosen])
-        for workload in given or expected(programs.limits, programs.context_lens)
+        for workload in [*(parse_decode(text, programs.limits.decode_len) for text in decode), *others]
+        or expected(programs.limits, programs.context_lens)
     ]
     if emit_to is not None and len(pairs) != 1:
         raise BatchError(f"--emit: found {len(pairs)} batches and programs; takes one spec or bundle and one batch")

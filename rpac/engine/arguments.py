@@ -18,6 +18,7 @@ class Arguments:
 
     def __init__(self, program: Program, kv_layout: str, placement: Placement) -> None:
         self._expected = [(placement.mesh.whole(dims), jax.numpy.dtype(dims.dtype)) for dims in program.args]
+        self._shardings = [placement.sharding(dims) for dims in program.args]
         self._cache_index = index_of(program.args, "kv_cache")
         self._kv_layout = kv_layout
         self._placement = placement
@@ -25,9 +26,9 @@ class Arguments:
     def check(self, args: Sequence[Any]) -> None:
         """Raises BatchError for the first argument that is not what the program takes."""
         self.check_shapes(args)
-        for (dims, _), arg in zip(self._expected, args, strict=True):
+        for (dims, _), wanted, arg in zip(self._expected, self._shardings, args, strict=True):
             if isinstance(arg, jax.Array):
-                self._check_placed(dims, arg)
+                self._check_placed(dims, wanted, arg)
         cache = args[self._cache_index]
         if not isinstance(cache, jax.Array):
             raise BatchError(
@@ -41,7 +42,7 @@ class Arguments:
             if getattr(arg, "shape", None) != dims.shape or getattr(arg, "dtype", None) != dtype:
                 refuse(dims, arg, f", kv_layout {self._kv_layout}" if dims.name == "kv_cache" else "")
 
-    def _check_placed(self, dims: ArrayDims, array: jax.Array) -> None:
+    def _check_placed(self, dims: ArrayDims, wanted: jax.sharding.Sharding, array: jax.Array) -> None:
         if array.is_deleted():
             raise BatchError(
                 f"{dims.name} was deleted or donated; must hold values; "
@@ -52,13 +53,11 @@ class Arguments:
             raise BatchError(
                 f"{dims.name} is on {listed(found)}; must be on {self._placement}; move it with jax.device_put"
             )
-        if len(self._placement.devices) > 1:
-            wanted = self._placement.sharding(dims)
-            if not array.sharding.is_equivalent_to(wanted, array.ndim):
-                raise BatchError(
-                    f"{dims.name} is cut as {array.sharding}; must be as {wanted}; "
-                    f'put it into engine.sharding("{dims.name}")'
-                )
+        if len(self._placement.devices) > 1 and not array.sharding.is_equivalent_to(wanted, array.ndim):
+            raise BatchError(
+                f"{dims.name} is cut as {array.sharding}; must be as {wanted}; "
+                f'put it into engine.sharding("{dims.name}")'
+            )
 
 
 def in_order(taken: Sequence[ArrayDims], args: Sequence[Any], extra: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -66,6 +65,8 @@ def in_order(taken: Sequence[ArrayDims], args: Sequence[Any], extra: Mapping[str
 
     One by name that is None is as if it were not given. Raises BatchError for one that is missing, unknown or given twice.
     """
+    if not extra and len(args) == len(taken):  # most calls
+        return tuple(args)
     given = {name: value for name, value in extra.items() if value is not None}
     if len(args) > len(taken):
         takes = ", ".join(dims.name for dims in taken)

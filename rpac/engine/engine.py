@@ -60,6 +60,8 @@ class Engine:
         self._canary_turn = threading.Lock()
         self._taken = loaded.target.programs[0].args  # all programs of a spec take the same, but for the token bucket
         self._metadata = metadata_specs(self.limits)
+        first = index_of(self._taken, self._metadata[0].name)
+        self._metadata_at = slice(first, first + len(self._metadata))
 
     @property
     def device(self) -> jax.Device:
@@ -211,8 +213,7 @@ class Engine:
 
     def _accepted(self, args: Sequence[Any], validate: bool) -> tuple[BatchRun, Run]:
         """What runs a batch. Nothing of it has run, nor is the cache donated, when this raises."""
-        first = index_of(self._taken, self._metadata[0].name)
-        metadata = args[first : first + len(self._metadata)]
+        metadata = args[self._metadata_at]
         tokens = self._tokens(args[0])
         for dims, arg in zip(self._taken, args, strict=True):
             if isinstance(arg, jax.core.Tracer):

@@ -20,9 +20,12 @@ LEAST_PAGES = 64
 
 
 class Part(NamedTuple):
-    """What a program left on one device: its output, what the call's pages hold, the pages of no row that it wrote to."""
+    """What a program left on one device: its output, the lse that some return, what the call's pages hold, the pages of no row
+    that it wrote to.
+    """
 
     out: NDArray[Any]
+    lse: NDArray[Any] | None
     pages: NDArray[Any]
     strays: tuple[int, ...]
 
@@ -40,7 +43,7 @@ class Probe:
         return max(verdicts, key=lambda verdict: (len(verdict.notes), verdict.error))
 
     def _judged(self, part: Part, answer: bytes, where: str) -> Verdict:
-        verdict = judge(self.call, answer, part.out, part.pages)
+        verdict = judge(self.call, answer, part.out, part.pages, part.lse)
         notes = list(verdict.notes)
         if part.strays:
             named = ", ".join(map(str, part.strays[:5]))
@@ -62,7 +65,8 @@ def probe(run: Run, call: Call, program: Program, placement: Placement) -> Probe
     pages = [jax.device_put(call.pages[padded], device) for device in placement.devices]
     held = [jax.device_put(call.held[padded], device) for device in placement.devices]
     make = jax.jit(_cache, static_argnums=2)
-    kv_cache = placement.join(cache_dims, [make(*one, cache_dims.shape[0]) for one in zip(pages, held, strict=True)])
+    parts = [make(*one, cache_dims.shape[0]) for one in zip(pages, held, strict=True)]
+    kv_cache = placement.joiner(cache_dims)(parts)
     batch = call.batch
     given = {
         **call.by_token,
@@ -72,19 +76,22 @@ def probe(run: Run, call: Call, program: Program, placement: Placement) -> Probe
         "distribution": batch.distribution,
         **call.extra,
     }
-    out, kv_cache, *_ = run(
+    out, kv_cache, *more = run(
         [kv_cache if name == "kv_cache" else placement.repeat(args[name], given[name]) for name in args]
     )
     look = jax.jit(_look)
     outs, caches = placement.parts(out), placement.parts(kv_cache)
-    seen = [(np.asarray(out), *look(cache, at)) for out, cache, at in zip(outs, caches, pages, strict=True)]
-    return Probe(call, tuple(_part(call, *one) for one in seen))
+    lses = [np.asarray(lse) for lse in placement.parts(more[0])] if more else [None] * len(outs)
+    seen = [look(cache, at) for cache, at in zip(caches, pages, strict=True)]
+    return Probe(
+        call, tuple(_part(call, np.asarray(out), lse, *one) for out, lse, one in zip(outs, lses, seen, strict=True))
+    )
 
 
-def _part(call: Call, out: NDArray[Any], after: jax.Array, used: jax.Array) -> Part:
+def _part(call: Call, out: NDArray[Any], lse: NDArray[Any] | None, after: jax.Array, used: jax.Array) -> Part:
     strays = np.array(used)
     strays[call.pages] = False
-    return Part(out, np.asarray(after)[: len(call.pages)], tuple(np.flatnonzero(strays).tolist()))
+    return Part(out, lse, np.asarray(after)[: len(call.pages)], tuple(np.flatnonzero(strays).tolist()))
 
 
 def _cache(pages: jax.Array, held: jax.Array, count: int) -> jax.Array:

@@ -9,29 +9,14 @@ from typing import TypeVar
 
 from rpac.chip import Chip, chip, is_tpu
 from rpac.errors import PlanError
-from rpac.layout import LANES, align, head_lanes, kv_row_shape, metadata_specs, nbytes, packing
+from rpac.layout import LANES, SUBLANES, align, extra_specs, head_lanes, kv_row_shape, metadata_specs, nbytes, packing
+from rpac.plan.buffers import RowDims, splits_words, unit_tokens
+from rpac.plan.kernel_plan import RULE, KernelPlan
 from rpac.plan.latent import LatentBlockTiles, block_choices, decode_choices, xla_tiles
-from rpac.plan.legal import (
-    MIN_Q_BLOCK,
-    Tiles,
-    copy_sizes_of,
-    is_legal,
-    power_of_two_from,
-    power_of_two_to,
-    step_rows_of,
-)
-from rpac.plan.tiles import (
-    LONG_TILE,
-    RULE,
-    BlockTiles,
-    DecodeTiles,
-    GroupTiles,
-    KernelPlan,
-    RowDims,
-    XlaTiles,
-    splits_words,
-    unit_tokens,
-)
+from rpac.plan.legal import MIN_Q_BLOCK, Tiles, is_legal
+from rpac.plan.query_rows import head_rows
+from rpac.plan.sizes import copy_sizes_of, power_of_two_from, power_of_two_to, step_rows_of
+from rpac.plan.tiles import LONG_TILE, MERGE_TOKENS, UPDATE_BUFFERS, BlockTiles, DecodeTiles, GroupTiles, XlaTiles
 from rpac.plan.tuned import Entry, TunedTiles
 from rpac.spec import Spec
 
@@ -41,9 +26,6 @@ IN_FLIGHT_BYTES = 8 * MIB  # more than the HBM delivers within one DMA's latency
 MIN_BUFFERS, MAX_BUFFERS = 3, 16
 SMEM_RESERVE = 64 << 10  # for what the compiler keeps there itself
 VMEM_HEADROOM = 8 * MIB  # above what we count, for values that the compiler spills
-MERGE_TOKENS = 16
-# Pages under update: fetched two steps ahead and written out in three, which hides the latency of DMAs.
-UPDATE_BUFFERS = 5
 XLA_DECODE_BLOCK = 128  # these two: fastest of those timed on two CPU cores, by small margins
 XLA_STEP_BYTES = MIB
 WRITES = 4  # outputs and cache rows of sequences that may still be on their way
@@ -145,15 +127,17 @@ def _vmem_budget(
 
 
 def smem_need(spec: Spec) -> int:
-    """Bytes of the scalars that every kernel keeps in SMEM."""
-    return sum(dims.nbytes for dims in metadata_specs(spec.serving))
+    """Bytes of the scalars of the batch that kernels keep in SMEM."""
+    tree = (dims for dims in extra_specs(spec) if dims.name == "tree")  # of other arguments there is little
+    return sum(dims.nbytes for dims in (*metadata_specs(spec.serving), *tree))
 
 
 def _check_smem(spec: Spec, device: Chip) -> None:
     need, limit = smem_need(spec), device.smem_bytes - SMEM_RESERVE
     if need > limit:
         serving = spec.serving
-        rows = (limit // INT32_BYTES - 4) // (serving.pages_per_seq + 2)
+        drafts = serving.decode_len if serving.tree_mask else 0
+        rows = (limit // INT32_BYTES - 4) // (serving.pages_per_seq + 2 + drafts)
         raise PlanError(
             f"{spec.file}: serving: the page table of {serving.max_num_seqs} sequences x {serving.pages_per_seq} pages "
             f"needs {need:,} bytes of SMEM; {device.target} has {device.smem_bytes:,}, {limit:,} of them for it; "
@@ -217,7 +201,7 @@ def _vmem_usable(device: Chip) -> int:
 def vmem_need(spec: Spec, tiles: Tiles | LatentBlockTiles) -> int:
     """Bytes of VMEM that a kernel with these tiles takes."""
     scratch = tiles.scratch(spec)
-    return sum(buffer.vmem_bytes for buffer in scratch) + tiles.temporaries(spec.model)
+    return sum(buffer.vmem_bytes for buffer in scratch) + tiles.temporaries(spec)
 
 
 def _fit(spec: Spec, device: Chip, choices: Iterator[FittedTiles]) -> FittedTiles:
@@ -241,9 +225,10 @@ def _decode_choices(spec: Spec, device: Chip, tokens: int) -> Iterator[DecodeTil
     token_bytes = nbytes((RowDims.of(model).token_rows, LANES), model.kv_dtype)
     # As long a block as pays, for the chain of MXU, softmax and MXU is paid once a block; but it is computed whole, so no
     # longer than the sequences, and with scores (kv_heads * 8 rows of `block` float32) that do not fill the registers.
-    shortest = max(power_of_two_from(min(_reach(spec, 1))), LANES)
-    block = max(min(power_of_two_to(8192 // model.kv_heads), 1024, shortest), serving.page_size)
-    loaded = min(tokens, serving.max_num_seqs)
+    shortest = max(power_of_two_from(min(_reach(spec, serving.decode_len))), LANES)
+    more_rows = head_rows(spec) // align(model.group, SUBLANES)  # than with one new token
+    block = max(min(power_of_two_to(8192 // model.kv_heads // more_rows), 1024, shortest), serving.page_size, LANES)
+    loaded = min(tokens // serving.decode_len, serving.max_num_seqs)
     pair = math.gcd(model.kv_heads, max(device.mxu_size // head_lanes(model), 1))
     while block >= max(serving.page_size, LANES):  # a row of scores is at least one register wide
         most = min(IN_FLIGHT_BYTES // (block * token_bytes) + 2, MAX_BUFFERS)
@@ -257,9 +242,9 @@ def _group_choices(spec: Spec, kind: str, tokens: int) -> Iterator[GroupTiles]:
     serving = spec.serving
     token_bytes = nbytes(kv_row_shape(spec.model), spec.model.kv_dtype)
     # A tile is computed whole, so it is no longer than the sequences; a row of its scores is at least a register wide.
-    shortest = max(power_of_two_from(min(_reach(spec, 1))), LANES)
+    shortest = max(power_of_two_from(min(_reach(spec, serving.decode_len))), LANES)
     tile = max(min(power_of_two_to(TILE_BYTES // token_bytes), shortest), serving.page_size, LANES)
-    loaded = min(tokens, serving.max_num_seqs)
+    loaded = min(tokens // serving.decode_len, serving.max_num_seqs)
     while tile >= max(serving.page_size, LANES):
         steps = MORE_STEPS if kind == "decode" and tile > FEW_PAGES * serving.page_size else STEPS[kind]
         step = min(max(TURN_BYTES // (tile * token_bytes), 1), steps)
@@ -320,12 +305,16 @@ def _reach(spec: Spec, queries: int) -> tuple[int, ...]:
     """How many tokens `queries` queries in a row see at each of the expected lengths."""
     window = spec.model.sliding_window
     lengths = spec.serving.context_lens
+    if spec.model.attention_chunk is not None:
+        return tuple(min(length, spec.model.attention_chunk) for length in lengths)
     return lengths if window is None else tuple(min(length, window + queries - 1) for length in lengths)
 
 
 def _q_blocks(spec: Spec, kind: str, tokens: int) -> Iterator[int]:
     """Query blocks from the largest down; in a mixed batch, where a block is computed whole, none longer than a chunk."""
     for q_block in Q_BLOCKS:
+        if q_block > (spec.model.attention_chunk or q_block):
+            continue  # a block lies in two chunks at most
         if kind != "prefill":
             yield min(q_block, max(power_of_two_from(min(tokens, spec.serving.prefill_chunk)), MIN_Q_BLOCK))
         elif spec.serving.prefill_chunk % q_block == 0:

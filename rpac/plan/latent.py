@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from rpac.layout import LANES, kv_page_shape, latent_lanes, nbytes
-from rpac.plan.legal import copy_sizes_of, power_of_two_from, power_of_two_to
-from rpac.plan.tiles import Buffer, GroupTiles, XlaTiles, unit_tokens
-from rpac.spec import Model, Spec
+from rpac.plan.buffers import Buffer, unit_tokens
+from rpac.plan.sizes import copy_sizes_of, power_of_two_from, power_of_two_to
+from rpac.plan.tiles import MERGE_TOKENS, UPDATE_BUFFERS, GroupTiles, XlaTiles
+from rpac.spec import Spec
 
 DECODE_TILE: Final = 1024  # tokens: what a tile costs by itself, its merge, is paid seldom
 TURN_TOKENS: Final = 2048  # of a group: more are little faster, and every tile is code
@@ -22,8 +23,6 @@ BLOCK: Final = 512  # tokens of KV of a step of a prefill or mixed kernel
 BLOCK_ROWS: Final = (2048, 1024, 512)  # query rows, tokens times heads, of its blocks
 STEP_ROWS: Final = 256  # of them computed at once: with fewer, pushing KV into the MXU shows
 BUFFERS: Final = 3
-UPDATE_BUFFERS: Final = 5  # pages under update: fetched two steps ahead and written out in three
-MERGE_TOKENS: Final = 16
 XLA_ROWS: Final = 2048  # query rows of a step of a portable program
 
 
@@ -58,9 +57,9 @@ class LatentDecodeTiles(GroupTiles):
             Buffer("out_sem", (1,), "dma", "outputs"),
         )
 
-    def temporaries(self, model: Model) -> int:
+    def temporaries(self, spec: Spec) -> int:
         """Bytes of the values of one turn that registers cannot hold: weights, scores on their way, the weighted values."""
-        return 2 * self.step * nbytes((model.q_heads, self.tile + model.head_dim), "float32")
+        return 2 * self.step * nbytes((spec.model.q_heads, self.tile + spec.model.head_dim), "float32")
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,9 @@ class LatentBlockTiles:
             Buffer("out_sem", (1,), "dma", "output blocks"),
         )
 
-    def temporaries(self, model: Model) -> int:
+    def temporaries(self, spec: Spec) -> int:
         """Bytes of the values of flash steps that registers cannot hold: scores, weights and weighted values."""
-        return 4 * nbytes((self.step_rows, self.block + model.head_dim), "float32")
+        return 4 * nbytes((self.step_rows, self.block + spec.model.head_dim), "float32")
 
 
 def decode_choices(spec: Spec, tokens: int) -> Iterator[LatentDecodeTiles]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Final, TypeAlias
 
-from rpac.plan.tiles import BlockTiles, DecodeTiles, GroupTiles, KernelPlan
+from rpac.plan.kernel_plan import KernelPlan
+from rpac.plan.sizes import copy_sizes_of, power_of_two_from
+from rpac.plan.tiles import BlockTiles, DecodeTiles, GroupTiles
 from rpac.spec import Spec
 
 MIN_Q_BLOCK: Final = 16
@@ -27,26 +29,5 @@ def is_legal(spec: Spec, plan: KernelPlan, tiles: Tiles) -> bool:
     else:
         fitting = tiles.q_block <= max(power_of_two_from(plan.tokens[-1]), MIN_Q_BLOCK)
     whole_turns = model.kv_heads % tiles.heads == 0 and model.kv_heads % tiles.diagonal_heads == 0
-    return whole_pages and whole_tiles and whole_turns and fitting and len(copies) == 1
-
-
-def copy_sizes_of(kind: str, q_block: int, tokens: int) -> tuple[int, ...]:
-    """The sizes of copies, in tokens, that together make any part of a query block that a bucket can hold."""
-    if kind == "prefill":
-        return (q_block,)
-    return tuple(1 << bit for bit in reversed(range(power_of_two_to(min(q_block, tokens)).bit_length())))
-
-
-def step_rows_of(rows: int, most: int) -> int:
-    """The largest part of a block of query rows, all parts alike, that is at most `most`."""
-    return next(rows // parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most)
-
-
-def power_of_two_to(value: int) -> int:
-    """The largest power of two that is not above `value` (at least 1)."""
-    return 1 << (max(value, 1).bit_length() - 1)
-
-
-def power_of_two_from(value: int) -> int:
-    """The smallest power of two that is not below `value`."""
-    return 1 << (value - 1).bit_length()
+    two_chunks = tiles.q_block <= (model.attention_chunk or tiles.q_block)  # in which a block lies, at most
+    return whole_pages and whole_tiles and whole_turns and fitting and two_chunks and len(copies) == 1

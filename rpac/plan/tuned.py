@@ -15,7 +15,8 @@ from typing import Any, Final
 
 import rpac
 from rpac.errors import PlanError
-from rpac.plan.tiles import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, decode_tiles_from, tiles_from
+from rpac.plan.kernel_plan import KernelPlan, decode_tiles_from, tiles_from
+from rpac.plan.tiles import BlockTiles, DecodeTiles, GroupTiles
 from rpac.spec import Spec, plain
 
 SCHEMA: Final = 1
@@ -44,7 +45,7 @@ def key_of(spec: Spec, kind: str, tokens: Sequence[int]) -> dict[str, Any]:
     `length_class`: the powers of two around the lengths that serving expects.
     """
     lengths = spec.serving.context_lens
-    fields = {"kv_layout": "interleaved", **plain(spec.model), **plain(spec.serving)}
+    fields = {**plain(spec.model), **plain(spec.serving)}
     return {
         **{name: value for name, value in fields.items() if name not in _NO_PART},
         "kind": kind,

@@ -16,13 +16,17 @@ MAX_ROWS: Final = 1 << 16
 """Sequences of a batch in the command line's notation: a slip of the finger must not fill the memory."""
 
 
-def parse_decode(text: str) -> Workload:
-    """`64x1024`: 64 sequences with one new token each, the last of 1024. Raises BatchError."""
+def parse_decode(text: str, decode_len: int = 1) -> Workload:
+    """`64x1024`: 64 sequences with `decode_len` new tokens each, the last of 1024. Raises BatchError."""
     match = _DECODE.fullmatch(text)
     if match is None or not all(map(int, match.groups())):
         raise BatchError(f"--decode: found {text!r}; must be SEQUENCESxCONTEXT, such as 64x1024")
     rows, context = _rows("--decode", text, match[1]), int(match[2])
-    return Workload(f"decode {text}", (1,) * rows, (context,) * rows)
+    if context < decode_len:
+        raise BatchError(
+            f"--decode: found {text!r}; must be of {decode_len} tokens at least, the new ones of a decode row"
+        )
+    return Workload(f"decode {text}", (decode_len,) * rows, (context,) * rows)
 
 
 def parse_prefill(text: str) -> Workload:
@@ -45,7 +49,7 @@ def _rows(option: str, text: str, digits: str) -> int:
 def expected(limits: Limits, context_lens: tuple[int, ...]) -> Iterator[Workload]:
     """What a spec expects: all sequences decoding at each of its lengths, and one chunk prefilled up to it."""
     for length in context_lens:
-        yield parse_decode(f"{limits.max_num_seqs}x{length}")
+        yield parse_decode(f"{limits.max_num_seqs}x{max(length, limits.decode_len)}", limits.decode_len)
     for length in context_lens:
         if length >= limits.prefill_chunk:
             yield parse_prefill(f"1x{limits.prefill_chunk}/{length}")

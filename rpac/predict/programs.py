@@ -40,6 +40,8 @@ class Dims:
     sliding_window: int | None
     causal: bool
     rope_dim: int | None
+    attention_chunk: int | None
+    update_cache: bool
 
     @classmethod
     def of(cls, model: Model | bundle.Dims) -> Dims:

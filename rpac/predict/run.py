@@ -54,6 +54,8 @@ def predict(programs: Programs, workload: Workload) -> Prediction:
         dims.sliding_window,
         dims.causal,
         dims.rope_dim,
+        dims.attention_chunk,
+        dims.update_cache,
     )
     return Prediction(programs.name, workload, variant, programs.call(variant).predict(scalars, work))
 
@@ -89,4 +91,10 @@ def scalars_of(batch: Batch, args: Sequence[ArrayDims]) -> dict[int, list[int]]:
 def _selected(programs: Programs, workload: Workload) -> tuple[Variant, dict[int, list[int]]]:
     batch = workload.batch(programs.limits)
     variant = select(programs.tasks, programs.limits, batch.tokens, batch.distribution)
-    return variant, scalars_of(batch, programs.tasks[variant].args)
+    scalars = scalars_of(batch, programs.tasks[variant].args)
+    names = [dims.name for dims in programs.tasks[variant].args]
+    if "tree" in names:
+        # Of drafts in a row, as the needed flops are counted too: what a tree says does not change what a kernel does.
+        chain = [(2 << token) - 1 for token in range(batch.limits.decode_len)]
+        scalars[names.index("tree")] = chain * batch.limits.max_num_seqs
+    return variant, scalars

@@ -57,26 +57,37 @@ def attention_work(
     sliding_window: int | None = None,
     causal: bool = True,
     rope_dim: int | None = None,
+    attention_chunk: int | None = None,
+    update_cache: bool = True,
 ) -> Work:
     """Needed bytes and flops of attention; `kv_lens` include the new tokens, `*_bytes` are of one element.
 
-    Of cached tokens those before the window of the first new token are not needed. With `rope_dim` it is latent attention:
-    keys are that much longer than values, which are part of them and have no bytes of their own.
+    Of cached tokens those that the first new token does not see, before its window or its chunk, are not needed. With
+    `rope_dim` it is latent attention: keys are that much longer than values, which are part of them and have no bytes of
+    their own. Without `update_cache` the new tokens' rows are read, and not written.
     """
     q_row = head_dim + (rope_dim or 0)
     kv_row = (2 * kv_heads * head_dim if rope_dim is None else q_row) * kv_bytes
     tokens = sum(q_lens)
     window = max(kv_lens, default=0) if sliding_window is None else sliding_window
-    cached = sum(min(kv - q, window - 1) if sliding_window else kv - q for kv, q in zip(kv_lens, q_lens, strict=True))
-    pairs = sum(
-        _seen(kv, window) - _seen(kv - q, window) if causal else kv * q for kv, q in zip(kv_lens, q_lens, strict=True)
+    chunk = max(kv_lens, default=0) + 1 if attention_chunk is None else attention_chunk
+    cached = sum(
+        min((kv - q) % chunk, window - 1 if sliding_window else kv) for kv, q in zip(kv_lens, q_lens, strict=True)
     )
-    moved = cached * kv_row + 2 * tokens * kv_row + tokens * q_heads * (q_row + head_dim) * q_bytes
+    pairs = sum(
+        _seen(kv, window, chunk) - _seen(kv - q, window, chunk) if causal else kv * q
+        for kv, q in zip(kv_lens, q_lens, strict=True)
+    )
+    moved = (
+        cached * kv_row + (2 if update_cache else 1) * tokens * kv_row + tokens * q_heads * (q_row + head_dim) * q_bytes
+    )
     return Work(moved, 2 * (q_row + head_dim) * q_heads * pairs)
 
 
-def _seen(tokens: int, window: int) -> int:
+def _seen(tokens: int, window: int, chunk: int) -> int:
     """How many tokens the queries of the first `tokens` positions see, all together."""
+    if tokens > chunk:
+        return tokens // chunk * _seen(chunk, window, chunk) + _seen(tokens % chunk, window, chunk)
     growing = min(tokens, window)
     return growing * (growing + 1) // 2 + (tokens - growing) * window
 

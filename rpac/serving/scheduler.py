@@ -60,6 +60,12 @@ class Scheduler:
     """
 
     def __init__(self, limits: Limits, *, share_prefixes: bool = True) -> None:
+        """Raises BatchError for programs whose decode rows have several new tokens: there are no drafts here."""
+        if limits.decode_len > 1:
+            raise BatchError(
+                f"decode_len is {limits.decode_len}; must be 1, the new tokens of a sequence that decodes here; build with\n"
+                "serving:\n  decode_len: 1"
+            )
         self.limits = limits
         self.tables = PageTables(limits)
         self._share = share_prefixes

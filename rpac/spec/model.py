@@ -32,8 +32,10 @@ class Model:
     """The attention of one device's part of a model; heads are counted in it.
 
     `soft_cap`: scores become cap * tanh(score / cap). `sliding_window`: a query sees that many tokens, itself the last of
-    them. `sinks`: each query head has a logit of its own, an argument of every program, that takes part in the softmax and
-    has no value; it is neither scaled nor capped. `causal`: a query sees tokens up to its own; else all of its sequence.
+    them. `attention_chunk`: a query sees its own chunk of the sequence alone, whose chunks have that many tokens. `sinks`:
+    each query head has a logit of its own, an argument of every program, that takes part in the softmax and has no value; it
+    is neither scaled nor capped. `update_cache`: new keys and values are arguments, written to the cache; else the cache holds
+    them already, as in a layer that shares another's. `causal`: a query sees tokens up to its own; else all of its sequence.
 
     An 8-bit `kv_dtype` may have scales, an argument too, for K and V each: one a KV head (`kv_scale` "head") or one
     ("tensor"); a value is what is stored times its scale. `quantize` says who makes 8 bits of new keys and values: the
@@ -56,6 +58,14 @@ class Model:
     quantize: str = QUANTIZERS[0]
     causal: bool = True
     rope_dim: int | None = None
+    attention_chunk: int | None = None
+    update_cache: bool = True
+
+    def first_seen(self, position: int) -> int:
+        """The first token that the query at `position` of its sequence sees."""
+        if self.attention_chunk is not None:
+            return position // self.attention_chunk * self.attention_chunk
+        return 0 if self.sliding_window is None else max(position + 1 - self.sliding_window, 0)
 
     @property
     def quantized(self) -> bool:
@@ -77,7 +87,9 @@ class Model:
 class Serving:
     """How the model is served; lengths and buckets in tokens, `num_pages` in pages of one layer's cache.
 
-    `log_sum_exp`: programs return the logarithm of each softmax's denominator too, so that parts of an attention can be merged.
+    `decode_len`: new tokens of every decode row, the last accepted one and the drafts behind it. `tree_mask`: which of them
+    each sees is an argument of every program; without it each sees those before it. `log_sum_exp`: programs return the
+    logarithm of each softmax's denominator too, so that parts of an attention can be merged.
     """
 
     page_size: int
@@ -90,6 +102,8 @@ class Serving:
     num_pages: int
     kv_layout: str = KV_LAYOUTS[0]  # or LATENT_LAYOUT
     log_sum_exp: bool = False
+    decode_len: int = 1
+    tree_mask: bool = False
 
     @property
     def pages_per_seq(self) -> int:

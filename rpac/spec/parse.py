@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rpac.errors import SpecError
 from rpac.mesh import ONE_DEVICE, Mesh
+from rpac.spec.drafts import DRAFT_KEYS, check_kinds, check_room, check_rows, read_drafts
 from rpac.spec.latent import LATENT_KEYS, check_device, read_latent
 from rpac.spec.model import (
     ATTENTIONS,
@@ -36,10 +37,12 @@ MODEL_KEYS = (
     "sm_scale",
     "soft_cap",
     "sliding_window",
+    "attention_chunk",
     "sinks",
     "kv_scale",
     "quantize",
     "causal",
+    "update_cache",
     *LATENT_KEYS,
 )
 SERVING_KEYS = (
@@ -53,6 +56,7 @@ SERVING_KEYS = (
     "num_pages",
     "kv_layout",
     "log_sum_exp",
+    *DRAFT_KEYS,
 )
 PARALLEL_KEYS = ("tensor", "data")
 HOMES = {
@@ -81,6 +85,7 @@ MAX_SEQS = 4096
 MAX_SLOTS = 2**31 - 1
 SM_SCALES = (1e-6, 1e6)
 SOFT_CAPS = (1e-3, 1e6)
+MIN_ATTENTION_CHUNK = 16  # the shortest block of queries: one lies in two chunks at most
 
 
 def load_spec(path: str | os.PathLike[str]) -> Spec:
@@ -133,7 +138,9 @@ def _read(text: str, report: Report) -> Spec | None:
     mesh = _mesh(root, model)
     serving = _with_layout(serving_section, model, serving)
     kinds = {"": (model_section, model), **_layers(root, model_section, model)}
-    for section, kind in list(kinds.values())[len(kinds) > 1 :]:  # the first is no layer itself where others are named
+    of_layers = list(kinds.values())[len(kinds) > 1 :]  # the first is no layer itself where others are named
+    check_kinds(serving_section, serving, [kind for _, kind in of_layers])
+    for section, kind in of_layers:
         _check_window(section, kind, serving)
         _check_apart(serving_section, kind, serving)
         copies = kind.quantized and kind.head_dim > MAX_BYTES_DIM and serving.kv_layout != "separate"
@@ -175,6 +182,14 @@ def _check_window(section: Section, model: Model, serving: Serving) -> None:
         section.clash(
             "sliding_window", allowed, f"remove it, or write {longest - 1} or less", str(model.sliding_window)
         )
+    chunk, page = model.attention_chunk, serving.page_size
+    if chunk is not None and chunk >= longest:
+        allowed = f"must be below serving.max_model_len ({longest}): no sequence has a second chunk"
+        section.clash("attention_chunk", allowed, "remove it, or raise max_model_len", str(chunk))
+    elif chunk is not None and (chunk % page or chunk < MIN_ATTENTION_CHUNK):
+        least = max(page, MIN_ATTENTION_CHUNK)
+        allowed = f"must be a multiple of serving.page_size ({page}), {least} at least: a chunk begins with a page"
+        section.clash("attention_chunk", allowed, f"write {max(chunk // page * page, least)}", str(chunk))
 
 
 def _mesh(root: Section, model: Model) -> Mesh | None:
@@ -210,12 +225,17 @@ def _model(section: Section) -> Model | None:
     sm_scale = section.number("sm_scale", *SM_SCALES) if section.has("sm_scale") else None
     soft_cap = section.number("soft_cap", *SOFT_CAPS) if section.has("soft_cap") else None
     window = section.integer("sliding_window", 1, MAX_MODEL_LEN, 1024) if section.has("sliding_window") else None
+    chunk = section.integer("attention_chunk", 1, MAX_MODEL_LEN, 8192) if section.has("attention_chunk") else None
     sinks = section.flag("sinks") if section.has("sinks") else False
     causal = section.flag("causal") if section.has("causal") else True
+    update = section.flag("update_cache") if section.has("update_cache") else True
 
     if causal is False and window is not None:
         allowed = "must be true with sliding_window, which looks back from a query and not ahead"
         section.clash("causal", allowed, "remove one of the two")
+    if chunk is not None and (causal is False or window is not None):
+        allowed = "must be left out with sliding_window, and where causal is false: one rule says what a query sees"
+        section.clash("attention_chunk", allowed, "remove one of the two")
     if q_heads is not None and kv_heads is not None:
         if q_heads % kv_heads:
             near = max(1, round(q_heads / kv_heads)) * kv_heads
@@ -227,6 +247,9 @@ def _model(section: Section) -> Model | None:
         section.clash("head_dim", f"must be {_either(HEAD_DIMS)}", f"write {_nearest(head_dim, HEAD_DIMS)}")
     kv_scale = section.choice("kv_scale", KV_SCALES) if section.has("kv_scale") else None
     quantize = section.choice("quantize", QUANTIZERS) if section.has("quantize") else QUANTIZERS[0]
+    if update is False and quantize == "kernel":
+        allowed = "must be left out with update_cache false: there is nothing to quantize"
+        section.clash("quantize", allowed, "remove one of the two")
     if kv_dtype not in QUANTIZED:
         if q_dtype is not None and kv_dtype is not None and q_dtype != kv_dtype:
             allowed = f"must equal q_dtype ({q_dtype}) or be one of {', '.join(QUANTIZED)}"
@@ -254,6 +277,8 @@ def _model(section: Section) -> Model | None:
         kv_scale,
         quantize,
         causal is not False,
+        attention_chunk=chunk,
+        update_cache=update is not False,
     )
 
 
@@ -268,9 +293,11 @@ def _serving(section: Section) -> Serving | None:
     num_pages = section.integer("num_pages", 1, MAX_SLOTS, 1024) if section.has("num_pages") else None
     kv_layout = section.choice("kv_layout", KV_LAYOUTS) if section.has("kv_layout") else KV_LAYOUTS[0]
     log_sum_exp = section.flag("log_sum_exp") if section.has("log_sum_exp") else False
+    decode_len, tree_mask = read_drafts(section)
 
     if max_num_tokens is not None:
-        _check_tokens(section, max_num_tokens, buckets, max_num_seqs, prefill_chunk)
+        _check_tokens(section, max_num_tokens, buckets, max_num_seqs, prefill_chunk, decode_len)
+    check_room(section, decode_len, buckets, max_model_len)
     if max_model_len is not None:
         _check_lengths(section, max_model_len, prefill_chunk, context_lens)
     if page_size is not None and page_size not in PAGE_SIZES:
@@ -298,6 +325,8 @@ def _serving(section: Section) -> Serving | None:
         num_pages,
         kv_layout,
         bool(log_sum_exp),
+        decode_len,
+        tree_mask,
     )
 
 
@@ -341,14 +370,14 @@ def _check_tokens(
     buckets: tuple[int, ...] | None,
     max_num_seqs: int | None,
     prefill_chunk: int | None,
+    decode_len: int,
 ) -> None:
     if buckets is not None and buckets[-1] != max_num_tokens:
         allowed = f"must end in max_num_tokens ({max_num_tokens})"
         below = [bucket for bucket in buckets if bucket < max_num_tokens]
         section.clash("token_buckets", allowed, f"write {[*below, max_num_tokens]}", f"{buckets[-1]} at its end")
-    if max_num_seqs is not None and max_num_seqs > max_num_tokens:
-        allowed = f"must be at most max_num_tokens ({max_num_tokens}): decode takes a token of every sequence"
-        section.clash("max_num_seqs", allowed, f"write {max_num_tokens} or raise max_num_tokens")
+    if max_num_seqs is not None:
+        check_rows(section, max_num_tokens, max_num_seqs, decode_len)
     if prefill_chunk is not None and prefill_chunk > max_num_tokens:
         allowed = f"must be at most max_num_tokens ({max_num_tokens})"
         section.clash("prefill_chunk", allowed, f"write {max_num_tokens} or raise max_num_tokens")

@@ -50,9 +50,9 @@ def _workload(kind: str, name: str, q_lens: tuple[int, ...], lengths: Iterable[i
 
 def _q_lens(spec: Spec, kind: str, tokens: int) -> tuple[int, ...]:
     """New tokens of each sequence: all decoding, all chunks, or chunks in half of the bucket beside decoding ones."""
-    chunk, most = spec.serving.prefill_chunk, spec.serving.max_num_seqs
+    chunk, most, new = spec.serving.prefill_chunk, spec.serving.max_num_seqs, spec.serving.decode_len
     if kind == "decode":
-        return (1,) * min(most, tokens)
+        return (new,) * min(most, tokens // new)
     if kind == "prefill":
         return (chunk,) * min(most, tokens // chunk)
     if tokens < 2:  # holds one decoding sequence, which is no mixed batch
@@ -60,4 +60,4 @@ def _q_lens(spec: Spec, kind: str, tokens: int) -> tuple[int, ...]:
     chunks = max(min(tokens // 2 // chunk, most - 1), 1)
     # Where the bucket has no room for a whole chunk beside a decoding sequence, a part of one.
     part = chunk if chunks * chunk < tokens and most > 1 else max(min(tokens, chunk) // 2, 2)
-    return (1,) * min(most - chunks, tokens - chunks * part) + (part,) * chunks
+    return (new,) * min(most - chunks, (tokens - chunks * part) // new) + (part,) * chunks

@@ -9,8 +9,9 @@ from typing import Any, Final
 from rpac.chip import chip
 from rpac.plan import BlockTiles, DecodeTiles, KernelPlan
 from rpac.plan.build import MORE_STEPS, STEP_ROWS, STEPS, turn_steps, with_tiles
-from rpac.plan.legal import Tiles, copy_sizes_of, is_legal, step_rows_of
-from rpac.plan.tiles import RULE
+from rpac.plan.kernel_plan import RULE
+from rpac.plan.legal import Tiles, is_legal
+from rpac.plan.sizes import copy_sizes_of, step_rows_of
 from rpac.spec import Spec
 
 

@@ -15,7 +15,7 @@ from typing import Final, TypeAlias
 from rpac.errors import TargetError
 from rpac.lower import tasks_of
 from rpac.plan import KernelPlan
-from rpac.plan.tiles import RULE
+from rpac.plan.kernel_plan import RULE
 from rpac.predict import Workload
 from rpac.predict.programs import Dims
 from rpac.render import render

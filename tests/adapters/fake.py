@@ -38,7 +38,7 @@ class FakeEngine:
         self.calls.append(args)
         self.extra.append(extra)
         self.validated.append(validate)
-        return args[4:], args[3]
+        return args[-4:], args[-5]
 
     def traced(self, *args: Any, **extra: Any) -> Any:
         self.traces.append(args)

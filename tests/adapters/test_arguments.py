@@ -37,7 +37,6 @@ REFUSED: dict[str, list[Any]] = {
     "q_scale": [0.5],
     "skip_kv_mask": [True],
     "softmax_dtype": [jnp.float32, jnp.bfloat16],
-    "update_kv_cache": [False],
     "v_scale": [0.5],
     "xai_temperature_len": [1024.0],
 }
@@ -49,6 +48,7 @@ BUILT_IN: dict[str, list[Any]] = {
     "soft_cap": ["soft_cap", 30.0],
 }
 CAUSAL = ("causal", "use_causal_mask")
+UPDATE = ("update_kv_cache",)
 SINKS = ("attention_sink", "softmax_aux")
 
 # Those that ask for nothing beside the signature's defaults.
@@ -107,7 +107,7 @@ def test_the_signature_is_the_peers(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_argument_of_a_peer_is_followed_refused_or_tuning(name: str) -> None:
     taken = set(inspect.signature(ADAPTERS[name].make(FakeEngine())).parameters)
-    assert taken <= FOLLOWED | set(REFUSED) | set(BUILT_IN) | set(CAUSAL) | set(SINKS) | set(TUNING)
+    assert taken <= FOLLOWED | set(REFUSED) | set(BUILT_IN) | set(CAUSAL) | set(UPDATE) | set(SINKS) | set(TUNING)
 
 
 @pytest.mark.parametrize(("name", "argument"), of(REFUSED))
@@ -152,6 +152,35 @@ def test_a_bundle_is_as_causal_as_it_is_asked_for(name: str) -> None:
             call(name, causal, **{argument: False})
         call(name, other, **{argument: False})
         assert len(other.calls) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bundle_updates_the_cache_as_it_is_asked_to(name: str) -> None:
+    updating, reading = FakeEngine(), FakeEngine()
+    reading.model = dataclasses.replace(reading.model, update_cache=False)
+    with pytest.raises(
+        SelectionError, match=r"^update_kv_cache is True; must be False, the update_cache of bundle tiny"
+    ):
+        call(name, reading)
+    for argument in set(UPDATE) & set(inspect.signature(ADAPTERS[name].make(updating)).parameters):
+        with pytest.raises(
+            SelectionError, match=f"^{argument} is False; must be True, .*\nmodel:\n  update_cache: false$"
+        ):
+            call(name, updating, **{argument: False})
+        args = arguments(name, reading)
+        call(name, reading, *args, **{argument: False})
+        (taken,) = reading.calls
+        assert taken[:2] == (args[0], args[3])
+        assert len(taken) == 6
+    assert updating.calls == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bundle_of_chunks_is_refused_for_nobody_can_ask_for_them(name: str) -> None:
+    engine = FakeEngine()
+    engine.model = dataclasses.replace(engine.model, attention_chunk=32)
+    with pytest.raises(SelectionError, match=r"^bundle tiny has attention_chunk 32; must have none, "):
+        ADAPTERS[name].make(engine)
 
 
 @pytest.mark.parametrize(("name", "argument"), of(dict.fromkeys(SINKS)))

@@ -36,9 +36,18 @@ SIZES = {
         "prefill_chunk": st.sampled_from([16, 32, 64]),
         "max_num_seqs": st.integers(1, 8),
         "context_lens": st.sampled_from(["[1]", "[100]", "[17, 512]"]),
+        "decode_len": st.integers(1, 8),
     },
 }
-SMALL = {"serving": {"max_model_len": 512, "max_num_tokens": 64, "token_buckets": "[16, 64]", "prefill_chunk": 32}}
+SMALL = {
+    "serving": {
+        "max_model_len": 512,
+        "max_num_tokens": 64,
+        "token_buckets": "[16, 64]",
+        "max_num_seqs": 8,
+        "prefill_chunk": 32,
+    }
+}
 
 
 @st.composite

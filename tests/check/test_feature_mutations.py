@@ -1,4 +1,4 @@
-"""Bugs of windows, soft caps and sinks, put into a kernel by hand: the check catches each."""
+"""Bugs of windows, chunks, soft caps and sinks, put into a kernel by hand: the check catches each."""
 
 from __future__ import annotations
 
@@ -84,6 +84,27 @@ ROWS = [
 CAPPED = [Mutation("not capped", r"capped\((products.*, 1\))\)", r"CAP * CAP_SCALE * \1")]
 BY_HEAD = [Mutation("the sink of another head", r"sinks\[q_head\]", "sinks[lax.rem(q_head, GROUP)]")]
 BY_QUERY = [Mutation("sinks of the first KV head", r"sinks\[head \* GROUP \+ row % GROUP\]", "sinks[row % GROUP]")]
+CHUNK_DECODE = [
+    Mutation(
+        "the chunk of the next token",
+        r"kv_lens\[seq\] - 1, 0\), ATTENTION_CHUNK\)",
+        "kv_lens[seq], 0), ATTENTION_CHUNK)",
+    ),
+    Mutation(
+        "tokens counted from the sequence's start", r"return kv_lens\[seq\] - first_token\(seq\)", "return kv_lens[seq]"
+    ),
+]
+CHUNK_BLOCK_FEW = [
+    Mutation("chunk one too long", r"token >= chunk_end\)", "token >= chunk_end - 1)"),
+]
+CHUNK_BLOCK = [
+    Mutation("chunk one short", r"token >= chunk_end\)", "token > chunk_end)"),
+    Mutation("the first chunk's queries see nothing", r"query < chunk_end\)", "query < chunk_end - 16)"),
+    Mutation("tiles of two chunks taken for whole", r"left = jnp\.where\(.*>= chunk_end, left, 0\)", "left = 0"),
+    Mutation("the end of the chunk in the first block alone", r"ATTENTION_CHUNK - block \* \d+", "ATTENTION_CHUNK"),
+    Mutation("the chunk of the block's last query", r"lax\.div\(first_query, ATT", "lax.div(first_query + 15, ATT"),
+]
+LONG_CHUNKS = {"attention_chunk": 320}  # more than a block
 BY_MXU = {"sliding_window": 300, "sinks": True}
 
 
@@ -106,6 +127,21 @@ def cases(layout: str, kind: str, mutations: list[Mutation], *marks: pytest.Mark
 )
 def test_a_bug_of_a_feature_is_caught(layout: str, kind: str, mutation: Mutation) -> None:
     spec = featured(tiles.SPECS[layout], ALL)
+    check_bug(spec, tiles.small_plan(spec, kind), mutation)
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "mutation"),
+    [
+        *cases("apart", "prefill", CHUNK_BLOCK_FEW),
+        *cases("interleaved", "decode", CHUNK_DECODE, SLOW),
+        *cases("apart", "decode", CHUNK_DECODE[:1], SLOW),
+        *cases("apart", "prefill", CHUNK_BLOCK, SLOW),
+        *cases("interleaved", "mixed", [*CHUNK_BLOCK_FEW, *CHUNK_BLOCK], SLOW),
+    ],
+)
+def test_a_bug_of_chunks_is_caught(layout: str, kind: str, mutation: Mutation) -> None:
+    spec = featured(tiles.SPECS[layout], LONG_CHUNKS)
     check_bug(spec, tiles.small_plan(spec, kind), mutation)
 
 

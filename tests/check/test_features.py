@@ -30,7 +30,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": True},
     "lse": {"log_sum_exp": True},
 }
-SERVED = ("log_sum_exp",)
+SERVED = ("log_sum_exp", "decode_len", "tree_mask")
 TOGETHER = {
     " and ".join(names): {key: value for name in names for key, value in ALONE[name].items()}
     for count in (2, 3, 4)
@@ -40,7 +40,22 @@ ALL = TOGETHER["soft cap and window and sinks and lse"]
 NARROW = {**ALL, "sliding_window": 3}
 AHEAD: dict[str, Any] = {"causal": False, "soft_cap": 2.0, "sinks": True, "log_sum_exp": True}
 BOTH_WAYS = {"not causal": {"causal": False}, "not causal and all": AHEAD}
-EVERY = {**ALONE, **TOGETHER, **BOTH_WAYS, "narrow window": {"sliding_window": 3}, "narrow window and all": NARROW}
+# Of one tile and a half; and of more than a block.
+CHUNKS = {"attention_chunk": 192}
+CHUNKS_ALL = {"attention_chunk": 320, "soft_cap": 2.0, "sinks": True, "log_sum_exp": True}
+IN_CHUNKS = {"chunks": CHUNKS, "chunks and all": CHUNKS_ALL}
+# Of a layer that reads another's cache: causal, or as attention across to an encoder's tokens.
+READ = {"update_cache": False}
+READS = {"read alone": READ, "read alone and all": {**READ, **ALL}, "read alone and not causal": {**READ, **AHEAD}}
+EVERY = {
+    **READS,
+    **ALONE,
+    **TOGETHER,
+    **BOTH_WAYS,
+    **IN_CHUNKS,
+    "narrow window": {"sliding_window": 3},
+    "narrow window and all": NARROW,
+}
 
 
 def featured(spec: Spec, features: dict[str, Any], name: str = "featured") -> Spec:
@@ -65,7 +80,10 @@ def failures(spec: Spec, plan: KernelPlan, few: bool = False) -> list[Any]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "features",
-    [pytest.param(EVERY[one], id=one, marks=[] if EVERY[one] in (ALL, NARROW, AHEAD) else SLOW) for one in EVERY],
+    [
+        pytest.param(EVERY[one], id=one, marks=[] if EVERY[one] in (ALL, NARROW, AHEAD, CHUNKS, READ) else SLOW)
+        for one in EVERY
+    ],
 )
 def test_portable_programs_have_them(features: dict[str, Any], layout: str, kind: str) -> None:
     spec = featured(tiles.SPECS[layout], features)
@@ -77,6 +95,15 @@ def test_portable_programs_have_them(features: dict[str, Any], layout: str, kind
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_kernels_have_them_all_at_once(layout: str, kind: str) -> None:
     spec = featured(tiles.SPECS[layout], ALL)
+    assert failures(spec, tiles.small_plan(spec, kind), few=True) == []
+
+
+@pytest.mark.parametrize(("layout", "kind"), [("interleaved", "decode"), ("apart", "prefill")])
+@pytest.mark.parametrize("features", [CHUNKS, READ], ids=["chunks", "read alone"])
+def test_kernels_see_their_own_chunk_and_leave_the_cache_alone(
+    features: dict[str, Any], layout: str, kind: str
+) -> None:
+    spec = featured(tiles.SPECS[layout], features)
     assert failures(spec, tiles.small_plan(spec, kind), few=True) == []
 
 
@@ -106,13 +133,13 @@ def test_kernels_that_take_turns_and_are_not_causal(layout: str) -> None:
 @SLOW
 @pytest.mark.parametrize("kind", ["prefill", "mixed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("window", [300, 7])
+@pytest.mark.parametrize("sight", [{"sliding_window": 300}, {"sliding_window": 7}, {"attention_chunk": 640}], ids=str)
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
-def test_kernels_that_take_turns_have_them(soft_cap: float | None, window: int, layout: str, kind: str) -> None:
+def test_kernels_that_take_turns_have_them(
+    soft_cap: float | None, sight: dict[str, int], layout: str, kind: str
+) -> None:
     """With a soft cap the MXU cannot mask, for what comes after it would undo the mask."""
-    spec = featured(
-        turns.SPECS[layout], {"soft_cap": soft_cap, "sliding_window": window, "sinks": True, "log_sum_exp": True}
-    )
+    spec = featured(turns.SPECS[layout], {"soft_cap": soft_cap, **sight, "sinks": True, "log_sum_exp": True})
     plan = turns.small_plan(spec, kind)
     assert plan.block.masks_by_mxu(spec.model) == (soft_cap is None)
     assert failures(spec, plan) == []
@@ -163,14 +190,29 @@ def test_batches_hold_the_edges_of_the_window(kind: str, target: str) -> None:
 def test_a_kernel_holds_no_trace_of_a_feature_that_it_does_not_use() -> None:
     words = {
         "soft_cap": ("capped", "CAP"),
-        "sliding_window": ("window", "WINDOW", "entry("),
+        "sliding_window": ("window", "WINDOW"),
+        "attention_chunk": ("chunk of", "ATTENTION_CHUNK", "chunk_end"),
         "sinks": ("sink", "LOG2_E"),
         "log_sum_exp": (", lse", "LN_2"),
     }
     for target, layout, kind in itertools.product(("tpu7x", "cpu"), LAYOUTS, KINDS):
-        for name, features in ALONE.items():
+        for name, features in {**ALONE, "chunks": CHUNKS, "read alone": READ}.items():
             spec = featured(tiles.SPECS[layout], features, "spec")
             plan = next(plan for plan in plan_spec(spec, target) if plan.kind == kind)
             text = render(spec, plan).body
             for key, traces in words.items():
                 assert any(trace in text for trace in traces) == (key in features), (target, layout, kind, name, key)
+            writes = any(
+                trace in text
+                for trace in (
+                    "update_cache(",
+                    "update_rows(",
+                    "update_pages(",
+                    "new_keys",
+                    "pack_token",
+                    "keys, values",
+                    "new_rows",
+                )
+            )
+            assert writes == (name != "read alone"), (target, layout, kind, name)
+            assert not target.startswith("tpu") or ("first_token(" in text) == (name in ("window", "chunks"))

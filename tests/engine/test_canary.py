@@ -81,7 +81,7 @@ def test_zeros_are_named(tiny: Spec, answers: Any) -> None:
 def test_a_canary_is_held_to_the_dtype_s_tolerance_and_to_every_bit_of_its_pages(tiny: Spec, answers: Any) -> None:
     for variant in BUILT:
         made = tiny_canary(tiny, variant)
-        out, pages = expected(made, tiny.model, tiny.serving.kv_layout)
+        out, pages, _ = expected(made, tiny.model, tiny.serving.kv_layout)
         within, beyond = (out * np.float32(1 + TOLERANCE["bfloat16"] * part) for part in (0.9, 1.1))
         assert canary.judge(made, answers["", *variant], within, pages).notes == ()
         (note,) = canary.judge(made, answers["", *variant], beyond, pages).notes
@@ -90,6 +90,20 @@ def test_a_canary_is_held_to_the_dtype_s_tolerance_and_to_every_bit_of_its_pages
         flipped.view(np.uint8).reshape(-1)[-1] ^= 1
         (note,) = canary.judge(made, answers["", *variant], out, flipped).notes
         assert "the cache's pages" in note
+
+
+def test_a_canary_looks_at_lse_where_programs_return_it(tiny: Spec) -> None:
+    made = tiny_canary(tiny, Variant("mixed", 32))
+    out, pages, lse = expected(made, tiny.model, tiny.serving.kv_layout, log_sum_exp=True)
+    stored = canary.answer(made, out, pages, lse)
+    assert canary.judge(made, stored, out, pages, lse).notes == ()
+    (note,) = canary.judge(made, stored, out, pages, lse + np.float32(0.01)).notes
+    assert note == "lse is off by 0.01 of 0.0078"
+    (note,) = canary.judge(made, stored, out, pages, np.full_like(lse, np.nan)).notes
+    assert note == "lse is off by nan of 0.0078"
+    for given in (None, lse):
+        with pytest.raises(ValueError, match="the answer to other inputs"):
+            canary.judge(made, canary.answer(made, out, pages, None if given is lse else lse), out, pages, given)
 
 
 def tiny_canary(tiny: Spec, variant: Variant) -> canary.Call:

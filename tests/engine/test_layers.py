@@ -11,12 +11,11 @@ from command import rpac
 
 from rpac import TargetError, layout, load, load_layers
 from rpac.accuracy import attention_error
-from rpac.answers import oracle_options
+from rpac.answers import oracle
 from rpac.build import all_tasks
 from rpac.bundle import read_manifest
 from rpac.canary import make_call
 from rpac.errors import SpecError
-from rpac.reference import ragged_paged_attention
 from rpac.serve_check import serve_check
 from rpac.spec import load_spec, parse_spec
 
@@ -24,6 +23,7 @@ SMALL = Path(__file__).with_name("small.yaml").read_text()
 LAYERS = """layers:
   local: {sliding_window: 10}
   global: {soft_cap: 5.0, sinks: true}
+  reader: {sliding_window: 10, update_cache: false}
 """
 TEXT = SMALL.replace("serving:", f"{LAYERS}serving:")
 SINKS = np.array([1.5, -0.5], np.float32)
@@ -40,47 +40,53 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_each_kind_of_layer_is_served_as_the_oracle_says(bundle: Path) -> None:
     engines = load_layers(bundle, "cpu")
-    assert sorted(engines) == ["global", "local"]
-    outs = {}
+    assert sorted(engines) == ["global", "local", "reader"]
+    outs, caches = {}, {}
     for name, engine in engines.items():
         assert engine.layer == name
         engine.warm(canary=True)
         program = next(iter(engine.programs.values()))
         call = make_call("mixed", program.args, engine.limits, engine.kv_layout, [1, 5], [30, 3], 7)
-        cache = np.zeros(program.args[3].shape, np.float32)
+        cache = np.zeros(program.args[layout.index_of(program.args, "kv_cache")].shape, np.float32)
         cache[call.pages] = call.held
         batch = call.batch
         args = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
         extra = {"sinks": SINKS} if name == "global" else {}
         new = tuple(call.by_token.values())
-        out, _ = engine(*new, jax.device_put(cache.copy(), engine.sharding("kv_cache")), *args, **extra)
-        options = {**oracle_options(engine.model, engine.kv_layout), **extra}
-        want, _ = ragged_paged_attention(*new, cache, *args, **options)
-        outs[name] = np.asarray(out)[: batch.num_tokens]
+        out, after = engine(*new, jax.device_put(cache.copy(), engine.sharding("kv_cache")), *args, **extra)
+        want, held, _ = oracle(engine.model, engine.kv_layout, (*new, cache, *args), extra)
+        outs[name], caches[name] = np.asarray(out)[: batch.num_tokens], np.asarray(after)
+        np.testing.assert_array_equal(caches[name], held)
         error, _ = attention_error(outs[name], want[: batch.num_tokens])
         assert error < 1e-5
     assert not np.allclose(outs["local"], outs["global"])
+    out, _ = engines["reader"](call.queries, jax.device_put(caches["local"]), *args)
+    np.testing.assert_array_equal(np.asarray(out)[: batch.num_tokens], outs["local"])
     assert serve_check(bundle, "cpu", seed=1).exit_code == 0
 
 
 def test_a_layer_must_be_named(bundle: Path) -> None:
-    with pytest.raises(TargetError, match=r"found layer ''; the model's kinds of layers are 'global', 'local'"):
+    with pytest.raises(
+        TargetError, match=r"found layer ''; the model's kinds of layers are 'global', 'local', 'reader'"
+    ):
         load(bundle, target="cpu")
     assert load(bundle, target="cpu", layer="local").layer == "local"
 
 
 def test_the_parts_have_the_whole_specs_hash_and_paths_of_their_own(bundle: Path) -> None:
     spec = load_spec(bundle.parent / "layers.yaml")
-    assert [part.layer for part in spec.parts] == ["local", "global"]
+    assert [part.layer for part in spec.parts] == ["local", "global", "reader"]
     assert {part.hash for part in spec.parts} == {spec.hash} != {parse_spec(SMALL, "x").hash}
     assert spec.part("local").model.sliding_window == 10
     assert spec.part("local").model.soft_cap is None
     paths = {task.source.path for task in all_tasks(spec, ["cpu"])}
     kinds = ("decode", "mixed", "prefill")
-    assert paths == {f"cpu/{layer}/{kind}.py" for layer in ("global", "local") for kind in kinds}
+    assert paths == {f"cpu/{layer}/{kind}.py" for layer in ("global", "local", "reader") for kind in kinds}
     assert [dims.name for dims in layout.extra_specs(spec.part("global"))] == ["sinks"]
-    assert sorted(read_manifest(bundle).targets) == ["cpu.global", "cpu.local"]
-    with pytest.raises(SpecError, match="must be one of local, global"):
+    assert sorted(read_manifest(bundle).targets) == ["cpu.global", "cpu.local", "cpu.reader"]
+    taken = [[dims.name for dims in layout.arg_specs(spec.part(layer), 8)][:4] for layer in ("local", "reader")]
+    assert taken == [["queries", "keys", "values", "kv_cache"], ["queries", "kv_cache", "kv_lens", "page_indices"]]
+    with pytest.raises(SpecError, match="must be one of local, global, reader"):
         spec.part("other")
 
 

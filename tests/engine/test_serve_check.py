@@ -77,8 +77,8 @@ def test_a_random_batch_that_goes_wrong_is_found(small: Path, monkeypatch: pytes
     expected = module.expected
 
     def off(*args: Any) -> Any:
-        out, pages = expected(*args)
-        return out * 1.05, pages
+        out, pages, lse = expected(*args)
+        return out * 1.05, pages, lse
 
     monkeypatch.setattr(module, "expected", off)
     report = serve_check(small, "cpu", seed=3)

@@ -13,7 +13,6 @@ import jinja2
 import pytest
 from command import rpac
 
-from rpac import render as rendering
 from rpac.build import chosen_targets, sources_of
 from rpac.chip import TPU_TARGETS
 from rpac.errors import CompileError, PlanError, TargetError
@@ -21,6 +20,7 @@ from rpac.lower import Cache, Task, lower_all, tasks_of
 from rpac.lower import worker as lowering
 from rpac.plan import plan_spec
 from rpac.render import render, templates_dir
+from rpac.render import source as rendering
 from rpac.spec import Spec, parse_spec
 from rpac.toolchain import toolchain
 

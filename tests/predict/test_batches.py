@@ -61,6 +61,15 @@ def test_sequences_lie_on_pages_of_their_own_even_where_the_cache_has_fewer() ->
     assert [row.kv_len for row in roomy] == [512] * 4
 
 
+def test_decode_rows_have_as_many_new_tokens_as_the_program_takes() -> None:
+    assert parse_decode("2x100", 4) == Workload("decode 2x100", (4, 4), (100, 100))
+    with pytest.raises(BatchError, match="found '2x3'; must be of 4 tokens at least"):
+        parse_decode("2x3", 4)
+    drafting = Limits(**{**LIMITS.as_dict(), "token_buckets": (8, 32), "decode_len": 4})
+    assert [one.q_lens for one in expected(drafting, (2, 40))] == [(4,) * 4, (4,) * 4, (16,)]
+    assert parse_decode("4x40", 4).batch(drafting).kind == "decode"
+
+
 def test_a_spec_expects_all_sequences_decoding_and_a_chunk_up_to_each_length() -> None:
     labels = [workload.label for workload in expected(LIMITS, (8, 40, 100))]
     assert labels == [

@@ -88,6 +88,19 @@ def test_needed_work_counts_each_pair_that_may_attend() -> None:
     assert work.bytes == rows * 2 * kv_heads * head_dim * 2 + 2 * 34 * q_heads * head_dim * 2
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 9, 29])
+def test_needed_work_of_chunks_is_what_they_hold(chunk: int) -> None:
+    kv_lens, q_lens = (5, 12, 30), (5, 3, 11)
+    pairs = cached = 0
+    for kv, q in zip(kv_lens, q_lens, strict=True):
+        seen = {(i, j) for i in range(kv - q, kv) for j in range(kv) if j <= i and i // chunk == j // chunk}
+        pairs += len(seen)
+        cached += len({j for i, j in seen if i == kv - q and j < kv - q})
+    work = attention_work(kv_lens, q_lens, 4, 2, 128, 2, 2, attention_chunk=chunk)
+    assert work.flops == 4 * 128 * 4 * pairs
+    assert work.bytes == (cached + 2 * sum(q_lens)) * 2 * 2 * 128 * 2 + 2 * sum(q_lens) * 4 * 128 * 2
+
+
 @pytest.mark.parametrize("window", [1, 4, 9, 29])
 def test_needed_work_of_a_window_is_what_it_reaches(window: int) -> None:
     kv_lens, q_lens = [9, 1, 30], [3, 1, 10]
@@ -99,6 +112,12 @@ def test_needed_work_of_a_window_is_what_it_reaches(window: int) -> None:
     work = attention_work(kv_lens, q_lens, 4, 2, 128, 2, 2, window)
     assert work.flops == 4 * 128 * 4 * pairs
     assert work.bytes == rows * 2 * 2 * 128 * 2 + 2 * sum(q_lens) * 4 * 128 * 2
+
+
+def test_needed_work_that_writes_nothing_reads_each_row_once() -> None:
+    written, read = (attention_work([9, 30], [3, 10], 4, 2, 128, 2, 2, update_cache=update) for update in (True, False))
+    assert written.bytes - read.bytes == 13 * 2 * 2 * 128 * 2
+    assert written.flops == read.flops
 
 
 def test_needed_work_that_is_not_causal_counts_every_pair() -> None:

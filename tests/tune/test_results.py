@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,15 +159,18 @@ def test_what_tiles_do_not_turn_on_is_no_part_of_a_case(folder: Path, changes: d
 
 
 def test_a_field_that_a_spec_gains_is_part_of_its_case() -> None:
-    """Whatever model and serving hold is in the key, or stands for something that is; but for features at their default."""
-    from dataclasses import MISSING, fields, replace
-
+    """Whatever model and serving hold is in the key, or stands for something that is; a feature, where it is used."""
     key = key_of(SPEC, "decode", (8, 32))
-    assert key_of(replace(SPEC, model=replace(SPEC.model, sinks=True)), "decode", (8, 32)) != key
     stood_for = {"sm_scale", "max_model_len", "max_num_tokens", "token_buckets", "context_lens", "num_pages"}
-    held = {field.name for part in (SPEC.model, SPEC.serving) for field in fields(part) if field.default is MISSING}
-    assert held - stood_for <= set(key)
-    assert key["kv_layout"] == getattr(SPEC.serving, "kv_layout", "interleaved")
+    for part in ("model", "serving"):
+        settings = getattr(SPEC, part)
+        for name in {field.name for field in fields(settings)} - stood_for:
+            value = getattr(settings, name)
+            changes = {name: value + 1 if type(value) is int else "another"}
+            assert key_of(replace(SPEC, **{part: replace(settings, **changes)}), "decode", (8, 32)) != key, name
+    required = {field.name for part in (SPEC.model, SPEC.serving) for field in fields(part) if field.default is MISSING}
+    assert required - stood_for <= set(key)
+    assert key["kv_layout"] == SPEC.serving.kv_layout
 
 
 def test_tiles_that_no_longer_fit_leave_it_to_the_rule_and_say_so(

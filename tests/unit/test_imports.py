@@ -17,7 +17,7 @@ PACKAGE = Path(rpac.__file__).parent
 # From the lowest to the highest; a module, or a package as a whole, imports only from above its own line.
 ORDER = [
     "errors",
-    "chip", "layout", "mesh", "spec", "batch", "trace", "serving", "plan", "buckets", "render_latent", "render",
+    "chip", "layout", "mesh", "spec", "batch", "trace", "serving", "plan", "buckets", "render",
     "accuracy", "canary",  # how good an answer must be, and the calls that a bundle stores answers to
     "publish", "store",  # files and folders: a bundle's and a cache's
     "host", "compat", "placement", "runtime", "toolchain", "merging",  # JAX: what differs, runs, lies where, and what it is

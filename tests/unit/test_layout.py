@@ -13,7 +13,7 @@ import pytest
 
 from rpac import layout
 from rpac.batch import Limits
-from rpac.reference import ragged_paged_attention
+from rpac.reference import attention_with_lse
 from rpac.spec import KV_LAYOUTS, Spec, load_spec
 
 SPECS = Path(__file__).parents[2] / "specs"
@@ -152,7 +152,7 @@ def test_bits_of_a_dtype_are_those_of_its_arrays(dtype: str) -> None:
 
 def test_arguments_have_the_names_and_order_of_the_oracle() -> None:
     names = [dims.name for dims in layout.arg_specs(LLAMA, 64)]
-    parameters = inspect.signature(ragged_paged_attention).parameters.values()
+    parameters = inspect.signature(attention_with_lse).parameters.values()
     assert names == [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 

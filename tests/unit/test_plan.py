@@ -15,6 +15,7 @@ from rpac.chip import TPU_TARGETS, chip
 from rpac.errors import PlanError
 from rpac.layout import LANES
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims, kinds_of, plan_spec
+from rpac.plan.buffers import unit_tokens
 from rpac.plan.build import (
     IN_FLIGHT_BYTES,
     SMEM_RESERVE,
@@ -25,7 +26,8 @@ from rpac.plan.build import (
     smem_need,
     vmem_need,
 )
-from rpac.plan.tiles import Sets, XlaTiles, unit_tokens
+from rpac.plan.query_rows import Sets
+from rpac.plan.tiles import XlaTiles
 from rpac.spec import Model, Serving, Spec, load_spec
 
 SPECS = [
@@ -42,12 +44,15 @@ def specs(draw: st.DrawFn) -> Spec:
     model = Model(group * kv_heads, kv_heads, draw(st.sampled_from([128, 256])), dtype, dtype, 0.1)
     page = 1 << draw(st.integers(4, 8))
     max_len = page * draw(st.integers(1, 64))
-    buckets = tuple(sorted(draw(st.sets(st.integers(1, 2048), min_size=1, max_size=5)) | {256}))
+    new = draw(st.sampled_from([1, 1, 2, 4, 8]))
+    buckets = tuple(sorted(draw(st.sets(st.integers(new, 2048), min_size=1, max_size=5)) | {256}))
     chunk = draw(st.sampled_from([size for size in (16, 48, 64, 256) if size <= max_len]))
     lengths = draw(st.lists(st.integers(1, max_len), min_size=1, max_size=3))
     layout = draw(st.sampled_from(["interleaved", "separate"]))
+    seqs, lens = draw(st.integers(1, min(64, buckets[-1] // new))), tuple(sorted(lengths))
+    tree = new > 1 and draw(st.booleans())
     serving = Serving(
-        page, max_len, buckets[-1], buckets, draw(st.integers(1, 64)), chunk, tuple(sorted(lengths)), 4096, layout
+        page, max_len, buckets[-1], buckets, seqs, chunk, lens, 4096, layout, decode_len=new, tree_mask=tree
     )
     return Spec("any", model, serving, (*TPU_TARGETS, "cpu"), source="", file="any.yaml")
 
@@ -58,6 +63,11 @@ def plans_of(spec: Spec, target: str) -> tuple[KernelPlan, ...]:
         return plan_spec(spec, target)
     except PlanError:
         return ()
+
+
+def sequences(spec: Spec, plan: KernelPlan) -> set[int]:
+    """How many decode rows each bucket of a plan holds."""
+    return {min(tokens // spec.serving.decode_len, spec.serving.max_num_seqs) for tokens in plan.tokens}
 
 
 targets = st.sampled_from([*TPU_TARGETS, "cpu"])
@@ -125,7 +135,7 @@ def test_decode_tiles_are_whole_pages_and_registers_and_few_enough_to_wait_for(s
         assert tiles.buffers >= 2
         assert spec.model.kv_heads % tiles.pair == 0
         assert tiles.pair * spec.model.head_dim <= max(chip(target).mxu_size, spec.model.head_dim)
-        assert {tiles.loaded} == {min(tokens, spec.serving.max_num_seqs) for tokens in plan.tokens}
+        assert {tiles.loaded} == sequences(spec, plan)
 
 
 @given(specs(), st.sampled_from(TPU_TARGETS))
@@ -148,7 +158,7 @@ def test_tiles_of_a_group_are_whole_pages_and_registers_and_no_longer_than_neede
         needed = (serving.page_size, LANES, power_of_two_from(min(serving.context_lens)))
         assert tiles.tile <= max(needed), "a tile is computed whole, however short the sequence"
         assert tiles.tile // 2 < max(needed)
-        assert {tiles.loaded} == {min(tokens, serving.max_num_seqs) for tokens in plan.tokens}
+        assert {tiles.loaded} == sequences(spec, plan)
 
 
 @given(specs(), st.sampled_from(TPU_TARGETS))
@@ -203,7 +213,7 @@ def test_heads_share_the_rows_of_a_product_where_their_groups_fill_a_register(
     q_heads: int, kv_heads: int, wanted: tuple[int, ...], padded: bool
 ) -> None:
     model = Model(q_heads, kv_heads, 128, "bfloat16", "bfloat16", 1.0)
-    sets = Sets.of(model)
+    sets = Sets.of(replace(TINY, model=model))
     assert (sets.heads, sets.rows, sets.count) == wanted
     assert sets.padded(model) == padded
     assert sets.heads * model.group <= sets.rows
@@ -267,7 +277,7 @@ def test_what_is_counted_is_what_is_declared_and_fits(spec: Spec, target: str) -
         for tiles in kernels:
             dtypes = {"dma": None, "smem": None, "bfloat16": 2, "float32": 4, "uint32": 4}
             declared = sum(math.prod(buffer.shape) * (dtypes[buffer.dtype] or 0) for buffer in tiles.scratch(spec))
-            assert declared + tiles.temporaries(spec.model) <= vmem_need(spec, tiles)
+            assert declared + tiles.temporaries(spec) <= vmem_need(spec, tiles)
         assert plan.vmem_need == max(vmem_need(spec, tiles) for tiles in kernels)
         assert plan.vmem_need < plan.vmem_limit < plan.vmem_bytes == device.vmem_bytes
         assert plan.smem_need == smem_need(spec) < plan.smem_bytes == device.smem_bytes
@@ -310,3 +320,17 @@ def test_a_plan_is_plain_data_for_a_manifest() -> None:
         assert data["kind"] == plan.kind
         assert data["tokens"] == list(plan.tokens)
     assert np.dtype("int32").itemsize * (4 + 4 * 32 + 5 + 3) == smem_need(TINY)
+
+
+def test_new_tokens_of_a_decode_row_take_rows_of_a_product_as_heads_of_a_group_do() -> None:
+    def sets_of(q_heads: int, decode_len: int) -> Sets:
+        model = replace(TINY.model, q_heads=q_heads, kv_heads=4)
+        return Sets.of(replace(TINY, model=model, serving=replace(TINY.serving, decode_len=decode_len)))
+
+    for group, new in ((1, 2), (2, 2), (4, 2), (8, 2), (4, 4), (3, 5)):
+        assert sets_of(4 * group, new) == sets_of(4 * group * new, 1)
+
+
+def test_a_tree_takes_its_part_of_smem() -> None:
+    drafting = replace(TINY, serving=replace(TINY.serving, decode_len=4, tree_mask=True))
+    assert smem_need(drafting) == smem_need(TINY) + 4 * TINY.serving.max_num_seqs * 4

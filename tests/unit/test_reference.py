@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Call:
     head_dim: int = 16
     lanes: int = 16
     dtype: Any = F32
+    limits: Limits = LIMITS
     batch: Batch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,7 +45,7 @@ class Call:
         pages = iter(rng.permutation(LIMITS.num_pages).tolist())
         needs = [-(-(q + c) // LIMITS.page_size) for q, c in zip(self.q_lens, self.context_lens, strict=True)]
         tables = [[next(pages) for _ in range(need)] for need in needs]
-        self.batch = Batch.build(LIMITS, self.q_lens, self.context_lens, tables)
+        self.batch = Batch.build(self.limits, self.q_lens, self.context_lens, tables)
         tokens = self.batch.tokens
 
         def random(*shape: int) -> Array:
@@ -95,6 +96,7 @@ class Call:
         self,
         soft_cap: float | None = None,
         sliding_window: int | None = None,
+        attention_chunk: int | None = None,
         sinks: Array | None = None,
         causal: bool = True,
     ) -> Array:
@@ -106,7 +108,7 @@ class Call:
                     kv_head = head // (self.q_heads // self.kv_heads)
                     query = [float(x) for x in self.queries[token, head]]
                     end = row.context_len + step + 1 if causal else row.kv_len
-                    visible = range(0 if sliding_window is None else max(end - sliding_window, 0), end)
+                    visible = range(first_seen(end, sliding_window, attention_chunk), end)
                     keys = [[float(x) for x in self.k[row.row][position, kv_head]] for position in visible]
                     scores = [SM_SCALE * sum(a * b for a, b in zip(query, key, strict=True)) for key in keys]
                     if soft_cap is not None:
@@ -116,6 +118,13 @@ class Call:
                     for position, weight in zip(visible, weights, strict=True):
                         out[token, head] += weight / total * self.v[row.row][position, kv_head].astype(float)
         return out
+
+
+def first_seen(end: int, sliding_window: int | None, attention_chunk: int | None) -> int:
+    """The first token that the query at position `end` - 1 sees."""
+    if attention_chunk is not None:
+        return next(token for token in range(end) if token // attention_chunk == (end - 1) // attention_chunk)
+    return 0 if sliding_window is None else max(end - sliding_window, 0)
 
 
 def separated(cache: Array, kv_heads: int) -> Array:
@@ -164,6 +173,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "window": {"sliding_window": 5},
     "window of a page": {"sliding_window": 4},
     "window of one": {"sliding_window": 1},
+    "chunks": {"attention_chunk": 7},
+    "chunks of a page": {"attention_chunk": 4},
     "sinks": {"sinks": np.array([0.5, -3, 4, -np.inf, 1, 2], F32)},
     "not causal": {"causal": False},
     "not causal, soft cap and sinks": {"causal": False, "soft_cap": 0.7, "sinks": np.array([0.5, -3, 4, 0, 1, 2], F32)},
@@ -181,6 +192,32 @@ def test_output_with_features_is_the_definition(name: str, features: dict[str, A
     np.testing.assert_allclose(out, call.expected(**features), rtol=1e-6, atol=1e-12)
 
 
+def test_a_tree_says_what_the_new_tokens_of_decode_rows_see_of_each_other() -> None:
+    """Of a chain it is causal attention; a branch is the sequence that it would be alone; other rows stay causal."""
+    limits = replace(LIMITS, decode_len=3)
+    call = Call([3, 3, 2], [5, 0, 6], seed=13, limits=limits)
+    chain = np.tile(np.array([0b001, 0b011, 0b111], np.int32), (limits.max_num_seqs, 1))
+    want, want_cache = call.run()
+    out, cache = call.run(tree=chain)
+    np.testing.assert_array_equal(out, want)
+    np.testing.assert_array_equal(bits(cache), bits(want_cache))
+
+    tree = chain.copy()
+    tree[:, 2] = 0b101  # a second child of the first
+    out, _ = call.run(tree=tree)
+    for row in list(call.batch)[:2]:
+        first, second, third = row.queries
+        assert not np.allclose(out[third], want[third])
+        np.testing.assert_array_equal(out[[first, second]], want[[first, second]])
+        seen = [*range(row.context_len + 1), row.context_len + 2]
+        k, v = call.k[row.row][seen].astype(float), call.v[row.row][seen].astype(float)
+        for head in range(call.q_heads):
+            weights = np.exp(SM_SCALE * (k[:, head // 2] @ call.queries[third, head].astype(float)))
+            np.testing.assert_allclose(out[third, head], weights @ v[:, head // 2] / weights.sum(), rtol=1e-6)
+    rest = slice(call.batch.cu_q_lens[2], None)
+    np.testing.assert_array_equal(out[rest], want[rest])
+
+
 @pytest.mark.parametrize("features", [{}, *FEATURES.values()], ids=["none", *FEATURES])
 def test_lse_is_the_logarithm_of_what_divides_the_weights(features: dict[str, Any]) -> None:
     """A value that is 1 for one key alone gets its weight; that is exp of the score less lse."""
@@ -195,7 +232,7 @@ def test_lse_is_the_logarithm_of_what_divides_the_weights(features: dict[str, An
         for step, token in enumerate(row.queries):
             for head in range(call.q_heads):
                 end = row.context_len + step + 1 if features.get("causal", True) else row.kv_len
-                first = max(end - features.get("sliding_window", end), 0)
+                first = first_seen(end, features.get("sliding_window"), features.get("attention_chunk"))
                 keys = call.k[row.row][first:end, head // (call.q_heads // call.kv_heads)].astype(np.float64)
                 scores = SM_SCALE * keys @ call.queries[token, head].astype(np.float64)
                 if "soft_cap" in features:
@@ -204,16 +241,25 @@ def test_lse_is_the_logarithm_of_what_divides_the_weights(features: dict[str, An
                 assert lse[token, head] == pytest.approx(np.logaddexp.reduce([*scores, sink]), rel=1e-6, abs=1e-6)
 
 
-def test_what_a_window_leaves_may_be_anything() -> None:
+@pytest.mark.parametrize("sight", [{"sliding_window": 6}, {"attention_chunk": 17}], ids=str)
+def test_what_no_query_sees_may_be_anything(sight: dict[str, int]) -> None:
     """Pages before it, and their entries in the table."""
     call = Call([1, 3], [22, 17], seed=12)
-    want, _ = call.run(sliding_window=6)
+    want, _ = call.run(**sight)
     table, cache = call.batch.page_indices.copy().reshape(LIMITS.max_num_seqs, -1), call.cache.copy()
-    for row, pages in ((0, 4), (1, 3)):  # 23 - 6 = 17 and 20 - 3 + 1 - 6 = 12
+    for row, pages in ((0, 4), (1, 3)):  # 23 - 6 = 17 and 20 - 3 + 1 - 6 = 12; or both see from 17 on
         cache[table[row, :pages]] = np.nan
         table[row, :pages] = 2**31 - 1
-    out, _ = call.run(kv_cache=cache, page_indices=table.reshape(-1), sliding_window=6)
+    out, _ = call.run(kv_cache=cache, page_indices=table.reshape(-1), **sight)
     np.testing.assert_array_equal(out, want)
+
+
+@every_call
+def test_without_new_tokens_the_cache_is_read_as_it_is(call: Call) -> None:
+    out, cache = call.run()
+    again, same = call.run(keys=None, values=None, kv_heads=call.kv_heads, kv_cache=cache)
+    np.testing.assert_array_equal(again, out)
+    assert same.tobytes() == cache.tobytes()
 
 
 @every_call

@@ -77,7 +77,7 @@ def test_scale_is_read_in_any_usual_notation(text: str, value: float) -> None:
     assert parse_spec(edited("head_dim: 128", f"head_dim: 128\n  sm_scale: {text}"), "").model.sm_scale == value
 
 
-FEATURES = {"soft_cap: 50.0": 50.0, "sliding_window: 100": 100, "sinks: true": True}
+FEATURES = {"soft_cap: 50.0": 50.0, "sliding_window: 100": 100, "attention_chunk: 32": 32, "sinks: true": True}
 
 
 @pytest.mark.parametrize("line", FEATURES)

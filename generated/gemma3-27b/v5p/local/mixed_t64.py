@@ -811,9 +811,9 @@ def mixed_kernel(
             def _():
                 clear_tail(slot, valid)
 
-            # Tiles in order: those that the window of some query leaves in part, whole ones, those on the diagonal.
             query = first_query - block * 2048
             count = pl.cdiv(valid, 512)
+            # Tiles in order: those that the window of some query leaves in part, whole ones, those on the diagonal.
             left = jnp.clip(lax.div(query + -449, 512), 0, count)
             plain = jnp.maximum(jnp.clip(lax.div(query + 1, 512), 0, 4) - left, 0)
             plain_tiles(slot, left, plain)

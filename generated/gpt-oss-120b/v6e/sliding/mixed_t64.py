@@ -126,7 +126,7 @@ def decode_kernel(
     def first_token(seq):
         return lax.div(jnp.maximum(kv_lens[seq] - WINDOW, 0), PAGE_SIZE) * PAGE_SIZE
 
-    def window_len(seq):
+    def seen_len(seq):
         """Tokens from there on."""
         return kv_lens[seq] - first_token(seq)
 
@@ -176,13 +176,13 @@ def decode_kernel(
             lax.fori_loop(0, pages, one, 0)
 
     def advance(seq, block):
-        last = (block + 1) * 128 >= window_len(seq)
+        last = (block + 1) * 128 >= seen_len(seq)
         return jnp.where(last, seq + 1, seq), jnp.where(last, 0, block + 1)
 
     def fetch_ahead(step, seq, block):
         @pl.when(seq < num_seqs)
         def _():
-            start_block(window_len(seq), entry(seq), block, lax.rem(step, 16))
+            start_block(seen_len(seq), entry(seq), block, lax.rem(step, 16))
 
         next_seq, next_block = advance(jnp.minimum(seq, num_seqs - 1), block)
         return jnp.where(seq < num_seqs, next_seq, seq), jnp.where(seq < num_seqs, next_block, block)
@@ -201,7 +201,7 @@ def decode_kernel(
         def _():
             unit_copy(seq - 4).wait()
 
-        token = window_len(seq) - 1 - block * 128
+        token = seen_len(seq) - 1 - block * 128
         rows = pl.ds(pl.multiple_of(token // UNIT * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
         for i in range(UNIT):
             pack_token(new_keys[seq], new_values[seq], packed, i)
@@ -352,7 +352,7 @@ def decode_kernel(
         def arrive(step, seq, block):
             """Waits for a block; at the end of its sequence, puts the new token in and clears what lies behind."""
             slot = lax.rem(step, 16)
-            kv_len = window_len(seq)
+            kv_len = seen_len(seq)
             wait_block(kv_len, entry(seq), block, slot)
 
             @pl.when((block + 1) * 128 >= kv_len)
@@ -366,7 +366,7 @@ def decode_kernel(
         def body(carry):
             step, seq, block, *ahead = carry
             ahead = fetch_ahead(step + 15, *ahead)
-            kv_len = window_len(seq)
+            kv_len = seen_len(seq)
             valid = jnp.minimum(kv_len - block * 128, 128)
             first = kv_len - WINDOW - block * 128
             following = advance(seq, block)
@@ -924,9 +924,9 @@ def mixed_kernel(
             def _():
                 clear_tail(slot, valid)
 
-            # Tiles in order: those that the window of some query leaves in part, whole ones, those on the diagonal.
             query = first_query - block * 512
             count = pl.cdiv(valid, 512)
+            # Tiles in order: those that the window of some query leaves in part, whole ones, those on the diagonal.
             left = jnp.clip(lax.div(query + 447, 512), 0, count)
             plain = jnp.maximum(jnp.clip(lax.div(query + 1, 512), 0, 1) - left, 0)
             plain_tiles(slot, left, plain)

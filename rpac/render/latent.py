@@ -1,4 +1,4 @@
-"""What the templates of latent attention show: the numbers of a plan, worked out. `rpac.render` adds what all kernels have."""
+"""What the templates of latent attention show, but for headers: from a spec and a plan."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from rpac.layout import BITS, LANES, latent_lanes
+from rpac.layout import BITS, latent_lanes
 from rpac.plan import KernelPlan, LatentBlockTiles, LatentDecodeTiles
-from rpac.plan.tiles import XlaTiles, unit_tokens
+from rpac.plan.buffers import unit_tokens
+from rpac.plan.tiles import XlaTiles
+from rpac.render.tiles import MASKED, declared
 from rpac.spec import Spec
 
 MASKED_STEPS: Final = 4  # flash steps on the diagonal that are one piece of code: few blocks are there
@@ -17,6 +19,8 @@ MASKED_STEPS: Final = 4  # flash steps on the diagonal that are one piece of cod
 _WITHOUT: Final[Mapping[str, Any]] = {
     "soft_cap": None,
     "window": None,
+    "attention_chunk": None,
+    "late": False,
     "sinks": False,
     "quantized": False,
     "quantize": "caller",
@@ -28,17 +32,23 @@ _WITHOUT: Final[Mapping[str, Any]] = {
     "kv_end": "kv_end(seq, q_block)",
     "lse": False,
     "extra_args": "",
-    "extra_scalars": "",
+    "block_args": "",
+    "decode_len": 1,
+    "sight_by_row": False,
+    "tree_mask": False,
+    "updates": True,
+    "puts_in": "puts the new token in and ",
 }
 
 
 def latent_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
-    """The context of a program's template, but for headers and the declarations of buffers."""
+    """The context of a program's template, but for its header."""
     model, serving = spec.model, spec.serving
     assert model.rope_dim is not None  # the caller asked
     lanes = latent_lanes(model)
     return {
         **_WITHOUT,
+        "masked": repr(MASKED),
         "kind": plan.kind,
         "q_heads": model.q_heads,
         "rank": model.head_dim,
@@ -77,6 +87,7 @@ def _tiles(spec: Spec, plan: KernelPlan, tiles: Any) -> dict[str, Any]:
         case LatentDecodeTiles():
             return {
                 **vars(tiles),
+                "buffers_declared": [declared(buffer) for buffer in tiles.scratch(spec)],
                 "groups": tiles.groups,
                 "slots": tiles.groups * tiles.step,
                 "group_tokens": tiles.step * tiles.tile,
@@ -93,6 +104,7 @@ def _tiles(spec: Spec, plan: KernelPlan, tiles: Any) -> dict[str, Any]:
             cache = scalars + 3  # after queries, their rotary parts and the new tokens
             return {
                 **vars(tiles),
+                "buffers_declared": [declared(buffer) for buffer in tiles.scratch(spec)],
                 "in_smem": scalars,
                 "in_hbm": 5 if mixed else 4,
                 "aliases": repr({cache: 1, cache + 1: 0} if mixed else {cache: 1}),
@@ -106,27 +118,3 @@ def _tiles(spec: Spec, plan: KernelPlan, tiles: Any) -> dict[str, Any]:
                 "update_ahead": tiles.update_buffers - 3,  # a page that is written out keeps its buffer for three steps
             }
     return {}
-
-
-def latent_lines(spec: Spec, plan: KernelPlan) -> list[str]:
-    """What a reader should know was decided before a source was written, and why."""
-    model = spec.model
-    lines = [
-        f"latent attention, absorbed: {model.q_heads} query heads over one latent vector of {model.head_dim} and one rotary "
-        f"key of {model.rope_dim} a token, {model.q_dtype}: constants",
-        f"cache rows of {latent_lanes(model)} lanes, {latent_lanes(model) // LANES} registers' width: latent vector, "
-        "rotary key, padding",
-    ]
-    if isinstance(plan.decode, LatentDecodeTiles):
-        d = plan.decode
-        lines.append(
-            f"decode: tiles of {d.tile} tokens, no longer than the expected lengths, {d.step} of them a turn, so that one "
-            f"fills the other's waits; fetched {d.ahead} turns ahead, so that DMA latency hides"
-        )
-    if isinstance(plan.block, LatentBlockTiles):
-        b = plan.block
-        lines.append(
-            f"{plan.kind}: blocks of {b.q_block} queries with all their heads against {b.block} fetched tokens "
-            f"({b.buffers} buffers); computes {b.step_rows} query rows at once"
-        )
-    return lines

@@ -1,0 +1,275 @@
+"""Ragged paged attention of llama4-scout, global layers: mixed batches on cpu.
+
+Do not edit: made from spec 6285f3168a6b3952fdf6bf2eed5896cd4ba02c84cad325d3c898f8bef0b023f8 by
+    rpac build llama4-scout.yaml --target cpu
+Change the spec or the templates and run it again.
+
+What was specialized:
+- 5 query heads over 1 KV heads, head_dim 128, queries bfloat16, KV bfloat16: constants
+- these are one device's part of 8: KV heads in 8 parts
+- pages of 128 tokens, 256 a sequence, up to 32 sequences
+- token buckets that use it: 64, 2048
+- causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
+- K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+Q_HEADS = 5
+KV_HEADS = 1
+GROUP = 5  # query heads that share a KV head
+HEAD_DIM = 128
+DTYPE = jnp.bfloat16
+WORD = jnp.uint16  # an integer as wide as DTYPE
+PAGE_SIZE = 128  # tokens
+PAGES_PER_SEQ = 256
+MAX_SEQS = 32
+DECODE_BLOCK = 128  # tokens of KV that are one item of decode work
+DECODE_BLOCK_PAGES = 1
+DECODE_ITEMS = 16  # items of a step
+Q_BLOCK = 32  # new tokens that are computed together
+KV_BLOCK = 512  # tokens of KV that they are computed against in a step
+KV_BLOCK_PAGES = 4
+SM_SCALE = 0.08838834764831845
+MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
+
+
+def as_words(values):
+    """The same bits as integers.
+
+    Everything here that only moves data moves words. Integers are moved as they are, but to slice, gather, transpose
+    or update a bfloat16 array XLA for CPU first turns all of it into float32: the whole cache, for one page.
+    """
+    return lax.bitcast_convert_type(values, WORD)
+
+
+def as_values(words):
+    return lax.bitcast_convert_type(words, DTYPE)
+
+
+def cache_words(kv_cache, step):
+    """The cache as words, and `step`, the counter of the loop that uses them.
+
+    Tied to the counter, the cast stays inside the loop, where it fuses with the read or the write of a few pages.
+    Lifted out of the loop it would copy the cache.
+    """
+    kv_cache, step = lax.optimization_barrier((kv_cache, step))
+    return as_words(kv_cache), step
+
+
+def new_rows(keys, values):
+    """K and V of the new tokens as words, as they lie in a page: `[2, KV_HEADS, tokens, HEAD_DIM]`."""
+    return jnp.stack([as_words(keys), as_words(values)]).transpose(0, 2, 1, 3)
+
+
+def cdiv(value, by):
+    """`value / by` rounded up, of what is not negative."""
+    return lax.div(value + (by - 1), by)
+
+
+def fetch_kv(words, page_tables, seqs, blocks, block_pages, live):
+    """K and V of some blocks of `block_pages` pages, each `[len(blocks), KV_HEADS, tokens, HEAD_DIM]`.
+
+    Block `blocks[n]` of sequence `seqs[n]` has `live[n]` tokens that count. The rest become zero, for they may hold
+    NaN, and 0 * NaN is NaN; page table entries past them may hold anything, and page 0 is read instead.
+    """
+    page = jnp.arange(block_pages)
+    entry = jnp.minimum(blocks[:, None] * block_pages + page, PAGES_PER_SEQ - 1)
+    ids = page_tables.at[seqs[:, None], entry].get(mode="promise_in_bounds")
+    ids = jnp.where(page * PAGE_SIZE < live[:, None], ids, 0)
+    pages = words.at[ids].get(mode="promise_in_bounds")
+    position = page[:, None] * PAGE_SIZE + jnp.arange(PAGE_SIZE)
+    valid = position < live[:, None, None]
+    pages = jnp.where(valid[:, :, None, None, :, None], pages, WORD(0))
+    # The barrier keeps the transposition on this side of the cast, in words.
+    pages = lax.optimization_barrier(pages.transpose(2, 0, 3, 1, 4, 5))
+    k, v = pages.reshape(2, len(blocks), KV_HEADS, -1, HEAD_DIM)
+    return as_values(k), as_values(v)
+
+
+def update_rows(kv_cache, keys, values, kv_lens, page_indices, num_seqs):
+    """Writes the new token of each of the sequences [0, num_seqs), which is row s of `keys` and `values`, in place."""
+    rows = new_rows(keys, values)
+
+    def write(seq, kv_cache):
+        words, seq = cache_words(kv_cache, seq)
+        position = kv_lens[seq] - 1
+        page = page_indices[seq * PAGES_PER_SEQ + lax.div(position, PAGE_SIZE)]
+        row = lax.dynamic_slice_in_dim(rows, seq, 1, axis=2)
+        words = lax.dynamic_update_slice(words, row[None], (page, 0, 0, lax.rem(position, PAGE_SIZE), 0))
+        return as_values(words)
+
+    return lax.fori_loop(0, num_seqs, write, kv_cache)
+
+
+def attend_decode(queries, kv_cache, kv_lens, page_indices, num_seqs):
+    """One query for each of the sequences [0, num_seqs), row s of `queries`.
+
+    Returns `[min(tokens, MAX_SEQS), Q_HEADS, HEAD_DIM]`, zero in the rows past the last sequence.
+
+    The KV blocks of all sequences form one list, and a step takes the next DECODE_ITEMS of it, whichever sequences
+    they are of: the work is that of the blocks in use, and a step of it is large enough to occupy the cores.
+    """
+    num_rows = min(queries.shape[0], MAX_SEQS)
+    queries = queries[:num_rows].reshape(num_rows, KV_HEADS, GROUP, HEAD_DIM)
+    page_tables = page_indices.reshape(MAX_SEQS, PAGES_PER_SEQ)
+    row = jnp.arange(num_rows)
+    kv_lens = jnp.where(row < num_seqs, kv_lens[:num_rows], 0)
+    blocks = cdiv(kv_lens, DECODE_BLOCK)
+    block_end = jnp.cumsum(blocks)  # where the items of each sequence end in the list
+    num_items = block_end[-1]
+
+    def step(index, state):
+        words, index = cache_words(kv_cache, index)
+        item = index * DECODE_ITEMS + jnp.arange(DECODE_ITEMS)
+        seq = jnp.minimum(jnp.sum(item[:, None] >= block_end, axis=1), num_rows - 1)
+        block = item - (block_end - blocks)[seq]
+        live = jnp.where(item < num_items, kv_lens[seq] - block * DECODE_BLOCK, 0)
+        k, v = fetch_kv(words, page_tables, seq, block, DECODE_BLOCK_PAGES, live)
+        scores = jnp.einsum("nhgd,nhtd->nhgt", queries[seq], k, preferred_element_type=jnp.float32)
+        valid = jnp.arange(DECODE_BLOCK) < live[:, None]
+        scores = jnp.where(valid[:, None, None], scores * SM_SCALE, MASKED)
+        item_max = scores.max(axis=-1)
+        p = jnp.exp(scores - item_max[..., None])
+        item_sum = p.sum(axis=-1)
+        item_acc = jnp.einsum("nhgt,nhtd->nhgd", p.astype(DTYPE), v, preferred_element_type=jnp.float32)
+        return merge_items(state, seq, item < num_items, item_max, item_sum, item_acc)
+
+    # A step updates as many rows as it has items, from its first sequence on: the state has room for the last step's.
+    shape = (num_rows + DECODE_ITEMS, KV_HEADS, GROUP)
+    state = jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, HEAD_DIM))
+    _, row_sum, acc = lax.fori_loop(0, cdiv(num_items, DECODE_ITEMS), step, state)
+    out = acc[:num_rows] / row_sum[:num_rows, ..., None]
+    out = jnp.where((row < num_seqs)[:, None, None, None], out, 0)
+    return out.astype(DTYPE).reshape(num_rows, Q_HEADS, HEAD_DIM)
+
+
+def merge_items(state, seq, is_item, item_max, item_sum, item_acc):
+    """Folds the partial softmax of each item into the row of its sequence; some items may share one."""
+    row_max, row_sum, acc = state
+    first = seq[0]
+    old_max, old_sum, old_acc = (lax.dynamic_slice_in_dim(part, first, DECODE_ITEMS) for part in state)
+    of_row = (seq == first + jnp.arange(DECODE_ITEMS)[:, None]) & is_item  # [rows, items]
+    of_row = of_row[:, :, None, None]
+    new_max = jnp.maximum(old_max, jnp.where(of_row, item_max, MASKED).max(axis=1))
+    keep = jnp.exp(old_max - new_max)
+    take = jnp.where(of_row, jnp.exp(item_max - new_max[:, None]), 0)
+    new_sum = old_sum * keep + (take * item_sum).sum(axis=1)
+    new_acc = old_acc * keep[..., None] + (take[..., None] * item_acc).sum(axis=1)
+    return (
+        lax.dynamic_update_slice_in_dim(row_max, new_max, first, 0),
+        lax.dynamic_update_slice_in_dim(row_sum, new_sum, first, 0),
+        lax.dynamic_update_slice_in_dim(acc, new_acc, first, 0),
+    )
+
+
+def new_tokens(cu_q_lens, seq):
+    """Where the new tokens of a sequence start in `queries`, and how many they are."""
+    return cu_q_lens[seq], cu_q_lens[seq + 1] - cu_q_lens[seq]
+
+
+def update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, first_seq, end_seq):
+    """Writes the new tokens of the sequences [first_seq, end_seq) in place, a page at a time; its other rows stay."""
+    # Padded, for the page of the first token may start before it, and that of the last end after it.
+    rows = jnp.pad(new_rows(keys, values), ((0, 0), (0, 0), (PAGE_SIZE, PAGE_SIZE), (0, 0)))
+
+    def sequence(seq, kv_cache):
+        start, count = new_tokens(cu_q_lens, seq)
+        end = kv_lens[seq]
+        begin = end - count
+
+        def page(index, kv_cache):
+            words, index = cache_words(kv_cache, index)
+            page_id = page_indices[seq * PAGES_PER_SEQ + index]
+            first = index * PAGE_SIZE
+            new = lax.dynamic_slice_in_dim(rows, PAGE_SIZE + start + first - begin, PAGE_SIZE, axis=2)
+
+            def keep_old():
+                words, _ = cache_words(kv_cache, index)
+                old = lax.dynamic_index_in_dim(words, page_id, keepdims=False)
+                position = first + jnp.arange(PAGE_SIZE)
+                is_new = (position >= begin) & (position < end)
+                return jnp.where(is_new[:, None], new, old)
+
+            # The read has a branch to itself, for fused with the write it would make a copy of the cache.
+            is_full = (begin <= first) & (first + PAGE_SIZE <= end)
+            merged = lax.cond(is_full, lambda: new, keep_old)
+            words = lax.dynamic_update_index_in_dim(words, merged, page_id, 0)
+            return as_values(words)
+
+        return lax.fori_loop(lax.div(begin, PAGE_SIZE), cdiv(end, PAGE_SIZE), page, kv_cache)
+
+    return lax.fori_loop(first_seq, end_seq, sequence, kv_cache)
+
+
+def attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, first_seq, end_seq):
+    """Causal attention of the new tokens of the sequences [first_seq, end_seq), by blocks of Q_BLOCK of them.
+
+    `queries` and `out` are words, `[tokens + Q_BLOCK, Q_HEADS, HEAD_DIM]`. The last block of a sequence may run over
+    its end: the sequences that follow write over those rows, and the caller clears what is left past the last.
+    """
+    page_tables = page_indices.reshape(MAX_SEQS, PAGES_PER_SEQ)
+
+    def sequence(seq, out):
+        start, count = new_tokens(cu_q_lens, seq)
+        begin = kv_lens[seq] - count
+
+        def q_block(index, out):
+            row = start + index * Q_BLOCK
+            position = begin + index * Q_BLOCK
+            q = lax.dynamic_slice_in_dim(queries, row, Q_BLOCK)
+            end = jnp.minimum(position + Q_BLOCK, kv_lens[seq])
+            attended = attend_block(q, kv_cache, page_tables, seq, position, end)
+            return lax.dynamic_update_slice_in_dim(out, attended, row, 0)
+
+        return lax.fori_loop(0, cdiv(count, Q_BLOCK), q_block, out)
+
+    return lax.fori_loop(first_seq, end_seq, sequence, out)
+
+
+def attend_block(q, kv_cache, page_tables, seq, position, end):
+    """One query block, its first token at `position`, over the tokens [0, end) of its sequence; words in and out."""
+    rows = Q_BLOCK * GROUP  # of one KV head: its group's queries, token after token
+    q = q.reshape(Q_BLOCK, KV_HEADS, GROUP, HEAD_DIM).transpose(1, 0, 2, 3).reshape(KV_HEADS, rows, HEAD_DIM)
+    q = as_values(lax.optimization_barrier(q))
+    position = position + lax.div(jnp.arange(rows), GROUP)
+
+    def kv_block(index, state):
+        row_max, row_sum, acc = state
+        words, index = cache_words(kv_cache, index)
+        begin = index * KV_BLOCK
+        k, v = fetch_kv(words, page_tables, seq[None], index[None], KV_BLOCK_PAGES, (end - begin)[None])
+        scores = jnp.einsum("hrd,htd->hrt", q, k[0], preferred_element_type=jnp.float32)
+        visible = begin + jnp.arange(KV_BLOCK) <= position[:, None]
+        scores = jnp.where(visible, scores * SM_SCALE, MASKED)
+        new_max = jnp.maximum(row_max, scores.max(axis=-1))
+        p = jnp.exp(scores - new_max[..., None])
+        keep = jnp.exp(row_max - new_max)
+        new_sum = row_sum * keep + p.sum(axis=-1)
+        new_acc = jnp.einsum("hrt,htd->hrd", p.astype(DTYPE), v[0], preferred_element_type=jnp.float32)
+        return new_max, new_sum, acc * keep[..., None] + new_acc
+
+    shape = (KV_HEADS, rows)
+    state = jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, HEAD_DIM))
+    _, row_sum, acc = lax.fori_loop(0, cdiv(end, KV_BLOCK), kv_block, state)
+    out = as_words((acc / row_sum[..., None]).astype(DTYPE))
+    out = out.reshape(KV_HEADS, Q_BLOCK, GROUP, HEAD_DIM).transpose(1, 0, 2, 3)
+    return out.reshape(Q_BLOCK, Q_HEADS, HEAD_DIM)
+
+
+def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
+    """Attention of any batch: decode rows, then the rest; returns `(out, kv_cache)`, the cache in the donated memory.
+
+    Rows past the last sequence are zero in `out`.
+    """
+    decodes, end = distribution[0], distribution[2]
+    kv_cache = update_rows(kv_cache, keys, values, kv_lens, page_indices, decodes)
+    kv_cache = update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, decodes, end)
+    out = as_words(attend_decode(queries, kv_cache, kv_lens, page_indices, decodes))
+    tokens = len(queries)
+    out = jnp.pad(out, ((0, tokens + Q_BLOCK - len(out)), (0, 0), (0, 0)))
+    queries = jnp.pad(as_words(queries), ((0, Q_BLOCK), (0, 0), (0, 0)))
+    out = attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, decodes, end)
+    is_token = jnp.arange(tokens) < cu_q_lens[end]
+    return as_values(jnp.where(is_token[:, None, None], out[:tokens], WORD(0))), kv_cache

@@ -1,0 +1,852 @@
+"""Ragged paged attention of llama4-scout, global layers: mixed batches on v5p.
+
+Do not edit: made from spec 6285f3168a6b3952fdf6bf2eed5896cd4ba02c84cad325d3c898f8bef0b023f8 by
+    rpac build llama4-scout.yaml --target v5p
+Change the spec or the templates and run it again.
+
+What was specialized:
+- 5 query heads over 1 KV heads, head_dim 128, queries bfloat16, KV bfloat16: constants
+- these are one device's part of 8: KV heads in 8 parts
+- pages of 128 tokens, 256 a sequence, up to 32 sequences
+- token buckets that use it: 2048
+- causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
+- K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
+- decode: tiles of 2048 tokens, no longer than the expected lengths, 4 of them a turn, so that one fills the other's waits; fetched 4 turns ahead, so that DMA latency hides
+- mixed: blocks of 256 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
+- VMEM: 22,003,712 bytes counted, 33,554,432 allowed, 67,108,864 there
+"""
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+Q_HEADS = 5
+KV_HEADS = 1
+GROUP = 5  # query heads that share a KV head
+HEAD_DIM = 128
+PAGE_SIZE = 128  # tokens
+PAGES_PER_SEQ = 256
+SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * log2(e): probabilities are powers of two
+MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
+
+UNIT = 16  # tokens of the smallest piece of the cache that a DMA or a store reaches
+
+
+def widen(rows, lanes):
+    """Rows that hold one value in all 128 lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
+    return jnp.concatenate([rows] * (lanes // 128), axis=1)
+
+
+def products(rows, matrix, contracted):
+    """`rows` times `matrix` along its dimension `contracted`, in float32."""
+    dims = (((1,), (contracted,)), ((), ()))
+    return lax.dot_general(rows, matrix, dims, preferred_element_type=jnp.float32)
+
+
+def decode_kernel(
+    # scalars in SMEM
+    kv_lens, page_indices, distribution,
+    # arrays in HBM; the cache is updated in place
+    q_hbm, k_hbm, v_hbm, _cache, out_hbm, cache_hbm,
+    # scratch
+    kv,
+    q_in,
+    new_keys,
+    new_values,
+    unit_out,
+    scores,
+    row_max,
+    row_sum,
+    acc,
+    out_all,
+    tile_seq,
+    tile_first,
+    tile_left,
+    kv_sem,
+    load_sem,
+    unit_sem,
+    out_sem,
+):  # fmt: skip
+    """One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.
+
+    The work is cut into tiles of 2048 tokens of one sequence, and goes by groups of 4 tiles, whatever sequences
+    they are of. A turn of the loop scores the tiles of one group beside weighing those of the group before, so that the
+    MXU need not wait for a softmax. No turn asks where a sequence ends: every tile leaves its sequence's output so far,
+    and the last one stays.
+    """
+    num_seqs = distribution[0]
+
+    # ---- the tiles in flight: whose each is, where it begins, and how many tokens the sequence has from there on
+
+    def slot_of(group, i):
+        return lax.rem(group, 5) * 4 + i
+
+    def no_tile(index, _):
+        tile_seq[index] = 32
+        tile_first[index] = 0
+        tile_left[index] = 0
+        return 0
+
+    # ---- fetch KV: whole pages, 4 groups ahead
+
+    def page_copy(physical, group, i, page):
+        slot, sem = slot_of(group, i), kv_sem.at[lax.rem(group, 5)]
+        return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, page], sem)
+
+    def fetch(group, seq, first):
+        """Starts the fetch of a group whose first tile is at token `first` of `seq`; returns where the next one begins."""
+        for i in range(4):
+            live, some_seq = seq < num_seqs, jnp.minimum(seq, num_seqs - 1)
+            left = jnp.where(live, kv_lens[some_seq] - first, 0)
+            tile_seq[slot_of(group, i)] = jnp.where(live, seq, 32)
+            tile_first[slot_of(group, i)] = first
+            tile_left[slot_of(group, i)] = left
+            pages = some_seq * PAGES_PER_SEQ + first // PAGE_SIZE
+            for page in range(16):
+                physical = page_indices[pages + page]  # not under the condition: a load that waits for it costs more
+
+                @pl.when(page * PAGE_SIZE < left)
+                def _():
+                    page_copy(physical, group, i, page).start()
+
+            last = left <= 2048
+            seq = jnp.where(last, seq + 1, seq)
+            first = jnp.where(last, 0, first + 2048)
+        return seq, first
+
+    def wait(group):
+        left = tile_left[slot_of(group, 0)]
+        first_slot, sem = slot_of(group, 0), kv_sem.at[lax.rem(group, 5)]
+
+        def wait_for(place):
+            pltpu.make_async_copy(place, place, sem).wait()  # for as many bytes, from anywhere
+
+        @pl.when(left >= 8192)
+        def _():
+            wait_for(kv.at[pl.ds(first_slot, 4)])
+
+        @pl.when(left < 8192)
+        def _():
+            for i in range(4):
+                wait_tile(tile_left[slot_of(group, i)], first_slot + i, wait_for)
+
+    def wait_tile(left, slot, wait_for):
+        def one_page(_, carry):
+            wait_for(kv.at[slot, 0])
+            return carry
+
+        @pl.when(left >= 2048)
+        def _():
+            wait_for(kv.at[slot])
+
+        @pl.when(left < 2048)
+        def _():
+            lax.fori_loop(0, pl.cdiv(left, PAGE_SIZE), one_page, 0)
+
+    def arrive(group):
+        """Waits for a group; where a sequence ends, puts the new token in and clears what lies behind."""
+        wait(group)
+
+        # Not before all of them are there: the bytes that a wait counts may be another tile's.
+        @pl.when(tile_left[slot_of(group, 0)] <= 8192)
+        def _():
+            for i in range(4):
+                seq, left = tile_seq[slot_of(group, i)], tile_left[slot_of(group, i)]
+
+                @pl.when((left > 0) & (left <= 2048))
+                def _():
+                    update_cache(seq, slot_of(group, i), left - 1)
+                    clear_tail(slot_of(group, i), left)
+
+    # ---- update cache: 16 tokens share a register, so the new one goes out with those around it
+
+    def unit_copy(seq):
+        slot = lax.rem(seq, 8)
+        position = kv_lens[seq] - 1
+        page = page_indices[seq * PAGES_PER_SEQ + position // PAGE_SIZE]
+        tokens = pl.ds(pl.multiple_of(lax.rem(position, PAGE_SIZE) // UNIT * UNIT, UNIT), UNIT)
+        return pltpu.make_async_copy(unit_out.at[slot], cache_hbm.at[page, :, :, tokens], unit_sem.at[slot])
+
+    def update_cache(seq, slot, token):
+        write = lax.rem(seq, 8)
+
+        @pl.when(seq >= 8)
+        def _():
+            unit_copy(seq - 8).wait()
+
+        page, in_unit = token // PAGE_SIZE, lax.rem(token, UNIT)
+        tokens = pl.ds(pl.multiple_of(lax.rem(token, PAGE_SIZE) // UNIT * UNIT, UNIT), UNIT)
+        # As words of two tokens, so that the old ones stay bit for bit whatever they are.
+        own_half = jnp.where(in_unit % 2 == 0, jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000))
+        mask = jnp.where(lax.broadcasted_iota(jnp.int32, (UNIT // 2, HEAD_DIM), 0) == in_unit // 2, own_half, jnp.uint32(0))
+        for kind, new in enumerate((new_keys, new_values)):
+            bits = pltpu.bitcast(new[seq].astype(jnp.float32), jnp.uint32)  # a bfloat16 is the high half of a float32
+            both_halves = bits | (bits >> 16)
+            for head in range(KV_HEADS):
+                old = pltpu.bitcast(kv[slot, page, kind, head, tokens], jnp.uint32)
+                rows = pltpu.bitcast((old & ~mask) | (both_halves[head : head + 1] & mask), kv.dtype)
+                kv[slot, page, kind, head, tokens] = rows
+                unit_out[write, kind, head] = rows
+        unit_copy(seq).start()
+
+    def clear_tail(slot, valid):
+        """Zeroes V from token `valid` to the end of its tile: a weight of 0 does not hide a NaN."""
+        row = lax.broadcasted_iota(jnp.int32, (UNIT, HEAD_DIM), 0)
+
+        def clear(unit, _):
+            token = unit * UNIT
+            tokens = pl.ds(pl.multiple_of(lax.rem(token, PAGE_SIZE), UNIT), UNIT)
+            for head in range(KV_HEADS):
+                old = kv[slot, token // PAGE_SIZE, 1, head, tokens].astype(jnp.float32)
+                kv[slot, token // PAGE_SIZE, 1, head, tokens] = jnp.where(token + row < valid, old, 0.0).astype(kv.dtype)
+            return 0
+
+        lax.fori_loop(valid // UNIT, pl.cdiv(valid, 2048) * 128, clear, 0)
+
+    # ---- read KV: one head of a tile at a time
+
+    def tile_keys(group, i, head):
+        return kv[slot_of(group, i), :, 0, head].reshape(2048, HEAD_DIM)
+
+    def tile_values(group, i, head):
+        return kv[slot_of(group, i), :, 1, head].reshape(2048, HEAD_DIM)
+
+    def tile_tokens(shape):
+        """The token of each column of a score."""
+        return lax.broadcasted_iota(jnp.int32, shape, 1)
+
+    # ---- one tile: scores of every query head, their softmax, the weighted values. Rows of a product are the queries of
+    # one KV head.
+
+    def score(group, i):
+        queries = q_in[tile_seq[slot_of(group, i)]].astype(jnp.float32)
+        scores = []
+        for part in range(1):
+            rows = queries[part * 5 : (part + 1) * 5]
+            rows = jnp.concatenate([rows, jnp.zeros((8 - rows.shape[0], HEAD_DIM))], axis=0)
+            scores.append(products(rows.astype(jnp.bfloat16), tile_keys(group, i, part), 1))
+        return jnp.concatenate(scores, axis=0)
+
+    def softmax(scores, left):
+        """Weights relative to the tile's own maximum, with that and their sum, the same in every lane."""
+        scores = jnp.where(tile_tokens(scores.shape) < left, scores * SCORE_SCALE, MASKED)
+        top = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), row_max.shape)
+        weights = jnp.exp2(scores - widen(top, 2048))
+        total = jnp.broadcast_to(jnp.sum(weights, axis=1, keepdims=True), row_sum.shape)
+        return weights.astype(jnp.bfloat16), top, total
+
+    def weigh(group, i, weights):
+        parts = []
+        for part in range(1):
+            rows = weights[part * 8 : (part + 1) * 8]
+            parts.append(products(rows, tile_values(group, i, part), 0))
+        return jnp.concatenate(parts, axis=0)
+
+    def merge(group, i, state, top, total, part):
+        """Adds a tile to the running softmax of its sequence and leaves the output that it would be the last of."""
+        old_max, old_sum, old_acc = state
+        begins = tile_first[slot_of(group, i)] == 0
+        old_max = jnp.where(begins, MASKED, old_max)
+        new_max = jnp.maximum(old_max, top)
+        kept, added = jnp.exp2(old_max - new_max), jnp.exp2(top - new_max)
+        new_sum = jnp.where(begins, 0.0, old_sum) * kept + total * added
+        new_acc = jnp.where(begins, 0.0, old_acc) * widen(kept, HEAD_DIM) + part * widen(added, HEAD_DIM)
+        out = new_acc / widen(new_sum, HEAD_DIM)
+        out = jnp.concatenate([out[first : first + rows] for first, rows in [(0, 5)]], axis=0)
+        out_all[tile_seq[slot_of(group, i)]] = out.astype(out_all.dtype)
+        return new_max, new_sum, new_acc
+
+    @pl.when(num_seqs > 0)
+    def _():
+        loads = [
+            pltpu.make_async_copy(source.at[pl.ds(0, 32)], target.at[pl.ds(0, 32)], load_sem.at[i])
+            for i, (source, target) in enumerate([(q_hbm, q_in), (k_hbm, new_keys), (v_hbm, new_values)])
+        ]
+        for load in loads:
+            load.start()
+        # The first turn finds a group before the first, with no tile in it: what that leaves, nobody reads.
+        lax.fori_loop(0, 20, no_tile, 0)
+        ahead = (jnp.int32(0), jnp.int32(0))
+        for group in range(1, 4):
+            ahead = fetch(group, *ahead)
+        for load in loads:
+            load.wait()
+
+        def turn(carry):
+            group, _, *ahead = carry
+            arrive(group + 1)
+            ahead = fetch(group + 4, *ahead)
+            state = row_max[...], row_sum[...], acc[...]
+            weighted = [softmax(scores[i], tile_left[slot_of(group, i)]) for i in range(4)]
+            for i, (weights, top, total) in enumerate(weighted):
+                scores[i] = score(group + 1, i)
+                state = merge(group, i, state, top, total, weigh(group, i, weights))
+            row_max[...], row_sum[...], acc[...] = state
+            more = tile_left[slot_of(group + 1, 0)] > 0
+            return group + 1, more, *ahead
+
+        lax.while_loop(lambda carry: carry[1], turn, (jnp.int32(0), jnp.bool_(True), *ahead))
+        out_copy = pltpu.make_async_copy(out_all.at[pl.ds(0, 32)], out_hbm.at[pl.ds(0, 32)], out_sem.at[0])
+        out_copy.start()
+
+        def drain(i, _):
+            unit_copy(num_seqs - 1 - i).wait()
+            return 0
+
+        lax.fori_loop(0, jnp.minimum(num_seqs, 8), drain, 0)
+        out_copy.wait()
+
+
+def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribution):
+    """`(out, cache)` of the decode sequences; what other rows of `out` hold means nothing."""
+    smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
+    return pl.pallas_call(
+        decode_kernel,
+        in_specs=[smem] * 3 + [hbm] * 4,
+        out_specs=[hbm] * 2,
+        out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(cache.shape, cache.dtype)],
+        input_output_aliases={6: 1},
+        scratch_shapes=[
+            pltpu.VMEM((20, 16, 2, 1, 128, 128), jnp.bfloat16),  # kv: fetched tiles
+            pltpu.VMEM((33, 5, 128), jnp.bfloat16),  # q_in: queries of every sequence, and of none
+            pltpu.VMEM((32, 1, 128), jnp.bfloat16),  # new_keys: new keys of every sequence
+            pltpu.VMEM((32, 1, 128), jnp.bfloat16),  # new_values: new values of every sequence
+            pltpu.VMEM((8, 2, 1, 16, 128), jnp.bfloat16),  # unit_out: new tokens on their way to the cache
+            pltpu.VMEM((4, 8, 2048), jnp.float32),  # scores: scores of a group, from turn to turn
+            pltpu.VMEM((8, 128), jnp.float32),  # row_max: running maximum, the same in every lane
+            pltpu.VMEM((8, 128), jnp.float32),  # row_sum: running sum, the same in every lane
+            pltpu.VMEM((8, 128), jnp.float32),  # acc: running output
+            pltpu.VMEM((33, 5, 128), jnp.bfloat16),  # out_all: outputs of every sequence, and of none
+            pltpu.SMEM((20,), jnp.int32),  # tile_seq: the sequence of each tile in flight
+            pltpu.SMEM((20,), jnp.int32),  # tile_first: its first token
+            pltpu.SMEM((20,), jnp.int32),  # tile_left: tokens of its sequence from there on
+            pltpu.SemaphoreType.DMA((5,)),  # kv_sem: fetches
+            pltpu.SemaphoreType.DMA((3,)),  # load_sem: queries, keys, values
+            pltpu.SemaphoreType.DMA((8,)),  # unit_sem: cache writes
+            pltpu.SemaphoreType.DMA((1,)),  # out_sem: outputs
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=33554432, disable_bounds_checks=True),
+        name="rpa_decode",
+    )(kv_lens, page_indices, distribution, queries, keys, values, cache)
+
+
+def mixed_kernel(
+    # scalars in SMEM
+    kv_lens, page_indices, cu_q_lens, distribution,
+    # arrays in HBM; the cache is updated in place, and so is the output, which holds the decode rows
+    q_hbm, k_hbm, v_hbm, _cache, _out, out_hbm, cache_hbm,
+    # scratch
+    kv,
+    new_keys,
+    new_values,
+    page_rows,
+    by_head,
+    q_in,
+    by_token,
+    q_rows,
+    next_scores,
+    row_max,
+    row_sum,
+    acc,
+    out_rows,
+    kv_sem,
+    new_sem,
+    old_sem,
+    write_sem,
+    q_sem,
+    out_sem,
+):  # fmt: skip
+    """Any number of new tokens for each of the sequences [distribution[0], distribution[2]): update their pages, then attend.
+
+    A step is one KV block against one query block. The fetch runs 2 steps ahead, across the ends of both.
+    """
+    first_seq = distribution[0]
+    end_seq = distribution[2]
+
+    def q_start(seq):
+        return cu_q_lens[seq]
+
+    def q_len(seq):
+        return cu_q_lens[seq + 1] - cu_q_lens[seq]
+
+    # ---- update cache: page by page, old tokens kept, new ones packed in; 2 pages ahead, 5 in flight
+
+    def page_span(seq, page):
+        """The new tokens of a page, as a range within it."""
+        kv_len = kv_lens[seq]
+        return jnp.maximum(kv_len - q_len(seq) - page * PAGE_SIZE, 0), jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
+
+    def new_token_copies(seq, page, slot):
+        # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
+        wanted = q_start(seq) + page * PAGE_SIZE - (kv_lens[seq] - q_len(seq))
+        source = jnp.clip(wanted, 0, k_hbm.shape[0] - 128)
+        take, put = pl.ds(source, 128), pl.ds(PAGE_SIZE + source - wanted, 128)
+        return (
+            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[slot, put], new_sem.at[slot]),
+            pltpu.make_async_copy(v_hbm.at[take], new_values.at[slot, put], new_sem.at[slot]),
+        )
+
+    def old_page_copy(seq, page, slot):
+        physical = page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(cache_hbm.at[physical], page_rows.at[slot], old_sem.at[slot])
+
+    def page_write(seq, page, slot):
+        physical = page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(page_rows.at[slot], cache_hbm.at[physical], write_sem.at[slot])
+
+    def first_page(seq):
+        return lax.div(kv_lens[seq] - q_len(seq), PAGE_SIZE)
+
+    def next_page(seq, page):
+        last = (page + 1) * PAGE_SIZE >= kv_lens[seq]
+        next_seq = jnp.where(last, seq + 1, seq)
+        return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
+
+    def load_page(step, seq, page):
+        slot = lax.rem(step, 5)
+
+        @pl.when(seq < end_seq)
+        def _():
+            @pl.when(step >= 5)
+            def _():
+                page_write(seq, page, slot).wait()  # the write of 5 steps ago: as many bytes, this semaphore
+
+            for copy in new_token_copies(seq, page, slot):
+                copy.start()
+            first, end = page_span(seq, page)
+
+            @pl.when((first > 0) | (end < PAGE_SIZE))
+            def _():
+                old_page_copy(seq, page, slot).start()
+
+        next_seq, next_index = next_page(jnp.minimum(seq, end_seq - 1), page)
+        return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
+
+    def merge_page(step, seq, page):
+        slot = lax.rem(step, 5)
+        first, end = page_span(seq, page)
+        for copy in new_token_copies(seq, page, slot):
+            copy.wait()
+
+        @pl.when((first > 0) | (end < PAGE_SIZE))
+        def _():
+            old_page_copy(seq, page, slot).wait()
+
+        def merge(piece, _):
+            start = pl.multiple_of(piece * 16, 16)
+            tokens = pl.ds(start, 16)
+            # As words of two tokens, so that the old ones stay bit for bit whatever they are.
+            low = start + 2 * lax.broadcasted_iota(jnp.int32, (8, HEAD_DIM), 0)
+            low_mask = jnp.where((low >= first) & (low < end), jnp.uint32(0xFFFF), jnp.uint32(0))
+            mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
+
+            def rows_of(head, first, count, stride):
+                strided = pl.ds(first * 8 + head, count, stride=stride * 8)
+                return by_head[strided, :]
+
+            for kind, new in enumerate((new_keys, new_values)):
+                for i in range(16):
+                    rows = new[slot, PAGE_SIZE + start + i].astype(jnp.float32)
+                    by_head[i * 8 : i * 8 + KV_HEADS] = rows
+                for head in range(KV_HEADS):
+                    even, odd = [pltpu.bitcast(rows_of(head, i, 8, 2), jnp.uint32) for i in range(2)]
+                    words = (even >> 16) | (odd & jnp.uint32(0xFFFF0000))  # a bfloat16 is the high half of a float32
+                    old = pltpu.bitcast(page_rows[slot, kind, head, tokens], jnp.uint32)
+                    page_rows[slot, kind, head, tokens] = pltpu.bitcast((words & mask) | (old & ~mask), page_rows.dtype)
+            return 0
+
+        lax.fori_loop(lax.div(first, 16), pl.cdiv(end, 16), merge, 0)
+        page_write(seq, page, slot).start()
+
+    def update_cache():
+        def body(carry):
+            step, seq, page, *ahead = carry
+            ahead = load_page(step + 2, *ahead)
+            merge_page(step, seq, page)
+            return step + 1, *next_page(seq, page), *ahead
+
+        start = (first_seq, first_page(first_seq))
+        ahead = start
+        for step in range(2):
+            ahead = load_page(jnp.int32(step), *ahead)
+        steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
+
+        def drain(i, _):
+            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 5)).wait()
+            return 0
+
+        lax.fori_loop(0, jnp.minimum(steps, 5), drain, 0)
+
+    # ---- fetch KV: whole pages, into one of 3 buffers of 2048 tokens
+
+    def page_copy(seq, block, slot, page):
+        physical = page_indices[seq * PAGES_PER_SEQ + block * 16 + page]
+        return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, page], kv_sem.at[slot])
+
+    def pages_of(kv_end, block):
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 16, 16)
+
+    def start_block(kv_end, seq, block, slot):
+        def one(page, _):
+            page_copy(seq, block, slot, page).start()
+            return 0
+
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 16)
+        def _():
+            for page in range(16):
+                one(page, 0)
+
+        @pl.when(pages < 16)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
+
+    def wait_block(kv_end, seq, block, slot):
+        def one(page, _):
+            page_copy(seq, block, slot, page).wait()
+            return 0
+
+        pages = pages_of(kv_end, block)
+
+        @pl.when(pages == 16)
+        def _():
+            pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
+
+        @pl.when(pages < 16)
+        def _():
+            lax.fori_loop(0, pages, one, 0)
+
+    def kv_end(seq, q_block):
+        """The number of tokens that the last query of a block attends to."""
+        new = q_len(seq)
+        return kv_lens[seq] - new + jnp.minimum((q_block + 1) * 256, new)
+
+    def advance(seq, q_block, q_step, block):
+        last = (block + 1) * 2048 >= kv_end(seq, q_block)
+        last_of_seq = last & ((q_block + 1) * 256 >= q_len(seq))
+        return (
+            jnp.where(last_of_seq, seq + 1, seq),
+            jnp.where(last, jnp.where(last_of_seq, 0, q_block + 1), q_block),
+            jnp.where(last, q_step + 1, q_step),
+            jnp.where(last, 0, block + 1),
+        )
+
+    def fetch_ahead(step, *at):
+        seq, q_block, q_step, block = at
+
+        @pl.when(seq < end_seq)
+        def _():
+            @pl.when(block == 0)
+            def _():
+                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.start())
+
+            start_block(kv_end(seq, q_block), seq, block, lax.rem(step, 3))
+
+        following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
+        return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
+
+    # ---- query blocks: 256 tokens in and out in their natural layout, by KV head inside
+
+    def block_copies(seq, block, make, act):
+        """Acts on copies that together hold the block's tokens and no others, in sizes that are powers of two."""
+        tokens = jnp.minimum(q_len(seq) - block * 256, 256)
+        for size in (256, 128, 64, 32, 16, 8, 4, 2, 1):
+
+            @pl.when((tokens & size) > 0)
+            def _(size=size):
+                first = tokens & ~(2 * size - 1)
+                act(make(q_start(seq) + block * 256 + first, first, size))
+
+    def query_copies(seq, block, slot, act):
+        def make(token, first, size):
+            return pltpu.make_async_copy(q_hbm.at[pl.ds(token, size)], q_in.at[slot, pl.ds(first, size)], q_sem.at[slot])
+
+        block_copies(seq, block, make, act)
+
+    def out_copies(seq, block, slot, act):
+        def make(token, first, size):
+            return pltpu.make_async_copy(out_rows.at[slot, pl.ds(first, size)], out_hbm.at[pl.ds(token, size)], out_sem.at[slot])
+
+        block_copies(seq, block, make, act)
+
+    def loop(count, body):
+        """Runs `body(index)` for each index below `count`, as one piece of code."""
+
+        def turn(index, _):
+            body(index)
+            return 0
+
+        lax.fori_loop(0, count, turn, 0)
+
+    def clear(head, rows):
+        """The running state of some rows of a KV head, as before their first tile."""
+        for state, value in ((row_max, MASKED), (row_sum, 0.0), (acc, 0.0)):
+            state[head, rows] = jnp.full((rows.size, state.shape[-1]), value)
+
+    def clear_all():
+        def one(piece):
+            rows = pl.ds(lax.rem(piece, 5) * 256, 256)
+            clear(lax.div(piece, 5), rows)
+
+        loop(KV_HEADS * 5, one)
+
+    def query_of(row):
+        """Which query of the block a row is of: rows go by head, then query."""
+        return lax.rem(row, 256)
+
+    def begin(slot):
+        """Sorts a query block by head, `[KV_HEADS, GROUP * 256, HEAD_DIM]`."""
+
+        def spread(piece):
+            for i in range(16):
+                token = piece * 16 + i
+                queries = q_in[slot, token].astype(jnp.float32)
+                rows = pl.ds(pl.multiple_of(token * 8, 8), Q_HEADS)
+                by_token[rows] = queries
+
+        def sort(head):
+            rows = head_rows(head)
+            strided = pl.ds(head, 256, stride=8)
+            q_rows[head // GROUP, rows] = by_token[strided, :].astype(q_rows.dtype)
+
+        loop(16, spread)
+        loop(Q_HEADS, sort)
+
+    def head_rows(head):
+        """Where one query head's tokens are among the rows of its KV head."""
+        return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * 256, 256), 256)
+
+    def finish(slot):
+        """Puts a block's output back in the order of its tokens, and clears the running state for the next one."""
+
+        def unsort(head):
+            rows = head_rows(head)
+            strided = pl.ds(head, 256, stride=8)
+            out = acc[head // GROUP, rows] / widen(row_sum[head // GROUP, rows], HEAD_DIM)
+            clear(head // GROUP, rows)
+            by_token[strided, :] = out
+
+        def gather(piece):
+            for i in range(16):
+                token = piece * 16 + i
+                rows = pl.ds(pl.multiple_of(token * 8, 8), Q_HEADS)
+                out = by_token[rows]
+                out_rows[slot, token] = out.astype(out_rows.dtype)
+
+        loop(Q_HEADS, unsort)
+        loop(16, gather)
+
+    def clear_tail(slot, valid):
+        """Zeroes V from token `valid` to the end of its tile: a weight of 0 does not hide a NaN."""
+        row = lax.broadcasted_iota(jnp.int32, (UNIT, HEAD_DIM), 0)
+
+        def clear(unit, _):
+            token = unit * UNIT
+            tokens = pl.ds(pl.multiple_of(lax.rem(token, PAGE_SIZE), UNIT), UNIT)
+            for head in range(KV_HEADS):
+                old = kv[slot, token // PAGE_SIZE, 1, head, tokens].astype(jnp.float32)
+                kv[slot, token // PAGE_SIZE, 1, head, tokens] = jnp.where(token + row < valid, old, 0.0).astype(kv.dtype)
+            return 0
+
+        lax.fori_loop(valid // UNIT, pl.cdiv(valid, 512) * 32, clear, 0)
+
+    # ---- read KV: `tokens` tokens of one head, from token `first` of a block on, both whole pages
+
+    def head_of(slot, kind, first, tokens, head):
+        pages = pl.ds(lax.div(first, PAGE_SIZE), tokens // PAGE_SIZE)
+        return kv[slot, pages, kind, head].reshape(tokens, HEAD_DIM)
+
+    def head_keys(slot, first, tokens, head):
+        return head_of(slot, 0, first, tokens, head)
+
+    def head_values(slot, first, tokens, head):
+        return head_of(slot, 1, first, tokens, head)
+
+    def piece_tokens(shape, axis):
+        """The token of each index along an axis of a piece's."""
+        return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+    # ---- flash steps: 256 query rows of one head against one tile, or on the diagonal against one piece of it
+
+    def score(slot, first, tokens, head, rows):
+        return products(q_rows[head, rows], head_keys(slot, first, tokens, head), 1) * SCORE_SCALE
+
+    def weigh(scores, slot, first, head, rows):
+        tokens = scores.shape[1]
+        old_max = row_max[head, rows]
+        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
+        weights = jnp.exp2(scores - widen(new_max, tokens))
+        rescale = jnp.exp2(old_max - new_max)
+        row_max[head, rows] = new_max
+        row_sum[head, rows] = rescale * row_sum[head, rows] + jnp.sum(weights, axis=1, keepdims=True)
+        part = products(weights.astype(jnp.bfloat16), head_values(slot, first, tokens, head), 0)
+        acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part
+
+    def flash_turns(turns, heads, ahead, tokens, place, score_of, slot):
+        """Takes turns of some heads against the `tokens` tokens from `place(turn)` on, which is a token and the first head.
+
+        A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, the first of the next turn
+        at its end: so the MXU and the vector units work at once.
+        """
+        steps = [(head, pl.ds(row, 256)) for head in range(heads) for row in range(0, 1280, 256)]
+
+        def scores_of(turn, step):
+            first, head = place(turn)
+            return score_of(first, head + steps[step][0], steps[step][1])
+
+        def one_turn(turn, _):
+            first, first_head = place(turn)
+            scores = [next_scores[i, :, :tokens] for i in range(ahead)]
+            for i, (head, rows) in enumerate(steps):
+                later = i + ahead
+                if later < len(steps):
+                    scores.append(scores_of(turn, later))
+                else:
+                    following = jnp.minimum(turn + 1, turns - 1)
+                    next_scores[later - len(steps), :, :tokens] = scores_of(following, later - len(steps))
+                weigh(scores[i], slot, first, first_head + head, rows)
+            return 0
+
+        for i in range(ahead):
+            next_scores[i, :, :tokens] = scores_of(0, i)
+        lax.fori_loop(0, turns, one_turn, 0)
+
+    def plain_tiles(slot, count):
+        """Tiles that all queries of the block see whole."""
+
+        def score_of(first, head, rows):
+            return score(slot, first, 512, head, rows)
+
+        def place_from(first_tile):
+            def place(turn):
+                tile, head = first_tile + lax.div(turn, 1), lax.rem(turn, 1) * 1
+                return tile * 512, head
+
+            return place
+
+        @pl.when(count > 0)
+        def _():
+            turns = count * 1
+            flash_turns(turns, 1, 2, 512, place_from(0), score_of, slot)
+
+    def diagonal_tile(slot, tile, valid, first_query):
+        """A tile that some query sees in part, as far as there are tokens. `first_query` is seen from the block's start."""
+
+        def one_piece(piece, _):
+            first = piece * 256
+
+            def score_of(first, head, rows):
+                scores = score(slot, first, 256, head, rows)
+                query = first_query + query_of(rows.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0))
+                return jnp.where(first + piece_tokens(scores.shape, 1) <= query, scores, MASKED)
+
+            def place(turn):
+                return first, turn * 1
+
+            flash_turns(KV_HEADS // 1, 1, 2, 256, place, score_of, slot)
+            return 0
+
+        first_piece = tile * 2
+        lax.fori_loop(first_piece, jnp.minimum(first_piece + 2, pl.cdiv(valid, 256)), one_piece, 0)
+
+    def attend():
+        clear_all()
+        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        ahead = start
+        for step in range(2):
+            ahead = fetch_ahead(step, *ahead)
+
+        def body(carry):
+            step, at, ahead, sent = carry
+            seq, q_block, q_step, block = at
+            ahead = fetch_ahead(step + 2, *ahead)
+            slot = lax.rem(step, 3)
+            end = kv_end(seq, q_block)
+            valid = jnp.minimum(end - block * 2048, 2048)
+            last = (block + 1) * 2048 >= end
+            first_query = kv_lens[seq] - q_len(seq) + q_block * 256
+
+            @pl.when(block == 0)
+            def _():
+                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.wait())
+                begin(lax.rem(q_step, 3))
+
+            wait_block(end, seq, block, slot)
+
+            @pl.when(last)
+            def _():
+                clear_tail(slot, valid)
+
+            seen = first_query - block * 2048
+            plain = jnp.clip(lax.div(seen + 1, 512), 0, 4)
+            plain_tiles(slot, plain)
+
+            def diagonal(tile, _):
+                diagonal_tile(slot, tile, valid, seen)
+                return 0
+
+            lax.fori_loop(plain, pl.cdiv(valid, 512), diagonal, 0)
+
+            @pl.when(last)
+            def _():
+                @pl.when(q_step > 0)
+                def _():
+                    out_copies(*sent, 0, lambda copy: copy.wait())
+
+                finish(0)
+                out_copies(seq, q_block, 0, lambda copy: copy.start())
+
+            sent = tuple(jnp.where(last, new, old) for new, old in zip((seq, q_block), sent))
+            return step + 1, advance(*at), ahead, sent
+
+        state = (jnp.int32(0), start, ahead, start[:2])
+        *_, sent = lax.while_loop(lambda carry: carry[1][0] < end_seq, body, state)
+        out_copies(*sent, 0, lambda copy: copy.wait())
+
+    @pl.when(first_seq < end_seq)
+    def _():
+        update_cache()
+        attend()
+
+
+def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_lens, distribution):
+    """`(out, rows)` with the rows of the sequences that are not decode written; other rows of `out` stay."""
+    smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
+    return pl.pallas_call(
+        mixed_kernel,
+        in_specs=[smem] * 4 + [hbm] * 5,
+        out_specs=[hbm] * 2,
+        out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
+        input_output_aliases={7: 1, 8: 0},
+        scratch_shapes=[
+            pltpu.VMEM((3, 16, 2, 1, 128, 128), jnp.bfloat16),  # kv: fetched blocks
+            pltpu.VMEM((5, 384, 1, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
+            pltpu.VMEM((5, 384, 1, 128), jnp.bfloat16),  # new_values: new values, likewise
+            pltpu.VMEM((5, 2, 1, 128, 128), jnp.bfloat16),  # page_rows: pages to update
+            pltpu.VMEM((128, 128), jnp.float32),  # by_head: new tokens, to be read by head
+            pltpu.VMEM((3, 256, 5, 128), jnp.bfloat16),  # q_in: query blocks as they come
+            pltpu.VMEM((2048, 128), jnp.float32),  # by_token: one by token
+            pltpu.VMEM((1, 1280, 128), jnp.bfloat16),  # q_rows: one by KV head
+            pltpu.VMEM((2, 256, 512), jnp.float32),  # next_scores: the first scores of the next turn
+            pltpu.VMEM((1, 1280, 128), jnp.float32),  # row_max: running maximum, the same in every lane
+            pltpu.VMEM((1, 1280, 128), jnp.float32),  # row_sum: running sum, the same in every lane
+            pltpu.VMEM((1, 1280, 128), jnp.float32),  # acc: running output
+            pltpu.VMEM((1, 256, 5, 128), jnp.bfloat16),  # out_rows: an output block on its way out
+            pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
+            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
+            pltpu.SemaphoreType.DMA((5,)),  # old_sem: pages that hold old tokens
+            pltpu.SemaphoreType.DMA((5,)),  # write_sem: cache writes
+            pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
+            pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=33554432, disable_bounds_checks=True),
+        name="rpa_mixed",
+    )(kv_lens, page_indices, cu_q_lens, distribution, queries, keys, values, rows, out)
+
+
+def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
+    """Attention of any batch: decode rows, then the rest; returns `(out, kv_cache)`, the cache in the donated memory."""
+    out, cache = attend_decode(queries, keys, values, kv_cache, kv_lens, page_indices, distribution)
+    return attend_mixed(queries, keys, values, cache, out, kv_lens, page_indices, cu_q_lens, distribution)

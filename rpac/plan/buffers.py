@@ -1,0 +1,145 @@
+"""How tokens lie in a cache's rows, and the scratch arrays of a kernel with their bytes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from rpac.layout import LANES, SUBLANES, align, joins_rows, kv_row_shape, nbytes, packing
+from rpac.spec import Model, Spec
+
+_OF_UPDATES: Final = frozenset(
+    (
+        "new_keys",
+        "new_values",
+        "packed",
+        "by_head",
+        "unit_out",
+        "page_rows",
+        "unit_sem",
+        "new_sem",
+        "old_sem",
+        "write_sem",
+    )
+)
+
+
+@dataclass(frozen=True)
+class RowDims:
+    """How one token's K and V lie in the cache seen as rows of 128 lanes.
+
+    A *row* has the cache's dtype; a *packed row* has 32 bits a lane, so that two bfloat16 rows (K and V) share one.
+    """
+
+    lane_tiles: int
+    packed_rows: int
+    token_rows: int
+    unit: int
+
+    @classmethod
+    def of(cls, model: Model) -> RowDims:
+        """The rows of a model's cache."""
+        words, pack, lanes = kv_row_shape(model)
+        lane_tiles = lanes // LANES
+        token_rows = words * pack * lane_tiles
+        tile_rows = SUBLANES * pack
+        return cls(lane_tiles, token_rows // pack, token_rows, tile_rows // math.gcd(tile_rows, token_rows))
+
+    @property
+    def unit_rows(self) -> int:
+        """Rows of the smallest group of tokens that fills whole register tiles."""
+        return self.unit * self.token_rows
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One scratch array of a kernel. `dtype` "dma" is an array of DMA semaphores, "smem" of int32 scalars."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    note: str
+
+    @property
+    def vmem_bytes(self) -> int:
+        """Bytes in VMEM with the padding that tiling adds; semaphores and scalars lie elsewhere."""
+        if self.dtype in ("dma", "smem"):
+            return 0
+        dtype = "float32" if self.dtype == "uint32" else self.dtype
+        *major, rows, lanes = self.shape
+        tile = min(SUBLANES * packing(dtype), 1 << max(rows - 1, packing(dtype) - 1).bit_length())
+        return nbytes((*major, align(rows, tile), align(lanes, LANES)), dtype)
+
+
+def needed(spec: Spec, *buffers: Buffer) -> tuple[Buffer, ...]:
+    """Of the scratch arrays of a kernel those that a spec has a use for: some are for updating the cache alone."""
+    return buffers if spec.model.update_cache else tuple(one for one in buffers if one.name not in _OF_UPDATES)
+
+
+def load_sem(spec: Spec) -> tuple[Buffer, ...]:
+    """The semaphores of what a decode kernel loads at its start."""
+    if spec.model.update_cache:
+        return (Buffer("load_sem", (3,), "dma", "queries, keys, values"),)
+    return (Buffer("load_sem", (1,), "dma", "queries"),)
+
+
+def sink_rows(model: Model, shape: tuple[int, ...]) -> tuple[Buffer, ...]:
+    """The array that holds each query row's sink, where there are sinks."""
+    return (Buffer("sink_rows", shape, "float32", "sinks, the same in every lane"),) if model.sinks else ()
+
+
+def lse_rows(spec: Spec, shape: tuple[int, ...]) -> tuple[Buffer, ...]:
+    """The array in which the logarithms of the sums leave, where a spec has them: a row a query head."""
+    return (
+        (Buffer("lse_rows", shape, "float32", "logarithms of sums, the same in every lane"),)
+        if spec.serving.log_sum_exp
+        else ()
+    )
+
+
+def lse_sem(spec: Spec, count: int) -> tuple[Buffer, ...]:
+    """The semaphores that go with it."""
+    return (Buffer("lse_sem", (count,), "dma", "logarithms of sums"),) if spec.serving.log_sum_exp else ()
+
+
+def word_dtype(model: Model) -> str:
+    """The 32-bit type in which new tokens are packed."""
+    return "uint32" if packing(model.kv_dtype) > 1 else model.kv_dtype
+
+
+def unit_tokens(model: Model) -> int:
+    """Tokens that share a register where K and V lie apart: the smallest piece that a DMA or a store reaches."""
+    return SUBLANES * packing(model.kv_dtype)
+
+
+def splits_words(spec: Spec) -> bool:
+    """Whether K and V share 32-bit words, which a kernel must split before the MXU can take either."""
+    return spec.serving.kv_layout == "interleaved" and packing(spec.model.kv_dtype) > 1
+
+
+def splits_rows(spec: Spec) -> bool:
+    """Whether words are split by the place of rows in them, for they hold other rows than one K and its V."""
+    return splits_words(spec) and (joins_rows(spec.model) or spec.model.quantized)
+
+
+def new_dtype(model: Model) -> str:
+    """In what a kernel takes new keys and values: 8-bit ones as the integers that their bits are, exact in bfloat16."""
+    return "bfloat16" if model.quantized else model.kv_dtype
+
+
+def split_words(spec: Spec, tile: int, copies: int = 0) -> tuple[Buffer, ...]:
+    """The arrays that a tile's K and V are split into, where they share words; `copies` of each, if given."""
+    if not splits_words(spec):
+        return ()
+    pack = packing(spec.model.kv_dtype)
+    shape: tuple[int, ...] = (tile // pack * RowDims.of(spec.model).packed_rows, LANES)
+    if splits_rows(spec):
+        shape = (copies, pack, *shape) if copies else (pack, *shape)
+        return (Buffer("row_words", shape, "uint32", f"a tile by row of a token, {pack} tokens a word"),)
+    if copies:
+        shape = (copies, *shape)
+    return (
+        Buffer("k_words", shape, "uint32", "keys of one tile, two tokens a word"),
+        Buffer("v_words", shape, "uint32", "values of one tile, two tokens a word"),
+    )

@@ -1,0 +1,70 @@
+"""What a plan is: a case on a target, its tiles, what they take, and where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, TypeVar
+
+from rpac.plan.latent import LatentBlockTiles
+from rpac.plan.tiles import BlockTiles, DecodeTiles, GroupTiles, XlaTiles
+
+RULE: Final = "rule"
+"""`KernelPlan.origin` of tiles that the rules of this package made, for want of tuned ones."""
+AnyTiles = TypeVar("AnyTiles", DecodeTiles, GroupTiles, BlockTiles)
+_TYPES: Final = {"int": int, "bool": bool}  # by how a field is annotated; any other is a tuple of integers
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """The plan of one generated source: a case on a target, for the token buckets that share its tiles.
+
+    Bytes are per core. `vmem_need` is what the buffers and the temporaries of the larger of its kernels take,
+    `vmem_limit` what the compiler is told it may use, `vmem_bytes` what the core has; zero for cpu. `origin` says where
+    the tiles come from: `rule`, alone or with why not from tuning; or `tuned`, with what that rests on.
+    """
+
+    target: str
+    kind: str
+    tokens: tuple[int, ...]
+    path: str
+    decode: DecodeTiles | GroupTiles | XlaTiles | None
+    block: BlockTiles | LatentBlockTiles | XlaTiles | None
+    vmem_need: int
+    vmem_limit: int
+    vmem_bytes: int
+    smem_need: int
+    smem_bytes: int
+    origin: str = RULE
+
+    def as_dict(self) -> Mapping[str, Any]:
+        """Plain data for a manifest, a table or a cache key."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> KernelPlan:
+        """The inverse of `as_dict`, by way of JSON too, for a TPU. Raises ValueError for tiles of other fields."""
+        decode, block = decode_tiles_from(data["decode"]), tiles_from(BlockTiles, data["block"])
+        return cls(**{**data, "tokens": tuple(data["tokens"]), "decode": decode, "block": block})
+
+
+def decode_tiles_from(data: Mapping[str, Any] | None) -> DecodeTiles | GroupTiles | None:
+    """As `tiles_from`, for the decode tiles of either layout."""
+    if isinstance(data, Mapping) and "step" in data:
+        return tiles_from(GroupTiles, data)
+    return tiles_from(DecodeTiles, data)
+
+
+def tiles_from(kind: type[AnyTiles], data: Mapping[str, Any] | None) -> AnyTiles | None:
+    """The inverse of `asdict` for the tiles of a TPU kernel. Raises ValueError for other fields, or values of others."""
+    if data is None:
+        return None
+    types = {field.name: _TYPES.get(str(field.type), tuple) for field in fields(kind)}
+    if not isinstance(data, Mapping) or sorted(data) != sorted(types):
+        raise ValueError(f"found {data!r}; must have the fields {', '.join(types)}")
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    for name, value in values.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if type(value) is not types[name] or not all(type(n) is bool or (type(n) is int and n > 0) for n in numbers):
+            raise ValueError(f"{name}: found {data[name]!r}; must be {types[name].__name__}, above 0")
+    return kind(**values)

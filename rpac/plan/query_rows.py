@@ -1,0 +1,54 @@
+"""How the queries of a decode row lie in registers, and its new tokens in the cache: what follows from `serving.decode_len`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rpac.layout import SUBLANES, align, cdiv
+from rpac.spec import Model, Spec
+
+
+@dataclass(frozen=True)
+class Sets:
+    """How query rows are put together for products with one KV head each: `heads` KV heads share `rows` rows.
+
+    Fewer rows than the registers' 8 cost as much as 8, so heads of few queries share them; `count` sets hold all heads.
+    `queries` are those of one KV head, of all new tokens of a sequence.
+    """
+
+    heads: int
+    rows: int
+    count: int
+    queries: int
+
+    @classmethod
+    def of(cls, spec: Spec) -> Sets:
+        """The sets of a model's heads."""
+        queries = head_queries(spec)
+        heads = SUBLANES // queries if SUBLANES % queries == 0 else 1
+        return cls(heads, align(queries, SUBLANES), cdiv(spec.model.kv_heads, heads), queries)
+
+    def padded(self, model: Model) -> bool:
+        """Whether some rows of a set are no query's."""
+        return self.count * self.rows != model.kv_heads * self.queries
+
+
+def head_queries(spec: Spec) -> int:
+    """Queries of a decode row that share a KV head: a group's for each of its new tokens."""
+    return spec.model.group * spec.serving.decode_len
+
+
+def head_rows(spec: Spec) -> int:
+    """The whole registers' rows that they lie in where K and V are interleaved."""
+    return align(head_queries(spec), SUBLANES)
+
+
+def by_sequence(spec: Spec, count: int) -> tuple[int, ...]:
+    """The leading axes of an array that holds something for each new token of `count` sequences."""
+    return (count,) if spec.serving.decode_len == 1 else (count, spec.serving.decode_len)
+
+
+def units_by_sequence(spec: Spec, count: int, unit: int) -> tuple[int, ...]:
+    """Likewise, for each unit of `unit` tokens of the cache that new tokens may lie in, which are several in turn."""
+    new_tokens = spec.serving.decode_len
+    return (count,) if new_tokens == 1 else (count, (new_tokens - 2) // unit + 2)

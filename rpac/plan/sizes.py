@@ -1,0 +1,25 @@
+"""Sizes that follow from others: powers of two, parts of a whole."""
+
+from __future__ import annotations
+
+
+def copy_sizes_of(kind: str, q_block: int, tokens: int) -> tuple[int, ...]:
+    """The sizes of copies, in tokens, that together make any part of a query block that a bucket can hold."""
+    if kind == "prefill":
+        return (q_block,)
+    return tuple(1 << bit for bit in reversed(range(power_of_two_to(min(q_block, tokens)).bit_length())))
+
+
+def step_rows_of(rows: int, most: int) -> int:
+    """The largest part of a block of query rows, all parts alike, that is at most `most`."""
+    return next(rows // parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most)
+
+
+def power_of_two_to(value: int) -> int:
+    """The largest power of two that is not above `value` (at least 1)."""
+    return 1 << (max(value, 1).bit_length() - 1)
+
+
+def power_of_two_from(value: int) -> int:
+    """The smallest power of two that is not below `value`."""
+    return 1 << (value - 1).bit_length()
