@@ -12,7 +12,7 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow test-adapters lint support generate generated check bench-cpu bench-gpu bench-peers bench-scheduling \
+.PHONY: demo test test-newest test-slow test-adapters lint support generate generated check bench-cpu bench-gpu bench-peers bench-chunks bench-scheduling \
 	calibrate build-all serve-demo clean
 
 demo: $(VENV)/ready
@@ -76,6 +76,10 @@ bench-gpu: $(VENV)/ready
 
 bench-peers: $(VENV)/ready
 	$(BIN)/python benchmarks/peers.py
+
+bench-chunks: $(VENV)/ready
+	$(BIN)/python benchmarks/chunks.py --target tpu7x
+	$(BIN)/python benchmarks/chunks.py --target v6e
 
 bench-scheduling: $(VENV)/ready
 	$(BIN)/python benchmarks/scheduling.py
