@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from rpac.bundle import describe, verify_bundle
 from rpac.cli.common import json_option, print_json, size, table
 from rpac.mesh import Mesh
 
+_SHAPE = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
 HEADER = ("target", "device kind", "program", "tokens", "source", "export", "executable")
 
 
@@ -31,14 +33,22 @@ def inspect(bundle: str, as_json: bool) -> None:
         f"K and V {facts['kv_layout']} in {limits['num_pages']} pages of {limits['page_size']}, "
         f"{limits['pages_per_seq']} a sequence, "
         f"{limits['max_num_seqs']} sequences, chunks of {limits['prefill_chunk']}"
+        + (f", decode rows of {limits['decode_len']} tokens" if "decode_len" in limits else "")
+        + _features(model)
     )
     if "mesh" in facts:
         mesh = Mesh(**facts["mesh"])
         click.echo(f"for {mesh.devices} devices ({mesh}); heads, pages and sequences are those of one")
     for name, target in facts["targets"].items():
         tools = ", ".join(f"{key} {value}" for key, value in target["toolchain"].items() if not key.endswith("_files"))
-        click.echo(f"{name}: {tools}")
+        click.echo(f"{name}: {tools}{_features(target.get('model', {}))}")
     click.echo(table(HEADER, [_row(name, one) for name, one in _programs(facts)]))
+
+
+def _features(model: Mapping[str, Any]) -> str:
+    """What attention has beside its shape and dtypes, as the rest of a line."""
+    found = [f"{key} {json.dumps(value)}" for key, value in model.items() if key not in _SHAPE]
+    return f"; {', '.join(found)}" if found else ""
 
 
 def _programs(facts: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -90,6 +90,13 @@ def test_the_parts_have_the_whole_specs_hash_and_paths_of_their_own(bundle: Path
         spec.part("other")
 
 
+def test_inspect_says_what_each_kind_of_layer_has(bundle: Path) -> None:
+    done = rpac("inspect", bundle)
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("cpu.reader:"))
+    assert line.endswith("; sliding_window 10, update_cache false")
+
+
 NAME = "must be lower-case letters, digits and dashes, 32 at most, a letter or digit first, each name once"
 
 
