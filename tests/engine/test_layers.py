@@ -91,7 +91,7 @@ def test_the_parts_have_the_whole_specs_hash_and_paths_of_their_own(bundle: Path
 
 
 def test_inspect_says_what_each_kind_of_layer_has(bundle: Path) -> None:
-    done = rpac("inspect", bundle)
+    done = rpac("inspect", bundle, cache=bundle.parent / "cache")
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("cpu.reader:"))
     assert line.endswith("; sliding_window 10, update_cache false")
