@@ -93,7 +93,13 @@ print(json.dumps([wrong, ran, refused]))
 """
 
 
-@pytest.mark.parametrize("name", SHARDS)
+# In the ordinary run the one in which heads, copies and replicas are all there.
+QUICK = "copies share the queries, two replicas"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == QUICK else pytest.mark.slow) for name in SHARDS]
+)
 def test_a_bundle_for_a_mesh_serves_sharded_arrays_as_the_whole_model_says(name: str, tmp_path: Path) -> None:
     q_heads, kv_heads, tensor, data, mesh = SHARDS[name]
     heads = (("q_heads: 2", f"q_heads: {q_heads}"), ("kv_heads: 1", f"kv_heads: {kv_heads}"))
