@@ -30,6 +30,7 @@ SIZES = {
         "head_dim": st.sampled_from([64, 80, 96, 112, 128, 192, 256]),
         "soft_cap": st.sampled_from([0.5, 30.0]),
         "sliding_window": st.integers(1, 300),
+        "attention_chunk": st.sampled_from([32, 64, 128, 256]),
     },
     "serving": {
         "page_size": st.sampled_from([8, 16, 32, 64, 128, 256]),
