@@ -106,12 +106,13 @@ def make_call(
     for stream, array in enumerate(by_token.values(), start=1):
         new = array[: batch.num_tokens]
         new[:] = _numbers(new.shape, seed, stream)
+    updates = len(by_token) > 1  # the new tokens come with the queries; else the cache holds them
     held = np.zeros((used, *dims[cache].shape[1:]), dims[cache].dtype)
     held_tokens = np.moveaxis(held, layout.TOKEN_AXES[kv_layout], 1)  # a view
     contents = _numbers(held_tokens.shape, seed, cache + 1)
     places = {page: place for place, page in enumerate(pages)}
     for row in batch:
-        old = np.arange(row.context_len if "keys" in by_token or kv_layout == "latent" else row.kv_len)
+        old = np.arange(row.context_len if updates else row.kv_len)
         at = np.array([places[page] for page in row.pages], np.int64)[old // limits.page_size], old % limits.page_size
         held_tokens[at] = contents[at]
     more = dims[layout.index_of(dims, "distribution") + 1 :]

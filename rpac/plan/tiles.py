@@ -24,9 +24,8 @@ from rpac.plan.query_rows import Sets, by_sequence, head_rows, units_by_sequence
 from rpac.spec import Model, Spec
 
 MERGE_TOKENS = 16  # new tokens that are put into a page at once
-UPDATE_BUFFERS = (
-    5  # pages under update: fetched two steps ahead and written out in three, which hides the latency of DMAs
-)
+# Pages under update: fetched two steps ahead and written out in three, which hides the latency of DMAs.
+UPDATE_BUFFERS = 5
 SCORES_AHEAD = 3  # flash steps whose scores are made before they are weighed: as many as keep the MXU busy meanwhile
 SCORES_AHEAD_AT_MOST = 3 * 256 * 512  # of them all: more are moved in and out of registers more often than it helps
 STEPS_PER_SCORE = 2  # at least: scores made ahead are code too
@@ -173,9 +172,14 @@ class BlockTiles:
     copy_sizes: tuple[int, ...]
     spare: bool
 
+    @property
+    def long(self) -> bool:
+        """Whether a head fills a wide MXU, and steps are long for it."""
+        return self.tile == LONG_TILE and not self.spare
+
     def piece(self, page_size: int) -> int:
         """Tokens of a part of a tile that is computed where the whole would reach past the diagonal."""
-        size = LONG_PIECE if self.tile == LONG_TILE and not self.spare else PIECE
+        size = LONG_PIECE if self.long else PIECE
         return size if self.tile % size == 0 and size % page_size == 0 else self.tile
 
     def tied(self, spec: Spec) -> bool:
@@ -184,7 +188,7 @@ class BlockTiles:
         """
         steps = math.gcd(self.heads, self.diagonal_heads) * (spec.model.group * self.q_block // self.step_rows)
         whole = steps % SCORE_SLOTS == 0 and self.step_rows % TIED_ROWS == 0 and PIECE % spec.serving.page_size == 0
-        return self.tile == LONG_TILE and not self.spare and whole and not splits_words(spec)
+        return self.long and whole and not splits_words(spec)
 
     def masks_by_mxu(self, model: Model) -> bool:
         """Whether queries differ in what they see, each of a step's has a lane in what the MXU has to spare, and nothing undoes
@@ -256,7 +260,7 @@ class BlockTiles:
             *((Buffer("step_max", (*next_scores[:2], LANES), "float32", "their largest, by lane"),) if tied else ()),
             *(sink_rows(model, (model.kv_heads, align(model.group, SUBLANES), LANES)) if exchange_of(model) else ()),
             Buffer("row_max", state, "float32", "running maximum, the same in every lane"),
-            Buffer("row_sum", state, "float32", "running sum, the same in every lane"),
+            Buffer("row_sum", state, "float32", f"running sum, {'a part' if tied else 'the same'} in every lane"),
             Buffer("acc", (model.kv_heads, q_rows, head_lanes(model)), "float32", "running output"),
             Buffer("out_rows", (1, *queries), model.q_dtype, "an output block on its way out"),
             *lse_rows(spec, (self.q_block * align(model.q_heads, SUBLANES), LANES)),
@@ -271,7 +275,7 @@ class BlockTiles:
 
     def temporaries(self, spec: Spec) -> int:
         """Bytes of the values of one flash step that registers cannot hold: scores and weights."""
-        tiles = 4 if self.tile == LONG_TILE and not self.spare else 8  # scores that are kept have an array of their own
+        tiles = 4 if self.long else 8  # scores that are kept have an array of their own
         return tiles * nbytes((self.step_rows, self.tile), "float32")
 
 

@@ -29,14 +29,14 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
     lines = [
         f"{model.q_heads} query heads over {model.kv_heads} KV heads, head_dim {model.head_dim}, "
         f"queries {model.q_dtype}, KV {model.kv_dtype}: constants",
-        *draft_lines(spec),
+        *_draft_lines(spec),
         f"pages of {serving.page_size} tokens, {serving.pages_per_seq} a sequence, up to {serving.max_num_seqs} sequences",
         f"token buckets that use it: {', '.join(map(str, plan.tokens))}",
         _features(model),
         *_quantization(model),
     ]
     if model.rope_dim is not None:
-        head, cache, *tiles = latent_lines(spec, plan)
+        head, cache, *tiles = _latent_lines(spec, plan)
         lines = [head, cache, *lines[1:3], "causal, cache updated", *tiles]
     if spec.mesh.devices > 1:
         lines.insert(1, f"these are one device's part of {spec.mesh.devices}: {spec.mesh}")
@@ -51,11 +51,7 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
             f"{d.buffers} buffers, so that DMA latency hides behind {d.buffers - 1} blocks in flight"
         )
     if isinstance(plan.decode, GroupTiles) and model.rope_dim is None:
-        g = plan.decode
-        lines.append(
-            f"decode: tiles of {g.tile} tokens, no longer than the expected lengths, {g.step} of them a turn, so that one "
-            f"fills the other's waits; fetched {g.ahead} turns ahead, so that DMA latency hides"
-        )
+        lines.append(_group_line(plan.decode))
     if isinstance(plan.block, BlockTiles):
         b = plan.block
         lines.append(
@@ -67,6 +63,13 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
     if is_tpu(plan.target):
         lines.append(f"VMEM: {plan.vmem_need:,} bytes counted, {plan.vmem_limit:,} allowed, {plan.vmem_bytes:,} there")
     return lines
+
+
+def _group_line(tiles: GroupTiles) -> str:
+    return (
+        f"decode: tiles of {tiles.tile} tokens, no longer than the expected lengths, {tiles.step} of them a turn, so that one "
+        f"fills the other's waits; fetched {tiles.ahead} turns ahead, so that DMA latency hides"
+    )
 
 
 def _features(model: Model) -> str:
@@ -101,7 +104,7 @@ def _quantization(model: Model) -> list[str]:
     return [f"KV of 8 bits, {scales[model.kv_scale]}; {by} quantizes new keys and values"]
 
 
-def draft_lines(spec: Spec) -> list[str]:
+def _draft_lines(spec: Spec) -> list[str]:
     """What a reader should know before a source of decode rows with several new tokens."""
     if spec.serving.decode_len == 1:
         return []
@@ -110,7 +113,7 @@ def draft_lines(spec: Spec) -> list[str]:
     return [f"decode rows of {spec.serving.decode_len} new tokens, the last accepted one and drafts; {seen}"]
 
 
-def latent_lines(spec: Spec, plan: KernelPlan) -> list[str]:
+def _latent_lines(spec: Spec, plan: KernelPlan) -> list[str]:
     """What a reader should know was decided before a source was written, and why."""
     model = spec.model
     lines = [
@@ -120,11 +123,7 @@ def latent_lines(spec: Spec, plan: KernelPlan) -> list[str]:
         "rotary key, padding",
     ]
     if isinstance(plan.decode, LatentDecodeTiles):
-        d = plan.decode
-        lines.append(
-            f"decode: tiles of {d.tile} tokens, no longer than the expected lengths, {d.step} of them a turn, so that one "
-            f"fills the other's waits; fetched {d.ahead} turns ahead, so that DMA latency hides"
-        )
+        lines.append(_group_line(plan.decode))
     if isinstance(plan.block, LatentBlockTiles):
         b = plan.block
         lines.append(

@@ -25,6 +25,7 @@ from rpac.spec.model import (
     default_token_buckets,
 )
 from rpac.spec.nodes import MAX_SIZE, Report, Section, compose
+from rpac.spec.sight import check_sight, read_sight
 
 ROOT_KEYS = ("name", "model", "layers", "serving", "parallel", "targets")
 MODEL_KEYS = (
@@ -85,7 +86,6 @@ MAX_SEQS = 4096
 MAX_SLOTS = 2**31 - 1
 SM_SCALES = (1e-6, 1e6)
 SOFT_CAPS = (1e-3, 1e6)
-MIN_ATTENTION_CHUNK = 16  # the shortest block of queries: one lies in two chunks at most
 
 
 def load_spec(path: str | os.PathLike[str]) -> Spec:
@@ -141,7 +141,7 @@ def _read(text: str, report: Report) -> Spec | None:
     of_layers = list(kinds.values())[len(kinds) > 1 :]  # the first is no layer itself where others are named
     check_kinds(serving_section, serving, [kind for _, kind in of_layers])
     for section, kind in of_layers:
-        _check_window(section, kind, serving)
+        check_sight(section, kind, serving)
         _check_apart(serving_section, kind, serving)
         copies = kind.quantized and kind.head_dim > MAX_BYTES_DIM and serving.kv_layout != "separate"
         if copies and not set(targets) <= set(PORTABLE):
@@ -173,23 +173,6 @@ def _layers(root: Section, base: Section, model: Model) -> dict[str, tuple[Secti
                 heads = f"must be those of model ({model.q_heads} and {model.kv_heads}) beside parallel"
                 section.clash("kv_heads" if section.has("kv_heads") else "q_heads", heads, "build a bundle for each")
     return found
-
-
-def _check_window(section: Section, model: Model, serving: Serving) -> None:
-    longest = serving.max_model_len
-    if model.sliding_window is not None and model.sliding_window >= longest:
-        allowed = f"must be below serving.max_model_len ({longest}): a window as long hides nothing"
-        section.clash(
-            "sliding_window", allowed, f"remove it, or write {longest - 1} or less", str(model.sliding_window)
-        )
-    chunk, page = model.attention_chunk, serving.page_size
-    if chunk is not None and chunk >= longest:
-        allowed = f"must be below serving.max_model_len ({longest}): no sequence has a second chunk"
-        section.clash("attention_chunk", allowed, "remove it, or raise max_model_len", str(chunk))
-    elif chunk is not None and (chunk % page or chunk < MIN_ATTENTION_CHUNK):
-        least = max(page, MIN_ATTENTION_CHUNK)
-        allowed = f"must be a multiple of serving.page_size ({page}), {least} at least: a chunk begins with a page"
-        section.clash("attention_chunk", allowed, f"write {max(chunk // page * page, least)}", str(chunk))
 
 
 def _mesh(root: Section, model: Model) -> Mesh | None:
@@ -224,18 +207,10 @@ def _model(section: Section) -> Model | None:
     kv_dtype = section.choice("kv_dtype", KV_DTYPES)
     sm_scale = section.number("sm_scale", *SM_SCALES) if section.has("sm_scale") else None
     soft_cap = section.number("soft_cap", *SOFT_CAPS) if section.has("soft_cap") else None
-    window = section.integer("sliding_window", 1, MAX_MODEL_LEN, 1024) if section.has("sliding_window") else None
-    chunk = section.integer("attention_chunk", 1, MAX_MODEL_LEN, 8192) if section.has("attention_chunk") else None
     sinks = section.flag("sinks") if section.has("sinks") else False
-    causal = section.flag("causal") if section.has("causal") else True
+    window, chunk, causal = read_sight(section, MAX_MODEL_LEN)
     update = section.flag("update_cache") if section.has("update_cache") else True
 
-    if causal is False and window is not None:
-        allowed = "must be true with sliding_window, which looks back from a query and not ahead"
-        section.clash("causal", allowed, "remove one of the two")
-    if chunk is not None and (causal is False or window is not None):
-        allowed = "must be left out with sliding_window, and where causal is false: one rule says what a query sees"
-        section.clash("attention_chunk", allowed, "remove one of the two")
     if q_heads is not None and kv_heads is not None:
         if q_heads % kv_heads:
             near = max(1, round(q_heads / kv_heads)) * kv_heads
@@ -276,7 +251,7 @@ def _model(section: Section) -> Model | None:
         bool(sinks),
         kv_scale,
         quantize,
-        causal is not False,
+        causal,
         attention_chunk=chunk,
         update_cache=update is not False,
     )
