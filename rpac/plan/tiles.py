@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rpac.layout import LANES, SUBLANES, align, head_lanes, kv_page_shape, nbytes, packing
+from rpac.layout import LANES, SUBLANES, align, head_lanes, joins_rows, kv_page_shape, nbytes, packing
 from rpac.plan.buffers import (
     Buffer,
     RowDims,
@@ -108,6 +108,12 @@ class GroupTiles:
         """Groups of `step` tiles that are fetched or in use at once."""
         return self.ahead + 1
 
+    def halves(self, model: Model) -> bool:
+        """Whether the MXU takes rows of K alone, and of V alone, that two tokens share, half as many as there are: with
+        head_dim 64, one of either half of a tile, if those are whole registers of scores.
+        """
+        return joins_rows(model) and self.tile % (2 * LANES) == 0
+
     def scratch(self, spec: Spec) -> tuple[Buffer, ...]:
         """The scratch arrays, in the order of the kernel's parameters."""
         model, page_size = spec.model, spec.serving.page_size
@@ -121,6 +127,11 @@ class GroupTiles:
         kinds, heads, _, lanes = kv_page_shape(spec)
         unit_size = unit_tokens(model)
         unit = (*units_by_sequence(spec, self.writes, unit_size), kinds, heads, unit_size, lanes)
+        halves: tuple[Buffer, ...] = ()
+        if self.halves(model):
+            words = self.tile // 2 // packing(model.kv_dtype)
+            shape = (self.step, heads, words, lanes)
+            halves = (Buffer("swapped", shape, "uint32", "second halves of a group's tiles, K and V swapped"),)
         return needed(
             spec,
             Buffer("kv", kv, model.kv_dtype, "fetched tiles"),
@@ -128,6 +139,7 @@ class GroupTiles:
             Buffer("new_keys", new, new_dtype(model), "new keys of every sequence"),
             Buffer("new_values", new, new_dtype(model), "new values of every sequence"),
             Buffer("unit_out", unit, model.kv_dtype, "new tokens on their way to the cache"),
+            *halves,
             Buffer("scores", (self.step, query_rows, self.tile), "float32", "scores of a group, from turn to turn"),
             *sink_rows(model, (query_rows, LANES)),
             Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),

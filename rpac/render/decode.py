@@ -57,8 +57,10 @@ def interleaved_rows(spec: Spec, pair: int) -> Mapping[str, Any]:
     }
 
 
-def separate_rows(spec: Spec) -> Mapping[str, Any]:
-    """Likewise where they lie apart, and heads of few queries share a register."""
+def separate_rows(spec: Spec, halves: bool) -> Mapping[str, Any]:
+    """Likewise where they lie apart, and heads of few queries share a register. `halves`: two tokens, one of either half of a
+    tile, share a row of K and one of V, so that products are of each half's queries, and of each half's weights.
+    """
     model, sets = spec.model, Sets.of(spec)
     queries = sets.heads * sets.queries
     rows_of_head = sets.rows // sets.heads
@@ -66,6 +68,11 @@ def separate_rows(spec: Spec) -> Mapping[str, Any]:
         "heads_per_set": sets.heads,
         "set_rows": sets.rows,
         "set_queries": queries,
+        "halves": halves,
+        "weight_rows": sets.rows * (2 if halves else 1),
+        "queries_of": ("for_both_halves({})" if halves else "{}").format,
+        "scores_of": ("along_tokens({})" if halves else "{}").format,
+        "values_of": ("sum_of_halves({})" if halves else "{}").format,
         "sets": sets.count,
         "query_rows": sets.count * sets.rows,
         "padded": sets.padded(model),

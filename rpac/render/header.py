@@ -51,7 +51,7 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
             f"{d.buffers} buffers, so that DMA latency hides behind {d.buffers - 1} blocks in flight"
         )
     if isinstance(plan.decode, GroupTiles) and model.rope_dim is None:
-        lines.append(_group_line(plan.decode))
+        lines.append(_group_line(plan.decode, plan.decode.halves(spec.model)))
     if isinstance(plan.block, BlockTiles):
         b = plan.block
         lines.append(
@@ -65,10 +65,11 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
     return lines
 
 
-def _group_line(tiles: GroupTiles) -> str:
+def _group_line(tiles: GroupTiles, halves: bool = False) -> str:
+    shared = "; two tokens share each row of K, and of V, that the MXU takes" if halves else ""
     return (
         f"decode: tiles of {tiles.tile} tokens, no longer than the expected lengths, {tiles.step} of them a turn, so that one "
-        f"fills the other's waits; fetched {tiles.ahead} turns ahead, so that DMA latency hides"
+        f"fills the other's waits; fetched {tiles.ahead} turns ahead, so that DMA latency hides{shared}"
     )
 
 

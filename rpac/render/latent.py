@@ -88,6 +88,7 @@ def _tiles(spec: Spec, plan: KernelPlan, tiles: Any) -> dict[str, Any]:
             return {
                 **vars(tiles),
                 "buffers_declared": [declared(buffer) for buffer in tiles.scratch(spec)],
+                "halves": False,
                 "groups": tiles.groups,
                 "slots": tiles.groups * tiles.step,
                 "group_tokens": tiles.step * tiles.tile,

@@ -136,7 +136,7 @@ def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
         "even": model.sliding_window is None
         and math.gcd(model.attention_chunk or 0, spec.serving.max_model_len) % tiles.tile == 0,
         "table_end": spec.serving.max_num_seqs * spec.serving.pages_per_seq - 1,
-        **separate_rows(spec),
+        **separate_rows(spec, tiles.halves(model)),
         "buffers_declared": [declared(buffer) for buffer in tiles.scratch(spec)],
     }
 

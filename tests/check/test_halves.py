@@ -1,0 +1,124 @@
+"""Decode where two tokens share each row that the MXU takes: head_dim 64, K and V apart, tiles of two registers or more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import test_mutations as tiles
+from mutation import Mutation, check_bug, dropped
+from test_features import ALL, CHUNKS_ALL, READ, SLOW, failures, featured
+
+from rpac.chip import TPU_TARGETS
+from rpac.lower import Cache, lower_all, tasks_of
+from rpac.plan import GroupTiles, KernelPlan, plan_spec
+from rpac.render import render
+from rpac.spec import Spec
+
+# Sequences of several tiles of 256, and a page table that is no multiple of one.
+LONG = {"max_model_len": 1088, "context_lens": (300,), "num_pages": 120}
+SHAPES: dict[str, dict[str, Any]] = {
+    "two heads a set, and half a set": {"q_heads": 12, "kv_heads": 3},
+    "eight heads a set": {"q_heads": 8, "kv_heads": 8},
+    "a set of no other head": {"q_heads": 8, "kv_heads": 1},
+    "rows of two registers": {"q_heads": 32, "kv_heads": 2},
+    "rows that are no query's": {"q_heads": 10, "kv_heads": 2},
+    "float32": {"q_dtype": "float32", "kv_dtype": "float32"},
+    "8 bits": {"kv_dtype": "float8_e4m3fn", "kv_scale": "head"},
+    "8 bits, made in the program": {"kv_dtype": "int8", "kv_scale": "tensor", "quantize": "kernel"},
+}
+FEATURES: dict[str, dict[str, Any]] = {
+    "all": {**ALL, "sliding_window": 300},
+    "chunks and all": CHUNKS_ALL,
+    "read alone": READ,
+    "drafts": {"decode_len": 4, "sliding_window": 300},
+    "a tree of drafts": {"decode_len": 4, "tree_mask": True, "log_sum_exp": True},
+    "drafts of 8 bits": {"decode_len": 2, "kv_dtype": "float8_e5m2", "kv_scale": "tensor"},
+}
+QUICK = ("two heads a set, and half a set", "all")
+MUTATIONS = [
+    dropped("second halves not swapped", r"swap\(group \+ 1, i\)"),
+    Mutation("second halves of the group before", r"swap\(group \+ 1, i\)", "swap(group, i)"),
+    Mutation("second half of another head", r"swapped\[i, head\] = ", "swapped[i, KV_HEADS - 1 - head] = "),
+    Mutation("K for V", r"values_of\(tile_words", "keys_of(tile_words"),
+    Mutation(
+        "second half not for its own queries", r"for_both_halves\(rows\)", "jnp.concatenate([rows, rows], axis=0)"
+    ),
+    dropped("clear_tail removed", r"clear_tail\(slot_of\(group, i\), left\)"),
+]
+SLOW_TARGETS = [pytest.param(target, marks=[] if target in ("tpu7x", "v5e") else SLOW) for target in TPU_TARGETS]
+
+
+def halved(features: dict[str, Any]) -> Spec:
+    spec = featured(tiles.APART, {"head_dim": 64, "q_heads": 8, "kv_heads": 2, **features}, "halved")
+    return replace(spec, serving=replace(spec.serving, **LONG))
+
+
+def small_plan(spec: Spec, target: str = "tpu7x", kind: str = "decode") -> KernelPlan:
+    """Groups of two tiles: a row has several groups, and their buffers are used again."""
+    plan = next(plan for plan in plan_spec(spec, target) if plan.kind == kind)
+    assert isinstance(plan.decode, GroupTiles)
+    plan = replace(plan, decode=replace(plan.decode, tile=256, step=2, ahead=2))
+    assert isinstance(plan.decode, GroupTiles)
+    assert plan.decode.halves(spec.model)
+    return plan
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        pytest.param(features, id=name, marks=[] if name in QUICK else SLOW)
+        for name, features in {**SHAPES, **FEATURES}.items()
+    ],
+)
+def test_kernels_agree_with_the_oracle_in_the_interpreter(features: dict[str, Any]) -> None:
+    spec = halved(features)
+    assert failures(spec, small_plan(spec)) == []
+
+
+@SLOW
+def test_mixed_kernels_agree_with_the_oracle_in_the_interpreter() -> None:
+    spec = halved(FEATURES["all"])
+    assert failures(spec, small_plan(spec, kind="mixed")) == []
+
+
+def test_tiles_of_one_register_are_taken_as_they_lie() -> None:
+    spec = halved({})
+    plan = small_plan(spec)
+    assert isinstance(plan.decode, GroupTiles)
+    plan = replace(plan, decode=replace(plan.decode, tile=128))
+    text = render(spec, plan).text
+    assert "swapped" not in text
+    assert "two tokens share" not in text
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [pytest.param(bug, id=bug.bug, marks=[] if bug is MUTATIONS[0] else SLOW) for bug in MUTATIONS],
+)
+def test_a_bug_is_caught(mutation: Mutation) -> None:
+    spec = halved({})
+    check_bug(spec, small_plan(spec), mutation)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("target", SLOW_TARGETS)
+def test_kernels_compile(target: str) -> None:
+    specs = [halved(features) for features in (SHAPES["8 bits"], FEATURES["all"])]
+    compiled([(spec, small_plan(spec, target)) for spec in specs])
+
+
+@SLOW
+@pytest.mark.compile
+@pytest.mark.parametrize("target", TPU_TARGETS)
+def test_kernels_of_every_shape_and_feature_compile(target: str) -> None:
+    specs = [halved(features) for features in (*SHAPES.values(), *FEATURES.values())]
+    compiled([(spec, small_plan(spec, target, kind)) for spec in specs for kind in ("decode", "mixed")])
+
+
+def compiled(cases: list[tuple[Spec, KernelPlan]]) -> None:
+    for spec, plan in cases:
+        tasks = [task for task in tasks_of(spec, [(plan, render(spec, plan))]) if task.tokens == plan.tokens[-1]]
+        for result in lower_all(tasks, Cache(None), 1):
+            assert result.executable
