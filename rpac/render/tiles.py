@@ -42,6 +42,7 @@ def tile_context(
     if isinstance(tiles, DecodeTiles):
         groups = spec.model.kv_heads // tiles.pair
         context |= {
+            "tile": tiles.block,
             **_clear_context(tiles.block, rows),
             **_split_context(
                 tiles.block, rows, SHORT_SPLIT_PIECE if shared else SPLIT_PIECE, packing(spec.model.kv_dtype)
@@ -52,13 +53,13 @@ def tile_context(
         context["split_share"] = math.ceil(context["splits"] / (SPLIT_PHASES * groups))
         return context
     return context | {
-        **_clear_context(tiles.tile, rows),
+        **_clear_context(tiles.piece(page), rows),
         **_split_context(tiles.piece(page), rows, SPLIT_ROWS, packing(spec.model.kv_dtype)),
         "tiles": tiles.block // tiles.tile,
         # Added to the position of a block's first query and divided by a tile: the tiles that some query's window leaves.
         "window_offset": tiles.q_block - (spec.model.sliding_window or 0) + tiles.tile - 1,
         "tile_rows": tiles.tile * rows.token_rows,
-        "tile_units": tiles.tile // unit_tokens(spec.model),
+        "computed_units": tiles.piece(page) // unit_tokens(spec.model),
         "piece": tiles.piece(page),
         "pieces": tiles.tile // tiles.piece(page),
         "q_rows": spec.model.group * tiles.q_block,
@@ -96,13 +97,13 @@ def _sort_context(model: Model, q_block: int) -> Mapping[str, Any]:
     }
 
 
-def _clear_context(tile: int, rows: RowDims) -> Mapping[str, Any]:
-    """How the tail of a tile of `tile` tokens is cleared where K and V are interleaved."""
-    clear_units = math.gcd(tile // rows.unit, CLEAR_UNITS)
+def _clear_context(computed: int, rows: RowDims) -> Mapping[str, Any]:
+    """How tokens behind a sequence's end are cleared where K and V are interleaved, and `computed` are computed at once."""
+    clear_units = math.gcd(computed // rows.unit, CLEAR_UNITS)
     return {
-        "tile": tile,
+        "computed": computed,
         "clear_units": clear_units,
-        "clears_per_tile": tile // (rows.unit * clear_units),
+        "clears": computed // (rows.unit * clear_units),
     }
 
 
@@ -130,7 +131,8 @@ def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
         "slots": tiles.groups * tiles.step,
         "group_tokens": tiles.step * tiles.tile,
         "tile_pages": tiles.tile // spec.serving.page_size,
-        "tile_units": tiles.tile // unit_tokens(model),
+        "computed": tiles.tile,
+        "computed_units": tiles.tile // unit_tokens(model),
         "clear_keys": False,
         # A window begins at any page, and so do its tiles.
         "even": model.sliding_window is None
