@@ -202,6 +202,12 @@ class BlockTiles:
         whole = steps % SCORE_SLOTS == 0 and self.step_rows % TIED_ROWS == 0 and PIECE % spec.serving.page_size == 0
         return self.long and whole and not splits_words(spec)
 
+    def carries(self, spec: Spec) -> bool:
+        """Whether the last tile of a block makes the first scores of the next block's: not where other tiles come between, nor
+        where words are split tile by tile.
+        """
+        return not spec.model.late and not splits_words(spec)
+
     def masks_by_mxu(self, model: Model) -> bool:
         """Whether queries differ in what they see, each of a step's has a lane in what the MXU has to spare, and nothing undoes
         the mask.

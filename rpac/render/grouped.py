@@ -64,8 +64,7 @@ def grouped_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "cap_log2": model.soft_cap and repr(model.soft_cap * math.log2(math.e)),
         "window": model.sliding_window,
         "attention_chunk": model.attention_chunk,
-        # Whether there are queries that do not see their sequence from its start.
-        "late": bool(model.sliding_window or model.attention_chunk),
+        "late": model.late,
         "sinks": model.sinks,
         **_score_context(spec, plan),
         **draft_context(spec),

@@ -65,6 +65,7 @@ def tile_context(
         "q_rows": spec.model.group * tiles.q_block,
         "row_steps": spec.model.group * tiles.q_block // tiles.step_rows,
         **_sort_context(spec.model, tiles.q_block),
+        "carries": tiles.carries(spec),
         "tied": tiles.tied(spec),
         "sum_of": "across({})".format if tiles.tied(spec) else str,  # of what row_sum holds
         "tied_ahead": TIED_AHEAD,

@@ -82,6 +82,11 @@ class Model:
         """Query heads that share one KV head."""
         return self.q_heads // self.kv_heads
 
+    @property
+    def late(self) -> bool:
+        """Whether there are queries that do not see their sequence from its start."""
+        return self.sliding_window is not None or self.attention_chunk is not None
+
 
 @dataclass(frozen=True)
 class Serving:
