@@ -252,16 +252,15 @@ class BlockTiles:
             by_token = (Buffer("by_token", shape, "float32", "one by token"),)
         kv: tuple[int, ...] = (self.buffers, self.block * rows.token_rows, LANES)
         page: tuple[int, ...] = (self.update_buffers, page_size * rows.token_rows, LANES)
-        merged = Buffer(
-            "packed", (self.merge_tokens * rows.packed_rows, LANES), word_dtype(model), "new tokens in the cache's form"
-        )
+        packed = (self.merge_tokens * rows.packed_rows, LANES)
+        merged = (Buffer("packed", packed, word_dtype(model), "new tokens in the cache's form"),)
         if spec.serving.kv_layout == "separate":
             kv = (self.buffers, self.block // page_size, *kv_page_shape(spec))
             page = (self.update_buffers, *kv_page_shape(spec))
             shape = (self.merge_tokens * align(model.kv_heads, SUBLANES), LANES)
             if rows.lane_tiles > 1:
                 shape = (rows.lane_tiles, *shape)
-            merged = Buffer("by_head", shape, "float32", "new tokens, to be read by head")
+            merged = (Buffer("by_head", shape, "float32", "new tokens, to be read by head"),) if model.quantized else ()
         return needed(
             spec,
             Buffer("kv", kv, model.kv_dtype, "fetched blocks"),
@@ -269,7 +268,7 @@ class BlockTiles:
             Buffer("new_keys", new, new_dtype(model), "new keys, around the page they go to"),
             Buffer("new_values", new, new_dtype(model), "new values, likewise"),
             Buffer("page_rows", page, model.kv_dtype, "pages to update"),
-            merged,
+            *merged,
             Buffer("q_in", (self.buffers, *queries), model.q_dtype, "query blocks as they come"),
             *by_token,
             Buffer("q_rows", (model.kv_heads, q_rows, head_lanes(model)), model.q_dtype, "one by KV head"),
