@@ -16,7 +16,7 @@ from rpac.plan.latent import LatentBlockTiles, block_choices, decode_choices, xl
 from rpac.plan.legal import MIN_Q_BLOCK, Tiles, is_legal
 from rpac.plan.query_rows import head_rows
 from rpac.plan.sizes import copy_sizes_of, power_of_two_from, power_of_two_to, step_rows_of
-from rpac.plan.tiles import LONG_TILE, MERGE_TOKENS, UPDATE_BUFFERS, BlockTiles, DecodeTiles, GroupTiles, XlaTiles
+from rpac.plan.tiles import LONG_TILE, MERGE_TOKENS, BlockTiles, DecodeTiles, GroupTiles, XlaTiles
 from rpac.plan.tuned import Entry, TunedTiles
 from rpac.spec import Spec
 
@@ -288,7 +288,6 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
                         heads,
                         diagonal_heads,
                         buffers,
-                        UPDATE_BUFFERS,
                         merge_tokens,
                         new_tokens,
                         copy_sizes,

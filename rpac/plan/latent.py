@@ -10,7 +10,7 @@ from typing import Final
 from rpac.layout import LANES, kv_page_shape, latent_lanes, nbytes
 from rpac.plan.buffers import Buffer, unit_tokens
 from rpac.plan.sizes import copy_sizes_of, power_of_two_from, power_of_two_to
-from rpac.plan.tiles import MERGE_TOKENS, UPDATE_BUFFERS, GroupTiles, XlaTiles
+from rpac.plan.tiles import MERGE_TOKENS, NEW_BUFFERS, PAGE_BUFFERS, GroupTiles, XlaTiles
 from rpac.spec import Spec
 
 DECODE_TILE: Final = 1024  # tokens: what a tile costs by itself, its merge, is paid seldom
@@ -73,7 +73,6 @@ class LatentBlockTiles:
     block: int
     step_rows: int
     buffers: int
-    update_buffers: int
     merge_tokens: int
     new_tokens: int
     copy_sizes: tuple[int, ...]
@@ -82,13 +81,13 @@ class LatentBlockTiles:
         """The scratch arrays, in the order of the kernel's parameters."""
         model, page_size = spec.model, spec.serving.page_size
         lanes, rows = latent_lanes(model), self.q_block * model.q_heads
-        new = (self.update_buffers, 2 * page_size + self.new_tokens, 1, lanes)
+        new = (NEW_BUFFERS, 2 * page_size + self.new_tokens, 1, lanes)
         page = kv_page_shape(spec)
         queries = (self.q_block, model.q_heads)
         return (
             Buffer("kv", (self.buffers, self.block // page_size, *page), model.kv_dtype, "fetched blocks"),
             Buffer("new_in", new, model.kv_dtype, "new tokens, around the page they go to"),
-            Buffer("page_rows", (self.update_buffers, *page), model.kv_dtype, "pages to update"),
+            Buffer("page_rows", (PAGE_BUFFERS, *page), model.kv_dtype, "pages to update"),
             Buffer("merged", (self.merge_tokens, lanes), "float32", "new tokens, side by side"),
             Buffer("q_in", (self.buffers, *queries, model.head_dim), model.q_dtype, "query blocks as they come"),
             Buffer("q_rope_in", (self.buffers, *queries, lanes - model.head_dim), model.q_dtype, "their rotary parts"),
@@ -97,9 +96,9 @@ class LatentBlockTiles:
             Buffer("acc", (rows, model.head_dim), "float32", "running output"),
             Buffer("out_rows", (1, *queries, model.head_dim), model.q_dtype, "an output block on its way out"),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
-            Buffer("new_sem", (self.update_buffers,), "dma", "new tokens"),
-            Buffer("old_sem", (self.update_buffers,), "dma", "pages that hold old tokens"),
-            Buffer("write_sem", (self.update_buffers,), "dma", "cache writes"),
+            Buffer("new_sem", (NEW_BUFFERS,), "dma", "new tokens"),
+            Buffer("old_sem", (PAGE_BUFFERS,), "dma", "pages that hold old tokens"),
+            Buffer("write_sem", (PAGE_BUFFERS,), "dma", "cache writes"),
             Buffer("q_sem", (self.buffers,), "dma", "query blocks"),
             Buffer("out_sem", (1,), "dma", "output blocks"),
         )
@@ -141,7 +140,6 @@ def block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[LatentBlockTil
                 block=max(min(block, longest), serving.page_size),
                 step_rows=min(power_of_two_to(STEP_ROWS // model.q_heads), q_block) * model.q_heads,
                 buffers=BUFFERS,
-                update_buffers=UPDATE_BUFFERS,
                 merge_tokens=min(MERGE_TOKENS, serving.page_size),
                 new_tokens=min(tokens, serving.page_size),
                 copy_sizes=copy_sizes_of(kind, q_block, tokens),

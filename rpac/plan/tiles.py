@@ -24,8 +24,10 @@ from rpac.plan.query_rows import Sets, by_sequence, head_rows, units_by_sequence
 from rpac.spec import Model, Spec
 
 MERGE_TOKENS = 16  # new tokens that are put into a page at once
-# Pages under update: fetched two steps ahead and written out in three, which hides the latency of DMAs.
-UPDATE_BUFFERS = 5
+# Pages under update: new tokens are fetched three steps ahead, and pages written out in three, which hides the latency of DMAs.
+UPDATE_AHEAD = 3
+NEW_BUFFERS = UPDATE_AHEAD + 1
+PAGE_BUFFERS = NEW_BUFFERS + 3
 SCORES_AHEAD = 3  # flash steps whose scores are made before they are weighed: as many as keep the MXU busy meanwhile
 SCORES_AHEAD_AT_MOST = 3 * 256 * 512  # of them all: more are moved in and out of registers more often than it helps
 STEPS_PER_SCORE = 2  # at least: scores made ahead are code too
@@ -178,7 +180,6 @@ class BlockTiles:
     heads: int
     diagonal_heads: int
     buffers: int
-    update_buffers: int
     merge_tokens: int
     new_tokens: int
     copy_sizes: tuple[int, ...]
@@ -231,7 +232,7 @@ class BlockTiles:
         model, page_size = spec.model, spec.serving.page_size
         rows = RowDims.of(model)
         q_rows = model.group * self.q_block
-        new = (self.update_buffers, 2 * page_size + self.new_tokens, model.kv_heads, model.head_dim)
+        new = (NEW_BUFFERS, 2 * page_size + self.new_tokens, model.kv_heads, model.head_dim)
         queries = (self.q_block, model.q_heads, model.head_dim)
         limits: tuple[Buffer, ...] = ()
         if self.masks_by_mxu(model):
@@ -251,12 +252,12 @@ class BlockTiles:
                 shape = (rows.lane_tiles, *shape)
             by_token = (Buffer("by_token", shape, "float32", "one by token"),)
         kv: tuple[int, ...] = (self.buffers, self.block * rows.token_rows, LANES)
-        page: tuple[int, ...] = (self.update_buffers, page_size * rows.token_rows, LANES)
+        page: tuple[int, ...] = (PAGE_BUFFERS, page_size * rows.token_rows, LANES)
         packed = (self.merge_tokens * rows.packed_rows, LANES)
         merged = (Buffer("packed", packed, word_dtype(model), "new tokens in the cache's form"),)
         if spec.serving.kv_layout == "separate":
             kv = (self.buffers, self.block // page_size, *kv_page_shape(spec))
-            page = (self.update_buffers, *kv_page_shape(spec))
+            page = (PAGE_BUFFERS, *kv_page_shape(spec))
             shape = (self.merge_tokens * align(model.kv_heads, SUBLANES), LANES)
             if rows.lane_tiles > 1:
                 shape = (rows.lane_tiles, *shape)
@@ -282,9 +283,9 @@ class BlockTiles:
             Buffer("out_rows", (1, *queries), model.q_dtype, "an output block on its way out"),
             *lse_rows(spec, (self.q_block * align(model.q_heads, SUBLANES), LANES)),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
-            Buffer("new_sem", (self.update_buffers,), "dma", "new keys and values"),
-            Buffer("old_sem", (self.update_buffers,), "dma", "pages that hold old tokens"),
-            Buffer("write_sem", (self.update_buffers,), "dma", "cache writes"),
+            Buffer("new_sem", (NEW_BUFFERS,), "dma", "new keys and values"),
+            Buffer("old_sem", (PAGE_BUFFERS,), "dma", "pages that hold old tokens"),
+            Buffer("write_sem", (PAGE_BUFFERS,), "dma", "cache writes"),
             Buffer("q_sem", (self.buffers,), "dma", "query blocks"),
             Buffer("out_sem", (1,), "dma", "output blocks"),
             *lse_sem(spec, 1),

@@ -10,7 +10,7 @@ from rpac.layout import BITS, latent_lanes
 from rpac.plan import KernelPlan, LatentBlockTiles, LatentDecodeTiles
 from rpac.plan.buffers import unit_tokens
 from rpac.plan.tiles import XlaTiles
-from rpac.render.tiles import MASKED, declared
+from rpac.render.tiles import MASKED, declared, update_context
 from rpac.spec import Spec
 
 MASKED_STEPS: Final = 4  # flash steps on the diagonal that are one piece of code: few blocks are there
@@ -116,6 +116,6 @@ def _tiles(spec: Spec, plan: KernelPlan, tiles: Any) -> dict[str, Any]:
                 "masked_steps": masked_steps,
                 "masked_turns": row_steps // masked_steps,
                 "step_tokens": tiles.step_rows // model.q_heads,
-                "update_ahead": tiles.update_buffers - 3,  # a page that is written out keeps its buffer for three steps
+                **update_context(),
             }
     return {}

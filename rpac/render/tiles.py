@@ -9,7 +9,17 @@ from typing import Any
 from rpac.layout import SUBLANES, packing
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, RowDims
 from rpac.plan.buffers import unit_tokens
-from rpac.plan.tiles import PIECE, SCORE_SLOTS, TIED_AHEAD, TIED_ROWS, XlaTiles, exchange_of
+from rpac.plan.tiles import (
+    NEW_BUFFERS,
+    PAGE_BUFFERS,
+    PIECE,
+    SCORE_SLOTS,
+    TIED_AHEAD,
+    TIED_ROWS,
+    UPDATE_AHEAD,
+    XlaTiles,
+    exchange_of,
+)
 from rpac.render.decode import interleaved_rows, separate_rows
 from rpac.spec import Model, Spec
 
@@ -78,7 +88,7 @@ def tile_context(
         "turns": spec.model.kv_heads // tiles.heads,
         "scores_ahead": tiles.scores_ahead(spec.model, tiles.heads),
         "diagonal_ahead": tiles.scores_ahead(spec.model, tiles.diagonal_heads),
-        "update_ahead": tiles.update_buffers - 3,  # a page that is written out keeps its buffer for three steps
+        **update_context(),
         "merge_rows": tiles.merge_tokens * rows.token_rows,
     }
 
@@ -142,6 +152,11 @@ def _group_context(spec: Spec, tiles: GroupTiles) -> Mapping[str, Any]:
         **separate_rows(spec, tiles.halves(model)),
         "buffers_declared": [declared(buffer) for buffer in tiles.scratch(spec)],
     }
+
+
+def update_context() -> Mapping[str, Any]:
+    """How far ahead of the merging a page's new tokens are fetched, and how many of these and of pages are in flight."""
+    return {"update_ahead": UPDATE_AHEAD, "new_buffers": NEW_BUFFERS, "page_buffers": PAGE_BUFFERS}
 
 
 def declared(buffer: Buffer) -> Mapping[str, str]:
