@@ -236,7 +236,8 @@ class BlockTiles:
         queries = (self.q_block, model.q_heads, model.head_dim)
         limits: tuple[Buffer, ...] = ()
         if self.masks_by_mxu(model):
-            parts = (q_rows // self.step_rows, self.piece(page_size), LANES)
+            piece = self.piece(page_size)
+            parts = (self.tile // piece, q_rows // self.step_rows, piece, LANES)
             limits = (
                 Buffer("which_query", (self.step_rows, LANES), model.q_dtype, "a 1 where a lane is the row's query"),
                 Buffer("limits", parts, model.q_dtype, "by token and query: 0, or what masks a score"),
