@@ -255,7 +255,7 @@ class BlockTiles:
         kv: tuple[int, ...] = (self.buffers, self.block * rows.token_rows, LANES)
         page: tuple[int, ...] = (PAGE_BUFFERS, page_size * rows.token_rows, LANES)
         packed = (self.merge_tokens * rows.packed_rows, LANES)
-        merged = (Buffer("packed", packed, word_dtype(model), "new tokens in the cache's form"),)
+        merged: tuple[Buffer, ...] = (Buffer("packed", packed, word_dtype(model), "new tokens in the cache's form"),)
         if spec.serving.kv_layout == "separate":
             kv = (self.buffers, self.block // page_size, *kv_page_shape(spec))
             page = (PAGE_BUFFERS, *kv_page_shape(spec))

@@ -360,19 +360,19 @@ def mixed_kernel(
     def q_len(seq):
         return cu_q_lens[seq + 1] - cu_q_lens[seq]
 
-    # ---- update cache: page by page, old tokens kept, new ones packed in; 2 pages ahead, 5 in flight
+    # ---- update cache: page by page, old tokens kept, new ones packed in; 3 pages ahead, 7 in flight
 
     def page_span(seq, page):
         """The new tokens of a page, as a range within it."""
         kv_len = kv_lens[seq]
         return jnp.maximum(kv_len - q_len(seq) - page * PAGE_SIZE, 0), jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
 
-    def new_token_copies(seq, page, slot):
+    def new_token_copies(seq, page, place):
         # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
         wanted = q_start(seq) + page * PAGE_SIZE - (kv_lens[seq] - q_len(seq))
         source = jnp.clip(wanted, 0, new_hbm.shape[0] - 128)
         take, put = pl.ds(source, 128), pl.ds(PAGE_SIZE + source - wanted, 128)
-        return (pltpu.make_async_copy(new_hbm.at[take], new_in.at[slot, put], new_sem.at[slot]),)
+        return (pltpu.make_async_copy(new_hbm.at[take], new_in.at[place, put], new_sem.at[place]),)
 
     def old_page_copy(seq, page, slot):
         physical = page_indices[seq * PAGES_PER_SEQ + page]
@@ -391,15 +391,15 @@ def mixed_kernel(
         return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
 
     def load_page(step, seq, page):
-        slot = lax.rem(step, 5)
+        slot = lax.rem(step, 7)
 
         @pl.when(seq < end_seq)
         def _():
-            @pl.when(step >= 5)
+            @pl.when(step >= 7)
             def _():
-                page_write(seq, page, slot).wait()  # the write of 5 steps ago: as many bytes, this semaphore
+                page_write(seq, page, slot).wait()  # the write of 7 steps ago: as many bytes, this semaphore
 
-            for copy in new_token_copies(seq, page, slot):
+            for copy in new_token_copies(seq, page, lax.rem(step, 4)):
                 copy.start()
             first, end = page_span(seq, page)
 
@@ -411,9 +411,9 @@ def mixed_kernel(
         return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
 
     def merge_page(step, seq, page):
-        slot = lax.rem(step, 5)
+        slot, place = lax.rem(step, 7), lax.rem(step, 4)
         first, end = page_span(seq, page)
-        for copy in new_token_copies(seq, page, slot):
+        for copy in new_token_copies(seq, page, place):
             copy.wait()
 
         @pl.when((first > 0) | (end < PAGE_SIZE))
@@ -424,7 +424,7 @@ def mixed_kernel(
             start = pl.multiple_of(piece * 16, 16)
             tokens = pl.ds(start, 16)
             for i in range(16):
-                merged[i : i + 1] = new_in[slot, PAGE_SIZE + start + i].astype(jnp.float32)
+                merged[i : i + 1] = new_in[place, PAGE_SIZE + start + i].astype(jnp.float32)
             # As words of two tokens, so that the old ones stay bit for bit whatever they are.
             words = pltpu.bitcast(merged[...].astype(page_rows.dtype), jnp.uint32)
             low = start + 2 * lax.broadcasted_iota(jnp.int32, words.shape, 0)
@@ -436,24 +436,28 @@ def mixed_kernel(
         lax.fori_loop(lax.div(first, 16), pl.cdiv(end, 16), merge, 0)
         page_write(seq, page, slot).start()
 
-    def update_cache():
+    def update_cache(meanwhile):
+        """Updates all pages; `meanwhile` is called before it waits for the last of them to be written."""
+
         def body(carry):
             step, seq, page, *ahead = carry
-            ahead = load_page(step + 2, *ahead)
+            ahead = load_page(step + 3, *ahead)
             merge_page(step, seq, page)
             return step + 1, *next_page(seq, page), *ahead
 
         start = (first_seq, first_page(first_seq))
         ahead = start
-        for step in range(2):
+        for step in range(3):
             ahead = load_page(jnp.int32(step), *ahead)
         steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
 
+        meanwhile()
+
         def drain(i, _):
-            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 5)).wait()
+            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 7)).wait()
             return 0
 
-        lax.fori_loop(0, jnp.minimum(steps, 5), drain, 0)
+        lax.fori_loop(0, jnp.minimum(steps, 7), drain, 0)
 
     # ---- fetch KV: whole pages, into one of 3 buffers of 512 tokens
 
@@ -510,10 +514,10 @@ def mixed_kernel(
             jnp.where(last, 0, block + 1),
         )
 
-    def fetch_ahead(step, *at):
+    def start_fetch(step, at, wanted=True):
         seq, q_block, q_step, block = at
 
-        @pl.when(seq < end_seq)
+        @pl.when((seq < end_seq) & wanted)
         def _():
             @pl.when(block == 0)
             def _():
@@ -521,8 +525,14 @@ def mixed_kernel(
 
             start_block(kv_end(seq, q_block), seq, block, lax.rem(step, 3))
 
-        following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
+    def next_fetch(at):
+        seq, *within = at
+        following = advance(jnp.minimum(seq, end_seq - 1), *within)
         return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
+
+    def fetch_ahead(step, *at):
+        start_fetch(step, at)
+        return next_fetch(at)
 
     # ---- query blocks: 16 tokens in and out in their natural layout, rows by token, then head
 
@@ -639,11 +649,11 @@ def mixed_kernel(
 
             loop(2, turn)
 
-    def attend():
+    def attend(start, fetched):
         loop(8, lambda step: clear(step_place(step)[1]))
-        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
-        ahead = start
-        for step in range(2):
+        start_fetch(0, start, ~fetched)
+        ahead = next_fetch(start)
+        for step in range(1, 2):
             ahead = fetch_ahead(step, *ahead)
 
         def body(carry):
@@ -684,8 +694,11 @@ def mixed_kernel(
 
     @pl.when(first_seq < end_seq)
     def _():
-        update_cache()
-        attend()
+        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        # The first block comes while the last pages go, if none of these is in it.
+        early = first_page(first_seq) >= 4
+        update_cache(lambda: start_fetch(0, start, early))
+        attend(start, early)
 
 
 def attend_mixed(queries, queries_rope, new_rows, cache, out, kv_lens, page_indices, cu_q_lens, distribution):
@@ -699,8 +712,8 @@ def attend_mixed(queries, queries_rope, new_rows, cache, out, kv_lens, page_indi
         input_output_aliases={7: 1, 8: 0},
         scratch_shapes=[
             pltpu.VMEM((3, 4, 128, 640), jnp.bfloat16),  # kv: fetched blocks
-            pltpu.VMEM((5, 384, 1, 640), jnp.bfloat16),  # new_in: new tokens, around the page they go to
-            pltpu.VMEM((5, 128, 640), jnp.bfloat16),  # page_rows: pages to update
+            pltpu.VMEM((4, 384, 1, 640), jnp.bfloat16),  # new_in: new tokens, around the page they go to
+            pltpu.VMEM((7, 128, 640), jnp.bfloat16),  # page_rows: pages to update
             pltpu.VMEM((16, 640), jnp.float32),  # merged: new tokens, side by side
             pltpu.VMEM((3, 16, 128, 512), jnp.bfloat16),  # q_in: query blocks as they come
             pltpu.VMEM((3, 16, 128, 128), jnp.bfloat16),  # q_rope_in: their rotary parts
@@ -709,9 +722,9 @@ def attend_mixed(queries, queries_rope, new_rows, cache, out, kv_lens, page_indi
             pltpu.VMEM((2048, 512), jnp.float32),  # acc: running output
             pltpu.VMEM((1, 16, 128, 512), jnp.bfloat16),  # out_rows: an output block on its way out
             pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new tokens
-            pltpu.SemaphoreType.DMA((5,)),  # old_sem: pages that hold old tokens
-            pltpu.SemaphoreType.DMA((5,)),  # write_sem: cache writes
+            pltpu.SemaphoreType.DMA((4,)),  # new_sem: new tokens
+            pltpu.SemaphoreType.DMA((7,)),  # old_sem: pages that hold old tokens
+            pltpu.SemaphoreType.DMA((7,)),  # write_sem: cache writes
             pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
         ],

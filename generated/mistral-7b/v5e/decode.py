@@ -167,7 +167,7 @@ def decode_kernel(
         unit_copy(seq).start()
 
     def clear_tail(slot, valid):
-        """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
+        """Zeroes the tokens from `valid` to the end of those that are computed: a weight of 0 does not hide a NaN in V."""
 
         def zero(units):
             def one(index, _):

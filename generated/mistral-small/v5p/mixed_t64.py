@@ -175,7 +175,7 @@ def decode_kernel(
         unit_copy(seq).start()
 
     def clear_tail(slot, valid):
-        """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
+        """Zeroes the tokens from `valid` to the end of those that are computed: a weight of 0 does not hide a NaN in V."""
         rows = pl.ds(pl.multiple_of(valid // UNIT * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
 
         @pl.when(lax.rem(valid, UNIT) > 0)
@@ -428,21 +428,21 @@ def mixed_kernel(
     def q_len(seq):
         return cu_q_lens[seq + 1] - cu_q_lens[seq]
 
-    # ---- update cache: page by page, old tokens kept, new ones packed in; 2 pages ahead, 5 in flight
+    # ---- update cache: page by page, old tokens kept, new ones packed in; 3 pages ahead, 7 in flight
 
     def page_span(seq, page):
         """The new tokens of a page, as a range within it."""
         kv_len = kv_lens[seq]
         return jnp.maximum(kv_len - q_len(seq) - page * PAGE_SIZE, 0), jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
 
-    def new_token_copies(seq, page, slot):
+    def new_token_copies(seq, page, place):
         # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
         wanted = q_start(seq) + page * PAGE_SIZE - (kv_lens[seq] - q_len(seq))
         source = jnp.clip(wanted, 0, k_hbm.shape[0] - 64)
         take, put = pl.ds(source, 64), pl.ds(PAGE_SIZE + source - wanted, 64)
         return (
-            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[slot, put], new_sem.at[slot]),
-            pltpu.make_async_copy(v_hbm.at[take], new_values.at[slot, put], new_sem.at[slot]),
+            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[place, put], new_sem.at[place]),
+            pltpu.make_async_copy(v_hbm.at[take], new_values.at[place, put], new_sem.at[place]),
         )
 
     def old_page_copy(seq, page, slot):
@@ -462,15 +462,15 @@ def mixed_kernel(
         return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
 
     def load_page(step, seq, page):
-        slot = lax.rem(step, 5)
+        slot = lax.rem(step, 7)
 
         @pl.when(seq < end_seq)
         def _():
-            @pl.when(step >= 5)
+            @pl.when(step >= 7)
             def _():
-                page_write(seq, page, slot).wait()  # the write of 5 steps ago: as many bytes, this semaphore
+                page_write(seq, page, slot).wait()  # the write of 7 steps ago: as many bytes, this semaphore
 
-            for copy in new_token_copies(seq, page, slot):
+            for copy in new_token_copies(seq, page, lax.rem(step, 4)):
                 copy.start()
             first, end = page_span(seq, page)
 
@@ -482,9 +482,9 @@ def mixed_kernel(
         return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
 
     def merge_page(step, seq, page):
-        slot = lax.rem(step, 5)
+        slot, place = lax.rem(step, 7), lax.rem(step, 4)
         first, end = page_span(seq, page)
-        for copy in new_token_copies(seq, page, slot):
+        for copy in new_token_copies(seq, page, place):
             copy.wait()
 
         @pl.when((first > 0) | (end < PAGE_SIZE))
@@ -494,7 +494,7 @@ def mixed_kernel(
         def merge(piece, _):
             start = piece * 16
             for i in range(16):
-                pack_token(new_keys[slot, PAGE_SIZE + start + i], new_values[slot, PAGE_SIZE + start + i], packed, i)
+                pack_token(new_keys[place, PAGE_SIZE + start + i], new_values[place, PAGE_SIZE + start + i], packed, i)
             rows = pl.ds(pl.multiple_of(piece * 64, 64), 64)
             token = start + token_of_word(16)
             words = jnp.where((token >= first) & (token < end), packed[...], rows_as_words(page_rows[slot, rows]))
@@ -504,24 +504,28 @@ def mixed_kernel(
         lax.fori_loop(lax.div(first, 16), pl.cdiv(end, 16), merge, 0)
         page_write(seq, page, slot).start()
 
-    def update_cache():
+    def update_cache(meanwhile):
+        """Updates all pages; `meanwhile` is called before it waits for the last of them to be written."""
+
         def body(carry):
             step, seq, page, *ahead = carry
-            ahead = load_page(step + 2, *ahead)
+            ahead = load_page(step + 3, *ahead)
             merge_page(step, seq, page)
             return step + 1, *next_page(seq, page), *ahead
 
         start = (first_seq, first_page(first_seq))
         ahead = start
-        for step in range(2):
+        for step in range(3):
             ahead = load_page(jnp.int32(step), *ahead)
         steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
 
+        meanwhile()
+
         def drain(i, _):
-            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 5)).wait()
+            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 7)).wait()
             return 0
 
-        lax.fori_loop(0, jnp.minimum(steps, 5), drain, 0)
+        lax.fori_loop(0, jnp.minimum(steps, 7), drain, 0)
 
     # ---- fetch KV: whole pages, into one of 3 buffers of 1024 tokens
 
@@ -579,10 +583,10 @@ def mixed_kernel(
             jnp.where(last, 0, block + 1),
         )
 
-    def fetch_ahead(step, *at):
+    def start_fetch(step, at, wanted=True):
         seq, q_block, q_step, block = at
 
-        @pl.when(seq < end_seq)
+        @pl.when((seq < end_seq) & wanted)
         def _():
             @pl.when(block == 0)
             def _():
@@ -590,8 +594,14 @@ def mixed_kernel(
 
             start_block(kv_end(seq, q_block), seq, block, lax.rem(step, 3))
 
-        following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
+    def next_fetch(at):
+        seq, *within = at
+        following = advance(jnp.minimum(seq, end_seq - 1), *within)
         return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
+
+    def fetch_ahead(step, *at):
+        start_fetch(step, at)
+        return next_fetch(at)
 
     # ---- query blocks: 64 tokens in and out in their natural layout, by KV head inside
 
@@ -627,9 +637,8 @@ def mixed_kernel(
         lax.fori_loop(0, count, turn, 0)
 
     def clear(head, rows):
-        """The running state of some rows of a KV head, as before their first tile."""
-        for state, value in ((row_max, MASKED), (row_sum, 0.0), (acc, 0.0)):
-            state[head, rows] = jnp.full((rows.size, state.shape[-1]), value)
+        """The running maximum of some rows of a KV head, as before their first tile."""
+        row_max[head, rows] = jnp.full((rows.size, 128), MASKED)
 
     def clear_all():
         def one(piece):
@@ -664,7 +673,7 @@ def mixed_kernel(
         return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * 64, 64), 64)
 
     def finish(slot):
-        """Puts a block's output back in the order of its tokens, and clears the running state for the next one."""
+        """Puts a block's output back in the order of its tokens, and clears the running maximum for the next one."""
 
         def unsort(head):
             rows = head_rows(head)
@@ -683,7 +692,7 @@ def mixed_kernel(
         loop(4, gather)
 
     def clear_tail(slot, valid):
-        """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
+        """Zeroes the tokens from `valid` to the end of those that are computed: a weight of 0 does not hide a NaN in V."""
         rows = pl.ds(pl.multiple_of(valid // UNIT * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
 
         @pl.when(lax.rem(valid, UNIT) > 0)
@@ -703,7 +712,7 @@ def mixed_kernel(
         first = pl.cdiv(valid, UNIT)
         wide = pl.cdiv(first, 16)
         lax.fori_loop(first, wide * 16, zero(1), 0)
-        lax.fori_loop(wide, pl.cdiv(valid, 512) * 8, zero(16), 0)
+        lax.fori_loop(wide, pl.cdiv(valid, 256) * 4, zero(16), 0)
 
     # ---- read KV: `tokens` tokens of one head, from token `first` of a block on
 
@@ -748,18 +757,23 @@ def mixed_kernel(
     def score(slot, first, tokens, head, rows):
         return products(q_rows[head, rows], head_keys(slot, first, tokens, head), 1) * SCORE_SCALE
 
-    def weigh(scores, slot, first, head, rows):
+    def state_before(head, rows, begins):
+        """The running sum and output of some rows of a KV head; where they begin, what the block before left counts for nothing."""
+        return jnp.where(begins, 0.0, row_sum[head, rows]), jnp.where(begins, 0.0, acc[head, rows])
+
+    def weigh(scores, slot, first, head, rows, begins):
         tokens = scores.shape[1]
+        old_sum, old_acc = state_before(head, rows, begins)
         old_max = row_max[head, rows]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
         weights = jnp.exp2(scores - widen(new_max, tokens))
         rescale = jnp.exp2(old_max - new_max)
         row_max[head, rows] = new_max
-        row_sum[head, rows] = rescale * row_sum[head, rows] + jnp.sum(weights, axis=1, keepdims=True)
+        row_sum[head, rows] = rescale * old_sum + jnp.sum(weights, axis=1, keepdims=True)
         part = products(weights.astype(jnp.bfloat16), head_values(slot, first, tokens, head), 0)
-        acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part
+        acc[head, rows] = widen(rescale, HEAD_DIM) * old_acc + part
 
-    def flash_turns(turns, heads, ahead, tokens, place, score_of, slot):
+    def flash_turns(turns, heads, ahead, tokens, place, score_of, slot, begins):
         """Takes turns of some heads against the `tokens` tokens from `place(turn)` on, which is a token and the first head.
 
         A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, the first of the next turn
@@ -773,6 +787,7 @@ def mixed_kernel(
 
         def one_turn(turn, _):
             first, first_head = place(turn)
+            on_first_tokens = begins & (first == place(0)[0])
             scores = [next_scores[i, :, :tokens] for i in range(ahead)]
             for i, (head, rows) in enumerate(steps):
                 later = i + ahead
@@ -781,14 +796,14 @@ def mixed_kernel(
                 else:
                     following = jnp.minimum(turn + 1, turns - 1)
                     next_scores[later - len(steps), :, :tokens] = scores_of(following, later - len(steps))
-                weigh(scores[i], slot, first, first_head + head, rows)
+                weigh(scores[i], slot, first, first_head + head, rows, on_first_tokens)
             return 0
 
         for i in range(ahead):
             next_scores[i, :, :tokens] = scores_of(0, i)
         lax.fori_loop(0, turns, one_turn, 0)
 
-    def plain_tiles(slot, count):
+    def plain_tiles(slot, count, begins):
         """Tiles that all queries of the block see whole."""
 
         def score_of(first, head, rows):
@@ -803,37 +818,35 @@ def mixed_kernel(
 
         def one(tile, _):
             split_tile(slot, tile)
-            flash_turns(1, 2, 1, 512, place_from(tile), score_of, slot)
+            flash_turns(1, 2, 1, 512, place_from(tile), score_of, slot, begins & (tile == 0))
             return 0
 
         lax.fori_loop(0, count, one, 0)
 
-    def diagonal_tile(slot, tile, valid, first_query):
+    def diagonal_tile(slot, tile, valid, begins, first_query):
         """A tile that some query sees in part, as far as there are tokens. `first_query` is seen from the block's start."""
         split_tile(slot, tile)
 
-        def one_piece(piece, _):
-            first = piece * 256
-
-            def score_of(first, head, rows):
-                scores = score(slot, first, 256, head, rows)
-                query = first_query + query_of(rows.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0))
-                return jnp.where(first + piece_tokens(scores.shape, 1) <= query, scores, MASKED)
-
-            def place(turn):
-                return first, turn * 2
-
-            flash_turns(KV_HEADS // 2, 2, 1, 256, place, score_of, slot)
-            return 0
-
         first_piece = tile * 2
-        lax.fori_loop(first_piece, jnp.minimum(first_piece + 2, pl.cdiv(valid, 256)), one_piece, 0)
+        pieces = jnp.minimum(2, pl.cdiv(valid, 256) - first_piece)
 
-    def attend():
+        def score_of(first, head, rows):
+            scores = score(slot, first, 256, head, rows)
+            row = rows.start + lax.broadcasted_iota(jnp.int32, (rows.size, 128), 0)
+            query = widen(first_query - first + query_of(row), 256)
+            return jnp.where(piece_tokens(scores.shape, 1) <= query, scores, MASKED)
+
+        def place(turn):
+            piece = first_piece + lax.div(turn, 1)
+            return piece * 256, lax.rem(turn, 1) * 2
+
+        flash_turns(pieces * 1, 2, 1, 256, place, score_of, slot, begins)
+
+    def attend(start, fetched):
         clear_all()
-        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
-        ahead = start
-        for step in range(2):
+        start_fetch(0, start, ~fetched)
+        ahead = next_fetch(start)
+        for step in range(1, 2):
             ahead = fetch_ahead(step, *ahead)
 
         def body(carry):
@@ -859,10 +872,10 @@ def mixed_kernel(
 
             seen = first_query - block * 1024
             plain = jnp.clip(lax.div(seen + 1, 512), 0, 2)
-            plain_tiles(slot, plain)
+            plain_tiles(slot, plain, block == 0)
 
             def diagonal(tile, _):
-                diagonal_tile(slot, tile, valid, seen)
+                diagonal_tile(slot, tile, valid, block + tile == 0, seen)
                 return 0
 
             lax.fori_loop(plain, pl.cdiv(valid, 512), diagonal, 0)
@@ -880,13 +893,16 @@ def mixed_kernel(
             return step + 1, advance(*at), ahead, sent
 
         state = (jnp.int32(0), start, ahead, start[:2])
-        *_, sent = lax.while_loop(lambda carry: carry[1][0] < end_seq, body, state)
+        _, _, _, sent = lax.while_loop(lambda carry: carry[1][0] < end_seq, body, state)
         out_copies(*sent, 0, lambda copy: copy.wait())
 
     @pl.when(first_seq < end_seq)
     def _():
-        update_cache()
-        attend()
+        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        # The first block comes while the last pages go, if none of these is in it.
+        early = first_page(first_seq) >= 16
+        update_cache(lambda: start_fetch(0, start, early))
+        attend(start, early)
 
 
 def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_lens, distribution):
@@ -902,9 +918,9 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
             pltpu.VMEM((3, 4096, 128), jnp.bfloat16),  # kv: fetched blocks
             pltpu.VMEM((512, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
             pltpu.VMEM((512, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
-            pltpu.VMEM((5, 192, 2, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
-            pltpu.VMEM((5, 192, 2, 128), jnp.bfloat16),  # new_values: new values, likewise
-            pltpu.VMEM((5, 256, 128), jnp.bfloat16),  # page_rows: pages to update
+            pltpu.VMEM((4, 192, 2, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
+            pltpu.VMEM((4, 192, 2, 128), jnp.bfloat16),  # new_values: new values, likewise
+            pltpu.VMEM((7, 256, 128), jnp.bfloat16),  # page_rows: pages to update
             pltpu.VMEM((32, 128), jnp.uint32),  # packed: new tokens in the cache's form
             pltpu.VMEM((3, 64, 8, 128), jnp.bfloat16),  # q_in: query blocks as they come
             pltpu.VMEM((512, 128), jnp.float32),  # by_token: one by token
@@ -915,9 +931,9 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
             pltpu.VMEM((2, 256, 128), jnp.float32),  # acc: running output
             pltpu.VMEM((1, 64, 8, 128), jnp.bfloat16),  # out_rows: an output block on its way out
             pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
-            pltpu.SemaphoreType.DMA((5,)),  # old_sem: pages that hold old tokens
-            pltpu.SemaphoreType.DMA((5,)),  # write_sem: cache writes
+            pltpu.SemaphoreType.DMA((4,)),  # new_sem: new keys and values
+            pltpu.SemaphoreType.DMA((7,)),  # old_sem: pages that hold old tokens
+            pltpu.SemaphoreType.DMA((7,)),  # write_sem: cache writes
             pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
         ],

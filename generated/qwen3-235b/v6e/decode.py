@@ -202,7 +202,7 @@ def decode_kernel(
         unit_copy(seq).start()
 
     def clear_tail(slot, valid):
-        """Zeroes V from token `valid` to the end of its tile: a weight of 0 does not hide a NaN."""
+        """Zeroes V from token `valid` to the end of those that are computed: a weight of 0 does not hide a NaN."""
         def clear(unit, _):
             token = unit * UNIT
             tokens = pl.ds(pl.multiple_of(lax.rem(token, PAGE_SIZE), UNIT), UNIT)

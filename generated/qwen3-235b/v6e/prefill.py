@@ -14,7 +14,7 @@ What was specialized:
 - K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
-- VMEM: 15,958,016 bytes counted, 25,165,824 allowed, 134,217,728 there
+- VMEM: 16,154,624 bytes counted, 25,165,824 allowed, 134,217,728 there
 """
 import jax
 import jax.numpy as jnp
@@ -97,21 +97,21 @@ def prefill_kernel(
     def q_len(seq):
         return CHUNK
 
-    # ---- update cache: page by page, old tokens kept, new ones packed in; 2 pages ahead, 5 in flight
+    # ---- update cache: page by page, old tokens kept, new ones packed in; 3 pages ahead, 7 in flight
 
     def page_span(seq, page):
         """The new tokens of a page, as a range within it."""
         kv_len = kv_lens[seq]
         return jnp.maximum(kv_len - q_len(seq) - page * PAGE_SIZE, 0), jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
 
-    def new_token_copies(seq, page, slot):
+    def new_token_copies(seq, page, place):
         # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
         wanted = q_start(seq) + page * PAGE_SIZE - (kv_lens[seq] - q_len(seq))
         source = jnp.clip(wanted, 0, k_hbm.shape[0] - 128)
         take, put = pl.ds(source, 128), pl.ds(PAGE_SIZE + source - wanted, 128)
         return (
-            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[slot, put], new_sem.at[slot]),
-            pltpu.make_async_copy(v_hbm.at[take], new_values.at[slot, put], new_sem.at[slot]),
+            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[place, put], new_sem.at[place]),
+            pltpu.make_async_copy(v_hbm.at[take], new_values.at[place, put], new_sem.at[place]),
         )
 
     def old_page_copy(seq, page, slot):
@@ -131,15 +131,15 @@ def prefill_kernel(
         return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
 
     def load_page(step, seq, page):
-        slot = lax.rem(step, 5)
+        slot = lax.rem(step, 7)
 
         @pl.when(seq < end_seq)
         def _():
-            @pl.when(step >= 5)
+            @pl.when(step >= 7)
             def _():
-                page_write(seq, page, slot).wait()  # the write of 5 steps ago: as many bytes, this semaphore
+                page_write(seq, page, slot).wait()  # the write of 7 steps ago: as many bytes, this semaphore
 
-            for copy in new_token_copies(seq, page, slot):
+            for copy in new_token_copies(seq, page, lax.rem(step, 4)):
                 copy.start()
             first, end = page_span(seq, page)
 
@@ -151,9 +151,9 @@ def prefill_kernel(
         return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
 
     def merge_page(step, seq, page):
-        slot = lax.rem(step, 5)
+        slot, place = lax.rem(step, 7), lax.rem(step, 4)
         first, end = page_span(seq, page)
-        for copy in new_token_copies(seq, page, slot):
+        for copy in new_token_copies(seq, page, place):
             copy.wait()
 
         @pl.when((first > 0) | (end < PAGE_SIZE))
@@ -172,7 +172,7 @@ def prefill_kernel(
 
             for kind, new in enumerate((new_keys, new_values)):
                 for i in range(32):
-                    rows = new[slot, PAGE_SIZE + start + i].astype(jnp.float32)
+                    rows = new[place, PAGE_SIZE + start + i].astype(jnp.float32)
                     by_head[i * 8 : i * 8 + KV_HEADS] = rows
                 for head in range(KV_HEADS):
                     words, *others = [bits_of(rows_of(head, i, 8, 4)) for i in range(4)]
@@ -185,24 +185,28 @@ def prefill_kernel(
         lax.fori_loop(lax.div(first, 32), pl.cdiv(end, 32), merge, 0)
         page_write(seq, page, slot).start()
 
-    def update_cache():
+    def update_cache(meanwhile):
+        """Updates all pages; `meanwhile` is called before it waits for the last of them to be written."""
+
         def body(carry):
             step, seq, page, *ahead = carry
-            ahead = load_page(step + 2, *ahead)
+            ahead = load_page(step + 3, *ahead)
             merge_page(step, seq, page)
             return step + 1, *next_page(seq, page), *ahead
 
         start = (first_seq, first_page(first_seq))
         ahead = start
-        for step in range(2):
+        for step in range(3):
             ahead = load_page(jnp.int32(step), *ahead)
         steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
 
+        meanwhile()
+
         def drain(i, _):
-            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 5)).wait()
+            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 7)).wait()
             return 0
 
-        lax.fori_loop(0, jnp.minimum(steps, 5), drain, 0)
+        lax.fori_loop(0, jnp.minimum(steps, 7), drain, 0)
 
     # ---- fetch KV: whole pages, into one of 3 buffers of 2048 tokens
 
@@ -258,10 +262,10 @@ def prefill_kernel(
             jnp.where(last, 0, block + 1),
         )
 
-    def fetch_ahead(step, *at):
+    def start_fetch(step, at, wanted=True):
         seq, q_block, q_step, block = at
 
-        @pl.when(seq < end_seq)
+        @pl.when((seq < end_seq) & wanted)
         def _():
             @pl.when(block == 0)
             def _():
@@ -269,8 +273,14 @@ def prefill_kernel(
 
             start_block(kv_end(seq, q_block), seq, block, lax.rem(step, 3))
 
-        following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
+    def next_fetch(at):
+        seq, *within = at
+        following = advance(jnp.minimum(seq, end_seq - 1), *within)
         return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
+
+    def fetch_ahead(step, *at):
+        start_fetch(step, at)
+        return next_fetch(at)
 
     # ---- query blocks: 256 tokens in and out in their natural layout, by KV head inside
 
@@ -299,9 +309,8 @@ def prefill_kernel(
         lax.fori_loop(0, count, turn, 0)
 
     def clear(head, rows):
-        """The running state of some rows of a KV head, as before their first tile."""
-        for state, value in ((row_max, MASKED), (row_sum, 0.0), (acc, 0.0)):
-            state[head, rows] = jnp.full((rows.size, state.shape[-1]), value)
+        """The running maximum of some rows of a KV head, as before their first tile."""
+        row_max[head, rows] = jnp.full((rows.size, 128), MASKED)
 
     def clear_all():
         def one(piece):
@@ -327,7 +336,7 @@ def prefill_kernel(
         loop(16, sort)
 
     def finish(slot):
-        """Puts a block's output back in the order of its tokens, and clears the running state for the next one."""
+        """Puts a block's output back in the order of its tokens, and clears the running maximum for the next one."""
 
         def unsort(piece):
             tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
@@ -345,7 +354,7 @@ def prefill_kernel(
         loop(16, unsort)
 
     def clear_tail(slot, valid):
-        """Zeroes K and V from token `valid` to the end of its tile: neither a masked score nor a weight of 0 hides a NaN."""
+        """Zeroes K and V from token `valid` to the end of those that are computed: neither a masked score nor a weight of 0 hides a NaN."""
         def clear(unit, _):
             token = unit * UNIT
             tokens = pl.ds(pl.multiple_of(lax.rem(token, PAGE_SIZE), UNIT), UNIT)
@@ -356,7 +365,7 @@ def prefill_kernel(
                     kv[slot, token // PAGE_SIZE, kind, head, tokens] = pltpu.bitcast(kept, kv.dtype)
             return 0
 
-        lax.fori_loop(valid // UNIT, pl.cdiv(valid, 512) * 16, clear, 0)
+        lax.fori_loop(valid // UNIT, pl.cdiv(valid, 256) * 8, clear, 0)
 
     # ---- read KV: `tokens` tokens of one head, from token `first` of a block on, both whole pages
 
@@ -379,8 +388,13 @@ def prefill_kernel(
     def score(slot, first, tokens, head, rows):
         return products(q_rows[head, rows], head_keys(slot, first, tokens, head), 1) * (SCORE_SCALE * kv_scales[0, head])
 
-    def weigh(scores, slot, first, head, rows):
+    def state_before(head, rows, begins):
+        """The running sum and output of some rows of a KV head; where they begin, what the block before left counts for nothing."""
+        return jnp.where(begins, 0.0, row_sum[head, rows]), jnp.where(begins, 0.0, acc[head, rows])
+
+    def weigh(scores, slot, first, head, rows, begins):
         tokens = scores.shape[1]
+        old_sum, old_acc = state_before(head, rows, begins)
         old_max = row_max[head, rows]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
         weights = jnp.exp2(scores - widen(new_max, tokens))
@@ -389,14 +403,16 @@ def prefill_kernel(
         # The MXU is wider than a head: ones beside the values make the sum of the weights at no cost.
         values = jnp.concatenate([head_values(slot, first, tokens, head), jnp.ones((tokens, 128), jnp.bfloat16)], axis=1)
         part = products(weights.astype(jnp.bfloat16), values, 0)
-        row_sum[head, rows] = rescale * row_sum[head, rows] + part[:, HEAD_DIM:]
-        acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part[:, :HEAD_DIM]
+        row_sum[head, rows] = rescale * old_sum + part[:, HEAD_DIM:]
+        acc[head, rows] = widen(rescale, HEAD_DIM) * old_acc + part[:, :HEAD_DIM]
 
-    def flash_turns(turns, heads, ahead, tokens, place, score_of, slot):
+    def flash_turns(turns, heads, ahead, tokens, place, score_of, slot, begins, onward=None):
         """Takes turns of some heads against the `tokens` tokens from `place(turn)` on, which is a token and the first head.
 
         A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, the first of the next turn
         at its end: so the MXU and the vector units work at once.
+        `onward`: whether a block before has made the first scores, whether turn `turns` is the next block's first, and what waits
+        for that block.
         """
         steps = [(head, pl.ds(row, 256)) for head in range(heads) for row in range(0, 2048, 256)]
 
@@ -405,27 +421,42 @@ def prefill_kernel(
             return score_of(first, head + steps[step][0], steps[step][1])
 
         def one_turn(turn, _):
+            if onward:
+                pl.when(goes_on & (turn == turns - 1))(wait_for_next)
             first, first_head = place(turn)
+            on_first_tokens = begins & (first == place(0)[0])
             scores = [next_scores[i, :, :tokens] for i in range(ahead)]
             for i, (head, rows) in enumerate(steps):
                 later = i + ahead
                 if later < len(steps):
                     scores.append(scores_of(turn, later))
                 else:
-                    following = jnp.minimum(turn + 1, turns - 1)
+                    following = jnp.minimum(turn + 1, last_turn)
                     next_scores[later - len(steps), :, :tokens] = scores_of(following, later - len(steps))
-                weigh(scores[i], slot, first, first_head + head, rows)
+                weigh(scores[i], slot, first, first_head + head, rows, on_first_tokens)
             return 0
 
-        for i in range(ahead):
-            next_scores[i, :, :tokens] = scores_of(0, i)
+        def make_first():
+            for i in range(ahead):
+                next_scores[i, :, :tokens] = scores_of(0, i)
+
+        if onward:
+            carried, goes_on, wait_for_next = onward
+            last_turn = jnp.where(goes_on, turns, turns - 1)
+            pl.when(~carried)(make_first)
+        else:
+            last_turn = turns - 1
+            make_first()
         lax.fori_loop(0, turns, one_turn, 0)
 
-    def plain_tiles(slot, count):
+    def plain_tiles(slot, count, begins, onward):
         """Tiles that all queries of the block see whole."""
 
         def score_of(first, head, rows):
-            return score(slot, first, 512, head, rows)
+            beyond = first >= 2048  # in the next block
+            at = jnp.where(beyond, lax.rem(slot + 1, 3), slot)
+            first = jnp.where(beyond, first - 2048, first)
+            return score(at, first, 512, head, rows)
 
         def place_from(first_tile):
             def place(turn):
@@ -437,45 +468,48 @@ def prefill_kernel(
         @pl.when(count > 0)
         def _():
             turns = count * 1
-            flash_turns(turns, 1, 3, 512, place_from(0), score_of, slot)
+            flash_turns(turns, 1, 3, 512, place_from(0), score_of, slot, begins, onward)
 
-    def diagonal_tile(slot, tile, valid, first_query):
+    def diagonal_tile(slot, tile, valid, begins, first_query):
         """A tile that some query sees in part, as far as there are tokens. `first_query` is seen from the block's start."""
 
-        def one_piece(piece, _):
-            first = piece * 256
+        first_piece = tile * 2
+        pieces = jnp.minimum(2, pl.cdiv(valid, 256) - first_piece)
 
-            # The MXU is wider than a head: beside the keys it multiplies, for each query of a step, how far it may look.
+        # The MXU is wider than a head: beside the keys it multiplies, for each query of a step, how far it may look.
+        def make_limits(piece, _):
+            shape = (256, 128)
+            token = (first_piece + piece) * 256 + piece_tokens(shape, 0)
             for step, row in enumerate(range(0, 2048, 256)):
-                shape = (256, 128)
                 query = first_query + query_of(row) + lax.broadcasted_iota(jnp.int32, shape, 1)
-                limits[step] = jnp.where(first + piece_tokens(shape, 0) <= query, 0.0, MASKED).astype(limits.dtype)
-
-            def score_of(first, head, rows):
-                queries = jnp.concatenate([q_rows[head, rows], which_query[...]], axis=1)
-                keys = [head_keys(slot, first, 256, head), limits[rows.start // 256]]
-                return products(queries, jnp.concatenate(keys, axis=1), 1) * (SCORE_SCALE * kv_scales[0, head])
-
-            def place(turn):
-                return first, turn * 1
-
-            flash_turns(KV_HEADS // 1, 1, 3, 256, place, score_of, slot)
+                limits[piece, step] = jnp.where(token <= query, 0.0, MASKED).astype(limits.dtype)
             return 0
 
-        first_piece = tile * 2
-        lax.fori_loop(first_piece, jnp.minimum(first_piece + 2, pl.cdiv(valid, 256)), one_piece, 0)
+        lax.fori_loop(0, pieces, make_limits, 0)
 
-    def attend():
+        def score_of(first, head, rows):
+            queries = jnp.concatenate([q_rows[head, rows], which_query[...]], axis=1)
+            own_limits = limits[lax.div(first, 256) - first_piece, rows.start // 256]
+            keys = jnp.concatenate([head_keys(slot, first, 256, head), own_limits], axis=1)
+            return products(queries, keys, 1) * (SCORE_SCALE * kv_scales[0, head])
+
+        def place(turn):
+            piece = first_piece + lax.div(turn, 1)
+            return piece * 256, lax.rem(turn, 1) * 1
+
+        flash_turns(pieces * 1, 1, 3, 256, place, score_of, slot, begins)
+
+    def attend(start, fetched):
         row, lane = (lax.broadcasted_iota(jnp.int32, which_query.shape, axis) for axis in range(2))
         which_query[...] = jnp.where(query_of(row) == lane, 1.0, 0.0).astype(which_query.dtype)
         clear_all()
-        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
-        ahead = start
-        for step in range(2):
+        start_fetch(0, start, ~fetched)
+        ahead = next_fetch(start)
+        for step in range(1, 2):
             ahead = fetch_ahead(step, *ahead)
 
         def body(carry):
-            step, at, ahead, sent = carry
+            step, at, ahead, sent, carried = carry
             seq, q_block, q_step, block = at
             ahead = fetch_ahead(step + 2, *ahead)
             slot = lax.rem(step, 3)
@@ -489,7 +523,9 @@ def prefill_kernel(
                 query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.wait())
                 begin(lax.rem(q_step, 3))
 
-            wait_block(end, seq, block, slot)
+            @pl.when(~carried)
+            def _():
+                wait_block(end, seq, block, slot)
 
             @pl.when(last)
             def _():
@@ -497,10 +533,12 @@ def prefill_kernel(
 
             seen = first_query - block * 2048
             plain = jnp.clip(lax.div(seen + 1, 512), 0, 4)
-            plain_tiles(slot, plain)
+            goes_on = ~last & (plain == 4)
+            wait_for_next = lambda: wait_block(end, seq, block + 1, lax.rem(step + 1, 3))
+            plain_tiles(slot, plain, block == 0, (carried, goes_on, wait_for_next))
 
             def diagonal(tile, _):
-                diagonal_tile(slot, tile, valid, seen)
+                diagonal_tile(slot, tile, valid, block + tile == 0, seen)
                 return 0
 
             lax.fori_loop(plain, pl.cdiv(valid, 512), diagonal, 0)
@@ -515,16 +553,19 @@ def prefill_kernel(
                 out_copies(seq, q_block, 0, lambda copy: copy.start())
 
             sent = tuple(jnp.where(last, new, old) for new, old in zip((seq, q_block), sent))
-            return step + 1, advance(*at), ahead, sent
+            return step + 1, advance(*at), ahead, sent, goes_on
 
-        state = (jnp.int32(0), start, ahead, start[:2])
-        *_, sent = lax.while_loop(lambda carry: carry[1][0] < end_seq, body, state)
+        state = (jnp.int32(0), start, ahead, start[:2], jnp.bool_(False))
+        _, _, _, sent, _ = lax.while_loop(lambda carry: carry[1][0] < end_seq, body, state)
         out_copies(*sent, 0, lambda copy: copy.wait())
 
     @pl.when(first_seq < end_seq)
     def _():
-        update_cache()
-        attend()
+        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        # The first block comes while the last pages go, if none of these is in it.
+        early = first_page(first_seq) >= 16
+        update_cache(lambda: start_fetch(0, start, early))
+        attend(start, early)
 
 
 def attend_prefill(queries, keys, values, rows, kv_lens, page_indices, distribution, kv_scales):
@@ -538,23 +579,23 @@ def attend_prefill(queries, keys, values, rows, kv_lens, page_indices, distribut
         input_output_aliases={7: 1},
         scratch_shapes=[
             pltpu.VMEM((3, 16, 2, 1, 128, 128), jnp.float8_e4m3fn),  # kv: fetched blocks
-            pltpu.VMEM((5, 384, 1, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
-            pltpu.VMEM((5, 384, 1, 128), jnp.bfloat16),  # new_values: new values, likewise
-            pltpu.VMEM((5, 2, 1, 128, 128), jnp.float8_e4m3fn),  # page_rows: pages to update
+            pltpu.VMEM((4, 384, 1, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
+            pltpu.VMEM((4, 384, 1, 128), jnp.bfloat16),  # new_values: new values, likewise
+            pltpu.VMEM((7, 2, 1, 128, 128), jnp.float8_e4m3fn),  # page_rows: pages to update
             pltpu.VMEM((256, 128), jnp.float32),  # by_head: new tokens, to be read by head
             pltpu.VMEM((3, 256, 8, 128), jnp.bfloat16),  # q_in: query blocks as they come
             pltpu.VMEM((1, 2048, 128), jnp.bfloat16),  # q_rows: one by KV head
             pltpu.VMEM((256, 128), jnp.bfloat16),  # which_query: a 1 where a lane is the row's query
-            pltpu.VMEM((8, 256, 128), jnp.bfloat16),  # limits: by token and query: 0, or what masks a score
+            pltpu.VMEM((2, 8, 256, 128), jnp.bfloat16),  # limits: by token and query: 0, or what masks a score
             pltpu.VMEM((3, 256, 512), jnp.float32),  # next_scores: the first scores of the next turn
             pltpu.VMEM((1, 2048, 128), jnp.float32),  # row_max: running maximum, the same in every lane
             pltpu.VMEM((1, 2048, 128), jnp.float32),  # row_sum: running sum, the same in every lane
             pltpu.VMEM((1, 2048, 128), jnp.float32),  # acc: running output
             pltpu.VMEM((1, 256, 8, 128), jnp.bfloat16),  # out_rows: an output block on its way out
             pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
-            pltpu.SemaphoreType.DMA((5,)),  # old_sem: pages that hold old tokens
-            pltpu.SemaphoreType.DMA((5,)),  # write_sem: cache writes
+            pltpu.SemaphoreType.DMA((4,)),  # new_sem: new keys and values
+            pltpu.SemaphoreType.DMA((7,)),  # old_sem: pages that hold old tokens
+            pltpu.SemaphoreType.DMA((7,)),  # write_sem: cache writes
             pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
         ],

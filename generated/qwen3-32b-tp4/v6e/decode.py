@@ -173,7 +173,7 @@ def decode_kernel(
         unit_copy(seq).start()
 
     def clear_tail(slot, valid):
-        """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
+        """Zeroes the tokens from `valid` to the end of those that are computed: a weight of 0 does not hide a NaN in V."""
         rows = pl.ds(pl.multiple_of(valid // UNIT * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
 
         @pl.when(lax.rem(valid, UNIT) > 0)

@@ -198,7 +198,7 @@ def decode_kernel(
         unit_copy(seq).start()
 
     def clear_tail(slot, valid):
-        """Zeroes V from token `valid` to the end of its tile: a weight of 0 does not hide a NaN."""
+        """Zeroes V from token `valid` to the end of those that are computed: a weight of 0 does not hide a NaN."""
         row = lax.broadcasted_iota(jnp.int32, (UNIT, HEAD_DIM), 0)
 
         def clear(unit, _):
@@ -361,7 +361,6 @@ def mixed_kernel(
     new_keys,
     new_values,
     page_rows,
-    by_head,
     q_in,
     by_token,
     q_rows,
@@ -390,21 +389,21 @@ def mixed_kernel(
     def q_len(seq):
         return cu_q_lens[seq + 1] - cu_q_lens[seq]
 
-    # ---- update cache: page by page, old tokens kept, new ones packed in; 2 pages ahead, 5 in flight
+    # ---- update cache: page by page, old tokens kept, new ones packed in; 3 pages ahead, 7 in flight
 
     def page_span(seq, page):
         """The new tokens of a page, as a range within it."""
         kv_len = kv_lens[seq]
         return jnp.maximum(kv_len - q_len(seq) - page * PAGE_SIZE, 0), jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
 
-    def new_token_copies(seq, page, slot):
+    def new_token_copies(seq, page, place):
         # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
         wanted = q_start(seq) + page * PAGE_SIZE - (kv_lens[seq] - q_len(seq))
         source = jnp.clip(wanted, 0, k_hbm.shape[0] - 128)
         take, put = pl.ds(source, 128), pl.ds(PAGE_SIZE + source - wanted, 128)
         return (
-            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[slot, put], new_sem.at[slot]),
-            pltpu.make_async_copy(v_hbm.at[take], new_values.at[slot, put], new_sem.at[slot]),
+            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[place, put], new_sem.at[place]),
+            pltpu.make_async_copy(v_hbm.at[take], new_values.at[place, put], new_sem.at[place]),
         )
 
     def old_page_copy(seq, page, slot):
@@ -424,15 +423,15 @@ def mixed_kernel(
         return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
 
     def load_page(step, seq, page):
-        slot = lax.rem(step, 5)
+        slot = lax.rem(step, 7)
 
         @pl.when(seq < end_seq)
         def _():
-            @pl.when(step >= 5)
+            @pl.when(step >= 7)
             def _():
-                page_write(seq, page, slot).wait()  # the write of 5 steps ago: as many bytes, this semaphore
+                page_write(seq, page, slot).wait()  # the write of 7 steps ago: as many bytes, this semaphore
 
-            for copy in new_token_copies(seq, page, slot):
+            for copy in new_token_copies(seq, page, lax.rem(step, 4)):
                 copy.start()
             first, end = page_span(seq, page)
 
@@ -444,9 +443,9 @@ def mixed_kernel(
         return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
 
     def merge_page(step, seq, page):
-        slot = lax.rem(step, 5)
+        slot, place = lax.rem(step, 7), lax.rem(step, 4)
         first, end = page_span(seq, page)
-        for copy in new_token_copies(seq, page, slot):
+        for copy in new_token_copies(seq, page, place):
             copy.wait()
 
         @pl.when((first > 0) | (end < PAGE_SIZE))
@@ -461,42 +460,41 @@ def mixed_kernel(
             low_mask = jnp.where((low >= first) & (low < end), jnp.uint32(0xFFFF), jnp.uint32(0))
             mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
 
-            def rows_of(head, first, count, stride):
-                strided = pl.ds(first * 8 + head, count, stride=stride * 8)
-                return by_head[strided, :]
-
-            for kind, new in enumerate((new_keys, new_values)):
-                for i in range(16):
-                    rows = new[slot, PAGE_SIZE + start + i].astype(jnp.float32)
-                    by_head[i * 8 : i * 8 + KV_HEADS] = rows
+            new_tokens = pl.ds(PAGE_SIZE + start, 16)
+            new = [array[place, new_tokens].astype(jnp.float32) for array in (new_keys, new_values)]
+            for kind, rows in enumerate(new):
+                by_head = jnp.swapaxes(rows, 0, 1)
                 for head in range(KV_HEADS):
-                    even, odd = [pltpu.bitcast(rows_of(head, i, 8, 2), jnp.uint32) for i in range(2)]
-                    words = (even >> 16) | (odd & jnp.uint32(0xFFFF0000))  # a bfloat16 is the high half of a float32
-                    old = pltpu.bitcast(page_rows[slot, kind, head, tokens], jnp.uint32)
+                    old = page_rows[slot, kind, head, tokens]
+                    words, old = pltpu.bitcast(by_head[head].astype(old.dtype), jnp.uint32), pltpu.bitcast(old, jnp.uint32)
                     page_rows[slot, kind, head, tokens] = pltpu.bitcast((words & mask) | (old & ~mask), page_rows.dtype)
             return 0
 
         lax.fori_loop(lax.div(first, 16), pl.cdiv(end, 16), merge, 0)
         page_write(seq, page, slot).start()
 
-    def update_cache():
+    def update_cache(meanwhile):
+        """Updates all pages; `meanwhile` is called before it waits for the last of them to be written."""
+
         def body(carry):
             step, seq, page, *ahead = carry
-            ahead = load_page(step + 2, *ahead)
+            ahead = load_page(step + 3, *ahead)
             merge_page(step, seq, page)
             return step + 1, *next_page(seq, page), *ahead
 
         start = (first_seq, first_page(first_seq))
         ahead = start
-        for step in range(2):
+        for step in range(3):
             ahead = load_page(jnp.int32(step), *ahead)
         steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
 
+        meanwhile()
+
         def drain(i, _):
-            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 5)).wait()
+            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 7)).wait()
             return 0
 
-        lax.fori_loop(0, jnp.minimum(steps, 5), drain, 0)
+        lax.fori_loop(0, jnp.minimum(steps, 7), drain, 0)
 
     # ---- fetch KV: whole pages, into one of 3 buffers of 2048 tokens
 
@@ -562,10 +560,10 @@ def mixed_kernel(
             jnp.where(last, 0, block + 1),
         )
 
-    def fetch_ahead(step, *at):
+    def start_fetch(step, at, wanted=True):
         seq, q_block, q_step, block = at
 
-        @pl.when(seq < end_seq)
+        @pl.when((seq < end_seq) & wanted)
         def _():
             @pl.when(block == 0)
             def _():
@@ -573,8 +571,14 @@ def mixed_kernel(
 
             start_block(kv_end(seq, q_block), entry(seq, q_block), block, lax.rem(step, 3))
 
-        following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
+    def next_fetch(at):
+        seq, *within = at
+        following = advance(jnp.minimum(seq, end_seq - 1), *within)
         return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
+
+    def fetch_ahead(step, *at):
+        start_fetch(step, at)
+        return next_fetch(at)
 
     # ---- query blocks: 256 tokens in and out in their natural layout, by KV head inside
 
@@ -610,9 +614,8 @@ def mixed_kernel(
         lax.fori_loop(0, count, turn, 0)
 
     def clear(head, rows):
-        """The running state of some rows of a KV head, as before their first tile."""
-        for state, value in ((row_max, MASKED), (row_sum, 0.0), (acc, 0.0)):
-            state[head, rows] = jnp.full((rows.size, state.shape[-1]), value)
+        """The running maximum of some rows of a KV head, as before their first tile."""
+        row_max[head, rows] = jnp.full((rows.size, 128), MASKED)
 
     def clear_all():
         def one(piece):
@@ -648,7 +651,7 @@ def mixed_kernel(
         return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * 256, 256), 256)
 
     def finish(slot):
-        """Puts a block's output back in the order of its tokens, and clears the running state for the next one."""
+        """Puts a block's output back in the order of its tokens, and clears the running maximum for the next one."""
 
         def unsort(head):
             rows = head_rows(head)
@@ -668,7 +671,7 @@ def mixed_kernel(
         loop(16, gather)
 
     def clear_tail(slot, valid):
-        """Zeroes V from token `valid` to the end of its tile: a weight of 0 does not hide a NaN."""
+        """Zeroes V from token `valid` to the end of those that are computed: a weight of 0 does not hide a NaN."""
         row = lax.broadcasted_iota(jnp.int32, (UNIT, HEAD_DIM), 0)
 
         def clear(unit, _):
@@ -679,7 +682,7 @@ def mixed_kernel(
                 kv[slot, token // PAGE_SIZE, 1, head, tokens] = jnp.where(token + row < valid, old, 0.0).astype(kv.dtype)
             return 0
 
-        lax.fori_loop(valid // UNIT, pl.cdiv(valid, 512) * 32, clear, 0)
+        lax.fori_loop(valid // UNIT, pl.cdiv(valid, 256) * 16, clear, 0)
 
     # ---- read KV: `tokens` tokens of one head, from token `first` of a block on, both whole pages
 
@@ -702,8 +705,13 @@ def mixed_kernel(
     def score(slot, first, tokens, head, rows):
         return products(q_rows[head, rows], head_keys(slot, first, tokens, head), 1) * SCORE_SCALE
 
-    def weigh(scores, slot, first, head, rows):
+    def state_before(head, rows, begins):
+        """The running sum and output of some rows of a KV head; where they begin, what the block before left counts for nothing."""
+        return jnp.where(begins, 0.0, row_sum[head, rows]), jnp.where(begins, 0.0, acc[head, rows])
+
+    def weigh(scores, slot, first, head, rows, begins):
         tokens = scores.shape[1]
+        old_sum, old_acc = state_before(head, rows, begins)
         old_max = row_max[head, rows]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
         weights = jnp.exp2(scores - widen(new_max, tokens))
@@ -712,10 +720,10 @@ def mixed_kernel(
         # The MXU is wider than a head: ones beside the values make the sum of the weights at no cost.
         values = jnp.concatenate([head_values(slot, first, tokens, head), jnp.ones((tokens, 128), jnp.bfloat16)], axis=1)
         part = products(weights.astype(jnp.bfloat16), values, 0)
-        row_sum[head, rows] = rescale * row_sum[head, rows] + part[:, HEAD_DIM:]
-        acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part[:, :HEAD_DIM]
+        row_sum[head, rows] = rescale * old_sum + part[:, HEAD_DIM:]
+        acc[head, rows] = widen(rescale, HEAD_DIM) * old_acc + part[:, :HEAD_DIM]
 
-    def flash_turns(turns, heads, ahead, tokens, place, score_of, slot):
+    def flash_turns(turns, heads, ahead, tokens, place, score_of, slot, begins):
         """Takes turns of some heads against the `tokens` tokens from `place(turn)` on, which is a token and the first head.
 
         A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, the first of the next turn
@@ -729,6 +737,7 @@ def mixed_kernel(
 
         def one_turn(turn, _):
             first, first_head = place(turn)
+            on_first_tokens = begins & (first == place(0)[0])
             scores = [next_scores[i, :, :tokens] for i in range(ahead)]
             for i, (head, rows) in enumerate(steps):
                 later = i + ahead
@@ -737,14 +746,14 @@ def mixed_kernel(
                 else:
                     following = jnp.minimum(turn + 1, turns - 1)
                     next_scores[later - len(steps), :, :tokens] = scores_of(following, later - len(steps))
-                weigh(scores[i], slot, first, first_head + head, rows)
+                weigh(scores[i], slot, first, first_head + head, rows, on_first_tokens)
             return 0
 
         for i in range(ahead):
             next_scores[i, :, :tokens] = scores_of(0, i)
         lax.fori_loop(0, turns, one_turn, 0)
 
-    def plain_tiles(slot, begin, count):
+    def plain_tiles(slot, begin, count, begins):
         """Tiles that all queries of the block see whole, from tile `begin` on."""
 
         def score_of(first, head, rows):
@@ -760,36 +769,34 @@ def mixed_kernel(
         @pl.when(count > 0)
         def _():
             turns = count * 1
-            flash_turns(turns, 2, 2, 512, place_from(begin), score_of, slot)
+            flash_turns(turns, 2, 2, 512, place_from(begin), score_of, slot, begins)
 
     def seen(token, query):
         return (token <= query) & (token > query - WINDOW)
 
-    def diagonal_tile(slot, tile, valid, first_query):
+    def diagonal_tile(slot, tile, valid, begins, first_query):
         """A tile that some query sees in part, as far as there are tokens. `first_query` is seen from the block's start."""
 
-        def one_piece(piece, _):
-            first = piece * 256
-
-            def score_of(first, head, rows):
-                scores = score(slot, first, 256, head, rows)
-                query = first_query + query_of(rows.start + lax.broadcasted_iota(jnp.int32, scores.shape, 0))
-                return jnp.where(seen(first + piece_tokens(scores.shape, 1), query), scores, MASKED)
-
-            def place(turn):
-                return first, turn * 2
-
-            flash_turns(KV_HEADS // 2, 2, 2, 256, place, score_of, slot)
-            return 0
-
         first_piece = tile * 2
-        lax.fori_loop(first_piece, jnp.minimum(first_piece + 2, pl.cdiv(valid, 256)), one_piece, 0)
+        pieces = jnp.minimum(2, pl.cdiv(valid, 256) - first_piece)
 
-    def attend():
+        def score_of(first, head, rows):
+            scores = score(slot, first, 256, head, rows)
+            row = rows.start + lax.broadcasted_iota(jnp.int32, (rows.size, 128), 0)
+            query = widen(first_query - first + query_of(row), 256)
+            return jnp.where(seen(piece_tokens(scores.shape, 1), query), scores, MASKED)
+
+        def place(turn):
+            piece = first_piece + lax.div(turn, 1)
+            return piece * 256, lax.rem(turn, 1) * 2
+
+        flash_turns(pieces * 1, 2, 2, 256, place, score_of, slot, begins)
+
+    def attend(start, fetched):
         clear_all()
-        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
-        ahead = start
-        for step in range(2):
+        start_fetch(0, start, ~fetched)
+        ahead = next_fetch(start)
+        for step in range(1, 2):
             ahead = fetch_ahead(step, *ahead)
 
         def body(carry):
@@ -818,10 +825,11 @@ def mixed_kernel(
             # Tiles in order: those that the window of some query leaves in part, whole ones, those on the diagonal.
             left = jnp.clip(lax.div(query + -257, 512), 0, count)
             plain = jnp.maximum(jnp.clip(lax.div(query + 1, 512), 0, 4) - left, 0)
-            plain_tiles(slot, left, plain)
+            plain_tiles(slot, left, plain, block == 0)
 
             def in_part(index, _):
-                diagonal_tile(slot, jnp.where(index < left, index, index + plain), valid, query)
+                begins = (block == 0) & (plain + index == 0)
+                diagonal_tile(slot, jnp.where(index < left, index, index + plain), valid, begins, query)
                 return 0
 
             lax.fori_loop(0, count - plain, in_part, 0)
@@ -839,13 +847,16 @@ def mixed_kernel(
             return step + 1, advance(*at), ahead, sent
 
         state = (jnp.int32(0), start, ahead, start[:2])
-        *_, sent = lax.while_loop(lambda carry: carry[1][0] < end_seq, body, state)
+        _, _, _, sent = lax.while_loop(lambda carry: carry[1][0] < end_seq, body, state)
         out_copies(*sent, 0, lambda copy: copy.wait())
 
     @pl.when(first_seq < end_seq)
     def _():
-        update_cache()
-        attend()
+        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        # The first block comes while the last pages go, if none of these is in it.
+        early = first_page(first_seq) - lax.div(first_token(first_seq, 0), PAGE_SIZE) >= 16
+        update_cache(lambda: start_fetch(0, start, early))
+        attend(start, early)
 
 
 def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_lens, distribution):
@@ -859,10 +870,9 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
         input_output_aliases={7: 1, 8: 0},
         scratch_shapes=[
             pltpu.VMEM((3, 16, 2, 2, 128, 128), jnp.bfloat16),  # kv: fetched blocks
-            pltpu.VMEM((5, 384, 2, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
-            pltpu.VMEM((5, 384, 2, 128), jnp.bfloat16),  # new_values: new values, likewise
-            pltpu.VMEM((5, 2, 2, 128, 128), jnp.bfloat16),  # page_rows: pages to update
-            pltpu.VMEM((128, 128), jnp.float32),  # by_head: new tokens, to be read by head
+            pltpu.VMEM((4, 384, 2, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
+            pltpu.VMEM((4, 384, 2, 128), jnp.bfloat16),  # new_values: new values, likewise
+            pltpu.VMEM((7, 2, 2, 128, 128), jnp.bfloat16),  # page_rows: pages to update
             pltpu.VMEM((3, 256, 4, 128), jnp.bfloat16),  # q_in: query blocks as they come
             pltpu.VMEM((2048, 128), jnp.float32),  # by_token: one by token
             pltpu.VMEM((2, 512, 128), jnp.bfloat16),  # q_rows: one by KV head
@@ -872,9 +882,9 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
             pltpu.VMEM((2, 512, 128), jnp.float32),  # acc: running output
             pltpu.VMEM((1, 256, 4, 128), jnp.bfloat16),  # out_rows: an output block on its way out
             pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
-            pltpu.SemaphoreType.DMA((5,)),  # old_sem: pages that hold old tokens
-            pltpu.SemaphoreType.DMA((5,)),  # write_sem: cache writes
+            pltpu.SemaphoreType.DMA((4,)),  # new_sem: new keys and values
+            pltpu.SemaphoreType.DMA((7,)),  # old_sem: pages that hold old tokens
+            pltpu.SemaphoreType.DMA((7,)),  # write_sem: cache writes
             pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
         ],

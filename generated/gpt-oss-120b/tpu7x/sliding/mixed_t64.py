@@ -12,7 +12,7 @@ What was specialized:
 - causal, cache updated; a window of 128 tokens, nothing fetched before its page; attention sinks, an argument, in the softmax's sum; no soft cap or KV scales in the spec: none is in the code
 - decode: blocks of 128 tokens, as long as the expected lengths and the registers for scores allow; 16 buffers, so that DMA latency hides behind 15 blocks in flight
 - mixed: blocks of 64 queries against 512 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
-- VMEM: 9,383,936 bytes counted, 25,165,824 allowed, 67,108,864 there
+- VMEM: 9,318,400 bytes counted, 25,165,824 allowed, 67,108,864 there
 """
 import jax
 import jax.numpy as jnp
@@ -211,7 +211,7 @@ def decode_kernel(
         unit_copy(seq).start()
 
     def clear_tail(slot, valid):
-        """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
+        """Zeroes the tokens from `valid` to the end of those that are computed: a weight of 0 does not hide a NaN in V."""
         rows = pl.ds(pl.multiple_of(valid // UNIT * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
 
         @pl.when(lax.rem(valid, UNIT) > 0)
@@ -474,21 +474,21 @@ def mixed_kernel(
     def q_len(seq):
         return cu_q_lens[seq + 1] - cu_q_lens[seq]
 
-    # ---- update cache: page by page, old tokens kept, new ones packed in; 2 pages ahead, 5 in flight
+    # ---- update cache: page by page, old tokens kept, new ones packed in; 3 pages ahead, 7 in flight
 
     def page_span(seq, page):
         """The new tokens of a page, as a range within it."""
         kv_len = kv_lens[seq]
         return jnp.maximum(kv_len - q_len(seq) - page * PAGE_SIZE, 0), jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
 
-    def new_token_copies(seq, page, slot):
+    def new_token_copies(seq, page, place):
         # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
         wanted = q_start(seq) + page * PAGE_SIZE - (kv_lens[seq] - q_len(seq))
         source = jnp.clip(wanted, 0, k_hbm.shape[0] - 64)
         take, put = pl.ds(source, 64), pl.ds(PAGE_SIZE + source - wanted, 64)
         return (
-            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[slot, put], new_sem.at[slot]),
-            pltpu.make_async_copy(v_hbm.at[take], new_values.at[slot, put], new_sem.at[slot]),
+            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[place, put], new_sem.at[place]),
+            pltpu.make_async_copy(v_hbm.at[take], new_values.at[place, put], new_sem.at[place]),
         )
 
     def old_page_copy(seq, page, slot):
@@ -508,15 +508,15 @@ def mixed_kernel(
         return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
 
     def load_page(step, seq, page):
-        slot = lax.rem(step, 5)
+        slot = lax.rem(step, 7)
 
         @pl.when(seq < end_seq)
         def _():
-            @pl.when(step >= 5)
+            @pl.when(step >= 7)
             def _():
-                page_write(seq, page, slot).wait()  # the write of 5 steps ago: as many bytes, this semaphore
+                page_write(seq, page, slot).wait()  # the write of 7 steps ago: as many bytes, this semaphore
 
-            for copy in new_token_copies(seq, page, slot):
+            for copy in new_token_copies(seq, page, lax.rem(step, 4)):
                 copy.start()
             first, end = page_span(seq, page)
 
@@ -528,9 +528,9 @@ def mixed_kernel(
         return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
 
     def merge_page(step, seq, page):
-        slot = lax.rem(step, 5)
+        slot, place = lax.rem(step, 7), lax.rem(step, 4)
         first, end = page_span(seq, page)
-        for copy in new_token_copies(seq, page, slot):
+        for copy in new_token_copies(seq, page, place):
             copy.wait()
 
         @pl.when((first > 0) | (end < PAGE_SIZE))
@@ -540,7 +540,7 @@ def mixed_kernel(
         def merge(piece, _):
             start = piece * 16
             for i in range(16):
-                pack_token(new_keys[slot, PAGE_SIZE + start + i], new_values[slot, PAGE_SIZE + start + i], packed, i)
+                pack_token(new_keys[place, PAGE_SIZE + start + i], new_values[place, PAGE_SIZE + start + i], packed, i)
             rows = pl.ds(pl.multiple_of(piece * 32, 32), 32)
             token = start + token_of_word(16)
             words = jnp.where((token >= first) & (token < end), packed[...], rows_as_words(page_rows[slot, rows]))
@@ -550,24 +550,28 @@ def mixed_kernel(
         lax.fori_loop(lax.div(first, 16), pl.cdiv(end, 16), merge, 0)
         page_write(seq, page, slot).start()
 
-    def update_cache():
+    def update_cache(meanwhile):
+        """Updates all pages; `meanwhile` is called before it waits for the last of them to be written."""
+
         def body(carry):
             step, seq, page, *ahead = carry
-            ahead = load_page(step + 2, *ahead)
+            ahead = load_page(step + 3, *ahead)
             merge_page(step, seq, page)
             return step + 1, *next_page(seq, page), *ahead
 
         start = (first_seq, first_page(first_seq))
         ahead = start
-        for step in range(2):
+        for step in range(3):
             ahead = load_page(jnp.int32(step), *ahead)
         steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
 
+        meanwhile()
+
         def drain(i, _):
-            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 5)).wait()
+            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 7)).wait()
             return 0
 
-        lax.fori_loop(0, jnp.minimum(steps, 5), drain, 0)
+        lax.fori_loop(0, jnp.minimum(steps, 7), drain, 0)
 
     # ---- fetch KV: whole pages, into one of 3 buffers of 512 tokens
 
@@ -634,10 +638,10 @@ def mixed_kernel(
             jnp.where(last, 0, block + 1),
         )
 
-    def fetch_ahead(step, *at):
+    def start_fetch(step, at, wanted=True):
         seq, q_block, q_step, block = at
 
-        @pl.when(seq < end_seq)
+        @pl.when((seq < end_seq) & wanted)
         def _():
             @pl.when(block == 0)
             def _():
@@ -645,8 +649,14 @@ def mixed_kernel(
 
             start_block(kv_end(seq, q_block), entry(seq, q_block), block, lax.rem(step, 3))
 
-        following = advance(jnp.minimum(seq, end_seq - 1), q_block, q_step, block)
+    def next_fetch(at):
+        seq, *within = at
+        following = advance(jnp.minimum(seq, end_seq - 1), *within)
         return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
+
+    def fetch_ahead(step, *at):
+        start_fetch(step, at)
+        return next_fetch(at)
 
     # ---- query blocks: 64 tokens in and out in their natural layout, by KV head inside
 
@@ -688,12 +698,8 @@ def mixed_kernel(
                 sink_rows[head, row : row + 1] = jnp.full((1, 128), sinks[head * GROUP + row % GROUP]) * LOG2_E
 
     def clear(head, rows):
-        """The running state of some rows of a KV head, as before their first tile: each sink in the sum, where the maximum
-        is its own.
-        """
+        """The running maximum of some rows of a KV head, as before their first tile: each row's sink."""
         row_max[head, rows] = jnp.concatenate([sink_rows[head]] * (rows.size // sink_rows.shape[1]), axis=0)
-        row_sum[head, rows] = jnp.ones((rows.size, 128))
-        acc[head, rows] = jnp.zeros((rows.size, HEAD_DIM))
 
     def clear_all():
         def one(piece):
@@ -719,7 +725,7 @@ def mixed_kernel(
         loop(4, sort)
 
     def finish(slot):
-        """Puts a block's output back in the order of its tokens, and clears the running state for the next one."""
+        """Puts a block's output back in the order of its tokens, and clears the running maximum for the next one."""
 
         def unsort(piece):
             tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
@@ -737,7 +743,7 @@ def mixed_kernel(
         loop(4, unsort)
 
     def clear_tail(slot, valid):
-        """Zeroes the tokens from `valid` to the end of its tile: a weight of 0 does not hide a NaN in V."""
+        """Zeroes the tokens from `valid` to the end of those that are computed: a weight of 0 does not hide a NaN in V."""
         rows = pl.ds(pl.multiple_of(valid // UNIT * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
 
         @pl.when(lax.rem(valid, UNIT) > 0)
@@ -757,7 +763,7 @@ def mixed_kernel(
         first = pl.cdiv(valid, UNIT)
         wide = pl.cdiv(first, 16)
         lax.fori_loop(first, wide * 16, zero(1), 0)
-        lax.fori_loop(wide, pl.cdiv(valid, 512) * 4, zero(16), 0)
+        lax.fori_loop(wide, pl.cdiv(valid, 256) * 2, zero(16), 0)
 
     # ---- read KV: `tokens` tokens of one head, from token `first` of a block on
 
@@ -801,8 +807,13 @@ def mixed_kernel(
     def score(slot, first, tokens, head, rows):
         return products(q_rows[head, rows], head_keys(slot, first, tokens, head), 1) * SCORE_SCALE
 
-    def weigh(scores, slot, first, head, rows):
+    def state_before(head, rows, begins):
+        """The running sum and output of some rows of a KV head; where they begin, what the block before left counts for nothing."""
+        return jnp.where(begins, 1.0, row_sum[head, rows]), jnp.where(begins, 0.0, acc[head, rows])
+
+    def weigh(scores, slot, first, head, rows, begins):
         tokens = scores.shape[1]
+        old_sum, old_acc = state_before(head, rows, begins)
         old_max = row_max[head, rows]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
         weights = jnp.exp2(scores - widen(new_max, tokens))
@@ -811,10 +822,10 @@ def mixed_kernel(
         # The MXU is wider than a head: ones beside the values make the sum of the weights at no cost.
         values = jnp.concatenate([head_values(slot, first, tokens, head), jnp.ones((tokens, 128), jnp.bfloat16)], axis=1)
         part = products(weights.astype(jnp.bfloat16), values, 0)
-        row_sum[head, rows] = rescale * row_sum[head, rows] + part[:, HEAD_DIM:]
-        acc[head, rows] = widen(rescale, HEAD_DIM) * acc[head, rows] + part[:, :HEAD_DIM]
+        row_sum[head, rows] = rescale * old_sum + part[:, HEAD_DIM:]
+        acc[head, rows] = widen(rescale, HEAD_DIM) * old_acc + part[:, :HEAD_DIM]
 
-    def flash_turns(turns, heads, ahead, tokens, place, score_of, slot):
+    def flash_turns(turns, heads, ahead, tokens, place, score_of, slot, begins):
         """Takes turns of some heads against the `tokens` tokens from `place(turn)` on, which is a token and the first head.
 
         A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, the first of the next turn
@@ -828,6 +839,7 @@ def mixed_kernel(
 
         def one_turn(turn, _):
             first, first_head = place(turn)
+            on_first_tokens = begins & (first == place(0)[0])
             scores = [next_scores[i, :, :tokens] for i in range(ahead)]
             for i, (head, rows) in enumerate(steps):
                 later = i + ahead
@@ -836,14 +848,14 @@ def mixed_kernel(
                 else:
                     following = jnp.minimum(turn + 1, turns - 1)
                     next_scores[later - len(steps), :, :tokens] = scores_of(following, later - len(steps))
-                weigh(scores[i], slot, first, first_head + head, rows)
+                weigh(scores[i], slot, first, first_head + head, rows, on_first_tokens)
             return 0
 
         for i in range(ahead):
             next_scores[i, :, :tokens] = scores_of(0, i)
         lax.fori_loop(0, turns, one_turn, 0)
 
-    def plain_tiles(slot, begin, count):
+    def plain_tiles(slot, begin, count, begins):
         """Tiles that all queries of the block see whole, from tile `begin` on."""
 
         def score_of(first, head, rows):
@@ -858,7 +870,7 @@ def mixed_kernel(
 
         def one(tile, _):
             split_tile(slot, tile)
-            flash_turns(1, 1, 1, 512, place_from(tile), score_of, slot)
+            flash_turns(1, 1, 1, 512, place_from(tile), score_of, slot, begins & (tile == begin))
             return 0
 
         lax.fori_loop(begin, begin + count, one, 0)
@@ -866,41 +878,44 @@ def mixed_kernel(
     def seen(token, query):
         return (token <= query) & (token > query - WINDOW)
 
-    def diagonal_tile(slot, tile, valid, first_query):
+    def diagonal_tile(slot, tile, valid, begins, first_query):
         """A tile that some query sees in part, as far as there are tokens. `first_query` is seen from the block's start."""
         split_tile(slot, tile)
 
-        def one_piece(piece, _):
-            first = piece * 256
+        first_piece = tile * 2
+        pieces = jnp.minimum(2, pl.cdiv(valid, 256) - first_piece)
 
-            # The MXU is wider than a head: beside the keys it multiplies, for each query of a step, how far it may look.
+        # The MXU is wider than a head: beside the keys it multiplies, for each query of a step, how far it may look.
+        def make_limits(piece, _):
+            shape = (256, 128)
+            token = (first_piece + piece) * 256 + piece_tokens(shape, 0)
             for step, row in enumerate(range(0, 512, 256)):
-                shape = (256, 128)
                 query = first_query + query_of(row) + lax.broadcasted_iota(jnp.int32, shape, 1)
-                limits[step] = jnp.where(seen(first + piece_tokens(shape, 0), query), 0.0, MASKED).astype(limits.dtype)
-
-            def score_of(first, head, rows):
-                queries = jnp.concatenate([q_rows[head, rows], which_query[...]], axis=1)
-                keys = [head_keys(slot, first, 256, head), limits[rows.start // 256]]
-                return products(queries, jnp.concatenate(keys, axis=1), 1) * SCORE_SCALE
-
-            def place(turn):
-                return first, turn * 1
-
-            flash_turns(KV_HEADS // 1, 1, 1, 256, place, score_of, slot)
+                limits[piece, step] = jnp.where(seen(token, query), 0.0, MASKED).astype(limits.dtype)
             return 0
 
-        first_piece = tile * 2
-        lax.fori_loop(first_piece, jnp.minimum(first_piece + 2, pl.cdiv(valid, 256)), one_piece, 0)
+        lax.fori_loop(0, pieces, make_limits, 0)
 
-    def attend():
+        def score_of(first, head, rows):
+            queries = jnp.concatenate([q_rows[head, rows], which_query[...]], axis=1)
+            own_limits = limits[lax.div(first, 256) - first_piece, rows.start // 256]
+            keys = jnp.concatenate([head_keys(slot, first, 256, head), own_limits], axis=1)
+            return products(queries, keys, 1) * SCORE_SCALE
+
+        def place(turn):
+            piece = first_piece + lax.div(turn, 1)
+            return piece * 256, lax.rem(turn, 1) * 1
+
+        flash_turns(pieces * 1, 1, 1, 256, place, score_of, slot, begins)
+
+    def attend(start, fetched):
         row, lane = (lax.broadcasted_iota(jnp.int32, which_query.shape, axis) for axis in range(2))
         which_query[...] = jnp.where(query_of(row) == lane, 1.0, 0.0).astype(which_query.dtype)
         load_sinks()
         clear_all()
-        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
-        ahead = start
-        for step in range(2):
+        start_fetch(0, start, ~fetched)
+        ahead = next_fetch(start)
+        for step in range(1, 2):
             ahead = fetch_ahead(step, *ahead)
 
         def body(carry):
@@ -929,10 +944,11 @@ def mixed_kernel(
             # Tiles in order: those that the window of some query leaves in part, whole ones, those on the diagonal.
             left = jnp.clip(lax.div(query + 447, 512), 0, count)
             plain = jnp.maximum(jnp.clip(lax.div(query + 1, 512), 0, 1) - left, 0)
-            plain_tiles(slot, left, plain)
+            plain_tiles(slot, left, plain, block == 0)
 
             def in_part(index, _):
-                diagonal_tile(slot, jnp.where(index < left, index, index + plain), valid, query)
+                begins = (block == 0) & (plain + index == 0)
+                diagonal_tile(slot, jnp.where(index < left, index, index + plain), valid, begins, query)
                 return 0
 
             lax.fori_loop(0, count - plain, in_part, 0)
@@ -950,13 +966,16 @@ def mixed_kernel(
             return step + 1, advance(*at), ahead, sent
 
         state = (jnp.int32(0), start, ahead, start[:2])
-        *_, sent = lax.while_loop(lambda carry: carry[1][0] < end_seq, body, state)
+        _, _, _, sent = lax.while_loop(lambda carry: carry[1][0] < end_seq, body, state)
         out_copies(*sent, 0, lambda copy: copy.wait())
 
     @pl.when(first_seq < end_seq)
     def _():
-        update_cache()
-        attend()
+        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        # The first block comes while the last pages go, if none of these is in it.
+        early = first_page(first_seq) - lax.div(first_token(first_seq, 0), PAGE_SIZE) >= 4
+        update_cache(lambda: start_fetch(0, start, early))
+        attend(start, early)
 
 
 def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_lens, distribution, sinks):
@@ -971,14 +990,14 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
         scratch_shapes=[
             pltpu.VMEM((3, 1024, 128), jnp.bfloat16),  # kv: fetched blocks
             pltpu.VMEM((2, 256, 128), jnp.uint32),  # row_words: a tile by row of a token, 2 tokens a word
-            pltpu.VMEM((5, 320, 1, 64), jnp.bfloat16),  # new_keys: new keys, around the page they go to
-            pltpu.VMEM((5, 320, 1, 64), jnp.bfloat16),  # new_values: new values, likewise
-            pltpu.VMEM((5, 256, 128), jnp.bfloat16),  # page_rows: pages to update
+            pltpu.VMEM((4, 320, 1, 64), jnp.bfloat16),  # new_keys: new keys, around the page they go to
+            pltpu.VMEM((4, 320, 1, 64), jnp.bfloat16),  # new_values: new values, likewise
+            pltpu.VMEM((7, 256, 128), jnp.bfloat16),  # page_rows: pages to update
             pltpu.VMEM((16, 128), jnp.uint32),  # packed: new tokens in the cache's form
             pltpu.VMEM((3, 64, 8, 64), jnp.bfloat16),  # q_in: query blocks as they come
             pltpu.VMEM((1, 512, 128), jnp.bfloat16),  # q_rows: one by KV head
             pltpu.VMEM((256, 128), jnp.bfloat16),  # which_query: a 1 where a lane is the row's query
-            pltpu.VMEM((2, 256, 128), jnp.bfloat16),  # limits: by token and query: 0, or what masks a score
+            pltpu.VMEM((2, 2, 256, 128), jnp.bfloat16),  # limits: by token and query: 0, or what masks a score
             pltpu.VMEM((1, 256, 512), jnp.float32),  # next_scores: the first scores of the next turn
             pltpu.VMEM((1, 8, 128), jnp.float32),  # sink_rows: sinks, the same in every lane
             pltpu.VMEM((1, 512, 128), jnp.float32),  # row_max: running maximum, the same in every lane
@@ -986,9 +1005,9 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
             pltpu.VMEM((1, 512, 128), jnp.float32),  # acc: running output
             pltpu.VMEM((1, 64, 8, 64), jnp.bfloat16),  # out_rows: an output block on its way out
             pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
-            pltpu.SemaphoreType.DMA((5,)),  # old_sem: pages that hold old tokens
-            pltpu.SemaphoreType.DMA((5,)),  # write_sem: cache writes
+            pltpu.SemaphoreType.DMA((4,)),  # new_sem: new keys and values
+            pltpu.SemaphoreType.DMA((7,)),  # old_sem: pages that hold old tokens
+            pltpu.SemaphoreType.DMA((7,)),  # write_sem: cache writes
             pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
         ],

@@ -189,7 +189,7 @@ def decode_kernel(
         unit_copy(seq).start()
 
     def clear_tail(slot, valid):
-        """Zeroes V from token `valid` to the end of its tile: a weight of 0 does not hide a NaN."""
+        """Zeroes V from token `valid` to the end of those that are computed: a weight of 0 does not hide a NaN."""
         row = lax.broadcasted_iota(jnp.int32, (UNIT, HEAD_DIM), 0)
 
         def clear(unit, _):
