@@ -26,8 +26,8 @@ BOTH = [
     dropped("clear_tail removed", r"clear_tail\(slot, (?:valid|kv_len - block \* \d+)\)"),
     Mutation("wrong slot", r"^( *slot = lax\.rem\(step), (\d+)\)(?=\n *(kv_len|end) =)", r"\1 + 1, \2)", hangs=True),
     Mutation("K for V", r"return head_of\(v_words, ", "return head_of(k_words, "),
-    Mutation("sum not rescaled", r"= rescale \* (row_sum\[.*\]) \+", r"= \1 +"),
-    Mutation("output not rescaled", r"= .*rescale.* \* (acc\[head)", r"= \1"),
+    Mutation("sum not rescaled", r"= rescale \* (row_sum\[.*\]|old_sum) \+", r"= \1 +"),
+    Mutation("output not rescaled", r"= .*rescale.* \* (acc\[head|old_acc)", r"= \1"),
 ]
 DECODE = [
     *BOTH,
@@ -76,7 +76,8 @@ BLOCK = [
     Mutation("update of the next page", r"(def page_write.*\n.*PAGES_PER_SEQ \+) page\]", r"\1 page + 1]"),
     Mutation("update keeps no old tokens", r"\(token >= first\) & ", ""),
     Mutation("update runs past its end", r" & \(token < end\)", ""),
-    dropped("update not made", r"update_cache\(\)"),
+    Mutation("update not made", r"update_cache\(lambda: (.*)\)$", r"\1"),
+    Mutation("the first block fetched over pages on their way", r"early = .*$", "early = jnp.bool_(True)"),
     Mutation("wrong GQA head", r"q_rows\[head // GROUP, ", "q_rows[lax.rem(head, KV_HEADS), "),
 ]
 MIXED = [
@@ -162,9 +163,10 @@ BLOCK_APART = [
     *(mutation for mutation in BLOCK if mutation.bug not in IN_WORDS),
     Mutation("K for V", r"head_of\(slot, 1, first", "head_of(slot, 0, first"),
     Mutation("pages of the first tile", r"pages = pl\.ds\(lax\.div\(first, PAGE_SIZE\),", "pages = pl.ds(0,"),
-    Mutation("new tokens a row off", r"PAGE_SIZE \+ start \+ i\]", "PAGE_SIZE + start + i - 1]"),
-    Mutation("new values for both", r"enumerate\(\(new_keys, new_values\)\)", "enumerate((new_values, new_values))"),
-    Mutation("new tokens of the first head", r"(pl\.ds\(first \* 8) \+ head(?=, count)", r"\1"),
+    Mutation("new tokens a row off", r"pl\.ds\(PAGE_SIZE \+ start,", "pl.ds(PAGE_SIZE + start - 1,"),
+    Mutation("new values for both", r"in \(new_keys, new_values\)\]", "in (new_values, new_values)]"),
+    Mutation("new tokens of the first head", r"by_head\[head\]", "by_head[0]"),
+    Mutation("new tokens of another page", r"place = (.*), lax\.rem\(step, 4\)", r"place = \1, lax.rem(step + 1, 4)"),
     Mutation("update keeps no old tokens", r"(low_mask = .*)\(low >= first\) & ", r"\1"),
     Mutation("update runs past its end", r"(low_mask = .*) & \(low < end\)", r"\1"),
     Mutation("update of the first head only", r"(page_rows\[slot, kind,) head(, tokens\] = )", r"\1 0\2"),

@@ -40,12 +40,14 @@ FEATURES: list[dict[str, Any]] = [
 MUTATIONS = [
     Mutation("scores of another step weighed", r"next_scores\[i % 4,", "next_scores[(i + 1) % 4,"),
     Mutation("maximum of another step", r"step_max\[i % 4\]", "step_max[(i + 1) % 4]"),
-    Mutation("next scores of this turn", r"turn if later > i else jnp\.minimum\(turn \+ 1, turns - 1\)", "turn"),
+    Mutation("next scores of this turn", r"turn if later > i else jnp\.minimum\(turn \+ 1, last_turn\)", "turn"),
     Mutation("parts of the first tokens", r"first \+ part\.start", "first"),
     Mutation("values of the first tokens", r"\), head_values\(slot, first,", "), head_values(slot, 0,"),
     Mutation("limit one too far", r"\(scores\.shape, 1\) <= query", "(scores.shape, 1) <= query + 1"),
     Mutation("a piece too few on the diagonal", r"pl\.cdiv\(valid, 512\) - first_piece", "1"),
-    Mutation("the sum before left out", r"rescale \* row_sum\[head, rows\] \+ ", ""),
+    Mutation("the sum before left out", r"rescale \* old_sum \+ ", ""),
+    Mutation("scores of this block for the next", r"jnp\.where\(goes_on, turns, turns - 1\)", "turns - 1"),
+    Mutation("next block not waited for", r"(^ *)pl\.when\(goes_on & \(turn.*$", r"\1pass"),
     dropped("clear_tail removed", r"clear_tail\(slot, valid\)"),
 ]
 
