@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mutation import SEED, Mutation, check_bug, dropped
 
-from rpac.check import check_source
+from rpac.answers import oracle
+from rpac.check import Trial, check_source
+from rpac.check.arrays import make_arguments
+from rpac.check.compare import compare
+from rpac.check.execute import prepare_run
 from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, plan_spec
 from rpac.render import render
 from rpac.spec import Model, Spec, load_spec
@@ -65,6 +70,7 @@ ROWS = [
     Mutation("maximum of the first rows cleared", r"rows = pl\.ds\(lax\.rem\(piece, 2\) \* 64,", "rows = pl.ds(0,"),
     Mutation("maximum of the first heads cleared", r"loop\(KV_HEADS \* 2, one\)", "loop(KV_HEADS, one)"),
 ]
+STALE_MAXIMUM = dropped("maximum of the block before stays", r"(?<=^                )clear\(head, rows\)")
 TURNS = [
     Mutation(
         "next scores of the turn before the last", r"(jnp\.minimum\(turn \+ 1, (?:turns - 1|last_turn))\)", r"\1 - 1)"
@@ -159,3 +165,21 @@ def test_without_a_bug_there_is_nothing_to_catch_by_turns(spec: Spec, kind: str)
 )
 def test_a_bug_of_turns_is_caught(spec: Spec, kind: str, mutation: Mutation) -> None:
     check_bug(spec, small_plan(spec, kind), mutation)
+
+
+@pytest.mark.parametrize("mutation", [None, STALE_MAXIMUM], ids=["as it is", STALE_MAXIMUM.bug])
+def test_scores_far_above_those_of_the_next_block_do_not_reach_it(mutation: Mutation | None) -> None:
+    """A maximum that stays is seen only where it is so far above the block's own that all its weights vanish."""
+    plan = small_plan(APART, "prefill")
+    source = render(APART, plan)
+    if mutation:
+        source = mutation.apply(source)
+    trial = Trial("far above", (64, 64), (64, 64), 0, 2)
+    args = make_arguments(APART, trial, plan.tokens[-1], trial.pages(128) + 1, np.random.default_rng(SEED))
+    args.queries[:64] *= 1000
+    wanted, cache, _ = oracle(APART.model, "separate", args.of_batch, args.extra)
+    found = prepare_run(plan, source)(args, "on_wait")
+    assert found.out is not None
+    assert found.kv_cache is not None
+    same = compare(args, found.out, found.kv_cache, wanted, cache, kv_layout="separate")
+    assert same.ok == (mutation is None), same.notes
