@@ -73,13 +73,13 @@ BLOCK = [
     Mutation("fetched from the next page on", r"first_query \+ 1 - WINDOW,", "first_query + 1 - WINDOW + PAGE_SIZE,"),
     Mutation("window of the block's last query", r"first_query \+ 1 - WINDOW,", "first_query + 16 - WINDOW,"),
     Mutation("pages from the table's start", r"return seq \* PAGES_PER_SEQ \+ lax.*", "return seq * PAGES_PER_SEQ"),
-    Mutation("whole tiles left out", r"plain_tiles\(slot, left, plain\)$", "pass"),
+    Mutation("whole tiles left out", r"plain_tiles\(slot, left, plain, .*\)$", "pass"),
     Mutation("tiles on the diagonal as those at the edge", r"index, index \+ plain\)", "index, index)"),
     Mutation("a tile in part left out", r"0, count - plain, in_part", "1, count - plain, in_part"),
 ]
 ROWS = [
     *SINKS,
-    Mutation("sinks left out of the sum", r"(row_sum\[head, rows\] =) jnp\.ones", r"\1 jnp.zeros"),
+    Mutation("sinks left out of the sum", r"begins, 1\.0, row_sum", "begins, 0.0, row_sum"),
 ]
 CAPPED = [Mutation("not capped", r"capped\((products.*, 1\))\)", r"CAP * CAP_SCALE * \1")]
 BY_HEAD = [Mutation("the sink of another head", r"sinks\[q_head\]", "sinks[lax.rem(q_head, GROUP)]")]
