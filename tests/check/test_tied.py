@@ -39,7 +39,7 @@ FEATURES: list[dict[str, Any]] = [
 ]
 MUTATIONS = [
     Mutation("scores of another step weighed", r"next_scores\[i % 4,", "next_scores[(i + 1) % 4,"),
-    Mutation("maximum of another step", r"step_max\[i % 4\]", "step_max[(i + 1) % 4]"),
+    dropped("maximum not kept", r"row_max\[head, rows\] = new_max"),
     Mutation("next scores of this turn", r"turn if later > i else jnp\.minimum\(turn \+ 1, last_turn\)", "turn"),
     Mutation("parts of the first tokens", r"first \+ part\.start", "first"),
     Mutation("values of the first tokens", r"\), head_values\(slot, first,", "), head_values(slot, 0,"),
