@@ -112,8 +112,6 @@ BLOCK_APART = [
     Mutation("scores of this block's start for the next", r"jnp\.where\(beyond, lax\.rem.*, slot\)", "slot"),
     Mutation("next block not waited for", r"(^ *)pl\.when\(goes_on & \(turn.*$", r"\1pass"),
     Mutation("next block waited for a turn late", r"(goes_on & )\(turn == turns - 1\)", r"\1(turn == turns)"),
-    Mutation("first scores made, though they are carried", r"goes_on = ~last & .*", "goes_on = jnp.bool_(False)", True),
-    Mutation("scores carried to another block of queries", r"goes_on = ~last & ", "goes_on = ", True),
 ]
 WORDS = [
     Mutation("a plain tile of other words", r"(def one\(tile, _\):\n.*split_tile\(slot,) tile", r"\1 0"),
