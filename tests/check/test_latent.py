@@ -97,7 +97,7 @@ BUGS = {
         Mutation("the query of another head", r"row // Q_HEADS", "row // (Q_HEADS * 2)"),
         Mutation("a block on the diagonal taken for whole", r"first_query >= 127\)", "first_query >= 126)"),
         Mutation("state not rescaled", r"= widen\(rescale, RANK\) \* acc\[rows\]", "= acc[rows]"),
-        Mutation("new tokens a row late", r"(new_in\[place, PAGE_SIZE \+ start \+ i)\]", r"\1 - 1]"),
+        Mutation("new tokens a row late", r"(new_in\[new_slot, PAGE_SIZE \+ start \+ i)\]", r"\1 - 1]"),
         dropped("clear_tail removed", r"clear_tail\(slot, end - block \* \d+\)"),
         dropped("state not cleared", r"clear\(rows\)"),
     ],

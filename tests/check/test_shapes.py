@@ -102,6 +102,7 @@ PADDED = [
     apart(4, 2, head_dim=64, dtype="float32", **SHORT),
 ]
 EIGHT_BITS_FEW = [quantized(shaped(6, 3), "float8_e4m3fn", "head", "kernel")]
+EIGHT_BITS_APART = quantized(apart(4, 2, **SHORT), "int8", "head", "kernel")
 EIGHT_BITS = [
     *EIGHT_BITS_FEW,
     quantized(shaped(4, 2), "float8_e5m2", None, "caller"),
@@ -109,7 +110,7 @@ EIGHT_BITS = [
     quantized(shaped(6, 3, head_dim=64), "int8", "tensor", "kernel"),
     quantized(apart(4, 2, head_dim=192, **SHORT), "int8", "head", "kernel"),
     quantized(shaped(4, 2, head_dim=80, dtype="float32"), "float8_e4m3fn", "head", "kernel"),
-    quantized(apart(4, 2, **SHORT), "int8", "head", "kernel"),
+    EIGHT_BITS_APART,
     quantized(apart(4, 2, head_dim=64, **SHORT), "float8_e4m3fn", "tensor", "caller"),
     quantized(apart(4, 2, head_dim=80, **SHORT), "float8_e5m2", "head", "kernel"),
 ]
@@ -220,6 +221,10 @@ def test_kernels_that_exchange_rows_for_a_narrow_mxu_agree_with_the_oracle(
     check(of_pieces(make, 16, 4), "v5e", kind)
 
 
+def test_prefill_puts_new_tokens_of_8_bits_into_pages_with_k_and_v_apart() -> None:
+    check(EIGHT_BITS_APART, "tpu7x", "prefill")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", [APART_FEW[0], apart(4, 2, page_size=16)], ids=named)
 def test_groups_of_as_many_tiles_as_planned_agree_with_the_oracle(spec: Spec) -> None:
@@ -241,7 +246,7 @@ def test_kernels_of_odd_shapes_compile(target: str) -> None:
 @pytest.mark.parametrize("target", ["tpu7x", "v5e"])
 def test_kernels_of_odd_shapes_with_k_and_v_apart_compile(target: str) -> None:
     """A mixed program has both kernels."""
-    compile_all(APART_FEW, target, kinds=("mixed",))
+    compile_all([*APART_FEW, EIGHT_BITS_APART], target, kinds=("mixed",))
 
 
 @pytest.mark.compile

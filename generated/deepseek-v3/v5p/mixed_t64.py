@@ -367,12 +367,12 @@ def mixed_kernel(
         kv_len = kv_lens[seq]
         return jnp.maximum(kv_len - q_len(seq) - page * PAGE_SIZE, 0), jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
 
-    def new_token_copies(seq, page, place):
+    def new_token_copies(seq, page, new_slot):
         # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
         wanted = q_start(seq) + page * PAGE_SIZE - (kv_lens[seq] - q_len(seq))
         source = jnp.clip(wanted, 0, new_hbm.shape[0] - 64)
         take, put = pl.ds(source, 64), pl.ds(PAGE_SIZE + source - wanted, 64)
-        return (pltpu.make_async_copy(new_hbm.at[take], new_in.at[place, put], new_sem.at[place]),)
+        return (pltpu.make_async_copy(new_hbm.at[take], new_in.at[new_slot, put], new_sem.at[new_slot]),)
 
     def old_page_copy(seq, page, slot):
         physical = page_indices[seq * PAGES_PER_SEQ + page]
@@ -411,9 +411,9 @@ def mixed_kernel(
         return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
 
     def merge_page(step, seq, page):
-        slot, place = lax.rem(step, 7), lax.rem(step, 4)
+        slot, new_slot = lax.rem(step, 7), lax.rem(step, 4)
         first, end = page_span(seq, page)
-        for copy in new_token_copies(seq, page, place):
+        for copy in new_token_copies(seq, page, new_slot):
             copy.wait()
 
         @pl.when((first > 0) | (end < PAGE_SIZE))
@@ -424,7 +424,7 @@ def mixed_kernel(
             start = pl.multiple_of(piece * 16, 16)
             tokens = pl.ds(start, 16)
             for i in range(16):
-                merged[i : i + 1] = new_in[place, PAGE_SIZE + start + i].astype(jnp.float32)
+                merged[i : i + 1] = new_in[new_slot, PAGE_SIZE + start + i].astype(jnp.float32)
             # As words of two tokens, so that the old ones stay bit for bit whatever they are.
             words = pltpu.bitcast(merged[...].astype(page_rows.dtype), jnp.uint32)
             low = start + 2 * lax.broadcasted_iota(jnp.int32, words.shape, 0)

@@ -463,14 +463,14 @@ def mixed_kernel(
         kv_len = kv_lens[seq]
         return jnp.maximum(kv_len - q_len(seq) - page * PAGE_SIZE, 0), jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
 
-    def new_token_copies(seq, page, place):
+    def new_token_copies(seq, page, new_slot):
         # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
         wanted = q_start(seq) + page * PAGE_SIZE - (kv_lens[seq] - q_len(seq))
         source = jnp.clip(wanted, 0, k_hbm.shape[0] - 64)
         take, put = pl.ds(source, 64), pl.ds(PAGE_SIZE + source - wanted, 64)
         return (
-            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[place, put], new_sem.at[place]),
-            pltpu.make_async_copy(v_hbm.at[take], new_values.at[place, put], new_sem.at[place]),
+            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[new_slot, put], new_sem.at[new_slot]),
+            pltpu.make_async_copy(v_hbm.at[take], new_values.at[new_slot, put], new_sem.at[new_slot]),
         )
 
     def old_page_copy(seq, page, slot):
@@ -510,9 +510,9 @@ def mixed_kernel(
         return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
 
     def merge_page(step, seq, page):
-        slot, place = lax.rem(step, 7), lax.rem(step, 4)
+        slot, new_slot = lax.rem(step, 7), lax.rem(step, 4)
         first, end = page_span(seq, page)
-        for copy in new_token_copies(seq, page, place):
+        for copy in new_token_copies(seq, page, new_slot):
             copy.wait()
 
         @pl.when((first > 0) | (end < PAGE_SIZE))
@@ -522,7 +522,7 @@ def mixed_kernel(
         def merge(piece, _):
             start = piece * 16
             for i in range(16):
-                pack_token(new_keys[place, PAGE_SIZE + start + i], new_values[place, PAGE_SIZE + start + i], packed, i)
+                pack_token(new_keys[new_slot, PAGE_SIZE + start + i], new_values[new_slot, PAGE_SIZE + start + i], packed, i)
             rows = pl.ds(pl.multiple_of(piece * 32, 32), 32)
             token = start + token_of_word(16)
             words = jnp.where((token >= first) & (token < end), packed[...], rows_as_words(page_rows[slot, rows]))

@@ -376,14 +376,14 @@ def mixed_kernel(
         kv_len = kv_lens[seq]
         return jnp.maximum(kv_len - q_len(seq) - page * PAGE_SIZE, 0), jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
 
-    def new_token_copies(seq, page, place):
+    def new_token_copies(seq, page, new_slot):
         # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
         wanted = q_start(seq) + page * PAGE_SIZE - (kv_lens[seq] - q_len(seq))
         source = jnp.clip(wanted, 0, k_hbm.shape[0] - 128)
         take, put = pl.ds(source, 128), pl.ds(PAGE_SIZE + source - wanted, 128)
         return (
-            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[place, put], new_sem.at[place]),
-            pltpu.make_async_copy(v_hbm.at[take], new_values.at[place, put], new_sem.at[place]),
+            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[new_slot, put], new_sem.at[new_slot]),
+            pltpu.make_async_copy(v_hbm.at[take], new_values.at[new_slot, put], new_sem.at[new_slot]),
         )
 
     def old_page_copy(seq, page, slot):
@@ -423,9 +423,9 @@ def mixed_kernel(
         return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
 
     def merge_page(step, seq, page):
-        slot, place = lax.rem(step, 7), lax.rem(step, 4)
+        slot, new_slot = lax.rem(step, 7), lax.rem(step, 4)
         first, end = page_span(seq, page)
-        for copy in new_token_copies(seq, page, place):
+        for copy in new_token_copies(seq, page, new_slot):
             copy.wait()
 
         @pl.when((first > 0) | (end < PAGE_SIZE))
@@ -441,7 +441,7 @@ def mixed_kernel(
             mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
 
             new_tokens = pl.ds(PAGE_SIZE + start, 16)
-            new = [array[place, new_tokens].astype(jnp.float32) for array in (new_keys, new_values)]
+            new = [array[new_slot, new_tokens].astype(jnp.float32) for array in (new_keys, new_values)]
             for kind, rows in enumerate(new):
                 by_head = jnp.swapaxes(rows, 0, 1)
                 for head in range(KV_HEADS):
