@@ -259,10 +259,12 @@ class BlockTiles:
         if spec.serving.kv_layout == "separate":
             kv = (self.buffers, self.block // page_size, *kv_page_shape(spec))
             page = (PAGE_BUFFERS, *kv_page_shape(spec))
-            shape = (self.merge_tokens * align(model.kv_heads, SUBLANES), LANES)
-            if rows.lane_tiles > 1:
-                shape = (rows.lane_tiles, *shape)
-            merged = (Buffer("by_head", shape, "float32", "new tokens, to be read by head"),) if model.quantized else ()
+            merged = ()
+            if model.quantized:
+                shape = (self.merge_tokens * align(model.kv_heads, SUBLANES), LANES)
+                if rows.lane_tiles > 1:
+                    shape = (rows.lane_tiles, *shape)
+                merged = (Buffer("by_head", shape, "float32", "new tokens, to be read by head"),)
         return needed(
             spec,
             Buffer("kv", kv, model.kv_dtype, "fetched blocks"),
