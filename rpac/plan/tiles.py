@@ -36,7 +36,9 @@ LONG_PIECE = 512  # likewise of a long tile, where what a step costs by itself i
 LONG_TILE = 1024  # tokens of a flash step whose weights are tied to the scores that the MXU makes meanwhile
 TIED_AHEAD = 2  # steps whose scores are made before they are weighed, where they are tied
 SCORE_SLOTS = 4  # steps whose scores are kept then: a power of two above those, so that a turn's steps come out even
+TIED_TO = 3  # and the scores that weights wait for: the third last that are made
 TIED_ROWS = 32  # rows of weights that wait for one register of scores
+TURNED_AHEAD, TURNED_DIAGONAL_AHEAD, TURNED_SLOTS = 3, 6, 8  # likewise where scores lie with queries along lanes
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,20 @@ class GroupTiles:
 
 
 @dataclass(frozen=True)
+class Tie:
+    """Weights that wait for scores which the MXU makes meanwhile, so that the compiler does not make and spill them early.
+
+    The scores of `slots` steps are kept, made `tokens` tokens at a time, `ahead` steps before they are weighed: of whole tiles,
+    and on the diagonal. Weights wait for the `to`-th last that are made, of either.
+    """
+
+    slots: int
+    tokens: int
+    ahead: tuple[int, int]
+    to: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class BlockTiles:
     """Tiles of a prefill or mixed kernel, in tokens.
 
@@ -195,13 +211,34 @@ class BlockTiles:
         size = LONG_PIECE if self.long else PIECE
         return size if self.tile % size == 0 and size % page_size == 0 else self.tile
 
-    def tied(self, spec: Spec) -> bool:
-        """Whether weights are tied to scores made meanwhile, which keeps the compiler from spilling them: where a head fills
-        the MXU, steps are long, and the steps of every turn go around the scores that are kept.
+    def steps(self, model: Model, heads: int) -> int:
+        """Flash steps of a piece of code that has those of `heads` heads."""
+        return heads * (model.group * self.q_block // self.step_rows)
+
+    def turned(self, spec: Spec) -> bool:
+        """Whether scores lie with query rows along lanes, which fill the width of the MXU where a head does not: rows must be
+        whole registers and those of a query side by side, and the steps of every turn go around the scores that are kept.
         """
-        steps = math.gcd(self.heads, self.diagonal_heads) * (spec.model.group * self.q_block // self.step_rows)
-        whole = steps % SCORE_SLOTS == 0 and self.step_rows % TIED_ROWS == 0 and PIECE % spec.serving.page_size == 0
-        return self.long and whole and not splits_words(spec)
+        whole = self.step_rows % LANES == 0 and LANES % spec.model.group == 0 and exchange_of(spec.model) > 0
+        return self.spare and whole and self._slots(spec.model, TURNED_SLOTS) > TURNED_AHEAD
+
+    def _slots(self, model: Model, most: int) -> int:
+        return math.gcd(self.steps(model, self.heads), self.steps(model, self.diagonal_heads), most)
+
+    def tie(self, spec: Spec) -> Tie | None:
+        """How weights are tied to scores that are made meanwhile, which keeps the compiler from spilling them; None if not.
+        Where a head fills the MXU, steps are long and go around the scores that are kept.
+        """
+        if self.turned(spec):
+            piece = self.piece(spec.serving.page_size)
+            slots = self._slots(spec.model, TURNED_SLOTS)
+            diagonal = min(TURNED_DIAGONAL_AHEAD, slots - 1)
+            parts = self.tile // piece
+            return Tie(slots, piece, (TURNED_AHEAD, diagonal), (parts * TURNED_AHEAD - (parts - 1), diagonal))
+        whole = self._slots(spec.model, SCORE_SLOTS) == SCORE_SLOTS and self.step_rows % TIED_ROWS == 0
+        if self.long and whole and PIECE % spec.serving.page_size == 0 and not splits_words(spec):
+            return Tie(SCORE_SLOTS, PIECE, (TIED_AHEAD, TIED_AHEAD), (TIED_TO, TIED_TO))
+        return None
 
     def carries(self, spec: Spec) -> bool:
         """Whether the last tile of a block makes the first scores of the next block's: not where other tiles come between, nor
@@ -223,7 +260,7 @@ class BlockTiles:
 
     def scores_ahead(self, model: Model, heads: int) -> int:
         """Flash steps whose scores are made before they are weighed, where a piece of code has the steps of `heads` heads."""
-        steps = heads * (model.group * self.q_block // self.step_rows)
+        steps = self.steps(model, heads)
         most = SCORES_AHEAD_AT_MOST // (self.step_rows * self.tile)
         return max(min(SCORES_AHEAD, most, steps // STEPS_PER_SCORE), 1)
 
@@ -242,10 +279,17 @@ class BlockTiles:
                 Buffer("which_query", (self.step_rows, LANES), model.q_dtype, "a 1 where a lane is the row's query"),
                 Buffer("limits", parts, model.q_dtype, "by token and query: 0, or what masks a score"),
             )
-        tied = self.tied(spec)
-        next_scores = (SCORE_SLOTS if tied else self.scores_ahead(model, self.heads), self.step_rows, self.tile)
-        kept = "scores of the next steps" if tied else "the first scores of the next turn"
-        state = (model.kv_heads, q_rows, LANES)
+        turned, tie = self.turned(spec), self.tie(spec)
+        ahead = tie.slots if tie else self.scores_ahead(model, self.heads)
+        kept = "scores of the next steps" if tie else "the first scores of the next turn"
+        scores, acc = (self.step_rows, self.tile), (q_rows, head_lanes(model))
+        most, state, sinks = (self.step_rows, LANES), (q_rows, LANES), (align(model.group, SUBLANES), LANES)
+        same = "a part in every lane" if tie else "the same in every lane"
+        if turned:  # rows along lanes
+            scores, acc = (self.tile, self.step_rows), (head_lanes(model), q_rows)
+            most, state, sinks = (SUBLANES, self.step_rows), (SUBLANES, q_rows), (SUBLANES, LANES)
+            same = "the same in every sublane"
+        log_rows = (Buffer("log_rows", (q_rows, LANES), "float32", "logarithms of sums of one KV head, by row"),)
         by_token: tuple[Buffer, ...] = ()
         if not exchange_of(model):
             shape: tuple[int, ...] = (self.q_block * align(model.q_heads, SUBLANES), LANES)
@@ -277,14 +321,15 @@ class BlockTiles:
             *by_token,
             Buffer("q_rows", (model.kv_heads, q_rows, head_lanes(model)), model.q_dtype, "one by KV head"),
             *limits,
-            Buffer("next_scores", next_scores, "float32", kept),
-            *((Buffer("step_max", (*next_scores[:2], LANES), "float32", "their largest, by lane"),) if tied else ()),
-            *(sink_rows(model, (model.kv_heads, align(model.group, SUBLANES), LANES)) if exchange_of(model) else ()),
-            Buffer("row_max", state, "float32", "running maximum, the same in every lane"),
-            Buffer("row_sum", state, "float32", f"running sum, {'a part' if tied else 'the same'} in every lane"),
-            Buffer("acc", (model.kv_heads, q_rows, head_lanes(model)), "float32", "running output"),
+            Buffer("next_scores", (ahead, *scores), "float32", kept),
+            *((Buffer("step_max", (tie.slots, *most), "float32", "their largest"),) if tie else ()),
+            *(sink_rows(model, (model.kv_heads, *sinks)) if exchange_of(model) else ()),
+            Buffer("row_max", (model.kv_heads, *state), "float32", "running maximum"),
+            Buffer("row_sum", (model.kv_heads, *state), "float32", f"running sum, {same}"),
+            Buffer("acc", (model.kv_heads, *acc), "float32", "running output"),
             Buffer("out_rows", (1, *queries), model.q_dtype, "an output block on its way out"),
             *lse_rows(spec, (self.q_block * align(model.q_heads, SUBLANES), LANES)),
+            *(log_rows if turned and spec.serving.log_sum_exp else ()),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
             Buffer("new_sem", (NEW_BUFFERS,), "dma", "new keys and values"),
             Buffer("old_sem", (PAGE_BUFFERS,), "dma", "pages that hold old tokens"),
@@ -296,7 +341,7 @@ class BlockTiles:
 
     def temporaries(self, spec: Spec) -> int:
         """Bytes of the values of one flash step that registers cannot hold: scores and weights."""
-        tiles = 4 if self.long else 8  # scores that are kept have an array of their own
+        tiles = 4 if self.tie(spec) else 8  # scores that are kept have an array of their own
         return tiles * nbytes((self.step_rows, self.tile), "float32")
 
 

@@ -6,15 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rpac.layout import SUBLANES, packing
+from rpac.layout import LANES, SUBLANES, packing
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, RowDims
 from rpac.plan.buffers import unit_tokens
 from rpac.plan.tiles import (
     NEW_BUFFERS,
     PAGE_BUFFERS,
-    PIECE,
-    SCORE_SLOTS,
-    TIED_AHEAD,
     TIED_ROWS,
     UPDATE_AHEAD,
     XlaTiles,
@@ -74,32 +71,55 @@ def tile_context(
         "pieces": tiles.tile // tiles.piece(page),
         "q_rows": spec.model.group * tiles.q_block,
         "row_steps": spec.model.group * tiles.q_block // tiles.step_rows,
-        **_sort_context(spec.model, tiles.q_block),
+        **_sort_context(spec.model, tiles.q_block, tiles.turned(spec)),
         "carries": tiles.carries(spec),
-        "tied": tiles.tied(spec),
-        "sum_of": "across({})".format if tiles.tied(spec) else str,  # of what row_sum holds
-        "tied_ahead": TIED_AHEAD,
-        "score_slots": SCORE_SLOTS,
-        "tied_rows": TIED_ROWS,
-        "score_tokens": PIECE,
+        **_tie_context(spec, tiles),
         "diagonal_turns": spec.model.kv_heads // tiles.diagonal_heads,
         "masks_by_mxu": tiles.masks_by_mxu(spec.model),
         "clear_keys": tiles.masks_by_mxu(spec.model),
         "turns": spec.model.kv_heads // tiles.heads,
-        "scores_ahead": tiles.scores_ahead(spec.model, tiles.heads),
-        "diagonal_ahead": tiles.scores_ahead(spec.model, tiles.diagonal_heads),
         **update_context(),
         "merge_rows": tiles.merge_tokens * rows.token_rows,
     }
 
 
-def _sort_context(model: Model, q_block: int) -> Mapping[str, Any]:
+def _tie_context(spec: Spec, tiles: BlockTiles) -> Mapping[str, Any]:
+    """How far ahead of their weights scores are made, and what the weights wait for; how the sums of weights lie."""
+    tie, turned = tiles.tie(spec), tiles.turned(spec)
+    by_lane = tie is not None and not turned  # a part of each sum in every lane, so of a sink's
+    context: dict[str, Any] = {
+        "turned": turned,
+        "tied": tie is not None,
+        "sum_of": "across({})".format if by_lane else str,  # of what row_sum holds
+        "sum_of_sink": "1 / 128" if by_lane else "1.0",
+    }
+    if tie is None:
+        ahead = tiles.scores_ahead(spec.model, tiles.heads), tiles.scores_ahead(spec.model, tiles.diagonal_heads)
+        return context | {"scores_ahead": ahead[0], "diagonal_ahead": ahead[1]}
+    return context | {
+        "scores_ahead": tie.ahead[0],
+        "diagonal_ahead": tie.ahead[1],
+        "tied_to": tie.to[0],
+        "diagonal_tied_to": tie.to[1],
+        "score_slots": tie.slots,
+        "score_tokens": tie.tokens,
+        "tied_rows": TIED_ROWS,
+    }
+
+
+def _sort_context(model: Model, q_block: int, turned: bool) -> Mapping[str, Any]:
     """How the rows of a query block go from their order by token to one by head, and back."""
     context = {"sort_tokens": SORT_TOKENS, "sort_pieces": q_block // SORT_TOKENS, "exchange": exchange_of(model)}
     if not context["exchange"]:
         return {**context, "sort_rows": SORT_TOKENS * model.q_heads}
+    # Where rows lie along lanes, whole registers of them are sorted back, twice as many as must be: one hides the other's waits.
+    back = min(2 * max(LANES // model.group, SORT_TOKENS), q_block) if turned else SORT_TOKENS
     return {
         **context,
+        "back_tokens": back,
+        "back_pieces": q_block // back,
+        "back_rows": back * model.group,
+        "back_groups": back // exchange_of(model),
         "exchanges": tuple(1 << bit for bit in reversed(range(context["exchange"].bit_length() - 1))),
         "head_words": model.group // packing(model.q_dtype),
         "vector_rows": SUBLANES * packing(model.q_dtype),

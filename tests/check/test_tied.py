@@ -59,7 +59,7 @@ def plans(spec: Spec, target: str, kind: str) -> list[KernelPlan]:
 def is_tied(spec: Spec, target: str) -> bool:
     (plan,) = plans(spec, target, "prefill")
     assert isinstance(plan.block, BlockTiles)
-    return plan.block.tied(spec)
+    return plan.block.tie(spec) is not None and not plan.block.turned(spec)
 
 
 def check(spec: Spec, kind: str, few: bool = False) -> None:

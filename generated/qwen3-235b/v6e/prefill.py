@@ -14,7 +14,7 @@ What was specialized:
 - K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
-- VMEM: 16,154,624 bytes counted, 25,165,824 allowed, 134,217,728 there
+- VMEM: 14,778,368 bytes counted, 25,165,824 allowed, 134,217,728 there
 """
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,7 @@ def prefill_kernel(
     which_query,
     limits,
     next_scores,
+    step_max,
     row_max,
     row_sum,
     acc,
@@ -310,7 +311,7 @@ def prefill_kernel(
 
     def clear(head, rows):
         """The running maximum of some rows of a KV head, as before their first tile."""
-        row_max[head, rows] = jnp.full((rows.size, 128), MASKED)
+        row_max[head, :, rows] = jnp.full((8, rows.size), MASKED)
 
     def clear_all():
         def one(piece):
@@ -339,19 +340,20 @@ def prefill_kernel(
         """Puts a block's output back in the order of its tokens, and clears the running maximum for the next one."""
 
         def unsort(piece):
-            tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
-            rows = pl.ds(pl.multiple_of(piece * 128, 128), 128)
+            tokens = pl.ds(pl.multiple_of(piece * 32, 32), 32)
+            rows = pl.ds(pl.multiple_of(piece * 256, 256), 256)
 
             def out_of(head):
-                out = acc[head, rows] / widen(row_sum[head, rows], HEAD_DIM) * kv_scales[1, head]
+                scale = kv_scales[1, head] / row_sum[head, :, rows]
+                out = in_rows(by_register(acc[head, :, rows]) * scale)
                 clear(head, rows)
-                return out.astype(out_rows.dtype)
+                return out.astype(out_rows.dtype).T
 
             for first in range(0, KV_HEADS, 1):
                 heads = slice(first * GROUP, (first + 1) * GROUP)
-                out_rows[slot, tokens, heads] = out_of(first).reshape(16, GROUP, HEAD_DIM)
+                out_rows[slot, tokens, heads] = out_of(first).reshape(32, GROUP, HEAD_DIM)
 
-        loop(16, unsort)
+        loop(8, unsort)
 
     def clear_tail(slot, valid):
         """Zeroes K and V from token `valid` to the end of those that are computed: neither a masked score nor a weight of 0 hides a NaN."""
@@ -385,60 +387,100 @@ def prefill_kernel(
 
     # ---- flash steps: 256 query rows of one head against one tile, or on the diagonal against one piece of it
 
+    def scores_of(queries, keys, head):
+        """`[tokens, query rows]`, as logarithms to base 2."""
+        return products(keys, queries, 1) * (SCORE_SCALE * kv_scales[0, head])
+
     def score(slot, first, tokens, head, rows):
-        return products(q_rows[head, rows], head_keys(slot, first, tokens, head), 1) * (SCORE_SCALE * kv_scales[0, head])
+        return scores_of(q_rows[head, rows], head_keys(slot, first, tokens, head), head)
 
     def state_before(head, rows, begins):
         """The running sum and output of some rows of a KV head; where they begin, what the block before left counts for nothing."""
-        return jnp.where(begins, 0.0, row_sum[head, rows]), jnp.where(begins, 0.0, acc[head, rows])
+        return jnp.where(begins, 0.0, row_sum[head, :, rows]), jnp.where(begins, 0.0, acc[head, :, rows])
 
-    def weigh(scores, slot, first, head, rows, begins):
-        tokens = scores.shape[1]
-        old_sum, old_acc = state_before(head, rows, begins)
-        old_max = row_max[head, rows]
-        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - widen(new_max, tokens))
-        rescale = jnp.exp2(old_max - new_max)
-        row_max[head, rows] = new_max
-        # The MXU is wider than a head: ones beside the values make the sum of the weights at no cost.
-        values = jnp.concatenate([head_values(slot, first, tokens, head), jnp.ones((tokens, 128), jnp.bfloat16)], axis=1)
-        part = products(weights.astype(jnp.bfloat16), values, 0)
-        row_sum[head, rows] = rescale * old_sum + part[:, HEAD_DIM:]
-        acc[head, rows] = widen(rescale, HEAD_DIM) * old_acc + part[:, :HEAD_DIM]
+    # Scores are turned, with tokens along sublanes and query rows along lanes: so weights are the matrix that the MXU keeps,
+    # values what it multiplies, and its width is full of queries, not half empty for a head is narrower.
 
-    def flash_turns(turns, heads, ahead, tokens, place, score_of, slot, begins, onward=None):
+    def by_register(rows):
+        """`[rows / 8, 8, lanes]`: what is the same in all 8 sublanes is spread over registers at no cost."""
+        return rows.reshape(rows.shape[0] // 8, 8, rows.shape[1])
+
+    def in_rows(registers):
+        return registers.reshape(registers.shape[0] * 8, registers.shape[2])
+
+    def in_all_rows(parts):
+        """The largest of 8 rows, in each of them."""
+        return jnp.broadcast_to(jnp.max(parts, axis=0, keepdims=True), parts.shape)
+
+    def after(value, most):
+        """`value`, once scores are there of which `most` is the largest: none is below -inf, which the compiler does not know."""
+        return jnp.where(most < -jnp.inf, most, value)
+
+    def largest(scores):
+        """Of each query row's scores, by sublane."""
+        return jnp.max(by_register(scores), axis=0)
+
+    def weights_of(scores, top):
+        return in_rows(jnp.exp2(by_register(scores) - top))
+
+    def values_and_ones(slot, first, tokens, head):
+        """`[HEAD_DIM + 16, tokens]`: rows of ones below the values make the sums of the weights."""
+        values = head_values(slot, first, tokens, head).T
+        return jnp.concatenate([values, jnp.ones((16, tokens), values.dtype)])
+
+    def flash_turns(turns, heads, ahead, tied_to, tokens, place, score_of, slot, begins, onward=None):
         """Takes turns of some heads against the `tokens` tokens from `place(turn)` on, which is a token and the first head.
 
-        A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, the first of the next turn
-        at its end: so the MXU and the vector units work at once.
+        A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, 256 tokens at a time, the first
+        of the next turn at its end. The compiler would make weights as soon as it can, far ahead of the MXU, and spill them:
+        so each part of them waits for scores that the MXU makes meanwhile, the last but `tied_to`.
         `onward`: whether a block before has made the first scores, whether turn `turns` is the next block's first, and what waits
         for that block.
         """
         steps = [(head, pl.ds(row, 256)) for head in range(heads) for row in range(0, 2048, 256)]
+        parts = [pl.ds(first, 256) for first in range(0, tokens, 256)]
 
-        def scores_of(turn, step):
+        def make(turn, step, part):
             first, head = place(turn)
-            return score_of(first, head + steps[step][0], steps[step][1])
+            scores = score_of(first + part.start, head + steps[step][0], steps[step][1])
+            next_scores[step % 8, part] = scores
+            return largest(scores)
+
+        def keep_most(step, made):
+            step_max[step % 8] = in_all_rows(jnp.max(jnp.stack(made), axis=0))
 
         def one_turn(turn, _):
             if onward:
                 pl.when(goes_on & (turn == turns - 1))(wait_for_next)
             first, first_head = place(turn)
             on_first_tokens = begins & (first == place(0)[0])
-            scores = [next_scores[i, :, :tokens] for i in range(ahead)]
+            made = []
             for i, (head, rows) in enumerate(steps):
-                later = i + ahead
-                if later < len(steps):
-                    scores.append(scores_of(turn, later))
-                else:
-                    following = jnp.minimum(turn + 1, last_turn)
-                    next_scores[later - len(steps), :, :tokens] = scores_of(following, later - len(steps))
-                weigh(scores[i], slot, first, first_head + head, rows, on_first_tokens)
+                head = first_head + head
+                if rows.start == 0:
+                    values = values_and_ones(slot, first, tokens, head)
+                later = (i + ahead) % len(steps)
+                turn_of_later = turn if later > i else jnp.minimum(turn + 1, last_turn)
+                old_max = row_max[head, :, rows]
+                new_max = jnp.maximum(old_max, step_max[i % 8])
+                rescale = jnp.exp2(old_max - new_max)
+                weights = []
+                for part in parts:
+                    made.append(make(turn_of_later, later, part))
+                    base = after(new_max, made[-tied_to]) if len(made) >= tied_to else new_max
+                    weights.append(weights_of(next_scores[i % 8, part], base))
+                keep_most(later, made[-len(parts) :])
+                weights = jnp.concatenate(weights, axis=0)
+                row_max[head, :, rows] = new_max
+                old_sum, old_acc = state_before(head, rows, on_first_tokens)
+                output = products(values, weights.astype(jnp.bfloat16), 0)
+                row_sum[head, :, rows] = rescale * old_sum + output[HEAD_DIM : HEAD_DIM + 8]
+                acc[head, :, rows] = in_rows(rescale * by_register(old_acc) + by_register(output[:HEAD_DIM]))
             return 0
 
         def make_first():
             for i in range(ahead):
-                next_scores[i, :, :tokens] = scores_of(0, i)
+                keep_most(i, [make(0, i, part) for part in parts])
 
         if onward:
             carried, goes_on, wait_for_next = onward
@@ -456,7 +498,7 @@ def prefill_kernel(
             beyond = first >= 2048  # in the next block
             at = jnp.where(beyond, lax.rem(slot + 1, 3), slot)
             first = jnp.where(beyond, first - 2048, first)
-            return score(at, first, 512, head, rows)
+            return score(at, first, 256, head, rows)
 
         def place_from(first_tile):
             def place(turn):
@@ -468,7 +510,7 @@ def prefill_kernel(
         @pl.when(count > 0)
         def _():
             turns = count * 1
-            flash_turns(turns, 1, 3, 512, place_from(0), score_of, slot, begins, onward)
+            flash_turns(turns, 1, 3, 5, 512, place_from(0), score_of, slot, begins, onward)
 
     def diagonal_tile(slot, tile, valid, begins, first_query):
         """A tile that some query sees in part, as far as there are tokens. `first_query` is seen from the block's start."""
@@ -491,13 +533,13 @@ def prefill_kernel(
             queries = jnp.concatenate([q_rows[head, rows], which_query[...]], axis=1)
             own_limits = limits[lax.div(first, 256) - first_piece, rows.start // 256]
             keys = jnp.concatenate([head_keys(slot, first, 256, head), own_limits], axis=1)
-            return products(queries, keys, 1) * (SCORE_SCALE * kv_scales[0, head])
+            return scores_of(queries, keys, head)
 
         def place(turn):
             piece = first_piece + lax.div(turn, 1)
             return piece * 256, lax.rem(turn, 1) * 1
 
-        flash_turns(pieces * 1, 1, 3, 256, place, score_of, slot, begins)
+        flash_turns(pieces * 1, 1, 6, 6, 256, place, score_of, slot, begins)
 
     def attend(start, fetched):
         row, lane = (lax.broadcasted_iota(jnp.int32, which_query.shape, axis) for axis in range(2))
@@ -587,10 +629,11 @@ def attend_prefill(queries, keys, values, rows, kv_lens, page_indices, distribut
             pltpu.VMEM((1, 2048, 128), jnp.bfloat16),  # q_rows: one by KV head
             pltpu.VMEM((256, 128), jnp.bfloat16),  # which_query: a 1 where a lane is the row's query
             pltpu.VMEM((2, 8, 256, 128), jnp.bfloat16),  # limits: by token and query: 0, or what masks a score
-            pltpu.VMEM((3, 256, 512), jnp.float32),  # next_scores: the first scores of the next turn
-            pltpu.VMEM((1, 2048, 128), jnp.float32),  # row_max: running maximum, the same in every lane
-            pltpu.VMEM((1, 2048, 128), jnp.float32),  # row_sum: running sum, the same in every lane
-            pltpu.VMEM((1, 2048, 128), jnp.float32),  # acc: running output
+            pltpu.VMEM((8, 512, 256), jnp.float32),  # next_scores: scores of the next steps
+            pltpu.VMEM((8, 8, 256), jnp.float32),  # step_max: their largest
+            pltpu.VMEM((1, 8, 2048), jnp.float32),  # row_max: running maximum
+            pltpu.VMEM((1, 8, 2048), jnp.float32),  # row_sum: running sum, the same in every sublane
+            pltpu.VMEM((1, 128, 2048), jnp.float32),  # acc: running output
             pltpu.VMEM((1, 256, 8, 128), jnp.bfloat16),  # out_rows: an output block on its way out
             pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
             pltpu.SemaphoreType.DMA((4,)),  # new_sem: new keys and values

@@ -685,8 +685,12 @@ def mixed_kernel(
 
     # ---- flash steps: 256 query rows of one head against one tile, or on the diagonal against one piece of it
 
+    def scores_of(queries, keys, head):
+        """`[query rows, tokens]`, as logarithms to base 2."""
+        return products(queries, keys, 1) * SCORE_SCALE
+
     def score(slot, first, tokens, head, rows):
-        return products(q_rows[head, rows], head_keys(slot, first, tokens, head), 1) * SCORE_SCALE
+        return scores_of(q_rows[head, rows], head_keys(slot, first, tokens, head), head)
 
     def state_before(head, rows, begins):
         """The running sum and output of some rows of a KV head; where they begin, what the block before left counts for nothing."""
@@ -871,7 +875,7 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
             pltpu.VMEM((2048, 128), jnp.float32),  # by_token: one by token
             pltpu.VMEM((2, 512, 128), jnp.bfloat16),  # q_rows: one by KV head
             pltpu.VMEM((2, 256, 512), jnp.float32),  # next_scores: the first scores of the next turn
-            pltpu.VMEM((2, 512, 128), jnp.float32),  # row_max: running maximum, the same in every lane
+            pltpu.VMEM((2, 512, 128), jnp.float32),  # row_max: running maximum
             pltpu.VMEM((2, 512, 128), jnp.float32),  # row_sum: running sum, the same in every lane
             pltpu.VMEM((2, 512, 128), jnp.float32),  # acc: running output
             pltpu.VMEM((1, 256, 4, 128), jnp.bfloat16),  # out_rows: an output block on its way out
