@@ -280,7 +280,7 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
                     continue
                 block = max(min(block, most), serving.page_size)
                 for buffers in (3, 2):
-                    yield BlockTiles(
+                    tiles = BlockTiles(
                         q_block,
                         block,
                         min(tile, block),
@@ -293,6 +293,9 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
                         copy_sizes,
                         spare,
                     )
+                    # Where scores are turned, longer turns do not spill more on the diagonal.
+                    longer = tiles.turned(spec) and most_steps == TURN_STEPS
+                    yield replace(tiles, diagonal_heads=heads) if longer else tiles
 
 
 def turn_steps(spec: Spec, device: Chip, kind: str) -> tuple[int, int]:

@@ -24,10 +24,10 @@ from rpac.plan.query_rows import Sets, by_sequence, head_rows, units_by_sequence
 from rpac.spec import Model, Spec
 
 MERGE_TOKENS = 16  # new tokens that are put into a page at once
-# Pages under update: new tokens are fetched three steps ahead, and pages written out in three, which hides the latency of DMAs.
-UPDATE_AHEAD = 3
+# Pages under update: new tokens are fetched four steps ahead, and pages written out in four, which hides the latency of DMAs.
+UPDATE_AHEAD = 4
 NEW_BUFFERS = UPDATE_AHEAD + 1
-PAGE_BUFFERS = NEW_BUFFERS + 3
+PAGE_BUFFERS = NEW_BUFFERS + 4
 SCORES_AHEAD = 3  # flash steps whose scores are made before they are weighed: as many as keep the MXU busy meanwhile
 SCORES_AHEAD_AT_MOST = 3 * 256 * 512  # of them all: more are moved in and out of registers more often than it helps
 STEPS_PER_SCORE = 2  # at least: scores made ahead are code too

@@ -8,7 +8,7 @@ from typing import Any
 
 from rpac.layout import LANES, SUBLANES, packing
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, RowDims
-from rpac.plan.buffers import unit_tokens
+from rpac.plan.buffers import splits_words, unit_tokens
 from rpac.plan.tiles import (
     NEW_BUFFERS,
     PAGE_BUFFERS,
@@ -71,7 +71,7 @@ def tile_context(
         "pieces": tiles.tile // tiles.piece(page),
         "q_rows": spec.model.group * tiles.q_block,
         "row_steps": spec.model.group * tiles.q_block // tiles.step_rows,
-        **_sort_context(spec.model, tiles.q_block, tiles.turned(spec)),
+        **_sort_context(spec.model, tiles.q_block, tiles.turned(spec), 2 if splits_words(spec) else 4),
         "carries": tiles.carries(spec),
         **_tie_context(spec, tiles),
         "diagonal_turns": spec.model.kv_heads // tiles.diagonal_heads,
@@ -107,13 +107,13 @@ def _tie_context(spec: Spec, tiles: BlockTiles) -> Mapping[str, Any]:
     }
 
 
-def _sort_context(model: Model, q_block: int, turned: bool) -> Mapping[str, Any]:
+def _sort_context(model: Model, q_block: int, turned: bool, at_once: int) -> Mapping[str, Any]:
     """How the rows of a query block go from their order by token to one by head, and back."""
     context = {"sort_tokens": SORT_TOKENS, "sort_pieces": q_block // SORT_TOKENS, "exchange": exchange_of(model)}
     if not context["exchange"]:
         return {**context, "sort_rows": SORT_TOKENS * model.q_heads}
-    # Where rows lie along lanes, whole registers of them are sorted back, twice as many as must be: one hides the other's waits.
-    back = min(2 * max(LANES // model.group, SORT_TOKENS), q_block) if turned else SORT_TOKENS
+    # Where rows lie along lanes, whole registers of them are sorted back, several at a time: one hides the other's waits.
+    back = min(at_once * max(LANES // model.group, SORT_TOKENS), q_block) if turned else SORT_TOKENS
     return {
         **context,
         "back_tokens": back,

@@ -11,8 +11,8 @@ What was specialized:
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - decode: tiles of 256 tokens, no longer than the expected lengths, 4 of them a turn, so that one fills the other's waits; fetched 4 turns ahead, so that DMA latency hides
-- mixed: blocks of 256 queries against 2048 fetched tokens (2 buffers); computes 256 query rows of a head against 512 tokens at once
-- VMEM: 52,953,088 bytes counted, 62,914,560 allowed, 67,108,864 there
+- mixed: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
+- VMEM: 53,477,376 bytes counted, 62,914,560 allowed, 67,108,864 there
 """
 import jax
 import jax.numpy as jnp
@@ -364,7 +364,7 @@ def mixed_kernel(
 ):  # fmt: skip
     """Any number of new tokens for each of the sequences [distribution[0], distribution[2]): update their pages, then attend.
 
-    A step is one KV block against one query block. The fetch runs 1 steps ahead, across the ends of both.
+    A step is one KV block against one query block. The fetch runs 2 steps ahead, across the ends of both.
     """
     first_seq = distribution[0]
     end_seq = distribution[2]
@@ -375,7 +375,7 @@ def mixed_kernel(
     def q_len(seq):
         return cu_q_lens[seq + 1] - cu_q_lens[seq]
 
-    # ---- update cache: page by page, old tokens kept, new ones packed in; 3 pages ahead, 7 in flight
+    # ---- update cache: page by page, old tokens kept, new ones packed in; 4 pages ahead, 9 in flight
 
     def page_span(seq, page):
         """The new tokens of a page, as a range within it."""
@@ -409,15 +409,15 @@ def mixed_kernel(
         return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
 
     def load_page(step, seq, page):
-        slot = lax.rem(step, 7)
+        slot = lax.rem(step, 9)
 
         @pl.when(seq < end_seq)
         def _():
-            @pl.when(step >= 7)
+            @pl.when(step >= 9)
             def _():
-                page_write(seq, page, slot).wait()  # the write of 7 steps ago: as many bytes, this semaphore
+                page_write(seq, page, slot).wait()  # the write of 9 steps ago: as many bytes, this semaphore
 
-            for copy in new_token_copies(seq, page, lax.rem(step, 4)):
+            for copy in new_token_copies(seq, page, lax.rem(step, 5)):
                 copy.start()
             first, end = page_span(seq, page)
 
@@ -429,7 +429,7 @@ def mixed_kernel(
         return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
 
     def merge_page(step, seq, page):
-        slot, new_slot = lax.rem(step, 7), lax.rem(step, 4)
+        slot, new_slot = lax.rem(step, 9), lax.rem(step, 5)
         first, end = page_span(seq, page)
         for copy in new_token_copies(seq, page, new_slot):
             copy.wait()
@@ -464,32 +464,32 @@ def mixed_kernel(
 
         def body(carry):
             step, seq, page, *ahead = carry
-            ahead = load_page(step + 3, *ahead)
+            ahead = load_page(step + 4, *ahead)
             merge_page(step, seq, page)
             return step + 1, *next_page(seq, page), *ahead
 
         start = (first_seq, first_page(first_seq))
         ahead = start
-        for step in range(3):
+        for step in range(4):
             ahead = load_page(jnp.int32(step), *ahead)
         steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
 
         meanwhile()
 
         def drain(i, _):
-            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 7)).wait()
+            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 9)).wait()
             return 0
 
-        lax.fori_loop(0, jnp.minimum(steps, 7), drain, 0)
+        lax.fori_loop(0, jnp.minimum(steps, 9), drain, 0)
 
-    # ---- fetch KV: whole pages, into one of 2 buffers of 2048 tokens
+    # ---- fetch KV: whole pages, into one of 3 buffers of 1024 tokens
 
     def page_copy(seq, block, slot, page):
-        physical = page_indices[seq * PAGES_PER_SEQ + block * 16 + page]
+        physical = page_indices[seq * PAGES_PER_SEQ + block * 8 + page]
         return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, page], kv_sem.at[slot])
 
     def pages_of(kv_end, block):
-        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 16, 16)
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
 
     def start_block(kv_end, seq, block, slot):
         def one(page, _):
@@ -498,12 +498,12 @@ def mixed_kernel(
 
         pages = pages_of(kv_end, block)
 
-        @pl.when(pages == 16)
+        @pl.when(pages == 8)
         def _():
-            for page in range(16):
+            for page in range(8):
                 one(page, 0)
 
-        @pl.when(pages < 16)
+        @pl.when(pages < 8)
         def _():
             lax.fori_loop(0, pages, one, 0)
 
@@ -514,11 +514,11 @@ def mixed_kernel(
 
         pages = pages_of(kv_end, block)
 
-        @pl.when(pages == 16)
+        @pl.when(pages == 8)
         def _():
             pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
 
-        @pl.when(pages < 16)
+        @pl.when(pages < 8)
         def _():
             lax.fori_loop(0, pages, one, 0)
 
@@ -528,7 +528,7 @@ def mixed_kernel(
         return kv_lens[seq] - new + jnp.minimum((q_block + 1) * 256, new)
 
     def advance(seq, q_block, q_step, block):
-        last = (block + 1) * 2048 >= kv_end(seq, q_block)
+        last = (block + 1) * 1024 >= kv_end(seq, q_block)
         last_of_seq = last & ((q_block + 1) * 256 >= q_len(seq))
         return (
             jnp.where(last_of_seq, seq + 1, seq),
@@ -544,9 +544,9 @@ def mixed_kernel(
         def _():
             @pl.when(block == 0)
             def _():
-                query_copies(seq, q_block, lax.rem(q_step, 2), lambda copy: copy.start())
+                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.start())
 
-            start_block(kv_end(seq, q_block), seq, block, lax.rem(step, 2))
+            start_block(kv_end(seq, q_block), seq, block, lax.rem(step, 3))
 
     def next_fetch(at):
         seq, *within = at
@@ -754,9 +754,9 @@ def mixed_kernel(
         """Tiles that all queries of the block see whole."""
 
         def score_of(first, head, rows):
-            beyond = first >= 2048  # in the next block
-            at = jnp.where(beyond, lax.rem(slot + 1, 2), slot)
-            first = jnp.where(beyond, first - 2048, first)
+            beyond = first >= 1024  # in the next block
+            at = jnp.where(beyond, lax.rem(slot + 1, 3), slot)
+            first = jnp.where(beyond, first - 1024, first)
             return score(at, first, 512, head, rows)
 
         def place_from(first_tile):
@@ -793,21 +793,23 @@ def mixed_kernel(
         clear_all()
         start_fetch(0, start, ~fetched)
         ahead = next_fetch(start)
+        for step in range(1, 2):
+            ahead = fetch_ahead(step, *ahead)
 
         def body(carry):
             step, at, ahead, sent, carried = carry
             seq, q_block, q_step, block = at
-            ahead = fetch_ahead(step + 1, *ahead)
-            slot = lax.rem(step, 2)
+            ahead = fetch_ahead(step + 2, *ahead)
+            slot = lax.rem(step, 3)
             end = kv_end(seq, q_block)
-            valid = jnp.minimum(end - block * 2048, 2048)
-            last = (block + 1) * 2048 >= end
+            valid = jnp.minimum(end - block * 1024, 1024)
+            last = (block + 1) * 1024 >= end
             first_query = kv_lens[seq] - q_len(seq) + q_block * 256
 
             @pl.when(block == 0)
             def _():
-                query_copies(seq, q_block, lax.rem(q_step, 2), lambda copy: copy.wait())
-                begin(lax.rem(q_step, 2))
+                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.wait())
+                begin(lax.rem(q_step, 3))
 
             @pl.when(~carried)
             def _():
@@ -817,10 +819,10 @@ def mixed_kernel(
             def _():
                 clear_tail(slot, valid)
 
-            seen = first_query - block * 2048
-            plain = jnp.clip(lax.div(seen + 1, 512), 0, 4)
-            goes_on = ~last & (plain == 4)
-            wait_for_next = lambda: wait_block(end, seq, block + 1, lax.rem(step + 1, 2))
+            seen = first_query - block * 1024
+            plain = jnp.clip(lax.div(seen + 1, 512), 0, 2)
+            goes_on = ~last & (plain == 2)
+            wait_for_next = lambda: wait_block(end, seq, block + 1, lax.rem(step + 1, 3))
             plain_tiles(slot, plain, block == 0, (carried, goes_on, wait_for_next))
 
             def diagonal(tile, _):
@@ -849,7 +851,7 @@ def mixed_kernel(
     def _():
         start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
         # The first block comes while the last pages go, if none of these is in it.
-        early = first_page(first_seq) >= 16
+        early = first_page(first_seq) >= 8
         update_cache(lambda: start_fetch(0, start, early))
         attend(start, early)
 
@@ -864,22 +866,22 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
         out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
         input_output_aliases={7: 1, 8: 0},
         scratch_shapes=[
-            pltpu.VMEM((2, 16, 2, 8, 128, 128), jnp.bfloat16),  # kv: fetched blocks
-            pltpu.VMEM((4, 384, 8, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
-            pltpu.VMEM((4, 384, 8, 128), jnp.bfloat16),  # new_values: new values, likewise
-            pltpu.VMEM((7, 2, 8, 128, 128), jnp.bfloat16),  # page_rows: pages to update
-            pltpu.VMEM((2, 256, 32, 128), jnp.bfloat16),  # q_in: query blocks as they come
+            pltpu.VMEM((3, 8, 2, 8, 128, 128), jnp.bfloat16),  # kv: fetched blocks
+            pltpu.VMEM((5, 384, 8, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
+            pltpu.VMEM((5, 384, 8, 128), jnp.bfloat16),  # new_values: new values, likewise
+            pltpu.VMEM((9, 2, 8, 128, 128), jnp.bfloat16),  # page_rows: pages to update
+            pltpu.VMEM((3, 256, 32, 128), jnp.bfloat16),  # q_in: query blocks as they come
             pltpu.VMEM((8, 1024, 128), jnp.bfloat16),  # q_rows: one by KV head
             pltpu.VMEM((2, 256, 512), jnp.float32),  # next_scores: the first scores of the next turn
             pltpu.VMEM((8, 1024, 128), jnp.float32),  # row_max: running maximum
             pltpu.VMEM((8, 1024, 128), jnp.float32),  # row_sum: running sum, the same in every lane
             pltpu.VMEM((8, 1024, 128), jnp.float32),  # acc: running output
             pltpu.VMEM((1, 256, 32, 128), jnp.bfloat16),  # out_rows: an output block on its way out
-            pltpu.SemaphoreType.DMA((2,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((4,)),  # new_sem: new keys and values
-            pltpu.SemaphoreType.DMA((7,)),  # old_sem: pages that hold old tokens
-            pltpu.SemaphoreType.DMA((7,)),  # write_sem: cache writes
-            pltpu.SemaphoreType.DMA((2,)),  # q_sem: query blocks
+            pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
+            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
+            pltpu.SemaphoreType.DMA((9,)),  # old_sem: pages that hold old tokens
+            pltpu.SemaphoreType.DMA((9,)),  # write_sem: cache writes
+            pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
         ],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=62914560, disable_bounds_checks=True),

@@ -12,7 +12,7 @@ What was specialized:
 - K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
-- VMEM: 57,278,464 bytes counted, 67,108,864 allowed, 134,217,728 there
+- VMEM: 59,899,904 bytes counted, 75,497,472 allowed, 134,217,728 there
 """
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,6 @@ SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * l
 MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
 
 UNIT = 16  # tokens of the smallest piece of the cache that a DMA or a store reaches
-
-
-def widen(rows, lanes):
-    """Rows that hold one value in all 128 lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
-    return jnp.concatenate([rows] * (lanes // 128), axis=1)
 
 
 def products(rows, matrix, contracted):
@@ -83,7 +78,7 @@ def prefill_kernel(
     def q_len(seq):
         return CHUNK
 
-    # ---- update cache: page by page, old tokens kept, new ones packed in; 3 pages ahead, 7 in flight
+    # ---- update cache: page by page, old tokens kept, new ones packed in; 4 pages ahead, 9 in flight
 
     def page_span(seq, page):
         """The new tokens of a page, as a range within it."""
@@ -117,15 +112,15 @@ def prefill_kernel(
         return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
 
     def load_page(step, seq, page):
-        slot = lax.rem(step, 7)
+        slot = lax.rem(step, 9)
 
         @pl.when(seq < end_seq)
         def _():
-            @pl.when(step >= 7)
+            @pl.when(step >= 9)
             def _():
-                page_write(seq, page, slot).wait()  # the write of 7 steps ago: as many bytes, this semaphore
+                page_write(seq, page, slot).wait()  # the write of 9 steps ago: as many bytes, this semaphore
 
-            for copy in new_token_copies(seq, page, lax.rem(step, 4)):
+            for copy in new_token_copies(seq, page, lax.rem(step, 5)):
                 copy.start()
             first, end = page_span(seq, page)
 
@@ -137,7 +132,7 @@ def prefill_kernel(
         return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
 
     def merge_page(step, seq, page):
-        slot, new_slot = lax.rem(step, 7), lax.rem(step, 4)
+        slot, new_slot = lax.rem(step, 9), lax.rem(step, 5)
         first, end = page_span(seq, page)
         for copy in new_token_copies(seq, page, new_slot):
             copy.wait()
@@ -172,23 +167,23 @@ def prefill_kernel(
 
         def body(carry):
             step, seq, page, *ahead = carry
-            ahead = load_page(step + 3, *ahead)
+            ahead = load_page(step + 4, *ahead)
             merge_page(step, seq, page)
             return step + 1, *next_page(seq, page), *ahead
 
         start = (first_seq, first_page(first_seq))
         ahead = start
-        for step in range(3):
+        for step in range(4):
             ahead = load_page(jnp.int32(step), *ahead)
         steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
 
         meanwhile()
 
         def drain(i, _):
-            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 7)).wait()
+            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 9)).wait()
             return 0
 
-        lax.fori_loop(0, jnp.minimum(steps, 7), drain, 0)
+        lax.fori_loop(0, jnp.minimum(steps, 9), drain, 0)
 
     # ---- fetch KV: whole pages, into one of 3 buffers of 2048 tokens
 
@@ -335,8 +330,8 @@ def prefill_kernel(
         """Puts a block's output back in the order of its tokens, and clears the running maximum for the next one."""
 
         def unsort(piece):
-            tokens = pl.ds(pl.multiple_of(piece * 64, 64), 64)
-            rows = pl.ds(pl.multiple_of(piece * 256, 256), 256)
+            tokens = pl.ds(pl.multiple_of(piece * 128, 128), 128)
+            rows = pl.ds(pl.multiple_of(piece * 512, 512), 512)
 
             def out_of(head):
                 scale = 1.0 / row_sum[head, :, rows]
@@ -346,12 +341,12 @@ def prefill_kernel(
 
             for first in range(0, KV_HEADS, 4):
                 heads = slice(first * GROUP, (first + 4) * GROUP)
-                outs = [out_of(first + i).reshape(16, 16, HEAD_DIM) for i in range(4)]
+                outs = [out_of(first + i).reshape(32, 16, HEAD_DIM) for i in range(4)]
                 words = jnp.stack(exchange([pltpu.bitcast(out, jnp.uint32) for out in outs]), axis=1)
-                words = words.reshape(64, 8, HEAD_DIM)
+                words = words.reshape(128, 8, HEAD_DIM)
                 out_rows[slot, tokens, heads] = pltpu.bitcast(words, out_rows.dtype)
 
-        loop(4, unsort)
+        loop(2, unsort)
 
     def clear_tail(slot, valid):
         """Zeroes K and V from token `valid` to the end of those that are computed: neither a masked score nor a weight of 0 hides a NaN."""
@@ -535,10 +530,10 @@ def prefill_kernel(
             return scores_of(queries, keys, head)
 
         def place(turn):
-            piece = first_piece + lax.div(turn, 2)
-            return piece * 256, lax.rem(turn, 2) * 4
+            piece = first_piece + lax.div(turn, 1)
+            return piece * 256, lax.rem(turn, 1) * 8
 
-        flash_turns(pieces * 2, 4, 6, 6, 256, place, score_of, slot, begins)
+        flash_turns(pieces * 1, 8, 6, 6, 256, place, score_of, slot, begins)
 
     def attend(start, fetched):
         row, lane = (lax.broadcasted_iota(jnp.int32, which_query.shape, axis) for axis in range(2))
@@ -620,9 +615,9 @@ def attend_prefill(queries, keys, values, rows, kv_lens, page_indices, distribut
         input_output_aliases={6: 1},
         scratch_shapes=[
             pltpu.VMEM((3, 16, 2, 8, 128, 128), jnp.bfloat16),  # kv: fetched blocks
-            pltpu.VMEM((4, 384, 8, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
-            pltpu.VMEM((4, 384, 8, 128), jnp.bfloat16),  # new_values: new values, likewise
-            pltpu.VMEM((7, 2, 8, 128, 128), jnp.bfloat16),  # page_rows: pages to update
+            pltpu.VMEM((5, 384, 8, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
+            pltpu.VMEM((5, 384, 8, 128), jnp.bfloat16),  # new_values: new values, likewise
+            pltpu.VMEM((9, 2, 8, 128, 128), jnp.bfloat16),  # page_rows: pages to update
             pltpu.VMEM((3, 256, 32, 128), jnp.bfloat16),  # q_in: query blocks as they come
             pltpu.VMEM((8, 1024, 128), jnp.bfloat16),  # q_rows: one by KV head
             pltpu.VMEM((256, 128), jnp.bfloat16),  # which_query: a 1 where a lane is the row's query
@@ -634,13 +629,13 @@ def attend_prefill(queries, keys, values, rows, kv_lens, page_indices, distribut
             pltpu.VMEM((8, 128, 1024), jnp.float32),  # acc: running output
             pltpu.VMEM((1, 256, 32, 128), jnp.bfloat16),  # out_rows: an output block on its way out
             pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((4,)),  # new_sem: new keys and values
-            pltpu.SemaphoreType.DMA((7,)),  # old_sem: pages that hold old tokens
-            pltpu.SemaphoreType.DMA((7,)),  # write_sem: cache writes
+            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
+            pltpu.SemaphoreType.DMA((9,)),  # old_sem: pages that hold old tokens
+            pltpu.SemaphoreType.DMA((9,)),  # write_sem: cache writes
             pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=67108864, disable_bounds_checks=True),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=75497472, disable_bounds_checks=True),
         name="rpa_prefill",
     )(kv_lens, page_indices, distribution, queries, keys, values, rows)
 

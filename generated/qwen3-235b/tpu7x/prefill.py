@@ -14,7 +14,7 @@ What was specialized:
 - K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
-- VMEM: 14,778,368 bytes counted, 25,165,824 allowed, 67,108,864 there
+- VMEM: 15,237,120 bytes counted, 25,165,824 allowed, 67,108,864 there
 """
 import jax
 import jax.numpy as jnp
@@ -44,11 +44,6 @@ def tokens_below(limit, first, tokens):
     below = jnp.clip(limit - first - 4 * lax.broadcasted_iota(jnp.int32, (tokens // 4, HEAD_DIM), 0), 0, 4)
     some = jnp.left_shift(jnp.uint32(1), (below * 8).astype(jnp.uint32)) - jnp.uint32(1)
     return jnp.where(below == 4, jnp.uint32(0xFFFFFFFF), some)
-
-
-def widen(rows, lanes):
-    """Rows that hold one value in all 128 lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
-    return jnp.concatenate([rows] * (lanes // 128), axis=1)
 
 
 def products(rows, matrix, contracted):
@@ -98,7 +93,7 @@ def prefill_kernel(
     def q_len(seq):
         return CHUNK
 
-    # ---- update cache: page by page, old tokens kept, new ones packed in; 3 pages ahead, 7 in flight
+    # ---- update cache: page by page, old tokens kept, new ones packed in; 4 pages ahead, 9 in flight
 
     def page_span(seq, page):
         """The new tokens of a page, as a range within it."""
@@ -132,15 +127,15 @@ def prefill_kernel(
         return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
 
     def load_page(step, seq, page):
-        slot = lax.rem(step, 7)
+        slot = lax.rem(step, 9)
 
         @pl.when(seq < end_seq)
         def _():
-            @pl.when(step >= 7)
+            @pl.when(step >= 9)
             def _():
-                page_write(seq, page, slot).wait()  # the write of 7 steps ago: as many bytes, this semaphore
+                page_write(seq, page, slot).wait()  # the write of 9 steps ago: as many bytes, this semaphore
 
-            for copy in new_token_copies(seq, page, lax.rem(step, 4)):
+            for copy in new_token_copies(seq, page, lax.rem(step, 5)):
                 copy.start()
             first, end = page_span(seq, page)
 
@@ -152,7 +147,7 @@ def prefill_kernel(
         return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
 
     def merge_page(step, seq, page):
-        slot, new_slot = lax.rem(step, 7), lax.rem(step, 4)
+        slot, new_slot = lax.rem(step, 9), lax.rem(step, 5)
         first, end = page_span(seq, page)
         for copy in new_token_copies(seq, page, new_slot):
             copy.wait()
@@ -191,23 +186,23 @@ def prefill_kernel(
 
         def body(carry):
             step, seq, page, *ahead = carry
-            ahead = load_page(step + 3, *ahead)
+            ahead = load_page(step + 4, *ahead)
             merge_page(step, seq, page)
             return step + 1, *next_page(seq, page), *ahead
 
         start = (first_seq, first_page(first_seq))
         ahead = start
-        for step in range(3):
+        for step in range(4):
             ahead = load_page(jnp.int32(step), *ahead)
         steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
 
         meanwhile()
 
         def drain(i, _):
-            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 7)).wait()
+            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 9)).wait()
             return 0
 
-        lax.fori_loop(0, jnp.minimum(steps, 7), drain, 0)
+        lax.fori_loop(0, jnp.minimum(steps, 9), drain, 0)
 
     # ---- fetch KV: whole pages, into one of 3 buffers of 2048 tokens
 
@@ -340,8 +335,8 @@ def prefill_kernel(
         """Puts a block's output back in the order of its tokens, and clears the running maximum for the next one."""
 
         def unsort(piece):
-            tokens = pl.ds(pl.multiple_of(piece * 32, 32), 32)
-            rows = pl.ds(pl.multiple_of(piece * 256, 256), 256)
+            tokens = pl.ds(pl.multiple_of(piece * 64, 64), 64)
+            rows = pl.ds(pl.multiple_of(piece * 512, 512), 512)
 
             def out_of(head):
                 scale = kv_scales[1, head] / row_sum[head, :, rows]
@@ -351,9 +346,9 @@ def prefill_kernel(
 
             for first in range(0, KV_HEADS, 1):
                 heads = slice(first * GROUP, (first + 1) * GROUP)
-                out_rows[slot, tokens, heads] = out_of(first).reshape(32, GROUP, HEAD_DIM)
+                out_rows[slot, tokens, heads] = out_of(first).reshape(64, GROUP, HEAD_DIM)
 
-        loop(8, unsort)
+        loop(4, unsort)
 
     def clear_tail(slot, valid):
         """Zeroes K and V from token `valid` to the end of those that are computed: neither a masked score nor a weight of 0 hides a NaN."""
@@ -621,9 +616,9 @@ def attend_prefill(queries, keys, values, rows, kv_lens, page_indices, distribut
         input_output_aliases={7: 1},
         scratch_shapes=[
             pltpu.VMEM((3, 16, 2, 1, 128, 128), jnp.float8_e4m3fn),  # kv: fetched blocks
-            pltpu.VMEM((4, 384, 1, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
-            pltpu.VMEM((4, 384, 1, 128), jnp.bfloat16),  # new_values: new values, likewise
-            pltpu.VMEM((7, 2, 1, 128, 128), jnp.float8_e4m3fn),  # page_rows: pages to update
+            pltpu.VMEM((5, 384, 1, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
+            pltpu.VMEM((5, 384, 1, 128), jnp.bfloat16),  # new_values: new values, likewise
+            pltpu.VMEM((9, 2, 1, 128, 128), jnp.float8_e4m3fn),  # page_rows: pages to update
             pltpu.VMEM((256, 128), jnp.float32),  # by_head: new tokens, to be read by head
             pltpu.VMEM((3, 256, 8, 128), jnp.bfloat16),  # q_in: query blocks as they come
             pltpu.VMEM((1, 2048, 128), jnp.bfloat16),  # q_rows: one by KV head
@@ -636,9 +631,9 @@ def attend_prefill(queries, keys, values, rows, kv_lens, page_indices, distribut
             pltpu.VMEM((1, 128, 2048), jnp.float32),  # acc: running output
             pltpu.VMEM((1, 256, 8, 128), jnp.bfloat16),  # out_rows: an output block on its way out
             pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((4,)),  # new_sem: new keys and values
-            pltpu.SemaphoreType.DMA((7,)),  # old_sem: pages that hold old tokens
-            pltpu.SemaphoreType.DMA((7,)),  # write_sem: cache writes
+            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
+            pltpu.SemaphoreType.DMA((9,)),  # old_sem: pages that hold old tokens
+            pltpu.SemaphoreType.DMA((9,)),  # write_sem: cache writes
             pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
         ],

@@ -11,7 +11,7 @@ What was specialized:
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - decode: blocks of 1024 tokens, as long as the expected lengths and the registers for scores allow; 10 buffers, so that DMA latency hides behind 9 blocks in flight
 - mixed: blocks of 64 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
-- VMEM: 14,041,088 bytes counted, 25,165,824 allowed, 134,217,728 there
+- VMEM: 14,630,912 bytes counted, 25,165,824 allowed, 134,217,728 there
 """
 import jax
 import jax.numpy as jnp
@@ -425,7 +425,7 @@ def mixed_kernel(
     def q_len(seq):
         return cu_q_lens[seq + 1] - cu_q_lens[seq]
 
-    # ---- update cache: page by page, old tokens kept, new ones packed in; 3 pages ahead, 7 in flight
+    # ---- update cache: page by page, old tokens kept, new ones packed in; 4 pages ahead, 9 in flight
 
     def page_span(seq, page):
         """The new tokens of a page, as a range within it."""
@@ -459,15 +459,15 @@ def mixed_kernel(
         return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
 
     def load_page(step, seq, page):
-        slot = lax.rem(step, 7)
+        slot = lax.rem(step, 9)
 
         @pl.when(seq < end_seq)
         def _():
-            @pl.when(step >= 7)
+            @pl.when(step >= 9)
             def _():
-                page_write(seq, page, slot).wait()  # the write of 7 steps ago: as many bytes, this semaphore
+                page_write(seq, page, slot).wait()  # the write of 9 steps ago: as many bytes, this semaphore
 
-            for copy in new_token_copies(seq, page, lax.rem(step, 4)):
+            for copy in new_token_copies(seq, page, lax.rem(step, 5)):
                 copy.start()
             first, end = page_span(seq, page)
 
@@ -479,7 +479,7 @@ def mixed_kernel(
         return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
 
     def merge_page(step, seq, page):
-        slot, new_slot = lax.rem(step, 7), lax.rem(step, 4)
+        slot, new_slot = lax.rem(step, 9), lax.rem(step, 5)
         first, end = page_span(seq, page)
         for copy in new_token_copies(seq, page, new_slot):
             copy.wait()
@@ -506,23 +506,23 @@ def mixed_kernel(
 
         def body(carry):
             step, seq, page, *ahead = carry
-            ahead = load_page(step + 3, *ahead)
+            ahead = load_page(step + 4, *ahead)
             merge_page(step, seq, page)
             return step + 1, *next_page(seq, page), *ahead
 
         start = (first_seq, first_page(first_seq))
         ahead = start
-        for step in range(3):
+        for step in range(4):
             ahead = load_page(jnp.int32(step), *ahead)
         steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
 
         meanwhile()
 
         def drain(i, _):
-            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 7)).wait()
+            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 9)).wait()
             return 0
 
-        lax.fori_loop(0, jnp.minimum(steps, 7), drain, 0)
+        lax.fori_loop(0, jnp.minimum(steps, 9), drain, 0)
 
     # ---- fetch KV: whole pages, into one of 3 buffers of 1024 tokens
 
@@ -926,9 +926,9 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
             pltpu.VMEM((3, 4096, 128), jnp.bfloat16),  # kv: fetched blocks
             pltpu.VMEM((512, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
             pltpu.VMEM((512, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
-            pltpu.VMEM((4, 320, 2, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
-            pltpu.VMEM((4, 320, 2, 128), jnp.bfloat16),  # new_values: new values, likewise
-            pltpu.VMEM((7, 512, 128), jnp.bfloat16),  # page_rows: pages to update
+            pltpu.VMEM((5, 320, 2, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
+            pltpu.VMEM((5, 320, 2, 128), jnp.bfloat16),  # new_values: new values, likewise
+            pltpu.VMEM((9, 512, 128), jnp.bfloat16),  # page_rows: pages to update
             pltpu.VMEM((32, 128), jnp.uint32),  # packed: new tokens in the cache's form
             pltpu.VMEM((3, 64, 16, 128), jnp.bfloat16),  # q_in: query blocks as they come
             pltpu.VMEM((2, 512, 128), jnp.bfloat16),  # q_rows: one by KV head
@@ -938,9 +938,9 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
             pltpu.VMEM((2, 512, 128), jnp.float32),  # acc: running output
             pltpu.VMEM((1, 64, 16, 128), jnp.bfloat16),  # out_rows: an output block on its way out
             pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((4,)),  # new_sem: new keys and values
-            pltpu.SemaphoreType.DMA((7,)),  # old_sem: pages that hold old tokens
-            pltpu.SemaphoreType.DMA((7,)),  # write_sem: cache writes
+            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
+            pltpu.SemaphoreType.DMA((9,)),  # old_sem: pages that hold old tokens
+            pltpu.SemaphoreType.DMA((9,)),  # write_sem: cache writes
             pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
         ],

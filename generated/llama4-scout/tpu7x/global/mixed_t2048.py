@@ -369,7 +369,7 @@ def mixed_kernel(
     def q_len(seq):
         return cu_q_lens[seq + 1] - cu_q_lens[seq]
 
-    # ---- update cache: page by page, old tokens kept, new ones packed in; 3 pages ahead, 7 in flight
+    # ---- update cache: page by page, old tokens kept, new ones packed in; 4 pages ahead, 9 in flight
 
     def page_span(seq, page):
         """The new tokens of a page, as a range within it."""
@@ -403,15 +403,15 @@ def mixed_kernel(
         return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
 
     def load_page(step, seq, page):
-        slot = lax.rem(step, 7)
+        slot = lax.rem(step, 9)
 
         @pl.when(seq < end_seq)
         def _():
-            @pl.when(step >= 7)
+            @pl.when(step >= 9)
             def _():
-                page_write(seq, page, slot).wait()  # the write of 7 steps ago: as many bytes, this semaphore
+                page_write(seq, page, slot).wait()  # the write of 9 steps ago: as many bytes, this semaphore
 
-            for copy in new_token_copies(seq, page, lax.rem(step, 4)):
+            for copy in new_token_copies(seq, page, lax.rem(step, 5)):
                 copy.start()
             first, end = page_span(seq, page)
 
@@ -423,7 +423,7 @@ def mixed_kernel(
         return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
 
     def merge_page(step, seq, page):
-        slot, new_slot = lax.rem(step, 7), lax.rem(step, 4)
+        slot, new_slot = lax.rem(step, 9), lax.rem(step, 5)
         first, end = page_span(seq, page)
         for copy in new_token_copies(seq, page, new_slot):
             copy.wait()
@@ -458,23 +458,23 @@ def mixed_kernel(
 
         def body(carry):
             step, seq, page, *ahead = carry
-            ahead = load_page(step + 3, *ahead)
+            ahead = load_page(step + 4, *ahead)
             merge_page(step, seq, page)
             return step + 1, *next_page(seq, page), *ahead
 
         start = (first_seq, first_page(first_seq))
         ahead = start
-        for step in range(3):
+        for step in range(4):
             ahead = load_page(jnp.int32(step), *ahead)
         steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
 
         meanwhile()
 
         def drain(i, _):
-            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 7)).wait()
+            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 9)).wait()
             return 0
 
-        lax.fori_loop(0, jnp.minimum(steps, 7), drain, 0)
+        lax.fori_loop(0, jnp.minimum(steps, 9), drain, 0)
 
     # ---- fetch KV: whole pages, into one of 3 buffers of 2048 tokens
 
@@ -858,9 +858,9 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
         input_output_aliases={7: 1, 8: 0},
         scratch_shapes=[
             pltpu.VMEM((3, 16, 2, 1, 128, 128), jnp.bfloat16),  # kv: fetched blocks
-            pltpu.VMEM((4, 384, 1, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
-            pltpu.VMEM((4, 384, 1, 128), jnp.bfloat16),  # new_values: new values, likewise
-            pltpu.VMEM((7, 2, 1, 128, 128), jnp.bfloat16),  # page_rows: pages to update
+            pltpu.VMEM((5, 384, 1, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
+            pltpu.VMEM((5, 384, 1, 128), jnp.bfloat16),  # new_values: new values, likewise
+            pltpu.VMEM((9, 2, 1, 128, 128), jnp.bfloat16),  # page_rows: pages to update
             pltpu.VMEM((3, 256, 5, 128), jnp.bfloat16),  # q_in: query blocks as they come
             pltpu.VMEM((2048, 128), jnp.float32),  # by_token: one by token
             pltpu.VMEM((1, 1280, 128), jnp.bfloat16),  # q_rows: one by KV head
@@ -870,9 +870,9 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
             pltpu.VMEM((1, 1280, 128), jnp.float32),  # acc: running output
             pltpu.VMEM((1, 256, 5, 128), jnp.bfloat16),  # out_rows: an output block on its way out
             pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((4,)),  # new_sem: new keys and values
-            pltpu.SemaphoreType.DMA((7,)),  # old_sem: pages that hold old tokens
-            pltpu.SemaphoreType.DMA((7,)),  # write_sem: cache writes
+            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
+            pltpu.SemaphoreType.DMA((9,)),  # old_sem: pages that hold old tokens
+            pltpu.SemaphoreType.DMA((9,)),  # write_sem: cache writes
             pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
             pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
         ],
