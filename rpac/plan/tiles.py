@@ -222,6 +222,12 @@ class BlockTiles:
         whole = self.step_rows % LANES == 0 and LANES % spec.model.group == 0 and exchange_of(spec.model) > 0
         return self.spare and whole and self._slots(spec.model, TURNED_SLOTS) > TURNED_AHEAD
 
+    def own_values(self, spec: Spec) -> bool:
+        """Whether the MXU takes no more of a row than a head's own values: turned, these are whole registers of rows."""
+        model = spec.model
+        own = model.head_dim != head_lanes(model) and model.head_dim % (SUBLANES * packing(model.q_dtype)) == 0
+        return own and self.turned(spec)
+
     def _slots(self, model: Model, most: int) -> int:
         return math.gcd(self.steps(model, self.heads), self.steps(model, self.diagonal_heads), most)
 
@@ -286,7 +292,7 @@ class BlockTiles:
         most, state, sinks = (self.step_rows, LANES), (q_rows, LANES), (align(model.group, SUBLANES), LANES)
         same = "a part in every lane" if tie else "the same in every lane"
         if turned:  # rows along lanes
-            scores, acc = (self.tile, self.step_rows), (head_lanes(model), q_rows)
+            scores, acc = (self.tile, self.step_rows), (model.head_dim if self.own_values(spec) else head_lanes(model), q_rows)
             most, state, sinks = (SUBLANES, self.step_rows), (SUBLANES, q_rows), (SUBLANES, LANES)
             same = "the same in every sublane"
         log_rows = (Buffer("log_rows", (q_rows, LANES), "float32", "logarithms of sums of one KV head, by row"),)

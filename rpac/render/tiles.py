@@ -89,6 +89,7 @@ def _tie_context(spec: Spec, tiles: BlockTiles) -> Mapping[str, Any]:
     by_lane = tie is not None and not turned  # a part of each sum in every lane, so of a sink's
     context: dict[str, Any] = {
         "turned": turned,
+        "own_values": tiles.own_values(spec),
         "tied": tie is not None,
         "sum_of": "across({})".format if by_lane else str,  # of what row_sum holds
         "sum_of_sink": "1 / 128" if by_lane else "1.0",

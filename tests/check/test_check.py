@@ -354,5 +354,8 @@ def test_an_output_that_is_not_waited_for_shows_where_copies_are_made_late() -> 
     trial = Trial("short", (1, 1), (17, 3), 2)
     eager, on_wait = check_source(TINY, plan, hasty, trials=[trial])
     assert eager.error < eager.tolerance, "it was written when the copy was started"
-    assert len(eager.races) == 1
+    # One race, which the interpreter misses in one run of some twenty; what was not waited for it always counts.
+    assert len(eager.races) <= 1
+    assert any("non-zero count" in note for note in eager.notes)
+    assert not eager.ok
     assert math.isinf(on_wait.error), "it was never written"

@@ -11,7 +11,6 @@ What was specialized:
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - decode: blocks of 1024 tokens, as long as the expected lengths and the registers for scores allow; 4 buffers, so that DMA latency hides behind 3 blocks in flight
 - mixed: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
-- tuned: 1.000 of the rule's time, predicted with libtpu 0.0.42.1, seed 0
 - VMEM: 47,349,760 bytes counted, 58,720,256 allowed, 67,108,864 there
 """
 import jax

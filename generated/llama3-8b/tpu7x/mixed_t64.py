@@ -9,10 +9,9 @@ What was specialized:
 - pages of 128 tokens, 64 a sequence, up to 64 sequences
 - token buckets that use it: 64
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
-- decode: blocks of 1024 tokens, as long as the expected lengths and the registers for scores allow; 6 buffers, so that DMA latency hides behind 5 blocks in flight
-- mixed: blocks of 32 queries against 512 fetched tokens (3 buffers); computes 128 query rows of a head against 512 tokens at once
-- tuned: 0.971 of the rule's time, predicted with libtpu 0.0.42.1, seed 0
-- VMEM: 35,082,240 bytes counted, 50,331,648 allowed, 67,108,864 there
+- decode: blocks of 1024 tokens, as long as the expected lengths and the registers for scores allow; 4 buffers, so that DMA latency hides behind 3 blocks in flight
+- mixed: blocks of 64 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
+- VMEM: 37,224,448 bytes counted, 50,331,648 allowed, 67,108,864 there
 """
 import jax
 import jax.numpy as jnp
@@ -92,12 +91,12 @@ def decode_kernel(
 ):  # fmt: skip
     """One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.
 
-    A step is one KV block of one sequence. The fetch runs 5 steps ahead, across the ends of sequences.
+    A step is one KV block of one sequence. The fetch runs 3 steps ahead, across the ends of sequences.
     While one block is computed, the words of the next are split into K and V: the one keeps the MXU busy, the other the stores.
     """
     num_seqs = distribution[0]
 
-    # ---- fetch KV: whole pages, into one of 6 buffers of 1024 tokens
+    # ---- fetch KV: whole pages, into one of 4 buffers of 1024 tokens
 
     def page_copy(seq, block, slot, page):
         physical = page_indices[seq * PAGES_PER_SEQ + block * 8 + page]
@@ -145,7 +144,7 @@ def decode_kernel(
     def fetch_ahead(step, seq, block):
         @pl.when(seq < num_seqs)
         def _():
-            start_block(kv_lens[seq], seq, block, lax.rem(step, 6))
+            start_block(kv_lens[seq], seq, block, lax.rem(step, 4))
 
         next_seq, next_block = advance(jnp.minimum(seq, num_seqs - 1), block)
         return jnp.where(seq < num_seqs, next_seq, seq), jnp.where(seq < num_seqs, next_block, block)
@@ -297,7 +296,7 @@ def decode_kernel(
     def _():
         start = (jnp.int32(0), jnp.int32(0))
         ahead = start
-        for step in range(5):
+        for step in range(3):
             ahead = fetch_ahead(step, *ahead)
         loads = [
             pltpu.make_async_copy(source.at[pl.ds(0, 64)], target, load_sem.at[i])
@@ -311,7 +310,7 @@ def decode_kernel(
 
         def arrive(step, seq, block):
             """Waits for a block; at the end of its sequence, puts the new token in and clears what lies behind."""
-            slot = lax.rem(step, 6)
+            slot = lax.rem(step, 4)
             kv_len = kv_lens[seq]
             wait_block(kv_len, seq, block, slot)
 
@@ -325,7 +324,7 @@ def decode_kernel(
 
         def body(carry):
             step, seq, block, *ahead = carry
-            ahead = fetch_ahead(step + 5, *ahead)
+            ahead = fetch_ahead(step + 3, *ahead)
             kv_len = kv_lens[seq]
             valid = jnp.minimum(kv_len - block * 1024, 1024)
             following = advance(seq, block)
@@ -338,7 +337,7 @@ def decode_kernel(
             def _():
                 begin(seq)
 
-            next_slot = lax.rem(step + 1, 6)
+            next_slot = lax.rem(step + 1, 4)
             pl.when(lax.rem(step, 2) == 0)(lambda: flash_step(valid, 0, next_slot))
             pl.when(lax.rem(step, 2) == 1)(lambda: flash_step(valid, 1, next_slot))
 
@@ -368,7 +367,7 @@ def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distributi
         out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
         input_output_aliases={6: 1},
         scratch_shapes=[
-            pltpu.VMEM((6, 16384, 128), jnp.bfloat16),  # kv: fetched blocks
+            pltpu.VMEM((4, 16384, 128), jnp.bfloat16),  # kv: fetched blocks
             pltpu.VMEM((2, 4096, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
             pltpu.VMEM((2, 4096, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
             pltpu.VMEM((64, 32, 128), jnp.bfloat16),  # q_all: queries of every sequence
@@ -381,7 +380,7 @@ def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distributi
             pltpu.VMEM((64, 128), jnp.float32),  # row_sum: running sum, the same in every lane
             pltpu.VMEM((64, 128), jnp.float32),  # acc: running output
             pltpu.VMEM((4, 32, 128), jnp.bfloat16),  # out_rows: outputs on their way out
-            pltpu.SemaphoreType.DMA((6,)),  # kv_sem: fetches
+            pltpu.SemaphoreType.DMA((4,)),  # kv_sem: fetches
             pltpu.SemaphoreType.DMA((3,)),  # load_sem: queries, keys, values
             pltpu.SemaphoreType.DMA((4,)),  # unit_sem: cache writes
             pltpu.SemaphoreType.DMA((4,)),  # out_sem: outputs
@@ -532,15 +531,15 @@ def mixed_kernel(
 
         lax.fori_loop(0, jnp.minimum(steps, 9), drain, 0)
 
-    # ---- fetch KV: whole pages, into one of 3 buffers of 512 tokens
+    # ---- fetch KV: whole pages, into one of 3 buffers of 1024 tokens
 
     def page_copy(seq, block, slot, page):
-        physical = page_indices[seq * PAGES_PER_SEQ + block * 4 + page]
+        physical = page_indices[seq * PAGES_PER_SEQ + block * 8 + page]
         rows = pl.ds(page * PAGE_ROWS, PAGE_ROWS)
         return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, rows], kv_sem.at[slot])
 
     def pages_of(kv_end, block):
-        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 4, 4)
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 8, 8)
 
     def start_block(kv_end, seq, block, slot):
         def one(page, _):
@@ -549,12 +548,12 @@ def mixed_kernel(
 
         pages = pages_of(kv_end, block)
 
-        @pl.when(pages == 4)
+        @pl.when(pages == 8)
         def _():
-            for page in range(4):
+            for page in range(8):
                 one(page, 0)
 
-        @pl.when(pages < 4)
+        @pl.when(pages < 8)
         def _():
             lax.fori_loop(0, pages, one, 0)
 
@@ -565,22 +564,22 @@ def mixed_kernel(
 
         pages = pages_of(kv_end, block)
 
-        @pl.when(pages == 4)
+        @pl.when(pages == 8)
         def _():
             pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
 
-        @pl.when(pages < 4)
+        @pl.when(pages < 8)
         def _():
             lax.fori_loop(0, pages, one, 0)
 
     def kv_end(seq, q_block):
         """The number of tokens that the last query of a block attends to."""
         new = q_len(seq)
-        return kv_lens[seq] - new + jnp.minimum((q_block + 1) * 32, new)
+        return kv_lens[seq] - new + jnp.minimum((q_block + 1) * 64, new)
 
     def advance(seq, q_block, q_step, block):
-        last = (block + 1) * 512 >= kv_end(seq, q_block)
-        last_of_seq = last & ((q_block + 1) * 32 >= q_len(seq))
+        last = (block + 1) * 1024 >= kv_end(seq, q_block)
+        last_of_seq = last & ((q_block + 1) * 64 >= q_len(seq))
         return (
             jnp.where(last_of_seq, seq + 1, seq),
             jnp.where(last, jnp.where(last_of_seq, 0, q_block + 1), q_block),
@@ -608,17 +607,17 @@ def mixed_kernel(
         start_fetch(step, at)
         return next_fetch(at)
 
-    # ---- query blocks: 32 tokens in and out in their natural layout, by KV head inside
+    # ---- query blocks: 64 tokens in and out in their natural layout, by KV head inside
 
     def block_copies(seq, block, make, act):
         """Acts on copies that together hold the block's tokens and no others, in sizes that are powers of two."""
-        tokens = jnp.minimum(q_len(seq) - block * 32, 32)
-        for size in (32, 16, 8, 4, 2, 1):
+        tokens = jnp.minimum(q_len(seq) - block * 64, 64)
+        for size in (64, 32, 16, 8, 4, 2, 1):
 
             @pl.when((tokens & size) > 0)
             def _(size=size):
                 first = tokens & ~(2 * size - 1)
-                act(make(q_start(seq) + block * 32 + first, first, size))
+                act(make(q_start(seq) + block * 64 + first, first, size))
 
     def query_copies(seq, block, slot, act):
         def make(token, first, size):
@@ -647,7 +646,7 @@ def mixed_kernel(
 
     def clear_all():
         def one(piece):
-            rows = pl.ds(lax.rem(piece, 1) * 128, 128)
+            rows = pl.ds(lax.rem(piece, 1) * 256, 256)
             clear(lax.div(piece, 1), rows)
 
         loop(KV_HEADS * 1, one)
@@ -669,7 +668,7 @@ def mixed_kernel(
         return parts
 
     def begin(slot):
-        """Sorts a query block by KV head, `[KV_HEADS, 32 * GROUP, HEAD_DIM]`."""
+        """Sorts a query block by KV head, `[KV_HEADS, 64 * GROUP, HEAD_DIM]`."""
 
         def sort(piece):
             tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
@@ -680,7 +679,7 @@ def mixed_kernel(
                 for i, part in enumerate(exchange([words[:, i] for i in range(4)])):
                     q_rows[first + i, rows] = pltpu.bitcast(part, q_rows.dtype).reshape(64, HEAD_DIM)
 
-        loop(2, sort)
+        loop(4, sort)
 
     def finish(slot):
         """Puts a block's output back in the order of its tokens, and clears the running maximum for the next one."""
@@ -701,7 +700,7 @@ def mixed_kernel(
                 words = words.reshape(16, 8, HEAD_DIM)
                 out_rows[slot, tokens, heads] = pltpu.bitcast(words, out_rows.dtype)
 
-        loop(2, unsort)
+        loop(4, unsort)
 
     def clear_tail(slot, valid):
         """Zeroes the tokens from `valid` to the end of those that are computed: a weight of 0 does not hide a NaN in V."""
@@ -758,7 +757,7 @@ def mixed_kernel(
         index = lax.broadcasted_iota(jnp.int32, shape, axis)
         return (index >> 1) + (index & 1) * 128
 
-    # ---- flash steps: 128 query rows of one head against one tile, or on the diagonal against one piece of it
+    # ---- flash steps: 256 query rows of one head against one tile, or on the diagonal against one piece of it
 
     def scores_of(queries, keys, head):
         """`[query rows, tokens]`, as logarithms to base 2."""
@@ -791,7 +790,7 @@ def mixed_kernel(
         A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, the first of the next turn
         at its end: so the MXU and the vector units work at once.
         """
-        steps = [(head, pl.ds(row, 128)) for head in range(heads) for row in range(0, 128, 128)]
+        steps = [(head, pl.ds(row, 256)) for head in range(heads) for row in range(0, 256, 256)]
 
         def scores_of(turn, step):
             first, head = place(turn)
@@ -846,7 +845,7 @@ def mixed_kernel(
         def make_limits(piece, _):
             shape = (256, 128)
             token = (first_piece + piece) * 256 + piece_tokens(shape, 0)
-            for step, row in enumerate(range(0, 128, 128)):
+            for step, row in enumerate(range(0, 256, 256)):
                 query = first_query + query_of(row) + lax.broadcasted_iota(jnp.int32, shape, 1)
                 limits[piece, step] = jnp.where(token <= query, 0.0, MASKED).astype(limits.dtype)
             return 0
@@ -855,7 +854,7 @@ def mixed_kernel(
 
         def score_of(first, head, rows):
             queries = jnp.concatenate([q_rows[head, rows], which_query[...]], axis=1)
-            own_limits = limits[lax.div(first, 256) - first_piece, rows.start // 128]
+            own_limits = limits[lax.div(first, 256) - first_piece, rows.start // 256]
             keys = jnp.concatenate([head_keys(slot, first, 256, head), own_limits], axis=1)
             return scores_of(queries, keys, head)
 
@@ -880,9 +879,9 @@ def mixed_kernel(
             ahead = fetch_ahead(step + 2, *ahead)
             slot = lax.rem(step, 3)
             end = kv_end(seq, q_block)
-            valid = jnp.minimum(end - block * 512, 512)
-            last = (block + 1) * 512 >= end
-            first_query = kv_lens[seq] - q_len(seq) + q_block * 32
+            valid = jnp.minimum(end - block * 1024, 1024)
+            last = (block + 1) * 1024 >= end
+            first_query = kv_lens[seq] - q_len(seq) + q_block * 64
 
             @pl.when(block == 0)
             def _():
@@ -895,8 +894,8 @@ def mixed_kernel(
             def _():
                 clear_tail(slot, valid)
 
-            seen = first_query - block * 512
-            plain = jnp.clip(lax.div(seen + 1, 512), 0, 1)
+            seen = first_query - block * 1024
+            plain = jnp.clip(lax.div(seen + 1, 512), 0, 2)
             plain_tiles(slot, plain, block == 0)
 
             def diagonal(tile, _):
@@ -925,7 +924,7 @@ def mixed_kernel(
     def _():
         start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
         # The first block comes while the last pages go, if none of these is in it.
-        early = first_page(first_seq) >= 4
+        early = first_page(first_seq) >= 8
         update_cache(lambda: start_fetch(0, start, early))
         attend(start, early)
 
@@ -940,22 +939,22 @@ def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_l
         out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
         input_output_aliases={7: 1, 8: 0},
         scratch_shapes=[
-            pltpu.VMEM((3, 8192, 128), jnp.bfloat16),  # kv: fetched blocks
+            pltpu.VMEM((3, 16384, 128), jnp.bfloat16),  # kv: fetched blocks
             pltpu.VMEM((2048, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
             pltpu.VMEM((2048, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
             pltpu.VMEM((5, 320, 8, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
             pltpu.VMEM((5, 320, 8, 128), jnp.bfloat16),  # new_values: new values, likewise
             pltpu.VMEM((9, 2048, 128), jnp.bfloat16),  # page_rows: pages to update
             pltpu.VMEM((128, 128), jnp.uint32),  # packed: new tokens in the cache's form
-            pltpu.VMEM((3, 32, 32, 128), jnp.bfloat16),  # q_in: query blocks as they come
-            pltpu.VMEM((8, 128, 128), jnp.bfloat16),  # q_rows: one by KV head
-            pltpu.VMEM((128, 128), jnp.bfloat16),  # which_query: a 1 where a lane is the row's query
+            pltpu.VMEM((3, 64, 32, 128), jnp.bfloat16),  # q_in: query blocks as they come
+            pltpu.VMEM((8, 256, 128), jnp.bfloat16),  # q_rows: one by KV head
+            pltpu.VMEM((256, 128), jnp.bfloat16),  # which_query: a 1 where a lane is the row's query
             pltpu.VMEM((2, 1, 256, 128), jnp.bfloat16),  # limits: by token and query: 0, or what masks a score
-            pltpu.VMEM((2, 128, 512), jnp.float32),  # next_scores: the first scores of the next turn
-            pltpu.VMEM((8, 128, 128), jnp.float32),  # row_max: running maximum
-            pltpu.VMEM((8, 128, 128), jnp.float32),  # row_sum: running sum, the same in every lane
-            pltpu.VMEM((8, 128, 128), jnp.float32),  # acc: running output
-            pltpu.VMEM((1, 32, 32, 128), jnp.bfloat16),  # out_rows: an output block on its way out
+            pltpu.VMEM((2, 256, 512), jnp.float32),  # next_scores: the first scores of the next turn
+            pltpu.VMEM((8, 256, 128), jnp.float32),  # row_max: running maximum
+            pltpu.VMEM((8, 256, 128), jnp.float32),  # row_sum: running sum, the same in every lane
+            pltpu.VMEM((8, 256, 128), jnp.float32),  # acc: running output
+            pltpu.VMEM((1, 64, 32, 128), jnp.bfloat16),  # out_rows: an output block on its way out
             pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
             pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
             pltpu.SemaphoreType.DMA((9,)),  # old_sem: pages that hold old tokens
