@@ -18,7 +18,7 @@ from rpac.plan.query_rows import head_rows
 from rpac.plan.sizes import copy_sizes_of, power_of_two_from, power_of_two_to, step_rows_of
 from rpac.plan.tiles import LONG_TILE, MERGE_TOKENS, BlockTiles, DecodeTiles, GroupTiles, XlaTiles
 from rpac.plan.tuned import Entry, TunedTiles
-from rpac.spec import Spec
+from rpac.spec import Model, Spec
 
 KIND_ORDER = ("decode", "prefill", "mixed")
 MIB = 1 << 20
@@ -271,9 +271,7 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
         for q_block in _q_blocks(spec, kind, tokens):
             rows = model.group * q_block
             step_rows = step_rows_of(rows, STEP_ROWS)
-            heads, diagonal_heads = (
-                math.gcd(model.kv_heads, max(steps * step_rows // rows, 1)) for steps in most_steps
-            )
+            heads, diagonal_heads = (_heads_of(model, rows // step_rows, steps) for steps in most_steps)
             copy_sizes = copy_sizes_of(kind, q_block, tokens)
             for block in blocks:
                 if block < tile == LONG_TILE:
@@ -293,14 +291,23 @@ def _block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
                         copy_sizes,
                         spare,
                     )
-                    # Where scores are turned, longer turns do not spill more on the diagonal.
-                    longer = tiles.turned(spec) and most_steps == TURN_STEPS
-                    yield replace(tiles, diagonal_heads=heads) if longer else tiles
+                    most_diagonal = turn_steps(spec, device, kind, tiles.turned(spec))[1]
+                    yield replace(tiles, diagonal_heads=_heads_of(model, rows // step_rows, most_diagonal))
 
 
-def turn_steps(spec: Spec, device: Chip, kind: str) -> tuple[int, int]:
-    """Flash steps that one piece of a prefill or mixed kernel's code may have, and those on the diagonal."""
-    return FEWER_STEPS[kind] if device.mxu_size <= LANES or splits_words(spec) else TURN_STEPS
+def _heads_of(model: Model, steps: int, most: int) -> int:
+    """KV heads of a piece of code that may have `most` steps, `steps` of each head."""
+    return math.gcd(model.kv_heads, max(most // steps, 1))
+
+
+def turn_steps(spec: Spec, device: Chip, kind: str, turned: bool = False) -> tuple[int, int]:
+    """Flash steps that one piece of a prefill or mixed kernel's code may have, and those on the diagonal.
+
+    `turned`: scores are, so that longer turns on the diagonal do not spill more.
+    """
+    if device.mxu_size <= LANES or splits_words(spec):
+        return FEWER_STEPS[kind]
+    return (TURN_STEPS[0], TURN_STEPS[0]) if turned else TURN_STEPS
 
 
 def _reach(spec: Spec, queries: int) -> tuple[int, ...]:

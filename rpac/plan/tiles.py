@@ -292,7 +292,10 @@ class BlockTiles:
         most, state, sinks = (self.step_rows, LANES), (q_rows, LANES), (align(model.group, SUBLANES), LANES)
         same = "a part in every lane" if tie else "the same in every lane"
         if turned:  # rows along lanes
-            scores, acc = (self.tile, self.step_rows), (model.head_dim if self.own_values(spec) else head_lanes(model), q_rows)
+            scores, acc = (
+                (self.tile, self.step_rows),
+                (model.head_dim if self.own_values(spec) else head_lanes(model), q_rows),
+            )
             most, state, sinks = (SUBLANES, self.step_rows), (SUBLANES, q_rows), (SUBLANES, LANES)
             same = "the same in every sublane"
         log_rows = (Buffer("log_rows", (q_rows, LANES), "float32", "logarithms of sums of one KV head, by row"),)

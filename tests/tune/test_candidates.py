@@ -85,7 +85,7 @@ def test_no_candidate_has_longer_pieces_of_code_than_the_rules_make(spec: Spec, 
             if other.block is not None and axis.part == "block":
                 assert isinstance(other.block, BlockTiles)
                 steps = spec.model.group * other.block.q_block // other.block.step_rows
-                most, most_diagonal = turn_steps(spec, device, plan.kind)
+                most, most_diagonal = turn_steps(spec, device, plan.kind, other.block.turned(spec))
                 assert other.block.heads * steps <= most or other.block.heads == 1
                 assert other.block.diagonal_heads * steps <= most_diagonal or other.block.diagonal_heads == 1
             if isinstance(other.decode, GroupTiles):
