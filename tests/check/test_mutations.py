@@ -166,7 +166,7 @@ BLOCK_APART = [
     Mutation("new tokens a row off", r"pl\.ds\(PAGE_SIZE \+ start,", "pl.ds(PAGE_SIZE + start - 1,"),
     Mutation("new values for both", r"in \(new_keys, new_values\)\]", "in (new_values, new_values)]"),
     Mutation("new tokens of the first head", r"by_head\[head\]", "by_head[0]"),
-    Mutation("new tokens of another page", r"(slot, new_slot = .*), lax\.rem\(step, 4\)", r"\1, lax.rem(step + 1, 4)"),
+    Mutation("new tokens of another page", r"(slot, new_slot = .*), lax\.rem\(step, 5\)", r"\1, lax.rem(step + 1, 5)"),
     Mutation("update keeps no old tokens", r"(low_mask = .*)\(low >= first\) & ", r"\1"),
     Mutation("update runs past its end", r"(low_mask = .*) & \(low < end\)", r"\1"),
     Mutation("update of the first head only", r"(page_rows\[slot, kind,) head(, tokens\] = )", r"\1 0\2"),

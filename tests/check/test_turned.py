@@ -12,6 +12,7 @@ from test_features import ALL, CHUNKS_ALL, READ, SLOW, compiled, failures, featu
 
 from rpac.chip import TPU_TARGETS
 from rpac.plan import BlockTiles, KernelPlan, plan_spec
+from rpac.render import render
 from rpac.spec import Model, Spec
 
 SPECS = {
@@ -154,6 +155,13 @@ def test_scores_are_turned_where_a_wide_mxu_would_be_half_empty(target: str, mod
 def test_turned_kernels_agree_with_the_oracle_in_a_few_batches(layout: str, features: dict[str, Any]) -> None:
     spec = featured(SPECS[layout], features)
     assert failures(spec, small_plan(spec, "prefill"), few=True) == []
+
+
+@pytest.mark.parametrize("mutation", [None, turns.STALE_MAXIMUM], ids=["as it is", turns.STALE_MAXIMUM.bug])
+def test_scores_far_above_those_of_the_next_block_do_not_reach_it(mutation: Mutation | None) -> None:
+    plan = small_plan(APART, "prefill")
+    source = render(APART, plan)
+    assert turns.holds_far_above(APART, plan, mutation.apply(source) if mutation else source) == (mutation is None)
 
 
 @SLOW
