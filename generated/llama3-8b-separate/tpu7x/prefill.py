@@ -12,6 +12,7 @@ What was specialized:
 - K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 2048 fetched tokens (2 buffers); computes 256 query rows of a head against 512 tokens at once
+- tuned: 1.000 of the rule's time, predicted with libtpu 0.0.42.1, seed 0
 - VMEM: 49,414,144 bytes counted, 58,720,256 allowed, 67,108,864 there
 """
 import jax
