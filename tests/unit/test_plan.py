@@ -28,6 +28,7 @@ from rpac.plan.build import (
 )
 from rpac.plan.query_rows import Sets
 from rpac.plan.tiles import XlaTiles
+from rpac.plan.tuned import TunedTiles
 from rpac.spec import Model, Serving, Spec, load_spec
 
 SPECS = [
@@ -188,7 +189,7 @@ def test_groups_fit_and_are_fetched_far_enough_ahead_where_there_is_room(spec: S
     ids=lambda s: f"{s.name} {s.layer}".strip(),
 )
 def test_decode_rows_of_a_mixed_program_go_by_smaller_groups_of_the_same_tiles(spec: Spec, target: str) -> None:
-    found = {plan.kind: plan.decode for plan in plan_spec(spec, target)}
+    found = {plan.kind: plan.decode for plan in plan_spec(spec, target, tuned=TunedTiles.of("cpu"))}  # the rules
     decode, mixed = found["decode"], found["mixed"]
     assert isinstance(decode, GroupTiles) and isinstance(mixed, GroupTiles)
     assert decode.tile == mixed.tile

@@ -69,11 +69,6 @@ def whole_lanes(rows):
     return jnp.concatenate([rows, jnp.zeros((*rows.shape[:-1], HEAD_DIM - OWN_DIM), rows.dtype)], axis=-1)
 
 
-def own_lanes(rows):
-    """The lanes of values, of rows of HEAD_DIM lanes."""
-    return rows[..., OWN_DIM:]
-
-
 def cache_rows_of(keys, values):
     """The rows of new keys and values `[..., OWN_DIM]` in the cache, `[..., HEAD_DIM]` each: one of both."""
     return (jnp.concatenate([keys, values], axis=-1),)
