@@ -70,7 +70,7 @@ def tile_context(
         "piece": tiles.piece(page),
         "pieces": tiles.tile // tiles.piece(page),
         "q_rows": spec.model.group * tiles.q_block,
-        "row_steps": spec.model.group * tiles.q_block // tiles.step_rows,
+        "row_steps": tiles.steps(spec.model, 1),
         **_sort_context(spec.model, tiles.q_block, tiles.turned(spec), 2 if splits_words(spec) else 4),
         "carries": tiles.carries(spec),
         **_tie_context(spec, tiles),

@@ -74,10 +74,9 @@ def _is_short(spec: Spec, plan: KernelPlan, tiles: Tiles) -> bool:
         return True
     if not isinstance(tiles, BlockTiles):
         return tiles.step <= (MORE_STEPS if plan.kind == "decode" else STEPS[plan.kind])
-    steps = spec.model.group * tiles.q_block // tiles.step_rows  # of one head
     most = turn_steps(spec, chip(plan.target), plan.kind, tiles.turned(spec))
     return all(
-        heads == 1 or heads * steps <= limit
+        heads == 1 or tiles.steps(spec.model, heads) <= limit
         for heads, limit in zip((tiles.heads, tiles.diagonal_heads), most, strict=True)
     )
 
