@@ -14,11 +14,11 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from rpac.chip import TPU_TARGETS
+from rpac.devices.chip import TPU_TARGETS
+from rpac.files.store import Store, default_cache_dir
 from rpac.predict import parse_prefill, predict, programs_of
 from rpac.schedule.report import KernelReport
 from rpac.spec import load_spec
-from rpac.store import Store, default_cache_dir
 
 SPEC = Path(__file__).with_name("d256.yaml")
 USES_MXU = 0.3  # of a loop's bundles, at least: below, the MXU is not what it is about

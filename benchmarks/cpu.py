@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from rpac.kernels import render
 from rpac.plan import plan_spec
-from rpac.render import render
 from rpac.spec import Spec, load_spec
 
 ROOT = Path(__file__).parents[1]

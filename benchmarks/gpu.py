@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 
 import rpac
-from rpac.layout import BITS, cdiv
+from rpac.check.deployment import serve_check
+from rpac.contract.arrays import BITS, cdiv
 from rpac.schedule.report import attention_work
-from rpac.serve_check import serve_check
 
 WARM_CALLS = 3
 

@@ -21,7 +21,7 @@ from peers.picture import draw
 from peers.run import Bench, progress
 from peers.store import Result
 
-from rpac.toolchain import toolchain
+from rpac.devices.toolchain import toolchain
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = Path(__file__).with_name("benchmarks.md.in")

@@ -18,7 +18,7 @@ import ml_dtypes  # noqa: E402
 import numpy as np  # noqa: E402
 
 import rpac  # noqa: E402
-from rpac.reference import ragged_paged_attention as oracle  # noqa: E402
+from rpac.oracle.attention import ragged_paged_attention as oracle  # noqa: E402
 
 PROMPTS = [600, 512, 37, 1024]  # tokens
 DECODE_STEPS = 3

@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rpac._version import __version__ as __version__
 from rpac.errors import (
     BatchError,
     BundleError,
@@ -34,11 +35,9 @@ from rpac.errors import (
 
 if TYPE_CHECKING:
     from rpac.batch import Batch, Limits
-    from rpac.bundle import Variant
+    from rpac.contract.program import Variant
     from rpac.engine import Count, Engine, load, load_layers
-    from rpac.merging import merge, merge_across
-
-__version__ = "0.1.0"
+    from rpac.serving.merge import merge, merge_across
 
 _LAZY = {
     "Batch": "rpac.batch",
@@ -48,8 +47,8 @@ _LAZY = {
     "Variant": "rpac.bundle",
     "load": "rpac.engine",
     "load_layers": "rpac.engine",
-    "merge": "rpac.merging",
-    "merge_across": "rpac.merging",
+    "merge": "rpac.serving.merge",
+    "merge_across": "rpac.serving.merge",
 }
 
 __all__ = [

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rpac.answers import canary_answers
 from rpac.bundle.manifest import Manifest
 from rpac.bundle.write import is_bundle, stage_bundle
+from rpac.contract.program import Lowered, Source
 from rpac.errors import TargetError
-from rpac.lower import Cache, Lowered, Task, add_cpu_executables, lower_all, tasks_of
+from rpac.files.publish import publish
+from rpac.kernels import render
+from rpac.lower import Cache, Task, add_cpu_executables, lower_all, tasks_of
 from rpac.lower.pool import Progress
+from rpac.oracle.expected import canary_answers
 from rpac.plan import KernelPlan, plan_spec
-from rpac.publish import publish
-from rpac.render import Source, render
 from rpac.spec import Spec
 
 GENERATED_MARK = "SPEC_SHA256"

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from rpac import layout
 from rpac.bundle import write_bundle
+from rpac.contract import arrays as layout
 from rpac.spec import Spec, parse_spec
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -90,7 +90,7 @@ def stand_in(spec: Spec, kind: str, tokens: int, native: bool = False) -> StandI
     import jax
     from jax import export
 
-    from rpac.runtime import build_string
+    from rpac.devices.client import build_string
 
     def program(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):  # type: ignore[no-untyped-def]
         return 2 * queries + KIND_CODES[kind], kv_cache.at[page_indices[0]].set(kv_lens[0].astype(kv_cache.dtype))

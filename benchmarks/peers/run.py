@@ -23,14 +23,14 @@ from peers.cases import (
 from peers.contenders import Compile, Contender, Ours
 from peers.store import HERE, TOOK_TOO_LONG, Result, Store, digest, walker_digest
 from rpac.batch import Batch, Limits
+from rpac.batch.select import select
+from rpac.devices.toolchain import toolchain
 from rpac.errors import PlanError, ScheduleError
+from rpac.files.store import Store as ProgramStore
+from rpac.files.store import default_cache_dir
 from rpac.predict import Programs, predict, programs_of
 from rpac.schedule import Call, Work, attention_work
-from rpac.select import select
 from rpac.spec import load_spec
-from rpac.store import Store as ProgramStore
-from rpac.store import default_cache_dir
-from rpac.toolchain import toolchain
 
 BFLOAT16_BYTES = 2
 KEPT_CALLS = 8  # read schedules in memory: as many as a sweep has choices

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rpac import layout
 from rpac.batch import Limits
-from rpac.bundle import Dims
 from rpac.bundle.manifest import ARGS
+from rpac.contract import arrays as layout
+from rpac.contract.attention import Attention
 from rpac.errors import BatchError, SelectionError
 
 Result = tuple[jax.Array, ...]
@@ -32,7 +32,7 @@ class Programs(Protocol):
     """What an adapter needs of an engine; `rpac.Engine` is one."""
 
     name: str
-    model: Dims
+    model: Attention
     kv_layout: str
     limits: Limits
 

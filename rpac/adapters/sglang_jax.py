@@ -12,8 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rpac import layout
 from rpac.adapters._common import DEFAULT_MASK_VALUE, Adapter, Programs, Result, require_axes, traced
+from rpac.contract import arrays as layout
 from rpac.errors import BatchError
 
 Blocks = tuple[int, int, int, int] | None

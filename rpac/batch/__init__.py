@@ -9,8 +9,8 @@ and cu_q_lens past index k, may hold anything.
 """
 
 from rpac.batch.build import Batch, SequenceView
-from rpac.batch.kind import Kind, select_kind
 from rpac.batch.limits import Limits
 from rpac.batch.validate import validate
+from rpac.contract.kind import Kind, select_kind
 
 __all__ = ["Batch", "Kind", "Limits", "SequenceView", "select_kind", "validate"]

@@ -5,19 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rpac import layout
-from rpac.batch.kind import Int32s, Kind, row_kind, select_kind
 from rpac.batch.limits import Limits
 from rpac.batch.validate import validate
+from rpac.contract import arrays as layout
+from rpac.contract.arrays import Served
+from rpac.contract.kind import Int32s, Kind, row_kind, select_kind
 from rpac.errors import BatchError
-
-if TYPE_CHECKING:
-    from rpac.spec import Spec
 
 Int64s = NDArray[np.int64]
 Integers = Sequence[int] | NDArray[np.integer[Any]]
@@ -64,7 +62,7 @@ class Batch:
     @classmethod
     def build(
         cls,
-        limits: Limits | Spec,
+        limits: Limits | Served,
         q_lens: Integers,
         context_lens: Integers,
         page_tables: Sequence[Integers] | NDArray[np.integer[Any]],

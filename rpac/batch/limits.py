@@ -5,12 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rpac.contract.arrays import Served
 from rpac.errors import SelectionError
-
-if TYPE_CHECKING:
-    from rpac.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Limits:
     decode_len: int = 1
 
     @classmethod
-    def of(cls, spec: Spec) -> Limits:
+    def of(cls, spec: Served) -> Limits:
         """The limits of a spec."""
         serving = spec.serving
         return cls(

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rpac import layout
-from rpac.batch.kind import Int32s, row_kind
 from rpac.batch.limits import Limits, bucket_lines
+from rpac.contract import arrays as layout
+from rpac.contract.kind import Int32s, row_kind
 from rpac.errors import BatchError, SelectionError
 
 

@@ -10,13 +10,13 @@ Reading goes: size limits, manifest, hash of the bytes that are used. Whether th
 is the engine's.
 """
 
-from rpac.bundle.manifest import Content, Dims, Manifest, Program, Target, Variant
+from rpac.bundle.manifest import Manifest, Target
 from rpac.bundle.read import LoadedTarget, describe, read_manifest, read_target, verify_bundle
 from rpac.bundle.write import is_bundle, stage_bundle, write_bundle
+from rpac.contract.program import Content, Program, Variant
 
 __all__ = [
     "Content",
-    "Dims",
     "LoadedTarget",
     "Manifest",
     "Program",

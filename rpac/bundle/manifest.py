@@ -6,18 +6,22 @@ that `render` would not have made of what they say, so that every flipped byte i
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, cast
 
-from rpac import layout
-from rpac.batch import Kind, Limits
+from rpac.batch import Limits
 from rpac.bundle.schema import Node
+from rpac.contract import arrays as layout
+from rpac.contract.attention import Attention, plain
+from rpac.contract.features import ARGUMENTS, Choice, Count, Flag, Number, Values, features_of
+from rpac.contract.features import RESULTS as EXTRA_RESULTS
+from rpac.contract.kind import KINDS, Kind
+from rpac.contract.mesh import AXES, ONE_DEVICE, Mesh
+from rpac.contract.program import Content, Program, Variant
 from rpac.errors import BundleError
-from rpac.mesh import AXES, ONE_DEVICE, Mesh
 
 SCHEMA = 2  # 2: each program has a canary
 MANIFEST = "manifest.json"
@@ -27,7 +31,6 @@ MAX_BLOB_BYTES = 256 << 20
 MAX_FILE_BYTES = 4 << 20
 MAX_CANARY_BYTES = 1 << 20
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
 _CACHE_AND_BATCH = ("kv_cache", "kv_lens", "page_indices", "cu_q_lens", "distribution")
 ARGS = ("queries", "keys", "values", *_CACHE_AND_BATCH)
 READ_ARGS = ("queries", *_CACHE_AND_BATCH)  # where the cache is not updated
@@ -39,50 +42,6 @@ _NAME = r"[a-z0-9][a-z0-9.-]{0,63}"
 _LAYER = r"[a-z0-9][a-z0-9-]{0,31}"
 _PATH = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*"
 _INT32 = 2**31 - 1
-
-
-class Content(NamedTuple):
-    """The hash and size, in bytes, that a file must have; a blob's name is its hash."""
-
-    sha256: str
-    size: int
-
-    @classmethod
-    def of(cls, data: bytes) -> Content:
-        return cls(hashlib.sha256(data).hexdigest(), len(data))
-
-
-class Variant(NamedTuple):
-    """Which program of a target: the batches it takes and its token bucket."""
-
-    kind: Kind
-    tokens: int
-
-    def __str__(self) -> str:
-        return f"{self.kind}/{self.tokens}"
-
-
-@dataclass(frozen=True)
-class Program:
-    """One variant as built. `plan`, `aliases`, `memory` and `check` are records for people and tools, not for loading.
-
-    `source` is the kernel's file under `source/`; `executable` is None where only the portable tier was built;
-    `canary` is the oracle's answer to the call of `rpac.canary`, None where the build had no oracle; `check` holds
-    tolerances and results where the variant was checked.
-    """
-
-    variant: Variant
-    source: str
-    plan: Mapping[str, Any]
-    args: tuple[layout.ArrayDims, ...]
-    results: tuple[layout.ArrayDims, ...]
-    exported: Content
-    executable: Content | None
-    canary: Content | None
-    flags: Mapping[str, str]
-    aliases: Mapping[str, Any]
-    memory: Mapping[str, Any]
-    check: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -98,7 +57,7 @@ class Target:
     toolchain: Mapping[str, str]
     programs: tuple[Program, ...]
     layer: str = ""
-    model: Dims | None = None
+    model: Attention | None = None
 
     @property
     def key(self) -> str:
@@ -113,33 +72,6 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Dims:
-    """The model's part of what a server needs to know; as `rpac.spec.Model`, without YAML behind it."""
-
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    q_dtype: str
-    kv_dtype: str
-    sm_scale: float
-    soft_cap: float | None = None
-    sliding_window: int | None = None
-    attention_chunk: int | None = None
-    update_cache: bool = True
-    sinks: bool = False
-    kv_scale: str | None = None
-    quantize: str = "caller"
-    causal: bool = True
-    rope_dim: int | None = None
-
-    def as_data(self) -> dict[str, Any]:
-        """Plain data, without features that are not used: the manifest of a bundle without them is as it always was."""
-        return {
-            one.name: value for one in dataclasses.fields(self) if (value := getattr(self, one.name)) != one.default
-        }
-
-
-@dataclass(frozen=True)
 class Manifest:
     """A whole bundle. `kv_layout` is the spec's, `files` maps paths in it (`spec.yaml`, `source/...`) to what must be there.
 
@@ -148,7 +80,7 @@ class Manifest:
 
     name: str
     spec_hash: str
-    model: Dims
+    model: Attention
     kv_layout: str
     limits: Limits
     targets: Mapping[str, Target]
@@ -172,7 +104,7 @@ def as_data(manifest: Manifest) -> dict[str, Any]:
         "schema": SCHEMA,
         "name": manifest.name,
         "spec_hash": manifest.spec_hash,
-        "model": manifest.model.as_data(),
+        "model": plain(manifest.model),
         "kv_layout": manifest.kv_layout,
         "limits": manifest.limits.as_dict(),
         "files": {path: content._asdict() for path, content in manifest.files.items()},
@@ -182,7 +114,7 @@ def as_data(manifest: Manifest) -> dict[str, Any]:
                 "topology": target.topology,
                 "toolchain": dict(target.toolchain),
                 "programs": [_program_data(program) for program in target.programs],
-                **({"layer": target.layer, "model": target.model.as_data()} if target.model else {}),
+                **({"layer": target.layer, "model": plain(target.model)} if target.model else {}),
             }
             for target in manifest.targets.values()
         },
@@ -265,7 +197,7 @@ def _manifest(root: Node) -> Manifest:
     )  # fmt: skip
     limits = _limits(fields["limits"])
     files = {path: _file(path, node) for path, node in fields["files"].items().items()}
-    model = _dims(fields["model"])
+    model = _attention(fields["model"])
     targets = {name: _target(name, node, limits, model) for name, node in fields["targets"].items().items()}
     for name, target in targets.items():
         for program in target.programs:
@@ -291,37 +223,34 @@ def _mesh(node: Node) -> Mesh:
     return Mesh(data, kv, copy, sizes["splits_queries"].flag())
 
 
-def _dims(node: Node) -> Dims:
-    names = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
-    optional = (
-        "soft_cap",
-        "sliding_window",
-        "attention_chunk",
-        "sinks",
-        "kv_scale",
-        "quantize",
-        "causal",
-        "rope_dim",
-        "update_cache",
+def _attention(node: Node) -> Attention:
+    optional = {feature.key: feature.values for feature in features_of("model")}
+    found = node.fields(
+        "q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale", optional=(*optional, "rope_dim")
     )
-    found = node.fields(*names, optional=optional)
-    return Dims(
+    return Attention(
         q_heads=found["q_heads"].integer(1, _INT32),
         kv_heads=found["kv_heads"].integer(1, _INT32),
         head_dim=found["head_dim"].integer(1, _INT32),
         q_dtype=found["q_dtype"].choice(layout.BITS),
         kv_dtype=found["kv_dtype"].choice(layout.BITS),
         sm_scale=found["sm_scale"].number(),
-        soft_cap=found["soft_cap"].number() if "soft_cap" in found else None,
-        sliding_window=found["sliding_window"].integer(1, _INT32) if "sliding_window" in found else None,
-        attention_chunk=found["attention_chunk"].integer(1, _INT32) if "attention_chunk" in found else None,
-        sinks="sinks" in found and found["sinks"].flag(),
-        kv_scale=found["kv_scale"].choice(("tensor", "head")) if "kv_scale" in found else None,
-        quantize=found["quantize"].choice(("caller", "kernel")) if "quantize" in found else "caller",
-        causal="causal" not in found or found["causal"].flag(),
-        update_cache="update_cache" not in found or found["update_cache"].flag(),
         rope_dim=found["rope_dim"].integer(1, _INT32) if "rope_dim" in found else None,
+        **{key: _value(values, found[key]) for key, values in optional.items() if key in found},
     )
+
+
+def _value(values: Values, node: Node) -> Any:
+    """What a feature's key says, of the type that the table of features gives it."""
+    match values:
+        case Flag():
+            return node.flag()
+        case Count():
+            return node.integer(1, _INT32)
+        case Number():
+            return node.number()
+        case Choice(words):
+            return node.choice(words)
 
 
 def _limits(node: Node) -> Limits:
@@ -341,13 +270,13 @@ def _content(node: Node, limit: int) -> Content:
     return Content(fields["sha256"].text(_SHA256, "64 hex digits"), fields["size"].integer(1, limit))
 
 
-def _target(name: str, node: Node, limits: Limits, model: Dims) -> Target:
+def _target(name: str, node: Node, limits: Limits, model: Attention) -> Target:
     Node(node.file, "targets", name).text(_NAME, "a target's name")
     fields = node.fields("device_kind", "topology", "toolchain", "programs", optional=("layer", "model"))
     layer = fields["layer"].text(_LAYER, "the name of a kind of layers") if "layer" in fields else ""
     if bool(layer) != ("model" in fields) or (layer and not name.endswith(f".{layer}")):
         raise node.refuse("an object with `layer` and `model`, named by its target and its layer, or with neither")
-    own = _dims(fields["model"]) if layer else None
+    own = _attention(fields["model"]) if layer else None
     args = _args_of(own or model)
     programs = tuple(_program(program, limits, args) for program in fields["programs"].elements())
     if not programs or len({program.variant for program in programs}) < len(programs):
@@ -364,7 +293,7 @@ def _target(name: str, node: Node, limits: Limits, model: Dims) -> Target:
     )
 
 
-def _args_of(model: Dims) -> tuple[str, ...]:
+def _args_of(model: Attention) -> tuple[str, ...]:
     """The arguments that every program of a kind of attention takes, by name."""
     if model.rope_dim is not None:
         return LATENT_ARGS
@@ -385,8 +314,8 @@ def _program(node: Node, limits: Limits, args: tuple[str, ...]) -> Program:
         variant=Variant(kind, tokens),
         source=fields["source"].text(_PATH, "a plain path under source/"),
         plan=fields["plan"].mapping(),
-        args=_arrays(fields["args"], args, tuple(layout.EXTRA_ARGS)),
-        results=_arrays(fields["results"], RESULTS, layout.EXTRA_RESULTS),
+        args=_arrays(fields["args"], args, tuple(one.name for one in ARGUMENTS)),
+        results=_arrays(fields["results"], RESULTS, EXTRA_RESULTS),
         exported=_content(fields["exported"], MAX_BLOB_BYTES),
         executable=None if executable.value is None else _content(executable, MAX_BLOB_BYTES),
         canary=None if canary.value is None else _content(canary, MAX_CANARY_BYTES),

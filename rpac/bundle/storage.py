@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from rpac.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Content, Manifest, parse
+from rpac.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse
+from rpac.contract.program import Content
 from rpac.errors import BundleError
 
 if TYPE_CHECKING:

@@ -10,13 +10,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rpac import layout
-from rpac.batch import Kind, Limits
-from rpac.bundle.manifest import KINDS, MANIFEST, SPEC, Content, Dims, Manifest, Program, Target, Variant, parse, render
-from rpac.publish import Stage, publish
+from rpac.batch import Limits
+from rpac.bundle.manifest import MANIFEST, SPEC, Manifest, Target, parse, render
+from rpac.contract import arrays as layout
+from rpac.contract.kind import KINDS, Kind
+from rpac.contract.program import Content, Program, Variant
+from rpac.files.publish import Stage, publish
 
 if TYPE_CHECKING:
-    from rpac.lower import Lowered
+    from rpac.contract.program import Lowered
     from rpac.spec import Spec
 
 Checks = Mapping[tuple[str, str, int], Mapping[str, Any]]
@@ -34,8 +36,8 @@ def write_bundle(
     """Publishes the bundle of `spec` at `path`, whole or not at all.
 
     `checks` maps (target, kind, tokens) to tolerances and results, where a variant was checked; `canaries` maps
-    (layer, kind, tokens) to the oracle's answers, as `rpac.canary` stores them. `wait_s`: seconds to wait for another build
-    into the same folder. Raises OutputError, and then what was at `path` is as it was.
+    (layer, kind, tokens) to the oracle's answers, as `rpac.oracle.canary` stores them. `wait_s`: seconds to
+    wait for another build into the same folder. Raises OutputError, and then what was at `path` is as it was.
     """
     with publish(path, is_bundle, wait_s) as stage:
         return stage_bundle(stage, spec, lowered, checks, canaries)
@@ -59,7 +61,7 @@ def stage_bundle(
     manifest = Manifest(
         name=spec.name,
         spec_hash=spec.hash,
-        model=Dims(**vars(spec.model)),
+        model=spec.model,
         kv_layout=spec.serving.kv_layout,
         limits=Limits.of(spec),
         targets=_targets(spec, lowered, checks or {}, answers),
@@ -101,7 +103,7 @@ def _targets(spec: Spec, lowered: list[Lowered], checks: Checks, canaries: Canar
                 for one in programs
             ),
             layer=layer,
-            model=Dims(**vars(part.model)) if layer else None,
+            model=part.model if layer else None,
         )
         targets[target.key] = target
     return targets

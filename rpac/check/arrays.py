@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rpac import layout
 from rpac.batch import Limits, validate
-from rpac.check.trials import Trial
-from rpac.spec import Model, Spec
+from rpac.check.batches import Trial
+from rpac.contract import arrays as layout
+from rpac.contract.attention import Attention
+from rpac.spec import Spec
 
 Array = NDArray[Any]
 Int32s = NDArray[np.int32]
@@ -99,7 +100,7 @@ def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.ra
     return Arguments(arrays, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, extra)
 
 
-def _poison_unseen(trial: Trial, model: Model, page_size: int, table: Int32s, kv_cache: Array) -> None:
+def _poison_unseen(trial: Trial, model: Attention, page_size: int, table: Int32s, kv_cache: Array) -> None:
     """Makes pages before what all new tokens see NaN, and garbage of their entries in the table."""
     used: set[int] = set()
     seen: set[int] = set()

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rpac.accuracy import TOLERANCE, attention_error
 from rpac.check.arrays import Arguments, Array
-from rpac.layout import TOKEN_AXES
+from rpac.contract.arrays import TOKEN_AXES
+from rpac.oracle.tolerance import TOLERANCE, attention_error
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from rpac.check.arrays import Arguments, Array
-from rpac.chip import is_tpu
-from rpac.compat import interpret_params, race_reports, reset_interpreter, set_dma_mode, time_limit
+from rpac.contract.program import Source
+from rpac.devices.chip import is_tpu
+from rpac.devices.jax_compat import interpret_params, race_reports, reset_interpreter, set_dma_mode, time_limit
 from rpac.lower.worker import load_program
 from rpac.plan import KernelPlan
-from rpac.render import Source
 
 DMA_MODES = ("eager", "on_wait")
 COMPILED = "compiled"

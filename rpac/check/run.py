@@ -14,19 +14,20 @@ from multiprocessing import get_context
 import numpy as np
 from numpy.typing import NDArray
 
-from rpac.accuracy import TOLERANCE
-from rpac.answers import oracle
 from rpac.check.arrays import Arguments, Array, make_arguments
+from rpac.check.batches import Trial, trials_of
 from rpac.check.compare import Difference, compare, lse_notes
 from rpac.check.execute import TIME_LIMIT, Outcome, modes_of, prepare_run
 from rpac.check.report import CheckReport, CompileResult, Result
-from rpac.check.trials import Trial, trials_of
+from rpac.contract.program import Source
+from rpac.devices.toolchain import prepare
 from rpac.errors import CheckError, CompileError
+from rpac.kernels import render
 from rpac.lower import Task, tasks_of
+from rpac.oracle.expected import oracle
+from rpac.oracle.tolerance import TOLERANCE
 from rpac.plan import KernelPlan, plan_spec
-from rpac.render import Source, render
 from rpac.spec import Spec
-from rpac.toolchain import prepare
 
 RANDOM_BATCHES = 2
 SPARE_PAGES = 2  # of no sequence

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-import rpac
+from rpac._version import __version__
 from rpac.cli.buckets import buckets
 from rpac.cli.build import build, generate
 from rpac.cli.check import check
@@ -32,7 +32,7 @@ class Group(click.Group):
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(rpac.__version__, prog_name="rpac")
+@click.version_option(__version__, prog_name="rpac")
 def main() -> None:
     """Ahead-of-time compiler for ragged paged attention on TPU.
 

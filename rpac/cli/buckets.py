@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 
 from rpac.batch.limits import bucket_lines
-from rpac.buckets import Choice, Traffic, choices, choose, judge
 from rpac.cli.common import json_option, print_json, size, table
 from rpac.plan import KIND_ORDER
 from rpac.spec import load_spec
-from rpac.trace import read_trace
+from rpac.traffic.buckets import Choice, Traffic, choices, choose, judge
+from rpac.traffic.trace import read_trace
 
 HEADER = ("", "buckets", "token_buckets", "padding", *KIND_ORDER, "programs", "build", "bundle")
 SHARE = 0.1

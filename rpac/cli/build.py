@@ -20,8 +20,8 @@ from rpac.cli.common import (
     table,
     target_option,
 )
+from rpac.contract.program import Lowered
 from rpac.errors import TargetError
-from rpac.lower import Lowered
 from rpac.spec import load_spec
 
 

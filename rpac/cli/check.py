@@ -11,10 +11,10 @@ import click
 
 from rpac.build import chosen_targets
 from rpac.cli.common import cache_of, cache_option, jobs_option, json_option, kind_option, spec_argument, target_option
+from rpac.devices.toolchain import prepare
 from rpac.errors import CheckError
 from rpac.lower import lower_all
 from rpac.spec import load_spec
-from rpac.toolchain import prepare
 
 if TYPE_CHECKING:
     from rpac.check import CheckReport, CompileResult, Result

@@ -11,10 +11,10 @@ from typing import Any
 import click
 from tabulate import tabulate
 
+from rpac.files.store import default_cache_dir
 from rpac.lower import Cache
 from rpac.plan import KIND_ORDER
 from rpac.spec import TARGETS
-from rpac.store import default_cache_dir
 
 spec_argument = click.argument("spec_file", metavar="SPEC", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout and nothing else there.")

@@ -10,7 +10,7 @@ import click
 
 from rpac.bundle import describe, verify_bundle
 from rpac.cli.common import json_option, print_json, size, table
-from rpac.mesh import Mesh
+from rpac.contract.mesh import Mesh
 
 _SHAPE = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
 HEADER = ("target", "device kind", "program", "tokens", "source", "export", "executable")

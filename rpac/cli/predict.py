@@ -9,9 +9,10 @@ from pathlib import Path
 
 import click
 
-from rpac.chip import TPU_TARGETS
 from rpac.cli.common import json_option, print_json, size, table
+from rpac.devices.chip import TPU_TARGETS
 from rpac.errors import BatchError
+from rpac.files.store import Store, default_cache_dir
 from rpac.predict import (
     Prediction,
     Programs,
@@ -27,7 +28,6 @@ from rpac.predict import (
     read_trace,
 )
 from rpac.schedule.report import DEFINITIONS, CallReport, KernelReport
-from rpac.store import Store, default_cache_dir
 
 HEADER = ("batch", "name", "program", "us", "MBU", "MFU", "kernels us", "compute us", "stall us", "DMA us", "XLA us")
 TOP = 6  # waits, loops

@@ -13,7 +13,7 @@ from rpac.cli.common import json_option, print_json, table
 from rpac.spec import TARGETS
 
 if TYPE_CHECKING:
-    from rpac.serve_check import Step
+    from rpac.check.deployment import Step
 
 
 @click.command("serve-check")
@@ -34,7 +34,7 @@ def serve_check_command(
     """
     if target == "cpu":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported: it would look for a TPU otherwise
-    from rpac.serve_check import serve_check
+    from rpac.check.deployment import serve_check
 
     def progress(step: Step) -> None:
         click.echo(f"{step.seconds:7.1f} s  {step.name}: {'ok' if step.ok else 'FAILED'}", err=True)

@@ -8,6 +8,6 @@ import click
 @click.command("support")
 def support_command() -> None:
     """Print every key of a spec with its values, and which features exclude each other, as Markdown (docs/support.md)."""
-    from rpac.support import document
+    from rpac.spec.support import document
 
     click.echo(document(), nl=False)

@@ -11,12 +11,12 @@ from pathlib import Path
 import click
 
 from rpac.build import chosen_targets
-from rpac.chip import is_tpu
 from rpac.cli.common import json_option, kind_option, print_json, spec_argument, table, target_option
+from rpac.devices.chip import is_tpu
 from rpac.errors import CheckError
+from rpac.files.store import Store, default_cache_dir
 from rpac.plan.tuned import FOLDER
 from rpac.spec import load_spec
-from rpac.store import Store, default_cache_dir
 from rpac.tune import Check, Job, Outcome, Pool, Result, local_processes, on_cluster, tune
 
 HEADER = ("case", "token buckets", "timed", "rejected", "chosen", "of the rule's time", "search")

@@ -16,8 +16,8 @@ from rpac.engine.events import (
     ProgramFailed,
     ProgramReady,
 )
-from rpac.engine.opening import load, load_layers
-from rpac.engine.warming import Warming
+from rpac.engine.loading import load, load_layers
+from rpac.engine.warmup import Warming
 
 __all__ = [
     "BatchRefused",

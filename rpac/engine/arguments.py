@@ -7,10 +7,13 @@ from typing import Any, NoReturn
 
 import jax
 
-from rpac.bundle import Program
+from rpac.contract.arrays import ArrayDims, index_of
+from rpac.contract.features import ARGUMENTS
+from rpac.contract.program import Program
+from rpac.devices.placement import Placement, listed
 from rpac.errors import BatchError
-from rpac.layout import EXTRA_ARGS, ArrayDims, index_of
-from rpac.placement import Placement, listed
+
+_SPEC_LINES = {one.name: one.spec_lines for one in ARGUMENTS}  # what a spec says for a program to take it
 
 
 class Arguments:
@@ -75,13 +78,15 @@ def in_order(taken: Sequence[ArrayDims], args: Sequence[Any], extra: Mapping[str
     for name in given:
         if name not in names:
             takes = ", ".join(dims.name for dims in taken)
-            build = f", or build with\n{EXTRA_ARGS[name]}" if name in EXTRA_ARGS else ""
+            build = f", or build with\n{_SPEC_LINES[name]}" if name in _SPEC_LINES else ""
             raise BatchError(
                 f"{name} is no argument of this bundle's programs, which take {takes}; leave it out{build}"
             )
     for dims in taken[len(args) :]:
         if dims.name not in given:
-            why = f", as this bundle's spec has `{EXTRA_ARGS[dims.name].split()[1]}`" if dims.name in EXTRA_ARGS else ""
+            why = (
+                f", as this bundle's spec has `{_SPEC_LINES[dims.name].split()[1]}`" if dims.name in _SPEC_LINES else ""
+            )
             raise BatchError(
                 f"{dims.name} is not given; must be {dims.dtype}{list(dims.shape)}{why}; pass it by name: {dims.name}=..."
             )

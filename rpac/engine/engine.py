@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from rpac.batch import Kind, Limits
+from rpac.batch import Limits
 from rpac.batch import validate as validate_metadata
-from rpac.batch.kind import Int32s
-from rpac.bundle import Dims, LoadedTarget, Program, Variant
-from rpac.bundle.manifest import KINDS
+from rpac.batch.select import advice, select
+from rpac.bundle import LoadedTarget
+from rpac.contract.arrays import ArrayDims, index_of, metadata_specs
+from rpac.contract.attention import Attention
+from rpac.contract.kind import KINDS, Int32s, Kind
+from rpac.contract.program import Program, Variant
+from rpac.devices.placement import Placement
 from rpac.engine.arguments import in_order, refuse, shown
 from rpac.engine.events import BatchRun, Count, Observer, Recorder, Totals
-from rpac.engine.slot import Slot
+from rpac.engine.program import Slot
+from rpac.engine.runtime import Results, Run, Traceable
 from rpac.engine.traced import run_selected
-from rpac.engine.warming import Warming
+from rpac.engine.warmup import Warming
 from rpac.errors import BatchError, SelectionError, TargetError
-from rpac.layout import ArrayDims, index_of, metadata_specs
-from rpac.placement import Placement
-from rpac.runtime import Results, Run, Traceable
-from rpac.select import advice, select
 
 if TYPE_CHECKING:
     from rpac.engine.metrics import EngineCollector
@@ -45,7 +46,7 @@ class Engine:
     ) -> None:
         self.name: str = loaded.manifest.name
         self.layer: str = loaded.target.layer
-        self.model: Dims = loaded.target.model or loaded.manifest.model
+        self.model: Attention = loaded.target.model or loaded.manifest.model
         self.kv_layout: str = loaded.manifest.kv_layout
         self.limits: Limits = loaded.manifest.limits
         self.target: str = loaded.target.name
@@ -97,7 +98,7 @@ class Engine:
         return self._recorder.totals()
 
     def select(self, tokens: int, distribution: Sequence[int] | Int32s) -> Variant:
-        """The variant that runs a batch; `rpac.select.select` over what this engine holds."""
+        """The variant that runs a batch; `rpac.batch.select.select` over what this engine holds."""
         return select(self._slots, self.limits, tokens, distribution)
 
     def warm(
@@ -185,13 +186,13 @@ class Engine:
         validate: bool = True,
         **extra: Any,
     ) -> Results:
-        """Runs one batch: `(out, kv_cache)`, shapes and dtypes as in the batch contract (`rpac.layout`).
+        """Runs one batch: `(out, kv_cache)`, shapes and dtypes as in the batch contract (`rpac.contract.arrays`).
 
         Where the bundle's spec has `log_sum_exp` there is a third result, `lse`, for `rpac.merge`.
 
         The arguments are queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution; of latent
         attention queries, queries_rope, new_kv, new_rope, and on from kv_cache; in this order, or by name. `extra`: what the
-        bundle's spec makes programs take beside them, by name (`rpac.layout.EXTRA_ARGS`), such as `sinks`.
+        bundle's spec makes programs take beside them, by name (`rpac.contract.features.ARGUMENTS`), such as `sinks`.
 
         `kv_cache` is a jax array on this engine's device; it is donated, use the one returned. The others are jax
         arrays there, or numpy arrays. Metadata is read on the host: give it as numpy, because an array on a TPU is

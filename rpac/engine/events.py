@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
-from rpac.bundle import Variant
+from rpac.contract.program import Variant
 from rpac.errors import RpacError
 
 _LOG = logging.getLogger("rpac")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from rpac.engine.events import Count
-
-if TYPE_CHECKING:
-    from rpac.engine.engine import Engine
+from rpac.contract.program import Program, Variant
+from rpac.engine.events import Count, Totals
 
 PLACE = ("bundle", "target", "device")
 LABELS = (*PLACE, "kind", "tokens")
@@ -22,6 +20,25 @@ COUNTERS = {
     "tokens": "New tokens of these batches.",
     "padding": "Rows of queries that were padding.",
 }
+
+
+class Engine(Protocol):
+    """What metrics read of an engine."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def target(self) -> str: ...
+
+    @property
+    def device(self) -> Any: ...
+
+    @property
+    def programs(self) -> Mapping[Variant, Program]: ...
+
+    @property
+    def totals(self) -> Totals: ...
 
 
 class EngineCollector(Collector):

@@ -11,10 +11,10 @@ import numpy as np
 from jax import lax
 from numpy.typing import NDArray
 
-from rpac.bundle import Program
-from rpac.canary import Call, Verdict, judge
-from rpac.placement import Placement
-from rpac.runtime import Run
+from rpac.contract.program import Program
+from rpac.devices.placement import Placement
+from rpac.engine.runtime import Run
+from rpac.oracle.canary import Call, Verdict, judge
 
 LEAST_PAGES = 64
 

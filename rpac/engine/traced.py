@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rpac.batch import Kind, Limits
-from rpac.bundle.manifest import KINDS
-from rpac.layout import ArrayDims, index_of
-from rpac.runtime import Results, Traceable
+from rpac.batch import Limits
+from rpac.contract.arrays import ArrayDims, index_of
+from rpac.contract.kind import KINDS, Kind
+from rpac.engine.runtime import Results, Traceable
 
 KV_CACHE_RESULT = 1
 

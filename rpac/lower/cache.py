@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rpac.lower.lowered import Lowered, Task
-from rpac.store import Store
+from rpac.contract.program import Lowered
+from rpac.files.store import Store
+from rpac.lower.task import Task
 
 FACTS = "facts.json"
 TIERS = ("exported", "executable")

@@ -14,10 +14,11 @@ from functools import partial
 from multiprocessing import get_context, parent_process, resource_tracker
 from typing import TypeVar
 
+from rpac.contract.program import Lowered
+from rpac.devices.toolchain import prepare, toolchain
 from rpac.errors import CompileError
 from rpac.lower.cache import Cache
-from rpac.lower.lowered import Lowered, Task
-from rpac.toolchain import prepare, toolchain
+from rpac.lower.task import Task
 
 Progress = Callable[[Task, str], None]
 Result = TypeVar("Result")

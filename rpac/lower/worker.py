@@ -15,16 +15,16 @@ import jax
 from jax import export
 from jax.experimental import topologies
 
-from rpac.chip import PLATFORMS, chip, is_tpu, topology_of
-from rpac.compat import target_mesh
+from rpac.contract.arrays import index_of
+from rpac.contract.mesh import ONE_DEVICE
+from rpac.contract.program import Lowered, Source
+from rpac.devices.chip import PLATFORMS, chip, is_tpu, topology_of
+from rpac.devices.client import build_string
+from rpac.devices.jax_compat import target_mesh
+from rpac.devices.placement import on_mesh
+from rpac.devices.toolchain import JAX_FLAGS
 from rpac.errors import CompileError
-from rpac.layout import index_of
-from rpac.lower.lowered import Lowered, Task
-from rpac.mesh import ONE_DEVICE
-from rpac.placement import on_mesh
-from rpac.render import Source
-from rpac.runtime import build_string
-from rpac.toolchain import JAX_FLAGS
+from rpac.lower.task import Task
 
 Program = Callable[..., tuple[jax.Array, ...]]
 
@@ -56,6 +56,17 @@ def compile_only(task: Task) -> None:
     _set_flags()
     with _reported(task):
         _compiled(_OnTopology(replace(task, mesh=ONE_DEVICE)))
+
+
+def lowered_text(task: Task) -> str:
+    """What a task's program is lowered to, as text: the same for programs that differ in names and comments alone."""
+    _set_flags()
+    if not is_tpu(task.target):
+        jitted, shapes = _program(replace(task, mesh=ONE_DEVICE))
+        return str(jitted.trace(*shapes).lower(lowering_platforms=(PLATFORMS[task.target],)).as_text())
+    program = _OnTopology(replace(task, mesh=ONE_DEVICE))
+    with program.context:
+        return str(program.jitted.trace(*program.shapes).lower(lowering_platforms=("tpu",)).as_text())
 
 
 def compile_for_cpu(task: Task, data: bytes) -> tuple[bytes, str]:

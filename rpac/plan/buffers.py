@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from rpac.layout import LANES, SUBLANES, align, joins_rows, kv_row_shape, nbytes, packing
-from rpac.spec import Model, Spec
+from rpac.contract.arrays import LANES, SUBLANES, align, joins_rows, kv_row_shape, nbytes, packing
+from rpac.contract.attention import Attention
+from rpac.spec import Spec
 
 _OF_UPDATES: Final = frozenset(
     (
@@ -38,7 +39,7 @@ class RowDims:
     unit: int
 
     @classmethod
-    def of(cls, model: Model) -> RowDims:
+    def of(cls, model: Attention) -> RowDims:
         """The rows of a model's cache."""
         words, pack, lanes = kv_row_shape(model)
         lane_tiles = lanes // LANES
@@ -84,7 +85,7 @@ def load_sem(spec: Spec) -> tuple[Buffer, ...]:
     return (Buffer("load_sem", (1,), "dma", "queries"),)
 
 
-def sink_rows(model: Model, shape: tuple[int, ...]) -> tuple[Buffer, ...]:
+def sink_rows(model: Attention, shape: tuple[int, ...]) -> tuple[Buffer, ...]:
     """The array that holds each query row's sink, where there are sinks."""
     return (Buffer("sink_rows", shape, "float32", "sinks, the same in every lane"),) if model.sinks else ()
 
@@ -103,12 +104,12 @@ def lse_sem(spec: Spec, count: int) -> tuple[Buffer, ...]:
     return (Buffer("lse_sem", (count,), "dma", "logarithms of sums"),) if spec.serving.log_sum_exp else ()
 
 
-def word_dtype(model: Model) -> str:
+def word_dtype(model: Attention) -> str:
     """The 32-bit type in which new tokens are packed."""
     return "uint32" if packing(model.kv_dtype) > 1 else model.kv_dtype
 
 
-def unit_tokens(model: Model) -> int:
+def unit_tokens(model: Attention) -> int:
     """Tokens that share a register where K and V lie apart: the smallest piece that a DMA or a store reaches."""
     return SUBLANES * packing(model.kv_dtype)
 
@@ -123,7 +124,7 @@ def splits_rows(spec: Spec) -> bool:
     return splits_words(spec) and (joins_rows(spec.model) or spec.model.quantized)
 
 
-def new_dtype(model: Model) -> str:
+def new_dtype(model: Attention) -> str:
     """In what a kernel takes new keys and values: 8-bit ones as the integers that their bits are, exact in bfloat16."""
     return "bfloat16" if model.quantized else model.kv_dtype
 

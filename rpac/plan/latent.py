@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from rpac.layout import LANES, kv_page_shape, latent_lanes, nbytes
+from rpac.contract.arrays import LANES, kv_page_shape, latent_lanes, nbytes
 from rpac.plan.buffers import Buffer, unit_tokens
 from rpac.plan.sizes import copy_sizes_of, power_of_two_from, power_of_two_to
 from rpac.plan.tiles import MERGE_TOKENS, NEW_BUFFERS, PAGE_BUFFERS, GroupTiles, XlaTiles

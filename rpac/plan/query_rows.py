@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rpac.layout import SUBLANES, align, cdiv
-from rpac.spec import Model, Spec
+from rpac.contract.arrays import SUBLANES, align, cdiv
+from rpac.contract.attention import Attention
+from rpac.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Sets:
         heads = SUBLANES // queries if SUBLANES % queries == 0 else 1
         return cls(heads, align(queries, SUBLANES), cdiv(spec.model.kv_heads, heads), queries)
 
-    def padded(self, model: Model) -> bool:
+    def padded(self, model: Attention) -> bool:
         """Whether some rows of a set are no query's."""
         return self.count * self.rows != model.kv_heads * self.queries
 

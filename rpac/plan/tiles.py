@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from rpac.layout import LANES, SUBLANES, align, head_lanes, joins_rows, kv_page_shape, nbytes, packing
+from rpac.contract.arrays import LANES, SUBLANES, align, head_lanes, joins_rows, kv_page_shape, nbytes, packing
+from rpac.contract.attention import Attention
 from rpac.plan.buffers import (
     Buffer,
     RowDims,
@@ -21,7 +22,7 @@ from rpac.plan.buffers import (
     word_dtype,
 )
 from rpac.plan.query_rows import Sets, by_sequence, head_rows, units_by_sequence
-from rpac.spec import Model, Spec
+from rpac.spec import Spec
 
 MERGE_TOKENS = 16  # new tokens that are put into a page at once
 # Pages under update: new tokens are fetched four steps ahead, and pages written out in four, which hides the latency of DMAs.
@@ -112,7 +113,7 @@ class GroupTiles:
         """Groups of `step` tiles that are fetched or in use at once."""
         return self.ahead + 1
 
-    def halves(self, model: Model) -> bool:
+    def halves(self, model: Attention) -> bool:
         """Whether the MXU takes rows of K alone, and of V alone, that two tokens share, half as many as there are: with
         head_dim 64, one of either half of a tile, if those are whole registers of scores.
         """
@@ -211,7 +212,7 @@ class BlockTiles:
         size = LONG_PIECE if self.long else PIECE
         return size if self.tile % size == 0 and size % page_size == 0 else self.tile
 
-    def steps(self, model: Model, heads: int) -> int:
+    def steps(self, model: Attention, heads: int) -> int:
         """Flash steps of a piece of code that has those of `heads` heads."""
         return heads * (model.group * self.q_block // self.step_rows)
 
@@ -228,7 +229,7 @@ class BlockTiles:
         own = model.head_dim != head_lanes(model) and model.head_dim % (SUBLANES * packing(model.q_dtype)) == 0
         return own and self.turned(spec)
 
-    def _slots(self, model: Model, most: int) -> int:
+    def _slots(self, model: Attention, most: int) -> int:
         return math.gcd(self.steps(model, self.heads), self.steps(model, self.diagonal_heads), most)
 
     def tie(self, spec: Spec) -> Tie | None:
@@ -252,7 +253,7 @@ class BlockTiles:
         """
         return not spec.model.late and not splits_words(spec)
 
-    def masks_by_mxu(self, model: Model) -> bool:
+    def masks_by_mxu(self, model: Attention) -> bool:
         """Whether queries differ in what they see, each of a step's has a lane in what the MXU has to spare, and nothing undoes
         the mask.
         """
@@ -264,7 +265,7 @@ class BlockTiles:
             and self.step_rows // model.group <= LANES
         )
 
-    def scores_ahead(self, model: Model, heads: int) -> int:
+    def scores_ahead(self, model: Attention, heads: int) -> int:
         """Flash steps whose scores are made before they are weighed, where a piece of code has the steps of `heads` heads."""
         steps = self.steps(model, heads)
         most = SCORES_AHEAD_AT_MOST // (self.step_rows * self.tile)
@@ -354,7 +355,7 @@ class BlockTiles:
         return tiles * nbytes((self.step_rows, self.tile), "float32")
 
 
-def exchange_of(model: Model) -> int:
+def exchange_of(model: Attention) -> int:
     """KV heads whose queries of a token fill one register, where sorting queries by KV head is an exchange of registers'
     parts; 0 where it is not, for parts of a word or of several registers' would have to move.
     """

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import rpac
+from rpac.contract.attention import plain
 from rpac.errors import PlanError
 from rpac.plan.kernel_plan import KernelPlan, decode_tiles_from, tiles_from
 from rpac.plan.tiles import BlockTiles, DecodeTiles, GroupTiles
-from rpac.spec import Spec, plain
+from rpac.spec import Spec
 
 SCHEMA: Final = 1
-FOLDER: Final = Path(rpac.__file__).parent / "tuned"
+FOLDER: Final = Path(__file__).parent.parent / "tuned"
 FILE_FIELDS: Final = ("schema", "target", "device_kind", "entries")
 ENTRY_FIELDS: Final = ("key", "tiles", "evidence")
 TILES_FIELDS: Final = ("decode", "block")

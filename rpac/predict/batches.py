@@ -8,7 +8,7 @@ from typing import Final
 
 from rpac.batch import Limits
 from rpac.errors import BatchError
-from rpac.trace import Workload
+from rpac.traffic.trace import Workload
 
 _DECODE = re.compile(r"(\d+)x(\d+)", re.ASCII)
 _PREFILL = re.compile(r"(\d+)x(\d+)/(\d+)", re.ASCII)

@@ -9,9 +9,9 @@ import os
 import sys
 from pathlib import Path
 
+from rpac.devices.toolchain import prepare, toolchain
 from rpac.errors import RpacError
-from rpac.lower.lowered import Task
-from rpac.toolchain import prepare, toolchain
+from rpac.lower.task import Task
 
 DUMP_FLAGS = "LIBTPU_INIT_ARGS"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from rpac.chip import chip
+from rpac.devices.chip import chip
 from rpac.errors import OutputError
 from rpac.predict.run import Prediction
 from rpac.schedule import CallReport

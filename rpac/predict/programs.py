@@ -7,46 +7,25 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import rpac.bundle.manifest as bundle
 from rpac.batch import Limits
 from rpac.build import chosen_targets, sources_of
-from rpac.bundle import Variant, read_manifest, verify_bundle
-from rpac.chip import TPU_TARGETS, is_tpu
+from rpac.bundle import read_manifest, verify_bundle
+from rpac.contract.attention import Attention
+from rpac.contract.program import Source, Variant
+from rpac.devices.chip import TPU_TARGETS, is_tpu
+from rpac.devices.toolchain import toolchain
 from rpac.errors import TargetError
+from rpac.files.store import Store
 from rpac.lower import Task, tasks_of
-from rpac.render import Source
 from rpac.schedule import Call, Dump, check_compiler, dump_command
-from rpac.spec import Model, load_spec
-from rpac.store import Store
-from rpac.toolchain import toolchain
+from rpac.spec import load_spec
 
 Progress = Callable[[str], None]
 DUMP = "dump.json.gz"
 COMPILERS = ("jax", "jaxlib", "libtpu")  # all three decide a schedule: Pallas lowers, XLA and Mosaic compile
-
-
-@dataclass(frozen=True)
-class Dims:
-    """What the needed bytes and flops follow from."""
-
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    q_dtype: str
-    kv_dtype: str
-    sliding_window: int | None
-    causal: bool
-    rope_dim: int | None
-    attention_chunk: int | None
-    update_cache: bool
-
-    @classmethod
-    def of(cls, model: Model | bundle.Dims) -> Dims:
-        """Of a spec's model or of a bundle's."""
-        return cls(*(getattr(model, one.name) for one in fields(cls)))
 
 
 @dataclass(frozen=True)
@@ -55,7 +34,7 @@ class Programs:
 
     name: str
     target: str
-    dims: Dims
+    model: Attention
     limits: Limits
     context_lens: tuple[int, ...]
     tasks: Mapping[Variant, Task]
@@ -117,12 +96,11 @@ def layers_in(path: Path) -> list[str]:
 def _of_spec(path: Path, target: str, layer: str, store: Store, progress: Progress) -> Programs:
     spec = load_spec(path).part(layer)
     chosen_targets(spec, [target])
-    dims = Dims.of(spec.model)
     tasks = tasks_of(spec, sources_of(spec, [target]))
     return Programs(
         _name(spec.name, layer),
         target,
-        dims,
+        spec.model,
         Limits.of(spec),
         spec.serving.context_lens,
         _by_variant(tasks),
@@ -162,10 +140,10 @@ def _of_bundle(path: Path, target: str, layer: str, store: Store, progress: Prog
                 program.results,
             )
         )
-    dims = Dims.of(found.model or manifest.model)
+    model = found.model or manifest.model
     context_lens = load_spec(path / "spec.yaml").serving.context_lens
     return Programs(
-        _name(manifest.name, layer), target, dims, manifest.limits, context_lens, _by_variant(tasks), store, progress
+        _name(manifest.name, layer), target, model, manifest.limits, context_lens, _by_variant(tasks), store, progress
     )
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rpac.batch import Batch
-from rpac.bundle import Variant
-from rpac.layout import BITS, ArrayDims, index_of
+from rpac.batch.select import select
+from rpac.contract.arrays import BITS, ArrayDims, index_of
+from rpac.contract.program import Variant
+from rpac.files.publish import publish
 from rpac.predict.programs import Programs
-from rpac.publish import publish
 from rpac.schedule import CallReport, attention_work
-from rpac.select import select
-from rpac.trace import Workload
+from rpac.traffic.trace import Workload
 
 OPERANDS = "operands.json"
 
@@ -42,20 +42,20 @@ class Prediction:
 def predict(programs: Programs, workload: Workload) -> Prediction:
     """Raises BatchError or SelectionError for a batch that the programs do not take, ScheduleError from the walk."""
     variant, scalars = _selected(programs, workload)
-    dims = programs.dims
+    model = programs.model
     work = attention_work(
         workload.kv_lens,
         workload.q_lens,
-        dims.q_heads,
-        dims.kv_heads,
-        dims.head_dim,
-        BITS[dims.q_dtype] // 8,
-        BITS[dims.kv_dtype] // 8,
-        dims.sliding_window,
-        dims.causal,
-        dims.rope_dim,
-        dims.attention_chunk,
-        dims.update_cache,
+        model.q_heads,
+        model.kv_heads,
+        model.head_dim,
+        BITS[model.q_dtype] // 8,
+        BITS[model.kv_dtype] // 8,
+        model.sliding_window,
+        model.causal,
+        model.rope_dim,
+        model.attention_chunk,
+        model.update_cache,
     )
     return Prediction(programs.name, workload, variant, programs.call(variant).predict(scalars, work))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from jax.experimental import topologies
 
-from rpac.chip import chip
+from rpac.devices.chip import chip
 
 
 def main(path: str, target: str, donated: str) -> None:

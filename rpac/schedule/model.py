@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from rpac.chip import chip
+from rpac.devices.chip import chip
 from rpac.errors import ScheduleError
 from rpac.schedule.isa import GENERATIONS
 

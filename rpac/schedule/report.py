@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rpac.chip import chip
+from rpac.devices.chip import chip
 from rpac.errors import ScheduleError
 from rpac.schedule.compilers import check_compiler, is_verified
 from rpac.schedule.dump import Dump

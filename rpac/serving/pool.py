@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from rpac.batch.build import INT32, Int64s, Integers, integers
-from rpac.batch.kind import Int32s
+from rpac.contract.kind import Int32s
 from rpac.errors import OutOfPagesError, PageError
 
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from rpac.batch import Batch, Limits
 from rpac.batch.build import INT32, Int64s, Integers, integers
-from rpac.batch.kind import Int32s
+from rpac.contract.arrays import cdiv
+from rpac.contract.kind import Int32s
 from rpac.errors import BatchError, PageError
-from rpac.layout import cdiv
 from rpac.serving.split import query_positions, split_budget
 from rpac.serving.tables import PageTables
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from rpac.batch import Batch
 from rpac.batch.build import Int64s
-from rpac.batch.kind import Int32s
+from rpac.contract.kind import Int32s
 
 
 def split_budget(left: Int64s, chunk: int, budget: int) -> Int64s:

@@ -9,9 +9,9 @@ import numpy as np
 
 from rpac.batch import Limits
 from rpac.batch.build import Int64s
-from rpac.batch.kind import Int32s
+from rpac.contract.arrays import cdiv
+from rpac.contract.kind import Int32s
 from rpac.errors import BatchError, PageError
-from rpac.layout import cdiv
 from rpac.serving.pool import PagePool
 
 FIRST_ROWS = 16

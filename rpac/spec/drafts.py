@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from rpac.spec.model import Model, Serving
+from rpac.contract.attention import Attention, Serving
 from rpac.spec.nodes import Section
 
-DRAFT_KEYS: Final = ("decode_len", "tree_mask")
-MAX_DECODE_LEN: Final = 8  # the new tokens of a decode row lie in two registers of the cache at most
 
-
-def read_drafts(section: Section) -> tuple[int, bool]:
-    """Both keys; a default for what is not there, and for what cannot be read, which is reported."""
-    decode_len = section.integer("decode_len", 1, MAX_DECODE_LEN, 4) if section.has("decode_len") else 1
-    tree_mask = section.flag("tree_mask") if section.has("tree_mask") else False
-    if tree_mask and decode_len == 1:
+def check_drafts(section: Section, features: Mapping[str, Any]) -> None:
+    """Refuses a tree of drafts where there are no drafts."""
+    if features["tree_mask"] and features["decode_len"] == 1:
         allowed = "must be left out with decode_len 1: a row's only new token sees itself"
         section.clash("tree_mask", allowed, "remove it, or write `decode_len: 4`")
-    return decode_len or 1, bool(tree_mask)
 
 
 def check_rows(section: Section, max_num_tokens: int, max_num_seqs: int, decode_len: int) -> None:
@@ -47,7 +41,7 @@ def check_room(section: Section, decode_len: int, buckets: tuple[int, ...] | Non
         section.clash("token_buckets", allowed, f"write {kept or [decode_len]}", f"{buckets[0]} at its start")
 
 
-def check_kinds(section: Section, serving: Serving, models: Iterable[Model]) -> None:
+def check_kinds(section: Section, serving: Serving, models: Iterable[Attention]) -> None:
     """Refuses drafts beside kinds of attention that have no code for them. `section` is that of `serving`."""
     models = tuple(models)
     if serving.decode_len > 1 and any(model.rope_dim is not None for model in models):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from rpac.spec.model import Model
+from rpac.contract.attention import Attention
+from rpac.contract.features import features_of
 from rpac.spec.nodes import Section
 
 LATENT_KEYS: Final = ("kv_lora_rank", "rope_dim")  # of latent attention alone
@@ -18,18 +19,11 @@ HEADS_STEP: Final = 16  # as many share a register
 _REFUSED: Final = {
     "kv_heads": "all query heads share one latent vector",
     "head_dim": "a key is kv_lora_rank + rope_dim long, a value kv_lora_rank",
-    "soft_cap": "no model with latent attention caps its scores, and its kernels do not",
-    "sliding_window": "no model with latent attention has windows, and its kernels fetch all tokens",
-    "attention_chunk": "no model with latent attention cuts its sequences, and its kernels fetch all tokens",
-    "sinks": "no model with latent attention has sinks, and its kernels add none",
-    "update_cache": "no model with latent attention shares its cache between layers, and its kernels write it",
-    "causal": "no model with latent attention looks ahead, and its kernels do not",
-    "kv_scale": "its cache is stored as it is",
-    "quantize": "its cache is stored as it is",
+    **{feature.key: feature.not_latent for feature in features_of("model")},
 }
 
 
-def read_latent(section: Section, scales: tuple[float, float], most_heads: int) -> Model | None:
+def read_latent(section: Section, scales: tuple[float, float], most_heads: int) -> Attention | None:
     """The model of a section that has `attention: latent`; `scales` are the limits of sm_scale."""
     for key, reason in _REFUSED.items():
         if section.has(key):
@@ -55,7 +49,7 @@ def read_latent(section: Section, scales: tuple[float, float], most_heads: int) 
         section.clash("kv_dtype", f"must equal q_dtype ({q_dtype}) with attention latent", f"write {q_dtype}")
     if q_heads is None or rank is None or rope_dim is None or q_dtype is None or kv_dtype is None or scale is None:
         return None
-    return Model(q_heads, 1, rank, q_dtype, kv_dtype, scale, rope_dim=rope_dim)
+    return Attention(q_heads, 1, rank, q_dtype, kv_dtype, scale, rope_dim=rope_dim)
 
 
 def check_device(section: Section, q_heads: int) -> None:

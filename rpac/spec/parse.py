@@ -6,26 +6,23 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from rpac.errors import SpecError
-from rpac.mesh import ONE_DEVICE, Mesh
-from rpac.spec.drafts import DRAFT_KEYS, check_kinds, check_room, check_rows, read_drafts
-from rpac.spec.latent import LATENT_KEYS, check_device, read_latent
-from rpac.spec.model import (
+from rpac.contract.attention import (
     ATTENTIONS,
     KV_LAYOUTS,
-    KV_SCALES,
     LATENT_LAYOUT,
-    NO_TARGETS,
     QUANTIZED,
-    QUANTIZERS,
-    TARGETS,
-    Model,
+    Attention,
     Serving,
-    Spec,
-    default_token_buckets,
 )
+from rpac.contract.features import MAX_MODEL_LEN, features_of
+from rpac.contract.mesh import ONE_DEVICE, Mesh
+from rpac.errors import SpecError
+from rpac.spec.drafts import check_drafts, check_kinds, check_room, check_rows
+from rpac.spec.features import read_features
+from rpac.spec.latent import LATENT_KEYS, check_device, read_latent
+from rpac.spec.mask import check_mask, check_mask_lengths
+from rpac.spec.model import NO_TARGETS, TARGETS, Spec, default_token_buckets
 from rpac.spec.nodes import MAX_SIZE, Report, Section, compose
-from rpac.spec.sight import check_sight, read_sight
 
 ROOT_KEYS = ("name", "model", "layers", "serving", "parallel", "targets")
 MODEL_KEYS = (
@@ -36,14 +33,7 @@ MODEL_KEYS = (
     "q_dtype",
     "kv_dtype",
     "sm_scale",
-    "soft_cap",
-    "sliding_window",
-    "attention_chunk",
-    "sinks",
-    "kv_scale",
-    "quantize",
-    "causal",
-    "update_cache",
+    *(feature.key for feature in features_of("model")),
     *LATENT_KEYS,
 )
 SERVING_KEYS = (
@@ -56,8 +46,7 @@ SERVING_KEYS = (
     "context_lens",
     "num_pages",
     "kv_layout",
-    "log_sum_exp",
-    *DRAFT_KEYS,
+    *(feature.key for feature in features_of("serving")),
 )
 PARALLEL_KEYS = ("tensor", "data")
 HOMES = {
@@ -80,12 +69,10 @@ LAYER = r"[a-z0-9][a-z0-9-]{0,31}"
 MAX_HEADS = 1024
 MAX_DEVICES = 32  # of a topology that libtpu describes for every target
 MAX_GROUP = 16
-MAX_MODEL_LEN = 1 << 20
 MAX_TOKENS = 1 << 20
 MAX_SEQS = 4096
 MAX_SLOTS = 2**31 - 1
 SM_SCALES = (1e-6, 1e6)
-SOFT_CAPS = (1e-3, 1e6)
 
 
 def load_spec(path: str | os.PathLike[str]) -> Spec:
@@ -141,7 +128,7 @@ def _read(text: str, report: Report) -> Spec | None:
     of_layers = list(kinds.values())[len(kinds) > 1 :]  # the first is no layer itself where others are named
     check_kinds(serving_section, serving, [kind for _, kind in of_layers])
     for section, kind in of_layers:
-        check_sight(section, kind, serving)
+        check_mask_lengths(section, kind, serving)
         _check_apart(serving_section, kind, serving)
         copies = kind.quantized and kind.head_dim > MAX_BYTES_DIM and serving.kv_layout != "separate"
         if copies and not set(targets) <= set(PORTABLE):
@@ -159,7 +146,7 @@ def _read(text: str, report: Report) -> Spec | None:
     return Spec(name, model, serving, targets, source=text, file=report.file, mesh=mesh, layers=tuple(parts.items()))
 
 
-def _layers(root: Section, base: Section, model: Model) -> dict[str, tuple[Section, Model]]:
+def _layers(root: Section, base: Section, model: Attention) -> dict[str, tuple[Section, Attention]]:
     """The kinds of layers by name, each with the keys of `model` that it does not have itself."""
     if not root.has("layers"):
         return {}
@@ -175,7 +162,7 @@ def _layers(root: Section, base: Section, model: Model) -> dict[str, tuple[Secti
     return found
 
 
-def _mesh(root: Section, model: Model) -> Mesh | None:
+def _mesh(root: Section, model: Attention) -> Mesh | None:
     """How the devices of `parallel` share the model's heads; one device without it."""
     if not root.has("parallel"):
         return ONE_DEVICE
@@ -192,7 +179,7 @@ def _mesh(root: Section, model: Model) -> Mesh | None:
     return Mesh.of(model.q_heads, model.kv_heads, tensor, data)
 
 
-def _model(section: Section) -> Model | None:
+def _model(section: Section) -> Attention | None:
     if section.has("attention"):
         attention = section.choice("attention", ATTENTIONS)
         if attention != ATTENTIONS[0]:
@@ -206,10 +193,8 @@ def _model(section: Section) -> Model | None:
     q_dtype = section.choice("q_dtype", DTYPES)
     kv_dtype = section.choice("kv_dtype", KV_DTYPES)
     sm_scale = section.number("sm_scale", *SM_SCALES) if section.has("sm_scale") else None
-    soft_cap = section.number("soft_cap", *SOFT_CAPS) if section.has("soft_cap") else None
-    sinks = section.flag("sinks") if section.has("sinks") else False
-    window, chunk, causal = read_sight(section, MAX_MODEL_LEN)
-    update = section.flag("update_cache") if section.has("update_cache") else True
+    features = read_features(section, "model")
+    check_mask(section, features)
 
     if q_heads is not None and kv_heads is not None:
         if q_heads % kv_heads:
@@ -220,9 +205,7 @@ def _model(section: Section) -> Model | None:
             section.clash("q_heads", allowed, f"write {MAX_GROUP * kv_heads} or less, or change kv_heads")
     if head_dim is not None and head_dim not in HEAD_DIMS:
         section.clash("head_dim", f"must be {_either(HEAD_DIMS)}", f"write {_nearest(head_dim, HEAD_DIMS)}")
-    kv_scale = section.choice("kv_scale", KV_SCALES) if section.has("kv_scale") else None
-    quantize = section.choice("quantize", QUANTIZERS) if section.has("quantize") else QUANTIZERS[0]
-    if update is False and quantize == "kernel":
+    if features["update_cache"] is False and features["quantize"] == "kernel":
         allowed = "must be left out with update_cache false: there is nothing to quantize"
         section.clash("quantize", allowed, "remove one of the two")
     if kv_dtype not in QUANTIZED:
@@ -236,25 +219,8 @@ def _model(section: Section) -> Model | None:
 
     if q_heads is None or kv_heads is None or head_dim is None or q_dtype is None or kv_dtype is None:
         return None
-    if quantize is None:
-        return None
     scale = head_dim**-0.5 if sm_scale is None else sm_scale
-    return Model(
-        q_heads,
-        kv_heads,
-        head_dim,
-        q_dtype,
-        kv_dtype,
-        scale,
-        soft_cap,
-        window,
-        bool(sinks),
-        kv_scale,
-        quantize,
-        causal,
-        attention_chunk=chunk,
-        update_cache=update is not False,
-    )
+    return Attention(q_heads, kv_heads, head_dim, q_dtype, kv_dtype, scale, **features)
 
 
 def _serving(section: Section) -> Serving | None:
@@ -267,8 +233,9 @@ def _serving(section: Section) -> Serving | None:
     context_lens = section.integers("context_lens", 1, MAX_MODEL_LEN, "[1024, 4096]")
     num_pages = section.integer("num_pages", 1, MAX_SLOTS, 1024) if section.has("num_pages") else None
     kv_layout = section.choice("kv_layout", KV_LAYOUTS) if section.has("kv_layout") else KV_LAYOUTS[0]
-    log_sum_exp = section.flag("log_sum_exp") if section.has("log_sum_exp") else False
-    decode_len, tree_mask = read_drafts(section)
+    features = read_features(section, "serving")
+    decode_len = features["decode_len"]
+    check_drafts(section, features)
 
     if max_num_tokens is not None:
         _check_tokens(section, max_num_tokens, buckets, max_num_seqs, prefill_chunk, decode_len)
@@ -299,13 +266,11 @@ def _serving(section: Section) -> Serving | None:
         context_lens,
         num_pages,
         kv_layout,
-        bool(log_sum_exp),
-        decode_len,
-        tree_mask,
+        **features,
     )
 
 
-def _refuse_copies(section: Section, model: Model) -> None:
+def _refuse_copies(section: Section, model: Attention) -> None:
     found = "interleaved" if section.has("kv_layout") else "interleaved, its default"
     allowed = (
         f"must be separate with kv_dtype {model.kv_dtype} and head_dim above {MAX_BYTES_DIM} on a TPU: to see rows of two "
@@ -314,7 +279,7 @@ def _refuse_copies(section: Section, model: Model) -> None:
     section.clash("kv_layout", allowed, "write `kv_layout: separate`", found)
 
 
-def _check_apart(section: Section, model: Model, serving: Serving) -> None:
+def _check_apart(section: Section, model: Attention, serving: Serving) -> None:
     least = LEAST_APART[model.kv_dtype]
     latent = model.rope_dim is not None
     if (serving.kv_layout == "separate" or latent) and serving.page_size < least:
@@ -325,7 +290,7 @@ def _check_apart(section: Section, model: Model, serving: Serving) -> None:
         )
 
 
-def _with_layout(section: Section, model: Model, serving: Serving) -> Serving:
+def _with_layout(section: Section, model: Attention, serving: Serving) -> Serving:
     """The serving of a model whose attention decides the cache's layout."""
     if model.rope_dim is None:
         return serving

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from rpac.batch import Limits
-from rpac.layout import cdiv
+from rpac.contract.arrays import cdiv
 from rpac.plan import KernelPlan
 from rpac.predict import Workload
 from rpac.spec import Spec

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from rpac.chip import chip
+from rpac.devices.chip import chip
 from rpac.plan import BlockTiles, DecodeTiles, KernelPlan
-from rpac.plan.build import MORE_STEPS, STEP_ROWS, STEPS, turn_steps, with_tiles
 from rpac.plan.kernel_plan import RULE
 from rpac.plan.legal import Tiles, is_legal
+from rpac.plan.planner import MORE_STEPS, STEP_ROWS, STEPS, turn_steps, with_tiles
 from rpac.plan.sizes import copy_sizes_of, step_rows_of
 from rpac.spec import Spec
 

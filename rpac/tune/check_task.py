@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
+from rpac.devices.toolchain import prepare
+from rpac.kernels import render
 from rpac.plan import KernelPlan
-from rpac.render import render
 from rpac.spec import parse_spec
-from rpac.toolchain import prepare
 
 
 def main(path: str) -> None:
@@ -20,8 +20,8 @@ def main(path: str) -> None:
     prepare()  # before JAX is imported
     import numpy as np
 
+    from rpac.check.batches import trials_of
     from rpac.check.run import check_source
-    from rpac.check.trials import trials_of
 
     data = json.loads(Path(path).read_text())
     spec = parse_spec(data["spec"], data["file"]).part(data["layer"])

@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 from multiprocessing import get_context, parent_process, resource_tracker
 from typing import Any, Final, Protocol
 
+from rpac.devices.toolchain import prepare, toolchain
 from rpac.errors import TargetError
 from rpac.lower.pool import interrupts_held_back
-from rpac.toolchain import prepare, toolchain
 from rpac.tune.jobs import Job, Result
 
 Evaluate = Callable[[Job], Result]

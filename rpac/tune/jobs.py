@@ -16,17 +16,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-import rpac
 from rpac.batch import Limits
-from rpac.bundle import Variant
+from rpac.contract.attention import Attention
+from rpac.contract.program import Variant
+from rpac.devices.toolchain import toolchain
 from rpac.errors import ScheduleError, TargetError
+from rpac.files.store import Store
 from rpac.lower import Task
 from rpac.plan import KernelPlan
 from rpac.predict import Programs, Workload, predict
-from rpac.predict.programs import Dims
 from rpac.spec import Spec
-from rpac.store import Store
-from rpac.toolchain import toolchain
 
 FORMAT: Final = 1  # of stored results
 RESULT: Final = "result.json"
@@ -53,7 +52,7 @@ class Measure:
     case: str
     label: str
     task: Task
-    model: Dims
+    model: Attention
     limits: Limits
     batches: tuple[Workload, ...]
     toolchain: Mapping[str, str]
@@ -103,7 +102,7 @@ class Check:
 
     def key(self) -> str:
         """sha256 over everything that decides the result: the oracle's own code too."""
-        judges = [_code("check"), _code("reference.py")]
+        judges = [_code("check"), _code("oracle")]
         plan = self.plan.as_dict()
         return _digest("check", self.spec.meaning(), plan, self.source_sha256, self.seed, dict(self.toolchain), judges)
 
@@ -168,7 +167,7 @@ def _digest(*what: Any) -> str:
 @functools.cache
 def _code(part: str) -> str:
     """A digest of the sources of a part of rpac: results of other code are other results."""
-    root = Path(rpac.__file__).parent / part
+    root = Path(__file__).parent.parent / part
     paths = sorted(root.rglob("*.py")) if root.is_dir() else [root]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
 

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from rpac.chip import chip
+from rpac.devices.chip import chip
+from rpac.devices.toolchain import toolchain
+from rpac.files.publish import publish
 from rpac.plan.tuned import SCHEMA, Entry, TunedTiles, key_of, key_text, parse
-from rpac.publish import publish
-from rpac.toolchain import toolchain
 from rpac.tune.search import Outcome
 
 WIDTH: Final = 120

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rpac.chip import is_tpu
+from rpac.devices.chip import is_tpu
+from rpac.devices.toolchain import toolchain
 from rpac.errors import TargetError
+from rpac.files.store import Store
 from rpac.plan import plan_spec
 from rpac.plan.tuned import FOLDER, TunedTiles
 from rpac.schedule import check_compiler
 from rpac.spec import Spec
-from rpac.store import Store
-from rpac.toolchain import toolchain
 from rpac.tune.executors import Evaluate, Pool
 from rpac.tune.jobs import run_job
 from rpac.tune.results import entry_of, merge

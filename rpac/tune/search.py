@@ -12,16 +12,15 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
+from rpac.devices.toolchain import toolchain
 from rpac.errors import TargetError
+from rpac.files.store import Store
+from rpac.kernels import render
 from rpac.lower import tasks_of
 from rpac.plan import KernelPlan
 from rpac.plan.kernel_plan import RULE
 from rpac.predict import Workload
-from rpac.predict.programs import Dims
-from rpac.render import render
 from rpac.spec import Spec
-from rpac.store import Store
-from rpac.toolchain import toolchain
 from rpac.tune.batches import batches_of, limits_of
 from rpac.tune.candidates import AXES, Axis, variants
 from rpac.tune.executors import Evaluate, Pool
@@ -139,7 +138,7 @@ class Climb:
         tasks = tasks_of(self.spec, [(plan, render(self.spec, plan))])
         task = next(task for task in tasks if task.tokens == plan.tokens[-1])
         limits = limits_of(self.spec, plan)
-        return Measure(self._case, label, task, Dims.of(self.spec.model), limits, batches, toolchain())
+        return Measure(self._case, label, task, self.spec.model, limits, batches, toolchain())
 
     @property
     def _case(self) -> str:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import signatures
 
-from rpac import layout
 from rpac.adapters import ejkernel, sglang_jax, tpu_inference
 from rpac.batch import Batch, Limits
-from rpac.bundle import Dims
+from rpac.contract import arrays as layout
+from rpac.contract.attention import Attention
 from rpac.spec import Spec
 
 
@@ -22,7 +22,7 @@ class FakeEngine:
     """Returns the metadata it was called with as its output, and the cache as it came."""
 
     name: str = "tiny"
-    model: Dims = field(default_factory=lambda: Dims(4, 2, 128, "bfloat16", "bfloat16", 128**-0.5))
+    model: Attention = field(default_factory=lambda: Attention(4, 2, 128, "bfloat16", "bfloat16", 128**-0.5))
     kv_layout: str = "interleaved"
     limits: Limits = field(default_factory=lambda: Limits(16, 8, 4, 32, 16, (8, 32)))
     calls: list[tuple[Any, ...]] = field(default_factory=list)
@@ -32,7 +32,7 @@ class FakeEngine:
 
     @classmethod
     def of(cls, spec: Spec) -> FakeEngine:
-        return cls(spec.name, Dims(**vars(spec.model)), spec.serving.kv_layout, Limits.of(spec))
+        return cls(spec.name, spec.model, spec.serving.kv_layout, Limits.of(spec))
 
     def __call__(self, *args: Any, validate: bool = True, **extra: Any) -> Any:
         self.calls.append(args)

@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 
 from rpac.check import check_source
+from rpac.contract.program import Source
+from rpac.kernels import render
 from rpac.plan import KernelPlan
-from rpac.render import Source, render
 from rpac.spec import Spec
 
 SEED = 0

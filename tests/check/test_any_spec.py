@@ -1,6 +1,6 @@
 """Any spec: what the rules accept is planned and rendered for every target, runs on cpu and compiles; a refusal has a reason.
 
-Specs are drawn from the features of `rpac.support` and from sizes. In the ordinary run few are drawn, always the same; many
+Specs are drawn from the features of `rpac.spec.support` and from sizes. In the ordinary run few are drawn, always the same; many
 and fresh ones with `RPAC_SPECS=200 pytest -m slow tests/check/test_any_spec.py`, which prints what it tried.
 """
 
@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rpac.check import check_source, trials_of
-from rpac.chip import TPU_TARGETS, is_tpu
+from rpac.devices.chip import TPU_TARGETS, is_tpu
 from rpac.errors import PlanError, SpecError
+from rpac.kernels import render
 from rpac.lower import Cache, lower_all, tasks_of
 from rpac.plan import KernelPlan, plan_spec
-from rpac.render import render
 from rpac.spec import Spec, parse_spec
-from rpac.support import FEATURES, text_of
+from rpac.spec.support import FEATURES, text_of
 
 COUNT = int(os.environ.get("RPAC_SPECS", "8"))
 

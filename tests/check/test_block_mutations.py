@@ -9,20 +9,22 @@ import numpy as np
 import pytest
 from mutation import SEED, Mutation, check_bug, dropped
 
-from rpac.answers import oracle
 from rpac.check import Trial, check_source
 from rpac.check.arrays import make_arguments
 from rpac.check.compare import compare
 from rpac.check.execute import prepare_run
+from rpac.contract.attention import Attention
+from rpac.contract.program import Source
+from rpac.kernels import render
+from rpac.oracle.expected import oracle
 from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, plan_spec
-from rpac.render import Source, render
-from rpac.spec import Model, Spec, load_spec
+from rpac.spec import Spec, load_spec
 
 TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")
 INTERLEAVED = replace(
     TINY,
     name="wide",
-    model=Model(16, 4, 128, "bfloat16", "bfloat16", 128**-0.5),
+    model=Attention(16, 4, 128, "bfloat16", "bfloat16", 128**-0.5),
     serving=replace(
         TINY.serving,
         page_size=128,

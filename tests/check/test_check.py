@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rpac import reference
 from rpac.check import CheckReport, Trial, check_source, check_spec, trials_of
 from rpac.check.arrays import GARBAGE, Arguments, make_arguments
 from rpac.check.compare import TOLERANCE, compare, lse_notes
+from rpac.contract.program import Source
+from rpac.kernels import render
+from rpac.oracle import attention as reference
 from rpac.plan import GroupTiles, KernelPlan, plan_spec
-from rpac.render import Source, render
 from rpac.spec import Spec, load_spec
 
 SPECS = Path(__file__).parents[2] / "specs"

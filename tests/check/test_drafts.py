@@ -12,10 +12,10 @@ from mutation import Mutation, check_bug, dropped
 from test_features import KINDS, LAYOUTS, SEED, SLOW, compiled, failures, featured
 
 from rpac.check import trials_of
-from rpac.chip import TPU_TARGETS
+from rpac.devices.chip import TPU_TARGETS
+from rpac.kernels import render
 from rpac.plan import plan_spec
 from rpac.plan.buffers import unit_tokens
-from rpac.render import render
 from rpac.spec import Spec
 
 FLOAT8 = {"kv_dtype": "float8_e4m3fn", "kv_scale": "head"}

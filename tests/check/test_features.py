@@ -12,10 +12,10 @@ import test_block_mutations as turns
 import test_mutations as tiles
 
 from rpac.check import Trial, check_source, trials_of
-from rpac.chip import TPU_TARGETS
+from rpac.devices.chip import TPU_TARGETS
+from rpac.kernels import render
 from rpac.lower import Cache, lower_all, tasks_of
 from rpac.plan import KernelPlan, plan_spec
-from rpac.render import render
 from rpac.spec import Spec
 
 SEED = 0

@@ -10,10 +10,10 @@ import test_mutations as tiles
 from mutation import Mutation, check_bug, dropped
 from test_features import ALL, CHUNKS_ALL, READ, SLOW, failures, featured
 
-from rpac.chip import TPU_TARGETS
+from rpac.devices.chip import TPU_TARGETS
+from rpac.kernels import render
 from rpac.lower import Cache, lower_all, tasks_of
 from rpac.plan import GroupTiles, KernelPlan, plan_spec
-from rpac.render import render
 from rpac.spec import Spec
 
 # Sequences of several tiles of 256, and a page table that is no multiple of one.

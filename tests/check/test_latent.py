@@ -11,11 +11,12 @@ import pytest
 from mutation import Mutation, check_bug, dropped
 
 from rpac.check import Trial, check_source, trials_of
-from rpac.chip import TPU_TARGETS
+from rpac.contract.attention import Attention
+from rpac.devices.chip import TPU_TARGETS
+from rpac.kernels import render
 from rpac.lower import Cache, lower_all, tasks_of
 from rpac.plan import KernelPlan, plan_spec
-from rpac.render import render
-from rpac.spec import Model, Spec, load_spec
+from rpac.spec import Spec, load_spec
 
 SPECS = Path(__file__).parents[2] / "specs"
 TINY = load_spec(SPECS / "tiny.yaml")
@@ -25,7 +26,7 @@ SEED = 0
 
 
 def latent(q_heads: int = 16, rank: int = 128, rope_dim: int = 64, dtype: str = "bfloat16", **serving: Any) -> Spec:
-    model = Model(q_heads, 1, rank, dtype, dtype, 0.1, rope_dim=rope_dim)
+    model = Attention(q_heads, 1, rank, dtype, dtype, 0.1, rope_dim=rope_dim)
     return replace(TINY, name="latent", model=model, serving=replace(TINY.serving, kv_layout="latent", **serving))
 
 

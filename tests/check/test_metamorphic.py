@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rpac import layout
 from rpac.check.arrays import Arguments, make_arguments
+from rpac.check.batches import Trial
 from rpac.check.execute import prepare_run
-from rpac.check.trials import Trial
+from rpac.contract import arrays as layout
+from rpac.kernels import render
 from rpac.plan import plan_spec
-from rpac.render import render
 from rpac.spec import Spec, parse_spec
-from rpac.support import FEATURES, text_of
+from rpac.spec.support import FEATURES, text_of
 
 SMALL = {
     "model": {"q_heads": 4, "kv_heads": 2},

@@ -9,8 +9,8 @@ import pytest
 from mutation import SEED, Mutation, check_bug, dropped, no_wait
 
 from rpac.check import check_source
+from rpac.kernels import render
 from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, plan_spec
-from rpac.render import render
 from rpac.spec import Spec, load_spec
 
 TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")

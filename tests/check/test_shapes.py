@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from rpac.check import check_source
+from rpac.contract.attention import Attention
+from rpac.kernels import render
 from rpac.lower import Cache, lower_all, tasks_of
 from rpac.plan import KIND_ORDER, GroupTiles, KernelPlan, plan_spec
-from rpac.render import render
-from rpac.spec import Model, Spec, load_spec
+from rpac.spec import Spec, load_spec
 
 TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")
 SEED = 0
@@ -21,7 +22,7 @@ SLOW = pytest.mark.slow
 
 def shaped(q_heads: int, kv_heads: int, head_dim: int = 128, dtype: str = "bfloat16", **serving: object) -> Spec:
     """tiny with another model."""
-    model = Model(q_heads, kv_heads, head_dim, dtype, dtype, head_dim**-0.5)
+    model = Attention(q_heads, kv_heads, head_dim, dtype, dtype, head_dim**-0.5)
     name = f"{q_heads}-{kv_heads}-{head_dim}-{dtype}"
     return replace(TINY, name=name, model=model, serving=replace(TINY.serving, **serving))
 

@@ -11,15 +11,16 @@ import pytest
 from mutation import SEED, Mutation, check_bug, dropped
 
 from rpac.check import check_source, trials_of
+from rpac.contract.attention import Attention
+from rpac.kernels import render
 from rpac.plan import BlockTiles, KernelPlan, plan_spec
-from rpac.render import render
-from rpac.spec import Model, Spec, load_spec
+from rpac.spec import Spec, load_spec
 
 TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")
 WIDE = replace(
     TINY,
     name="wide",
-    model=Model(8, 1, 256, "bfloat16", "bfloat16", 256**-0.5),
+    model=Attention(8, 1, 256, "bfloat16", "bfloat16", 256**-0.5),
     serving=replace(
         TINY.serving,
         kv_layout="separate",

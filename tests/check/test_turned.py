@@ -10,10 +10,11 @@ import test_block_mutations as turns
 from mutation import Mutation, check_bug, dropped
 from test_features import ALL, CHUNKS_ALL, READ, SLOW, compiled, failures, featured
 
-from rpac.chip import TPU_TARGETS
+from rpac.contract.attention import Attention
+from rpac.devices.chip import TPU_TARGETS
+from rpac.kernels import render
 from rpac.plan import BlockTiles, KernelPlan, plan_spec
-from rpac.render import render
-from rpac.spec import Model, Spec
+from rpac.spec import Spec
 
 SPECS = {
     layout: replace(spec, serving=replace(spec.serving, prefill_chunk=128)) for layout, spec in turns.SPECS.items()
@@ -129,10 +130,10 @@ def small_plan(spec: Spec, kind: str) -> KernelPlan:
         ("v5p", APART.model, False),  # the MXU is as wide as a head
         ("tpu7x", replace(APART.model, head_dim=256), False),
         ("tpu7x", replace(APART.model, q_heads=12), False),  # rows of three heads are no whole registers
-        ("tpu7x", Model(16, 4, 128, "float32", "float32", 128**-0.5), False),
+        ("tpu7x", Attention(16, 4, 128, "float32", "float32", 128**-0.5), False),
     ],
 )
-def test_scores_are_turned_where_a_wide_mxu_would_be_half_empty(target: str, model: Model, turned: bool) -> None:
+def test_scores_are_turned_where_a_wide_mxu_would_be_half_empty(target: str, model: Attention, turned: bool) -> None:
     spec = replace(APART, model=model)
     for plan in plan_spec(spec, target):
         if plan.kind == "prefill":

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rpac.batch import Batch, Limits
-from rpac.bundle import Variant
+from rpac.contract.program import Variant
 from rpac.engine import Engine
 
 BUILT = {Variant("decode", 8), Variant("decode", 32), Variant("prefill", 32), Variant("mixed", 8), Variant("mixed", 32)}

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rpac.toolchain import prepare, toolchain
+from rpac.devices.toolchain import prepare, toolchain
 
 if __name__ == "__main__":
     prepare()  # before JAX is imported
@@ -26,7 +26,7 @@ from jax.experimental import topologies
 import rpac
 from rpac.build import sources_of
 from rpac.bundle import write_bundle
-from rpac.chip import chip, is_tpu
+from rpac.devices.chip import chip, is_tpu
 from rpac.lower import tasks_of
 from rpac.lower.worker import lower
 from rpac.spec import parse_spec

@@ -14,7 +14,8 @@ import pytest
 from calls import BATCHES, LIMITS, arrays, batch_of, call, metadata
 
 from rpac.batch import Batch
-from rpac.bundle import Variant, write_bundle
+from rpac.bundle import write_bundle
+from rpac.contract.program import Variant
 from rpac.engine import Count, Engine, load
 from rpac.errors import BatchError
 from rpac.spec import Spec

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 from calls import BUILT, LIMITS, arrays, batch_of, call, metadata
 
-from rpac import canary, layout
-from rpac.accuracy import TOLERANCE
-from rpac.answers import canary_answers, expected
-from rpac.bundle import Variant, write_bundle
+from rpac.bundle import write_bundle
+from rpac.contract import arrays as layout
+from rpac.contract.program import Variant
 from rpac.engine import CanaryRun, Event, ProgramFailed, load
 from rpac.engine.probe import _cache, probe
 from rpac.errors import BundleError, CheckError
+from rpac.files.store import Store
+from rpac.oracle import canary
+from rpac.oracle.expected import canary_answers, expected
+from rpac.oracle.tolerance import TOLERANCE
 from rpac.spec import Spec
-from rpac.store import Store
 
 
 def test_every_program_gives_the_stored_answer(small: Path) -> None:
@@ -64,7 +66,7 @@ def test_a_program_that_raises_on_its_canary_is_not_run_again(small: Path, monke
         raise jax.errors.JaxRuntimeError("INTERNAL: core halted")
 
     engine = load(small, target="cpu")
-    monkeypatch.setattr("rpac.engine.slot.load_portable", lambda *_: broken)
+    monkeypatch.setattr("rpac.engine.program.load_portable", lambda *_: broken)
     for canary_first in (True, False):
         with pytest.raises(CheckError, match="its canary failed: the runtime raised INTERNAL: core halted; must be"):
             engine.warm([Variant("decode", 8)], canary=canary_first)

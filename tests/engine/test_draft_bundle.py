@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from command import rpac
 
-from rpac.accuracy import attention_error
 from rpac.adapters._common import Adapter
-from rpac.answers import expected
-from rpac.bundle import Variant, read_manifest
-from rpac.canary import make_call
+from rpac.bundle import read_manifest
+from rpac.check.deployment import serve_check
+from rpac.contract.program import Variant
 from rpac.engine import Engine, load
 from rpac.errors import BatchError, SelectionError
-from rpac.serve_check import serve_check
+from rpac.oracle.canary import make_call
+from rpac.oracle.expected import expected
+from rpac.oracle.tolerance import attention_error
 
 SMALL = Path(__file__).with_name("small.yaml")
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from calls import compiles
 
-from rpac.accuracy import TOLERANCE, attention_error
 from rpac.batch import Batch
 from rpac.engine import Engine, load
 from rpac.errors import BatchError, RpacError, SelectionError
-from rpac.reference import ragged_paged_attention
+from rpac.oracle.attention import ragged_paged_attention
+from rpac.oracle.tolerance import TOLERANCE, attention_error
 
 SEQUENCES = 4
 PAGES = 3  # of each

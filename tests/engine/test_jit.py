@@ -19,8 +19,10 @@ import steps
 from calls import arrays, batch_of, metadata, python
 from command import environment
 
-from rpac.batch import Batch, select_kind
-from rpac.bundle import Variant, write_bundle
+from rpac.batch import Batch
+from rpac.bundle import write_bundle
+from rpac.contract.kind import select_kind
+from rpac.contract.program import Variant
 from rpac.engine import Engine, load
 from rpac.errors import BatchError, SelectionError
 from rpac.spec import Spec

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from command import rpac
 
-from rpac.accuracy import attention_error
-from rpac.answers import expected
-from rpac.bundle import Variant
-from rpac.canary import Call, make_call
+from rpac.check.deployment import serve_check
+from rpac.contract.program import Variant
 from rpac.engine import Engine, load
 from rpac.errors import BatchError
-from rpac.serve_check import serve_check
+from rpac.oracle.canary import Call, make_call
+from rpac.oracle.expected import expected
+from rpac.oracle.tolerance import attention_error
 
 SPEC = """\
 name: latent

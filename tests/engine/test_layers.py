@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from command import rpac
 
-from rpac import TargetError, layout, load, load_layers
-from rpac.accuracy import attention_error
-from rpac.answers import oracle
+from rpac import TargetError, load, load_layers
 from rpac.build import all_tasks
 from rpac.bundle import read_manifest
-from rpac.canary import make_call
+from rpac.check.deployment import serve_check
+from rpac.contract import arrays as layout
 from rpac.errors import SpecError
-from rpac.serve_check import serve_check
+from rpac.oracle.canary import make_call
+from rpac.oracle.expected import oracle
+from rpac.oracle.tolerance import attention_error
 from rpac.spec import load_spec, parse_spec
 
 SMALL = Path(__file__).with_name("small.yaml").read_text()

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from calls import BATCHES, BUILT, arrays, batch_of, call, compiles, metadata, python
 
-from rpac import runtime
-from rpac.bundle import Variant, write_bundle
+from rpac.bundle import write_bundle
+from rpac.contract.program import Variant
+from rpac.devices.client import build_string
 from rpac.engine import Engine, load
 from rpac.errors import TargetError
 from rpac.spec import Spec
@@ -78,7 +79,7 @@ def test_falling_back_to_the_portable_program_is_asked_for_and_logged(
     write_bundle(path, tiny, [dataclasses.replace(one, toolchain=toolchain) for one in native_programs])
     with caplog.at_level(logging.WARNING, "rpac"):
         engine = load(path, target="cpu", allow_compile=True)
-    found = runtime.build_string(jax.devices()[0].client)
+    found = build_string(jax.devices()[0].client)
     assert f"was compiled for 'another build'; this process has {found!r}; must be the same;" in caplog.text
     assert "compiling its portable programs (allow_compile)" in caplog.text
     out, _ = call(engine, [1])
@@ -199,4 +200,4 @@ def test_the_build_string_ignores_how_the_client_names_itself() -> None:
 
     built = "Built on Jun 17 2026 11:08:48 (1781719728) cl/933746096"
     for version in (f"PJRT C API\nTFRT TPU v6 lite\n{built}", f"TFRT TPU v6 lite\n{built}"):
-        assert runtime.build_string(Client(version)) == built
+        assert build_string(Client(version)) == built

@@ -9,7 +9,7 @@ from calls import python
 from command import rpac
 
 from rpac.bundle import verify_bundle
-from rpac.mesh import Mesh
+from rpac.contract.mesh import Mesh
 from rpac.spec import load_spec
 
 SMALL = Path(__file__).with_name("small.yaml")
@@ -26,7 +26,7 @@ SHARDS = {
 SERVE = """
 import json, sys
 import jax, numpy as np, rpac
-from rpac.reference import ragged_paged_attention
+from rpac.oracle.attention import ragged_paged_attention
 path, heads = sys.argv[1], json.loads(sys.argv[2])
 devices = jax.devices()[::-1]  # not the order in which JAX numbers them
 count = int(sys.argv[3])

@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 from command import rpac
 
-from rpac.accuracy import attention_error
-from rpac.answers import oracle_options
 from rpac.batch import Batch
-from rpac.bundle import Variant, read_manifest
-from rpac.canary import make_call
+from rpac.bundle import read_manifest
+from rpac.check.deployment import serve_check
+from rpac.contract.program import Variant
 from rpac.engine import Engine, load
 from rpac.errors import BatchError
-from rpac.merging import merge
-from rpac.reference import attention_with_lse
-from rpac.serve_check import serve_check
+from rpac.oracle.attention import attention_with_lse
+from rpac.oracle.canary import make_call
+from rpac.oracle.expected import oracle_options
+from rpac.oracle.tolerance import attention_error
+from rpac.serving.merge import merge
 
 SMALL = Path(__file__).with_name("small.yaml")
 SINKS = np.array([1.5, -0.5], np.float32)

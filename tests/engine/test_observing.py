@@ -14,7 +14,7 @@ from calls import arrays, batch_of, call, metadata
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from rpac.bundle import Variant
+from rpac.contract.program import Variant
 from rpac.engine import BatchRefused, BatchRun, Event, JsonLog, ProgramReady, load
 from rpac.engine.metrics import EngineCollector
 from rpac.errors import BatchError, SelectionError, TargetError

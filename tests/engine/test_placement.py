@@ -12,8 +12,8 @@ CODE = """
 import json, sys, jax, jax.numpy as jnp, numpy as np, rpac
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from rpac.engine.arguments import Arguments
-from rpac.mesh import Mesh as Mesh_of
-from rpac.placement import Placement
+from rpac.contract.mesh import Mesh as Mesh_of
+from rpac.devices.placement import Placement
 engine = rpac.load(sys.argv[1], device=jax.devices()[1])
 batch = rpac.Batch.build(engine.limits, [1], [2], [[5]])
 dims = engine.programs[rpac.Variant("decode", 8)].args[:4]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from calls import BUILT, LIMITS, batch_of
 
-from rpac.bundle import Variant
+from rpac.batch.select import select
+from rpac.contract.program import Variant
 from rpac.engine import load
 from rpac.errors import BatchError, SelectionError
-from rpac.select import select
 
 
 def test_select_is_total() -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from command import rpac as command
 
-import rpac.serve_check as module
-from rpac.answers import canary_answers
-from rpac.bundle import Variant, write_bundle
-from rpac.serve_check import serve_check
+import rpac.check.deployment as module
+from rpac.bundle import write_bundle
+from rpac.check.deployment import serve_check
+from rpac.contract.program import Variant
+from rpac.files.store import Store
+from rpac.oracle.expected import canary_answers
 from rpac.spec import Spec
-from rpac.store import Store
 
 
 def test_a_sound_bundle_serves(small: Path, tmp_path: Path) -> None:

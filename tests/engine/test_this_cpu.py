@@ -9,8 +9,8 @@ import pytest
 from calls import compiles
 from command import TINY, rpac
 
-from rpac import host
 from rpac.bundle import verify_bundle
+from rpac.devices import host
 from rpac.engine import load
 
 SMALL = Path(__file__).with_name("small.yaml")

@@ -14,7 +14,8 @@ import pytest
 from calls import BUILT, LIMITS, arrays, batch_of, call, compiles, metadata, python
 
 from rpac.batch import Batch
-from rpac.bundle import Variant, write_bundle
+from rpac.bundle import write_bundle
+from rpac.contract.program import Variant
 from rpac.engine import Engine, Event, ProgramFailed, ProgramReady, load
 from rpac.errors import SelectionError, TargetError
 from rpac.spec import Spec
@@ -85,7 +86,7 @@ def hold_back(
     monkeypatch: pytest.MonkeyPatch, variant: Variant, loading: threading.Event, go_on: threading.Event
 ) -> None:
     """Makes the load of a program wait."""
-    from rpac.engine import slot
+    from rpac.engine import program as slot
 
     load_portable = slot.load_portable
 
@@ -165,7 +166,7 @@ def failing(tmp_path: Path, tiny: Spec, programs: list[Any]) -> Path:
 def test_a_process_that_ends_while_it_loads_begins_no_other_program(bundle: Path) -> None:
     code = """
 import json, sys, time, rpac
-from rpac.engine import slot
+from rpac.engine import program as slot
 def slow(data, program, device):
     print(json.dumps(str(program.variant)), flush=True)
     loading.set()

@@ -14,15 +14,15 @@ import pytest
 from command import rpac
 
 from rpac.build import chosen_targets, sources_of
-from rpac.chip import TPU_TARGETS
+from rpac.devices.chip import TPU_TARGETS
+from rpac.devices.toolchain import toolchain
 from rpac.errors import CompileError, PlanError, TargetError
+from rpac.kernels import render, templates_dir
+from rpac.kernels import source as rendering
 from rpac.lower import Cache, Task, lower_all, tasks_of
 from rpac.lower import worker as lowering
 from rpac.plan import plan_spec
-from rpac.render import render, templates_dir
-from rpac.render import source as rendering
 from rpac.spec import Spec, parse_spec
-from rpac.toolchain import toolchain
 
 SPEC = """\
 name: large

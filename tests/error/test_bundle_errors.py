@@ -20,9 +20,9 @@ import pytest
 import rpac
 from rpac.bundle import verify_bundle, write_bundle
 from rpac.bundle.manifest import _seal, parse
+from rpac.devices.client import build_string
 from rpac.engine import load
 from rpac.errors import BundleError, RpacError, TargetError
-from rpac.runtime import build_string
 from rpac.spec import Spec
 
 SEED = random.SystemRandom().randrange(2**32)

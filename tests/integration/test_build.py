@@ -37,7 +37,7 @@ def watch(event, args):
         touched.append(args[0].co_filename)
 
 import jax, jax.numpy as jnp, ml_dtypes, numpy as np, rpac
-from rpac.reference import ragged_paged_attention as oracle
+from rpac.oracle.attention import ragged_paged_attention as oracle
 seen = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: seen.append(event) if event.startswith("/jax/core/compile/") else None)
@@ -330,7 +330,8 @@ def test_a_cache_on_a_full_disk_fails_no_build(tmp_path: Path, built: Built, tre
     code = """
 import sys
 from pathlib import Path
-from rpac import build, store
+from rpac import build
+from rpac.files import store
 from rpac.lower import Cache
 from rpac.spec import load_spec
 real = Path.write_bytes

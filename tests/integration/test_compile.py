@@ -14,12 +14,13 @@ import pytest
 from command import ROOT, TINY, rpac
 
 from rpac.build import sources_of
-from rpac.bundle import Program, read_manifest, verify_bundle
-from rpac.chip import TPU_TARGETS, chip
+from rpac.bundle import read_manifest, verify_bundle
+from rpac.contract.program import Lowered, Program
+from rpac.devices.chip import TPU_TARGETS, chip
 from rpac.errors import CompileError, PlanError
-from rpac.lower import Cache, Lowered, Task, lower_all, tasks_of
+from rpac.kernels import render
+from rpac.lower import Cache, Task, lower_all, tasks_of
 from rpac.plan import plan_spec
-from rpac.render import render
 from rpac.spec import Spec, load_spec, parse_spec
 
 pytestmark = pytest.mark.compile

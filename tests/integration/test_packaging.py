@@ -73,7 +73,7 @@ def test_the_source_archive_makes_the_wheel(archives: Path) -> None:
 
 
 def test_an_installed_wheel_uses_its_own_files(installed: Path, tmp_path: Path) -> None:
-    code = "import rpac, rpac.render; print(rpac.__file__, rpac.render.templates_dir(), sep='\\n')"
+    code = "import rpac, rpac.kernels; print(rpac.__file__, rpac.kernels.templates_dir(), sep='\\n')"
     places = python("-c", code, **away(installed, tmp_path)).splitlines()
     assert places == [str(installed / "rpac" / "__init__.py"), str(installed / "rpac" / "templates")]
 

@@ -13,12 +13,13 @@ from command import TINY
 
 from rpac.build import sources_of
 from rpac.bundle import write_bundle
-from rpac.chip import chip
-from rpac.lower import Lowered, tasks_of
+from rpac.contract.program import Lowered
+from rpac.devices.chip import chip
+from rpac.devices.toolchain import toolchain
+from rpac.files.store import Store
+from rpac.lower import tasks_of
 from rpac.predict import Programs, programs_of
 from rpac.spec import Spec, load_spec
-from rpac.store import Store
-from rpac.toolchain import toolchain
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rpac.bundle import Variant
+from rpac.contract.program import Variant
 from rpac.errors import OutputError
 from rpac.predict import Prediction, Workload, check_plot, draw, parse_decode, parse_prefill
 from rpac.schedule import CallReport, model_of

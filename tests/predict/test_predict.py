@@ -12,11 +12,11 @@ import pytest
 from command import TINY
 
 from rpac.errors import BundleError, ScheduleError, TargetError
+from rpac.files.store import Store
 from rpac.predict import Programs, Workload, emit, parse_decode, parse_prefill, predict, programs_of
 from rpac.predict.run import OPERANDS
 from rpac.schedule import model_of, parse_schedule, walk
 from rpac.spec import load_spec
-from rpac.store import Store
 
 Built = Callable[[str], Programs]
 Bundled = Callable[..., Path]

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 from command import TINY
 
-from rpac.bundle import Variant
 from rpac.check.arrays import Arguments, make_arguments
+from rpac.check.batches import Trial, trials_of
 from rpac.check.execute import DMA_MODES, prepare_run
-from rpac.check.trials import Trial, trials_of
+from rpac.contract.program import Variant
+from rpac.files.store import Store
+from rpac.kernels import render
 from rpac.plan import KernelPlan, plan_spec
 from rpac.predict import Programs, programs_of
-from rpac.render import render
 from rpac.schedule import Call
 from rpac.spec import Spec, load_spec
-from rpac.store import Store
 
 from .recorder import Extent, recorded
 

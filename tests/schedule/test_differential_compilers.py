@@ -8,13 +8,13 @@ from collections.abc import Callable
 import pytest
 from command import TINY
 
-from rpac.bundle import Variant
+from rpac.contract.program import Variant
 from rpac.errors import ScheduleError
+from rpac.files.store import Store
 from rpac.predict import Programs, parse_decode, programs_of
 from rpac.predict.run import scalars_of
 from rpac.schedule import Call, Walk
 from rpac.schedule.compilers import VERIFIED
-from rpac.store import Store
 
 from .gather import PAGES, SEQS
 from .miniature import run, schedule

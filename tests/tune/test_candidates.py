@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from command import ROOT
 
-from rpac.chip import chip
+from rpac.devices.chip import chip
+from rpac.kernels import render
 from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, plan_spec
-from rpac.plan.build import MORE_STEPS, STEPS, VMEM_HEADROOM, turn_steps, vmem_need
+from rpac.plan.planner import MORE_STEPS, STEPS, VMEM_HEADROOM, turn_steps, vmem_need
 from rpac.plan.tuned import TunedTiles
-from rpac.render import render
 from rpac.spec import Spec, load_spec
 from rpac.tune.candidates import AXES, label_of, variants
 

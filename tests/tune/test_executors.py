@@ -14,10 +14,10 @@ import pytest
 from command import ROOT, TINY
 from standin import Here, deadly, deadly_once, rule_of, slowly, timed, waiting
 
+from rpac.devices.toolchain import toolchain
 from rpac.errors import TargetError
+from rpac.files.store import Store
 from rpac.spec import load_spec
-from rpac.store import Store
-from rpac.toolchain import toolchain
 from rpac.tune import Job, Measure, Outcome, Result, local_processes, on_cluster
 from rpac.tune.jobs import run_job
 from rpac.tune.search import Climb, search

@@ -13,13 +13,13 @@ from command import ROOT, TINY
 from standin import Here, rule_of, timed
 
 from rpac.build import sources_of
-from rpac.chip import TPU_TARGETS
+from rpac.devices.chip import TPU_TARGETS
 from rpac.errors import OutputError, PlanError
+from rpac.files.store import Store
+from rpac.kernels import render
 from rpac.plan import plan_spec
 from rpac.plan.tuned import FOLDER, Entry, TunedTiles, key_of, key_text
-from rpac.render import render
 from rpac.spec import Spec, load_spec
-from rpac.store import Store
 from rpac.tune import Outcome
 from rpac.tune.results import WIDTH, entry_of, merge, text_of
 from rpac.tune.search import Climb, search
@@ -141,7 +141,7 @@ def test_the_nearest_entry_is_borrowed_from(folder: Path, outcome: Outcome) -> N
 def test_borrowed_tiles_that_do_not_suit_a_case_leave_it_to_the_rule_and_say_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rpac.plan.build.is_legal", lambda *args: False)
+    monkeypatch.setattr("rpac.plan.planner.is_legal", lambda *args: False)
     spec = replace(SPEC, serving=replace(SPEC.serving, **NEAR["buckets"]))
     assert planned(folder, spec) == replace(
         rule_of(spec, "decode"), origin="rule: the nearest tuned tiles do not fit this case"
@@ -176,7 +176,7 @@ def test_a_field_that_a_spec_gains_is_part_of_its_case() -> None:
 def test_tiles_that_no_longer_fit_leave_it_to_the_rule_and_say_so(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rpac.plan.build.with_tiles", lambda *args: None)
+    monkeypatch.setattr("rpac.plan.planner.with_tiles", lambda *args: None)
     plan = planned(folder)
     assert plan == replace(RULE, origin="rule: the tuned tiles do not fit VMEM")
     assert f"- {plan.origin}\n" in render(SPEC, plan).text

@@ -12,8 +12,8 @@ from command import ROOT, TINY
 from standin import Here, rule_of, slowly, timed
 
 from rpac.errors import TargetError
+from rpac.files.store import Store
 from rpac.spec import load_spec
-from rpac.store import Store
 from rpac.tune import Check, Job, Measure, Outcome, Result
 from rpac.tune.candidates import AXES, variants
 from rpac.tune.search import MARGIN, Climb, search

@@ -13,11 +13,11 @@ from command import TINY, rpac, start
 from standin import Here, rule_of
 
 from rpac.errors import OutputError, TargetError
+from rpac.files.store import Store
 from rpac.plan import plan_spec
 from rpac.plan.tuned import TunedTiles
 from rpac.predict import predict, programs_of
 from rpac.spec import load_spec
-from rpac.store import Store
 from rpac.tune import Check, Job, Measure, Result, local_processes, tune
 from rpac.tune.batches import batches_of
 from rpac.tune.candidates import AXES, Axis, variants

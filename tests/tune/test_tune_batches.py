@@ -9,9 +9,10 @@ from command import ROOT, TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rpac.contract.attention import Serving
 from rpac.plan import plan_spec
 from rpac.plan.tuned import TunedTiles
-from rpac.spec import Serving, Spec, load_spec
+from rpac.spec import Spec, load_spec
 from rpac.tune.batches import batches_of, limits_of
 
 SPECS = [part for path in sorted((ROOT / "specs").glob("*.yaml")) for part in load_spec(path).parts]

@@ -16,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpac import layout
-from rpac.batch import Batch, Limits, select_kind, validate
+from rpac.batch import Batch, Limits, validate
+from rpac.contract import arrays as layout
+from rpac.contract.kind import select_kind
 from rpac.errors import BatchError, SelectionError
 from rpac.spec import load_spec
 
@@ -307,7 +308,7 @@ def test_validation_of_64_full_sequences_takes_no_time_that_a_server_would_notic
 
 def test_serving_needs_neither_jax_nor_yaml_to_build_a_batch() -> None:
     code = (
-        "import sys, rpac.batch, rpac.layout, rpac.errors; "
+        "import sys, rpac.batch, rpac.contract.arrays, rpac.errors; "
         "sys.exit(sorted({'jax', 'yaml', 'jinja2', 'click', 'libtpu', 'rpac.spec'} & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=SPECS.parent)

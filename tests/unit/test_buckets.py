@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rpac.batch import Limits
-from rpac.buckets import Traffic, best_buckets, choices, choose, judge
 from rpac.cli import main
 from rpac.errors import BatchError
 from rpac.spec import load_spec
-from rpac.trace import Workload
+from rpac.traffic.buckets import Traffic, best_buckets, choices, choose, judge
+from rpac.traffic.trace import Workload
 
 TINY = Path(__file__).parents[2] / "specs" / "tiny.yaml"  # buckets 8 and 32, a prefill chunk of 16, five targets
 SPEC = load_spec(TINY)

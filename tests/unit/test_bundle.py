@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from rpac import layout
-from rpac.bundle import Variant, describe, is_bundle, read_manifest, read_target, verify_bundle, write_bundle
-from rpac.bundle.manifest import ARGS, RESULTS, Content, parse, render
+from rpac.bundle import describe, is_bundle, read_manifest, read_target, verify_bundle, write_bundle
+from rpac.bundle.manifest import ARGS, RESULTS, parse, render
 from rpac.bundle.storage import Storage
+from rpac.contract import arrays as layout
+from rpac.contract.program import Content, Variant
 from rpac.errors import OutputError
-from rpac.publish import Stage
+from rpac.files.publish import Stage
 from rpac.spec import Spec
 
 Tree = Callable[[Path], dict[str, bytes]]

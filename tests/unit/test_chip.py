@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rpac.chip import PLATFORMS, TPU_TARGETS, Chip, chip, is_tpu, target_of
+from rpac.devices.chip import PLATFORMS, TPU_TARGETS, Chip, chip, is_tpu, target_of
 from rpac.errors import TargetError
 from rpac.spec import TARGETS
 
@@ -90,7 +90,7 @@ def test_topologies_hold_devices_of_the_kind_and_cores_that_are_expected() -> No
 
 
 def test_importing_the_facts_does_not_import_jax() -> None:
-    code = "import sys, rpac.chip; sys.exit('jax' in sys.modules)"
+    code = "import sys, rpac.devices.chip; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -16,14 +16,11 @@ PACKAGE = Path(rpac.__file__).parent
 
 # From the lowest to the highest; a module, or a package as a whole, imports only from above its own line.
 ORDER = [
-    "errors",
-    "chip", "layout", "mesh", "spec", "batch", "trace", "serving", "plan", "buckets", "render",
-    "accuracy", "canary",  # how good an answer must be, and the calls that a bundle stores answers to
-    "publish", "store",  # files and folders: a bundle's and a cache's
-    "host", "compat", "placement", "runtime", "toolchain", "merging",  # JAX: what differs, runs, lies where, and what it is
-    "lower", "schedule", "bundle", "select", "engine", "adapters",
-    "reference", "reference_latent", "answers", "check", "build", "serve_check", "predict", "tune",
-    "support", "cli",
+    "errors", "_version",
+    "contract", "spec", "batch", "files", "devices", "serving",
+    "plan", "traffic", "kernels", "oracle",
+    "lower", "bundle", "schedule", "engine", "adapters",
+    "check", "build", "predict", "tune", "cli",
 ]  # fmt: skip
 
 # May be imported where it is needed, because it imports nothing but `errors`: `rpac.__version__` is there.
@@ -35,15 +32,13 @@ def parts() -> list[str]:
 
 
 def imports(node: ast.AST) -> Iterator[str]:
-    """The parts of rpac that some code imports, at any depth, but for what only a type checker sees."""
+    """The parts of rpac that some code imports, at any depth, those for a type checker alone included."""
     for child in ast.iter_child_nodes(node):
         match child:
-            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
-                continue
             case ast.Import(names=names):
                 yield from (name.name for name in names)
             case ast.ImportFrom(module=module, names=names, level=0) if module is not None:
-                yield from (f"rpac.{name.name}" for name in names) if module == "rpac" else (module,)
+                yield from (f"{module}.{name.name}" for name in names)
             case ast.ImportFrom():
                 raise AssertionError(f"line {child.lineno}: a relative import")
         yield from imports(child)
@@ -52,7 +47,25 @@ def imports(node: ast.AST) -> Iterator[str]:
 def edges(part: str) -> set[str]:
     files = (PACKAGE / part).rglob("*.py") if (PACKAGE / part).is_dir() else [PACKAGE / f"{part}.py"]
     found = [name.split(".") for file in files for name in imports(ast.parse(file.read_text(), str(file)))]
-    return {name[1] if len(name) > 1 else ROOT for name in found if name[0] == "rpac"}
+    return {name[1] for name in found if name[0] == "rpac"}
+
+
+def edges_of_module(path: str) -> set[str]:
+    """The modules of rpac that one module imports, with dots."""
+    found = set()
+    for name in imports(ast.parse((PACKAGE / path).read_text(), path)):
+        whole = PACKAGE.parent.joinpath(*name.split("."))
+        found.add(name if whole.is_dir() or whole.with_suffix(".py").is_file() else name.rpartition(".")[0])
+    return {name for name in found if name.startswith("rpac")}
+
+
+def test_no_module_is_part_of_a_circle() -> None:
+    paths = {path.relative_to(PACKAGE.parent): path for path in PACKAGE.rglob("*.py")}
+    names = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    graph = {name: edges_of_module(str(path.relative_to("rpac"))) - {name} for name, path in names.items()}
+    while leaves := {name for name, below in graph.items() if not below}:
+        graph = {name: below - leaves for name, below in graph.items() if name not in leaves}
+    assert graph == {}
 
 
 def test_every_part_has_its_place() -> None:
@@ -70,15 +83,21 @@ def test_errors_imports_nothing_of_rpac() -> None:
     assert edges("errors") == set()
 
 
+def test_importing_the_package_imports_no_stage() -> None:
+    code = "import sys, rpac; print(*(name for name in sys.modules if name.startswith('rpac.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {"rpac.errors", "rpac._version"}
+
+
 def test_the_oracle_shares_nothing_with_what_it_judges() -> None:
-    assert edges("reference") == set()
+    assert edges_of_module("oracle/attention.py") == set()
 
 
 def test_nobody_knows_the_command_line() -> None:
     assert [part for part in parts() if part != "cli" and "cli" in edges(part)] == []
 
 
-@pytest.mark.parametrize("part", ["spec", "batch", "serving", "buckets", "render"])
+@pytest.mark.parametrize("part", ["contract", "spec", "batch", "serving", "traffic", "kernels"])
 def test_the_first_stages_need_no_jax(part: str) -> None:
     code = f"import sys, rpac.{part}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

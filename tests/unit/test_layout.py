@@ -11,10 +11,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from rpac import layout
 from rpac.batch import Limits
-from rpac.reference import attention_with_lse
-from rpac.spec import KV_LAYOUTS, Spec, load_spec
+from rpac.contract import arrays as layout
+from rpac.contract.attention import KV_LAYOUTS
+from rpac.oracle.attention import attention_with_lse
+from rpac.spec import Spec, load_spec
 
 SPECS = Path(__file__).parents[2] / "specs"
 SHIPPED = [load_spec(path) for path in sorted(SPECS.glob("*.yaml"))]

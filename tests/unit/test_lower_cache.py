@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from rpac import store
 from rpac.build import sources_of
-from rpac.layout import ArrayDims, arg_specs
-from rpac.lower import Cache, Lowered, Task, tasks_of
-from rpac.mesh import Mesh
-from rpac.render import Source
+from rpac.contract.arrays import ArrayDims, arg_specs
+from rpac.contract.mesh import Mesh
+from rpac.contract.program import Lowered, Source
+from rpac.files import store
+from rpac.files.store import default_cache_dir
+from rpac.lower import Cache, Task, tasks_of
 from rpac.spec import Spec, parse_spec
-from rpac.store import default_cache_dir
 
 Tree = Callable[[Path], dict[str, bytes]]
 TOOLS = {"jax": "1.0", "libtpu": "2.0", "libtpu_files": "abc", "rpac": "0"}

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpac.chip import TPU_TARGETS, chip
+from rpac.contract.arrays import LANES
+from rpac.contract.attention import Attention, Serving
+from rpac.devices.chip import TPU_TARGETS, chip
 from rpac.errors import PlanError
-from rpac.layout import LANES
 from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims, kinds_of, plan_spec
 from rpac.plan.buffers import unit_tokens
-from rpac.plan.build import (
+from rpac.plan.planner import (
     IN_FLIGHT_BYTES,
     SMEM_RESERVE,
     TURN_BYTES,
@@ -29,7 +30,7 @@ from rpac.plan.build import (
 from rpac.plan.query_rows import Sets
 from rpac.plan.tiles import XlaTiles
 from rpac.plan.tuned import TunedTiles
-from rpac.spec import Model, Serving, Spec, load_spec
+from rpac.spec import Spec, load_spec
 
 SPECS = [
     part for path in sorted((Path(__file__).parents[2] / "specs").glob("*.yaml")) for part in load_spec(path).parts
@@ -42,7 +43,7 @@ def specs(draw: st.DrawFn) -> Spec:
     """Any spec that the parser takes and a TPU kernel can have a chunk of."""
     group, kv_heads = draw(st.integers(1, 16)), draw(st.integers(1, 16))
     dtype = draw(st.sampled_from(["bfloat16", "float32"]))
-    model = Model(group * kv_heads, kv_heads, draw(st.sampled_from([128, 256])), dtype, dtype, 0.1)
+    model = Attention(group * kv_heads, kv_heads, draw(st.sampled_from([128, 256])), dtype, dtype, 0.1)
     page = 1 << draw(st.integers(4, 8))
     max_len = page * draw(st.integers(1, 64))
     new = draw(st.sampled_from([1, 1, 2, 4, 8]))
@@ -213,7 +214,7 @@ def test_decode_rows_of_a_mixed_program_go_by_smaller_groups_of_the_same_tiles(s
 def test_heads_share_the_rows_of_a_product_where_their_groups_fill_a_register(
     q_heads: int, kv_heads: int, wanted: tuple[int, ...], padded: bool
 ) -> None:
-    model = Model(q_heads, kv_heads, 128, "bfloat16", "bfloat16", 1.0)
+    model = Attention(q_heads, kv_heads, 128, "bfloat16", "bfloat16", 1.0)
     sets = Sets.of(replace(TINY, model=model))
     assert (sets.heads, sets.rows, sets.count) == wanted
     assert sets.padded(model) == padded
@@ -263,7 +264,7 @@ def test_block_tiles_divide_each_other(spec: Spec, target: str) -> None:
 def test_a_unit_is_the_fewest_tokens_that_fill_whole_register_tiles(
     kv_heads: int, head_dim: int, dtype: str, wanted: tuple[int, ...]
 ) -> None:
-    rows = RowDims.of(Model(kv_heads, kv_heads, head_dim, dtype, dtype, 1.0))
+    rows = RowDims.of(Attention(kv_heads, kv_heads, head_dim, dtype, dtype, 1.0))
     assert (rows.lane_tiles, rows.packed_rows, rows.token_rows, rows.unit, rows.unit_rows) == wanted
 
 

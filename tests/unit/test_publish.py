@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from rpac import publish as publishing
 from rpac.errors import OutputError
-from rpac.publish import Stage, publish
+from rpac.files import publish as publishing
+from rpac.files.publish import Stage, publish
 
 # Publishes one file of argv[2] at argv[1]; runs argv[3] in the middle of it.
 WRITER = """
 import os, signal, sys, time
 from pathlib import Path
-from rpac import publish as publishing
+from rpac.files import publish as publishing
 final, text, middle = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 with publishing.publish(final, lambda path: True) as stage:
     stage.write("text", text.encode())

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rpac import reference
 from rpac.batch import Batch, Limits
-from rpac.reference import attention_with_lse, quantized, ragged_paged_attention, split_kv
+from rpac.oracle import attention as reference
+from rpac.oracle.attention import attention_with_lse, quantized, ragged_paged_attention, split_kv
 
 Array = NDArray[Any]
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from rpac import reference_latent
 from rpac.batch import Batch, Limits
-from rpac.reference_latent import latent_paged_attention
+from rpac.oracle import latent as reference_latent
+from rpac.oracle.latent import latent_paged_attention
 
 Array = NDArray[Any]
 
@@ -112,5 +112,5 @@ def test_it_shares_nothing_with_the_kernels() -> None:
     tree = ast.parse(Path(str(reference_latent.__file__)).read_text())
     found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "rpac" in str(node.module)]
     assert [(node.module, [name.name for name in node.names]) for node in found] == [
-        ("rpac.reference", ["Array", "Int32s"])
+        ("rpac.oracle.attention", ["Array", "Int32s"])
     ]

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from rpac.contract.attention import Attention
+from rpac.contract.program import Source
+from rpac.kernels import render, templates_dir
 from rpac.plan import KernelPlan, plan_spec
-from rpac.render import Source, render, templates_dir
-from rpac.spec import Model, Spec, load_spec, parse_spec
+from rpac.spec import Spec, load_spec, parse_spec
 
 ROOT = Path(__file__).parents[2]
 TINY = load_spec(ROOT / "specs" / "tiny.yaml")
@@ -20,7 +22,7 @@ TINY = load_spec(ROOT / "specs" / "tiny.yaml")
 
 def shaped(q_heads: int, kv_heads: int, head_dim: int, dtype: str) -> Spec:
     """tiny with another model."""
-    return replace(TINY, model=Model(q_heads, kv_heads, head_dim, dtype, dtype, 0.125))
+    return replace(TINY, model=Attention(q_heads, kv_heads, head_dim, dtype, dtype, 0.125))
 
 
 SPECS = [

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rpac.chip import TPU_TARGETS
+from rpac.devices.chip import TPU_TARGETS
 from rpac.errors import SpecError
 from rpac.spec import TARGETS, Spec, load_spec, parse_spec
 

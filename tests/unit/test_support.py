@@ -7,7 +7,7 @@ from command import ROOT
 
 from rpac.spec import TARGETS, parse_spec
 from rpac.spec import parse as rules
-from rpac.support import FEATURES, document, text_of
+from rpac.spec.support import FEATURES, document, text_of
 
 
 def test_the_document_is_made_from_the_code() -> None:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import rpac
+from rpac.devices.toolchain import ENVIRONMENT, PACKAGES, prepare, toolchain
 from rpac.errors import TargetError
-from rpac.toolchain import ENVIRONMENT, PACKAGES, prepare, toolchain
 
 RECORD = """jax/__init__.py,sha256=aaaa,10
 jax/core.py,sha256=bbbb,20
@@ -88,7 +88,7 @@ def test_a_missing_package_is_a_target_error_that_says_what_to_install(monkeypat
 
 
 def test_naming_it_loads_nothing_of_it() -> None:
-    code = "import sys; from rpac.toolchain import toolchain; toolchain(); print(*sys.modules)"
+    code = "import sys; from rpac.devices.toolchain import toolchain; toolchain(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"jax", "jaxlib", "libtpu", "numpy"} & set(done.stdout.split())
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rpac.errors import BatchError
-from rpac.trace import Workload, read_trace
+from rpac.traffic.trace import Workload, read_trace
 
 
 def test_a_trace_is_a_batch_a_line(tmp_path: Path) -> None:

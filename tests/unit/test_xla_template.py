@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rpac import layout, reference
+from rpac.contract import arrays as layout
+from rpac.contract.attention import KV_LAYOUTS, Attention, Serving
+from rpac.kernels import render
+from rpac.oracle import attention as reference
 from rpac.plan import KernelPlan
 from rpac.plan.tiles import XlaTiles
-from rpac.render import render
-from rpac.spec import KV_LAYOUTS, Model, Serving, Spec
+from rpac.spec import Spec
 
 GARBAGE = np.iinfo(np.int32).max  # where the contract lets metadata hold anything
 
@@ -57,7 +59,7 @@ class Case:
     @property
     def spec(self) -> Spec:
         scale = self.head_dim**-0.5
-        model = Model(self.q_heads, self.kv_heads, self.head_dim, self.dtype, self.dtype, scale)
+        model = Attention(self.q_heads, self.kv_heads, self.head_dim, self.dtype, self.dtype, scale)
         serving = Serving(
             page_size=self.page_size,
             max_model_len=self.max_len,

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from signatures import signature
 
 import rpac
-from rpac.bundle import Variant
+from rpac.contract.program import Variant
 
 # One last place of bfloat16, to which both round their outputs, and what a peer's bfloat16 weights of the softmax add.
 RELATIVE, ABSOLUTE = 2**-7, 1e-2

@@ -1,0 +1,230 @@
+"""The features of attention, a row each.
+
+The spec format, plans, kernel headers, manifests, adapters and docs/support.md read this table. A feature is off at its
+default: then no kernel shows a trace of it, and neither a spec's meaning nor a manifest mentions it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from rpac.contract.attention import KV_SCALES, QUANTIZERS, Attention, Serving
+
+MAX_MODEL_LEN: Final = 1 << 20
+MAX_DECODE_LEN: Final = 8
+
+Section = Literal["model", "serving"]
+Cut = Literal["q_heads", "kv_heads", "replicas", ""]
+"""How an axis of an argument is shared out over a mesh: by query heads, KV heads or replicas, or not at all."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """`true` or `false`."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """An integer from `low` to `high`; `example` is shown where something else was written."""
+
+    low: int
+    high: int
+    example: int
+
+
+@dataclass(frozen=True)
+class Number:
+    """A float from `low` to `high`."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some words."""
+
+    words: tuple[str, ...]
+
+
+Values = Flag | Count | Number | Choice
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An array that programs take after the batch. `cuts` says how each axis is shared out over a mesh."""
+
+    name: str
+    shape: Callable[[Attention, Serving], tuple[int, ...]]
+    dtype: str
+    cuts: tuple[Cut, ...]
+    spec_lines: str
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One feature: its key in a spec, what the key may be, and what it adds to a program.
+
+    `title` names it in docs/support.md and in errors. `example` are the keys, by section, of a spec that uses it. `words`
+    say what the key may be, for docs/support.md; `{0}` is replaced by the values. `off` is the default in words there.
+    `not_latent` says why latent attention goes without it.
+    """
+
+    key: str
+    section: Section
+    values: Values
+    default: Any
+    title: str
+    words: str
+    off: str
+    not_latent: str
+    example: dict[str, dict[str, object]]
+    argument: Argument | None = None
+    result: str | None = None
+
+    def value(self, model: Attention, serving: Serving) -> Any:
+        """What a spec says of it."""
+        return getattr(model if self.section == "model" else serving, self.key)
+
+    def used(self, model: Attention, serving: Serving) -> bool:
+        """Whether a spec uses it."""
+        return bool(self.value(model, serving) != self.default)
+
+    @property
+    def allowed(self) -> str:
+        """What the key may be, in words."""
+        match self.values:
+            case Flag():
+                return self.words.format("true, false")
+            case Count(low, high) | Number(low, high):
+                return self.words.format(f"{low:g} to {high:g}")
+            case Choice(words):
+                return self.words.format(", ".join(words))
+
+
+def _scales_shape(model: Attention, serving: Serving) -> tuple[int, ...]:
+    return (2, model.kv_heads) if model.kv_scale == "head" else (2,)
+
+
+FEATURES: Final[tuple[Feature, ...]] = (
+    Feature(
+        "soft_cap", "model", Number(1e-3, 1e6), None,
+        title="soft cap",
+        words="{0}",
+        off="none",
+        not_latent="no model with latent attention caps its scores, and its kernels do not",
+        example={"model": {"soft_cap": 30.0}},
+    ),
+    Feature(
+        "sliding_window", "model", Count(1, MAX_MODEL_LEN, 1024), None,
+        title="sliding window",
+        words="1 to max_model_len - 1 tokens",
+        off="none",
+        not_latent="no model with latent attention has windows, and its kernels fetch all tokens",
+        example={"model": {"sliding_window": 1024}},
+    ),
+    Feature(
+        "attention_chunk", "model", Count(1, MAX_MODEL_LEN, 8192), None,
+        title="attention in chunks",
+        words="a multiple of page_size, below max_model_len",
+        off="none",
+        not_latent="no model with latent attention cuts its sequences, and its kernels fetch all tokens",
+        example={"model": {"attention_chunk": 1024}},
+    ),
+    Feature(
+        "sinks", "model", Flag(), False,
+        title="sinks",
+        words="{0}: an argument `sinks`",
+        off="false",
+        not_latent="no model with latent attention has sinks, and its kernels add none",
+        example={"model": {"sinks": "true"}},
+        argument=Argument(
+            "sinks", lambda model, serving: (model.q_heads,), "float32", ("q_heads",), "model:\n  sinks: true"
+        ),
+    ),
+    Feature(
+        "kv_scale", "model", Choice(KV_SCALES), None,
+        title="KV scales",
+        words="{0}: an argument `kv_scales`",
+        off="no scales",
+        not_latent="its cache is stored as it is",
+        example={"model": {"kv_dtype": "float8_e5m2", "kv_scale": "tensor"}},
+        argument=Argument("kv_scales", _scales_shape, "float32", ("", "kv_heads"), "model:\n  kv_scale: head"),
+    ),
+    Feature(
+        "quantize", "model", Choice(QUANTIZERS), QUANTIZERS[0],
+        title="quantization in the kernel",
+        words="{0}",
+        off=QUANTIZERS[0],
+        not_latent="its cache is stored as it is",
+        example={"model": {"kv_dtype": "int8", "kv_scale": "head", "quantize": "kernel"}},
+    ),
+    Feature(
+        "causal", "model", Flag(), True,
+        title="not causal",
+        words="{0}: each query sees all of its sequence",
+        off="true",
+        not_latent="no model with latent attention looks ahead, and its kernels do not",
+        example={"model": {"causal": "false"}},
+    ),
+    Feature(
+        "update_cache", "model", Flag(), True,
+        title="cache not updated",
+        words="{0}: no arguments `keys` and `values`, the cache has them",
+        off="true",
+        not_latent="no model with latent attention shares its cache between layers, and its kernels write it",
+        example={"model": {"update_cache": "false"}},
+    ),
+    Feature(
+        "log_sum_exp", "serving", Flag(), False,
+        title="log-sum-exp",
+        words="{0}: a third result `lse`",
+        off="false",
+        not_latent="its kernels do not return it",
+        example={"serving": {"log_sum_exp": "true"}},
+        result="lse",
+    ),
+    Feature(
+        "decode_len", "serving", Count(1, MAX_DECODE_LEN, 4), 1,
+        title="drafts",
+        words="{0} new tokens of each decode row, at most max_num_tokens / max_num_seqs",
+        off="1",
+        not_latent="its kernels take one new token of each decode row",
+        example={"serving": {"decode_len": 4}},
+    ),
+    Feature(
+        "tree_mask", "serving", Flag(), False,
+        title="a tree of drafts",
+        words="{0}: an argument `tree`, which new tokens of a decode row each of them sees",
+        off="false",
+        not_latent="its kernels take one new token of each decode row",
+        example={"serving": {"decode_len": 4, "tree_mask": "true"}},
+        argument=Argument(
+            "tree",
+            lambda model, serving: (serving.max_num_seqs, serving.decode_len),
+            "int32",
+            ("replicas",),
+            "serving:\n  tree_mask: true\n  decode_len: 4",
+        ),
+    ),
+)  # fmt: skip
+
+BY_KEY: Final = {feature.key: feature for feature in FEATURES}
+
+ARGUMENTS: Final = tuple(feature.argument for feature in FEATURES if feature.argument is not None)
+"""What programs take after the batch where a spec asks for it, in argument order."""
+
+RESULTS: Final = tuple(feature.result for feature in FEATURES if feature.result is not None)
+"""What programs return after the output and the cache where a spec asks for it."""
+
+
+def features_of(section: Section) -> tuple[Feature, ...]:
+    """The features whose keys stand in a section of a spec."""
+    return tuple(feature for feature in FEATURES if feature.section == section)
+
+
+def features_used(model: Attention, serving: Serving) -> tuple[Feature, ...]:
+    """The features that a spec uses, in the order of the table."""
+    return tuple(feature for feature in FEATURES if feature.used(model, serving))

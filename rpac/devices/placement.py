@@ -1,0 +1,95 @@
+"""Where the arrays of a program lie: on one device, or cut into parts on the devices of a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
+
+from rpac.contract.arrays import ArrayDims
+from rpac.contract.mesh import AXES, Mesh
+
+
+class Placement:
+    """The devices of a program, in the order of its mesh, and what lies where."""
+
+    def __init__(self, mesh: Mesh, devices: Sequence[jax.Device]) -> None:
+        self.mesh = mesh
+        self.devices = tuple(devices)
+        if len(self.devices) > 1:
+            self._devices = jax.sharding.Mesh(np.array(self.devices).reshape(_sizes(mesh)), AXES, axis_types=_TYPES)
+
+    def __str__(self) -> str:
+        return listed(self.devices)
+
+    def sharding(self, dims: ArrayDims) -> jax.sharding.Sharding:
+        """Of an argument or a result of a program."""
+        if len(self.devices) == 1:
+            return jax.sharding.SingleDeviceSharding(self.devices[0])
+        return NamedSharding(self._devices, partition(self.mesh, dims))
+
+    def repeat(self, dims: ArrayDims, part: NDArray[Any]) -> NDArray[Any]:
+        """The whole array in which every device's part is `part`."""
+        return np.tile(part, self.mesh.repeats(dims)) if len(self.devices) > 1 else part
+
+    def joiner(self, dims: ArrayDims) -> Callable[[Sequence[jax.Array]], jax.Array]:
+        """What makes the whole array of one part on each device, in their order; nothing is copied."""
+        if len(self.devices) == 1:
+            return lambda parts: parts[0]
+        shape, sharding = self.mesh.whole(dims).shape, self.sharding(dims)
+        return lambda parts: jax.make_array_from_single_device_arrays(shape, sharding, list(parts))
+
+    def parts(self, array: jax.Array) -> list[jax.Array]:
+        """The parts of an array, in the order of the devices."""
+        found = {shard.device: shard.data for shard in array.addressable_shards}
+        return [found[device] for device in self.devices]
+
+
+def listed(devices: Sequence[jax.Device]) -> str:
+    """Devices by name, for messages."""
+    return ", ".join(map(str, devices)) + " in this device order" * (len(devices) > 1)
+
+
+_TYPES = (AxisType.Auto,) * len(AXES)
+
+
+def partition(mesh: Mesh, dims: ArrayDims) -> PartitionSpec:
+    """How an argument or a result is cut, as JAX says it."""
+    return PartitionSpec(*(cut or None for cut in mesh.cuts(dims)))
+
+
+def on_mesh(
+    program: Callable[..., Any],
+    mesh: Mesh,
+    args: Sequence[ArrayDims],
+    results: Sequence[ArrayDims],
+    devices: Sequence[Any] = (),
+) -> tuple[Callable[..., Any], list[jax.sharding.Sharding | None]]:
+    """A program of one device's part as one of whole arrays, with the shardings of its arguments.
+
+    `devices`: those that it is compiled for; without them it is for any.
+    """
+    if mesh.devices == 1:
+        one = jax.sharding.SingleDeviceSharding(devices[0]) if devices else None
+        return program, [one for _ in args]
+    of_devices = (
+        jax.sharding.Mesh(np.array(devices[: mesh.devices]).reshape(_sizes(mesh)), AXES, axis_types=_TYPES)
+        if devices
+        else AbstractMesh(_sizes(mesh), AXES, axis_types=_TYPES)
+    )
+    spread = jax.shard_map(
+        program,
+        mesh=of_devices,
+        in_specs=tuple(partition(mesh, dims) for dims in args),
+        out_specs=tuple(partition(mesh, dims) for dims in results),
+        check_vma=False,  # of a kernel nothing is known
+    )
+    return spread, [NamedSharding(of_devices, partition(mesh, dims)) for dims in args]
+
+
+def _sizes(mesh: Mesh) -> tuple[int, ...]:
+    return tuple(getattr(mesh, axis) for axis in AXES)

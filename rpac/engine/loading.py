@@ -1,0 +1,127 @@
+"""Opens a bundle for a device: finds the target that was built for it, and whether its executables run here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+
+from rpac.bundle import Manifest, Target, read_manifest, read_target
+from rpac.devices.chip import PLATFORMS
+from rpac.devices.client import build_string
+from rpac.engine.engine import Engine
+from rpac.engine.events import Observer
+from rpac.errors import TargetError
+
+_LOG = logging.getLogger("rpac")
+
+
+def load(
+    path: str | os.PathLike[str],
+    target: str | None = None,
+    *,
+    device: jax.Device | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    layer: str = "",
+    allow_compile: bool = False,
+    observer: Observer | None = None,
+) -> Engine:
+    """The engine of a bundle for one device, by default this process's first (`target="cpu"`: its CPU); or for as many
+    `devices` as its spec's `parallel` says, in the order of its mesh, by default this process's first ones.
+
+    `path` is the bundle's folder, or a URL that fsspec opens. `target` is by default the one built for exactly this
+    kind of device; `layer` names the kind of layers, of a model that has several. Reads and hashes the bytes of all its
+    programs; none is deserialized before its hash, the device kind and the libtpu build match. `allow_compile=True` lets
+    a target whose executables do not fit this process compile its portable programs instead, and logs that. `observer` is
+    called with every event of the engine. Raises BundleError, or TargetError naming what the bundle has and what was found.
+    """
+    if device is not None:
+        devices = [device]
+    found = _local_devices(target) if devices is None else list(devices)
+    loaded = read_target(path, partial(_choose, os.fspath(path), target, layer, found[0]))
+    count = loaded.manifest.mesh.devices
+    if len(found) < count or (devices is not None and len(found) > count):
+        raise TargetError(
+            f"{os.fspath(path)}: found {len(found)} devices; the bundle's programs run on {count}; give as many, or build "
+            "with other numbers under `parallel`"
+        )
+    use_executables = _use_executables(os.fspath(path), loaded.target, found[0], allow_compile)
+    return Engine(loaded, found[:count], use_executables, observer)
+
+
+def _local_devices(target: str | None) -> list[jax.Device]:
+    platform = target if target in PLATFORMS else None
+    try:
+        return list(jax.local_devices(backend=platform))
+    except RuntimeError as error:
+        wanted = f"a {platform.upper()}" if platform else "any device"
+        raise TargetError(
+            f"JAX does not find {wanted} ({error}); check JAX_PLATFORMS and what it has installed"
+        ) from error
+
+
+def load_layers(path: str | os.PathLike[str], target: str | None = None, **options: Any) -> dict[str, Engine]:
+    """An engine for each kind of layers of a bundle, by name; the arguments are those of `load`, and what it raises."""
+    layers = dict.fromkeys(one.layer for one in read_manifest(path).targets.values())
+    return {layer: load(path, target, layer=layer, **options) for layer in layers}
+
+
+def _choose(path: str, target: str | None, layer: str, device: jax.Device, manifest: Manifest) -> Target:
+    kind = device.device_kind
+    kinds = (kind, device.platform)  # a portable target is for all devices of a platform
+    of_device = [one for one in manifest.targets.values() if one.device_kind in kinds and target in (None, one.name)]
+    if not of_device:
+        has = ", ".join(f"{one.key} ({one.device_kind})" for one in manifest.targets.values())
+        asked = "" if target is None else f"target {target!r} and "
+        raise TargetError(
+            f"{path}: found {asked}device {device} of kind {kind!r}; the bundle has {has}; "
+            "load a target of this device's kind, or build one"
+        )
+    for one in of_device:
+        if one.layer == layer:
+            return one
+    names = ", ".join(repr(one.layer) for one in of_device)
+    raise TargetError(
+        f"{path}: found layer {layer!r}; the model's kinds of layers are {names}; name one of them with layer=, or load all "
+        "with rpac.load_layers"
+    )
+
+
+def _use_executables(path: str, target: Target, device: jax.Device, allow_compile: bool) -> bool:
+    """Whether the executables run here. Raises TargetError where they do not and nothing else may."""
+    without = [str(program.variant) for program in target.programs if program.executable is None]
+    if without and target.name in PLATFORMS:
+        return False  # a portable target has that tier alone, unless it was built for one CPU
+    misfit = (
+        f"holds no executable of {', '.join(without)}; must hold one of every program; build it again"
+        if without
+        else _misfit(target, device)
+    )
+    if misfit is None:
+        return True
+    if not allow_compile:
+        raise TargetError(
+            f"{path}: target {target.name} {misfit}, or compile its portable programs here with allow_compile=True"
+        )
+    _LOG.warning("%s: target %s %s; compiling its portable programs (allow_compile)", path, target.name, misfit)
+    return False
+
+
+def _misfit(target: Target, device: jax.Device) -> str | None:
+    """What the executables were compiled for, where this process has something else, and the fix."""
+    found = build_string(device.client)
+    if device.platform == "cpu":
+        built, made, fix = target.toolchain.get("cpu_build"), "for", "build the bundle on this machine"
+    else:
+        version = target.toolchain.get("libtpu", "of that build")
+        built, made = target.toolchain.get("libtpu_build"), "by libtpu build"
+        fix = f"install libtpu {version}, build the bundle with this one"
+    return (
+        None
+        if built == found
+        else f"was compiled {made} {built!r}; this process has {found!r}; must be the same; {fix}"
+    )

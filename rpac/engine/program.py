@@ -1,0 +1,137 @@
+"""One program of an engine: its checked bytes until it is ready, then what runs it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import NoReturn
+
+import jax
+
+from rpac.batch import Limits
+from rpac.contract.program import Program
+from rpac.devices.placement import Placement
+from rpac.engine.arguments import Arguments, in_order
+from rpac.engine.events import CanaryRun, ProgramReady, Recorder, Tier
+from rpac.engine.probe import probe
+from rpac.engine.runtime import Results, Run, Traceable, load_native, load_portable, load_traceable
+from rpac.errors import BundleError, CheckError
+from rpac.oracle.canary import canary
+
+
+class Slot:
+    """Loads its program once, whoever asks first; everybody else who needs it waits for that."""
+
+    def __init__(
+        self,
+        program: Program,
+        limits: Limits,
+        kv_layout: str,
+        blobs: Mapping[str, bytes],
+        placement: Placement,
+        use_executable: bool,
+        recorder: Recorder,
+    ) -> None:
+        self.program = program
+        self.arguments = Arguments(program, kv_layout, placement)
+        self._limits = limits
+        self._kv_layout = kv_layout
+        self._placement = placement
+        self._recorder = recorder
+        self._exported = blobs[program.exported.sha256]
+        self._executable = blobs[program.executable.sha256] if use_executable and program.executable else None
+        self._answer = blobs[program.canary.sha256] if program.canary else None
+        self._run: Run | None = None
+        self._traceable: Traceable | None = None
+        self._wrong: str | None = None  # what its canary found
+        self._loading = threading.Lock()
+        self._tracing = threading.Lock()  # of its own: a model is traced while programs compile
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a call of this program loads and compiles nothing."""
+        return self._run is not None and self._wrong is None
+
+    def ready(self) -> Run:
+        """What runs the program; loads or compiles it the first time. Raises CheckError where its canary failed."""
+        if self._run is None:
+            with self._loading:
+                if self._run is None:
+                    self._run = self._load()
+        self._refuse_wrong()
+        return self._run
+
+    def traceable(self) -> Traceable:
+        """The portable program as a function for use inside jit; it checks shapes and dtypes when it is traced.
+
+        Raises CheckError where the canary failed.
+        """
+        self._refuse_wrong()
+        with self._tracing:
+            if self._traceable is None:
+                self._traceable = load_traceable(self._exported, self.program, self._placement.mesh)
+        traceable = self._traceable
+
+        def call(*given: jax.Array, **extra: jax.Array) -> Results:
+            args = in_order(self.program.args, given, extra)
+            self.arguments.check_shapes(args)
+            return traceable(*args)
+
+        return call
+
+    def check_canary(self) -> None:
+        """Runs the canary on a cache of its own. Raises BundleError where the bundle has none, CheckError where the
+        answer is not the oracle's; then the program is not run again.
+        """
+        variant = self.program.variant
+        if self._answer is None:
+            raise BundleError(
+                f"program {variant}: the bundle holds no canary; must hold the oracle's answer; build the bundle again "
+                "with `rpac build`, or warm without canaries"
+            )
+        run = self.ready()
+        start = time.perf_counter()
+        call = canary(variant.kind, self.program.args, self._limits, self._kv_layout)
+        try:
+            found = probe(run, call, self.program, self._placement)
+        except jax.errors.JaxRuntimeError as error:
+            self._fail_canary(f"the runtime raised {error}")
+        try:
+            verdict = found.against(self._answer)
+        except ValueError as error:
+            raise BundleError(
+                f"program {variant}: its canary is of no use ({error}); build the bundle again"
+            ) from error
+        if verdict.notes:
+            self._fail_canary("; ".join(verdict.notes))
+        self._recorder.record(CanaryRun(variant, verdict.error, time.perf_counter() - start))
+
+    def _fail_canary(self, what: str) -> NoReturn:
+        variant = self.program.variant
+        self._wrong = (
+            f"program {variant} on {self._placement}: its canary failed: {what}; must be the oracle's answer; do not serve "
+            "with this pair of compiler and runtime: install those of the bundle's toolchain, or build the bundle again "
+            "with these"
+        )
+        failure = CheckError(self._wrong)
+        self._recorder.failed(variant, failure)
+        raise failure
+
+    def _refuse_wrong(self) -> None:
+        if self._wrong is not None:
+            raise CheckError(self._wrong)
+
+    def _load(self) -> Run:
+        start = time.perf_counter()
+        data = self._exported if self._executable is None else self._executable
+        tier: Tier = "portable" if self._executable is None else "executable"
+        load = load_portable if self._executable is None else load_native
+        try:
+            run = load(data, self.program, self._placement)
+        except Exception as error:
+            self._recorder.failed(self.program.variant, error)
+            raise
+        seconds = time.perf_counter() - start
+        self._recorder.record(ProgramReady(self.program.variant, tier, len(data), seconds))
+        return run

@@ -1,0 +1,135 @@
+"""The head of every source: what it is, and what was decided before it was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rpac.contract.arrays import LANES, latent_lanes
+from rpac.contract.attention import Attention
+from rpac.devices.chip import is_tpu
+from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles, LatentDecodeTiles
+from rpac.plan.kernel_plan import RULE
+from rpac.spec import Spec
+
+
+def header(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
+    """What the head of every source says."""
+    of_layer = f", {spec.layer} layers" if spec.layer else ""
+    return {
+        "title": f"Ragged paged attention of {spec.name}{of_layer}: {plan.kind} batches on {plan.target}.",
+        "spec_hash": spec.hash,
+        "command": f"rpac build {Path(spec.file).name} --target {plan.target}",
+        "specialized": _specialized(spec, plan),
+    }
+
+
+def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
+    """What a reader should know was decided before this source was written, and why."""
+    model, serving = spec.model, spec.serving
+    lines = [
+        f"{model.q_heads} query heads over {model.kv_heads} KV heads, head_dim {model.head_dim}, "
+        f"queries {model.q_dtype}, KV {model.kv_dtype}: constants",
+        *_draft_lines(spec),
+        f"pages of {serving.page_size} tokens, {serving.pages_per_seq} a sequence, up to {serving.max_num_seqs} sequences",
+        f"token buckets that use it: {', '.join(map(str, plan.tokens))}",
+        _features(model),
+        *_quantization(model),
+    ]
+    if model.rope_dim is not None:
+        head, cache, *tiles = _latent_lines(spec, plan)
+        lines = [head, cache, *lines[1:3], "causal, cache updated", *tiles]
+    if spec.mesh.devices > 1:
+        lines.insert(1, f"these are one device's part of {spec.mesh.devices}: {spec.mesh}")
+    if serving.kv_layout == "separate":
+        lines.append("K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)")
+    if plan.kind != "mixed":
+        lines.append(f"only {plan.kind} batches: the other kernels are not in this program")
+    if isinstance(plan.decode, DecodeTiles):
+        d = plan.decode
+        lines.append(
+            f"decode: blocks of {d.block} tokens, as long as the expected lengths and the registers for scores allow; "
+            f"{d.buffers} buffers, so that DMA latency hides behind {d.buffers - 1} blocks in flight"
+        )
+    if isinstance(plan.decode, GroupTiles) and model.rope_dim is None:
+        lines.append(_group_line(plan.decode, plan.decode.halves(spec.model)))
+    if isinstance(plan.block, BlockTiles):
+        b = plan.block
+        lines.append(
+            f"{plan.kind}: blocks of {b.q_block} queries against {b.block} fetched tokens ({b.buffers} buffers); "
+            f"computes {b.step_rows} query rows of a head against {b.tile} tokens at once"
+        )
+    if plan.origin != RULE:
+        lines.append(plan.origin)
+    if is_tpu(plan.target):
+        lines.append(f"VMEM: {plan.vmem_need:,} bytes counted, {plan.vmem_limit:,} allowed, {plan.vmem_bytes:,} there")
+    return lines
+
+
+def _group_line(tiles: GroupTiles, halves: bool = False) -> str:
+    shared = "; two tokens share each row of K, and of V, that the MXU takes" if halves else ""
+    return (
+        f"decode: tiles of {tiles.tile} tokens, no longer than the expected lengths, {tiles.step} of them a turn, so that one "
+        f"fills the other's waits; fetched {tiles.ahead} turns ahead, so that DMA latency hides{shared}"
+    )
+
+
+def _features(model: Attention) -> str:
+    used = {
+        "window": model.sliding_window
+        and f"a window of {model.sliding_window} tokens, nothing fetched before its page",
+        "soft cap": model.soft_cap and f"scores capped at {model.soft_cap} (tanh)",
+        "sinks": model.sinks and "attention sinks, an argument, in the softmax's sum",
+        "KV scales": model.kv_scale and "KV scales, an argument",
+    }
+    *names, last = [name for name, text in used.items() if not text] or [""]
+    unused = f"{', '.join(names)} or {last}" if names else last
+    order = "causal" if model.causal else "not causal: each query sees all of its sequence"
+    if model.attention_chunk:
+        order += f" inside its own chunk of {model.attention_chunk} tokens, nothing fetched before it"
+    given = [
+        f"{order}, cache {'updated' if model.update_cache else 'read alone'}",
+        *(text for text in used.values() if text),
+    ]
+    return "; ".join([*given, *([f"no {unused} in the spec: none is in the code"] if unused else [])])
+
+
+def _quantization(model: Attention) -> list[str]:
+    if not model.quantized:
+        return []
+    scales = {
+        None: "no scales",
+        "tensor": "a scale of K and one of V",
+        "head": "a scale of K and of V for each KV head",
+    }
+    by = "this program" if model.quantize == "kernel" else "the caller"
+    return [f"KV of 8 bits, {scales[model.kv_scale]}; {by} quantizes new keys and values"]
+
+
+def _draft_lines(spec: Spec) -> list[str]:
+    """What a reader should know before a source of decode rows with several new tokens."""
+    if spec.serving.decode_len == 1:
+        return []
+    tree = spec.serving.tree_mask
+    seen = "each sees those that `tree` says, an argument" if tree else "each sees those before it"
+    return [f"decode rows of {spec.serving.decode_len} new tokens, the last accepted one and drafts; {seen}"]
+
+
+def _latent_lines(spec: Spec, plan: KernelPlan) -> list[str]:
+    """What a reader should know was decided before a source was written, and why."""
+    model = spec.model
+    lines = [
+        f"latent attention, absorbed: {model.q_heads} query heads over one latent vector of {model.head_dim} and one rotary "
+        f"key of {model.rope_dim} a token, {model.q_dtype}: constants",
+        f"cache rows of {latent_lanes(model)} lanes, {latent_lanes(model) // LANES} registers' width: latent vector, "
+        "rotary key, padding",
+    ]
+    if isinstance(plan.decode, LatentDecodeTiles):
+        lines.append(_group_line(plan.decode))
+    if isinstance(plan.block, LatentBlockTiles):
+        b = plan.block
+        lines.append(
+            f"{plan.kind}: blocks of {b.q_block} queries with all their heads against {b.block} fetched tokens "
+            f"({b.buffers} buffers); computes {b.step_rows} query rows at once"
+        )
+    return lines

@@ -1,0 +1,1 @@
+"""The traffic of a server: traces of it, and the token buckets that fit it."""
