@@ -86,7 +86,7 @@ def test_rows_of_as_many_new_tokens_are_decode_and_those_of_one_are_not() -> Non
 def test_a_decode_row_off_the_length_is_refused() -> None:
     batch = Batch.build(LIMITS, [4, 1], [0, 5], [[0], [1, 2]])
     distribution = np.array([2, 2, 2], np.int32)
-    said = "row 1 (decode): has 1 new tokens; decode rows must have decode_len (4); put it behind the decode rows"
+    said = "row 1 (decode): has 1 new tokens; decode rows must have decode_len (4); move it after the decode rows"
     with pytest.raises(BatchError, match=re.escape(said)):
         validate(LIMITS, 32, batch.kv_lens, batch.page_indices, batch.cu_q_lens, distribution)
 
