@@ -32,7 +32,7 @@ SPECS = {
     "plain": (FEATURES["float32"],),
     "bfloat16": (),
     "window, soft cap and sinks": (FEATURES["float32"], WINDOW, FEATURES["soft cap"], FEATURES["sinks"]),
-    "int8, K and V apart": (FEATURES["int8 KV"], FEATURES["K and V apart"], {"serving": {"page_size": 32}}),
+    "int8, K and V apart": (FEATURES["int8 KV"], FEATURES["separate K and V"], {"serving": {"page_size": 32}}),
     "head_dim 64 of float8": (FEATURES["float8_e4m3fn KV"], FEATURES["head_dim 64"]),
 }
 PAGES = 40

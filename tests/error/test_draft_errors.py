@@ -41,8 +41,8 @@ def test_what_does_not_fit_is_refused(old: str, new: str, said: str) -> None:
 
 
 WITHOUT = {
-    "a tree in a window": ("decode_len: 4\n  tree_mask: true", "sliding_window: 9", "11:14: serving.tree_mask: found true (a bool); must be left out with sliding_window: a window counts from a draft's depth, which no mask says; remove one of the two"),
-    "drafts that see ahead": ("decode_len: 4", "causal: false", "10:15: serving.decode_len: found 4; must be 1 with causal false: drafts are verified by what each makes of the tokens before it alone; remove one of the two"),
+    "a tree in a window": ("decode_len: 4\n  tree_mask: true", "sliding_window: 9", "11:14: serving.tree_mask: found true (a bool); must be left out with sliding_window: a window counts from a draft's depth, which the mask does not hold; remove one of the two"),
+    "drafts that see ahead": ("decode_len: 4", "causal: false", "10:15: serving.decode_len: found 4; must be 1 with causal false: a draft is verified from the tokens before it alone; remove one of the two"),
 }  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_it_is_refused_once_where_several_layers_have_it(drafts: str, feature: s
 
 
 def test_latent_attention_has_no_drafts() -> None:
-    said = "serving.decode_len: found 4; must be 1 with attention latent, whose kernels take one new token of each decode row; remove one of the two"
+    said = "serving.decode_len: found 4; must be 1 with attention latent: its kernels take one new token for each decode row; remove one of the two"
     assert report(LATENT.replace("serving:\n", "serving:\n  decode_len: 4\n")) == [f"x.yaml:11:15: {said}"]
 
 
