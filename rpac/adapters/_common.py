@@ -264,7 +264,9 @@ def require_axes(names: Sequence[str], arrays: Sequence[Any], axes: Sequence[int
     """Raises BatchError for the first that is no array of so many axes."""
     for name, array, wanted in zip(names, arrays, axes, strict=True):
         if not hasattr(array, "dtype") or len(array.shape) != wanted:
-            raise BatchError(f"{name} is {_shown(array)}; must be an array of {wanted} axes; see docs/batch-contract.md")
+            raise BatchError(
+                f"{name} is {_shown(array)}; must be an array of {wanted} axes; see docs/batch-contract.md"
+            )
 
 
 def traced(arrays: Sequence[Any]) -> bool:

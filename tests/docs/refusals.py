@@ -65,7 +65,9 @@ def call(cache: str = "") -> None:
 
     one, batch = engine(), sound()
     taken = {dims.name: dims for dims in one.programs[rpac.Variant("mixed", 32)].args}
-    arrays = {name: jnp.zeros(taken[name].shape, taken[name].dtype) for name in ("queries", "keys", "values", "kv_cache")}
+    arrays = {
+        name: jnp.zeros(taken[name].shape, taken[name].dtype) for name in ("queries", "keys", "values", "kv_cache")
+    }
     if cache == "wrong dtype":
         arrays["kv_cache"] = arrays["kv_cache"].astype("float32")
     if cache == "donated":
