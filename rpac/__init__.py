@@ -6,8 +6,8 @@
         queries, keys, values, kv_cache, batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution
     )
 
-Importing rpac imports nothing but its errors; the rest comes at first use, so that the command line and tools which
-never touch an array start without jax.
+`import rpac` imports only the errors. Everything else is imported at first use, so that the command line and tools that
+never touch an array start without JAX.
 """
 
 from __future__ import annotations

@@ -27,12 +27,16 @@ from rpac.spec import load_spec
 
 @click.command()
 @spec_argument
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("build"), show_default=True, help="Folder.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), default=Path("build"), show_default=True, help="Output folder."
+)
 @target_option
 @jobs_option
 @cache_option
-@click.option("--this-cpu", is_flag=True, help="The cpu target also as executables for the CPU of this machine.")
-@click.option("--wait", "wait_s", type=float, default=0.0, help="Seconds to wait for another build into the folder.")
+@click.option("--this-cpu", is_flag=True, help="Add executables for the CPU of this machine to the cpu target.")
+@click.option(
+    "--wait", "wait_s", type=float, default=0.0, help="Seconds to wait while another build writes to the folder."
+)
 @json_option
 def build(
     spec_file: Path,
@@ -44,15 +48,17 @@ def build(
     wait_s: float,
     as_json: bool,
 ) -> None:
-    """Build the bundle OUT/NAME.rpac of SPEC, for all its targets or those given."""
+    """Build SPEC into the bundle OUT/NAME.rpac, for all of its targets or for those given."""
     start = time.monotonic()
     spec = load_spec(spec_file)
     chosen = job.chosen_targets(spec, targets)
     if this_cpu and "cpu" not in chosen:
-        raise TargetError(f"{spec_file}: --this-cpu without target cpu; add it to targets, or leave --this-cpu out")
+        raise TargetError(
+            f"{spec_file}: found --this-cpu without the target cpu; add cpu to targets, or leave --this-cpu out"
+        )
     if this_cpu and spec.mesh.devices > 1:
         raise TargetError(
-            f"{spec_file}: --this-cpu is for one device, the spec for {spec.mesh.devices}; leave --this-cpu out"
+            f"{spec_file}: --this-cpu is for one device, but the spec is for {spec.mesh.devices}; leave --this-cpu out"
         )
     tasks = job.all_tasks(spec, chosen)
     on_cpu = sum(task.target == "cpu" for task in tasks) if this_cpu else 0
@@ -83,10 +89,10 @@ def build(
 @click.command()
 @spec_argument
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), default=Path("generated"), show_default=True, help="Folder."
+    "-o", "--out", type=click.Path(path_type=Path), default=Path("generated"), show_default=True, help="Output folder."
 )
 def generate(spec_file: Path, out: Path) -> None:
-    """Write the kernels of SPEC to OUT/NAME/, to read or to diff; nothing is compiled."""
+    """Write the kernels of SPEC to OUT/NAME/, to be read or compared. Nothing is compiled."""
     spec = load_spec(spec_file)
     sources = job.generate(spec, out)
     click.echo(f"{out / spec.name}: {len(sources)} sources")

@@ -1,4 +1,4 @@
-"""What the commands share: options, progress and tables."""
+"""What the commands share: options, progress lines and tables."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from rpac.plan import KIND_ORDER
 from rpac.spec import TARGETS
 
 spec_argument = click.argument("spec_file", metavar="SPEC", type=click.Path(path_type=Path))
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout and nothing else there.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout, and nothing else.")
 target_option = click.option(
     "--target", "targets", multiple=True, type=click.Choice(TARGETS), help="Only this target; repeat for several."
 )
 kind_option = click.option(
     "--kind", "kinds", multiple=True, type=click.Choice(KIND_ORDER), help="Only this kind; repeat for several."
 )
-jobs_option = click.option("--jobs", type=click.IntRange(1), help="Compiling processes; default: one a core.")
-cache_option = click.option("--no-cache", is_flag=True, help="Compile everything again, and keep nothing.")
+jobs_option = click.option(
+    "--jobs", type=click.IntRange(1), help="Number of compiling processes. Default: one for each core."
+)
+cache_option = click.option("--no-cache", is_flag=True, help="Compile everything again, and cache nothing.")
 
 
 def cache_of(no_cache: bool) -> Cache:
-    """The user's cache, or none."""
+    """The user's cache, or one that keeps nothing."""
     return Cache(None if no_cache else default_cache_dir())
 
 
@@ -38,12 +40,12 @@ def print_json(value: Any) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in plain text; numbers to the right."""
+    """A table in plain text."""
     return tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True)
 
 
 def lowering_progress(total: int) -> Callable[[str, str], None]:
-    """Says on stderr, a line each, what is done out of `total`."""
+    """Makes a function that prints each finished job, out of `total`, on a line of stderr."""
     start = time.monotonic()
     done = 0
 
@@ -56,5 +58,5 @@ def lowering_progress(total: int) -> Callable[[str, str], None]:
 
 
 def size(count: int) -> str:
-    """Bytes for people: KiB below a MiB, then MiB."""
+    """A number of bytes for people to read: in KiB below one MiB, else in MiB."""
     return f"{count / 1024:.0f} KiB" if count < 1 << 20 else f"{count / (1 << 20):.2f} MiB"

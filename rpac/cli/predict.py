@@ -1,4 +1,4 @@
-"""`rpac predict`: what programs will do on a TPU, from the compiler's own schedule."""
+"""`rpac predict`: predicts how long programs take on a TPU, from the compiler's own schedule."""
 
 from __future__ import annotations
 
@@ -37,14 +37,20 @@ TOP_SLOTS = 4
 @click.command("predict")
 @click.argument("paths", metavar="SPEC|BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--target", required=True, type=click.Choice(TPU_TARGETS))
-@click.option("--decode", multiple=True, metavar="NxC", help="N decode rows, their last new token of C.")
-@click.option("--prefill", multiple=True, metavar="NxQ/C", help="N sequences with Q new tokens each, the last of C.")
-@click.option("--mixed", type=click.Path(path_type=Path), help="JSON lines with q_lens and kv_lens, a batch each.")
-@click.option("--emit", "emit_to", type=click.Path(path_type=Path), help="Write the schedules and their operands here.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw MBU and MFU against context length into this file.")
-@click.option("--detail", is_flag=True, help="For each batch: waits, loops, slots, spills, XLA's operations.")
+@click.option("--decode", multiple=True, metavar="NxC", help="N decode rows of C tokens each, the new ones included.")
+@click.option(
+    "--prefill", multiple=True, metavar="NxQ/C", help="N sequences of C tokens each, of which the last Q are new."
+)
+@click.option(
+    "--mixed", type=click.Path(path_type=Path), help="File of JSON lines with q_lens and kv_lens, one batch each."
+)
+@click.option(
+    "--emit", "emit_to", type=click.Path(path_type=Path), help="Write the schedules and their operands to this folder."
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Plot MBU and MFU against context length in this file.")
+@click.option("--detail", is_flag=True, help="Show waits, loops, slots, spills and XLA operations of each batch.")
 @click.option("--any-compiler", is_flag=True, help="Also read schedules of a libtpu that nobody has verified.")
-@click.option("--no-cache", is_flag=True, help="Compile again for the schedules, and keep none.")
+@click.option("--no-cache", is_flag=True, help="Compile again for the schedules, and cache none.")
 @json_option
 def predict_command(
     paths: tuple[Path, ...],
@@ -59,7 +65,10 @@ def predict_command(
     no_cache: bool,
     as_json: bool,
 ) -> None:
-    """Predict batches on the programs of each SPEC or BUNDLE; without any, those that the spec expects."""
+    """Predict how long batches take on the programs of each SPEC or BUNDLE.
+
+    Without any batches, predict those that the spec expects.
+    """
     others = [*map(parse_prefill, prefill), *(read_trace(mixed) if mixed is not None else ())]
     for text in decode:
         parse_decode(text)  # refused before anything is compiled
@@ -97,7 +106,7 @@ def _programs(path: Path, target: str, layer: str, store: Store, any_compiler: b
 
 
 def _named_apart(programs: Sequence[Programs], paths: Sequence[Path]) -> list[Programs]:
-    """Two bundles of one spec are compared as often as those of two."""
+    """Adds the path to each name that occurs twice, because two bundles of one spec can be compared too."""
     names = [one.name for one in programs]
     return [
         replace(one, name=f"{one.name} ({path})") if names.count(one.name) > 1 else one
@@ -106,7 +115,7 @@ def _named_apart(programs: Sequence[Programs], paths: Sequence[Path]) -> list[Pr
 
 
 def _print(predictions: Sequence[Prediction], target: str, detail: bool) -> None:
-    # Side by side: one batch on each of what is compared, then the next batch.
+    # Side by side: a batch on everything that is compared, then the next batch.
     labels = list(dict.fromkeys(one.workload.label for one in predictions))
     ordered = sorted(predictions, key=lambda one: labels.index(one.workload.label))
     first = {one.workload.label: one.report.seconds for one in reversed(ordered)}
@@ -193,7 +202,9 @@ def _xla_lines(report: CallReport) -> list[str]:
         f"  XLA {one.name} ({one.opcode}): {_us(one.seconds)} us by its {one.timed_by}, reads {_size(one.read_bytes)}, "
         f"writes {_size(one.written_bytes)}"
         for one in report.xla
-        if one.seconds or one.read_bytes or one.written_bytes  # else the end of one that counts at its start
+        if one.seconds
+        or one.read_bytes
+        or one.written_bytes  # else it is the end of an operation that is counted at its start
     ]
 
 
