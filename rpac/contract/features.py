@@ -171,7 +171,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
     ),
     Feature(
         "update_cache", "model", Flag(), True,
-        title="cache not updated",
+        title="read-only cache",
         words="{0}: no arguments `keys` and `values`, the cache has them",
         off="true",
         not_latent="no model with latent attention shares its cache between layers, and its kernels write it",

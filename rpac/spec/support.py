@@ -38,7 +38,7 @@ _SHOWN_WITH_DTYPES = ("kv_scale", "quantize")  # with each 8-bit dtype, as nothi
 
 # What is combined with each other, as a spec asks for it: keys by section.
 FEATURES: Mapping[str, Mapping[str, Mapping[str, object]]] = {
-    "K and V apart": {"serving": {"kv_layout": "separate"}},
+    "separate K/V": {"serving": {"kv_layout": "separate"}},
     "head_dim 64": {"model": {"head_dim": 64}},
     "head_dim 80": {"model": {"head_dim": 80}},
     "head_dim 192": {"model": {"head_dim": 192}},
