@@ -12,7 +12,7 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow test-adapters lint support generate generated check bench-cpu bench-gpu bench-peers bench-chunks bench-scheduling \
+.PHONY: demo test test-newest test-slow test-adapters lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-chunks bench-scheduling \
 	calibrate build-all serve-demo clean
 
 demo: $(VENV)/ready
@@ -50,6 +50,10 @@ lint: $(VENV)/ready
 
 support: $(VENV)/ready
 	$(BIN)/rpac support > docs/support.md
+
+# Rewrites the samples in the README and in docs/ that are not what their commands print.
+samples: $(VENV)/ready
+	$(BIN)/python tests/docs/samples.py --write
 
 generate: $(VENV)/ready
 	@for spec in $(SPECS); do $(BIN)/rpac generate $$spec || exit; done

@@ -56,7 +56,5 @@ def read_latent(section: Section, scales: tuple[float, float], most_heads: int) 
 def check_device(section: Section, q_heads: int) -> None:
     """Refuses a number of query heads of one device that no kernel takes."""
     if q_heads % HEADS_STEP or q_heads > MAX_HEADS:
-        allowed = (
-            f"must leave each device a multiple of {HEADS_STEP} query heads with attention latent, at most {MAX_HEADS}"
-        )
+        allowed = f"must be a multiple of {HEADS_STEP} query heads, {MAX_HEADS} at most, with attention latent"
         section.clash("q_heads", allowed, "change it, or parallel.tensor", f"{q_heads} on each device")

@@ -217,7 +217,7 @@ def _model(section: Section) -> Attention | None:
             section.clash("kv_dtype", allowed, f"write {q_dtype}")
         for key in ("kv_scale", "quantize"):
             if kv_dtype is not None and section.has(key):
-                allowed = f"must be left out with kv_dtype {kv_dtype}, which is stored as it is"
+                allowed = f"must be left out with kv_dtype {kv_dtype}, which is stored unchanged"
                 section.clash(key, allowed, f"remove it, or write `kv_dtype: {QUANTIZED[0]}`")
 
     if q_heads is None or kv_heads is None or head_dim is None or q_dtype is None or kv_dtype is None:
@@ -279,8 +279,8 @@ def _serving(section: Section) -> Serving | None:
 def _refuse_copies(section: Section, model: Attention) -> None:
     found = "interleaved" if section.has("kv_layout") else "interleaved, its default"
     allowed = (
-        f"must be separate with kv_dtype {model.kv_dtype} and head_dim above {MAX_BYTES_DIM} on a TPU: to see rows of two "
-        "registers' lanes as rows of one, the compiler copies a cache of bytes"
+        f"must be separate with kv_dtype {model.kv_dtype} and head_dim above {MAX_BYTES_DIM} on a TPU: the compiler would copy "
+        "an 8-bit cache, to view each row of two registers as one row"
     )
     section.clash("kv_layout", allowed, "write `kv_layout: separate`", found)
 
@@ -290,7 +290,9 @@ def _check_apart(section: Section, model: Attention, serving: Serving) -> None:
     latent = model.rope_dim is not None
     if (serving.kv_layout == "separate" or latent) and serving.page_size < least:
         what = "attention latent" if latent else "kv_layout separate"
-        allowed = f"must be at least {least} with {what} and kv_dtype {model.kv_dtype}: as many share a register"
+        allowed = (
+            f"must be at least {least} with {what} and kv_dtype {model.kv_dtype}: that many tokens share a register"
+        )
         section.clash(
             "page_size", allowed, f"write {least}" if latent else f"write {least}, or `kv_layout: interleaved`"
         )
@@ -302,7 +304,7 @@ def _with_layout(section: Section, model: Attention, serving: Serving) -> Servin
         return serving
     if section.has("kv_layout"):
         allowed = (
-            "must be left out with attention latent: a token has one vector for keys and values, and nothing to order"
+            "must be left out with attention latent: keys and values share one vector, so there is only one layout"
         )
         section.clash("kv_layout", allowed, "remove it")
     if serving.log_sum_exp:

@@ -32,7 +32,7 @@ SPECS = {
     "plain": (FEATURES["float32"],),
     "bfloat16": (),
     "window, soft cap and sinks": (FEATURES["float32"], WINDOW, FEATURES["soft cap"], FEATURES["sinks"]),
-    "int8, separate K/V": (FEATURES["int8 KV"], FEATURES["separate K/V"], {"serving": {"page_size": 32}}),
+    "int8, separate K and V": (FEATURES["int8 KV"], FEATURES["separate K and V"], {"serving": {"page_size": 32}}),
     "head_dim 64 of float8": (FEATURES["float8_e4m3fn KV"], FEATURES["head_dim 64"]),
 }
 PAGES = 40
@@ -148,5 +148,5 @@ def test_decode_rows_in_the_mixed_program(name: str, seed: int) -> None:
 
 
 def test_the_specs_are_what_they_are_called() -> None:
-    assert spec_of("int8, separate K/V").serving.kv_layout == "separate"
+    assert spec_of("int8, separate K and V").serving.kv_layout == "separate"
     assert layout.kv_page_shape(spec_of("plain")) == (16, 4, 1, 128)

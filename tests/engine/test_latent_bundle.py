@@ -95,7 +95,7 @@ def test_a_missing_argument_is_named(engine: Engine) -> None:
 
 def test_what_is_more_than_it_takes_is_refused(engine: Engine) -> None:
     given, _ = arguments(engine, "decode")
-    with pytest.raises(BatchError, match="there are 10 arguments; must be queries, queries_rope, new_kv, new_rope, kv"):
+    with pytest.raises(BatchError, match="found 10 arguments; must be queries, queries_rope, new_kv, new_rope, kv"):
         engine(*on_device(engine, given).values(), 1)
 
 
