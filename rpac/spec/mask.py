@@ -27,9 +27,7 @@ def check_mask_lengths(section: Section, model: Attention, serving: Serving) -> 
     longest = serving.max_model_len
     if model.sliding_window is not None and model.sliding_window >= longest:
         allowed = f"must be below serving.max_model_len ({longest}): a window that long hides nothing"
-        section.clash(
-            "sliding_window", allowed, f"remove it, or write {longest - 1} or less", str(model.sliding_window)
-        )
+        section.clash("sliding_window", allowed, "remove it", str(model.sliding_window))
     chunk, page = model.attention_chunk, serving.page_size
     if chunk is not None and chunk >= longest:
         allowed = f"must be below serving.max_model_len ({longest}): no sequence has a second chunk"

@@ -66,7 +66,7 @@ CASES = {
     "kv_layout": ("targets", "  kv_layout: separate\ntargets",
         "x.yaml:18:14: serving.kv_layout: found separate; must be left out with attention latent: keys and values share one vector, so there is only one layout; remove it"),
     "8 bits": ("kv_dtype: bfloat16", "kv_dtype: int8",
-        "x.yaml:8:13: model.kv_dtype: found int8; must be one of bfloat16, float32; write one of them"),
+        "x.yaml:8:13: model.kv_dtype: found int8; must be one of bfloat16, float32; write bfloat16: a latent cache is stored as it is"),
     "another dtype": ("kv_dtype: bfloat16", "kv_dtype: float32",
         "x.yaml:8:13: model.kv_dtype: found float32; must equal q_dtype (bfloat16) with attention latent; write bfloat16"),
     "no scale": ("  sm_scale: 0.07\n", "",
