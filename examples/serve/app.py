@@ -3,8 +3,8 @@
     PYTHONPATH=examples python -m serve.app build/serve-demo.rpac --port 8000
     curl -N localhost:8000/generate -d '{"prompt": [1, 2, 3], "max_new_tokens": 8}'
 
-POST /generate streams a line of JSON a token, {"token": 17}, and {"done": true} at the end, or {"error": "..."} where it
-cannot go on. A request that is refused gets a 4xx or 503 and {"error": "..."}. GET /stats says what ran.
+POST /generate streams one line of JSON for each token, {"token": 17}, and {"done": true} at the end, or {"error": "..."} if
+it cannot go on. A refused request gets a 4xx or a 503 with {"error": "..."}. GET /stats says what ran.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WORKER = web.AppKey("worker", Worker)
 
 
 def make_app(worker: Worker) -> web.Application:
-    """The application around a worker that was started."""
+    """The application around a worker that is running."""
     app = web.Application(middlewares=[errors_as_json], client_max_size=MAX_BODY)
     app[WORKER] = worker
     app.router.add_post("/generate", generate)
@@ -64,11 +64,11 @@ async def generate(request: web.Request) -> web.StreamResponse:
     except (Busy, Failed) as error:
         raise web.HTTPServiceUnavailable(text=str(error)) from error
     finally:
-        worker.cancel(stream)  # also where the client is gone: its pages are for others then
+        worker.cancel(stream)  # also if the client has disconnected, so that its pages become free
 
 
 async def send(request: web.Request, stream: Stream) -> web.StreamResponse:
-    """The tokens, as they come."""
+    """Streams the tokens as they arrive."""
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)
     try:
@@ -123,13 +123,13 @@ def line(**values: object) -> bytes:
 
 
 def _allowed(error: web.HTTPException) -> dict[str, str]:
-    """What a 405 must say."""
+    """The header that a 405 must have."""
     return {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
 
 
 async def serve(worker: Worker, host: str, port: int) -> None:
-    """Until the process is told to end."""
-    # A handler ends when its client goes.
+    """Serves until the process is told to end."""
+    # A handler is cancelled when its client disconnects.
     runner = web.AppRunner(make_app(worker), handler_cancellation=True, shutdown_timeout=5)
     await runner.setup()
     await web.TCPSite(runner, host, port).start()
@@ -147,9 +147,11 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--compile-cache", help="a folder that keeps what XLA compiled for this machine")
-    parser.add_argument("--seed", type=int, default=0, help="of the model's weights")
-    parser.add_argument("--most-waiting", type=int, default=1024, help="requests; those above are told to come back")
+    parser.add_argument("--compile-cache", help="folder that keeps what XLA compiled for this machine")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the model's weights")
+    parser.add_argument(
+        "--most-waiting", type=int, default=1024, help="most requests that may wait; further ones are refused"
+    )
     options = parser.parse_args()
     if options.compile_cache is not None:
         keep_compiled(options.compile_cache)
