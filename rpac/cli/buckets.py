@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from rpac.batch.limits import bucket_lines
-from rpac.cli.common import json_option, print_json, size, table
+from rpac.cli.common import command, json_option, print_json, size, table
 from rpac.plan import KIND_ORDER
 from rpac.spec import load_spec
 from rpac.traffic.buckets import Choice, Traffic, choices, choose, judge
@@ -17,7 +17,7 @@ HEADER = ("", "buckets", "token_buckets", "padding", *KIND_ORDER, "programs", "b
 SHARE = 0.1
 
 
-@click.command()
+@command()
 @click.argument("trace", type=click.Path(path_type=Path))
 @click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="Whose limits, kinds and targets to count.")
 @click.option("--max-buckets", type=click.IntRange(1, 64), default=12, show_default=True, help="Look no further.")

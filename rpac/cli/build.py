@@ -11,6 +11,7 @@ from rpac import build as job
 from rpac.cli.common import (
     cache_of,
     cache_option,
+    command,
     jobs_option,
     json_option,
     lowering_progress,
@@ -25,7 +26,7 @@ from rpac.errors import TargetError
 from rpac.spec import load_spec
 
 
-@click.command()
+@command()
 @spec_argument
 @click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("build"), show_default=True, help="Folder.")
 @target_option
@@ -80,7 +81,7 @@ def build(
     click.echo(f"{built.path}: {len(rows)} programs in {seconds:.1f} s")
 
 
-@click.command()
+@command()
 @spec_argument
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), default=Path("generated"), show_default=True, help="Folder."

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 import click
 
 from rpac.build import chosen_targets
-from rpac.cli.common import cache_of, cache_option, jobs_option, json_option, kind_option, spec_argument, target_option
+from rpac.cli.common import (
+    cache_of,
+    cache_option,
+    command,
+    jobs_option,
+    json_option,
+    kind_option,
+    spec_argument,
+    target_option,
+)
 from rpac.devices.toolchain import prepare
 from rpac.errors import CheckError
 from rpac.lower import lower_all
@@ -20,7 +29,7 @@ if TYPE_CHECKING:
     from rpac.check import CheckReport, CompileResult, Result
 
 
-@click.command()
+@command()
 @spec_argument
 @target_option
 @kind_option

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,20 @@ from rpac.files.store import Store, default_cache_dir
 from rpac.lower import Cache
 from rpac.plan import KIND_ORDER
 from rpac.spec import TARGETS
+
+
+class Command(click.Command):
+    """Refuses an option that is given twice where only the last would count."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for param in given:
+            if isinstance(param, click.Option) and not (param.multiple or param.is_flag) and given.count(param) > 1:
+                raise click.UsageError(f"{param.opts[-1]} is given {given.count(param)} times; give it once", ctx)
+        return super().parse_args(ctx, args)
+
+
+command = partial(click.command, cls=Command)
 
 spec_argument = click.argument("spec_file", metavar="SPEC", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout and nothing else there.")

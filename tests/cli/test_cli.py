@@ -233,7 +233,10 @@ def test_a_folder_of_somebody_else_is_never_replaced(command: str, name: str, tm
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("the only copy")
     message = refused(5, command, TINY, "-o", ".", cwd=tmp_path)
-    assert f"{name}: found a folder that this command did not make; must be absent, empty or an earlier" in message
+    assert (
+        f"{name}: found a folder that this command did not make, with thesis.txt; must be absent, empty or an"
+        in message
+    )
     assert (tmp_path / name / "thesis.txt").read_text() == "the only copy"
 
 
