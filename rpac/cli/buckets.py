@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from rpac.batch.limits import bucket_lines
-from rpac.cli.common import command, json_option, print_json, size, table
+from rpac.cli.common import Amount, command, json_option, print_json, size, table
 from rpac.plan import KIND_ORDER
 from rpac.spec import load_spec
 from rpac.traffic.buckets import Choice, Traffic, choices, choose, judge
@@ -23,7 +23,7 @@ SHARE = 0.1
 @click.option("--max-buckets", type=click.IntRange(1, 64), default=12, show_default=True, help="Look no further.")
 @click.option(
     "--padding",
-    type=click.FloatRange(0, 1),
+    type=Amount(0, 1),
     default=SHARE,
     show_default=True,
     help="Share of rows that may be padding.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import click
 
 from rpac.build import chosen_targets
 from rpac.cli.common import (
+    Lines,
     cache_of,
     cache_option,
     command,
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 @spec_argument
 @target_option
 @kind_option
-@click.option("--seed", type=int, help="Of the data and the random batches; default: a fresh one, which is printed.")
+@click.option(
+    "--seed", type=click.IntRange(0), help="Of the data and the batches; default: a fresh one, which is printed."
+)
 @click.option("--random", "random_batches", type=click.IntRange(0), default=2, show_default=True, help="A source.")
 @click.option("--no-compile", is_flag=True, help="Only run the kernels; compile them for no target.")
 @jobs_option
@@ -57,22 +59,27 @@ def check(
     prepare()  # before JAX is imported, here and in every process below
     from rpac.check import Result, check_spec
 
-    spec = load_spec(spec_file)
-    start = time.monotonic()
+    lines = Lines()
 
     def progress(row: Result | CompileResult) -> None:
         name = f"{row.source} {row.mode} {row.batch}" if isinstance(row, Result) else f"compile {row.target}"
-        click.echo(f"{time.monotonic() - start:7.1f} s  {name}: {'ok' if row.ok else 'FAILED'}", err=True)
+        lines.say(f"{name}: {'ok' if row.ok else 'FAILED'}")
 
+    spec = load_spec(spec_file)
+    chosen = chosen_targets(spec, targets)
+    jobs = jobs or os.cpu_count() or 1
+    lines.say(f"{spec.name}: checking the kernels for {', '.join(chosen)}, {jobs} at a time")
     cache = cache_of(no_cache)
     report = check_spec(
         spec,
-        targets=chosen_targets(spec, targets),
+        targets=chosen,
         kinds=kinds or None,
         seed=seed,
         random_batches=random_batches,
-        jobs=jobs or os.cpu_count() or 1,
-        compile=None if no_compile else lambda tasks: lower_all(tasks, cache, jobs),
+        jobs=jobs,
+        compile=None
+        if no_compile
+        else lambda tasks: lower_all(tasks, cache, jobs, lambda task, what: lines.say(f"compile {task.label}: {what}")),
         progress=progress,
     )
     click.echo(report.to_json() if as_json else report.table())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,16 @@ from rpac.files.store import Store, default_cache_dir
 from rpac.lower import Cache
 from rpac.plan import KIND_ORDER
 from rpac.spec import TARGETS
+
+
+class Amount(click.FloatRange):
+    """A number in a range. "nan" is in none, although no bound says so."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not in the range {self._describe_range()}.", param, ctx)
+        return number
 
 
 class Command(click.Command):
@@ -65,17 +76,27 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True)
 
 
-def lowering_progress(total: int) -> Callable[[str, str], None]:
-    """Says on stderr, a line each, what is done out of `total`."""
-    start = time.monotonic()
-    done = 0
+class Lines:
+    """Progress as lines on stderr: the seconds since the command began, and once `total` is known how much of it is done."""
 
-    def report(label: str, what: str) -> None:
-        nonlocal done
-        done += 1
-        click.echo(f"[{done:3}/{total}] {time.monotonic() - start:6.1f} s  {label}: {what}", err=True)
+    def __init__(self) -> None:
+        self.total: int | None = None
+        self._done = 0
+        self._start = time.monotonic()
 
-    return report
+    def say(self, what: str) -> None:
+        """From any thread."""
+        count = "" if self.total is None else f"[{self._done:3}/{self.total}] "
+        click.echo(f"{count}{self.seconds:6.1f} s  {what}", err=True)
+
+    def done(self, what: str) -> None:
+        """One of `total` is done."""
+        self._done += 1
+        self.say(what)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
 
 
 def size(count: int) -> str:
