@@ -69,6 +69,11 @@ class Engine:
         """The device that programs run on, or the first of several."""
         return self.placement.devices[0]
 
+    def new_cache(self) -> jax.Array:
+        """A cache of one layer, all zeros, of the contract's shape and where the programs want it: for the first call."""
+        dims = self._taken[index_of(self._taken, "kv_cache")]
+        return jax.numpy.zeros(self.placement.mesh.whole(dims).shape, dims.dtype, device=self.sharding("kv_cache"))
+
     def sharding(self, name: str) -> jax.sharding.Sharding:
         """Where an argument or a result of the call lies, by name: one device, or parts on the devices of a mesh."""
         program = next(iter(self._slots.values())).program
