@@ -24,7 +24,9 @@ INT32 = np.iinfo(np.int32)
 
 
 class SequenceView(NamedTuple):
-    """One live row of a batch; `queries` are the rows of its new tokens, `pages` those that its KV fills."""
+    """One live row of a batch; `queries` are the rows of its new tokens, `pages` the entries of its page table up to its
+    end, of which those before a window or a chunk of attention may be no pages.
+    """
 
     row: int
     kind: Kind
@@ -71,7 +73,8 @@ class Batch:
         """The batch of some sequences, given in any order.
 
         `q_lens` counts each sequence's new tokens, `context_lens` its tokens already in the cache; `page_tables`
-        lists its pages, which must hold both; one array `[sequences, entries]` is read faster than lists. Rows are
+        lists its pages, which must hold both (an entry that no new token sees, before a window or a chunk of attention, may
+        be anything, such as -1); one array `[sequences, entries]` is read faster than lists. Rows are
         sorted into decode, prefill and mixed, in the caller's order within each, so give queries, keys and values
         through `pack`; a sequence of exactly `decode_len` tokens (1 unless the spec says more) is decode, one of exactly
         `prefill_chunk` is prefill. The token bucket is the smallest that fits. Raises BatchError, or SelectionError where

@@ -48,7 +48,7 @@ class Engine:
         self.layer: str = loaded.target.layer
         self.model: Attention = loaded.target.model or loaded.manifest.model
         self.kv_layout: str = loaded.manifest.kv_layout
-        self.limits: Limits = loaded.manifest.limits
+        self.limits: Limits = loaded.manifest.limits.of_layers({self.layer: self.model})
         self.target: str = loaded.target.name
         self.placement = Placement(loaded.manifest.mesh, devices)
         self._recorder = Recorder(observer)
