@@ -1,4 +1,4 @@
-"""Serves ragged batches from a bundle on this machine's CPU, and holds every step against the float32 oracle.
+"""Serves ragged batches from a bundle on this machine's CPU, and compares every step with the float32 oracle.
 
 python examples/demo.py build/llama3-8b.rpac
 """
@@ -55,9 +55,9 @@ def main(path: str) -> None:
         program = engine.select(batch.tokens, batch.distribution)
         print(f"{new!s:34} {program!s:14} {batch.num_tokens:10} {1e3 * elapsed:8.1f} {error:8.4f}")
         if error > 0.01:
-            sys.exit("the output is not the oracle's")
+            sys.exit("the output does not match the oracle")
         cached = [c + n for c, n in zip(cached, new, strict=True)]
-    print("every output is the oracle's; the first use of a program includes its XLA compile")
+    print("every output matches the oracle; the first use of a program includes its XLA compile")
     for program, count in engine.counts.items():
         print(f"  {program}: {count}")
 

@@ -216,7 +216,7 @@ class Adapter:
         rows = len(kv_lens)
         for name, array, size in (("cu_q_lens", cu_q_lens, rows + 1), ("distribution", distribution, 3)):
             if len(array) != size:
-                raise BatchError(f"{name} is {_shown(array)}; must be int32[{size}]; see the batch contract")
+                raise BatchError(f"{name} is {_shown(array)}; must be int32[{size}]; see docs/batch-contract.md")
         arrays = args[:4] if self.engine.model.update_cache else (queries, kv_cache)
         in_trace = traced((*args, *extra.values()))
         xp: Any = jnp if in_trace else np
@@ -316,7 +316,9 @@ def require_axes(names: Sequence[str], arrays: Sequence[Any], axes: Sequence[int
     """Raises BatchError for the first that is no array of so many axes."""
     for name, array, wanted in zip(names, arrays, axes, strict=True):
         if not hasattr(array, "dtype") or len(array.shape) != wanted:
-            raise BatchError(f"{name} is {_shown(array)}; must be an array of {wanted} axes; see the batch contract")
+            raise BatchError(
+                f"{name} is {_shown(array)}; must be an array of {wanted} axes; see docs/batch-contract.md"
+            )
 
 
 def traced(arrays: Sequence[Any]) -> bool:

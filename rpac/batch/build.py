@@ -208,7 +208,7 @@ def _check_sizes(limits: Limits, new: Int64s, context: Int64s, sizes: Int64s) ->
     if not len(context) == len(sizes) == count:
         raise BatchError(
             f"found {count} q_lens, {len(context)} context_lens and {len(sizes)} page_tables; "
-            "must be one of each a sequence"
+            "must be one of each for every sequence"
         )
     if count > limits.max_num_seqs:
         raise BatchError(

@@ -20,7 +20,7 @@ def select(built: Collection[Variant], limits: Limits, tokens: int, distribution
     """
     i, j, k = distribution
     if not 0 <= i <= j <= k:
-        raise BatchError(f"distribution is ({i}, {j}, {k}); must be 0 <= i <= j <= k; see the batch contract")
+        raise BatchError(f"distribution is ({i}, {j}, {k}); must be 0 <= i <= j <= k; see docs/batch-contract.md")
     variant = Variant(select_kind((i, j, k)), tokens)
     if variant in built and k <= limits.max_num_seqs:
         return variant

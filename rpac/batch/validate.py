@@ -85,19 +85,19 @@ def _check_lengths(
 
     empty = q_lens < 1
     if empty.any():
-        fail(empty, "cu_q_lens goes from {start} to {end}; must rise by at least 1 a live row")
+        fail(empty, "cu_q_lens goes from {start} to {end}; must rise by at least 1 for each live row")
     if ends[k] > tokens:
         raise BatchError(f"cu_q_lens[{k}] is {ends[k]}; must be at most {tokens}, the rows of queries")
     off = np.zeros(k, np.bool_)
     off[:i] = q_lens[:i] != limits.decode_len
     if off.any():
         length = "1" if limits.decode_len == 1 else f"decode_len ({limits.decode_len})"
-        fail(off, f"has {{q}} new tokens; decode rows must have {length}; put it behind the decode rows")
+        fail(off, f"has {{q}} new tokens; decode rows must have {length}; move it after the decode rows")
     off[i:j] = q_lens[i:j] != limits.prefill_chunk
     if off.any():
         chunk = limits.prefill_chunk
         fail(
-            off, f"has {{q}} new tokens; prefill rows must have prefill_chunk ({chunk}); put it behind the prefill rows"
+            off, f"has {{q}} new tokens; prefill rows must have prefill_chunk ({chunk}); move it after the prefill rows"
         )
     short = lens < q_lens
     if short.any():

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rpac.check.arrays import Arguments, Array, make_arguments
-from rpac.check.batches import Trial, trials_of
+from rpac.check.batches import CheckBatch, batches_of
 from rpac.check.compare import Difference, compare, lse_notes
 from rpac.check.execute import TIME_LIMIT, Outcome, modes_of, prepare_run
 from rpac.check.report import CheckReport, CompileResult, Result
@@ -96,26 +96,26 @@ def check_source(
     source: Source,
     *,
     targets: Sequence[str] = (),
-    trials: Sequence[Trial] | None = None,
+    batches: Sequence[CheckBatch] | None = None,
     modes: Sequence[str] | None = None,
     seed: int = 0,
     random_batches: int = RANDOM_BATCHES,
     time_limit: float = TIME_LIMIT,
 ) -> Iterator[Result]:
-    """Runs one source on its trials, or on those given, in every mode that its target has; yields each result at once.
+    """Runs one source on its batches, or on those given, in every mode that its target has; yields each result at once.
 
     `targets` is what the results say they are for: the plan's own target if empty. A run in the interpreter that takes
     longer than `time_limit` seconds fails.
     """
-    if trials is None:
-        trials = trials_of(spec, plan, np.random.default_rng(seed), random_batches)
+    if batches is None:
+        batches = batches_of(spec, plan, np.random.default_rng(seed), random_batches)
     run = prepare_run(plan, source, time_limit)
     # One number of pages, for each is another program to compile.
-    pages = max(trial.pages(spec.serving.page_size) for trial in trials) + SPARE_PAGES
-    for trial in trials:
-        tokens = next(bucket for bucket in plan.tokens if bucket >= trial.new_tokens)
-        rng = np.random.default_rng([seed, zlib.crc32(trial.name.encode())])
-        args = make_arguments(spec, trial, tokens, pages, rng)
+    pages = max(batch.pages(spec.serving.page_size) for batch in batches) + SPARE_PAGES
+    for batch in batches:
+        tokens = next(bucket for bucket in plan.tokens if bucket >= batch.new_tokens)
+        rng = np.random.default_rng([seed, zlib.crc32(batch.name.encode())])
+        args = make_arguments(spec, batch, tokens, pages, rng)
         kv_layout = spec.serving.kv_layout
         out, kv_cache, lse = oracle(spec.model, kv_layout, args.of_batch, args.extra)
         wanted = out, kv_cache, lse if spec.serving.log_sum_exp else None
@@ -129,7 +129,7 @@ def check_source(
                 kind=plan.kind,
                 targets=tuple(targets) or (plan.target,),
                 mode=mode,
-                batch=trial.name,
+                batch=batch.name,
                 tokens=tokens,
                 error=found.error,
                 tolerance=found.tolerance,

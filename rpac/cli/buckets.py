@@ -58,8 +58,9 @@ def buckets(trace: Path, spec_file: Path | None, max_buckets: int, padding: floa
         rows.append(_row("now", now))
     click.echo(table(HEADER, rows))
     click.echo(
-        f"\n{len(traffic.tokens)} batches of {int(traffic.tokens.sum())} tokens. Padding is the share of rows computed; "
-        "build and bundle are about what a\nbuild of llama3-8b takes a program, on two cores."
+        f"\n{len(traffic.tokens)} batches of {int(traffic.tokens.sum())} tokens. Padding is the share of "
+        "computed rows that are padding.\nBuild and bundle are estimates: one program of llama3-8b on two cores, "
+        "times the programs."
     )
     if chosen is None:
         click.echo(f"No set of up to {len(found)} buckets pads {padding:.0%} or less; the largest would be:")

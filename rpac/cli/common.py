@@ -11,7 +11,7 @@ from typing import Any
 import click
 from tabulate import tabulate
 
-from rpac.files.store import default_cache_dir
+from rpac.files.store import Store, default_cache_dir
 from rpac.lower import Cache
 from rpac.plan import KIND_ORDER
 from rpac.spec import TARGETS
@@ -28,9 +28,17 @@ jobs_option = click.option("--jobs", type=click.IntRange(1), help="Compiling pro
 cache_option = click.option("--no-cache", is_flag=True, help="Compile everything again, and keep nothing.")
 
 
+def store_of(no_cache: bool) -> Store:
+    """The store in the user's cache folder, or none. Says on stderr why a folder is not used."""
+    store = Store(None if no_cache else default_cache_dir())
+    if store.problem is not None:
+        click.echo(f"rpac: the cache is not used: {store.problem}", err=True)
+    return store
+
+
 def cache_of(no_cache: bool) -> Cache:
-    """The user's cache, or none."""
-    return Cache(None if no_cache else default_cache_dir())
+    """The user's cache of compiled programs, or none; as `store_of`."""
+    return Cache(store_of(no_cache))
 
 
 def print_json(value: Any) -> None:

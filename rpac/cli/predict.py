@@ -9,10 +9,10 @@ from pathlib import Path
 
 import click
 
-from rpac.cli.common import json_option, print_json, size, table
+from rpac.cli.common import json_option, print_json, size, store_of, table
 from rpac.devices.chip import TPU_TARGETS
 from rpac.errors import BatchError
-from rpac.files.store import Store, default_cache_dir
+from rpac.files.store import Store
 from rpac.predict import (
     Prediction,
     Programs,
@@ -65,7 +65,7 @@ def predict_command(
         parse_decode(text)  # refused before anything is compiled
     if plot is not None:
         check_plot(plot)
-    store = Store(None if no_cache else default_cache_dir())
+    store = store_of(no_cache)
     chosen = [(path, layer) for path in paths for layer in layers_in(path)]
     found = [_programs(path, target, layer, store, any_compiler) for path, layer in chosen]
     pairs = [

@@ -11,10 +11,9 @@ from pathlib import Path
 import click
 
 from rpac.build import chosen_targets
-from rpac.cli.common import json_option, kind_option, print_json, spec_argument, table, target_option
+from rpac.cli.common import json_option, kind_option, print_json, spec_argument, store_of, table, target_option
 from rpac.devices.chip import is_tpu
 from rpac.errors import CheckError
-from rpac.files.store import Store, default_cache_dir
 from rpac.plan.tuned import FOLDER
 from rpac.spec import load_spec
 from rpac.tune import Check, Job, Outcome, Pool, Result, local_processes, on_cluster, tune
@@ -70,7 +69,7 @@ def tune_command(
             spec,
             chosen,
             pool,
-            Store(None if no_cache else default_cache_dir()),
+            store_of(no_cache),
             kinds=kinds,
             folder=out or FOLDER,
             seed=seed,

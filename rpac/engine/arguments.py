@@ -58,7 +58,7 @@ class Arguments:
             )
         if len(self._placement.devices) > 1 and not array.sharding.is_equivalent_to(wanted, array.ndim):
             raise BatchError(
-                f"{dims.name} is cut as {array.sharding}; must be as {wanted}; "
+                f"{dims.name} is sharded as {array.sharding}; must be as {wanted}; "
                 f'put it into engine.sharding("{dims.name}")'
             )
 
@@ -73,14 +73,14 @@ def in_order(taken: Sequence[ArrayDims], args: Sequence[Any], extra: Mapping[str
     given = {name: value for name, value in extra.items() if value is not None}
     if len(args) > len(taken):
         takes = ", ".join(dims.name for dims in taken)
-        raise BatchError(f"there are {len(args)} arguments; must be {takes}; leave out what is more")
+        raise BatchError(f"found {len(args)} arguments; must be {takes}; leave out the rest")
     names = [dims.name for dims in taken[len(args) :]]
     for name in given:
         if name not in names:
             takes = ", ".join(dims.name for dims in taken)
             build = f", or build with\n{_SPEC_LINES[name]}" if name in _SPEC_LINES else ""
             raise BatchError(
-                f"{name} is no argument of this bundle's programs, which take {takes}; leave it out{build}"
+                f"{name} is not an argument of this bundle's programs, which take {takes}; leave it out{build}"
             )
     for dims in taken[len(args) :]:
         if dims.name not in given:
@@ -103,7 +103,7 @@ def device_order(sharding: jax.sharding.Sharding) -> tuple[jax.Device, ...] | No
 def refuse(dims: ArrayDims, found: Any, note: str = "") -> NoReturn:
     """Raises the BatchError for an argument of another shape or dtype."""
     wanted = f"{dims.dtype}{list(dims.shape)}{note}"
-    raise BatchError(f"{dims.name} is {shown(found)}; must be {wanted}; see the batch contract")
+    raise BatchError(f"{dims.name} is {shown(found)}; must be {wanted}; see docs/batch-contract.md")
 
 
 def shown(array: Any) -> str:

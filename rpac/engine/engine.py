@@ -191,7 +191,7 @@ class Engine:
         validate: bool = True,
         **extra: Any,
     ) -> Results:
-        """Runs one batch: `(out, kv_cache)`, shapes and dtypes as in the batch contract (`rpac.contract.arrays`).
+        """Runs one batch: `(out, kv_cache)`, shapes and dtypes as docs/batch-contract.md has them.
 
         Where the bundle's spec has `log_sum_exp` there is a third result, `lse`, for `rpac.merge`.
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rpac.contract.program import Program
 from rpac.devices.placement import Placement
 from rpac.engine.runtime import Run
-from rpac.oracle.canary import Call, Verdict, judge
+from rpac.oracle.canary import ProbeCall, Verdict, judge
 
 LEAST_PAGES = 64
 
@@ -34,7 +34,7 @@ class Part(NamedTuple):
 class Probe:
     """What a program left on each of its devices, which all had the same call."""
 
-    call: Call
+    call: ProbeCall
     parts: tuple[Part, ...]
 
     def against(self, answer: bytes) -> Verdict:
@@ -51,7 +51,7 @@ class Probe:
         return verdict._replace(notes=tuple(where * (len(self.parts) > 1) + note for note in notes))
 
 
-def probe(run: Run, call: Call, program: Program, placement: Placement) -> Probe:
+def probe(run: Run, call: ProbeCall, program: Program, placement: Placement) -> Probe:
     """Runs a call once, the same on each device. Takes the memory of one cache there.
 
     Two small helpers are compiled, for most calls once a device.
@@ -88,7 +88,7 @@ def probe(run: Run, call: Call, program: Program, placement: Placement) -> Probe
     )
 
 
-def _part(call: Call, out: NDArray[Any], lse: NDArray[Any] | None, after: jax.Array, used: jax.Array) -> Part:
+def _part(call: ProbeCall, out: NDArray[Any], lse: NDArray[Any] | None, after: jax.Array, used: jax.Array) -> Part:
     strays = np.array(used)
     strays[call.pages] = False
     return Part(out, lse, np.asarray(after)[: len(call.pages)], tuple(np.flatnonzero(strays).tolist()))

@@ -52,13 +52,13 @@ EDITS = {
     "distribution negative": (put("distribution", 0, -1), "distribution is (-1, 3, 4); must be 0 <= i <= j <= k <= max_num_seqs (6): the ends of the decode, prefill and mixed rows"),
     "too many sequences": (put("distribution", 2, 7), "distribution is (2, 3, 7); must be 0 <= i <= j <= k <= max_num_seqs (6): the ends of the decode, prefill and mixed rows"),
     "start": (put("cu_q_lens", 0, 1), "cu_q_lens[0] is 1; must be 0; queries of the first sequence start at row 0"),
-    "empty row": (put("cu_q_lens", 1, 0), "row 0 (decode): cu_q_lens goes from 0 to 0; must rise by at least 1 a live row"),
-    "descending": (put("cu_q_lens", 3, 1), "row 2 (prefill): cu_q_lens goes from 2 to 1; must rise by at least 1 a live row"),
-    "wraps around": (put("cu_q_lens", 2, -(2**31)), "row 1 (decode): cu_q_lens goes from 1 to -2147483648; must rise by at least 1 a live row"),
+    "empty row": (put("cu_q_lens", 1, 0), "row 0 (decode): cu_q_lens goes from 0 to 0; must rise by at least 1 for each live row"),
+    "descending": (put("cu_q_lens", 3, 1), "row 2 (prefill): cu_q_lens goes from 2 to 1; must rise by at least 1 for each live row"),
+    "wraps around": (put("cu_q_lens", 2, -(2**31)), "row 1 (decode): cu_q_lens goes from 1 to -2147483648; must rise by at least 1 for each live row"),
     "past the queries": (put("cu_q_lens", 4, 9), "cu_q_lens[4] is 9; must be at most 8, the rows of queries"),
-    "decode of two": (put("distribution", 0, 3), "row 2 (decode): has 3 new tokens; decode rows must have 1; put it behind the decode rows"),
-    "prefill off its chunk": (put("distribution", 1, 4), "row 3 (prefill): has 2 new tokens; prefill rows must have prefill_chunk (3); put it behind the prefill rows"),
-    "several rows": (put("distribution", 0, 1), "row 1 (prefill): has 1 new tokens; prefill rows must have prefill_chunk (3); put it behind the prefill rows"),
+    "decode of two": (put("distribution", 0, 3), "row 2 (decode): has 3 new tokens; decode rows must have 1; move it after the decode rows"),
+    "prefill off its chunk": (put("distribution", 1, 4), "row 3 (prefill): has 2 new tokens; prefill rows must have prefill_chunk (3); move it after the prefill rows"),
+    "several rows": (put("distribution", 0, 1), "row 1 (prefill): has 1 new tokens; prefill rows must have prefill_chunk (3); move it after the prefill rows"),
     "shorter than its queries": (put("kv_lens", 3, 1), "row 3 (mixed): kv_lens[3] is 1, below its 2 new tokens; kv_lens counts context and new tokens together"),
     "zero length": (put("kv_lens", 0, 0), "row 0 (decode): kv_lens[0] is 0, below its 1 new tokens; kv_lens counts context and new tokens together"),
     "past the table": (put("kv_lens", 1, 21), "row 1 (decode): kv_lens[1] is 21; must be at most 20 = pages_per_seq (5) x page_size (4); build with a larger max_model_len"),
@@ -119,7 +119,7 @@ def test_more_tokens_than_any_bucket_are_answered_with_the_lines_that_add_one() 
 
 
 BUILDS = {
-    "counts": (([1, 1], [3], [[1], [2]]), "found 2 q_lens, 1 context_lens and 2 page_tables; must be one of each a sequence"),
+    "counts": (([1, 1], [3], [[1], [2]]), "found 2 q_lens, 1 context_lens and 2 page_tables; must be one of each for every sequence"),
     "too many": (([1] * 7, [0] * 7, [[n] for n in range(7)]), "found 7 sequences; must be at most max_num_seqs (6); split the batch"),
     "no tokens": (([0], [3], [[1]]), "q_lens[0] is 0; must be an integer from 1 to 2147483647"),
     "a float": (([1.0], [3], [[1]]), "q_lens[0] is 1.0; must be an integer from 1 to 2147483647"),

@@ -81,7 +81,7 @@ def test_a_cell_gives_call_kernels_and_share_of_the_peak():
 
 
 def test_the_summary_compares_ours_with_the_fastest_peer_that_ran():
-    ours = {"rpac": result(100), "rpac, apart": result(80), "rpac, fitted": result(50)}
+    ours = {"rpac": result(100), "rpac, separate": result(80), "rpac, fitted": result(50)}
     found = section({**ours, "a": result(300), "b": result(200), "c": result(1, "no")})
     assert module("document").summary([found])[-1].endswith("| 2.00 / 2.50 / 4.00 (b) |")
 

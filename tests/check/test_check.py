@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rpac.check import CheckReport, Trial, check_source, check_spec, trials_of
+from rpac.check import CheckBatch, CheckReport, batches_of, check_source, check_spec
 from rpac.check.arrays import GARBAGE, Arguments, make_arguments
 from rpac.check.compare import TOLERANCE, compare, lse_notes
 from rpac.contract.program import Source
@@ -25,7 +25,7 @@ TINY = load_spec(SPECS / "tiny.yaml")
 SEPARATE = replace(TINY, serving=replace(TINY.serving, kv_layout="separate"))
 each_layout = pytest.mark.parametrize("spec", [TINY, SEPARATE], ids=lambda spec: spec.serving.kv_layout)
 PAGES = 40
-MIXED = Trial("mixed", q_lens=(1, 5, 3), kv_lens=(17, 5, 40), decodes=1)
+MIXED = CheckBatch("mixed", q_lens=(1, 5, 3), kv_lens=(17, 5, 40), decodes=1)
 
 
 def serving(targets: tuple[str, ...] = TINY.targets, **changes: object) -> Spec:
@@ -37,12 +37,12 @@ def plan_of(spec: Spec, kind: str, target: str = "tpu7x") -> KernelPlan:
     return next(plan for plan in plan_spec(spec, target) if plan.kind == kind)
 
 
-def trials(spec: Spec, plan: KernelPlan, random_batches: int = 3) -> tuple[Trial, ...]:
-    return trials_of(spec, plan, np.random.default_rng(0), random_batches)
+def batches(spec: Spec, plan: KernelPlan, random_batches: int = 3) -> tuple[CheckBatch, ...]:
+    return batches_of(spec, plan, np.random.default_rng(0), random_batches)
 
 
-def arguments(trial: Trial = MIXED, spec: Spec = TINY) -> Arguments:
-    return make_arguments(spec, trial, spec.serving.token_buckets[-1], PAGES, np.random.default_rng(0))
+def arguments(batch: CheckBatch = MIXED, spec: Spec = TINY) -> Arguments:
+    return make_arguments(spec, batch, spec.serving.token_buckets[-1], PAGES, np.random.default_rng(0))
 
 
 # ---- batches
@@ -74,20 +74,20 @@ ODD = [
 @pytest.mark.parametrize("spec", ODD, ids=name_of)
 def test_every_batch_is_one_that_its_program_may_be_given(spec: Spec, target: str) -> None:
     for plan in plan_spec(spec, target) if target in spec.targets else ():
-        found = trials(spec, plan)
-        assert len({trial.name for trial in found}) == len(found)
-        for trial in found:
-            assert trial.new_tokens <= plan.tokens[-1]
-            decodes, prefills_end, count = trial.distribution
+        found = batches(spec, plan)
+        assert len({batch.name for batch in found}) == len(found)
+        for batch in found:
+            assert batch.new_tokens <= plan.tokens[-1]
+            decodes, prefills_end, count = batch.distribution
             if plan.kind == "decode":
                 assert decodes == count
             if plan.kind == "prefill":
                 assert decodes == 0 and prefills_end == count
             if spec.serving.max_model_len <= 512:  # the arrays of real models are large
-                tokens = next(bucket for bucket in plan.tokens if bucket >= trial.new_tokens)
-                pages = trial.pages(spec.serving.page_size)
+                tokens = next(bucket for bucket in plan.tokens if bucket >= batch.new_tokens)
+                pages = batch.pages(spec.serving.page_size)
                 make_arguments(
-                    spec, trial, tokens, pages, np.random.default_rng(0)
+                    spec, batch, tokens, pages, np.random.default_rng(0)
                 )  # raises where the contract is broken
 
 
@@ -96,15 +96,15 @@ def test_every_batch_is_one_that_its_program_may_be_given(spec: Spec, target: st
 def test_decode_batches_hold_every_edge_length(spec: Spec, target: str) -> None:
     plan = plan_of(spec, "decode", target)
     assert plan.decode is not None
-    found = trials(spec, plan)
-    lengths = {length for trial in found for length in trial.kv_lens}
+    found = batches(spec, plan)
+    lengths = {length for batch in found for length in batch.kv_lens}
     group = plan.decode.step * plan.decode.tile if isinstance(plan.decode, GroupTiles) else plan.decode.block
     sizes = {spec.serving.page_size, group, getattr(plan.decode, "tile", group)}
     edges = {1, *(size + off for size in sizes for off in (-1, 0, 1)), spec.serving.max_model_len}
     assert {edge for edge in edges if edge <= spec.serving.max_model_len} <= lengths
-    counts = {len(trial.q_lens) for trial in found}
+    counts = {len(batch.q_lens) for batch in found}
     assert {0, 1, spec.serving.max_num_seqs} <= counts
-    assert any(trial.shared_pages for trial in found) or group <= spec.serving.page_size
+    assert any(batch.shared_pages for batch in found) or group <= spec.serving.page_size
 
 
 @pytest.mark.parametrize("step", [2, 6])
@@ -113,20 +113,20 @@ def test_decode_batches_of_groups_fill_some_to_the_last_token_and_use_all_buffer
     plan = plan_of(spec, "decode")
     assert isinstance(plan.decode, GroupTiles)
     tiles = replace(plan.decode, step=step, ahead=3)
-    found = trials(spec, replace(plan, decode=tiles))
-    assert any(trial.kv_lens[0] % (tiles.step * tiles.tile) == 0 for trial in found if trial.kv_lens)
+    found = batches(spec, replace(plan, decode=tiles))
+    assert any(batch.kv_lens[0] % (tiles.step * tiles.tile) == 0 for batch in found if batch.kv_lens)
     in_flight = tiles.groups * tiles.step
-    assert any(sum(-(-length // tiles.tile) for length in trial.kv_lens) > in_flight for trial in found)
+    assert any(sum(-(-length // tiles.tile) for length in batch.kv_lens) > in_flight for batch in found)
     # Where a page table ends within a tile, only the last row could read past it.
     full = spec.serving.max_num_seqs, spec.serving.max_model_len
-    assert full in {(len(trial.kv_lens), trial.kv_lens[-1]) for trial in found if trial.kv_lens}
+    assert full in {(len(batch.kv_lens), batch.kv_lens[-1]) for batch in found if batch.kv_lens}
 
 
 def test_batches_of_groups_too_long_for_any_row_leave_out_whole_ones() -> None:
     plan = plan_of(SEPARATE, "decode")
     assert isinstance(plan.decode, GroupTiles)
     assert plan.decode.step * plan.decode.tile > SEPARATE.serving.max_model_len
-    assert "whole groups" not in {trial.name for trial in trials(SEPARATE, plan)}
+    assert "whole groups" not in {batch.name for batch in batches(SEPARATE, plan)}
 
 
 @pytest.mark.parametrize("target", ["tpu7x", "cpu"])
@@ -138,32 +138,32 @@ def test_other_batches_end_around_pages_tiles_and_blocks(spec: Spec, kind: str, 
         if plan.kind != kind:
             continue
         assert plan.block is not None
-        found = trials(spec, plan)
-        ends = [kv for trial in found for q, kv in zip(trial.q_lens, trial.kv_lens, strict=True) if q > 1]
+        found = batches(spec, plan)
+        ends = [kv for batch in found for q, kv in zip(batch.q_lens, batch.kv_lens, strict=True) if q > 1]
         for size in (serving.page_size, getattr(plan.block, "tile", plan.block.block), plan.block.block):
             for off in (-1, 0, 1):
                 reached = any((end - off) % size == 0 for end in ends)
                 assert reached or size + off > serving.max_model_len, (plan.path, size, off)
         assert serving.max_model_len in ends
-        assert 0 in {len(trial.q_lens) for trial in found}
-        assert any(trial.shared_pages for trial in found)
+        assert 0 in {len(batch.q_lens) for batch in found}
+        assert any(batch.shared_pages for batch in found)
         if kind == "mixed":
-            q_lens = {q for trial in found for q in trial.q_lens[trial.decodes :]}
+            q_lens = {q for batch in found for q in batch.q_lens[batch.decodes :]}
             buckets = {min(plan.block.q_block + off, plan.tokens[0]) for off in (-1, 0, 1)}
             assert {1, *buckets} <= q_lens
-            assert any(trial.new_tokens in plan.tokens for trial in found), "a full bucket"
-            assert any(trial.decodes == len(trial.q_lens) > 0 for trial in found), "only decode rows"
-            assert serving.max_num_seqs in {len(trial.q_lens) for trial in found}
+            assert any(batch.new_tokens in plan.tokens for batch in found), "a full bucket"
+            assert any(batch.decodes == len(batch.q_lens) > 0 for batch in found), "only decode rows"
+            assert serving.max_num_seqs in {len(batch.q_lens) for batch in found}
             if plan.tokens[-1] > 2 * serving.prefill_chunk:
-                parts = {tuple(np.diff([0, *trial.distribution]) > 0) for trial in found}
+                parts = {tuple(np.diff([0, *batch.distribution]) > 0) for batch in found}
                 assert {(True, True, True), (False, True, False), (False, False, True)} <= parts
                 assert {serving.prefill_chunk - 1, serving.prefill_chunk + 1} <= q_lens
 
 
 def test_a_seed_gives_the_same_random_batches_again() -> None:
     plan = plan_of(TINY, "mixed")
-    assert trials(TINY, plan) == trials(TINY, plan)
-    assert trials(TINY, plan) != trials_of(TINY, plan, np.random.default_rng(1), 3)
+    assert batches(TINY, plan) == batches(TINY, plan)
+    assert batches(TINY, plan) != batches_of(TINY, plan, np.random.default_rng(1), 3)
 
 
 # ---- arrays
@@ -196,7 +196,7 @@ def test_what_nothing_may_read_is_poison(spec: Spec) -> None:
 
 
 def test_pages_are_shuffled_and_those_of_a_prefix_are_shared() -> None:
-    shared = Trial("shared", q_lens=(1, 2), kv_lens=(70, 90), decodes=1, shared_pages=3)
+    shared = CheckBatch("shared", q_lens=(1, 2), kv_lens=(70, 90), decodes=1, shared_pages=3)
     table = arguments(shared).page_indices.reshape(TINY.serving.max_num_seqs, -1)
     first, second = table[0, :5].tolist(), table[1, :6].tolist()
     assert first[:3] == second[:3]
@@ -336,13 +336,13 @@ def test_a_kernel_that_cannot_be_loaded_fails_and_does_not_raise() -> None:
 def test_after_a_kernel_that_raised_the_next_one_runs_as_if_nothing_were() -> None:
     plan = plan_of(TINY, "decode")
     source = render(TINY, plan)
-    trial = Trial("short", (1, 1), (17, 3), 2)
+    batch = CheckBatch("short", (1, 1), (17, 3), 2)
     outside = Source(source.path, source.text.replace("block * 8 + page]", "block * 8 + page + 8]"))
     assert outside != source
-    (bad,) = check_source(TINY, plan, outside, trials=[trial], modes=["eager"])
+    (bad,) = check_source(TINY, plan, outside, batches=[batch], modes=["eager"])
     assert "Out-of-bounds read" in bad.notes[0]
     assert not bad.ok
-    (good,) = check_source(TINY, plan, source, trials=[trial], modes=["eager"])
+    (good,) = check_source(TINY, plan, source, batches=[batch], modes=["eager"])
     assert good.ok
 
 
@@ -352,8 +352,8 @@ def test_an_output_that_is_not_waited_for_shows_where_copies_are_made_late() -> 
     source = render(TINY, plan)
     hasty = Source(source.path, source.text.replace("out_copy(num_seqs - 1 - i).wait()", "pass"))
     assert hasty != source
-    trial = Trial("short", (1, 1), (17, 3), 2)
-    eager, on_wait = check_source(TINY, plan, hasty, trials=[trial])
+    batch = CheckBatch("short", (1, 1), (17, 3), 2)
+    eager, on_wait = check_source(TINY, plan, hasty, batches=[batch])
     assert eager.error < eager.tolerance, "it was written when the copy was started"
     # One race, which the interpreter misses in one run of some twenty; what was not waited for it always counts.
     assert len(eager.races) <= 1

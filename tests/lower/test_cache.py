@@ -125,6 +125,11 @@ def folder_in_place_of(file: Path) -> None:
     file.mkdir()
 
 
+def linked(file: Path) -> None:
+    file.rename(file.with_name("other"))
+    file.symlink_to("other")
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "emptied": lambda file: os.truncate(file, 0),
     "cut short": lambda file: os.truncate(file, file.stat().st_size - 1),
@@ -132,6 +137,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "missing": lambda file: file.unlink(),
     "a folder": folder_in_place_of,
     "other JSON": lambda file: file.write_text("[1, 2]"),
+    "deep JSON": lambda file: file.write_text("[" * 100_000),
+    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),
+    "a link": lambda file: linked(file),
     "no text": lambda file: file.write_bytes(b"\xff\xfe"),
 }
 
@@ -149,6 +157,48 @@ def test_a_damaged_entry_is_absent_and_makes_room(
     assert cache.get(task, TOOLS) is None
     cache.put(task, TOOLS, lowered)
     assert cache.get(task, TOOLS) == lowered
+
+
+def test_an_entry_that_is_swapped_with_another_is_not_served(tmp_path: Path, task: Task, lowered: Lowered) -> None:
+    """Both are whole, and of one shape; each names the key that it was stored under."""
+    cache = Cache(tmp_path)
+    other = dataclasses.replace(task, kind="mixed")
+    cache.put(task, TOOLS, lowered)
+    cache.put(other, TOOLS, dataclasses.replace(lowered, kind="mixed", exported=b"other"))
+    here, there = (tmp_path / key[:2] / key for key in (task.key(TOOLS), other.key(TOOLS)))
+    here.rename(tmp_path / "apart")
+    there.rename(here)
+    there.parent.mkdir(exist_ok=True)
+    (tmp_path / "apart").rename(there)
+    assert cache.get(task, TOOLS) is None
+    assert cache.get(other, TOOLS) is None
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707])
+def test_a_folder_that_others_can_write_is_not_used(tmp_path: Path, task: Task, lowered: Lowered, mode: int) -> None:
+    root = tmp_path / "cache"
+    Cache(root).put(task, TOOLS, lowered)
+    assert root.stat().st_mode & 0o777 == 0o700
+    root.chmod(mode)
+    assert "others can write to it" in str(store.Store(root).problem)
+    assert Cache(root).get(task, TOOLS) is None
+    root.chmod(0o755)
+    assert Cache(root).get(task, TOOLS) == lowered
+
+
+def test_a_folder_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    assert "belongs to another user" in str(store.Store(tmp_path).problem)
+
+
+def test_a_folder_that_cannot_be_used_says_why_and_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert (
+        store.Store(file).problem == f"{file}: found a file; must be a folder; set RPAC_CACHE to a folder of your own"
+    )
+    assert "cannot be read (Not a directory)" in str(store.Store(file / "below").problem)
+    assert store.Store(tmp_path / "new").problem is None
 
 
 def test_two_builds_may_store_the_same_entry(tmp_path: Path, task: Task, lowered: Lowered, tree: Tree) -> None:

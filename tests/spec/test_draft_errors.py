@@ -41,8 +41,8 @@ def test_what_does_not_fit_is_refused(old: str, new: str, said: str) -> None:
 
 
 WITHOUT = {
-    "a tree in a window": ("decode_len: 4\n  tree_mask: true", "sliding_window: 9", "11:14: serving.tree_mask: found true (a bool); must be left out with sliding_window: a window counts from a draft's depth, which no mask says; remove one of the two"),
-    "drafts that see ahead": ("decode_len: 4", "causal: false", "10:15: serving.decode_len: found 4; must be 1 with causal false: drafts are verified by what each makes of the tokens before it alone; remove one of the two"),
+    "a tree in a window": ("decode_len: 4\n  tree_mask: true", "sliding_window: 9", "11:14: serving.tree_mask: found true (a bool); must be left out with sliding_window: a window counts from a draft's depth, which the mask does not hold; remove one of the two"),
+    "drafts that see ahead": ("decode_len: 4", "causal: false", "10:15: serving.decode_len: found 4; must be 1 with causal false: a draft is verified from the tokens before it alone; remove one of the two"),
 }  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_it_is_refused_once_where_several_layers_have_it(drafts: str, feature: s
 
 
 def test_latent_attention_has_no_drafts() -> None:
-    said = "serving.decode_len: found 4; must be 1 with attention latent, whose kernels take one new token of each decode row; remove one of the two"
+    said = "serving.decode_len: found 4; must be 1 with attention latent: its kernels take one new token for each decode row; remove one of the two"
     assert report(LATENT.replace("serving:\n", "serving:\n  decode_len: 4\n")) == [f"x.yaml:11:15: {said}"]
 
 
@@ -86,7 +86,7 @@ def test_rows_of_as_many_new_tokens_are_decode_and_those_of_one_are_not() -> Non
 def test_a_decode_row_off_the_length_is_refused() -> None:
     batch = Batch.build(LIMITS, [4, 1], [0, 5], [[0], [1, 2]])
     distribution = np.array([2, 2, 2], np.int32)
-    said = "row 1 (decode): has 1 new tokens; decode rows must have decode_len (4); put it behind the decode rows"
+    said = "row 1 (decode): has 1 new tokens; decode rows must have decode_len (4); move it after the decode rows"
     with pytest.raises(BatchError, match=re.escape(said)):
         validate(LIMITS, 32, batch.kv_lens, batch.page_indices, batch.cu_q_lens, distribution)
 

@@ -62,12 +62,12 @@ ONE_EDIT = {
     "fewer q heads": ("q_heads: 4", "q_heads: 1", "3:12: model.q_heads: found 1; must be a multiple of kv_heads (2); write 2 or change kv_heads"),
     "group too large": ("q_heads: 4", "q_heads: 64", "3:12: model.q_heads: found 64; must be at most 16 times kv_heads (2); write 32 or less, or change kv_heads"),
     "dtypes differ": ("kv_dtype: bfloat16", "kv_dtype: float32", "7:13: model.kv_dtype: found float32; must equal q_dtype (bfloat16) or be one of float8_e4m3fn, float8_e5m2, int8; write bfloat16"),
-    "scale of what is not quantized": ("kv_dtype: bfloat16", "kv_dtype: bfloat16\n  kv_scale: head", "8:13: model.kv_scale: found head; must be left out with kv_dtype bfloat16, which is stored as it is; remove it, or write `kv_dtype: float8_e4m3fn`"),
-    "quantizer of nothing": ("kv_dtype: bfloat16", "kv_dtype: bfloat16\n  quantize: kernel", "8:13: model.quantize: found kernel; must be left out with kv_dtype bfloat16, which is stored as it is; remove it, or write `kv_dtype: float8_e4m3fn`"),
+    "scale of what is not quantized": ("kv_dtype: bfloat16", "kv_dtype: bfloat16\n  kv_scale: head", "8:13: model.kv_scale: found head; must be left out with kv_dtype bfloat16, which is stored unchanged; remove it, or write `kv_dtype: float8_e4m3fn`"),
+    "quantizer of nothing": ("kv_dtype: bfloat16", "kv_dtype: bfloat16\n  quantize: kernel", "8:13: model.quantize: found kernel; must be left out with kv_dtype bfloat16, which is stored unchanged; remove it, or write `kv_dtype: float8_e4m3fn`"),
     "scale misspelt": ("kv_dtype: bfloat16", "kv_dtype: int8\n  kv_scale: heads", "8:13: model.kv_scale: found heads; must be one of tensor, head; write head"),
     "quantizer unknown": ("kv_dtype: bfloat16", "kv_dtype: int8\n  quantize: server", "8:13: model.quantize: found server; must be one of caller, kernel; write one of them"),
     "8-bit queries": ("q_dtype: bfloat16", "q_dtype: int8", f"6:12: model.q_dtype: found int8; {DTYPES}; write one of them"),
-    "page less than a register, apart": ("page_size: 16", "page_size: 8\n  kv_layout: separate", "9:14: serving.page_size: found 8; must be at least 16 with kv_layout separate and kv_dtype bfloat16: as many share a register; write 16, or `kv_layout: interleaved`"),
+    "page less than a register, apart": ("page_size: 16", "page_size: 8\n  kv_layout: separate", "9:14: serving.page_size: found 8; must be at least 16 with kv_layout separate and kv_dtype bfloat16: that many tokens share a register; write 16, or `kv_layout: interleaved`"),
     "buckets end low": ("[8, 32]", "[8, 16]", "12:18: serving.token_buckets: found 16 at its end; must end in max_num_tokens (32); write [8, 16, 32]"),
     "buckets end high": ("[8, 32]", "[8, 64]", "12:18: serving.token_buckets: found 64 at its end; must end in max_num_tokens (32); write [8, 32]"),
     "buckets descend": ("[8, 32]", "[32, 8]", "12:23: serving.token_buckets[1]: found 8; must be above the 32 before it; sort the list"),
@@ -82,7 +82,9 @@ ONE_EDIT = {
     "tensor of none": ("name: tiny", "name: tiny\nparallel: {tensor: 0}", "2:20: parallel.tensor: found 0; must be an integer from 1 to 32; write 1 or more"),
     "parallel unknown": ("name: tiny", "name: tiny\nparallel: {pipeline: 2}", "2:12: parallel.pipeline: found an unknown key; must be one of tensor, data; remove it"),
     # values out of range or of another type
-    "head_dim": ("head_dim: 128", "head_dim: 72", "5:13: model.head_dim: found 72; must be 64, 80, 96, 112, 128, 192 or 256; write 64"),
+    "head_dim": ("head_dim: 128", "head_dim: 72", "5:13: model.head_dim: found 72; must be 64, 80, 96, 112, 128, 192 or 256; write 80 and `sm_scale: 0.11785113019775792`, and pad queries, keys and values with zeros"),
+    "head_dim with a scale": ("head_dim: 128", "head_dim: 240\n  sm_scale: 0.1", "5:13: model.head_dim: found 240; must be 64, 80, 96, 112, 128, 192 or 256; write 256, and pad queries, keys and values with zeros"),
+    "head_dim too large": ("head_dim: 128", "head_dim: 512", "5:13: model.head_dim: found 512; must be 64, 80, 96, 112, 128, 192 or 256; serve this model without rpac, which has no kernels for longer heads"),
     "page_size": ("page_size: 16", "page_size: 100", "9:14: serving.page_size: found 100; must be 8, 16, 32, 64, 128, 256 or 512; write 128"),
     "zero": ("q_heads: 4", "q_heads: 0", f"3:12: model.q_heads: found 0; {HEADS}; write 1 or more"),
     "negative": ("q_heads: 4", "q_heads: -4", f"3:12: model.q_heads: found -4; {HEADS}; write 1 or more"),
@@ -113,26 +115,26 @@ ONE_EDIT = {
     "soft cap": ("q_heads: 4", "soft_cap: 0\n  q_heads: 4", "3:13: model.soft_cap: found 0; must be a number from 0.001 to 1e+06; write a number in that range, unquoted"),
     "soft cap off": ("q_heads: 4", "soft_cap: null\n  q_heads: 4", "3:13: model.soft_cap: found nothing (null); must be a number from 0.001 to 1e+06; write a number in that range, unquoted"),
     "window": ("q_heads: 4", "sliding_window: 0\n  q_heads: 4", "3:19: model.sliding_window: found 0; must be an integer from 1 to 1048576; write 1 or more"),
-    "window of no use": ("q_heads: 4", "sliding_window: 128\n  q_heads: 4", "3:19: model.sliding_window: found 128; must be below serving.max_model_len (128): a window as long hides nothing; remove it, or write 127 or less"),
+    "window of no use": ("q_heads: 4", "sliding_window: 128\n  q_heads: 4", "3:19: model.sliding_window: found 128; must be below serving.max_model_len (128): a window that long hides nothing; remove it"),
     "chunk of no use": ("q_heads: 4", "attention_chunk: 128\n  q_heads: 4", "3:20: model.attention_chunk: found 128; must be below serving.max_model_len (128): no sequence has a second chunk; remove it, or raise max_model_len"),
     "chunk of a part of a page": ("q_heads: 4", "attention_chunk: 40\n  q_heads: 4", "3:20: model.attention_chunk: found 40; must be a multiple of serving.page_size (16), 16 at least: a chunk begins with a page; write 32"),
     "chunk shorter than a page": ("q_heads: 4", "attention_chunk: 8\n  q_heads: 4", "3:20: model.attention_chunk: found 8; must be a multiple of serving.page_size (16), 16 at least: a chunk begins with a page; write 16"),
-    "chunk and window": ("q_heads: 4", "attention_chunk: 32\n  sliding_window: 64\n  q_heads: 4", "3:20: model.attention_chunk: found 32; must be left out with sliding_window, and where causal is false: one rule says what a query sees; remove one of the two"),
-    "chunk that looks ahead": ("q_heads: 4", "attention_chunk: 32\n  causal: false\n  q_heads: 4", "3:20: model.attention_chunk: found 32; must be left out with sliding_window, and where causal is false: one rule says what a query sees; remove one of the two"),
+    "chunk and window": ("q_heads: 4", "attention_chunk: 32\n  sliding_window: 64\n  q_heads: 4", "3:20: model.attention_chunk: found 32; must be left out with sliding_window, and with causal false: a query can have only one mask; remove one of the two"),
+    "chunk that looks ahead": ("q_heads: 4", "attention_chunk: 32\n  causal: false\n  q_heads: 4", "3:20: model.attention_chunk: found 32; must be left out with sliding_window, and with causal false: a query can have only one mask; remove one of the two"),
     "nothing to quantize": ("  kv_dtype: bfloat16", "  kv_dtype: int8\n  quantize: kernel\n  update_cache: false", "8:13: model.quantize: found kernel; must be left out with update_cache false: there is nothing to quantize; remove one of the two"),
     "sinks": ("q_heads: 4", "sinks: yes\n  q_heads: 4", "3:10: model.sinks: found yes (a bool); must be true or false; write one of them, unquoted"),
     "sinks a number": ("q_heads: 4", "sinks: 1\n  q_heads: 4", "3:10: model.sinks: found 1; must be true or false; write one of them, unquoted"),
     "sinks quoted": ("q_heads: 4", "sinks: 'true'\n  q_heads: 4", "3:10: model.sinks: found the text 'true'; must be true or false; write one of them, unquoted"),
     "causal": ("q_heads: 4", "causal: no\n  q_heads: 4", "3:11: model.causal: found no (a bool); must be true or false; write one of them, unquoted"),
-    "window that looks ahead": ("q_heads: 4", "causal: false\n  sliding_window: 64\n  q_heads: 4", "3:11: model.causal: found false (a bool); must be true with sliding_window, which looks back from a query and not ahead; remove one of the two"),
+    "window that looks ahead": ("q_heads: 4", "causal: false\n  sliding_window: 64\n  q_heads: 4", "3:11: model.causal: found false (a bool); must be true with sliding_window: a window looks back from a query, not ahead; remove one of the two"),
     "lse": ("page_size: 16", "page_size: 16\n  log_sum_exp: 1", "10:16: serving.log_sum_exp: found 1; must be true or false; write one of them, unquoted"),
     "layout misspelt": ("page_size: 16", "page_size: 16\n  kv_layout: seperate", f"10:14: serving.kv_layout: found seperate; {LAYOUTS}; write separate"),
     "layout unknown": ("page_size: 16", "page_size: 16\n  kv_layout: BHSD", f"10:14: serving.kv_layout: found BHSD; {LAYOUTS}; write one of them"),
     "layout nothing": ("page_size: 16", "page_size: 16\n  kv_layout:", f"10:13: serving.kv_layout: found nothing (null); {LAYOUTS}; write one of them"),
     "layout of the model": ("q_heads: 4", "q_heads: 4\n  kv_layout: separate", f"4:3: model.kv_layout: found an unknown key; must be one of {MODEL}; move it under serving"),
     "bucket type": ("[8, 32]", "[8, x]", f"12:22: serving.token_buckets[1]: found x; {TOKENS}; write it in plain decimal digits"),
-    "buckets empty": ("[8, 32]", "[]", "12:18: serving.token_buckets: found an empty list; must be a list of integers from 1 to 1048576, ascending; write [64, 2048]"),
-    "buckets no list": ("[8, 32]", "32", "12:18: serving.token_buckets: found 32; must be a list of integers from 1 to 1048576, ascending; write [64, 2048]"),
+    "buckets empty": ("[8, 32]", "[]", "12:18: serving.token_buckets: found an empty list; must be a list of integers from 1 to 1048576, ascending; write [32]"),
+    "buckets no list": ("[8, 32]", "32", "12:18: serving.token_buckets: found 32; must be a list of integers from 1 to 1048576, ascending; write [32]"),
     "name upper case": ("name: tiny", "name: Tiny", f"1:7: name: found Tiny; {NAME}; write my-model"),
     "name a number": ("name: tiny", "name: 8", f'1:7: name: found 8; {NAME}; write "8"'),
     "name a path": ("name: tiny", "name: ../tiny", f"1:7: name: found ../tiny; {NAME}; write my-model"),
@@ -141,13 +143,15 @@ ONE_EDIT = {
     "name too long": ("name: tiny", "name: " + "a" * 65, f"1:7: name: found {'a' * 40}...; {NAME}; write my-model"),
     "target unknown": ("cpu]", "tpu7]", f"16:18: targets[1]: found tpu7; {TARGETS}; write tpu7x"),
     "target twice": ("cpu]", "tpu7x]", "16:18: targets[1]: found tpu7x a second time; must be listed once; remove it"),
-    "bytes in rows of two registers": ("head_dim: 128\n  q_dtype: bfloat16\n  kv_dtype: bfloat16", "head_dim: 192\n  q_dtype: bfloat16\n  kv_dtype: int8", "9:3: serving.kv_layout: found interleaved, its default; must be separate with kv_dtype int8 and head_dim above 128 on a TPU: to see rows of two registers' lanes as rows of one, the compiler copies a cache of bytes; write `kv_layout: separate`"),
-    "target of no topology": ("[tpu7x, cpu]", "[v4, cpu]", f"16:11: targets[0]: found v4; {TARGETS}; leave it out: a v4 chip serves as one device of two cores, which libtpu describes, where there is none, only as two devices of one, so that no executable made here would load"),
+    "bytes in rows of two registers": ("head_dim: 128\n  q_dtype: bfloat16\n  kv_dtype: bfloat16", "head_dim: 192\n  q_dtype: bfloat16\n  kv_dtype: int8", "9:3: serving.kv_layout: found interleaved, its default; must be separate with kv_dtype int8 and head_dim above 128 on a TPU: the compiler would copy an 8-bit cache, to view each row of two registers as one row; write `kv_layout: separate`"),
+    "target of no topology": ("[tpu7x, cpu]", "[v4, cpu]", f"16:11: targets[0]: found v4; {TARGETS}; leave it out: a v4 chip serves as one device with two cores, but without a chip libtpu describes it only as two devices with one core each, so no executable built here would load"),
     "targets empty": ("[tpu7x, cpu]", "[]", "16:10: targets: found an empty list; must be a list of tpu7x, v6e, v5p, v5e, cpu, gpu; write [tpu7x, cpu]"),
     "targets a word": ("[tpu7x, cpu]", "cpu", "16:10: targets: found cpu; must be a list of tpu7x, v6e, v5p, v5e, cpu, gpu; write [tpu7x, cpu]"),
     # keys
     "key misspelt": ("q_heads: 4", "q_head: 4", f"3:3: model.q_head: found an unknown key; must be one of {MODEL}; write q_heads"),
     "key unknown": ("q_heads: 4", "q_heads: 4\n  color: red", f"4:3: model.color: found an unknown key; must be one of {MODEL}; remove it"),
+    "key of another meaning": ("q_heads: 4", "q_heads: 4\n  q_scale: 0.5", f"4:3: model.q_scale: found an unknown key; must be one of {MODEL}; remove it and multiply the queries, or multiply model.sm_scale by it"),
+    "key of a server": ("page_size: 16", "page_size: 16\n  max_num_batched_tokens: 32", f"10:3: serving.max_num_batched_tokens: found an unknown key; must be one of {SERVING}; write it as serving.max_num_tokens"),
     "key misplaced": ("name: tiny", "name: tiny\npage_size: 16", "2:1: page_size: found an unknown key; must be one of name, model, layers, serving, parallel, targets; move it under serving"),
     "key too deep": ("q_heads: 4", "q_heads: 4\n  name: x", f"4:3: model.name: found an unknown key; must be one of {MODEL}; move it to the top level"),
     "key twice": ("q_heads: 4", "q_heads: 4\n  q_heads: 4", "4:3: model.q_heads: found a second value; must be given once; remove this one or line 3"),
@@ -162,7 +166,7 @@ ONE_EDIT = {
     "control character": ("cpu]", "cpu\x07]", "16:21: found character 0x0007; must be printable text; remove it"),
     "second document": ("cpu]", "cpu]\n---\nname: x", "18:1: found a second document; must be one document; keep one spec a file"),
     "anchor": ("q_heads: 4", "q_heads: &heads 4", "3:12: found an anchor or alias; must be written out; write the value itself here"),
-    "alias unknown": ("q_heads: 4", "q_heads: *heads", "3:12: found a syntax error (found undefined alias 'heads'); must be YAML; correct the syntax at this place"),
+    "alias unknown": ("q_heads: 4", "q_heads: *heads", "3:12: found an anchor or alias; must be written out; write the value itself here"),
 }  # fmt: skip
 
 
@@ -190,6 +194,7 @@ WHOLE_FILES = {
     "a list": ("- name\n", ":1:1: found a list; must be a mapping; write it as `key: value` lines"),
     "a word": ("name\n", ":1:1: found name; must be a mapping; write it as `key: value` lines"),
     "nested": ("[" * 5000, ": found lists or mappings nested too deeply; must be at most two deep; flatten it"),
+    "aliases": ("layers:\n" + "\n".join(f"  a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 30)), ":2:7: found an anchor or alias; must be written out; write the value itself here"),
     "large": ("#" * 70000, ": found more than 65536 bytes; must be a spec; check that it is the right file"),
     "odd escape": ('"\\U00110000"', ": found a syntax error (chr() arg not in range(0x110000)); must be YAML; correct the escape or directive"),
 }  # fmt: skip
@@ -198,6 +203,33 @@ WHOLE_FILES = {
 @pytest.mark.parametrize("text, line", WHOLE_FILES.values(), ids=WHOLE_FILES.keys())
 def test_a_file_that_is_no_spec_at_all_is_refused_in_one_line(text: str, line: str) -> None:
     assert report(text) == [f"x.yaml{line}"]
+
+
+LISTS = {
+    "buckets": (GOOD.replace("[8, 32]", f"[{', '.join(map(str, range(1, 101)))}]"), "12:266: serving.token_buckets: found 100 numbers; must be at most 64 of them; keep 64 of them"),
+    "layers": (GOOD + "layers: {" + ", ".join(f"l{i}: {{}}" for i in range(40)) + "}\n", "17:288: layers: found 40 names; must be at most 32 of them; keep 32 of them"),
+    "a list as a layer's name": (GOOD + "layers: {? " + "[" * 40 + "]" * 40 + " : {}}\n", "17:12: layers: found a list; must be lower-case letters, digits and dashes, 32 at most, a letter or digit first, each name once; write a name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text, line", LISTS.values(), ids=LISTS.keys())
+def test_a_list_that_is_too_long_or_odd_is_refused_before_it_is_used(text: str, line: str) -> None:
+    assert line in "\n".join(report(text))
+
+
+def test_no_more_problems_are_reported_than_somebody_reads() -> None:
+    lines = report(GOOD + "".join(f"key{i}: 1\n" for i in range(3000)))
+    assert len(lines) == 51
+    assert lines[-1] == "x.yaml: found 2950 more problems; must have none; mend those above first"
+
+
+def test_a_layer_can_leave_out_a_key_that_the_model_has() -> None:
+    text = (
+        GOOD.replace("q_heads: 4", "sliding_window: 64\n  q_heads: 4")
+        + "layers: {local: {}, global: {sliding_window: null}}\n"
+    )
+    spec = parse_spec(text, "x.yaml")
+    assert [part.model.sliding_window for part in spec.parts] == [64, None]
 
 
 def test_sections_that_are_missing_or_no_mappings_are_reported_whole() -> None:
