@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import rpac
@@ -22,10 +21,7 @@ class PagedAttention:
 
     def reset(self) -> None:
         """Makes empty caches that replace the present ones, because a call that fails halfway may have lost one."""
-        dims = next(iter(self.engine.programs.values())).args[3]
-        self._caches = [
-            jax.device_put(jnp.zeros(dims.shape, dims.dtype), self.engine.device) for _ in range(self._layers)
-        ]
+        self._caches = [self.engine.new_cache() for _ in range(self._layers)]
 
     def copy_pages(self, copies: np.ndarray) -> None:
         """Copies pages in every cache. `copies` is `[n, 2]`, from and to, with n at most max_num_seqs."""

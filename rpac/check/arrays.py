@@ -92,9 +92,9 @@ def make_arguments(spec: Spec, batch: CheckBatch, tokens: int, pages: int, rng: 
         at = table[row, held // serving.page_size], held % serving.page_size
         by_token[at] = _normal(rng, by_token[at])
     limits = Limits.of(spec)
-    validate(limits, tokens, kv_lens, page_indices, cu_q_lens, distribution)
-    if spec.model.sliding_window is not None or spec.model.attention_chunk is not None:
+    if limits.is_local:
         _poison_unseen(batch, spec.model, serving.page_size, table, kv_cache)
+    validate(limits, tokens, kv_lens, page_indices, cu_q_lens, distribution)
     extra = {dims.name: _random(rng, dims) for dims in layout.extra_specs(spec)}
     if "kv_scales" in extra:
         extra["kv_scales"] /= np.float32(CODES.get(spec.model.kv_dtype, 1))

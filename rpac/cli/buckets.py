@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from rpac.batch.limits import bucket_lines
-from rpac.cli.common import json_option, print_json, size, table
+from rpac.cli.common import Amount, command, json_option, print_json, size, table
 from rpac.plan import KIND_ORDER
 from rpac.spec import load_spec
 from rpac.traffic.buckets import Choice, Traffic, choices, choose, judge
@@ -17,7 +17,7 @@ HEADER = ("", "buckets", "token_buckets", "padding", *KIND_ORDER, "programs", "b
 SHARE = 0.1
 
 
-@click.command()
+@command()
 @click.argument("trace", type=click.Path(path_type=Path))
 @click.option(
     "--spec", "spec_file", type=click.Path(path_type=Path), help="Spec with the limits, kinds and targets to use."
@@ -27,7 +27,7 @@ SHARE = 0.1
 )
 @click.option(
     "--padding",
-    type=click.FloatRange(0, 1),
+    type=Amount(0, 1),
     default=SHARE,
     show_default=True,
     help="Share of rows that may be padding.",

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import click
 
 from rpac import build as job
 from rpac.cli.common import (
+    Amount,
+    Lines,
     cache_of,
     cache_option,
+    command,
     jobs_option,
     json_option,
-    lowering_progress,
     print_json,
     size,
     spec_argument,
@@ -22,10 +23,11 @@ from rpac.cli.common import (
 )
 from rpac.contract.program import Lowered
 from rpac.errors import TargetError
+from rpac.lower.pool import COMPILING
 from rpac.spec import load_spec
 
 
-@click.command()
+@command()
 @spec_argument
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), default=Path("build"), show_default=True, help="Output folder."
@@ -35,7 +37,7 @@ from rpac.spec import load_spec
 @cache_option
 @click.option("--this-cpu", is_flag=True, help="Add executables for the CPU of this machine to the cpu target.")
 @click.option(
-    "--wait", "wait_s", type=float, default=0.0, help="Seconds to wait while another build writes to the folder."
+    "--wait", "wait_s", type=Amount(0), default=0.0, help="Seconds to wait while another build writes to the folder."
 )
 @json_option
 def build(
@@ -49,7 +51,7 @@ def build(
     as_json: bool,
 ) -> None:
     """Build SPEC into the bundle OUT/NAME.rpac, for all of its targets or for those given."""
-    start = time.monotonic()
+    observer = _Observer()
     spec = load_spec(spec_file)
     chosen = job.chosen_targets(spec, targets)
     if this_cpu and "cpu" not in chosen:
@@ -60,20 +62,8 @@ def build(
         raise TargetError(
             f"{spec_file}: --this-cpu is for one device, but the spec is for {spec.mesh.devices}; leave --this-cpu out"
         )
-    tasks = job.all_tasks(spec, chosen)
-    on_cpu = sum(task.target == "cpu" for task in tasks) if this_cpu else 0
-    report = lowering_progress(len(tasks) + on_cpu)
-    built = job.build(
-        spec,
-        chosen,
-        out,
-        cache_of(no_cache),
-        jobs,
-        lambda task, what: report(task.label, what),
-        wait_s,
-        (lambda label: report(label, "compiled for this CPU")) if this_cpu else None,
-    )
-    seconds = time.monotonic() - start
+    built = job.build(spec, chosen, out, cache_of(no_cache), jobs, observer, wait_s, this_cpu)
+    seconds = observer.lines.seconds
     if as_json:
         variants = [_facts(one) for one in built.lowered]
         print_json({"bundle": str(built.path), "spec_hash": spec.hash, "seconds": seconds, "variants": variants})
@@ -86,7 +76,23 @@ def build(
     click.echo(f"{built.path}: {len(rows)} programs in {seconds:.1f} s")
 
 
-@click.command()
+class _Observer(job.Observer):
+    """Says on stderr how a build goes."""
+
+    def __init__(self) -> None:
+        self.lines = Lines()
+
+    def phase(self, what: str) -> None:
+        self.lines.say(what)
+
+    def planned(self, programs: int) -> None:
+        self.lines.total = programs
+
+    def program(self, label: str, what: str) -> None:
+        (self.lines.say if what == COMPILING else self.lines.done)(f"{label}: {what}")
+
+
+@command()
 @spec_argument
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), default=Path("generated"), show_default=True, help="Output folder."

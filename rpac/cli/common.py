@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,30 @@ from rpac.files.store import Store, default_cache_dir
 from rpac.lower import Cache
 from rpac.plan import KIND_ORDER
 from rpac.spec import TARGETS
+
+
+class Amount(click.FloatRange):
+    """A number in a range. "nan" is in none, although no bound says so."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not in the range {self._describe_range()}.", param, ctx)
+        return number
+
+
+class Command(click.Command):
+    """Refuses an option that is given twice where only the last would count."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for param in given:
+            if isinstance(param, click.Option) and not (param.multiple or param.is_flag) and given.count(param) > 1:
+                raise click.UsageError(f"{param.opts[-1]} is given {given.count(param)} times; give it once", ctx)
+        return super().parse_args(ctx, args)
+
+
+command = partial(click.command, cls=Command)
 
 spec_argument = click.argument("spec_file", metavar="SPEC", type=click.Path(path_type=Path))
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout, and nothing else.")
@@ -52,17 +78,27 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True)
 
 
-def lowering_progress(total: int) -> Callable[[str, str], None]:
-    """Makes a function that prints each finished job, out of `total`, on a line of stderr."""
-    start = time.monotonic()
-    done = 0
+class Lines:
+    """Progress as lines on stderr: the seconds since the command began, and once `total` is known how much of it is done."""
 
-    def report(label: str, what: str) -> None:
-        nonlocal done
-        done += 1
-        click.echo(f"[{done:3}/{total}] {time.monotonic() - start:6.1f} s  {label}: {what}", err=True)
+    def __init__(self) -> None:
+        self.total: int | None = None
+        self._done = 0
+        self._start = time.monotonic()
 
-    return report
+    def say(self, what: str) -> None:
+        """From any thread."""
+        count = "" if self.total is None else f"[{self._done:3}/{self.total}] "
+        click.echo(f"{count}{self.seconds:6.1f} s  {what}", err=True)
+
+    def done(self, what: str) -> None:
+        """One of `total` is done."""
+        self._done += 1
+        self.say(what)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
 
 
 def size(count: int) -> str:

@@ -9,14 +9,14 @@ from typing import Any
 import click
 
 from rpac.bundle import describe, verify_bundle
-from rpac.cli.common import json_option, print_json, size, table
+from rpac.cli.common import command, json_option, print_json, size, table
 from rpac.contract.mesh import Mesh
 
 _SHAPE = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
 HEADER = ("target", "device kind", "program", "tokens", "source", "export", "executable")
 
 
-@click.command()
+@command()
 @click.argument("bundle")
 @json_option
 def inspect(bundle: str, as_json: bool) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from rpac.build import chosen_targets
-from rpac.cli.common import json_option, print_json, size, spec_argument, table, target_option
+from rpac.cli.common import command, json_option, print_json, size, spec_argument, table, target_option
 from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles, plan_spec
 from rpac.plan.tiles import XlaTiles
 from rpac.spec import load_spec
@@ -26,7 +26,7 @@ HEADER = (
 )
 
 
-@click.command()
+@command()
 @spec_argument
 @target_option
 @json_option

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rpac.cli.common import json_option, print_json, table
+from rpac.cli.common import command, json_option, print_json, table
 from rpac.spec import TARGETS
 
 if TYPE_CHECKING:
     from rpac.check.deployment import Step
 
 
-@click.command("serve-check")
+@command("serve-check")
 @click.argument("bundle")
 @click.option(
     "--target",

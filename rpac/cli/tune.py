@@ -11,7 +11,17 @@ from pathlib import Path
 import click
 
 from rpac.build import chosen_targets
-from rpac.cli.common import json_option, kind_option, print_json, spec_argument, store_of, table, target_option
+from rpac.cli.common import (
+    Amount,
+    command,
+    json_option,
+    kind_option,
+    print_json,
+    spec_argument,
+    store_of,
+    table,
+    target_option,
+)
 from rpac.devices.chip import is_tpu
 from rpac.errors import CheckError
 from rpac.plan.tuned import FOLDER
@@ -21,7 +31,7 @@ from rpac.tune import Check, Job, Outcome, Pool, Result, local_processes, on_clu
 HEADER = ("case", "token buckets", "timed", "rejected", "chosen", "of the rule's time", "search")
 
 
-@click.command("tune")
+@command("tune")
 @spec_argument
 @target_option
 @kind_option
@@ -30,7 +40,7 @@ HEADER = ("case", "token buckets", "timed", "rejected", "chosen", "of the rule's
 )
 @click.option(
     "--budget",
-    type=click.FloatRange(0),
+    type=Amount(0),
     default=25.0,
     show_default=True,
     metavar="MINUTES",
