@@ -51,12 +51,7 @@ def arrays_of(engine: rpac.Engine, batch: rpac.Batch) -> dict[str, Any]:
     taken = engine.programs[rpac.Variant(batch.kind, batch.tokens)].args
     made = {dims.name: jnp.ones(dims.shape, dims.dtype) for dims in taken[:3]}
     metadata = {dims.name: getattr(batch, dims.name) for dims in taken[4:]}
-    return {**made, "kv_cache": empty(engine), **metadata}
-
-
-def empty(engine: rpac.Engine) -> jax.Array:
-    dims = next(iter(engine.programs.values())).args[3]
-    return jnp.zeros(dims.shape, dims.dtype)
+    return {**made, "kv_cache": engine.new_cache(), **metadata}
 
 
 def snippet(name: str) -> str:
@@ -84,13 +79,16 @@ def test_each_snippet_has_a_test() -> None:
 
 
 def test_serve(names: dict[str, Any]) -> None:
-    del names["engine"], names["batch"]
-    done = run("serve", names)
+    heads = {"queries": 4, "keys": 2, "values": 2}
+    done = run(
+        "serve", {name: [jnp.ones((size, n, 128), "bfloat16") for size in (512, 1)] for name, n in heads.items()}
+    )
     assert done["batch"].kind == "mixed"
-    assert done["out"].shape == (1024, 4, 128)
-    # Values of one and the context's zeros: the second sequence sees itself alone, the first 900 zeros and a one.
-    assert float(done["out"][1, 0, 0]) == 1
-    assert 0 < float(done["out"][0, 0, 0]) < 1
+    prefilled, decoded = done["outputs"]
+    assert (prefilled.shape, decoded.shape) == ((512, 4, 128), (1, 4, 128))
+    # All new values are one and all of the context is zero: a prompt sees ones alone, the decoded token 900 zeros and a one.
+    assert float(prefilled[0, 0, 0]) == 1
+    assert 0 < float(decoded[0, 0, 0]) < 1
 
 
 def test_open(names: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
@@ -123,7 +121,7 @@ def layer(names: dict[str, Any]) -> SimpleNamespace:
 def test_program(names: dict[str, Any]) -> None:
     engine = names["engine"]
     metadata = tuple(names[name] for name in ("kv_lens", "page_indices", "cu_q_lens", "distribution"))
-    layers, caches = [layer(names)] * 2, [empty(engine), empty(engine)]
+    layers, caches = [layer(names)] * 2, [engine.new_cache(), engine.new_cache()]
     given = {"functools": functools, "jax": jax, "x": names["queries"], "layers": layers, "caches": caches}
     done = run("program", {**names, **given, "metadata": metadata})
     assert len(done["caches"]) == 2
