@@ -77,7 +77,7 @@ def build(
 
 
 class _Observer(job.Observer):
-    """Says on stderr how a build goes."""
+    """Prints the progress of a build to stderr."""
 
     def __init__(self) -> None:
         self.lines = Lines()

@@ -20,7 +20,7 @@ from rpac.spec import TARGETS
 
 
 class Amount(click.FloatRange):
-    """A number in a range. "nan" is in none, although no bound says so."""
+    """A number in a range. "nan" is refused too, which no bound excludes."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
@@ -30,7 +30,7 @@ class Amount(click.FloatRange):
 
 
 class Command(click.Command):
-    """Refuses an option that is given twice where only the last would count."""
+    """A command that refuses an option given twice if only the last one would count."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
@@ -79,7 +79,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 class Lines:
-    """Progress as lines on stderr: the seconds since the command began, and once `total` is known how much of it is done."""
+    """Progress as lines on stderr, with the seconds since the command began. Once `total` is set, they count what is done."""
 
     def __init__(self) -> None:
         self.total: int | None = None
@@ -87,12 +87,12 @@ class Lines:
         self._start = time.monotonic()
 
     def say(self, what: str) -> None:
-        """From any thread."""
+        """Prints a line. May be called from any thread."""
         count = "" if self.total is None else f"[{self._done:3}/{self.total}] "
         click.echo(f"{count}{self.seconds:6.1f} s  {what}", err=True)
 
     def done(self, what: str) -> None:
-        """One of `total` is done."""
+        """Counts one of `total` as done, and prints a line."""
         self._done += 1
         self.say(what)
 

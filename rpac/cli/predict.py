@@ -38,7 +38,12 @@ TOP_SLOTS = 4
 @command("predict")
 @click.argument("paths", metavar="SPEC|BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--target", "targets", required=True, multiple=True, type=click.Choice(TPU_TARGETS), help="Repeat it to compare."
+    "--target",
+    "targets",
+    required=True,
+    multiple=True,
+    type=click.Choice(TPU_TARGETS),
+    help="TPU to predict for; repeat to compare several.",
 )
 @click.option("--decode", multiple=True, metavar="NxC", help="N decode rows of C tokens each, the new ones included.")
 @click.option(
@@ -68,7 +73,10 @@ def predict_command(
     no_cache: bool,
     as_json: bool,
 ) -> None:
-    """Predict batches on the programs of each SPEC or BUNDLE for each target; without any, those that the spec expects."""
+    """Predict how long batches take on the programs of each SPEC or BUNDLE, for each target.
+
+    Without any batches, predict those that the spec expects.
+    """
     others = [*map(parse_prefill, prefill), *(read_trace(mixed) if mixed is not None else ())]
     for text in decode:
         parse_decode(text)  # refused before anything is compiled
@@ -123,7 +131,7 @@ def _named_apart(programs: Sequence[Programs], paths: Sequence[Path]) -> list[Pr
 
 
 def _print(predictions: Sequence[Prediction], targets: Sequence[str], detail: bool) -> None:
-    # Side by side: one batch on each of what is compared, then the next batch.
+    # Side by side: a batch on everything that is compared, then the next batch.
     labels = list(dict.fromkeys(one.workload.label for one in predictions))
     ordered = sorted(predictions, key=lambda one: labels.index(one.workload.label))
     first = {one.workload.label: one.report.seconds for one in reversed(ordered)}
