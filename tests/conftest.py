@@ -15,7 +15,7 @@ from typing import Any
 
 import hypothesis
 import pytest
-from command import TINY, rpac
+from command import ROOT, TINY, rpac
 
 from rpac.bundle import write_bundle
 from rpac.contract import arrays as layout
@@ -151,3 +151,17 @@ def built(shared: Path, cache: Path) -> Callable[[str], Path]:
         return out / "tiny.rpac"
 
     return build
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of small.yaml, built once a run through the command line, however many test processes ask."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "rpac-small"
+    folder.mkdir(exist_ok=True)
+    with (folder / "once").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "small.rpac").exists():
+            done = rpac("build", ROOT / "tests" / "engine" / "small.yaml", "-o", folder, cache=folder / "cache")
+            assert done.returncode == 0, done.stderr
+    return folder / "small.rpac"
