@@ -21,10 +21,10 @@ from rpac.cli.common import (
     store_of,
     table,
     target_option,
+    tuned_folder,
 )
 from rpac.devices.chip import is_tpu
 from rpac.errors import CheckError
-from rpac.plan.tuned import FOLDER
 from rpac.spec import load_spec
 from rpac.tune import Check, Job, Outcome, Pool, Result, local_processes, on_cluster, tune
 
@@ -36,7 +36,10 @@ HEADER = ("case", "token buckets", "timed", "rejected", "chosen", "of the rule's
 @target_option
 @kind_option
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="Folder of the data files; default: the package's own."
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Of the data files; default: $RPAC_TUNED, or the user's data folder.",
 )
 @click.option(
     "--budget",
@@ -65,11 +68,16 @@ def tune_command(
 ) -> None:
     """Search the tiles of SPEC's kernels: compile candidates, walk their schedules for the batches that SPEC expects.
 
-    What is chosen has passed the oracle and goes to a data file, which every later build reads. Stop it at any time: what
-    was timed is kept.
+    What is chosen has passed the oracle and goes to a data file, which later builds read: of another folder than the default
+    with --tuned. Stop it at any time: what was timed is kept.
     """
     if jobs is not None and scheduler is not None:
         raise click.UsageError("--jobs is for this machine, --scheduler for a cluster: give one of them")
+    folder = out or tuned_folder()
+    if folder is None:
+        raise click.UsageError(
+            "$RPAC_TUNED is none, or there is no home folder, so there is no default folder: give -o"
+        )
     start = time.monotonic()
     spec = load_spec(spec_file)
     chosen = chosen_targets(spec, targets)
@@ -81,7 +89,7 @@ def tune_command(
             pool,
             store_of(no_cache),
             kinds=kinds,
-            folder=out or FOLDER,
+            folder=folder,
             seed=seed,
             out_of_time=lambda: time.monotonic() >= end,
             progress=_progress(start),
@@ -95,6 +103,8 @@ def tune_command(
         click.echo(table(HEADER, [_row(one) for one in report.outcomes]))
         written = ", ".join(map(str, report.files)) or "nothing written"
         click.echo(f"{written}: {len(report.outcomes)} cases in {seconds:.1f} s")
+        if report.files and folder != tuned_folder():
+            click.echo(f"to build with it: --tuned {folder}, or RPAC_TUNED={folder}")
     if report.failed:
         said = "\n".join(
             f"  {one.rule.path}: {label}: {why}" for one in report.failed for label, why in one.rejected.items()
