@@ -16,7 +16,7 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 NEWEST := .venv-newest
 
 .PHONY: demo test test-newest test-slow test-adapters lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-chunks bench-scheduling \
-	calibrate build-all serve-demo clean
+	same calibrate build-all serve-demo clean
 
 demo: $(VENV)/ready
 	$(BIN)/rpac build specs/llama3-8b.yaml --target tpu7x --target cpu
@@ -90,6 +90,10 @@ bench-chunks: $(VENV)/ready
 
 bench-scheduling: $(VENV)/ready
 	$(BIN)/python benchmarks/scheduling.py
+
+# Compares the programs of this checkout with those of an earlier one: make same OTHER=../rpac-before
+same: $(VENV)/ready
+	$(BIN)/python benchmarks/same.py $(OTHER) --schedules
 
 calibrate: $(VENV)/ready
 	$(BIN)/python benchmarks/calibrate.py

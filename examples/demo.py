@@ -13,7 +13,6 @@ START = time.perf_counter()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is installed to compile, and would look for a TPU
 
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import ml_dtypes  # noqa: E402
 import numpy as np  # noqa: E402
 
@@ -33,8 +32,7 @@ def main(path: str) -> None:
     per_prompt = -(-(max(PROMPTS) + DECODE_STEPS) // limits.page_size)
     tables = [[int(next(pages)) for _ in range(per_prompt)] for _ in PROMPTS]
     cached = [0] * len(PROMPTS)
-    cache_dims = next(iter(engine.programs.values())).args[3]
-    kv_cache = jnp.zeros(cache_dims.shape, cache_dims.dtype)
+    kv_cache = engine.new_cache()
 
     print(f"{'batch':34} {'program':14} {'new tokens':>10} {'ms':>8} {'error':>8}")
     while min(c - p for c, p in zip(cached, PROMPTS, strict=True)) < DECODE_STEPS:
@@ -44,7 +42,7 @@ def main(path: str) -> None:
             rng.standard_normal((batch.tokens, heads, model.head_dim)).astype(ml_dtypes.bfloat16)
             for heads in (model.q_heads, model.kv_heads, model.kv_heads)
         )
-        metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+        metadata = batch.metadata
         wanted, _ = oracle(
             queries, keys, values, np.asarray(kv_cache), *metadata, sm_scale=model.sm_scale, kv_layout=engine.kv_layout
         )

@@ -3,10 +3,10 @@
     PYTHONPATH=examples python -m serve.app build/serve-demo.rpac --port 8000
     curl -N localhost:8000/generate -d '{"prompt": [1, 2, 3], "max_new_tokens": 8}'
 
-POST /generate streams a line of JSON a token, {"token": 17}, and {"done": true} at the end, or {"error": "..."} where it
-cannot go on. A request that is refused gets a 4xx or 503 and {"error": "..."}. GET /stats says what ran.
+POST /generate streams one line of JSON for each token, {"token": 17}, and {"done": true} at the end, or {"error": "..."} if
+it cannot go on. A refused request gets a 4xx or a 503 with {"error": "..."}. GET /stats says what ran.
 
-A client has 10 s for the headers of a request and 10 s for its body, and 1024 may be connected at once (connections.py).
+A client has 10 s for the headers of a request and 10 s for its body, and 1024 clients can be connected (connections.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GATE = web.AppKey("gate", Gate)
 
 
 def make_app(worker: Worker, gate: Gate) -> web.Application:
-    """The application around a worker that was started; its connections come through `gate`."""
+    """The application around a worker that is running; its connections come through `gate`."""
     app = web.Application(middlewares=[errors_as_json], client_max_size=MAX_BODY)
     app[WORKER] = worker
     app[GATE] = gate
@@ -70,7 +70,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
     except (Busy, Failed) as error:
         raise web.HTTPServiceUnavailable(text=str(error)) from error
     finally:
-        worker.cancel(stream)  # also where the client is gone: its pages are for others then
+        worker.cancel(stream)  # also if the client has disconnected, so that its pages become free
 
 
 async def body_of(request: web.Request) -> bytes:
@@ -84,7 +84,7 @@ async def body_of(request: web.Request) -> bytes:
 
 
 async def send(request: web.Request, stream: Stream) -> web.StreamResponse:
-    """The tokens, as they come."""
+    """Streams the tokens as they arrive."""
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)
     try:
@@ -139,12 +139,12 @@ def line(**values: object) -> bytes:
 
 
 def _allowed(error: web.HTTPException) -> dict[str, str]:
-    """What a 405 must say."""
+    """The header that a 405 must have."""
     return {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
 
 
 async def serve(worker: Worker, host: str, port: int, limits: ConnectionLimits) -> None:
-    """Until the process is told to end."""
+    """Serves until the process is told to end."""
     gate = Gate(limits)
     async with listening(make_app(worker, gate), gate, host, port) as found:
         print(f"listening on http://{host}:{found}", flush=True)
@@ -160,10 +160,14 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--compile-cache", help="a folder that keeps what XLA compiled for this machine")
-    parser.add_argument("--seed", type=int, default=0, help="of the model's weights")
-    parser.add_argument("--most-waiting", type=int, default=1024, help="requests; those above are told to come back")
-    parser.add_argument("--most-connections", type=int, default=ConnectionLimits.most, help="those above get a 503")
+    parser.add_argument("--compile-cache", help="folder that keeps what XLA compiled for this machine")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the model's weights")
+    parser.add_argument(
+        "--most-waiting", type=int, default=1024, help="most requests that may wait; further ones are refused"
+    )
+    parser.add_argument(
+        "--most-connections", type=int, default=ConnectionLimits.most, help="most connections; further ones get a 503"
+    )
     options = parser.parse_args()
     if options.compile_cache is not None:
         keep_compiled(options.compile_cache)

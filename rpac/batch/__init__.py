@@ -5,8 +5,10 @@ prefill rows (exactly `prefill_chunk` new tokens), and rows j to k - 1 are mixed
 one), where (i, j, k) is the distribution. The new tokens of row r are queries[cu_q_lens[r]:cu_q_lens[r + 1]], at positions
 kv_lens[r] - q_len to kv_lens[r] - 1 of their sequence.
 
-Only the first ceil(kv_lens[r] / page_size) entries of the page table of row r are read. Rows from k on are dead: they, and
-cu_q_lens past index k, may hold anything. docs/batch-contract.md has every array.
+Only the first ceil(kv_lens[r] / page_size) entries of the page table of row r are read. With a window or a chunk of attention
+only those are read that hold a token that the row's first new token sees, or a later one. The other entries may hold
+anything, such as -1 or a page that was freed. Rows from k on are dead: they, and cu_q_lens past index k, may hold anything.
+docs/batch-contract.md has every array.
 """
 
 from rpac.batch.build import Batch, SequenceView

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rpac.batch.limits import Limits
+from rpac.batch.pack import pack, unpack
 from rpac.batch.validate import validate
 from rpac.contract import arrays as layout
 from rpac.contract.arrays import Served
@@ -23,7 +24,9 @@ INT32 = np.iinfo(np.int32)
 
 
 class SequenceView(NamedTuple):
-    """One live row of a batch; `queries` are the rows of its new tokens, `pages` those that its KV fills."""
+    """One live row of a batch; `queries` are the rows of its new tokens, `pages` the entries of its page table up to its
+    end, of which those before a window or a chunk of attention may be no pages.
+    """
 
     row: int
     kind: Kind
@@ -46,8 +49,8 @@ class Batch:
     """Validated metadata of one call: read-only int32 arrays in the contract's shapes.
 
     `tokens` is the bucket that queries, keys and values are padded to, `num_tokens` how many of them are real,
-    `kind` the program that takes the batch. `order[r]` is the caller's index of the sequence in row r: the caller
-    concatenates queries, keys and values in that order.
+    `kind` the program that takes the batch. `order[r]` is the caller's index of the sequence in row r, because rows are
+    sorted by their kind: `pack` puts queries, keys and values into the order of rows, `unpack` takes the output back.
     """
 
     kv_lens: Int32s
@@ -70,10 +73,12 @@ class Batch:
         """The batch of some sequences, given in any order.
 
         `q_lens` counts each sequence's new tokens, `context_lens` its tokens already in the cache; `page_tables`
-        lists its pages, which must hold both; one array `[sequences, entries]` is read faster than lists. Rows are
-        sorted into decode, prefill and mixed, in the caller's order within each; a sequence of exactly `decode_len`
-        tokens (1 unless the spec says more) is decode, one of exactly `prefill_chunk` is prefill. The token bucket is the
-        smallest that fits. Raises BatchError, or SelectionError where no bucket is large enough.
+        lists its pages, which must hold both (an entry that no new token sees, before a window or a chunk of attention, may
+        be anything, such as -1); one array `[sequences, entries]` is read faster than lists. Rows are
+        sorted into decode, prefill and mixed, in the caller's order within each, so give queries, keys and values
+        through `pack`; a sequence of exactly `decode_len` tokens (1 unless the spec says more) is decode, one of exactly
+        `prefill_chunk` is prefill. The token bucket is the smallest that fits. Raises BatchError, or SelectionError where
+        no bucket is large enough.
         """
         limits = limits if isinstance(limits, Limits) else Limits.of(limits)
         new = integers("q_lens", q_lens, 1)
@@ -134,6 +139,26 @@ class Batch:
     def num_tokens(self) -> int:
         """New tokens without padding."""
         return int(self.cu_q_lens[len(self)])
+
+    @property
+    def metadata(self) -> tuple[Int32s, Int32s, Int32s, Int32s]:
+        """The four arrays of a call, in argument order: kv_lens, page_indices, cu_q_lens, distribution."""
+        return self.kv_lens, self.page_indices, self.cu_q_lens, self.distribution
+
+    def pack(self, arrays: Any) -> Any:
+        """Queries, keys or values as a call takes them, `[tokens, ...]`: in the order of rows, zeros behind them.
+
+        `arrays` are a list of one array `[new tokens, ...]` for each sequence, in the order that `build` was given, or
+        one array of all their tokens in that order. NumPy arrays make a NumPy array, JAX arrays a JAX array. Raises
+        BatchError where an array is not as long as its sequence has new tokens.
+        """
+        return pack(arrays, self.order, self.cu_q_lens, self.tokens)
+
+    def unpack(self, array: Any) -> list[Any]:
+        """The inverse of `pack`: what each sequence has of an output `[tokens, ...]` (`out` or `lse`), in the order that
+        `build` was given. Raises BatchError for another number of rows.
+        """
+        return unpack(array, self.order, self.cu_q_lens, self.tokens)
 
     def _row(self, row: int) -> SequenceView:
         kv_len = int(self.kv_lens[row])

@@ -26,7 +26,8 @@ def validate(
 
     Checks shapes and dtypes, the order of distribution and cu_q_lens, the query lengths of decode and prefill rows,
     lengths against the table, page ids, and that a page which takes new tokens belongs to one sequence alone;
-    pages that are only read may be shared. `tokens` is the leading size of queries, keys and values.
+    pages that are only read may be shared. Entries of a page table that no new token of its row sees, before a window or
+    a chunk of attention, may hold anything. `tokens` is the leading size of queries, keys and values.
     """
     for dims, array in zip(
         layout.metadata_specs(limits), (kv_lens, page_indices, cu_q_lens, distribution), strict=True
@@ -117,6 +118,8 @@ def _check_pages(
     k = len(lens)
     column = np.arange(limits.pages_per_seq)
     used = column < -(-lens // limits.page_size)[:, None]
+    if limits.is_local:
+        used &= column >= limits.first_entries(lens - q_lens)[:, None]
     table = page_indices.reshape(limits.max_num_seqs, limits.pages_per_seq)[:k]
     ids = table[used]
     if not ids.size:

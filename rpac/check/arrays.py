@@ -13,6 +13,7 @@ from rpac.batch import Limits, validate
 from rpac.check.batches import CheckBatch
 from rpac.contract import arrays as layout
 from rpac.contract.attention import Attention
+from rpac.contract.features import SAMPLES
 from rpac.spec import Spec
 
 Array = NDArray[Any]
@@ -91,12 +92,12 @@ def make_arguments(spec: Spec, batch: CheckBatch, tokens: int, pages: int, rng: 
         at = table[row, held // serving.page_size], held % serving.page_size
         by_token[at] = _normal(rng, by_token[at])
     limits = Limits.of(spec)
-    validate(limits, tokens, kv_lens, page_indices, cu_q_lens, distribution)
-    if spec.model.sliding_window is not None or spec.model.attention_chunk is not None:
+    if limits.is_local:
         _poison_unseen(batch, spec.model, serving.page_size, table, kv_cache)
+    validate(limits, tokens, kv_lens, page_indices, cu_q_lens, distribution)
     extra = {dims.name: _random(rng, dims) for dims in layout.extra_specs(spec)}
     if "kv_scales" in extra:
-        extra["kv_scales"] = np.exp(extra["kv_scales"] / 4) / np.float32(CODES.get(spec.model.kv_dtype, 1))
+        extra["kv_scales"] /= np.float32(CODES.get(spec.model.kv_dtype, 1))
     return Arguments(arrays, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, extra)
 
 
@@ -117,7 +118,8 @@ def _random(rng: np.random.Generator, dims: layout.ArrayDims) -> Array:
     """An argument beside the batch; of a tree any bits, but that every new token sees itself."""
     if dims.name == "tree":
         return _any_bits(rng, dims.shape) | np.left_shift(np.int32(1), np.arange(dims.shape[1], dtype=np.int32))
-    return _normal(rng, np.empty(dims.shape, dims.dtype))
+    numbers: Array = SAMPLES[dims.name](_normal(rng, np.empty(dims.shape, dims.dtype)))
+    return numbers
 
 
 def _any_bits(rng: np.random.Generator, shape: tuple[int, ...]) -> Int32s:

@@ -31,14 +31,16 @@ from rpac.spec import load_spec
 
 @command()
 @spec_argument
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("build"), show_default=True, help="Folder.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), default=Path("build"), show_default=True, help="Output folder."
+)
 @target_option
 @jobs_option
 @cache_option
 @tuned_option
-@click.option("--this-cpu", is_flag=True, help="The cpu target also as executables for the CPU of this machine.")
+@click.option("--this-cpu", is_flag=True, help="Add executables for the CPU of this machine to the cpu target.")
 @click.option(
-    "--wait", "wait_s", type=Amount(0), default=0.0, help="Seconds to wait for another build into the folder."
+    "--wait", "wait_s", type=Amount(0), default=0.0, help="Seconds to wait while another build writes to the folder."
 )
 @json_option
 def build(
@@ -52,15 +54,17 @@ def build(
     wait_s: float,
     as_json: bool,
 ) -> None:
-    """Build the bundle OUT/NAME.rpac of SPEC, for all its targets or those given."""
+    """Build SPEC into the bundle OUT/NAME.rpac, for all of its targets or for those given."""
     observer = _Observer()
     spec = load_spec(spec_file)
     chosen = job.chosen_targets(spec, targets)
     if this_cpu and "cpu" not in chosen:
-        raise TargetError(f"{spec_file}: --this-cpu without target cpu; add it to targets, or leave --this-cpu out")
+        raise TargetError(
+            f"{spec_file}: found --this-cpu without the target cpu; add cpu to targets, or leave --this-cpu out"
+        )
     if this_cpu and spec.mesh.devices > 1:
         raise TargetError(
-            f"{spec_file}: --this-cpu is for one device, the spec for {spec.mesh.devices}; leave --this-cpu out"
+            f"{spec_file}: --this-cpu is for one device, but the spec is for {spec.mesh.devices}; leave --this-cpu out"
         )
     built = job.build(spec, chosen, out, cache_of(no_cache), jobs, observer, wait_s, this_cpu, tuned_of(tuned_in))
     seconds = observer.lines.seconds
@@ -95,11 +99,11 @@ class _Observer(job.Observer):
 @command()
 @spec_argument
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), default=Path("generated"), show_default=True, help="Folder."
+    "-o", "--out", type=click.Path(path_type=Path), default=Path("generated"), show_default=True, help="Output folder."
 )
 @tuned_option
 def generate(spec_file: Path, out: Path, tuned_in: Path | None) -> None:
-    """Write the kernels of SPEC to OUT/NAME/, to read or to diff; nothing is compiled."""
+    """Write the kernels of SPEC to OUT/NAME/, to be read or compared. Nothing is compiled."""
     spec = load_spec(spec_file)
     sources = job.generate(spec, out, tuned_of(tuned_in))
     click.echo(f"{out / spec.name}: {len(sources)} sources")

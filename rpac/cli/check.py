@@ -1,4 +1,4 @@
-"""`rpac check`: generated kernels against the oracle, and a compile for every target."""
+"""`rpac check`: compares generated kernels with the oracle, and compiles them for every target."""
 
 from __future__ import annotations
 
@@ -36,10 +36,19 @@ if TYPE_CHECKING:
 @target_option
 @kind_option
 @click.option(
-    "--seed", type=click.IntRange(0), help="Of the data and the batches; default: a fresh one, which is printed."
+    "--seed",
+    type=click.IntRange(0),
+    help="Seed of the data and the random batches. Default: a new one, which is printed.",
 )
-@click.option("--random", "random_batches", type=click.IntRange(0), default=2, show_default=True, help="A source.")
-@click.option("--no-compile", is_flag=True, help="Only run the kernels; compile them for no target.")
+@click.option(
+    "--random",
+    "random_batches",
+    type=click.IntRange(0),
+    default=2,
+    show_default=True,
+    help="Random batches for each source.",
+)
+@click.option("--no-compile", is_flag=True, help="Only run the kernels; do not compile them for any target.")
 @jobs_option
 @cache_option
 @tuned_option
@@ -56,9 +65,10 @@ def check(
     tuned_in: Path | None,
     as_json: bool,
 ) -> None:
-    """Run every kernel of SPEC in the TPU interpreter against the float32 oracle, and compile it for every target.
+    """Run every kernel of SPEC in the TPU interpreter, compare it with the float32 oracle, and compile it for every target.
 
-    Attention within a stated tolerance, the cache bit for bit, no race, in memory poisoned with NaN, both DMA modes.
+    Attention must be within a stated tolerance, and the cache must match bit for bit. The interpreter detects races, fills
+    memory with NaN at the start, and runs both DMA modes.
     """
     prepare()  # before JAX is imported, here and in every process below
     from rpac.check import Result, check_spec

@@ -1,4 +1,4 @@
-"""What the commands share: options, progress and tables."""
+"""What the commands share: options, progress lines and tables."""
 
 from __future__ import annotations
 
@@ -48,22 +48,24 @@ class Command(click.Command):
 command = partial(click.command, cls=Command)
 
 spec_argument = click.argument("spec_file", metavar="SPEC", type=click.Path(path_type=Path))
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout and nothing else there.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON to stdout, and nothing else.")
 target_option = click.option(
     "--target", "targets", multiple=True, type=click.Choice(TARGETS), help="Only this target; repeat for several."
 )
 kind_option = click.option(
     "--kind", "kinds", multiple=True, type=click.Choice(KIND_ORDER), help="Only this kind; repeat for several."
 )
-jobs_option = click.option("--jobs", type=click.IntRange(1), help="Compiling processes; default: one a core.")
-cache_option = click.option("--no-cache", is_flag=True, help="Compile everything again, and keep nothing.")
+jobs_option = click.option(
+    "--jobs", type=click.IntRange(1), help="Number of compiling processes. Default: one for each core."
+)
+cache_option = click.option("--no-cache", is_flag=True, help="Compile everything again, and cache nothing.")
 
 tuned_option = click.option(
     "--tuned",
     "tuned_in",
     metavar="FOLDER",
     type=click.Path(path_type=Path),
-    help="Of tiles that `rpac tune` found; default: $RPAC_TUNED, or the user's data folder. `none`: only the package's own.",
+    help="Folder of tiles that `rpac tune` found. Default: $RPAC_TUNED, or the user's data folder. `none`: the package's alone.",
 )
 
 
@@ -101,7 +103,7 @@ def tuned_of(given: Path | None) -> Tuned:
 
 
 def store_of(no_cache: bool) -> Store:
-    """The store in the user's cache folder, or none. Says on stderr why a folder is not used."""
+    """The store in the user's cache folder, or one that keeps nothing. Prints to stderr why a folder is not used."""
     store = Store(None if no_cache else default_cache_dir())
     if store.problem is not None:
         click.echo(f"rpac: the cache is not used: {store.problem}", err=True)
@@ -109,7 +111,7 @@ def store_of(no_cache: bool) -> Store:
 
 
 def cache_of(no_cache: bool) -> Cache:
-    """The user's cache of compiled programs, or none; as `store_of`."""
+    """The user's cache of compiled programs, or one that keeps nothing. Prints to stderr as `store_of` does."""
     return Cache(store_of(no_cache))
 
 
@@ -118,7 +120,7 @@ def print_json(value: Any) -> None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in plain text; numbers to the right."""
+    """A table in plain text."""
     return tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True)
 
 
@@ -146,5 +148,5 @@ class Lines:
 
 
 def size(count: int) -> str:
-    """Bytes for people: KiB below a MiB, then MiB."""
+    """A number of bytes for people to read: in KiB below one MiB, else in MiB."""
     return f"{count / 1024:.0f} KiB" if count < 1 << 20 else f"{count / (1 << 20):.2f} MiB"

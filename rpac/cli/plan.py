@@ -1,4 +1,4 @@
-"""`rpac plan`: the tiles, buffers and budgets, before anything compiles."""
+"""`rpac plan`: prints tiles, buffers and memory budgets before anything compiles."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ HEADER = (
 @tuned_option
 @json_option
 def plan(spec_file: Path, targets: tuple[str, ...], tuned_in: Path | None, as_json: bool) -> None:
-    """Print the tiles, buffers and budgets of every kernel of SPEC.
+    """Print the tiles, buffers and memory budgets of every kernel of SPEC.
 
-    Tiles are in tokens: decode, block x buffers, or where K and V lie apart, tiles of a group x tile x groups; prefill and
-    mixed, queries, fetched/computed at once x buffers.
+    Tiles are in tokens. Decode shows block x buffers or, with separate K/V, tiles per wave x tile x waves. Prefill and mixed
+    show queries, then tokens fetched / computed at once x buffers.
     """
     spec = load_spec(spec_file)
     tuned = tuned_of(tuned_in)

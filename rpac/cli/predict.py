@@ -1,4 +1,4 @@
-"""`rpac predict`: what programs will do on a TPU, from the compiler's own schedule."""
+"""`rpac predict`: predicts how long programs take on a TPU, from the compiler's own schedule."""
 
 from __future__ import annotations
 
@@ -41,14 +41,20 @@ TOP_SLOTS = 4
 @click.option(
     "--target", "targets", required=True, multiple=True, type=click.Choice(TPU_TARGETS), help="Repeat it to compare."
 )
-@click.option("--decode", multiple=True, metavar="NxC", help="N decode rows, their last new token of C.")
-@click.option("--prefill", multiple=True, metavar="NxQ/C", help="N sequences with Q new tokens each, the last of C.")
-@click.option("--mixed", type=click.Path(path_type=Path), help="JSON lines with q_lens and kv_lens, a batch each.")
-@click.option("--emit", "emit_to", type=click.Path(path_type=Path), help="Write the schedules and their operands here.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw MBU and MFU against context length into this file.")
-@click.option("--detail", is_flag=True, help="For each batch: waits, loops, slots, spills, XLA's operations.")
+@click.option("--decode", multiple=True, metavar="NxC", help="N decode rows of C tokens each, the new ones included.")
+@click.option(
+    "--prefill", multiple=True, metavar="NxQ/C", help="N sequences of C tokens each, of which the last Q are new."
+)
+@click.option(
+    "--mixed", type=click.Path(path_type=Path), help="File of JSON lines with q_lens and kv_lens, one batch each."
+)
+@click.option(
+    "--emit", "emit_to", type=click.Path(path_type=Path), help="Write the schedules and their operands to this folder."
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Plot MBU and MFU against context length in this file.")
+@click.option("--detail", is_flag=True, help="Show waits, loops, slots, spills and XLA operations of each batch.")
 @click.option("--any-compiler", is_flag=True, help="Also read schedules of a libtpu that nobody has verified.")
-@click.option("--no-cache", is_flag=True, help="Compile again for the schedules, and keep none.")
+@click.option("--no-cache", is_flag=True, help="Compile again for the schedules, and cache none.")
 @tuned_option
 @json_option
 def predict_command(
@@ -111,7 +117,7 @@ def _programs(path: Path, target: str, layer: str, store: Store, any_compiler: b
 
 
 def _named_apart(programs: Sequence[Programs], paths: Sequence[Path]) -> list[Programs]:
-    """Two bundles of one spec are compared as often as those of two."""
+    """Adds the path to each name that occurs twice, because two bundles of one spec can be compared too."""
     names = [one.name for one in programs]
     return [
         replace(one, name=f"{one.name} ({path})") if names.count(one.name) > 1 else one
@@ -212,7 +218,9 @@ def _xla_lines(report: CallReport) -> list[str]:
         f"  XLA {one.name} ({one.opcode}): {_us(one.seconds)} us by its {one.timed_by}, reads {_size(one.read_bytes)}, "
         f"writes {_size(one.written_bytes)}"
         for one in report.xla
-        if one.seconds or one.read_bytes or one.written_bytes  # else the end of one that counts at its start
+        if one.seconds
+        or one.read_bytes
+        or one.written_bytes  # else it is the end of an operation that is counted at its start
     ]
 
 

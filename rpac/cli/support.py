@@ -1,4 +1,4 @@
-"""`rpac support`: what specs may say."""
+"""`rpac support`: prints what a spec may contain."""
 
 from __future__ import annotations
 

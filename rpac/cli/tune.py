@@ -1,4 +1,4 @@
-"""`rpac tune`: searches tiles for a spec's cases, without a TPU."""
+"""`rpac tune`: searches for better tiles, without a TPU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HEADER = ("case", "token buckets", "timed", "rejected", "chosen", "of the rule's
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    help="Of the data files; default: $RPAC_TUNED, or the user's data folder.",
+    help="Folder of the data files. Default: $RPAC_TUNED, or the user's data folder.",
 )
 @click.option(
     "--budget",
@@ -47,12 +47,14 @@ HEADER = ("case", "token buckets", "timed", "rejected", "chosen", "of the rule's
     default=25.0,
     show_default=True,
     metavar="MINUTES",
-    help="For each target; then start no further candidate.",
+    help="Minutes for each target, after which no candidate is started.",
 )
-@click.option("--jobs", type=click.IntRange(1), help="Candidates at once; default: one a core.")
+@click.option("--jobs", type=click.IntRange(1), help="Candidates to time at once. Default: one for each core.")
 @click.option("--scheduler", metavar="ADDRESS", help="Search on the Dask cluster of this scheduler instead.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the batches and the checks.")
-@click.option("--no-cache", is_flag=True, help="Time every candidate again, and keep nothing.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the batches and the checks."
+)
+@click.option("--no-cache", is_flag=True, help="Time every candidate again, and cache nothing.")
 @json_option
 def tune_command(
     spec_file: Path,
@@ -66,10 +68,10 @@ def tune_command(
     no_cache: bool,
     as_json: bool,
 ) -> None:
-    """Search the tiles of SPEC's kernels: compile candidates, walk their schedules for the batches that SPEC expects.
+    """Search for better tiles for SPEC's kernels: compile candidates, and predict their time for the batches that SPEC expects.
 
-    What is chosen has passed the oracle and goes to a data file, which later builds read: of another folder than the default
-    with --tuned. Stop it at any time: what was timed is kept.
+    The tiles that are chosen have passed the check against the oracle. They go to a data file, which later builds read; if
+    the folder is not the default, they need --tuned. You can stop the search at any time; what was timed is kept.
     """
     if jobs is not None and scheduler is not None:
         raise click.UsageError("--jobs is for this machine, --scheduler for a cluster: give one of them")
@@ -117,7 +119,7 @@ def _pool(jobs: int | None, scheduler: str | None) -> AbstractContextManager[Poo
 
 
 def _progress(start: float) -> Callable[[Job, Result, bool], None]:
-    """Says on stderr, a line each, what came out."""
+    """Makes a function that prints the result of each job on a line of stderr."""
     done = 0
 
     def report(job: Job, result: Result, stored: bool) -> None:

@@ -54,13 +54,17 @@ Values = Flag | Count | Number | Choice
 
 @dataclass(frozen=True)
 class Argument:
-    """An array that programs take after the batch. `cuts` says how each axis is shared out over a mesh."""
+    """An array that programs take after the batch. `cuts` says how each axis is shared out over a mesh.
+
+    `sample` makes an array of small numbers around zero into values that a caller could pass, for checks and canaries.
+    """
 
     name: str
     shape: Callable[[Attention, Serving], tuple[int, ...]]
     dtype: str
     cuts: tuple[Cut, ...]
     spec_lines: str
+    sample: Callable[[Any], Any] = lambda numbers: numbers
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,14 @@ FEATURES: Final[tuple[Feature, ...]] = (
         off="no scales",
         not_latent="its cache stores values unchanged",
         example={"model": {"kv_dtype": "float8_e5m2", "kv_scale": "tensor"}},
-        argument=Argument("kv_scales", _scales_shape, "float32", ("", "kv_heads"), "model:\n  kv_scale: head"),
+        argument=Argument(
+            "kv_scales",
+            _scales_shape,
+            "float32",
+            ("", "kv_heads"),
+            "model:\n  kv_scale: head",
+            sample=lambda numbers: 1 + abs(numbers) / 4,
+        ),
     ),
     Feature(
         "quantize", "model", Choice(QUANTIZERS), QUANTIZERS[0],
@@ -215,6 +226,8 @@ BY_KEY: Final = {feature.key: feature for feature in FEATURES}
 
 ARGUMENTS: Final = tuple(feature.argument for feature in FEATURES if feature.argument is not None)
 """What programs take after the batch where a spec asks for it, in argument order."""
+
+SAMPLES: Final = {one.name: one.sample for one in ARGUMENTS}
 
 RESULTS: Final = tuple(feature.result for feature in FEATURES if feature.result is not None)
 """What programs return after the output and the cache where a spec asks for it."""

@@ -48,7 +48,7 @@ class Engine:
         self.layer: str = loaded.target.layer
         self.model: Attention = loaded.target.model or loaded.manifest.model
         self.kv_layout: str = loaded.manifest.kv_layout
-        self.limits: Limits = loaded.manifest.limits
+        self.limits: Limits = loaded.manifest.limits.of_layers({self.layer: self.model})
         self.target: str = loaded.target.name
         self.placement = Placement(loaded.manifest.mesh, devices)
         self._recorder = Recorder(observer)
@@ -68,6 +68,11 @@ class Engine:
     def device(self) -> jax.Device:
         """The device that programs run on, or the first of several."""
         return self.placement.devices[0]
+
+    def new_cache(self) -> jax.Array:
+        """A cache of one layer, all zeros, of the contract's shape and where the programs want it: for the first call."""
+        dims = self._taken[index_of(self._taken, "kv_cache")]
+        return jax.numpy.zeros(self.placement.mesh.whole(dims).shape, dims.dtype, device=self.sharding("kv_cache"))
 
     def sharding(self, name: str) -> jax.sharding.Sharding:
         """Where an argument or a result of the call lies, by name: one device, or parts on the devices of a mesh."""

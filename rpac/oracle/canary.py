@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from rpac.batch import Batch, Limits
 from rpac.contract import arrays as layout
+from rpac.contract.features import SAMPLES
 from rpac.contract.kind import Int32s, Kind
 from rpac.oracle.tolerance import TOLERANCE, attention_error
 
@@ -116,11 +117,11 @@ def make_call(
         at = np.array([places[page] for page in row.pages], np.int64)[old // limits.page_size], old % limits.page_size
         held_tokens[at] = contents[at]
     more = dims[layout.index_of(dims, "distribution") + 1 :]
-    extra: dict[str, Array] = {one.name: _numbers(one.shape, seed, cache + 2 + i) for i, one in enumerate(more)}
+    extra: dict[str, Array] = {
+        one.name: SAMPLES[one.name](_numbers(one.shape, seed, cache + 2 + i)) for i, one in enumerate(more)
+    }
     if "tree" in extra:
         extra["tree"] = _tree(extra["tree"])
-    if "kv_scales" in extra:
-        extra["kv_scales"] = 1 + np.abs(extra["kv_scales"]) / 4
     return ProbeCall(batch, by_token, np.array(pages, np.int32), held, extra)
 
 

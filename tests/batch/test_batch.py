@@ -7,7 +7,7 @@ import subprocess
 import sys
 import timeit
 from collections.abc import Sequence
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,11 @@ def holds(limits: Limits, tokens: int, kv_lens: Any, page_indices: Any, cu_q_len
         if not q_len <= kv_len <= limits.page_size * limits.pages_per_seq:
             return False
         table = page_indices[row * limits.pages_per_seq : (row + 1) * limits.pages_per_seq]
-        for entry in range((kv_len + limits.page_size - 1) // limits.page_size):
+        first_new = kv_len - q_len
+        seen = 0 if limits.sliding_window is None else max(first_new + 1 - limits.sliding_window, 0)
+        if limits.attention_chunk is not None:
+            seen = first_new - first_new % limits.attention_chunk
+        for entry in range(seen // limits.page_size, (kv_len + limits.page_size - 1) // limits.page_size):
             if not 0 <= table[entry] < limits.num_pages:
                 return False
             last_token = (entry + 1) * limits.page_size - 1
@@ -203,6 +207,29 @@ def holds(limits: Limits, tokens: int, kv_lens: Any, page_indices: Any, cu_q_len
         if len({row for row, _ in uses}) < len(uses) or (len(uses) > 1 and any(writes for _, writes in uses)):
             return False
     return bool(cu_q_lens[k] <= tokens)
+
+
+WINDOW = Limits(16, 32, 4, 64, 16, (8,), sliding_window=32)
+CHUNK = Limits(16, 32, 4, 64, 16, (8,), attention_chunk=64)
+
+
+@pytest.mark.parametrize("null", [0, -1, 9, 2**31 - 1])
+@pytest.mark.parametrize("limits, context, unseen", [(WINDOW, 300, 16), (CHUNK, 300, 16), (CHUNK, 255, 12)])
+def test_pages_before_what_any_new_token_sees_may_be_anything(
+    limits: Limits, context: int, unseen: int, null: int
+) -> None:
+    pages = list(range(20, 20 + layout.cdiv(context + 1, 16) - unseen))
+    # Page 9 is one that another row writes: a server gave it to that after the window had passed it.
+    batch = Batch.build(limits, [1, 1], [context, 0], [[null] * unseen + pages, [9]])
+    assert [row.pages[-1] for row in batch] == [pages[-1], 9]
+    with pytest.raises(BatchError, match=f"entry {unseen} of its page table is -1"):
+        Batch.build(limits, [1], [context], [[null] * unseen + [-1] + pages[1:]])
+    with pytest.raises(BatchError, match=f"writes its new tokens to page 9, which row 0|page {null} is in its table"):
+        Batch.build(limits, [1, 1], [context, 0], [[null] * unseen + [9] + pages[1:], [9]])
+    with pytest.raises(BatchError):
+        Batch.build(
+            replace(limits, sliding_window=None, attention_chunk=None), [1], [context], [[null] * unseen + pages]
+        )
 
 
 EXTREMES = st.sampled_from([-(2**31), 2**31 - 1])
@@ -216,6 +243,8 @@ def test_arrays_are_accepted_exactly_when_the_contract_holds(data: st.DataObject
         at = data.draw(st.integers(0, len(arrays[name]) - 1))
         arrays[name][at] = data.draw(st.integers(-1, 41) | EXTREMES)
     arrays["tokens"] = data.draw(st.sampled_from([arrays["tokens"], *LIMITS.token_buckets, 5]))
+    seen = data.draw(st.sampled_from([{}, *({"sliding_window": size} for size in (1, 4, 7)), {"attention_chunk": 8}]))
+    arrays["limits"] = replace(LIMITS, **seen)
     try:
         validate(**arrays)
     except (BatchError, SelectionError):
@@ -254,6 +283,15 @@ def test_limits_survive_a_manifest() -> None:
     for limits in (Limits.of(SPEC), Limits(1, 1, 1, 1, 1, (1,))):
         assert Limits.from_dict(limits.as_dict()) == limits
     assert Limits.of(SPEC).max_kv_len == SPEC.serving.max_model_len
+    assert Limits.from_dict(WINDOW.as_dict()) == replace(WINDOW, sliding_window=None)  # the manifest's model has it
+
+
+def test_the_limits_of_a_spec_know_what_its_layers_see() -> None:
+    spec = load_spec(SPECS / "gemma3-27b.yaml")
+    local, whole = (Limits.of(spec.part(name)) for name in ("local", "global"))
+    assert (local.sliding_window, local.layer, whole.sliding_window, whole.layer) == (1024, "local", None, "global")
+    assert Limits.of(spec) == Limits.joint([local, whole])
+    assert not Limits.of(spec).is_local
 
 
 @pytest.mark.parametrize(

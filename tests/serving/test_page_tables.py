@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,20 +12,26 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from rpac.batch import Batch, Limits
+from rpac.contract.attention import first_seen
 from rpac.errors import BatchError, OutOfPagesError, PageError
 from rpac.serving import PagePool, PageTables
 
 LIMITS = Limits(page_size=4, pages_per_seq=4, max_num_seqs=40, num_pages=12, prefill_chunk=3, token_buckets=(512,))
+WINDOW = replace(LIMITS, pages_per_seq=9, num_pages=10, sliding_window=5)
+CHUNK = replace(LIMITS, pages_per_seq=9, num_pages=10, attention_chunk=8)
 
 
 class AgainstTheCache(RuleBasedStateMachine):
     """Beside the tables, what every sequence must read, and a cache in which each token is a number of its own."""
 
+    LIMITS: ClassVar[Limits] = LIMITS
+
     def __init__(self) -> None:
         super().__init__()
-        self.tables = PageTables(LIMITS)
+        self.limits = self.LIMITS
+        self.tables = PageTables(self.limits)
         self.texts: dict[int, list[int]] = {}
-        self.cache = np.full((LIMITS.num_pages, LIMITS.page_size), -1)
+        self.cache = np.full((self.limits.num_pages, self.limits.page_size), -1)
         self.token = 0
 
     def some(self, data: st.DataObject) -> int | None:
@@ -39,6 +46,11 @@ class AgainstTheCache(RuleBasedStateMachine):
         parent = self.some(data)
         if parent is not None:
             tokens = data.draw(st.integers(0, len(self.texts[parent])))
+            if not self.tables.can_fork(parent, tokens):
+                assert self.limits.is_local
+                with pytest.raises(PageError, match=f"a fork of {tokens} tokens reads some of them"):
+                    self.tables.fork(parent, tokens)
+                return
             self.texts[self.tables.fork(parent, tokens)] = self.texts[parent][:tokens]
 
     @rule(data=st.data())
@@ -53,12 +65,12 @@ class AgainstTheCache(RuleBasedStateMachine):
     @rule(data=st.data())
     def extend(self, data: st.DataObject) -> None:
         chosen = data.draw(st.lists(st.sampled_from(sorted(self.texts)), unique=True)) if self.texts else []
-        room = {one: LIMITS.max_kv_len - len(self.texts[one]) for one in chosen}
+        room = {one: self.limits.max_kv_len - len(self.texts[one]) for one in chosen}
         new = {one: data.draw(st.integers(1, min(room[one], 6))) for one in chosen if room[one]}
         before, free = self.held(), self.tables.num_free
         needed = self.tables.pages_needed(list(new), list(new.values()))
         if needed > free:
-            with pytest.raises(OutOfPagesError, match=f"{needed} pages were asked for; the pool has {free} free of 12"):
+            with pytest.raises(OutOfPagesError, match=rf"\d+ pages were asked for; the pool has {free} free of 1\d"):
                 self.tables.extend(list(new), list(new.values()))
             assert (self.held(), self.tables.num_free) == (before, free)
             return
@@ -70,34 +82,87 @@ class AgainstTheCache(RuleBasedStateMachine):
     def run(self, new: dict[int, int]) -> None:
         """A step: its batch is accepted, and it writes each new token where the batch says."""
         context = [len(self.texts[one]) for one in new]
-        batch = Batch.build(LIMITS, list(new.values()), context, self.tables.tables(list(new)))
+        batch = Batch.build(self.limits, list(new.values()), context, self.tables.tables(list(new)))
         for row in batch:
             one = list(new)[batch.order[row.row]]
             for position in range(row.context_len, row.kv_len):
                 self.token += 1
                 self.texts[one].append(self.token)
-                self.cache[row.pages[position // LIMITS.page_size], position % LIMITS.page_size] = self.token
+                self.cache[row.pages[position // self.limits.page_size], position % self.limits.page_size] = self.token
 
     def held(self) -> dict[int, list[int]]:
+        """The pages of each sequence that it did not give back."""
         counts = dict(zip(self.texts, self.tables.held(list(self.texts)).tolist(), strict=True))
         tables = self.tables.tables(list(self.texts)).tolist()
-        return {one: row[: counts[one]] for one, row in zip(self.texts, tables, strict=True)}
+        ends = {one: -(-len(text) // self.limits.page_size) for one, text in self.texts.items()}
+        return {one: row[ends[one] - counts[one] : ends[one]] for one, row in zip(self.texts, tables, strict=True)}
 
     @invariant()
     def every_sequence_reads_its_own_tokens(self) -> None:
         for one, pages in self.held().items():
-            assert self.cache[pages].reshape(-1)[: len(self.texts[one])].tolist() == self.texts[one]
+            text = self.texts[one]
+            first = -(-len(text) // self.limits.page_size) - len(pages)
+            at = first * self.limits.page_size
+            assert self.cache[pages].reshape(-1)[: len(text) - at].tolist() == text[at:]
+            assert at <= first_seen(len(text), self.limits.sliding_window, self.limits.attention_chunk)
 
     @invariant()
     def a_page_is_free_or_in_a_table(self) -> None:
         used = {page for pages in self.held().values() for page in pages}
-        assert self.tables.num_free == LIMITS.num_pages - len(used)
+        assert self.tables.num_free == self.limits.num_pages - len(used)
         assert len(self.tables) == len(self.texts)
         assert self.tables.lens(list(self.texts)).tolist() == [len(text) for text in self.texts.values()]
 
 
+class WithAWindow(AgainstTheCache):
+    LIMITS = WINDOW
+
+
+class InChunks(AgainstTheCache):
+    LIMITS = CHUNK
+
+
 TestAgainstTheCache = AgainstTheCache.TestCase
-TestAgainstTheCache.settings = settings(max_examples=60, stateful_step_count=40)
+TestWithAWindow = WithAWindow.TestCase
+TestInChunks = InChunks.TestCase
+for case in (TestAgainstTheCache, TestWithAWindow, TestInChunks):
+    case.settings = settings(max_examples=60, stateful_step_count=40)
+
+
+@pytest.mark.parametrize("limits", [WINDOW, CHUNK], ids=["window", "chunk"])
+def test_a_long_sequence_holds_no_more_than_its_tokens_see(limits: Limits) -> None:
+    tables = PageTables(limits)
+    one, held = tables.add(), []
+    for _ in range(12):
+        tables.extend([one], [3])
+        held.append(int(tables.held([one])[0]))
+    assert tables.lens([one]).tolist() == [36]
+    assert max(held) <= limits.most_pages(36) < 9
+    tables.free(one)
+    assert tables.num_free == limits.num_pages
+
+
+def test_pages_that_a_step_gives_back_may_be_those_that_it_takes() -> None:
+    tables = PageTables(replace(WINDOW, num_pages=3))
+    one = tables.add()
+    tables.extend([one], [12])
+    assert tables.num_free == 0
+    assert tables.pages_needed([one], [1]) == -1  # it takes one and gives two back
+    tables.extend([one], [1])
+    assert (tables.num_free, tables.held([one]).tolist()) == (1, [2])
+
+
+def test_several_kinds_of_layers_hold_what_one_of_them_sees() -> None:
+    shorter = replace(WINDOW, sliding_window=3, layer="local")
+    assert Limits.joint([shorter, replace(WINDOW, layer="far")]) == WINDOW
+    assert Limits.joint([shorter, replace(WINDOW, sliding_window=None, layer="global")]) == replace(
+        WINDOW, sliding_window=None
+    )
+    assert not Limits.joint([shorter, replace(CHUNK, layer="chunk")]).is_local
+    assert Limits.joint([shorter]) == shorter
+    for wrong in ([], [WINDOW, LIMITS]):
+        with pytest.raises(ValueError, match="must be those of the layers of one bundle"):
+            Limits.joint(wrong)
 
 
 def filled(tokens: int) -> tuple[PageTables, int]:

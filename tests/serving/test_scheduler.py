@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rpac.batch import Batch, Limits
+from rpac.contract.attention import first_seen
 from rpac.errors import BatchError, PageError
 from rpac.serving import Scheduler, Step, query_positions, split_budget
 
@@ -23,18 +25,24 @@ SHAPES = [
     Limits(page_size=16, pages_per_seq=3, max_num_seqs=9, num_pages=2, prefill_chunk=20, token_buckets=(8, 9, 64)),
     Limits(page_size=4, pages_per_seq=8, max_num_seqs=8, num_pages=7, prefill_chunk=9, token_buckets=(2,)),
 ]
+SHAPES += [replace(SHAPES[at], sliding_window=window) for at, window in ((0, 1), (0, 6), (1, 3), (2, 17), (3, 5))]
+SHAPES += [replace(SHAPES[at], attention_chunk=chunk) for at, chunk in ((0, 8), (1, 4), (3, 4))]
 VOCABULARY = 50
 
 
-def next_token(tokens: Sequence[int]) -> int:
-    """Depends on every token and its place, so that one that was computed wrongly shows in all that follow."""
-    return sum((index + 1) * token for index, token in enumerate(tokens)) % VOCABULARY
+def next_token(tokens: Sequence[int], limits: Limits) -> int:
+    """Depends on every token that the last one sees and its place, so that one that was computed wrongly shows in those
+    that follow.
+    """
+    start = first_seen(len(tokens) - 1, limits.sliding_window, limits.attention_chunk)
+    return sum((index + 1) * tokens[index] for index in range(start, len(tokens))) % VOCABULARY
 
 
 class Model:
     """Stands in for a model: its cache holds tokens, which it reads back through the batch's page tables."""
 
     def __init__(self, limits: Limits) -> None:
+        self.limits = limits
         self.page_size = limits.page_size
         self.cache = np.full((limits.num_pages, limits.page_size), -1)
 
@@ -46,16 +54,16 @@ class Model:
             for query, position in zip(row.queries, range(row.context_len, row.kv_len), strict=True):
                 assert step.positions[query] == position
                 self.cache[pages[position // self.page_size], position % self.page_size] = step.token_ids[query]
-            wanted[row.queries[-1]] = next_token(self.cache[pages].reshape(-1)[: row.kv_len].tolist())
+            wanted[row.queries[-1]] = next_token(self.cache[pages].reshape(-1)[: row.kv_len].tolist(), self.limits)
         assert not step.token_ids[step.batch.num_tokens :].any()
         return [wanted[query] for query in step.samples.tolist()]
 
 
-def continued(prompt: Sequence[int], count: int) -> list[int]:
+def continued(prompt: Sequence[int], count: int, limits: Limits = LIMITS) -> list[int]:
     """What a model without any cache makes of a prompt."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(next_token(tokens))
+        tokens.append(next_token(tokens, limits))
     return tokens[len(prompt) :]
 
 
@@ -104,7 +112,7 @@ def test_every_answer_is_that_of_a_model_without_a_cache(requests: Any, limits: 
     server = Server(limits, share_prefixes=share)
     wanted = {}
     for prompt, count, pause in requests:
-        wanted[server.add(prompt, count)] = continued(prompt, count)
+        wanted[server.add(prompt, count)] = continued(prompt, count, limits)
         for _ in range(pause):
             server.step()
     server.finish()
@@ -285,3 +293,28 @@ def test_neither_jax_nor_the_compiler_is_imported() -> None:
     code = "import sys, rpac.serving; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"jax", "yaml", "jinja2", "click", "rpac.spec"} & set(done.stdout.split())
+
+
+def test_with_a_window_a_cache_shorter_than_the_sequence_is_enough() -> None:
+    limits = Limits(
+        page_size=4,
+        pages_per_seq=50,
+        max_num_seqs=2,
+        num_pages=7,
+        prefill_chunk=5,
+        token_buckets=(8,),
+        sliding_window=9,
+    )
+    server = Server(limits)
+    prompts = [[token % 5 for token in range(80)], [1] * 60]
+    names = [server.add(prompt, 40) for prompt in prompts]
+    server.finish()
+    assert [server.answers[name] for name in names] == [continued(prompt, 40, limits) for prompt in prompts]
+    with pytest.raises(BatchError, match="at most 29 in all"):
+        Scheduler(replace(limits, sliding_window=None)).add(prompts[0], 40)
+
+
+def test_the_limits_of_one_kind_of_layers_are_refused() -> None:
+    with pytest.raises(BatchError, match=r"limits are of the layers 'local' alone, .* pass rpac\.Limits\.joint"):
+        Scheduler(replace(LIMITS, sliding_window=8, layer="local"))
+    Scheduler(replace(LIMITS, layer="global"))
