@@ -15,6 +15,7 @@ from rpac.kernels import render
 from rpac.lower import Cache, Task, add_cpu_executables, lower_all, tasks_of
 from rpac.oracle.expected import canary_answers
 from rpac.plan import KernelPlan, plan_spec
+from rpac.plan.tuned import Tuned, TunedTiles
 from rpac.spec import Spec
 
 GENERATED_MARK = "SPEC_SHA256"
@@ -53,14 +54,14 @@ def chosen_targets(spec: Spec, wanted: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(wanted)) or spec.targets
 
 
-def sources_of(spec: Spec, targets: Iterable[str]) -> list[tuple[KernelPlan, Source]]:
+def sources_of(spec: Spec, targets: Iterable[str], tuned: Tuned = TunedTiles.of) -> list[tuple[KernelPlan, Source]]:
     """Every plan of these targets with the source that it makes; of a spec with one kind of layer."""
-    return [(plan, render(spec, plan)) for target in targets for plan in plan_spec(spec, target)]
+    return [(plan, render(spec, plan)) for target in targets for plan in plan_spec(spec, target, tuned=tuned(target))]
 
 
-def all_tasks(spec: Spec, targets: Sequence[str]) -> list[Task]:
+def all_tasks(spec: Spec, targets: Sequence[str], tuned: Tuned = TunedTiles.of) -> list[Task]:
     """What a build lowers: the tasks of every kind of layer."""
-    return [task for part in spec.parts for task in tasks_of(part, sources_of(part, targets))]
+    return [task for part in spec.parts for task in tasks_of(part, sources_of(part, targets, tuned))]
 
 
 def build(
@@ -72,6 +73,7 @@ def build(
     observer: Observer | None = None,
     wait_s: float = 0.0,
     this_cpu: bool = False,
+    tuned: Tuned = TunedTiles.of,
 ) -> Built:
     """Builds `folder/NAME.rpac`. The folder is held from the start, so that a second build into it fails at once.
 
@@ -80,7 +82,7 @@ def build(
     """
     observer = observer or Observer()
     observer.phase(f"{spec.name}: planning the kernels for {', '.join(targets)}")
-    tasks = all_tasks(spec, targets)
+    tasks = all_tasks(spec, targets, tuned)
     on_cpu = sum(task.target == "cpu" for task in tasks) if this_cpu else 0
     observer.planned(len(tasks) + on_cpu)
     path = folder / f"{spec.name}.rpac"
@@ -100,9 +102,9 @@ def build(
     return Built(path, manifest, tuple(lowered))
 
 
-def generate(spec: Spec, folder: Path) -> list[Source]:
+def generate(spec: Spec, folder: Path, tuned: Tuned = TunedTiles.of) -> list[Source]:
     """Writes the sources of every target of a spec to `folder/NAME/`, for people to read and diff."""
-    sources = [source for part in spec.parts for _, source in sources_of(part, spec.targets)]
+    sources = [source for part in spec.parts for _, source in sources_of(part, spec.targets, tuned)]
     with publish(folder / spec.name, lambda path: (path / GENERATED_MARK).is_file()) as stage:
         for source in sources:
             stage.write(source.path, source.text.encode())

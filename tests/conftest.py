@@ -22,6 +22,7 @@ from rpac.contract import arrays as layout
 from rpac.spec import Spec, parse_spec
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["RPAC_TUNED"] = "none"  # not those of whoever runs the tests
 
 # The same examples on every machine and every run.
 hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=150)

@@ -28,6 +28,7 @@ from rpac.lower import Task, tasks_of
 from rpac.oracle.expected import oracle
 from rpac.oracle.tolerance import TOLERANCE
 from rpac.plan import KernelPlan, plan_spec
+from rpac.plan.tuned import Tuned, TunedTiles
 from rpac.spec import Spec
 
 RANDOM_BATCHES = 2
@@ -57,6 +58,7 @@ def check_spec(
     jobs: int = 1,
     compile: Compile | None = None,
     progress: Progress = lambda row: None,
+    tuned: Tuned = TunedTiles.of,
 ) -> CheckReport:
     """Checks every source of a spec, or those of some targets and kinds, and compiles what it checked.
 
@@ -70,7 +72,7 @@ def check_spec(
         (part, plan, render(part, plan))
         for part in spec.parts
         for target in targets or spec.targets
-        for plan in plan_spec(part, target)
+        for plan in plan_spec(part, target, tuned=tuned(target))
         if kinds is None or plan.kind in kinds
     ]
     units = _units(planned)

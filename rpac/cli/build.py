@@ -20,6 +20,8 @@ from rpac.cli.common import (
     spec_argument,
     table,
     target_option,
+    tuned_of,
+    tuned_option,
 )
 from rpac.contract.program import Lowered
 from rpac.errors import TargetError
@@ -35,6 +37,7 @@ from rpac.spec import load_spec
 @target_option
 @jobs_option
 @cache_option
+@tuned_option
 @click.option("--this-cpu", is_flag=True, help="Add executables for the CPU of this machine to the cpu target.")
 @click.option(
     "--wait", "wait_s", type=Amount(0), default=0.0, help="Seconds to wait while another build writes to the folder."
@@ -46,6 +49,7 @@ def build(
     targets: tuple[str, ...],
     jobs: int | None,
     no_cache: bool,
+    tuned_in: Path | None,
     this_cpu: bool,
     wait_s: float,
     as_json: bool,
@@ -62,7 +66,7 @@ def build(
         raise TargetError(
             f"{spec_file}: --this-cpu is for one device, but the spec is for {spec.mesh.devices}; leave --this-cpu out"
         )
-    built = job.build(spec, chosen, out, cache_of(no_cache), jobs, observer, wait_s, this_cpu)
+    built = job.build(spec, chosen, out, cache_of(no_cache), jobs, observer, wait_s, this_cpu, tuned_of(tuned_in))
     seconds = observer.lines.seconds
     if as_json:
         variants = [_facts(one) for one in built.lowered]
@@ -97,10 +101,11 @@ class _Observer(job.Observer):
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), default=Path("generated"), show_default=True, help="Output folder."
 )
-def generate(spec_file: Path, out: Path) -> None:
+@tuned_option
+def generate(spec_file: Path, out: Path, tuned_in: Path | None) -> None:
     """Write the kernels of SPEC to OUT/NAME/, to be read or compared. Nothing is compiled."""
     spec = load_spec(spec_file)
-    sources = job.generate(spec, out)
+    sources = job.generate(spec, out, tuned_of(tuned_in))
     click.echo(f"{out / spec.name}: {len(sources)} sources")
 
 

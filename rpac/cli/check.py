@@ -19,6 +19,8 @@ from rpac.cli.common import (
     kind_option,
     spec_argument,
     target_option,
+    tuned_of,
+    tuned_option,
 )
 from rpac.devices.toolchain import prepare
 from rpac.errors import CheckError
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 @click.option("--no-compile", is_flag=True, help="Only run the kernels; do not compile them for any target.")
 @jobs_option
 @cache_option
+@tuned_option
 @json_option
 def check(
     spec_file: Path,
@@ -59,6 +62,7 @@ def check(
     no_compile: bool,
     jobs: int | None,
     no_cache: bool,
+    tuned_in: Path | None,
     as_json: bool,
 ) -> None:
     """Run every kernel of SPEC in the TPU interpreter, compare it with the float32 oracle, and compile it for every target.
@@ -91,6 +95,7 @@ def check(
         if no_compile
         else lambda tasks: lower_all(tasks, cache, jobs, lambda task, what: lines.say(f"compile {task.label}: {what}")),
         progress=progress,
+        tuned=tuned_of(tuned_in),
     )
     click.echo(report.to_json() if as_json else report.table())
     _exit(report)

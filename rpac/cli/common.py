@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -13,10 +14,14 @@ from typing import Any
 import click
 from tabulate import tabulate
 
+from rpac.errors import PlanError
 from rpac.files.store import Store, default_cache_dir
 from rpac.lower import Cache
 from rpac.plan import KIND_ORDER
+from rpac.plan.tuned import Tuned, TunedTiles
 from rpac.spec import TARGETS
+
+NO_FOLDER = "none"
 
 
 class Amount(click.FloatRange):
@@ -54,6 +59,47 @@ jobs_option = click.option(
     "--jobs", type=click.IntRange(1), help="Number of compiling processes. Default: one for each core."
 )
 cache_option = click.option("--no-cache", is_flag=True, help="Compile everything again, and cache nothing.")
+
+tuned_option = click.option(
+    "--tuned",
+    "tuned_in",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Folder of tiles that `rpac tune` found. Default: $RPAC_TUNED, or the user's data folder. `none`: the package's alone.",
+)
+
+
+def tuned_folder() -> Path | None:
+    """Where a user's tuned tiles lie: `$RPAC_TUNED`, or `rpac/tuned` in the user's data folder.
+
+    None for a user who has no home, and where the variable is `none`.
+    """
+    given = os.environ.get("RPAC_TUNED")
+    if given:
+        return None if given == NO_FOLDER else Path(given)
+    try:
+        return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "rpac" / "tuned"
+    except RuntimeError:
+        return None
+
+
+def tuned_of(given: Path | None) -> Tuned:
+    """The tuned tiles of a target: the package's, and over them those of the folder that the option gives, or of `tuned_folder`.
+
+    Raises PlanError where the option gives a folder that holds none. Says on stderr where `$RPAC_TUNED` does.
+    """
+    if given == Path(NO_FOLDER):
+        return TunedTiles.of
+    folder = tuned_folder() if given is None else given
+    if folder is not None and not any(folder.glob("*.json")):
+        if given is not None:
+            raise PlanError(
+                f"--tuned {given}: found no data file of tuned tiles there; must be a folder that `rpac tune -o {given}` "
+                "wrote; check the path, or leave --tuned out"
+            )
+        if os.environ.get("RPAC_TUNED"):
+            click.echo(f"rpac: RPAC_TUNED={folder}: no tuned tiles are there yet; `rpac tune` writes them", err=True)
+    return lambda target: TunedTiles.over_package(target, folder)
 
 
 def store_of(no_cache: bool) -> Store:

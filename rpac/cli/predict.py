@@ -9,10 +9,11 @@ from pathlib import Path
 
 import click
 
-from rpac.cli.common import command, json_option, print_json, size, store_of, table
+from rpac.cli.common import command, json_option, print_json, size, store_of, table, tuned_of, tuned_option
 from rpac.devices.chip import TPU_TARGETS
 from rpac.errors import BatchError
 from rpac.files.store import Store
+from rpac.plan.tuned import Tuned
 from rpac.predict import (
     Prediction,
     Programs,
@@ -59,6 +60,7 @@ TOP_SLOTS = 4
 @click.option("--detail", is_flag=True, help="Show waits, loops, slots, spills and XLA operations of each batch.")
 @click.option("--any-compiler", is_flag=True, help="Also read schedules of a libtpu that nobody has verified.")
 @click.option("--no-cache", is_flag=True, help="Compile again for the schedules, and cache none.")
+@tuned_option
 @json_option
 def predict_command(
     paths: tuple[Path, ...],
@@ -71,6 +73,7 @@ def predict_command(
     detail: bool,
     any_compiler: bool,
     no_cache: bool,
+    tuned_in: Path | None,
     as_json: bool,
 ) -> None:
     """Predict how long batches take on the programs of each SPEC or BUNDLE, for each target.
@@ -85,13 +88,13 @@ def predict_command(
     if emit_to is not None:
         check_emit(emit_to)
     targets = tuple(dict.fromkeys(targets))
-    store = store_of(no_cache)
+    store, tuned = store_of(no_cache), tuned_of(tuned_in)
     chosen = [(path, layer) for path in paths for layer in layers_in(path)]
     pairs = [
         (programs, workload)
         for target in targets
         for programs in _named_apart(
-            [_programs(path, target, layer, store, any_compiler) for path, layer in chosen],
+            [_programs(path, target, layer, store, any_compiler, tuned) for path, layer in chosen],
             [path for path, _ in chosen],
         )
         for workload in [*(parse_decode(text, programs.limits.decode_len) for text in decode), *others]
@@ -116,9 +119,9 @@ def predict_command(
         _print(predictions, targets, detail or len(predictions) == 1)
 
 
-def _programs(path: Path, target: str, layer: str, store: Store, any_compiler: bool) -> Programs:
+def _programs(path: Path, target: str, layer: str, store: Store, any_compiler: bool, tuned: Tuned) -> Programs:
     progress = partial(click.echo, err=True)
-    return programs_of(path, target, store, progress, any_compiler=any_compiler, layer=layer)
+    return programs_of(path, target, store, progress, any_compiler=any_compiler, layer=layer, tuned=tuned)
 
 
 def _named_apart(programs: Sequence[Programs], paths: Sequence[Path]) -> list[Programs]:

@@ -21,10 +21,10 @@ from rpac.cli.common import (
     store_of,
     table,
     target_option,
+    tuned_folder,
 )
 from rpac.devices.chip import is_tpu
 from rpac.errors import CheckError
-from rpac.plan.tuned import FOLDER
 from rpac.spec import load_spec
 from rpac.tune import Check, Job, Outcome, Pool, Result, local_processes, on_cluster, tune
 
@@ -36,7 +36,10 @@ HEADER = ("case", "token buckets", "timed", "rejected", "chosen", "of the rule's
 @target_option
 @kind_option
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="Folder of the data files. Default: the package's own."
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the data files. Default: $RPAC_TUNED, or the user's data folder.",
 )
 @click.option(
     "--budget",
@@ -67,11 +70,16 @@ def tune_command(
 ) -> None:
     """Search for better tiles for SPEC's kernels: compile candidates, and predict their time for the batches that SPEC expects.
 
-    The tiles that are chosen have passed the check against the oracle. They go to a data file, which every later build reads.
-    You can stop the search at any time; what was timed is kept.
+    The tiles that are chosen have passed the check against the oracle. They go to a data file, which later builds read; if
+    the folder is not the default, they need --tuned. You can stop the search at any time; what was timed is kept.
     """
     if jobs is not None and scheduler is not None:
         raise click.UsageError("--jobs is for this machine, --scheduler for a cluster: give one of them")
+    folder = out or tuned_folder()
+    if folder is None:
+        raise click.UsageError(
+            "$RPAC_TUNED is none, or there is no home folder, so there is no default folder: give -o"
+        )
     start = time.monotonic()
     spec = load_spec(spec_file)
     chosen = chosen_targets(spec, targets)
@@ -83,7 +91,7 @@ def tune_command(
             pool,
             store_of(no_cache),
             kinds=kinds,
-            folder=out or FOLDER,
+            folder=folder,
             seed=seed,
             out_of_time=lambda: time.monotonic() >= end,
             progress=_progress(start),
@@ -97,6 +105,8 @@ def tune_command(
         click.echo(table(HEADER, [_row(one) for one in report.outcomes]))
         written = ", ".join(map(str, report.files)) or "nothing written"
         click.echo(f"{written}: {len(report.outcomes)} cases in {seconds:.1f} s")
+        if report.files and folder != tuned_folder():
+            click.echo(f"to build with it: --tuned {folder}, or RPAC_TUNED={folder}")
     if report.failed:
         said = "\n".join(
             f"  {one.rule.path}: {label}: {why}" for one in report.failed for label, why in one.rejected.items()

@@ -83,7 +83,13 @@ def run(command: str, folder: Path, cache: Path) -> str:
         assert program == "rpac", f"{command}: must begin with rpac or python"
         words = [sys.executable, "-m", "rpac.cli", *arguments]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "PYTHONPATH": path, "RPAC_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "RPAC_CACHE": str(cache),
+        "RPAC_TUNED": "none",
+        "JAX_PLATFORMS": "cpu",
+    }
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
     assert done.returncode == 0, f"{command}: exit code {done.returncode}\n{done.stderr}"
     return "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
