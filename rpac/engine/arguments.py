@@ -32,18 +32,30 @@ class Arguments:
         for (dims, _), wanted, arg in zip(self._expected, self._shardings, args, strict=True):
             if isinstance(arg, jax.Array):
                 self._check_placed(dims, wanted, arg)
-        cache = args[self._cache_index]
+        self._check_donated(args[self._cache_index])
+
+    def check_cache(self, cache: Any) -> None:
+        """As `check`, of the cache alone."""
+        dims, dtype = self._expected[self._cache_index]
+        self._check_array(dims, dtype, cache)
+        self._check_donated(cache)
+        self._check_placed(dims, self._shardings[self._cache_index], cache)
+
+    def _check_donated(self, cache: Any) -> None:
         if not isinstance(cache, jax.Array):
             raise BatchError(
-                f"kv_cache is a {type(cache).__name__}; must be a jax array on {self._placement}, "
-                "because it is donated; put it there once with jax.device_put"
+                f"kv_cache is a {type(cache).__name__}; must be a jax array on {self._placement}, because it is donated; "
+                "start with engine.new_cache(), then pass on the one that each call returns"
             )
 
     def check_shapes(self, args: Sequence[Any]) -> None:
         """As `check`, of shapes and dtypes alone: all that is known of a traced argument."""
         for (dims, dtype), arg in zip(self._expected, args, strict=True):
-            if getattr(arg, "shape", None) != dims.shape or getattr(arg, "dtype", None) != dtype:
-                refuse(dims, arg, f", kv_layout {self._kv_layout}" if dims.name == "kv_cache" else "")
+            self._check_array(dims, dtype, arg)
+
+    def _check_array(self, dims: ArrayDims, dtype: Any, arg: Any) -> None:
+        if getattr(arg, "shape", None) != dims.shape or getattr(arg, "dtype", None) != dtype:
+            refuse(dims, arg, f", kv_layout {self._kv_layout}" if dims.name == "kv_cache" else "")
 
     def _check_placed(self, dims: ArrayDims, wanted: jax.sharding.Sharding, array: jax.Array) -> None:
         if array.is_deleted():

@@ -12,6 +12,7 @@ import numpy as np
 
 from rpac.batch import Limits
 from rpac.batch import validate as validate_metadata
+from rpac.batch.build import Integers
 from rpac.batch.select import advice, select
 from rpac.bundle import LoadedTarget
 from rpac.contract.arrays import ArrayDims, index_of, metadata_specs
@@ -21,6 +22,7 @@ from rpac.contract.program import Program, Variant
 from rpac.devices.placement import Placement
 from rpac.engine.arguments import in_order, refuse, shown
 from rpac.engine.events import BatchRun, Count, Observer, Recorder, Totals
+from rpac.engine.fill import fill, places
 from rpac.engine.program import Slot
 from rpac.engine.runtime import Results, Run, Traceable
 from rpac.engine.traced import run_selected
@@ -73,6 +75,33 @@ class Engine:
         """A cache of one layer, all zeros, of the contract's shape and where the programs want it: for the first call."""
         dims = self._taken[index_of(self._taken, "kv_cache")]
         return jax.numpy.zeros(self.placement.mesh.whole(dims).shape, dims.dtype, device=self.sharding("kv_cache"))
+
+    def write_kv(
+        self, kv_cache: jax.Array, keys: Any, values: Any, kv_lens: Integers, page_tables: Sequence[Integers]
+    ) -> jax.Array:
+        """The cache with K and V of whole sequences in it, for programs that only read it (`update_cache: false`): such as an
+        encoder's, before the first call that attends to them.
+
+        `keys` and `values` are `[tokens, kv_heads, head_dim]` in the cache's dtype, the sequences one after the other;
+        `kv_lens` counts the tokens of each and `page_tables` lists its pages. `kv_cache` is donated, use the one returned.
+        Compiled once for each number of pages and tokens. Raises BatchError for what does not fit, and SelectionError for
+        latent attention or a bundle for several devices.
+        """
+        if self.model.rope_dim is not None or self.placement.mesh.devices > 1:
+            found = "latent attention" if self.model.rope_dim is not None else f"{self.placement.mesh.devices} devices"
+            raise SelectionError(
+                f"the bundle is for {found}; must be for grouped attention on one device; write the cache of others by "
+                "calls of a program that updates it"
+            )
+        pages, tokens = places(self.limits, kv_lens, page_tables)
+        wanted = (int(tokens.max(initial=-1)) + 1, self.model.kv_heads, self.model.head_dim)
+        for name, array in (("keys", keys), ("values", values)):
+            if getattr(array, "shape", None) != wanted or getattr(array, "dtype", None) != np.dtype(
+                self.model.kv_dtype
+            ):
+                refuse(ArrayDims(name, wanted, self.model.kv_dtype), array)
+        self._slots[next(iter(self._slots))].arguments.check_cache(kv_cache)
+        return fill(kv_cache, keys, values, pages, tokens, self.model, self.kv_layout)
 
     def sharding(self, name: str) -> jax.sharding.Sharding:
         """Where an argument or a result of the call lies, by name: one device, or parts on the devices of a mesh."""
