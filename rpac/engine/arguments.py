@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from rpac.batch import Batch, SequenceView
 from rpac.contract.arrays import ArrayDims, index_of
 from rpac.contract.features import ARGUMENTS
 from rpac.contract.program import Program
@@ -80,6 +81,12 @@ def in_order(taken: Sequence[ArrayDims], args: Sequence[Any], extra: Mapping[str
 
     One by name that is None is as if it were not given. Raises BatchError for one that is missing, unknown or given twice.
     """
+    for dims, array in zip(taken, args, strict=False):
+        if isinstance(array, (Batch, SequenceView)):
+            raise BatchError(
+                f"{dims.name} is a {type(array).__name__}; must be {dims.dtype}{list(dims.shape)}; pass the arrays of the batch: "
+                "engine(..., *batch.metadata)"
+            )
     if not extra and len(args) == len(taken):  # most calls
         return tuple(args)
     given = {name: value for name, value in extra.items() if value is not None}

@@ -273,6 +273,8 @@ class Engine:
     def _of_replicas(self, dims: ArrayDims, array: Any) -> list[Int32s]:
         """The part of each data-parallel replica, `dims`, of an array of the batch's metadata."""
         count = self.placement.mesh.data
+        if not isinstance(array, (np.ndarray, jax.Array)):
+            refuse(self.placement.mesh.whole(dims), array)
         found = np.asarray(array)
         if count > 1 and found.shape != (count * dims.shape[0],):
             refuse(self.placement.mesh.whole(dims), array)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,18 +39,36 @@ def load(
     a target whose executables do not fit this process compile its portable programs instead, and logs that. `observer` is
     called with every event of the engine. Raises BundleError, or TargetError naming what the bundle has and what was found.
     """
-    if device is not None:
-        devices = [device]
-    found = _local_devices(target) if devices is None else list(devices)
+    found = _local_devices(target) if device is None and devices is None else _given_devices(device, devices)
     loaded = read_target(path, partial(_choose, os.fspath(path), target, layer, found[0]))
     count = loaded.manifest.mesh.devices
-    if len(found) < count or (devices is not None and len(found) > count):
+    chosen = device is not None or devices is not None
+    if len(found) < count or (chosen and len(found) > count):
         raise TargetError(
             f"{os.fspath(path)}: found {len(found)} devices; the bundle's programs run on {count}; give as many, or build "
             "with other numbers under `parallel`"
         )
     use_executables = _use_executables(os.fspath(path), loaded.target, found[0], allow_compile)
     return Engine(loaded, found[:count], use_executables, observer)
+
+
+def _given_devices(device: object, devices: object) -> list[jax.Device]:
+    """The devices that the caller names. Raises TargetError for what is none."""
+    if device is not None and devices is not None:
+        raise TargetError("found both device and devices; must be one of the two; name all of them under devices")
+    name, given = ("devices", devices) if device is None else ("device", [device])
+    if not isinstance(given, Iterable) or isinstance(given, (str, Mapping)):
+        raise TargetError(f"{name}: found {given!r}; must be a list of jax devices, such as jax.devices()")
+    found = list(given)
+    for one in found:
+        if not (hasattr(one, "device_kind") and hasattr(one, "platform")):
+            fix = f", or pass target={one!r} in its place" if isinstance(one, str) and one in PLATFORMS else ""
+            raise TargetError(
+                f"{name}: found {one!r}, a {type(one).__name__}; must be a jax device; pass one of jax.devices(){fix}"
+            )
+    if not found or len(set(found)) < len(found):
+        raise TargetError(f"{name}: found {found}; must be one device or more, each once, such as jax.devices()")
+    return found
 
 
 def _local_devices(target: str | None) -> list[jax.Device]:
