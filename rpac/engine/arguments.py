@@ -12,6 +12,7 @@ from rpac.contract.arrays import ArrayDims, index_of
 from rpac.contract.features import ARGUMENTS
 from rpac.contract.program import Program
 from rpac.devices.placement import Placement, listed
+from rpac.engine.donation import deleted
 from rpac.errors import BatchError
 
 _SPEC_LINES = {one.name: one.spec_lines for one in ARGUMENTS}  # what a spec says for a program to take it
@@ -60,10 +61,7 @@ class Arguments:
 
     def _check_placed(self, dims: ArrayDims, wanted: jax.sharding.Sharding, array: jax.Array) -> None:
         if array.is_deleted():
-            raise BatchError(
-                f"{dims.name} was deleted or donated; must hold values; "
-                "pass on the kv_cache that the last call returned"
-            )
+            raise deleted(dims.name)
         if device_order(array.sharding) != self._placement.devices:
             found = device_order(array.sharding) or sorted(array.devices(), key=lambda device: device.id)
             raise BatchError(

@@ -13,6 +13,7 @@ import jax
 from rpac.bundle import Manifest, Target, read_manifest, read_target
 from rpac.devices.chip import PLATFORMS
 from rpac.devices.client import build_string
+from rpac.devices.process import own_runtime
 from rpac.engine.engine import Engine
 from rpac.engine.events import Observer
 from rpac.errors import TargetError
@@ -39,6 +40,7 @@ def load(
     a target whose executables do not fit this process compile its portable programs instead, and logs that. `observer` is
     called with every event of the engine. Raises BundleError, or TargetError naming what the bundle has and what was found.
     """
+    own_runtime()
     found = _local_devices(target) if device is None and devices is None else _given_devices(device, devices)
     loaded = read_target(path, partial(_choose, os.fspath(path), target, layer, found[0]))
     count = loaded.manifest.mesh.devices
