@@ -30,6 +30,7 @@ def load(
     layer: str = "",
     allow_compile: bool = False,
     observer: Observer | None = None,
+    timeout_s: float | None = None,
 ) -> Engine:
     """The engine of a bundle for one device, by default this process's first (`target="cpu"`: its CPU); or for as many
     `devices` as its spec's `parallel` says, in the order of its mesh, by default this process's first ones.
@@ -38,11 +39,12 @@ def load(
     kind of device; `layer` names the kind of layers, of a model that has several. Reads and hashes the bytes of all its
     programs; none is deserialized before its hash, the device kind and the libtpu build match. `allow_compile=True` lets
     a target whose executables do not fit this process compile its portable programs instead, and logs that. `observer` is
-    called with every event of the engine. Raises BundleError, or TargetError naming what the bundle has and what was found.
+    called with every event of the engine. `timeout_s`: seconds that reading the bundle may take, of a store that may be slow;
+    by default as long as it takes. Raises BundleError, or TargetError naming what the bundle has and what was found.
     """
     own_runtime()
     found = _local_devices(target) if device is None and devices is None else _given_devices(device, devices)
-    loaded = read_target(path, partial(_choose, os.fspath(path), target, layer, found[0]))
+    loaded = read_target(path, partial(_choose, os.fspath(path), target, layer, found[0]), timeout_s)
     count = loaded.manifest.mesh.devices
     chosen = device is not None or devices is not None
     if len(found) < count or (chosen and len(found) > count):
@@ -86,7 +88,8 @@ def _local_devices(target: str | None) -> list[jax.Device]:
 
 def load_layers(path: str | os.PathLike[str], target: str | None = None, **options: Any) -> dict[str, Engine]:
     """An engine for each kind of layers of a bundle, by name; the arguments are those of `load`, and what it raises."""
-    layers = dict.fromkeys(one.layer for one in read_manifest(path).targets.values())
+    targets = read_manifest(path, options.get("timeout_s")).targets.values()
+    layers = dict.fromkeys(one.layer for one in targets)
     return {layer: load(path, target, layer=layer, **options) for layer in layers}
 
 
