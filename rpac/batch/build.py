@@ -40,7 +40,7 @@ class SequenceView(NamedTuple):
 
     @property
     def context_len(self) -> int:
-        """Tokens that were in the cache before this call."""
+        """Tokens that were in the cache before this call; below 0 where there are fewer of them than queries."""
         return self.kv_len - self.q_len
 
 
@@ -67,8 +67,10 @@ class Batch:
         cls,
         limits: Limits | Served,
         q_lens: Integers,
-        context_lens: Integers,
+        context_lens: Integers | None,
         page_tables: Sequence[Integers] | NDArray[np.integer[Any]],
+        *,
+        kv_lens: Integers | None = None,
     ) -> Batch:
         """The batch of some sequences, given in any order.
 
@@ -77,20 +79,32 @@ class Batch:
         be anything, such as -1); one array `[sequences, entries]` is read faster than lists. Rows are
         sorted into decode, prefill and mixed, in the caller's order within each, so give queries, keys and values
         through `pack`; a sequence of exactly `decode_len` tokens (1 unless the spec says more) is decode, one of exactly
-        `prefill_chunk` is prefill. The token bucket is the smallest that fits. Raises BatchError, or SelectionError where
-        no bucket is large enough.
+        `prefill_chunk` is prefill. The token bucket is the smallest that fits. In place of `context_lens`, which is then
+        None, `kv_lens` may count all tokens of each sequence that its queries see: with `causal: false` and
+        `update_cache: false` these may be fewer than its queries, as in cross attention to a short source. Raises
+        BatchError, or SelectionError where no bucket is large enough.
         """
         limits = limits if isinstance(limits, Limits) else Limits.of(limits)
         new = integers("q_lens", q_lens, 1)
-        context = integers("context_lens", context_lens, 0)
+        if (context_lens is None) == (kv_lens is None):
+            which = "both" if kv_lens is not None else "neither"
+            raise BatchError(f"found {which} of context_lens and kv_lens; must be one of the two; give context_lens")
+        name, given, least = ("kv_lens", kv_lens, 1) if context_lens is None else ("context_lens", context_lens, 0)
+        known = integers(name, given, least)  # type: ignore[arg-type]  # one of the two is no None
         pages, sizes = _page_lists(page_tables)
-        _check_sizes(limits, new, context, sizes)
+        if not len(known) == len(sizes) == len(new):
+            raise BatchError(
+                f"found {len(new)} q_lens, {len(known)} {name} and {len(sizes)} page_tables; "
+                "must be one of each for every sequence"
+            )
+        lens = known if context_lens is None else new + known
+        _check_sizes(limits, new, lens, sizes)
         ranks = np.where(new == limits.decode_len, 0, np.where(new == limits.prefill_chunk, 1, 2))
         order = np.argsort(ranks, kind="stable")
         decodes, prefills, k = int((ranks == 0).sum()), int((ranks == 1).sum()), len(order)
 
-        kv_lens = np.zeros(layout.kv_lens_shape(limits), np.int32)
-        kv_lens[:k] = (new + context)[order]
+        lens_of_rows = np.zeros(layout.kv_lens_shape(limits), np.int32)
+        lens_of_rows[:k] = lens[order]
         cu_q_lens = np.zeros(layout.cu_q_lens_shape(limits), np.int32)
         cu_q_lens[1 : k + 1] = np.cumsum(new[order])
         cu_q_lens[k + 1 :] = cu_q_lens[k]
@@ -100,7 +114,7 @@ class Batch:
         page_indices[: as_given.size] = as_given[order].reshape(-1)
         distribution = np.array([decodes, decodes + prefills, k], np.int32)
         tokens = limits.bucket(int(cu_q_lens[k]))
-        arrays = kv_lens, page_indices, cu_q_lens, distribution
+        arrays = lens_of_rows, page_indices, cu_q_lens, distribution
         return cls.of_arrays(limits, tokens, *arrays, order=tuple(order.tolist()))
 
     @classmethod
@@ -202,24 +216,21 @@ def _page_lists(page_tables: Sequence[Integers] | NDArray[np.integer[Any]]) -> t
         return np.concatenate(tables), np.array([len(table) for table in tables])
 
 
-def _check_sizes(limits: Limits, new: Int64s, context: Int64s, sizes: Int64s) -> None:
+def _check_sizes(limits: Limits, new: Int64s, lens: Int64s, sizes: Int64s) -> None:
     """What `validate` cannot see, because arrays of these sizes could not be made."""
     count = len(new)
-    if not len(context) == len(sizes) == count:
-        raise BatchError(
-            f"found {count} q_lens, {len(context)} context_lens and {len(sizes)} page_tables; "
-            "must be one of each for every sequence"
-        )
     if count > limits.max_num_seqs:
         raise BatchError(
             f"found {count} sequences; must be at most max_num_seqs ({limits.max_num_seqs}); split the batch"
         )
-    needed = -(-(new + context) // limits.page_size)
+    needed = -(-lens // limits.page_size)
     bad = (needed > limits.pages_per_seq) | (sizes > limits.pages_per_seq) | (sizes < needed)
     if not bad.any():
         return
     index = int(bad.argmax())
-    held = f"{context[index]} context and {new[index]} new tokens"
+    held = f"{lens[index] - new[index]} context and {new[index]} new tokens"
+    if limits.few_keys:
+        held = f"{lens[index]} tokens"
     if needed[index] > limits.pages_per_seq:
         raise BatchError(
             f"sequence {index}: has {held}; must be at most {limits.max_kv_len} in all = pages_per_seq "

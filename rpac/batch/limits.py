@@ -14,7 +14,7 @@ from rpac.contract.arrays import Served, cdiv
 from rpac.contract.attention import Attention, first_seen
 from rpac.errors import SelectionError
 
-_OF_MODEL = ("sliding_window", "attention_chunk", "layer")  # a manifest has them where it has the model
+_OF_MODEL = ("sliding_window", "attention_chunk", "layer", "few_keys")  # a manifest has them where it has the model
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class Limits:
     """What a built program can take. Comes from a spec, or from the manifest of a bundle where no spec is at hand.
 
     With `sliding_window` or `attention_chunk` the pages before the first token that any new token of a row sees are never
-    read: their entries in its page table may hold anything. `layer` is the kind of layers that this is so for, of a model
-    that has several kinds.
+    read: their entries in its page table may hold anything. With `few_keys` a row may have fewer tokens in the cache than
+    queries, because each query sees all of them and none is written: cross attention to a short source. `layer` is
+    the kind of layers that this is so for, of a model that has several kinds.
     """
 
     page_size: int
@@ -36,6 +37,7 @@ class Limits:
     sliding_window: int | None = None
     attention_chunk: int | None = None
     layer: str = ""
+    few_keys: bool = False
 
     @classmethod
     def of(cls, spec: Served) -> Limits:
@@ -72,13 +74,20 @@ class Limits:
             else None,
             attention_chunk=chunks.pop() if len(chunks) == 1 else None,
             layer="",
+            few_keys=all(one.few_keys for one in limits),
         )
 
     def of_layers(self, kinds: Mapping[str, Attention]) -> Limits:
         """These limits for all of some kinds of layers, by name."""
         return self.joint(
             [
-                replace(self, sliding_window=one.sliding_window, attention_chunk=one.attention_chunk, layer=name)
+                replace(
+                    self,
+                    sliding_window=one.sliding_window,
+                    attention_chunk=one.attention_chunk,
+                    layer=name,
+                    few_keys=not one.causal and not one.update_cache,
+                )
                 for name, one in kinds.items()
             ]
         )

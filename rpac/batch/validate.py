@@ -99,8 +99,16 @@ def _check_lengths(
         fail(
             off, f"has {{q}} new tokens; prefill rows must have prefill_chunk ({chunk}); move it after the prefill rows"
         )
+    if limits.few_keys:
+        none = lens < 1
+        if none.any():
+            fail(
+                none,
+                "kv_lens[{r}] is {kv}; must be 1 or more, the tokens that its queries see; leave the row out of the batch, "
+                "and give it an lse of -inf where parts of an attention are merged",
+            )
     short = lens < q_lens
-    if short.any():
+    if short.any() and not limits.few_keys:
         fail(short, "kv_lens[{r}] is {kv}, below its {q} new tokens; kv_lens counts context and new tokens together")
     long = lens > limits.max_kv_len
     if long.any():

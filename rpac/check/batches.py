@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rpac.batch import Limits
 from rpac.contract.arrays import cdiv
 from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles
 from rpac.plan.buffers import unit_tokens
@@ -72,6 +73,7 @@ class _Batches(ABC):
         self.unit = unit_tokens(spec.model)
         self.window = spec.model.sliding_window
         self.attention_chunk = spec.model.attention_chunk
+        self.few_keys = Limits.of(spec).few_keys  # rows may be shorter than their queries
         self.buckets = plan.tokens
         self.decode_block, self.decode_tile = _block_and_tile(plan.decode)
         self.groups = plan.decode.groups if isinstance(plan.decode, GroupTiles) else 0
@@ -207,6 +209,8 @@ class _Prefill(_Batches):
         length = self.length(self.chunk, self.page, 1) or self.chunk
         shared = min((self.max_len - length) // self.page, 2)
         yield self.rows("full bucket, shared prefix", [length + shared * self.page] * size, shared)
+        if self.few_keys and self.chunk > 1:
+            yield self.rows("fewer keys than queries", [1, self.chunk - 1, self.chunk][:size])
 
     def rows(self, name: str, kv_lens: Sequence[int], shared_pages: int = 0) -> CheckBatch:
         count = len(kv_lens)
@@ -215,7 +219,7 @@ class _Prefill(_Batches):
     def random(self, name: str, rng: np.random.Generator) -> CheckBatch:
         most = min(self.buckets[0] // self.chunk, self.max_seqs, max(RANDOM_NEW // self.chunk, 1))
         count = int(rng.integers(1, most + 1))
-        return self.rows(name, [self.random_len(rng, self.chunk) for _ in range(count)])
+        return self.rows(name, [self.random_len(rng, 1 if self.few_keys else self.chunk) for _ in range(count)])
 
 
 class _Mixed(_Batches):
@@ -237,6 +241,10 @@ class _Mixed(_Batches):
         yield self.mixed("full bucket", self.filling(bucket))
         yield self.mixed("one sequence, full table", [(min(self.q_block, bucket, full), full)])
         yield self.many("max sequences, shared prefix")
+        if self.few_keys and self.bucket > 1:
+            most = min(self.q_block + 1, self.bucket)
+            for part in self.packed([(most, 1), (2, 1), (most, most - 1), (1, 1)]):
+                yield self.mixed(f"fewer keys than queries, {len(part)} rows", part)
         if self.chunk < self.buckets[-1]:
             yield from self.with_chunks()
 
@@ -323,4 +331,6 @@ class _Mixed(_Batches):
         for left in range(count - decodes, 0, -1):
             q_lens.append(int(rng.integers(1, min(room - (left - 1), self.max_len) + 1)))
             room -= q_lens[-1]
-        return self.mixed(name, [(q_len, self.random_len(rng, q_len)) for q_len in q_lens], decodes=decodes)
+        return self.mixed(
+            name, [(q_len, self.random_len(rng, 1 if self.few_keys else q_len)) for q_len in q_lens], decodes=decodes
+        )

@@ -145,6 +145,8 @@ def _read(text: str, report: Report) -> Spec | None:
     for layer, part in parts.items():
         if part.rope_dim is not None:
             check_device(kinds[layer][0], part.q_heads)
+        elif part.group > MAX_GROUP and (layer or len(parts) == 1):
+            _refuse_group(*kinds[layer], part, mesh)
     model = parts.pop("")
     return Spec(name, model, serving, targets, source=text, file=report.file, mesh=mesh, layers=tuple(parts.items()))
 
@@ -199,13 +201,9 @@ def _model(section: Section) -> Attention | None:
     features = read_features(section, "model")
     check_mask(section, features)
 
-    if q_heads is not None and kv_heads is not None:
-        if q_heads % kv_heads:
-            near = max(1, round(q_heads / kv_heads)) * kv_heads
-            section.clash("q_heads", f"must be a multiple of kv_heads ({kv_heads})", f"write {near} or change kv_heads")
-        elif q_heads // kv_heads > MAX_GROUP:
-            allowed = f"must be at most {MAX_GROUP} times kv_heads ({kv_heads})"
-            section.clash("q_heads", allowed, f"write {MAX_GROUP * kv_heads} or less, or change kv_heads")
+    if q_heads is not None and kv_heads is not None and q_heads % kv_heads:
+        near = max(1, round(q_heads / kv_heads)) * kv_heads
+        section.clash("q_heads", f"must be a multiple of kv_heads ({kv_heads})", f"write {near} or change kv_heads")
     if head_dim is not None and head_dim not in HEAD_DIMS:
         section.clash("head_dim", f"must be {_either(HEAD_DIMS)}", _padded(head_dim, section.has("sm_scale")))
     if features["update_cache"] is False and features["quantize"] == "kernel":
@@ -274,6 +272,20 @@ def _serving(section: Section) -> Serving | None:
         kv_layout,
         **features,
     )
+
+
+def _refuse_group(section: Section, model: Attention, part: Attention, mesh: Mesh) -> None:
+    """Reports more query heads for each KV head than a kernel takes: on one device, as `part` has them."""
+    most = MAX_GROUP * model.kv_heads
+    if mesh.query_parts == 1:
+        allowed = f"must be at most {MAX_GROUP} times kv_heads ({model.kv_heads})"
+        section.clash("q_heads", allowed, f"write {most} or less, or change kv_heads")
+        return
+    allowed = (
+        f"must leave each device at most {MAX_GROUP} times its KV heads; `parallel` leaves {part.q_heads} query heads and "
+        f"{part.kv_heads} KV heads there"
+    )
+    section.clash("q_heads", allowed, f"write {most} or less, or change kv_heads or parallel.tensor")
 
 
 def _refuse_copies(section: Section, model: Attention) -> None:

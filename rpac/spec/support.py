@@ -107,7 +107,7 @@ def _keys() -> list[tuple[str, str, str]]:
         return ", ".join(map(str, values))
 
     return [
-        ("model.q_heads", f"a multiple of kv_heads, at most {rules.MAX_GROUP} times kv_heads", ""),
+        ("model.q_heads", f"a multiple of kv_heads; on each device at most {rules.MAX_GROUP} times its kv_heads", ""),
         ("model.kv_heads", f"1 to {rules.MAX_HEADS}", ""),
         ("model.head_dim", either(rules.HEAD_DIMS), ""),
         ("model.q_dtype", either(rules.DTYPES), ""),

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,43 @@ def test_a_file_that_the_manifest_does_not_list(bundle: Path) -> None:
     (bundle / "source" / "extra.py").touch()
     with pytest.raises(BundleError, match=r"found source/extra.py; must hold only what manifest.json lists"):
         verify_bundle(bundle)
+
+
+def linked(path: Path) -> None:
+    path.rename(path.parent.parent / f"real-{path.name}")
+    path.symlink_to(path.parent.parent / f"real-{path.name}")
+
+
+def nested(path: Path, depth: int = 1500) -> None:
+    """Folders in folders, made step by step, because such a path is longer than one may be."""
+    here = os.open(path, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("deeper", dir_fd=here)
+        here, above = os.open("deeper", os.O_RDONLY, dir_fd=here), here
+        os.close(above)
+    os.close(here)
+
+
+EXTRAS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "an empty folder": (lambda bundle: (bundle / "empty").mkdir(), "found empty;"),
+    "an empty folder among blobs": (lambda bundle: (bundle / "blobs" / "empty").mkdir(), "found blobs/empty;"),
+    "folders without end": (lambda bundle: nested(bundle), "found deeper;"),
+    "a link to a folder": (lambda bundle: (bundle / "more").symlink_to("blobs"), "found more;"),
+    "a link to nothing": (lambda bundle: (bundle / "more").symlink_to("nothing"), "found more;"),
+    "a folder that is a link": (lambda bundle: linked(bundle / "blobs"), "found blobs;"),
+    "a file that is a link": (lambda bundle: linked(bundle / "spec.yaml"), "found spec.yaml;"),
+    "a pipe": (lambda bundle: os.mkfifo(bundle / "pipe"), "found pipe;"),
+    "seven": (lambda bundle: [(bundle / f"x{n}").touch() for n in range(7)], "found x0, x1, x2, x3, x4 and 2 more;"),
+}
+
+
+@pytest.mark.parametrize(("add", "said"), EXTRAS.values(), ids=EXTRAS)
+def test_what_is_no_file_of_the_manifest_is_refused(bundle: Path, add: Callable[[Path], object], said: str) -> None:
+    add(bundle)
+    with pytest.raises(BundleError, match=rf"{said} must hold only what manifest\.json lists, and no links"):
+        verify_bundle(bundle)
+    if "deeper" in said:  # pytest's own clean-up would not come to its end
+        subprocess.run(["rm", "-rf", bundle / "deeper"], check=True)
 
 
 def test_a_damaged_source_is_found_though_loading_never_reads_it(bundle: Path) -> None:

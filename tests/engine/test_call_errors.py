@@ -70,6 +70,30 @@ def test_shapes_are_checked_even_where_values_are_not(engine: Engine, name: str)
         engine(*args.values(), validate=False)
 
 
+@pytest.mark.parametrize("rows", range(1, 5))
+def test_a_batch_in_place_of_its_arrays(engine: Engine, rows: int) -> None:
+    batch = Batch.build(engine.limits, [1] * rows, [3] * rows, [[row] for row in range(rows)])
+    arrays = list(decode_args(engine).values())[:4]
+    advice = r"must be int32\[4\]; pass the arrays of the batch: engine\(\.\.\., \*batch\.metadata\)$"
+    for validate in (True, False):
+        for call in (engine, engine.traced, engine.program("decode", 8)):
+            options = {"validate": validate} if call is engine else {}
+            with pytest.raises(BatchError, match=f"^kv_lens is a Batch; {advice}"):
+                call(*arrays, batch, **options)
+            with pytest.raises(BatchError, match=f"^kv_lens is a SequenceView; {advice}"):
+                call(*arrays, *batch, **options)
+    engine(*arrays, *batch.metadata)
+
+
+@pytest.mark.parametrize("value", [[3, 4, 0, 0], "1234", None, object(), [[1], [2, 3]]], ids=str)
+def test_metadata_that_is_no_array(engine: Engine, value: Any) -> None:
+    args = decode_args(engine)
+    args["kv_lens"] = value
+    for validate in (True, False):
+        with pytest.raises(BatchError, match=rf"kv_lens is a {type(value).__name__}; must be int32\[4\]"):
+            engine(*args.values(), validate=validate)
+
+
 def test_a_cache_that_was_donated_before(engine: Engine) -> None:
     args = decode_args(engine)
     engine(*args.values())

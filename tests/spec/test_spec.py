@@ -64,6 +64,34 @@ def test_values_are_read_as_written() -> None:
     assert spec.serving.context_lens == (40, 100)
 
 
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "tensor", "of_device"),
+    [(48, 1, 4, (12, 1)), (64, 2, 8, (8, 1)), (32, 1, 2, (16, 1)), (128, 4, 8, (16, 1)), (32, 2, 1, (32, 2))],
+)
+def test_the_ratio_of_heads_is_that_of_one_device(
+    q_heads: int, kv_heads: int, tensor: int, of_device: tuple[int, int]
+) -> None:
+    """StarCoder has 48 query heads on one KV head: too many for a kernel, and 12 of them on each of four devices."""
+    text = TINY.replace("q_heads: 4", f"q_heads: {q_heads}").replace("kv_heads: 2", f"kv_heads: {kv_heads}")
+    model = parse_spec(f"{text}\nparallel: {{tensor: {tensor}}}", "x.yaml").model
+    assert (model.q_heads, model.kv_heads) == of_device
+
+
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "tensor", "said"),
+    [
+        (64, 2, 2, "found 64; must leave each device at most 16 times its KV heads; `parallel` leaves 32 query heads and 1 KV "
+         "heads there; write 32 or less, or change kv_heads or parallel.tensor"),
+        (20, 1, 8, "found 20; must be at most 16 times kv_heads (1); write 16 or less, or change kv_heads"),  # 8 copies of all
+    ],
+)  # fmt: skip
+def test_a_ratio_that_a_device_keeps_is_refused(q_heads: int, kv_heads: int, tensor: int, said: str) -> None:
+    text = TINY.replace("q_heads: 4", f"q_heads: {q_heads}").replace("kv_heads: 2", f"kv_heads: {kv_heads}")
+    with pytest.raises(SpecError) as raised:
+        parse_spec(f"{text}\nparallel: {{tensor: {tensor}}}", "x.yaml")
+    assert str(raised.value) == f"x.yaml:4:12: model.q_heads: {said}"
+
+
 def test_pages_of_a_sequence_follow_from_its_longest_length() -> None:
     assert parse_spec(TINY, "").serving.pages_per_seq == 128 // 16
 
