@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from rpac.bundle import Manifest, Target, read_manifest, read_target
+from rpac.devices.backends import skip_absent_tpu
 from rpac.devices.chip import PLATFORMS
 from rpac.devices.client import build_string
 from rpac.devices.process import own_runtime
@@ -77,6 +78,7 @@ def _given_devices(device: object, devices: object) -> list[jax.Device]:
 
 def _local_devices(target: str | None) -> list[jax.Device]:
     platform = target if target in PLATFORMS else None
+    skip_absent_tpu()
     try:
         return list(jax.local_devices(backend=platform))
     except RuntimeError as error:
