@@ -49,9 +49,18 @@ def load(
     count = loaded.manifest.mesh.devices
     chosen = device is not None or devices is not None
     if len(found) < count or (chosen and len(found) > count):
+        fix = "give as many"
+        if not chosen and jax.process_count() > 1:
+            found_all = len(jax.devices())
+            fix = f"pass devices=jax.devices() in each of the {jax.process_count()} processes, which have {found_all} together"
         raise TargetError(
-            f"{os.fspath(path)}: found {len(found)} devices; the bundle's programs run on {count}; give as many, or build "
-            "with other numbers under `parallel`"
+            f"{os.fspath(path)}: found {len(found)} devices; the bundle's programs run on {count}; {fix}, or build with other "
+            "numbers under `parallel`"
+        )
+    if jax.process_count() > 1 and not any(one.process_index == jax.process_index() for one in found[:count]):
+        raise TargetError(
+            f"{os.fspath(path)}: found no device of this process ({jax.process_index()}) among those given; must have one; "
+            "load in the processes whose devices these are"
         )
     use_executables = _use_executables(os.fspath(path), loaded.target, found[0], allow_compile)
     return Engine(loaded, found[:count], use_executables, observer)
