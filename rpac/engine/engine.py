@@ -158,7 +158,9 @@ class Engine:
 
         require_runtime()
         chosen = list(self._slots if variants is None else variants)
-        threads = 1 if background else min(len(chosen), os.cpu_count() or 1)
+        # One after the other where other processes take part, because all of them must run the canaries in one order.
+        alone = len(self.placement.local) == len(self.placement.devices)
+        threads = 1 if background or not alone else min(len(chosen), os.cpu_count() or 1)
         warming = Warming([(variant, job(self._slot(variant))) for variant in chosen], threads)
         if not background:
             warming.wait()
@@ -293,6 +295,11 @@ class Engine:
         count = self.placement.mesh.data
         if not isinstance(array, (np.ndarray, jax.Array)):
             refuse(self.placement.mesh.whole(dims), array)
+        if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+            raise BatchError(
+                f"{dims.name} lies on devices of several processes; must be read on the host, by each of them; give the whole "
+                "array as numpy, the same in every process"
+            )
         found = np.asarray(array)
         if count > 1 and found.shape != (count * dims.shape[0],):
             refuse(self.placement.mesh.whole(dims), array)

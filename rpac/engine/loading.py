@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from rpac.bundle import Manifest, Target, read_manifest, read_target
+from rpac.devices.backends import skip_absent_tpu
 from rpac.devices.chip import PLATFORMS
 from rpac.devices.client import build_string
 from rpac.devices.process import own_runtime
@@ -48,9 +49,18 @@ def load(
     count = loaded.manifest.mesh.devices
     chosen = device is not None or devices is not None
     if len(found) < count or (chosen and len(found) > count):
+        fix = "give as many"
+        if not chosen and jax.process_count() > 1:
+            found_all = len(jax.devices())
+            fix = f"pass devices=jax.devices() in each of the {jax.process_count()} processes, which have {found_all} together"
         raise TargetError(
-            f"{os.fspath(path)}: found {len(found)} devices; the bundle's programs run on {count}; give as many, or build "
-            "with other numbers under `parallel`"
+            f"{os.fspath(path)}: found {len(found)} devices; the bundle's programs run on {count}; {fix}, or build with other "
+            "numbers under `parallel`"
+        )
+    if jax.process_count() > 1 and not any(one.process_index == jax.process_index() for one in found[:count]):
+        raise TargetError(
+            f"{os.fspath(path)}: found no device of this process ({jax.process_index()}) among those given; must have one; "
+            "load in the processes whose devices these are"
         )
     use_executables = _use_executables(os.fspath(path), loaded.target, found[0], allow_compile)
     return Engine(loaded, found[:count], use_executables, observer)
@@ -77,6 +87,7 @@ def _given_devices(device: object, devices: object) -> list[jax.Device]:
 
 def _local_devices(target: str | None) -> list[jax.Device]:
     platform = target if target in PLATFORMS else None
+    skip_absent_tpu()
     try:
         return list(jax.local_devices(backend=platform))
     except RuntimeError as error:
