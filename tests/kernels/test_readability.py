@@ -75,7 +75,7 @@ def test_a_source_is_measured(readability: ModuleType) -> None:
     assert found.longest == 8
     assert found.integers == ("line 39: 16", "line 45: 16"), "axes do not count"
     assert found.refs == ("line 9: q_hbm", "line 25: kv_lens", "line 25: q_hbm")
-    assert found.twice == ("line 42: again is helper of line 34 again",)
+    assert found.twice == ("line 42: again is helper of line 35 again",)
     assert found.residue == (
         "line 37: lax.div(x, 1)",
         "line 38: x * 1 + 0",
