@@ -160,9 +160,16 @@ class Shared:
         """Rows of a head, with zeros up to whole registers."""
         return rows if self.row == "whole" else f"pad_lanes({rows})"
 
-    def unpad(self, rows: str) -> str:
-        """The lanes of rows that a head has."""
-        return rows if self.row == "whole" else f"unpad_lanes({rows})"
+    def unpad(self, rows: str, operand: bool = False) -> str:
+        """The lanes of rows that a head has, in parentheses where it is the `operand` of something."""
+        if self.row != "whole":
+            return f"unpad_lanes({rows})"
+        return f"({rows})" if operand else rows
+
+    @property
+    def transpose_words(self) -> str:
+        """The function that makes words of tokens of words of rows."""
+        return "transpose_bytes" if self.packing == 4 else "transpose_halves"
 
     def kv_rows(self, keys_and_values: str) -> str:
         """The rows in the cache of new keys and values, which an expression gives as two arguments."""
