@@ -1,0 +1,152 @@
+"""What the template of a decode kernel by waves of tiles shows where K and V lie separately."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from rpac.kernels.assemble import Kernel
+from rpac.kernels.constants import Constant, tile
+from rpac.kernels.shared import call_of, model_constants, scratch_of
+from rpac.plan import GroupTiles, KernelPlan
+from rpac.plan.buffers import unit_tokens
+from rpac.plan.query_rows import Sets, units_by_sequence
+from rpac.plan.recipe import Recipe
+from rpac.spec import Spec
+
+_NAMES = {"swapped": "kv_swapped"}  # of scratch arrays, other than in the plan
+
+
+@dataclass(frozen=True)
+class Queries:
+    """How the queries of a sequence lie in registers.
+
+    `heads`: the rows of a matmul are those of one KV head, or shared by several. `padding`: there are rows of no query at the
+    end of each head's, at the end of the last ones, or nowhere.
+    """
+
+    heads: Literal["own", "shared"]
+    padding: Literal["none", "last", "each"]
+    row_of_head: str
+
+    @classmethod
+    def of(cls, spec: Spec) -> Queries:
+        """Those of a spec."""
+        sets = Sets.of(spec)
+        shared = sets.heads > 1
+        row = "lax.broadcasted_iota(jnp.int32, (SET_ROWS, LANES), 0)"
+        padding: Literal["last", "each"] = "last" if shared else "each"
+        return cls(
+            heads="shared" if shared else "own",
+            padding=padding if sets.padded(spec.model) else "none",
+            row_of_head=f"{row} & (HEAD_QUERY_ROWS - 1)" if shared else row,
+        )
+
+    def drop(self, rows: str) -> str:
+        """Rows of queries without padding."""
+        return rows if self.padding == "none" else f"self.without_padding({rows})"
+
+
+def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
+    """The kernel of a plan."""
+    tiles = plan.decode
+    assert isinstance(tiles, GroupTiles) and recipe.decode is not None
+    constants = [*model_constants(spec, plan), *wave_constants(spec, tiles), *_own_constants(spec, recipe)]
+    drafts = spec.serving.decode_len > 1
+    new = "DECODE_LEN new tokens" if drafts else "One new token"
+    updated = "update its pages, " if drafts else "update its page, "
+    stored = (
+        "stores the new tokens and clears what lies behind them"
+        if drafts
+        else "stores the new token and clears what lies behind it"
+    )
+    updates = spec.model.update_cache
+    context = {
+        "kernel_class": "DecodeKernel",
+        "call": call_of(spec, "decode"),
+        "scratch": scratch_of(tiles.scratch(spec), _shapes(spec), constants, _NAMES),
+        "summary": f"{new} for each of the sequences [0, distribution[0]): {updated if updates else ''}attend to all tokens it sees.",
+        "patches": stored if updates else "clears what lies behind a sequence",
+        "queries": Queries.of(spec),
+        "value_lanes": "HEAD_LANES",
+        "store": "several" if drafts else "one",
+        "write": recipe.decode.write,
+        "tiles_fit": _tiles_fit(spec, tiles),
+    }
+    return Kernel("skeletons/decode_waves.py.jinja", context, constants, "DECODE_")
+
+
+def wave_constants(spec: Spec, tiles: GroupTiles) -> list[Constant]:
+    """The constants of a plan's waves."""
+    serving = spec.serving
+    several = serving.decode_len > 1
+    return [
+        tile("TILE", tiles.tile, "tokens that are fetched and computed at once, of one sequence"),
+        tile("TILES_PER_WAVE", tiles.step),
+        tile("LOOKAHEAD", tiles.ahead, "waves from the fetch of one to its softmax"),
+        tile("WAVE_TOKENS", "TILES_PER_WAVE * TILE"),
+        tile("WAVE_BUFFERS", "LOOKAHEAD + 1"),
+        tile("TILE_BUFFERS", "WAVE_BUFFERS * TILES_PER_WAVE"),
+        tile("TILE_PAGES", "TILE // PAGE_SIZE"),
+        tile("MAX_ROWS", tiles.loaded, "sequences of the largest batch"),
+        tile("NO_SEQ", "MAX_ROWS", "the sequence of a tile that is of none"),
+        tile("MAX_TOKENS", "MAX_ROWS * DECODE_LEN" if several else "MAX_ROWS", "new tokens of the largest batch"),
+        tile("WRITE_BUFFERS", tiles.writes, "sequences whose new tokens are on their way to the cache"),
+        tile("LAST_ENTRY", "MAX_SEQS * PAGES_PER_SEQ - 1", "of the page tables"),
+    ]
+
+
+def _own_constants(spec: Spec, recipe: Recipe) -> list[Constant]:
+    """Those of heads, and of new tokens in the cache."""
+    sets, updates = Sets.of(spec), spec.model.update_cache
+    pairs = recipe.decode is not None and recipe.decode.read == "token_pairs"
+    new_tiles = units_by_sequence(spec, 1, unit_tokens(spec.model))[-1]
+    return [
+        tile("QUERIES", "Q_HEADS * DECODE_LEN" if spec.serving.decode_len > 1 else "Q_HEADS", "of a sequence"),
+        tile("HEADS_PER_SET", sets.heads, "KV heads whose queries fill a register together"),
+        tile("HEAD_SETS", sets.count),
+        tile("SET_QUERIES", sets.heads * sets.queries),
+        tile("SET_ROWS", sets.rows, "rows of a set's queries, whole registers"),
+        tile("P_ROWS", "2 * SET_ROWS" if pairs else "SET_ROWS", "rows of a set's probabilities in a matmul"),
+        tile("HEAD_QUERY_ROWS", sets.rows // sets.heads, "of which each KV head has as many"),
+        tile("QUERY_ROWS", "HEAD_SETS * SET_ROWS"),
+        tile("NEW_TILES", new_tiles, "sublane tiles that a sequence's new tokens may lie in"),
+        tile("LOADS", 3 if updates else 1, "queries, keys, values" if updates else "queries"),
+    ]
+
+
+def _shapes(spec: Spec) -> dict[str, str]:
+    """The shapes of scratch arrays, in constants."""
+    several = spec.serving.decode_len > 1
+    rows = "(MAX_ROWS + 1) * DECODE_LEN" if several else "MAX_ROWS + 1"
+    return {
+        "kv": "TILE_BUFFERS, TILE_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES",
+        "q_in": f"{rows}, Q_HEADS, HEAD_DIM",
+        "new_keys": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
+        "new_values": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
+        "unit_out": f"WRITE_BUFFERS, {'NEW_TILES, ' * several}KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES",
+        "swapped": "TILES_PER_WAVE, KV_HEADS, TILE // (2 * PACKING), HEAD_LANES",
+        "scores": "TILES_PER_WAVE, QUERY_ROWS, TILE",
+        "sink_rows": "QUERY_ROWS, LANES",
+        "row_max": "QUERY_ROWS, LANES",
+        "row_sum": "QUERY_ROWS, LANES",
+        "acc": "QUERY_ROWS, HEAD_LANES",
+        "out_all": f"{rows}, Q_HEADS, HEAD_DIM",
+        "lse_rows": f"{rows}, PADDED_Q_HEADS, LANES",
+        "tile_seq": "TILE_BUFFERS",
+        "tile_first": "TILE_BUFFERS",
+        "tile_left": "TILE_BUFFERS",
+        "kv_sem": "WAVE_BUFFERS",
+        "load_sem": "LOADS",
+        "unit_sem": "WRITE_BUFFERS",
+        "out_sem": "1",
+        "lse_sem": "1",
+    }
+
+
+def _tiles_fit(spec: Spec, tiles: GroupTiles) -> bool:
+    """Whether no tile reaches past the end of a sequence's page table: a window begins at any page, and so do its tiles."""
+    model = spec.model
+    whole = math.gcd(model.attention_chunk or 0, spec.serving.max_model_len) % tiles.tile == 0
+    return model.sliding_window is None and whole
