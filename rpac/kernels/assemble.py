@@ -57,7 +57,7 @@ def assembled(
     of_model = "\n".join(str(one) for one in used if not one.tile)
     of_tiles = "\n".join(str(one) for one in used if one.tile)
     head = templates.get_template("parts/header.py.jinja").render(context).rstrip("\n")
-    top = head, _needed(templates.get_template(imports).render(context), body)
+    top = head, "", _needed(templates.get_template(imports).render(context), body)
     return "\n".join([*top, "", "\n\n".join(filter(None, (of_model, of_tiles))), "\n", body])
 
 

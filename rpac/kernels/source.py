@@ -14,6 +14,7 @@ from rpac.kernels.assemble import Kernel, assembled
 from rpac.kernels.grouped import grouped_context
 from rpac.kernels.header import header
 from rpac.kernels.latent import latent_context
+from rpac.kernels.portable import portable_text
 from rpac.kernels.shared import shared_context
 from rpac.kernels.slots import environment, templates_dir
 from rpac.plan import KernelPlan
@@ -32,7 +33,7 @@ _BLOCK: Final[Mapping[tuple[str, bool], View]] = {}
 def render(spec: Spec, plan: KernelPlan) -> Source:
     """The source of one plan."""
     family = "pallas_tpu" if is_tpu(plan.target) else "xla"
-    made = _assembled(spec, plan) if family == "pallas_tpu" else None
+    made = _assembled(spec, plan) if family == "pallas_tpu" else portable_text(spec, plan)
     if made is not None:
         return Source(plan.path, made.rstrip("\n") + "\n")
     latent = spec.model.rope_dim is not None
