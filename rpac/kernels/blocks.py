@@ -57,6 +57,7 @@ def decode_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     context = {
         "call": call,
         "kernel_class": "DecodeKernel",
+        "heads_per_matmul": "one" if tiles.pair == 1 else "several",
         "scratch": scratch_of(tiles.scratch(spec), shapes, constants, _NAMES),
     }
     return Kernel("skeletons/decode_blocks.py.jinja", context, constants, "DECODE_")
