@@ -34,6 +34,7 @@ class QueryBlocks:
 
     `walk`: which tiles of a KV block are full and which partial. `full_tiles`: tile after tile, or all at once. `merge`: how
     new tokens get into a page. `q_head_rows`: whether a token's query heads are whole sublane tiles. `sinks`: how they lie.
+    `cleared`: what says which tokens behind a sequence's end are zeroed.
     """
 
     walk: Literal["causal", "local", "lengths"]
@@ -42,6 +43,7 @@ class QueryBlocks:
     lane_tiles: Literal["one", "several"]
     q_head_rows: Literal["whole", "padded"]
     sinks: Literal["rows", "transposed", "strided"]
+    cleared: Literal["cleared_planes", "cleared_tiles"]
 
     @classmethod
     def of(cls, spec: Spec, recipe: BlockRecipe) -> QueryBlocks:
@@ -54,6 +56,7 @@ class QueryBlocks:
             lane_tiles="one" if RowDims.of(model).lane_tiles == 1 else "several",
             q_head_rows="whole" if model.q_heads % SUBLANES == 0 else "padded",
             sinks="strided" if recipe.query_order == "strided" else recipe.scores,
+            cleared="cleared_planes" if recipe.read == "separate" else "cleared_tiles",
         )
 
 
