@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -180,7 +180,9 @@ class Shared:
         return scores if self.head_scales else f"{scores} * SCORE_SCALE"
 
 
-def shared_context(spec: Spec, plan: KernelPlan, recipe: Recipe) -> dict[str, Any]:
+def shared_context(
+    spec: Spec, plan: KernelPlan, recipe: Recipe, call: Callable[[Spec, str], Call] | None = None
+) -> dict[str, Any]:
     """The context of every template of a program, but for headers.
 
     `local` stands among the features for what a sliding window and attention chunks have in common: queries that do not
@@ -192,14 +194,14 @@ def shared_context(spec: Spec, plan: KernelPlan, recipe: Recipe) -> dict[str, An
         "features": features,
         "recipe": recipe,
         "shared": Shared.of(spec, recipe),
-        "program": program_of(spec, plan.kind),
+        "program": program_of(spec, plan.kind, call or call_of),
     }
 
 
-def program_of(spec: Spec, kind: str) -> Program:
+def program_of(spec: Spec, kind: str, call: Callable[[Spec, str], Call]) -> Program:
     """The public function of the programs of one kind."""
     lse, interleaved = spec.serving.log_sum_exp, spec.serving.kv_layout == "interleaved"
-    calls = tuple(call_of(spec, one) for one in (("decode", "mixed") if kind == "mixed" else (kind,)))
+    calls = tuple(call(spec, one) for one in (("decode", "mixed") if kind == "mixed" else (kind,)))
     # The first call takes the cache from the argument, a second one from the first.
     given = [{"cache": "cache_rows(kv_cache)" if interleaved else "kv_cache"}, {}]
     several = spec.serving.decode_len > 1
@@ -362,7 +364,7 @@ def model_constants(spec: Spec, plan: KernelPlan) -> list[Constant]:
         *_quantized_constants(model),
         number("VMEM_LIMIT", plan.vmem_limit, "bytes"),
         number("PACKING", packing(model.kv_dtype), "elements of the cache in one 32-bit word"),
-        *(_separate_constants(model) if serving.kv_layout == "separate" else _interleaved_constants(spec, rows)),
+        *_layout_constants(spec, rows),
     ]
 
 
@@ -398,6 +400,15 @@ def _quantized_constants(model: Attention) -> list[Constant]:
         number("KV_STEP", repr(step), "between two numbers from 1 on"),
         number("KV_LARGEST", repr(largest)),
     ]
+
+
+def _layout_constants(spec: Spec, rows: RowDims) -> list[Constant]:
+    match spec.serving.kv_layout:
+        case "separate":
+            return _separate_constants(spec.model)
+        case "interleaved":
+            return _interleaved_constants(spec, rows)
+    return []
 
 
 def _separate_constants(model: Attention) -> list[Constant]:

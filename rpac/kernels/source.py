@@ -11,12 +11,14 @@ import jinja2
 from rpac.contract.program import Source
 from rpac.devices.chip import is_tpu
 from rpac.kernels.assemble import Kernel, assembled
+from rpac.kernels.blocks import decode_blocks
 from rpac.kernels.grouped import grouped_context
 from rpac.kernels.header import header
-from rpac.kernels.latent import latent_context
+from rpac.kernels.latent import latent_blocks, latent_shared_context, latent_waves
 from rpac.kernels.portable import portable_text
 from rpac.kernels.shared import shared_context
 from rpac.kernels.slots import environment, templates_dir
+from rpac.kernels.waves import decode_waves
 from rpac.plan import KernelPlan
 from rpac.plan.recipe import Recipe
 from rpac.plan.recipes import recipe_of
@@ -26,8 +28,12 @@ __all__ = ["render", "templates_dir"]
 
 View = Callable[[Spec, KernelPlan, Recipe], Kernel]
 # By the skeleton of a recipe, and whether its attention is latent.
-_DECODE: Final[Mapping[tuple[str, bool], View]] = {}
-_BLOCK: Final[Mapping[tuple[str, bool], View]] = {}
+_DECODE: Final[Mapping[tuple[str, bool], View]] = {
+    ("blocks", False): decode_blocks,
+    ("waves", False): decode_waves,
+    ("waves", True): latent_waves,
+}
+_BLOCK: Final[Mapping[tuple[str, bool], View]] = {("latent", True): latent_blocks}
 
 
 def render(spec: Spec, plan: KernelPlan) -> Source:
@@ -36,10 +42,11 @@ def render(spec: Spec, plan: KernelPlan) -> Source:
     made = _assembled(spec, plan) if family == "pallas_tpu" else portable_text(spec, plan)
     if made is not None:
         return Source(plan.path, made.rstrip("\n") + "\n")
-    latent = spec.model.rope_dim is not None
-    name = f"latent_{plan.kind}.py.jinja" if latent else f"{plan.kind}.py.jinja"
-    context = latent_context(spec, plan) if latent else grouped_context(spec, plan)
-    text = _environment(family).get_template(name).render(header(spec, plan) | context)
+    text = (
+        _environment(family)
+        .get_template(f"{plan.kind}.py.jinja")
+        .render(header(spec, plan) | grouped_context(spec, plan))
+    )
     return Source(plan.path, text.rstrip("\n") + "\n")
 
 
@@ -53,7 +60,8 @@ def _assembled(spec: Spec, plan: KernelPlan) -> str | None:
         views.append(_BLOCK.get((recipe.block.skeleton, latent)))
     if not all(views):
         return None
-    context: dict[str, Any] = header(spec, plan) | shared_context(spec, plan, recipe)
+    shared = latent_shared_context if latent else shared_context
+    context: dict[str, Any] = header(spec, plan) | shared(spec, plan, recipe)
     return assembled(environment("pallas_tpu"), context, [view(spec, plan, recipe) for view in views if view])
 
 

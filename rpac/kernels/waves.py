@@ -8,7 +8,7 @@ from typing import Literal
 
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, tile
-from rpac.kernels.shared import call_of, model_constants, scratch_of
+from rpac.kernels.shared import Shared, call_of, model_constants, scratch_of
 from rpac.plan import GroupTiles, KernelPlan
 from rpac.plan.buffers import unit_tokens
 from rpac.plan.query_rows import Sets, units_by_sequence
@@ -16,6 +16,7 @@ from rpac.plan.recipe import Recipe
 from rpac.spec import Spec
 
 _NAMES = {"swapped": "kv_swapped"}  # of scratch arrays, other than in the plan
+LOADS_OF_NEW = (("q_hbm", "q_in"), ("k_hbm", "new_keys"), ("v_hbm", "new_values"))
 
 
 @dataclass(frozen=True)
@@ -53,28 +54,35 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     tiles = plan.decode
     assert isinstance(tiles, GroupTiles) and recipe.decode is not None
     constants = [*model_constants(spec, plan), *wave_constants(spec, tiles), *_own_constants(spec, recipe)]
-    drafts = spec.serving.decode_len > 1
-    new = "DECODE_LEN new tokens" if drafts else "One new token"
-    updated = "update its pages, " if drafts else "update its page, "
-    stored = (
-        "stores the new tokens and clears what lies behind them"
-        if drafts
-        else "stores the new token and clears what lies behind it"
-    )
-    updates = spec.model.update_cache
     context = {
         "kernel_class": "DecodeKernel",
         "call": call_of(spec, "decode"),
         "scratch": scratch_of(tiles.scratch(spec), _shapes(spec), constants, _NAMES),
-        "summary": f"{new} for each of the sequences [0, distribution[0]): {updated if updates else ''}attend to all tokens it sees.",
-        "patches": stored if updates else "clears what lies behind a sequence",
+        "summary": _summary(spec),
+        "patches": _patches(spec),
+        "loads": LOADS_OF_NEW if spec.model.update_cache else LOADS_OF_NEW[:1],
         "queries": Queries.of(spec),
         "value_lanes": "HEAD_LANES",
-        "store": "several" if drafts else "one",
+        "store": Shared.of(spec, recipe).new_tokens,
         "write": recipe.decode.write,
         "tiles_fit": _tiles_fit(spec, tiles),
     }
     return Kernel("skeletons/decode_waves.py.jinja", context, constants, "DECODE_")
+
+
+def _summary(spec: Spec) -> str:
+    several = spec.serving.decode_len > 1
+    new = "DECODE_LEN new tokens" if several else "One new token"
+    updated = f"update its page{'s' * several}, " if spec.model.update_cache else ""
+    return f"{new} for each of the sequences [0, distribution[0]): {updated}attend to all tokens that it sees."
+
+
+def _patches(spec: Spec) -> str:
+    if not spec.model.update_cache:
+        return "clears what lies behind a sequence's tokens"
+    if spec.serving.decode_len > 1:
+        return "stores the new tokens and clears what lies behind them"
+    return "stores the new token and clears what lies behind it"
 
 
 def wave_constants(spec: Spec, tiles: GroupTiles) -> list[Constant]:
