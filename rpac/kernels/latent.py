@@ -10,7 +10,7 @@ from rpac.contract.arrays import latent_lanes, metadata_specs, packing
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.shared import Call, Operand, model_constants, scratch_of, shared_context
-from rpac.kernels.waves import Queries, wave_constants
+from rpac.kernels.waves import NAMES, Queries, wave_constants
 from rpac.plan import KernelPlan, LatentBlockTiles, LatentDecodeTiles
 from rpac.plan.buffers import unit_tokens
 from rpac.plan.recipe import Recipe
@@ -75,11 +75,11 @@ def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     context = {
         "kernel_class": "DecodeKernel",
         "call": latent_call(spec, "decode"),
-        "scratch": scratch_of(tiles.scratch(spec), _DECODE_SHAPES, constants, {}),
+        "scratch": scratch_of(tiles.scratch(spec), _DECODE_SHAPES, constants, NAMES),
         "summary": "One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.",
         "patches": "stores the new token and clears what lies behind it",
         "loads": _LOADS,
-        "queries": Queries("own", "none", ""),
+        "queries": Queries("own", "none"),
         "value_lanes": "RANK",
         "store": "latent",
         "write": f"latent_{_words(spec)}",

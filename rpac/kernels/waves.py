@@ -15,7 +15,11 @@ from rpac.plan.query_rows import Sets, units_by_sequence
 from rpac.plan.recipe import Recipe
 from rpac.spec import Spec
 
-_NAMES = {"swapped": "kv_swapped"}  # of scratch arrays, other than in the plan
+NAMES = {
+    "swapped": "kv_swapped",
+    "unit_out": "new_out",
+    "unit_sem": "write_sem",
+}  # of scratch arrays, other than in the plan
 LOADS_OF_NEW = (("q_hbm", "q_in"), ("k_hbm", "new_keys"), ("v_hbm", "new_values"))
 
 
@@ -29,19 +33,16 @@ class Queries:
 
     heads: Literal["own", "shared"]
     padding: Literal["none", "last", "each"]
-    row_of_head: str
 
     @classmethod
     def of(cls, spec: Spec) -> Queries:
         """Those of a spec."""
         sets = Sets.of(spec)
         shared = sets.heads > 1
-        row = "lax.broadcasted_iota(jnp.int32, (SET_ROWS, LANES), 0)"
         padding: Literal["last", "each"] = "last" if shared else "each"
         return cls(
             heads="shared" if shared else "own",
             padding=padding if sets.padded(spec.model) else "none",
-            row_of_head=f"{row} & (HEAD_QUERY_ROWS - 1)" if shared else row,
         )
 
     def drop(self, rows: str) -> str:
@@ -57,7 +58,7 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     context = {
         "kernel_class": "DecodeKernel",
         "call": call_of(spec, "decode"),
-        "scratch": scratch_of(tiles.scratch(spec), _shapes(spec), constants, _NAMES),
+        "scratch": scratch_of(tiles.scratch(spec), _shapes(spec), constants, NAMES),
         "summary": _summary(spec),
         "patches": _patches(spec),
         "loads": LOADS_OF_NEW if spec.model.update_cache else LOADS_OF_NEW[:1],
@@ -91,14 +92,14 @@ def wave_constants(spec: Spec, tiles: GroupTiles) -> list[Constant]:
     several = serving.decode_len > 1
     return [
         tile("TILE", tiles.tile, "tokens that are fetched and computed at once, of one sequence"),
-        tile("TILES_PER_WAVE", tiles.step),
+        tile("TILES_PER_WAVE", tiles.step, "which fill the waits of each other"),
         tile("LOOKAHEAD", tiles.ahead, "waves from the fetch of one to its softmax"),
         tile("WAVE_TOKENS", "TILES_PER_WAVE * TILE"),
-        tile("WAVE_BUFFERS", "LOOKAHEAD + 1"),
+        tile("WAVE_BUFFERS", "LOOKAHEAD + 1", "waves that are fetched or computed"),
         tile("TILE_BUFFERS", "WAVE_BUFFERS * TILES_PER_WAVE"),
         tile("TILE_PAGES", "TILE // PAGE_SIZE"),
         tile("MAX_ROWS", tiles.loaded, "sequences of the largest batch"),
-        tile("NO_SEQ", "MAX_ROWS", "the sequence of a tile that is of none"),
+        tile("NO_SEQ", "MAX_ROWS", "in place of a sequence where there is no tile"),
         tile("MAX_TOKENS", "MAX_ROWS * DECODE_LEN" if several else "MAX_ROWS", "new tokens of the largest batch"),
         tile("WRITE_BUFFERS", tiles.writes, "sequences whose new tokens are on their way to the cache"),
         tile("LAST_ENTRY", "MAX_SEQS * PAGES_PER_SEQ - 1", "of the page tables"),
@@ -112,12 +113,12 @@ def _own_constants(spec: Spec, recipe: Recipe) -> list[Constant]:
     new_tiles = units_by_sequence(spec, 1, unit_tokens(spec.model))[-1]
     return [
         tile("QUERIES", "Q_HEADS * DECODE_LEN" if spec.serving.decode_len > 1 else "Q_HEADS", "of a sequence"),
-        tile("HEADS_PER_SET", sets.heads, "KV heads whose queries fill a register together"),
+        tile("HEADS_PER_SET", sets.heads, "KV heads whose queries are the rows of one matmul: they fill a register"),
         tile("HEAD_SETS", sets.count),
         tile("SET_QUERIES", sets.heads * sets.queries),
-        tile("SET_ROWS", sets.rows, "rows of a set's queries, whole registers"),
-        tile("P_ROWS", "2 * SET_ROWS" if pairs else "SET_ROWS", "rows of a set's probabilities in a matmul"),
-        tile("HEAD_QUERY_ROWS", sets.rows // sets.heads, "of which each KV head has as many"),
+        tile("SET_ROWS", sets.rows, "rows of these queries, whole registers"),
+        tile("P_ROWS", "2 * SET_ROWS" if pairs else "SET_ROWS", "rows of a set's probabilities in one matmul"),
+        tile("HEAD_QUERY_ROWS", sets.rows // sets.heads, "of them those of one KV head"),
         tile("QUERY_ROWS", "HEAD_SETS * SET_ROWS"),
         tile("NEW_TILES", new_tiles, "sublane tiles that a sequence's new tokens may lie in"),
         tile("LOADS", 3 if updates else 1, "queries, keys, values" if updates else "queries"),
