@@ -49,23 +49,23 @@ def portable_text(spec: Spec, plan: KernelPlan) -> str:
 
 @dataclass(frozen=True)
 class Ways:
-    """The way in which each role is played: for most fields, a file in the folder of that name under templates/xla/parts.
+    """The way in which each role is played: for most fields a file of that name, in the folder of the field's name under
+    templates/xla/parts.
 
-    `words`: whether the cache has the dtype of the queries. `lanes`: how the K and V of a head lie in rows of the cache, of
-    `row_lanes` lanes. `rows`: whether the rows of a token are those of its heads and no more. `as_computed` is the function
-    that makes numbers of K and V; `query_dim` the constant that is the last axis of queries.
+    `words`: whether the cache has the dtype of the queries. `lanes`: how K and V of a head lie in rows of the cache, which
+    have `row_lanes` lanes. `rows`: whether a token has the rows of its heads and no more. `fetch` is the layout of the cache,
+    and `new_rows` tells besides whether rows or lanes are padded. `query_dim` is the constant of the last axis of queries.
     """
 
     words: Literal["one_dtype", "two_dtypes"]
     lanes: Literal["whole", "padded", "joined"]
     rows: Literal["exact", "padded"]
     new_rows: str
-    layout: str
+    fetch: str
     page_order: Literal["tokens_first", "heads_first"]
     decode_rows: Literal["one", "several"]
     mask: Literal["lengths", "drafts", "tree"]
     quantize: Literal["int8", "float8"]
-    as_computed: str
     row_lanes: str
     query_dim: str
     padding_rows: int
@@ -84,12 +84,11 @@ class Ways:
             lanes="joined" if joins_rows(model) else "padded" if partial else "whole",
             rows="exact" if exact else "padded",
             new_rows=serving.kv_layout if exact or latent else f"{serving.kv_layout}_padded",
-            layout=serving.kv_layout,
+            fetch=serving.kv_layout,
             page_order="heads_first" if separate else "tokens_first",
             decode_rows="several" if several else "one",
             mask="tree" if serving.tree_mask else "drafts" if several else "lengths",
             quantize="float8" if model.kv_dtype in FLOAT8 else "int8",
-            as_computed="as_computed" if model.quantized else "as_values",
             row_lanes="HEAD_LANES" if partial else "HEAD_DIM",
             query_dim="KEY_DIM" if latent else "HEAD_DIM",
             padding_rows=_padding_rows(spec),
@@ -139,8 +138,11 @@ class View:
 
 
 def _features(spec: Spec, plan: KernelPlan) -> Sequence[str]:
-    """The features in use. `local` is what sliding windows and attention chunks have in common."""
-    also = {"local": spec.model.late, "latent": spec.model.rope_dim is not None}
+    """The features in use, and more that have a file of macros: `local` is what sliding windows and attention chunks have
+    in common.
+    """
+    model = spec.model
+    also = {"local": model.late, "latent": model.rope_dim is not None, "quantized": model.quantized}
     return [*recipe_of(spec, plan).features, *(name for name, used in also.items() if used)]
 
 
