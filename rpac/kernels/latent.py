@@ -79,10 +79,12 @@ def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "summary": "One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.",
         "patches": "stores the new token and clears what lies behind it",
         "loads": _LOADS,
-        "queries": Queries("own", "none"),
+        "queries": Queries("own", "none", pairs=False),
         "value_lanes": "RANK",
         "store": "latent",
-        "write": f"latent_{_words(spec)}",
+        "write": f"latent_write/{_words(spec)}",
+        "attention": "latent",
+        "order": "one_by_one",
         "tiles_fit": spec.serving.pages_per_seq * spec.serving.page_size % tiles.tile == 0,
     }
     return Kernel("skeletons/decode_waves.py.jinja", context, constants, "DECODE_")

@@ -28,14 +28,15 @@ class Queries:
     """How the queries of a sequence lie in registers.
 
     `heads`: the rows of a matmul are those of one KV head, or shared by several. `padding`: there are rows of no query at the
-    end of each head's, at the end of the last ones, or nowhere.
+    end of each head's, at the end of the last ones, or nowhere. `pairs`: two tokens share a row of K, and of V.
     """
 
     heads: Literal["own", "shared"]
     padding: Literal["none", "last", "each"]
+    pairs: bool
 
     @classmethod
-    def of(cls, spec: Spec) -> Queries:
+    def of(cls, spec: Spec, recipe: Recipe) -> Queries:
         """Those of a spec."""
         sets = Sets.of(spec)
         shared = sets.heads > 1
@@ -43,11 +44,16 @@ class Queries:
         return cls(
             heads="shared" if shared else "own",
             padding=padding if sets.padded(spec.model) else "none",
+            pairs=recipe.decode is not None and recipe.decode.read == "token_pairs",
         )
 
     def drop(self, rows: str) -> str:
         """Rows of queries without padding."""
-        return rows if self.padding == "none" else f"self.without_padding({rows})"
+        return rows if self.padding == "none" else f"without_padding({rows})"
+
+    def by_half(self, p: str) -> str:
+        """Probabilities as the rows of matmuls with values."""
+        return f"p_by_half({p})" if self.pairs else p
 
 
 def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
@@ -62,10 +68,12 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "summary": _summary(spec),
         "patches": _patches(spec),
         "loads": LOADS_OF_NEW if spec.model.update_cache else LOADS_OF_NEW[:1],
-        "queries": Queries.of(spec),
+        "queries": Queries.of(spec, recipe),
         "value_lanes": "HEAD_LANES",
         "store": Shared.of(spec, recipe).new_tokens,
-        "write": recipe.decode.write,
+        "write": f"wave_write/{recipe.decode.write}",
+        "attention": "grouped",
+        "order": "values_first" if recipe.decode.read == "token_pairs" else "one_by_one",
         "tiles_fit": _tiles_fit(spec, tiles),
     }
     return Kernel("skeletons/decode_waves.py.jinja", context, constants, "DECODE_")
