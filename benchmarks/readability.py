@@ -5,8 +5,8 @@ For each program, of generated/ unless others are named:
     longest    lines of the longest function
     closures   functions and lambdas defined inside functions or methods, of the kernel that has the most: its own and
                those of all functions that it calls. A program without a Pallas kernel counts as one kernel.
-    integers   integers above 2 in functions and classes, which should be named constants; the order of axes in a
-               transposition and the number of an axis do not count
+    integers   integers above 2 in functions and classes, which should be named constants; numbers of axes, the order of
+               axes in a transposition, and masks of bits, in hexadecimal, do not count
     twice      functions with the body of another one, or with a name that is already defined in the same place
     residue    what nobody would write by hand: `* 1`, `+ 0`, `lax.div(x, 1)`, "1 steps"
     refs       refs of kernels without their shape in a comment beside them
@@ -98,7 +98,7 @@ def measures(text: str) -> Measures:
     return Measures(
         longest=max((_lines(node) for node in functions), default=0),
         closures=max((tuple(_closures(pruned(text, name))) for name in kernels or [ENTRY]), key=len),
-        integers=tuple(_integers(tree)),
+        integers=tuple(_integers(tree, text)),
         twice=(*_same_bodies(functions), *_same_names(tree)),
         residue=tuple(_residue(tree, text)),
         refs=tuple(_refs_without_shape(tree, kernels, text.splitlines())),
@@ -145,12 +145,14 @@ def _closures(text: str) -> Iterator[str]:
     return inside(ast.parse(text), "")
 
 
-def _integers(tree: ast.Module) -> Iterator[str]:
-    """Integers above 2 in functions and classes that do not number axes."""
+def _integers(tree: ast.Module, text: str) -> Iterator[str]:
+    """Integers above 2 in functions and classes that are neither numbers of axes nor masks of bits."""
 
     def inside(node: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Constant) and type(node.value) is int and node.value > 2:
-            yield f"line {node.lineno}: {node.value}"
+            written = ast.get_source_segment(text, node) or ""
+            if not written.startswith("0x"):
+                yield f"line {node.lineno}: {written}"
         if isinstance(node, ast.keyword) and node.arg in AXES:
             return
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".transpose"):
