@@ -18,7 +18,7 @@ SPLIT_PHASES: Final = 2  # of an iteration that the split of the next block is s
 SPLIT_ROWS: Final = 128  # rows of 16 bits of each part that are split at once beside other work: 8 registers
 SHORT_SPLIT_ROWS: Final = 256  # the same in a program with another kernel: slower by 5%, for half as much code
 
-_NAMES: Final = {"unit_out": "write_rows", "unit_sem": "write_sem"}
+_NAMES: Final = {"unit_out": "new_out", "unit_sem": "write_sem"}
 _SHAPES: Final = {
     "kv": "KV_BUFFERS, BLOCK * TOKEN_ROWS, LANES",
     "k_words": "2, PART_TOKENS * WORD_ROWS, LANES",
@@ -92,5 +92,9 @@ def _tile_constants(spec: Spec, tiles: DecodeTiles, *, shared: bool) -> list[Con
         tile("SPLIT_ROWS", split_rows, "rows of each part that a step of the split takes"),
         tile("SPLIT_WORDS", "SPLIT_ROWS // PACKING"),
         tile("SPLIT_STEPS", "PART_ROWS // SPLIT_ROWS"),
-        tile("SPLIT_STEPS_PER_MATMUL", math.ceil(steps / (SPLIT_PHASES * matmuls)), "of them"),
+        tile(
+            "SPLIT_STEPS_PER_MATMUL",
+            math.ceil(steps / (SPLIT_PHASES * matmuls)),
+            "so that the split ends with the block",
+        ),
     ]

@@ -345,7 +345,11 @@ def model_constants(spec: Spec, plan: KernelPlan) -> list[Constant]:
         number("PADDED_Q_HEADS", align(model.q_heads, SUBLANES), "Q_HEADS, up to whole sublane tiles"),
         number("PADDED_KV_HEADS", align(model.kv_heads, SUBLANES), "KV_HEADS, up to whole sublane tiles"),
         number("HEAD_DIM", model.head_dim),
-        number("HEAD_LANES", lanes, "of a row: K in the lower lanes, V in the upper" if joined else _lanes_note(model)),
+        number(
+            "HEAD_LANES",
+            lanes,
+            "of a row of the cache: K in the lower ones, V in the upper" if joined else _lanes_note(model),
+        ),
         number("LANE_TILES", rows.lane_tiles, "rows of LANES lanes that hold one head's K"),
         number("MAX_SEQS", serving.max_num_seqs),
         number("PAGE_SIZE", serving.page_size, "tokens"),
@@ -369,7 +373,7 @@ def model_constants(spec: Spec, plan: KernelPlan) -> list[Constant]:
 
 
 def _lanes_note(model: Attention) -> str:
-    return "HEAD_DIM, up to whole registers" if model.head_dim != head_lanes(model) else "of a row"
+    return "of a row of the cache" + (": HEAD_DIM and padding" if model.head_dim != head_lanes(model) else "")
 
 
 def _score_constants(model: Attention) -> list[Constant]:
@@ -435,7 +439,7 @@ def _interleaved_constants(spec: Spec, rows: RowDims) -> list[Constant]:
         number("WORD_ROWS", rows.packed_rows, "the same rows as 32-bit words"),
         number("PAGE_ROWS", page * rows.token_rows, "rows of one page"),
         number("SUBLANE_TILE", rows.unit, "tokens of the smallest part of the cache that a DMA or store reaches"),
-        number("SUBLANE_TILE_ROWS", rows.unit_rows),
+        number("SUBLANE_TILE_ROWS", rows.unit_rows, "its rows"),
     ]
 
 
