@@ -86,7 +86,11 @@ def _shapes(spec: Spec, recipe: BlockRecipe) -> dict[str, str]:
     if RowDims.of(spec.model).lane_tiles > 1:
         by_token, by_head = f"LANE_TILES, {by_token}", f"LANE_TILES, {by_head}"
     page = "KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES" if separate else "PAGE_ROWS, LANES"
-    block = "KV_BLOCK // PAGE_SIZE, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES" if separate else "KV_BLOCK * TOKEN_ROWS, LANES"
+    block = (
+        "KV_BLOCK // PAGE_SIZE, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES"
+        if separate
+        else "KV_BLOCK * TOKEN_ROWS, LANES"
+    )
     new = "NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM"
     words = "TILE // PACKING * WORD_ROWS, LANES"
     return {
@@ -178,7 +182,11 @@ def _score_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe) -> list
         paced = [
             tile("SCORE_BUFFERS", recipe.pacing.slots, "flash steps whose scores are kept"),
             tile("SCORE_TOKENS", recipe.pacing.tokens, "tokens whose scores are made at once"),
-            tile("WAIT_FOR", recipe.pacing.wait_for[0], "probabilities wait for the scores that are made so many chunks before"),
+            tile(
+                "WAIT_FOR",
+                recipe.pacing.wait_for[0],
+                "probabilities wait for the scores that are made so many chunks before",
+            ),
             tile("DIAGONAL_WAIT_FOR", recipe.pacing.wait_for[1]),
             tile("PACED_ROWS", TIED_ROWS, "rows of probabilities that wait for one register of scores"),
         ]
@@ -230,7 +238,11 @@ def _deinterleave_constants(block: int, rows: RowDims, pack: int) -> list[Consta
         tile("ROWS_APART", "TOKENS_APART * TOKEN_ROWS"),
         tile("TILE_ROWS", "TILE * TOKEN_ROWS", "rows of a tile in the cache"),
         tile("DIAGONAL_ROWS", "DIAGONAL_BLOCK * TOKEN_ROWS"),
-        tile("DEINTERLEAVED_ROWS", math.gcd(part_rows, DEINTERLEAVED_ROWS), "rows of each part of a word that are taken at once"),
+        tile(
+            "DEINTERLEAVED_ROWS",
+            math.gcd(part_rows, DEINTERLEAVED_ROWS),
+            "rows of each part of a word that are taken at once",
+        ),
         tile("DEINTERLEAVED_WORDS", "DEINTERLEAVED_ROWS // PACKING"),
         tile("DEINTERLEAVE_STEPS", "ROWS_APART // DEINTERLEAVED_ROWS", "of a diagonal block"),
         tile("PLACE_BITS", pack.bit_length() - 1, "log2(PACKING)"),

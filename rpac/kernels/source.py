@@ -16,6 +16,7 @@ from rpac.kernels.grouped import grouped_context
 from rpac.kernels.header import header
 from rpac.kernels.latent import latent_blocks, latent_shared_context, latent_waves
 from rpac.kernels.portable import portable_text
+from rpac.kernels.query_blocks import query_blocks
 from rpac.kernels.shared import shared_context
 from rpac.kernels.slots import environment, templates_dir
 from rpac.kernels.waves import decode_waves
@@ -33,7 +34,10 @@ _DECODE: Final[Mapping[tuple[str, bool], View]] = {
     ("waves", False): decode_waves,
     ("waves", True): latent_waves,
 }
-_BLOCK: Final[Mapping[tuple[str, bool], View]] = {("latent", True): latent_blocks}
+_BLOCK: Final[Mapping[tuple[str, bool], View]] = {
+    ("query_blocks", False): query_blocks,
+    ("latent", True): latent_blocks,
+}
 
 
 def render(spec: Spec, plan: KernelPlan) -> Source:
