@@ -72,7 +72,9 @@ def query_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     assert isinstance(tiles, BlockTiles)
     assert made is not None
     constants = [*model_constants(spec, plan), *_tile_constants(spec, tiles, made)]
+    ways = {"local": spec.model.late, "pipelined": made.pipelined}
     context = {
+        "features": (*recipe.features, *(way for way, used in ways.items() if used)),
         "call": call_of(spec, plan.kind),
         "kernel_class": f"{plan.kind.capitalize()}Kernel",
         "summary": _SUMMARIES[plan.kind],
