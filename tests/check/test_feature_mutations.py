@@ -16,10 +16,10 @@ SINKS = [
     Mutation("sinks in powers of two", r" \* LOG2_E", ""),
 ]
 LSE_DECODE = [
-    Mutation("lse of the group's first head", r"(lse_rows\[.*\]) = rows", r"\1 = rows[:1]"),
-    dropped("no wait for the last lse", r"lse_copy\(num_seqs - 1 - i\)\.wait\(\)"),
-    dropped("no wait for an lse before its buffer is used again", r"lse_copy\(seq - \d\)\.wait\(\)"),
-    Mutation("lse without its maximum", r"log_sum\(row_max\[\.\.\.\],", "log_sum(0 * row_max[...],"),
+    Mutation("lse of the group's first head", r"(self\.lse_rows\[.*\]) = sums\[rows\]", r"\1 = sums[rows][:1]"),
+    dropped("no wait for the last lse", r"self\.lse_copy\(self\.num_seqs - 1 - index\)\.wait\(\)"),
+    dropped("no wait for an lse before its buffer is used again", r"self\.lse_copy\(seq - WRITE_BUFFERS\)\.wait\(\)"),
+    Mutation("lse without its maximum", r"log_of_sum\(self\.row_max\[\.\.\.\],", "log_of_sum(0 * self.row_max[...],"),
 ]
 LSE_BLOCK = [
     Mutation("lse of the next head", r"(lse_rows\[pl\.ds\()head", r"\1lax.rem(head + 1, 4)"),
@@ -30,7 +30,7 @@ LSE_BLOCK = [
 ]
 DECODE_FEW = [
     Mutation("window one too long", r"token >= first\)", "token >= first - 1)"),
-    Mutation("sinks left out of the sum", r"row_sum\[\.\.\.\] = jnp\.ones_like", "row_sum[...] = jnp.zeros_like"),
+    Mutation("sinks left out of the sum", r"full_like\(self\.row_sum, 1\.0\)", "full_like(self.row_sum, 0.0)"),
 ]
 DECODE = [
     *SINKS,
@@ -41,9 +41,9 @@ DECODE = [
     ),
     Mutation("fetched from the next page on", r"kv_lens\[seq\] - WINDOW, 0\)", "kv_lens[seq] - WINDOW + PAGE_SIZE, 0)"),
     Mutation("pages from the table's start", r"return seq \* PAGES_PER_SEQ \+ lax.*", "return seq * PAGES_PER_SEQ"),
-    Mutation("not capped", r"capped\((.*, axis=0)\)", r"CAP * CAP_SCALE * \1"),
-    Mutation("sinks no maximum", r"= sink_rows\[\.\.\.\]", "= jnp.full_like(row_max, MASKED)"),
-    Mutation("the first sink for all", r"sinks\[head\]", "sinks[0]"),
+    Mutation("not capped", r"cap_scores\((.*, axis=0\)) \* SCORE_SCALE\)", r"SOFT_CAP * SCORE_SCALE * \1"),
+    Mutation("sinks no maximum", r"= self\.sink_rows\[\.\.\.\]", "= jnp.full_like(self.row_max, MASKED)"),
+    Mutation("the first sink for all", r"self\.sinks\[head\]", "self.sinks[0]"),
 ]
 WAVES_FEW = [
     Mutation("window one too long", r"token >= left - WINDOW\)", "token >= left - WINDOW - 1)"),
@@ -56,7 +56,9 @@ WAVES = [
         "a page before the window fetched", r"kv_lens\[seq\] - WINDOW, 0\)", "kv_lens[seq] - WINDOW - PAGE_SIZE, 0)"
     ),
     Mutation("fetched from the next page on", r"kv_lens\[seq\] - WINDOW, 0\)", "kv_lens[seq] - WINDOW + PAGE_SIZE, 0)"),
-    Mutation("from token 0 but for the first sequence", r"self\.first_token\(jnp\.minimum\(seq, self\.num_seqs - 1\)\)", "0"),
+    Mutation(
+        "from token 0 but for the first sequence", r"self\.first_token\(jnp\.minimum\(seq, self\.num_seqs - 1\)\)", "0"
+    ),
     Mutation("not capped", r"cap_scores\(scores \* SCORE_SCALE\)", "SOFT_CAP * SCORE_SCALE * scores"),
     Mutation("sinks left out of the sum", r"begins, 1\.0, old_sum", "begins, 0.0, old_sum"),
     Mutation("sinks no maximum", r"begins, self\.sink_rows\[\.\.\.\], old_max", "begins, MASKED, old_max"),
@@ -91,7 +93,9 @@ CHUNK_DECODE = [
         "first_query = self.kv_lens[seq]",
     ),
     Mutation(
-        "tokens counted from the sequence's start", r"return self\.kv_lens\[seq\] - self\.first_token\(seq\)", "return self.kv_lens[seq]"
+        "tokens counted from the sequence's start",
+        r"return self\.kv_lens\[seq\] - self\.first_token\(seq\)",
+        "return self.kv_lens[seq]",
     ),
 ]
 CHUNK_BLOCK_FEW = [

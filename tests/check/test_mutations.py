@@ -30,33 +30,54 @@ BOTH = [
     Mutation("output not rescaled", r"= .*rescale.* \* (acc\[head|old_acc)", r"= \1"),
 ]
 DECODE = [
-    *BOTH,
-    Mutation("mask one too far", r"< valid, scores, MASKED", "< valid + 1, scores, MASKED"),
-    Mutation("mask one short", r"< valid, scores, MASKED", "< valid - 1, scores, MASKED"),
-    dropped("no wait for KV", r"wait_block\(kv_len, seq, block, slot\)"),
-    Mutation("whole blocks not waited for", r"^( *)pltpu\.make_async_copy\(kv\.at\[slot\], .*\.wait\(\).*$", r"\1pass"),
-    Mutation("the next block split from this one", r"next_slot = lax\.rem\(step \+ 1,", "next_slot = lax.rem(step,"),
     Mutation(
-        "the next block split over this one", r"split = Split\(next_slot, 1 - here\)", "split = Split(next_slot, here)"
+        "KV of the next page",
+        r"(page_indices\[seq \* PAGES_PER_SEQ \+ block \* self\.block_pages \+ page)\]",
+        r"\1 + 1]",
     ),
-    dropped("first block not split", r"Split\(0, 0\)\.finish\(\)"),
-    dropped("the next block does not arrive", r"arrive\(step \+ 1, \*following\)", hangs=True),
+    dropped("clear_tail removed", r"self\.clear_tail\(buffer, kv_len - block \* BLOCK\)"),
+    Mutation("wrong buffer", r"^( *buffer = lax\.rem\(iteration), KV_BUFFERS\)$", r"\1 + 1, KV_BUFFERS)", hangs=True),
+    Mutation("K for V", r"return self\.head_rows\(self\.v_words, ", "return self.head_rows(self.k_words, "),
+    Mutation("sum not rescaled", r"= alpha \* (self\.row_sum\[.*\]) \+", r"= \1 +"),
+    Mutation("output not rescaled", r"= broadcast_lanes\(alpha.* \* (self\.acc\[rows\])", r"= \1"),
+    Mutation("mask one too far", r"return token < end$", "return token < end + 1"),
+    Mutation("mask one short", r"return token < end$", "return token < end - 1"),
+    dropped("no wait for KV", r"self\.wait_block\(kv_len, seq, block, buffer\)"),
+    Mutation("whole blocks not waited for", r"^( *)pltpu\.make_async_copy\(whole, .*\.wait\(\).*$", r"\1pass"),
+    Mutation(
+        "the next block split from this one",
+        r"next_buffer = lax\.rem\(iteration \+ 1,",
+        "next_buffer = lax.rem(iteration,",
+    ),
+    Mutation(
+        "the next block split over this one",
+        r"Deinterleave\(self, next_buffer, 1 - half\)",
+        "Deinterleave(self, next_buffer, half)",
+    ),
+    dropped("first block not split", r"Deinterleave\(self, 0, 0\)\.finish\(\)"),
+    dropped("the next block does not arrive", r"self\.wait_and_patch\(iteration \+ 1, \*following\)", hangs=True),
     dropped("no wait for queries, keys and values", r"load\.wait\(\)"),
-    dropped("no wait for a cache write before its buffer is used again", r"unit_copy\(seq - \d\)\.wait\(\)"),
-    dropped("no wait for the last cache writes", r"unit_copy\(num_seqs - 1 - i\)\.wait\(\)"),
-    dropped("no wait for an output before its buffer is used again", r"out_copy\(seq - \d\)\.wait\(\)"),
-    dropped("no wait for the last outputs", r"out_copy\(num_seqs - 1 - i\)\.wait\(\)"),
+    dropped(
+        "no wait for a cache write before its buffer is used again", r"self\.wait_for_writes\(seq - WRITE_BUFFERS\)"
+    ),
+    dropped("no wait for the last cache writes", r"self\.wait_for_writes\(self\.num_seqs - 1 - index\)"),
+    dropped(
+        "no wait for an output before its buffer is used again", r"self\.out_copy\(seq - WRITE_BUFFERS\)\.wait\(\)"
+    ),
+    dropped("no wait for the last outputs", r"self\.out_copy\(self\.num_seqs - 1 - index\)\.wait\(\)"),
     Mutation("update of the next page", r"\+ position // PAGE_SIZE\]", "+ (position + 1) // PAGE_SIZE]"),
     Mutation(
-        "update of the token before", r"position = kv_lens\[seq\] - 1$", "position = jnp.maximum(kv_lens[seq] - 2, 0)"
+        "update of the token before",
+        r"position = self\.kv_lens\[seq\] - 1$",
+        "position = jnp.maximum(self.kv_lens[seq] - 2, 0)",
     ),
-    dropped("update not attended to", r"kv\[slot, rows\] = words_as_rows\(words\)"),
-    dropped("update not written", r"unit_copy\(seq\)\.start\(\)", hangs=True),
-    Mutation("wrong GQA head", r"queries\[head \* GROUP : \(head \+ 1\) \* GROUP\]", "queries[head : head + GROUP]"),
+    dropped("update not attended to", r"self\.kv\[buffer, rows\] = words_as_rows\(words\)"),
+    dropped("update not written", r"self\.cache_write\(seq\)\.start\(\)", hangs=True),
+    Mutation("wrong GQA head", r"= queries\[heads\]$", "= queries[head : head + GROUP]"),
     Mutation(
         "a block too few",
-        r"last = \(block \+ 1\) \* (\d+) >= kv_lens\[seq\]",
-        r"last = (block + 2) * \1 > kv_lens[seq]",
+        r"last = \(block \+ 1\) \* BLOCK >= self\.kv_lens\[seq\]",
+        "last = (block + 2) * BLOCK > self.kv_lens[seq]",
         hangs=True,
     ),
 ]
@@ -111,7 +132,12 @@ WAVES = [
     Mutation(
         "a wave of another's semaphore", r"(first_slot, sem = .*lax\.rem\(wave), WAVE", r"\1 + 1, WAVE", hangs=True
     ),
-    Mutation("fetched over the wave before", r"fetch_wave\(wave \+ LOOKAHEAD,", "fetch_wave(wave + LOOKAHEAD + 1,", hangs=True),
+    Mutation(
+        "fetched over the wave before",
+        r"fetch_wave\(wave \+ LOOKAHEAD,",
+        "fetch_wave(wave + LOOKAHEAD + 1,",
+        hangs=True,
+    ),
     Mutation("fetched over the wave that comes", r"fetch_wave\(wave \+ LOOKAHEAD,", "fetch_wave(wave + 1,", hangs=True),
     Mutation("a wave not fetched at first", r"range\(1, LOOKAHEAD\)", "range(1, LOOKAHEAD - 1)", hangs=True),
     dropped("no wave before the first", r"for_each\(0, TILE_BUFFERS, self\.clear_slot\)"),
@@ -136,7 +162,9 @@ WAVES = [
         r"(left = self\.tile_left\[self\.slot\(wave), i\)\](?=\n *token = lax)",
         r"\1 + 1, i)]",
     ),
-    Mutation("merged as the next wave", r"state = self\.merge\(wave, i, state", "state = self.merge(wave + 1, i, state"),
+    Mutation(
+        "merged as the next wave", r"state = self\.merge\(wave, i, state", "state = self.merge(wave + 1, i, state"
+    ),
     Mutation(
         "state not kept from iteration to iteration",
         r"self\.row_max\[\.\.\.\], self\.row_sum\[\.\.\.\], self\.acc\[\.\.\.\] = (self.*)$",
@@ -151,7 +179,9 @@ WAVES = [
     Mutation("the tail of V cleared from a token late", r"first \+ token < valid", "first + token <= valid"),
     Mutation("V cleared to the end of its page", r"computed_tokens = TILE", "computed_tokens = PAGE_SIZE"),
     dropped("no wait for queries, keys and values", r"load\.wait\(\)"),
-    dropped("no wait for a cache write before its buffer is used again", r"self\.wait_for_writes\(seq - WRITE_BUFFERS\)"),
+    dropped(
+        "no wait for a cache write before its buffer is used again", r"self\.wait_for_writes\(seq - WRITE_BUFFERS\)"
+    ),
     dropped("no wait for the last cache writes", r"self\.wait_for_writes\(self\.num_seqs - 1 - i\)"),
     dropped("no wait for the outputs", r"result\.wait\(\)"),
     Mutation("update of the next page", r"\+ position // PAGE_SIZE\]", "+ (position + 1) // PAGE_SIZE]"),
@@ -161,7 +191,9 @@ WAVES = [
         "position = jnp.maximum(self.kv_lens[seq] - 17, 0)",
     ),
     Mutation("new token of the next one's place", r"token = left - 1$", "token = left"),
-    Mutation("new value for both", r"in \(self\.new_keys, self\.new_values\):", "in (self.new_values, self.new_values):"),
+    Mutation(
+        "new value for both", r"in \(self\.new_keys, self\.new_values\):", "in (self.new_values, self.new_values):"
+    ),
     Mutation("new token of the first head", r"new\[head : head \+ 1\]", "new[0:1]"),
     dropped("update not made", r"self\.update_cache\(seq, self\.slot.*", hangs=True),
     dropped("update not attended to", r"self\.kv\[slot, page, plane, head, tokens\] = rows"),
