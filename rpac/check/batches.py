@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from rpac.contract.arrays import cdiv
-from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles
+from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles, XlaTiles
 from rpac.plan.buffers import unit_tokens
-from rpac.plan.tiles import XlaTiles
 from rpac.spec import Spec
 
 MAX_EDGE_ROWS = 8  # of one batch of edges

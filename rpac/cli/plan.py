@@ -8,8 +8,7 @@ import click
 
 from rpac.build import chosen_targets
 from rpac.cli.common import json_option, print_json, size, spec_argument, table, target_option
-from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles, plan_spec
-from rpac.plan.tiles import XlaTiles
+from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles, XlaTiles, plan_spec
 from rpac.spec import load_spec
 
 HEADER = (

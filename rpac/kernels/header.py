@@ -52,7 +52,9 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
             f"{d.buffers} buffers, so that DMA latency hides behind {d.buffers - 1} blocks in flight"
         )
     if isinstance(plan.decode, GroupTiles) and model.rope_dim is None:
-        lines.append(_group_line(plan.decode, plan.decode.halves(spec.model)))
+        lines.append(
+            _group_line(plan.decode, plan.recipe.decode is not None and plan.recipe.decode.read == "token_pairs")
+        )
     if isinstance(plan.block, BlockTiles):
         b = plan.block
         lines.append(

@@ -8,9 +8,8 @@ from typing import Any, Final
 
 from rpac.contract.arrays import BITS, latent_lanes
 from rpac.kernels.tiles import MASKED, declared, update_context
-from rpac.plan import KernelPlan, LatentBlockTiles, LatentDecodeTiles
+from rpac.plan import KernelPlan, LatentBlockTiles, LatentDecodeTiles, XlaTiles
 from rpac.plan.buffers import unit_tokens
-from rpac.plan.tiles import XlaTiles
 from rpac.spec import Spec
 
 MASKED_STEPS: Final = 4  # flash steps on the diagonal that are one piece of code: few blocks are there
@@ -87,7 +86,7 @@ def _tiles(spec: Spec, plan: KernelPlan, tiles: Any) -> dict[str, Any]:
         case LatentDecodeTiles():
             return {
                 **vars(tiles),
-                "buffers_declared": [declared(buffer) for buffer in tiles.scratch(spec)],
+                "buffers_declared": [declared(buffer) for buffer in tiles.scratch(spec, plan.recipe)],
                 "halves": False,
                 "groups": tiles.groups,
                 "slots": tiles.groups * tiles.step,
@@ -105,7 +104,7 @@ def _tiles(spec: Spec, plan: KernelPlan, tiles: Any) -> dict[str, Any]:
             cache = scalars + 3  # after queries, their rotary parts and the new tokens
             return {
                 **vars(tiles),
-                "buffers_declared": [declared(buffer) for buffer in tiles.scratch(spec)],
+                "buffers_declared": [declared(buffer) for buffer in tiles.scratch(spec, plan.recipe)],
                 "in_smem": scalars,
                 "in_hbm": 5 if mixed else 4,
                 "aliases": repr({cache: 1, cache + 1: 0} if mixed else {cache: 1}),

@@ -6,9 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from rpac.contract.arrays import LANES, SUBLANES, align, joins_rows, kv_row_shape, nbytes, packing
+from rpac.contract.arrays import LANES, SUBLANES, align, kv_row_shape, nbytes, packing
 from rpac.contract.attention import Attention
+from rpac.plan.recipe import SPLIT, Read
 from rpac.spec import Spec
+
+MERGE_TOKENS: Final = 16  # new tokens that are put into a page at once
+# Pages under update: new tokens are fetched four steps ahead, and pages written out in four, which hides the latency of DMAs.
+UPDATE_AHEAD: Final = 4
+NEW_BUFFERS: Final = UPDATE_AHEAD + 1
+PAGE_BUFFERS: Final = NEW_BUFFERS + 4
 
 _OF_UPDATES: Final = frozenset(
     (
@@ -114,28 +121,18 @@ def unit_tokens(model: Attention) -> int:
     return SUBLANES * packing(model.kv_dtype)
 
 
-def splits_words(spec: Spec) -> bool:
-    """Whether K and V share 32-bit words, which a kernel must split before the MXU can take either."""
-    return spec.serving.kv_layout == "interleaved" and packing(spec.model.kv_dtype) > 1
-
-
-def splits_rows(spec: Spec) -> bool:
-    """Whether words are split by the place of rows in them, for they hold other rows than one K and its V."""
-    return splits_words(spec) and (joins_rows(spec.model) or spec.model.quantized)
-
-
 def new_dtype(model: Attention) -> str:
     """In what a kernel takes new keys and values: 8-bit ones as the integers that their bits are, exact in bfloat16."""
     return "bfloat16" if model.quantized else model.kv_dtype
 
 
-def split_words(spec: Spec, tile: int, copies: int = 0) -> tuple[Buffer, ...]:
+def split_buffers(spec: Spec, read: Read, tile: int, copies: int = 0) -> tuple[Buffer, ...]:
     """The arrays that a tile's K and V are split into, where they share words; `copies` of each, if given."""
-    if not splits_words(spec):
+    if read not in SPLIT:
         return ()
     pack = packing(spec.model.kv_dtype)
     shape: tuple[int, ...] = (tile // pack * RowDims.of(spec.model).packed_rows, LANES)
-    if splits_rows(spec):
+    if read == "split_rows":
         shape = (copies, pack, *shape) if copies else (pack, *shape)
         return (Buffer("row_words", shape, "uint32", f"a tile by row of a token, {pack} tokens a word"),)
     if copies:

@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, TypeVar
 
+from rpac.plan.decode_blocks import DecodeTiles
+from rpac.plan.decode_waves import GroupTiles
 from rpac.plan.latent import LatentBlockTiles
-from rpac.plan.tiles import BlockTiles, DecodeTiles, GroupTiles, XlaTiles
+from rpac.plan.portable import XlaTiles
+from rpac.plan.prefill import BlockTiles
+from rpac.plan.recipe import Recipe
 
 RULE: Final = "rule"
 """`KernelPlan.origin` of tiles that the rules of this package made, for want of tuned ones."""
@@ -19,9 +23,10 @@ _TYPES: Final = {"int": int, "bool": bool}  # by how a field is annotated; any o
 class KernelPlan:
     """The plan of one generated source: a case on a target, for the token buckets that share its tiles.
 
-    Bytes are per core. `vmem_need` is what the buffers and the temporaries of the larger of its kernels take,
-    `vmem_limit` what the compiler is told it may use, `vmem_bytes` what the core has; zero for cpu. `origin` says where
-    the tiles come from: `rule`, alone or with why not from tuning; or `tuned`, with what that rests on.
+    `recipe` holds the decisions that choose its code. Bytes are per core. `vmem_need` is what the buffers and the temporaries
+    of the larger of its kernels take, `vmem_limit` what the compiler is told it may use, `vmem_bytes` what the core has;
+    zero for cpu. `origin` says where the tiles come from: `rule`, alone or with why not from tuning; or `tuned`, with what
+    that rests on.
     """
 
     target: str
@@ -35,6 +40,7 @@ class KernelPlan:
     vmem_bytes: int
     smem_need: int
     smem_bytes: int
+    recipe: Recipe
     origin: str = RULE
 
     def as_dict(self) -> Mapping[str, Any]:
@@ -45,7 +51,8 @@ class KernelPlan:
     def from_dict(cls, data: Mapping[str, Any]) -> KernelPlan:
         """The inverse of `as_dict`, by way of JSON too, for a TPU. Raises ValueError for tiles of other fields."""
         decode, block = decode_tiles_from(data["decode"]), tiles_from(BlockTiles, data["block"])
-        return cls(**{**data, "tokens": tuple(data["tokens"]), "decode": decode, "block": block})
+        tokens, recipe = tuple(data["tokens"]), Recipe.from_dict(data["recipe"])
+        return cls(**{**data, "tokens": tokens, "decode": decode, "block": block, "recipe": recipe})
 
 
 def decode_tiles_from(data: Mapping[str, Any] | None) -> DecodeTiles | GroupTiles | None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from rpac.contract.arrays import LANES, kv_page_shape, latent_lanes, nbytes
-from rpac.plan.buffers import Buffer, unit_tokens
+from rpac.plan.buffers import MERGE_TOKENS, NEW_BUFFERS, PAGE_BUFFERS, Buffer, unit_tokens
+from rpac.plan.decode_waves import GroupTiles
+from rpac.plan.recipe import BlockRecipe, DecodeRecipe, Recipe
 from rpac.plan.sizes import copy_sizes_of, power_of_two_from, power_of_two_to
-from rpac.plan.tiles import MERGE_TOKENS, NEW_BUFFERS, PAGE_BUFFERS, GroupTiles, XlaTiles
 from rpac.spec import Spec
 
 DECODE_TILE: Final = 1024  # tokens: what a tile costs by itself, its merge, is paid seldom
@@ -23,14 +24,17 @@ BLOCK: Final = 512  # tokens of KV of a step of a prefill or mixed kernel
 BLOCK_ROWS: Final = (2048, 1024, 512)  # query rows, tokens times heads, of its blocks
 STEP_ROWS: Final = 256  # of them computed at once: with fewer, pushing KV into the MXU shows
 BUFFERS: Final = 3
-XLA_ROWS: Final = 2048  # query rows of a step of a portable program
+
+# Tiles decide nothing here.
+DECODE_RECIPE: Final = DecodeRecipe("waves", "latent", "latent", "lengths")
+BLOCK_RECIPE: Final = BlockRecipe("latent", "latent", "latent")
 
 
 @dataclass(frozen=True)
 class LatentDecodeTiles(GroupTiles):
     """Tiles of a decode kernel, as `GroupTiles`: a turn takes `step` tiles of `tile` tokens of any sequences."""
 
-    def scratch(self, spec: Spec) -> tuple[Buffer, ...]:
+    def scratch(self, spec: Spec, recipe: Recipe) -> tuple[Buffer, ...]:
         """The scratch arrays, in the order of the kernel's parameters."""
         model, page_size = spec.model, spec.serving.page_size
         lanes = latent_lanes(model)
@@ -57,7 +61,7 @@ class LatentDecodeTiles(GroupTiles):
             Buffer("out_sem", (1,), "dma", "outputs"),
         )
 
-    def temporaries(self, spec: Spec) -> int:
+    def temporaries(self, spec: Spec, recipe: Recipe) -> int:
         """Bytes of the values of one turn that registers cannot hold: weights, scores on their way, the weighted values."""
         return 2 * self.step * nbytes((spec.model.q_heads, self.tile + spec.model.head_dim), "float32")
 
@@ -77,7 +81,7 @@ class LatentBlockTiles:
     new_tokens: int
     copy_sizes: tuple[int, ...]
 
-    def scratch(self, spec: Spec) -> tuple[Buffer, ...]:
+    def scratch(self, spec: Spec, recipe: Recipe) -> tuple[Buffer, ...]:
         """The scratch arrays, in the order of the kernel's parameters."""
         model, page_size = spec.model, spec.serving.page_size
         lanes, rows = latent_lanes(model), self.q_block * model.q_heads
@@ -103,13 +107,13 @@ class LatentBlockTiles:
             Buffer("out_sem", (1,), "dma", "output blocks"),
         )
 
-    def temporaries(self, spec: Spec) -> int:
+    def temporaries(self, spec: Spec, recipe: Recipe) -> int:
         """Bytes of the values of flash steps that registers cannot hold: scores, weights and weighted values."""
         return 4 * nbytes((self.step_rows, self.block + spec.model.head_dim), "float32")
 
 
 def decode_choices(spec: Spec, tokens: int) -> Iterator[LatentDecodeTiles]:
-    """From the tiles that the chip is kept busy with down to the smallest that work."""
+    """From the tiles that keep the chip busy down to the smallest that work."""
     serving = spec.serving
     token_bytes = nbytes((latent_lanes(spec.model),), spec.model.kv_dtype)
     # A tile is computed whole, so it is no longer than the sequences; a row of its scores is at least a register wide.
@@ -127,7 +131,7 @@ def decode_choices(spec: Spec, tokens: int) -> Iterator[LatentDecodeTiles]:
 
 
 def block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[LatentBlockTiles]:
-    """Likewise; a prefill kernel's query block divides the chunk, so that it has no partial block."""
+    """From large to small; a prefill kernel's query block divides the chunk, so that it has no partial block."""
     model, serving = spec.model, spec.serving
     longest = max(power_of_two_from(max(serving.context_lens)), LANES)
     limit = serving.prefill_chunk if kind == "prefill" else min(tokens, serving.prefill_chunk)
@@ -144,10 +148,3 @@ def block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[LatentBlockTil
                 new_tokens=min(tokens, serving.page_size),
                 copy_sizes=copy_sizes_of(kind, q_block, tokens),
             )
-
-
-def xla_tiles(spec: Spec) -> tuple[XlaTiles, XlaTiles]:
-    """Tiles of the portable programs: of decode, and of prefill and mixed."""
-    page = spec.serving.page_size
-    q_block = max(XLA_ROWS // spec.model.q_heads, 1)
-    return XlaTiles(block=max(page, LANES), blocks=4), XlaTiles(block=max(page, 256), q_block=q_block)

@@ -15,8 +15,10 @@ from typing import Any, Final
 
 from rpac.contract.attention import plain
 from rpac.errors import PlanError
+from rpac.plan.decode_blocks import DecodeTiles
+from rpac.plan.decode_waves import GroupTiles
 from rpac.plan.kernel_plan import KernelPlan, decode_tiles_from, tiles_from
-from rpac.plan.tiles import BlockTiles, DecodeTiles, GroupTiles
+from rpac.plan.prefill import BlockTiles
 from rpac.spec import Spec
 
 SCHEMA: Final = 1

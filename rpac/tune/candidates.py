@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from rpac.devices.chip import chip
-from rpac.plan import BlockTiles, DecodeTiles, KernelPlan
+from rpac.plan import BlockTiles, KernelPlan
+from rpac.plan.families import Tiles, is_legal, is_short
 from rpac.plan.kernel_plan import RULE
-from rpac.plan.legal import Tiles, is_legal
-from rpac.plan.planner import MORE_STEPS, STEP_ROWS, STEPS, turn_steps, with_tiles
+from rpac.plan.planner import with_tiles
+from rpac.plan.prefill import STEP_ROWS
 from rpac.plan.sizes import copy_sizes_of, step_rows_of
 from rpac.spec import Spec
 
@@ -61,24 +62,11 @@ def variants(spec: Spec, rule: KernelPlan, plan: KernelPlan, axis: Axis) -> Iter
     assert tiles is not None
     for value in axis.values:
         changed = _changed(spec, plan, tiles, axis, value)
-        if changed != tiles and is_legal(spec, plan, changed) and _is_short(spec, plan, changed):
+        if changed != tiles and is_legal(spec, plan.kind, plan.tokens, changed):
             parts: dict[str, Any] = {"decode": plan.decode, "block": plan.block, axis.part: changed}
             found = with_tiles(spec, plan, **parts)
-            if found is not None:
+            if found is not None and is_short(spec, chip(plan.target), plan.kind, changed, found.recipe):
                 yield label_of(rule, found), found
-
-
-def _is_short(spec: Spec, plan: KernelPlan, tiles: Tiles) -> bool:
-    """Whether no piece of code becomes longer than rules make it: what that wins, an executable would pay for in size."""
-    if isinstance(tiles, DecodeTiles):
-        return True
-    if not isinstance(tiles, BlockTiles):
-        return tiles.step <= (MORE_STEPS if plan.kind == "decode" else STEPS[plan.kind])
-    most = turn_steps(spec, chip(plan.target), plan.kind, tiles.turned(spec))
-    return all(
-        heads == 1 or tiles.steps(spec.model, heads) <= limit
-        for heads, limit in zip((tiles.heads, tiles.diagonal_heads), most, strict=True)
-    )
 
 
 def label_of(rule: KernelPlan, plan: KernelPlan) -> str:
