@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mutation import SEED, Mutation, check_bug, dropped
+from mutation import SEED, Mutation, check_bug, dropped, retiled
 
 from rpac.check import Trial, check_source
 from rpac.check.arrays import make_arguments
@@ -130,12 +130,12 @@ def small_plan(spec: Spec, kind: str) -> KernelPlan:
     """A plan by which a chunk is two query blocks, these two steps a head, a tile two turns and two pieces, a block two tiles."""
     plan = next(plan for plan in plan_spec(spec, "tpu7x") if plan.kind == kind)
     if isinstance(plan.decode, DecodeTiles):
-        plan = replace(plan, decode=replace(plan.decode, block=128))
+        plan = retiled(spec, plan, decode={"block": 128})
     if isinstance(plan.decode, GroupTiles):
-        plan = replace(plan, decode=replace(plan.decode, tile=128, step=2, ahead=2, writes=4))
+        plan = retiled(spec, plan, decode={"tile": 128, "step": 2, "ahead": 2, "writes": 4})
     assert isinstance(plan.block, BlockTiles)
     tiles = {"q_block": 32, "step_rows": 64, "heads": 2, "diagonal_heads": 2, "block": 1024, "tile": 512}
-    return replace(plan, block=replace(plan.block, **tiles))
+    return retiled(spec, plan, block=tiles)
 
 
 def cases(layout: str, kind: str, mutations: list[Mutation], *marks: pytest.MarkDecorator) -> list[object]:

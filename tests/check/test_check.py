@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mutation import retiled
 
 from rpac.check import CheckReport, Trial, check_source, check_spec, trials_of
 from rpac.check.arrays import GARBAGE, Arguments, make_arguments
@@ -112,8 +113,10 @@ def test_decode_batches_of_groups_fill_some_to_the_last_token_and_use_all_buffer
     spec = load_spec(SPECS / "llama3-8b-separate.yaml")
     plan = plan_of(spec, "decode")
     assert isinstance(plan.decode, GroupTiles)
-    tiles = replace(plan.decode, step=step, ahead=3)
-    found = trials(spec, replace(plan, decode=tiles))
+    plan = retiled(spec, plan, decode={"step": step, "ahead": 3})
+    tiles = plan.decode
+    assert isinstance(tiles, GroupTiles)
+    found = trials(spec, plan)
     assert any(trial.kv_lens[0] % (tiles.step * tiles.tile) == 0 for trial in found if trial.kv_lens)
     in_flight = tiles.groups * tiles.step
     assert any(sum(-(-length // tiles.tile) for length in trial.kv_lens) > in_flight for trial in found)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import test_mutations as tiles
-from mutation import Mutation, check_bug, dropped
+from mutation import Mutation, check_bug, dropped, retiled
 from test_features import ALL, CHUNKS_ALL, READ, SLOW, failures, featured
 
 from rpac.devices.chip import TPU_TARGETS
@@ -59,9 +59,9 @@ def small_plan(spec: Spec, target: str = "tpu7x", kind: str = "decode") -> Kerne
     """Groups of two tiles: a row has several groups, and their buffers are used again."""
     plan = next(plan for plan in plan_spec(spec, target) if plan.kind == kind)
     assert isinstance(plan.decode, GroupTiles)
-    plan = replace(plan, decode=replace(plan.decode, tile=256, step=2, ahead=2))
-    assert isinstance(plan.decode, GroupTiles)
-    assert plan.decode.halves(spec.model)
+    plan = retiled(spec, plan, decode={"tile": 256, "step": 2, "ahead": 2})
+    assert plan.recipe.decode is not None
+    assert plan.recipe.decode.read == "token_pairs"
     return plan
 
 
@@ -87,7 +87,7 @@ def test_tiles_of_one_register_are_taken_as_they_lie() -> None:
     spec = halved({})
     plan = small_plan(spec)
     assert isinstance(plan.decode, GroupTiles)
-    plan = replace(plan, decode=replace(plan.decode, tile=128))
+    plan = retiled(spec, plan, decode={"tile": 128})
     text = render(spec, plan).text
     assert "swapped" not in text
     assert "two tokens share" not in text

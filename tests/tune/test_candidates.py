@@ -11,7 +11,10 @@ from command import ROOT
 from rpac.devices.chip import chip
 from rpac.kernels import render
 from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, plan_spec
-from rpac.plan.planner import MORE_STEPS, STEPS, VMEM_HEADROOM, turn_steps, vmem_need
+from rpac.plan.decode_waves import MORE_TILES, MOST_TILES
+from rpac.plan.families import vmem_need
+from rpac.plan.planner import VMEM_HEADROOM
+from rpac.plan.prefill import most_steps
 from rpac.plan.tuned import TunedTiles
 from rpac.spec import Spec, load_spec
 from rpac.tune.candidates import AXES, label_of, variants
@@ -53,7 +56,7 @@ def test_every_candidate_fits_vmem_with_the_budget_that_it_says(spec: Spec, plan
     for axis in AXES:
         for _, other in variants(spec, plan, plan, axis):
             tiles = [tiles for tiles in (other.decode, other.block) if tiles is not None]
-            assert other.vmem_need == max(vmem_need(spec, one) for one in tiles)  # type: ignore[type-var]
+            assert other.vmem_need == max(vmem_need(spec, one, other.recipe) for one in tiles)  # type: ignore[type-var]
             assert other.vmem_need + VMEM_HEADROOM <= room
             assert other.vmem_need < other.vmem_limit <= room
 
@@ -85,8 +88,10 @@ def test_no_candidate_has_longer_pieces_of_code_than_the_rules_make(spec: Spec, 
             if other.block is not None and axis.part == "block":
                 assert isinstance(other.block, BlockTiles)
                 steps = spec.model.group * other.block.q_block // other.block.step_rows
-                most, most_diagonal = turn_steps(spec, device, plan.kind, other.block.turned(spec))
+                recipe = other.recipe.block
+                assert recipe is not None
+                most, most_diagonal = most_steps(device, plan.kind, recipe.read, recipe.scores)
                 assert other.block.heads * steps <= most or other.block.heads == 1
                 assert other.block.diagonal_heads * steps <= most_diagonal or other.block.diagonal_heads == 1
             if isinstance(other.decode, GroupTiles):
-                assert other.decode.step <= (MORE_STEPS if plan.kind == "decode" else STEPS[plan.kind])
+                assert other.decode.step <= (MORE_TILES if plan.kind == "decode" else MOST_TILES[plan.kind])

@@ -15,20 +15,13 @@ from rpac.contract.arrays import LANES
 from rpac.contract.attention import Attention, Serving
 from rpac.devices.chip import TPU_TARGETS, chip
 from rpac.errors import PlanError
-from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims, kinds_of, plan_spec
+from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims, XlaTiles, kinds_of, plan_spec
 from rpac.plan.buffers import unit_tokens
-from rpac.plan.planner import (
-    IN_FLIGHT_BYTES,
-    SMEM_RESERVE,
-    TURN_BYTES,
-    VMEM_HEADROOM,
-    power_of_two_from,
-    power_of_two_to,
-    smem_need,
-    vmem_need,
-)
+from rpac.plan.decode_waves import WAVE_BYTES
+from rpac.plan.families import vmem_need
+from rpac.plan.planner import SMEM_RESERVE, VMEM_HEADROOM, smem_need
 from rpac.plan.query_rows import Sets
-from rpac.plan.tiles import XlaTiles
+from rpac.plan.sizes import IN_FLIGHT_BYTES, power_of_two_from, power_of_two_to
 from rpac.plan.tuned import TunedTiles
 from rpac.spec import Spec, load_spec
 
@@ -173,13 +166,13 @@ def test_groups_fit_and_are_fetched_far_enough_ahead_where_there_is_room(spec: S
         assert tiles.ahead >= 2, "one group is scored, one weighed, one fetched"
         assert tiles.groups == tiles.ahead + 1
         assert tiles.step <= tiles.writes, "a turn may end as many sequences"
-        kv = next(buffer for buffer in tiles.scratch(spec) if buffer.name == "kv")
+        kv = next(buffer for buffer in tiles.scratch(spec, plan.recipe) if buffer.name == "kv")
         turn = kv.vmem_bytes // tiles.groups
-        assert tiles.step == 1 or turn <= TURN_BYTES
+        assert tiles.step == 1 or turn <= WAVE_BYTES
         more = replace(tiles, ahead=tiles.ahead + 1)
         room = plan.vmem_bytes - plan.vmem_bytes // 16 - VMEM_HEADROOM
-        assert (tiles.ahead - 1) * turn >= IN_FLIGHT_BYTES or vmem_need(spec, more) > room
-        scalars = sum(math.prod(buffer.shape) for buffer in tiles.scratch(spec) if buffer.dtype == "smem")
+        assert (tiles.ahead - 1) * turn >= IN_FLIGHT_BYTES or vmem_need(spec, more, plan.recipe) > room
+        scalars = sum(math.prod(buffer.shape) for buffer in tiles.scratch(spec, plan.recipe) if buffer.dtype == "smem")
         assert 4 * scalars < SMEM_RESERVE // 2, "the budget does not count them"
 
 
@@ -278,9 +271,11 @@ def test_what_is_counted_is_what_is_declared_and_fits(spec: Spec, target: str) -
         kernels = [tiles for tiles in (plan.decode, plan.block) if tiles and not isinstance(tiles, XlaTiles)]
         for tiles in kernels:
             dtypes = {"dma": None, "smem": None, "bfloat16": 2, "float32": 4, "uint32": 4}
-            declared = sum(math.prod(buffer.shape) * (dtypes[buffer.dtype] or 0) for buffer in tiles.scratch(spec))
-            assert declared + tiles.temporaries(spec) <= vmem_need(spec, tiles)
-        assert plan.vmem_need == max(vmem_need(spec, tiles) for tiles in kernels)
+            declared = sum(
+                math.prod(buffer.shape) * (dtypes[buffer.dtype] or 0) for buffer in tiles.scratch(spec, plan.recipe)
+            )
+            assert declared + tiles.temporaries(spec, plan.recipe) <= vmem_need(spec, tiles, plan.recipe)
+        assert plan.vmem_need == max(vmem_need(spec, tiles, plan.recipe) for tiles in kernels)
         assert plan.vmem_need < plan.vmem_limit < plan.vmem_bytes == device.vmem_bytes
         assert plan.smem_need == smem_need(spec) < plan.smem_bytes == device.smem_bytes
 

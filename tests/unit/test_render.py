@@ -187,7 +187,7 @@ def test_every_buffer_of_a_plan_is_declared_and_a_parameter_once() -> None:
         tiles = plan.decode or plan.block
         assert tiles is not None
         text = render(spec, plan).text
-        for buffer in tiles.scratch(spec):  # type: ignore[union-attr]
+        for buffer in tiles.scratch(spec, plan.recipe):  # type: ignore[union-attr]
             assert text.count(f"\n    {buffer.name},\n") == 1
             assert text.count(f",  # {buffer.name}: {buffer.note}\n") == 1
 
