@@ -90,7 +90,7 @@ def test_tiles_of_one_register_are_taken_as_they_lie() -> None:
     plan = retiled(spec, plan, decode={"tile": 128})
     text = render(spec, plan).text
     assert "swapped" not in text
-    assert "two tokens share" not in text
+    assert "share each row of K" not in text
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -13,9 +17,23 @@ from hypothesis import strategies as st
 
 from rpac.contract.arrays import LANES
 from rpac.contract.attention import Attention, Serving
+from rpac.contract.features import FEATURES
 from rpac.devices.chip import TPU_TARGETS, chip
 from rpac.errors import PlanError
-from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims, XlaTiles, kinds_of, plan_spec
+from rpac.plan import (
+    BlockRecipe,
+    BlockTiles,
+    Buffer,
+    DecodeRecipe,
+    DecodeTiles,
+    GroupTiles,
+    KernelPlan,
+    Recipe,
+    RowDims,
+    XlaTiles,
+    kinds_of,
+    plan_spec,
+)
 from rpac.plan.buffers import unit_tokens
 from rpac.plan.decode_waves import WAVE_BYTES
 from rpac.plan.families import vmem_need
@@ -23,6 +41,7 @@ from rpac.plan.planner import SMEM_RESERVE, VMEM_HEADROOM, smem_need
 from rpac.plan.query_rows import Sets
 from rpac.plan.sizes import IN_FLIGHT_BYTES, power_of_two_from, power_of_two_to
 from rpac.plan.tuned import TunedTiles
+from rpac.plan.words import BLOCK, DECODE, TITLES, decisions
 from rpac.spec import Spec, load_spec
 
 SPECS = [
@@ -310,13 +329,57 @@ def test_powers_of_two_are_the_nearest_on_either_side(value: int) -> None:
 
 
 def test_a_plan_is_plain_data_for_a_manifest() -> None:
-    import json
-
     for plan in plan_spec(TINY, "v6e"):
         data = json.loads(json.dumps(plan.as_dict()))
         assert data["kind"] == plan.kind
         assert data["tokens"] == list(plan.tokens)
     assert np.dtype("int32").itemsize * (4 + 4 * 32 + 5 + 3) == smem_need(TINY)
+
+
+# ---- the recipe
+
+
+@each_spec
+@pytest.mark.parametrize("target", [*TPU_TARGETS, "cpu"])
+def test_a_recipe_has_a_part_for_each_kernel_of_a_tpu_program_and_the_features_of_any(spec: Spec, target: str) -> None:
+    for plan in plan_spec(spec, target):
+        on_tpu = target != "cpu"
+        assert (plan.recipe.decode is not None) == (on_tpu and plan.kind != "prefill")
+        assert (plan.recipe.block is not None) == (on_tpu and plan.kind != "decode")
+        wanted = {feature.key for feature in FEATURES if feature.in_kernel(spec.model, spec.serving)}
+        assert set(plan.recipe.features) == wanted
+
+
+@each_spec
+@pytest.mark.parametrize("target", TPU_TARGETS)
+def test_a_plan_is_the_same_by_way_of_json(spec: Spec, target: str) -> None:
+    for plan in plan_spec(spec, target):
+        data = json.loads(json.dumps(plan.as_dict()))
+        assert Recipe.from_dict(data["recipe"]) == plan.recipe
+        if spec.model.rope_dim is None:
+            assert KernelPlan.from_dict(data) == plan
+
+
+@each_spec
+@pytest.mark.parametrize("target", [*TPU_TARGETS, "cpu"])
+def test_a_program_is_told_one_choice_and_one_reason_for_each_decision(spec: Spec, target: str) -> None:
+    for plan in plan_spec(spec, target):
+        told = list(decisions(plan.recipe, plan.kind))
+        assert len({(one.kernel, one.name) for one in told}) == len(told)
+        kernels = {"": 1, "decode": len(DECODE) if plan.recipe.decode else 0}
+        kernels |= {} if plan.recipe.block is None else {plan.kind: len(BLOCK)}
+        assert Counter(one.kernel for one in told) == {name: count for name, count in kernels.items() if count}
+        assert all(one.choice and one.why for one in told)
+
+
+@pytest.mark.parametrize(("recipe", "table"), [(DecodeRecipe, DECODE), (BlockRecipe, BLOCK)])
+def test_every_value_of_every_decision_has_words(recipe: type, table: Mapping[str, Mapping[object, object]]) -> None:
+    types = {name: hint for name, hint in get_type_hints(recipe).items() if get_origin(hint) is Literal or hint is bool}
+    values = {name: {True, False} if hint is bool else set(get_args(hint)) for name, hint in types.items()}
+    if recipe is BlockRecipe:  # numbers, and what follows from other fields
+        values |= {"softmax": {"plain", "paced", "transposed"}, "lookahead": {True, False}}
+    assert {name: set(words) for name, words in table.items()} == values
+    assert set(table) <= set(TITLES)
 
 
 def test_new_tokens_of_a_decode_row_take_rows_of_a_product_as_heads_of_a_group_do() -> None:
