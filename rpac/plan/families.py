@@ -71,6 +71,15 @@ def options_of(spec: Spec, tiles: Tiles, wanted: Wanted) -> Mapping[str, tuple[s
     return chooser.legal
 
 
+def allowed(spec: Spec, tiles: Tiles, wanted: Wanted) -> Wanted:
+    """Those of some wanted decisions that the tiles allow, and that are not the rule's."""
+    kept: dict[str, str | bool] = {}
+    for name in (*DECODE_OPTIONS, *BLOCK_OPTIONS):
+        if wanted.get(name) in options_of(spec, tiles, kept).get(name, ())[1:]:
+            kept[name] = wanted[name]
+    return kept
+
+
 def override_of(spec: Spec, plan: KernelPlan) -> Override:
     """The decisions of a plan's recipe that are not the rule's for its tiles."""
     found: dict[str, Wanted] = {}

@@ -65,7 +65,10 @@ def _with_tuned(spec: Spec, plan: KernelPlan, tuned: TunedTiles) -> KernelPlan:
     entry = tuned.find(spec, plan)
     if entry is None:
         return _interpolated(spec, plan, tuned.nearest(spec, plan))
-    found = with_tiles(spec, plan, *entry.tiles)
+    try:
+        found = with_tiles(spec, plan, *entry.tiles, entry.override)
+    except ValueError as error:
+        raise entry.stale(error) from error
     if found is None:
         return replace(plan, origin=f"{RULE}: the tuned tiles do not fit VMEM")
     return replace(found, origin=entry.origin)
@@ -82,7 +85,10 @@ def _interpolated(spec: Spec, plan: KernelPlan, entry: Entry | None) -> KernelPl
         sizes = copy_sizes_of(plan.kind, block.q_block, plan.tokens[0])
         block = replace(block, new_tokens=plan.block.new_tokens, copy_sizes=sizes)
     legal = all(is_legal(spec, plan.kind, plan.tokens, tiles) for tiles in (decode, block) if tiles is not None)
-    found = with_tiles(spec, plan, decode, block) if legal else None
+    try:
+        found = with_tiles(spec, plan, decode, block, entry.override) if legal else None
+    except ValueError:  # the recipe is not for these tiles
+        found = None
     if found is None:
         return replace(plan, origin=f"{RULE}: the nearest tuned tiles do not fit this case")
     return replace(found, origin=entry.interpolated)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from rpac.contract.attention import plain
 from rpac.errors import PlanError
 from rpac.plan.decode_blocks import DecodeTiles
 from rpac.plan.decode_waves import GroupTiles
+from rpac.plan.families import Override
 from rpac.plan.kernel_plan import KernelPlan, decode_tiles_from, tiles_from
 from rpac.plan.prefill import BlockTiles
 from rpac.spec import Spec
@@ -25,6 +26,7 @@ SCHEMA: Final = 1
 FOLDER: Final = Path(__file__).parent.parent / "tuned"
 FILE_FIELDS: Final = ("schema", "target", "device_kind", "entries")
 ENTRY_FIELDS: Final = ("key", "tiles", "evidence")
+OVERRIDE: Final = "recipe"  # of an entry whose recipe is not the rule's for its tiles
 TILES_FIELDS: Final = ("decode", "block")
 # `origin` reads the first of these; the others are for people.
 EVIDENCE_FIELDS: Final = (
@@ -64,12 +66,16 @@ def key_text(key: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One case: the tiles chosen, as plain data, and what that rests on. `place` is where it was read, for messages."""
+    """One case: the tiles chosen, as plain data, and what that rests on. `place` is where it was read, for messages.
+
+    `recipe` has the decisions that are not the rule's for these tiles, as plain data.
+    """
 
     key: Mapping[str, Any]
     data: Mapping[str, Any]
     evidence: Mapping[str, Any]
     place: str
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tiles(self) -> tuple[DecodeTiles | GroupTiles | None, BlockTiles | None]:
@@ -80,13 +86,26 @@ class Entry:
                     raise ValueError(f"tiles.{part}: must be null for {other} batches, and only there")
             return decode_tiles_from(self.data["decode"]), tiles_from(BlockTiles, self.data["block"])
         except ValueError as error:
-            raise PlanError(
-                f"{self.place}: not the tiles of these kernels: {error}; remove the entry and run rpac tune again"
-            ) from error
+            raise self.stale(error) from error
+
+    @property
+    def override(self) -> Override:
+        """What of the recipe is not the rule's. Raises PlanError where there are no such decisions."""
+        try:
+            return Override.from_dict(self.recipe)
+        except ValueError as error:
+            raise self.stale(error) from error
+
+    def stale(self, error: ValueError) -> PlanError:
+        """The error for an entry that is of other kernels."""
+        return PlanError(
+            f"{self.place}: not the tiles of these kernels: {error}; remove the entry and run rpac tune again"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """What a data file holds of it."""
-        return {"key": self.key, "tiles": self.data, "evidence": self.evidence}
+        override = {OVERRIDE: self.recipe} if self.recipe else {}
+        return {"key": self.key, "tiles": self.data, **override, "evidence": self.evidence}
 
     @property
     def origin(self) -> str:
@@ -161,7 +180,8 @@ def parse(text: str, target: str, place: str) -> list[Entry]:
 
 
 def _entry(data: Any, where: str, place: str) -> Entry:
-    entry = _fields(data, ENTRY_FIELDS, where)
+    names = (*ENTRY_FIELDS, OVERRIDE) if isinstance(data, dict) and OVERRIDE in data else ENTRY_FIELDS
+    entry = _fields(data, names, where)
     if not isinstance(entry["key"], dict):
         raise ValueError(f"{where}.key: found {entry['key']!r}; must be an object")
     tiles = _fields(entry["tiles"], TILES_FIELDS, f"{where}.tiles")
@@ -170,7 +190,10 @@ def _entry(data: Any, where: str, place: str) -> Entry:
         raise ValueError(f"{where}.evidence.score: found {evidence['score']!r}; must be a number above 0, or null")
     if not isinstance(evidence["toolchain"], dict) or "libtpu" not in evidence["toolchain"]:
         raise ValueError(f"{where}.evidence.toolchain: must be an object with libtpu")
-    return Entry(entry["key"], tiles, evidence, f"{place}: {where}")
+    recipe = entry.get(OVERRIDE, {})
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{where}.{OVERRIDE}: found {recipe!r}; must be an object")
+    return Entry(entry["key"], tiles, evidence, f"{place}: {where}", recipe)
 
 
 def _fields(data: Any, names: Sequence[str], where: str) -> dict[str, Any]:

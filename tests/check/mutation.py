@@ -10,6 +10,7 @@ from rpac.check import check_source
 from rpac.contract.program import Source
 from rpac.kernels import render
 from rpac.plan import KernelPlan
+from rpac.plan.families import RULES, Override
 from rpac.plan.planner import with_tiles
 from rpac.spec import Spec
 
@@ -46,14 +47,18 @@ def no_wait(bug: str, statement: str) -> Mutation:
 
 
 def retiled(
-    spec: Spec, plan: KernelPlan, decode: dict[str, Any] | None = None, block: dict[str, Any] | None = None
+    spec: Spec,
+    plan: KernelPlan,
+    decode: dict[str, Any] | None = None,
+    block: dict[str, Any] | None = None,
+    override: Override = RULES,
 ) -> KernelPlan:
-    """A plan with some fields of its tiles changed, and the recipe that follows from them."""
+    """A plan with some fields of its tiles changed, and the recipe that follows from them but for an override."""
     tiles = [
         replace(tiles, **changes) if changes else tiles  # type: ignore[type-var]
         for tiles, changes in ((plan.decode, decode), (plan.block, block))
     ]
-    found = with_tiles(spec, plan, *tiles)  # type: ignore[arg-type]
+    found = with_tiles(spec, plan, *tiles, override)  # type: ignore[arg-type]
     assert found is not None
     return found
 

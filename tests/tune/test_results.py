@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from rpac.errors import OutputError, PlanError
 from rpac.files.store import Store
 from rpac.kernels import render
 from rpac.plan import plan_spec
+from rpac.plan.families import Override, override_of
+from rpac.plan.planner import with_tiles
 from rpac.plan.tuned import FOLDER, Entry, TunedTiles, key_of, key_text
 from rpac.spec import Spec, load_spec
 from rpac.tune import Outcome
@@ -26,6 +29,8 @@ from rpac.tune.search import Climb, search
 
 SPEC = load_spec(TINY)
 RULE = rule_of(SPEC, "decode")
+SEPARATE = replace(SPEC, serving=replace(SPEC.serving, kv_layout="separate"))
+UNPIPELINED = Override(block={"pipelined": False})
 
 
 def outcome_of(spec: Spec = SPEC, kind: str = "decode", seed: int = 0) -> Outcome:
@@ -158,6 +163,54 @@ def test_what_tiles_do_not_turn_on_is_no_part_of_a_case(folder: Path, changes: d
     assert planned(folder, spec).origin.startswith("tuned: ")
 
 
+@pytest.fixture
+def prefill_folder(tmp_path: Path) -> Path:
+    """With an entry whose recipe is not the rule's."""
+    outcome = outcome_of(SEPARATE, "prefill")
+    assert outcome.chosen is not None
+    rule, plan = outcome.rule, with_tiles(SEPARATE, outcome.rule, None, outcome.rule.block, UNPIPELINED)  # type: ignore[arg-type]
+    assert plan is not None
+    assert plan.recipe != rule.recipe
+    chosen = replace(outcome, chosen=replace(outcome.chosen, plan=plan))
+    merge(tmp_path / "tuned", "tpu7x", [entry_of(chosen)])
+    return tmp_path / "tuned"
+
+
+def prefill_plan(folder: Path, spec: Spec = SEPARATE) -> Any:
+    plans = plan_spec(spec, "tpu7x", tuned=TunedTiles.of("tpu7x", folder))
+    return next(plan for plan in plans if plan.kind == "prefill")
+
+
+def test_an_entry_may_hold_decisions_that_are_not_the_rules(prefill_folder: Path) -> None:
+    assert json.loads((prefill_folder / "tpu7x.json").read_text())["entries"][0]["recipe"] == UNPIPELINED.as_dict()
+    plan = prefill_plan(prefill_folder)
+    assert plan.origin.startswith("tuned: ")
+    assert override_of(SEPARATE, plan) == UNPIPELINED
+    near = prefill_plan(prefill_folder, replace(SEPARATE, serving=replace(SEPARATE.serving, context_lens=(20, 100))))
+    assert near.origin.startswith("interpolated ")
+    assert override_of(SEPARATE, near) == UNPIPELINED
+
+
+def test_an_entry_of_the_rules_recipe_does_not_name_it(folder: Path) -> None:
+    assert "recipe" not in json.loads((folder / "tpu7x.json").read_text())["entries"][0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"block": {"pipelined": "yes"}}, "recipe: pipelined: found 'yes'; with these tiles it must be"),
+        ({"block": {"sums": "vector"}}, "recipe: found block: {'sums': 'vector'}; must be some of"),
+        ({"prefill": {}}, "recipe: found prefill: {}; must be some of"),
+    ],
+)
+def test_decisions_that_the_tiles_do_not_allow_are_refused(
+    prefill_folder: Path, recipe: dict[str, Any], message: str
+) -> None:
+    damaged(prefill_folder, lambda data: data["entries"][0].update(recipe=recipe))
+    with pytest.raises(PlanError, match=rf"entries\[0\]: not the tiles of these kernels: {re.escape(message)}"):
+        prefill_plan(prefill_folder)
+
+
 def test_a_field_that_a_spec_gains_is_part_of_its_case() -> None:
     """Whatever model and serving hold is in the key, or stands for something that is; a feature, where it is used."""
     key = key_of(SPEC, "decode", (8, 32))
@@ -262,6 +315,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no key": (lambda data: data["entries"][0].update(key=[]), r"entries\[0\]\.key: found \[\]; must be an object"),
     "no tiles": (lambda data: data["entries"][0].update(tiles={}), r"entries\[0\]\.tiles: found ; must be an object with"),
     "no evidence": (lambda data: data["entries"][0]["evidence"].pop("tried"), r"entries\[0\]\.evidence: found .*tried"),
+    "no recipe": (lambda data: data["entries"][0].update(recipe=[]), r"entries\[0\]\.recipe: found \[\]; must be an object"),
     "no score": (lambda data: data["entries"][0]["evidence"].update(score=-1.0), r"entries\[0\]\.evidence\.score: found -1\.0"),
 }  # fmt: skip
 
