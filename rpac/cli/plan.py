@@ -9,7 +9,7 @@ import click
 
 from rpac.build import chosen_targets
 from rpac.cli.common import json_option, print_json, size, spec_argument, table, target_option
-from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles, XlaTiles, plan_spec
+from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, LatentBlockTiles, XlaTiles, plan_spec
 from rpac.plan.words import decisions
 from rpac.spec import load_spec
 
@@ -64,14 +64,14 @@ def _row(one: KernelPlan) -> tuple[str, ...]:
     return (one.path, " ".join(map(str, one.tokens)), _tiles(one.decode), _tiles(one.block), *budgets, one.origin)
 
 
-def _tiles(tiles: DecodeTiles | GroupTiles | BlockTiles | LatentBlockTiles | XlaTiles | None) -> str:
+def _tiles(tiles: DecodeBlocks | DecodeWaves | BlockTiles | LatentBlockTiles | XlaTiles | None) -> str:
     match tiles:
         case None:
             return "-"
-        case DecodeTiles():
+        case DecodeBlocks():
             return f"{tiles.block} x{tiles.buffers}"
-        case GroupTiles():
-            return f"{tiles.step} x {tiles.tile} x{tiles.groups}"
+        case DecodeWaves():
+            return f"{tiles.tiles_per_wave} x {tiles.tile} x{tiles.wave_buffers}"
         case BlockTiles():
             return f"{tiles.q_block} q, {tiles.block}/{tiles.tile} x{tiles.buffers}"
         case LatentBlockTiles():

@@ -13,7 +13,7 @@ from rpac.kernels.decode import draft_context, extra_of_blocks
 from rpac.kernels.tiles import MASKED, tile_context
 from rpac.plan import KernelPlan, LatentBlockTiles, RowDims
 from rpac.plan.access import read_of
-from rpac.plan.buffers import unit_tokens
+from rpac.plan.buffers import sublane_tile_tokens
 from rpac.plan.recipe import SPLIT
 from rpac.spec import Spec
 
@@ -91,8 +91,8 @@ def grouped_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "word_rows": rows.packed_rows,
         "token_rows": rows.token_rows,
         "page_rows": serving.page_size * rows.token_rows,
-        "unit": unit_tokens(model) if serving.kv_layout == "separate" else rows.unit,
-        "unit_rows": rows.unit_rows,
+        "unit": sublane_tile_tokens(model) if serving.kv_layout == "separate" else rows.sublane_tile,
+        "unit_rows": rows.sublane_tile_rows,
         "row_order": _row_order(model, rows),
         "vmem_limit": plan.vmem_limit,
         "decode_call": _call_context(spec, "decode"),

@@ -10,7 +10,7 @@ from typing import Any, Final
 from rpac.contract.arrays import LANES, latent_lanes
 from rpac.contract.attention import Attention
 from rpac.devices.chip import is_tpu
-from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles
+from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, LatentBlockTiles
 from rpac.plan.kernel_plan import RULE
 from rpac.plan.words import decisions
 from rpac.spec import Spec
@@ -69,15 +69,15 @@ def _wrapped(line: str) -> str:
 def _tile_lines(plan: KernelPlan) -> Iterator[str]:
     """The tiles of each kernel, and what decides them."""
     match plan.decode:
-        case DecodeTiles() as tiles:
+        case DecodeBlocks() as tiles:
             yield (
                 f"decode: blocks of {tiles.block} tokens, as long as the expected lengths and the registers for scores allow; "
                 f"{tiles.buffers} buffers, so that {tiles.buffers - 1} blocks in flight hide the latency of DMAs"
             )
-        case GroupTiles() as tiles:
+        case DecodeWaves() as tiles:
             yield (
-                f"decode: tiles of {tiles.tile} tokens, no longer than the expected lengths; waves of {tiles.step}, so that one "
-                f"fills the other's waits; fetched {tiles.ahead} waves ahead, which hides the latency of DMAs"
+                f"decode: tiles of {tiles.tile} tokens, no longer than the expected lengths; waves of {tiles.tiles_per_wave}, so "
+                f"that one fills the other's waits; fetched {tiles.lookahead} waves ahead, which hides the latency of DMAs"
             )
     match plan.block:
         case BlockTiles() as block:

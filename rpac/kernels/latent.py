@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from rpac.contract.arrays import BITS, latent_lanes
-from rpac.kernels.tiles import MASKED, declared, update_context
-from rpac.plan import KernelPlan, LatentBlockTiles, LatentDecodeTiles, XlaTiles
-from rpac.plan.buffers import unit_tokens
+from rpac.kernels.tiles import MASKED, declared, old_fields, update_context
+from rpac.plan import KernelPlan, LatentBlockTiles, LatentWaves, XlaTiles
+from rpac.plan.buffers import sublane_tile_tokens
 from rpac.spec import Spec
 
 MASKED_STEPS: Final = 4  # flash steps on the diagonal that are one piece of code: few blocks are there
@@ -71,7 +71,7 @@ def latent_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "pages_per_seq": serving.pages_per_seq,
         "max_seqs": serving.max_num_seqs,
         "prefill_chunk": serving.prefill_chunk,
-        "unit": unit_tokens(model),
+        "unit": sublane_tile_tokens(model),
         "vmem_limit": plan.vmem_limit,
         "decode": _tiles(spec, plan, plan.decode),
         "block": _tiles(spec, plan, plan.block),
@@ -82,17 +82,17 @@ def _tiles(spec: Spec, plan: KernelPlan, tiles: Any) -> dict[str, Any]:
     model, page = spec.model, spec.serving.page_size
     match tiles:
         case XlaTiles():
-            return {**vars(tiles), "block_pages": tiles.block // page}
-        case LatentDecodeTiles():
+            return {**old_fields(tiles), "block_pages": tiles.block // page}
+        case LatentWaves():
             return {
-                **vars(tiles),
+                **old_fields(tiles),
                 "buffers_declared": [declared(buffer) for buffer in tiles.scratch(spec, plan.recipe)],
                 "halves": False,
-                "groups": tiles.groups,
-                "slots": tiles.groups * tiles.step,
-                "group_tokens": tiles.step * tiles.tile,
+                "groups": tiles.wave_buffers,
+                "slots": tiles.wave_buffers * tiles.tiles_per_wave,
+                "group_tokens": tiles.tiles_per_wave * tiles.tile,
                 "tile_pages": tiles.tile // page,
-                "tile_units": tiles.tile // unit_tokens(model),
+                "tile_units": tiles.tile // sublane_tile_tokens(model),
                 "even": spec.serving.pages_per_seq * page % tiles.tile == 0,
                 "table_end": spec.serving.max_num_seqs * spec.serving.pages_per_seq - 1,
             }
@@ -103,14 +103,14 @@ def _tiles(spec: Spec, plan: KernelPlan, tiles: Any) -> dict[str, Any]:
             scalars = 4 if mixed else 3
             cache = scalars + 3  # after queries, their rotary parts and the new tokens
             return {
-                **vars(tiles),
+                **old_fields(tiles),
                 "buffers_declared": [declared(buffer) for buffer in tiles.scratch(spec, plan.recipe)],
                 "in_smem": scalars,
                 "in_hbm": 5 if mixed else 4,
                 "aliases": repr({cache: 1, cache + 1: 0} if mixed else {cache: 1}),
                 "ahead": tiles.buffers - 1,
                 "block_pages": tiles.block // page,
-                "block_units": tiles.block // unit_tokens(model),
+                "block_units": tiles.block // sublane_tile_tokens(model),
                 "row_steps": row_steps,
                 "masked_steps": masked_steps,
                 "masked_turns": row_steps // masked_steps,

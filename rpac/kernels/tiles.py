@@ -9,9 +9,9 @@ from typing import Any
 from rpac.contract.arrays import LANES, SUBLANES, packing
 from rpac.contract.attention import Attention
 from rpac.kernels.decode import interleaved_rows, separate_rows
-from rpac.plan import BlockRecipe, BlockTiles, Buffer, DecodeTiles, GroupTiles, Recipe, RowDims, XlaTiles
-from rpac.plan.buffers import NEW_BUFFERS, PAGE_BUFFERS, UPDATE_AHEAD, unit_tokens
-from rpac.plan.prefill import PACED_ROWS as TIED_ROWS
+from rpac.plan import BlockRecipe, BlockTiles, Buffer, DecodeBlocks, DecodeWaves, Recipe, RowDims, XlaTiles
+from rpac.plan.buffers import NEW_BUFFERS, PAGE_BUFFERS, UPDATE_AHEAD, sublane_tile_tokens
+from rpac.plan.prefill import PACED_ROWS
 from rpac.spec import Spec
 
 MASKED = -2.0e38  # a score that weighs nothing
@@ -25,7 +25,7 @@ SORT_TOKENS = 16  # tokens of a query block that one turn of a loop moves; divid
 
 def tile_context(
     spec: Spec,
-    tiles: DecodeTiles | GroupTiles | BlockTiles | XlaTiles | None,
+    tiles: DecodeBlocks | DecodeWaves | BlockTiles | XlaTiles | None,
     recipe: Recipe,
     *,
     shared: bool = False,
@@ -33,10 +33,10 @@ def tile_context(
     """The numbers of a plan's tiles. `shared`: a decode kernel that shares its program with another."""
     if tiles is None:
         return {}
-    if isinstance(tiles, GroupTiles):
+    if isinstance(tiles, DecodeWaves):
         return _group_context(spec, tiles, recipe)
     page = spec.serving.page_size
-    context: dict[str, Any] = {**vars(tiles), "block_pages": tiles.block // page}
+    context: dict[str, Any] = {**old_fields(tiles), "block_pages": tiles.block // page}
     if isinstance(tiles, XlaTiles):
         return context
     rows = RowDims.of(spec.model)
@@ -44,8 +44,8 @@ def tile_context(
         "ahead": tiles.buffers - 1,
         "buffers_declared": [declared(buffer) for buffer in tiles.scratch(spec, recipe)],
     }
-    if isinstance(tiles, DecodeTiles):
-        groups = spec.model.kv_heads // tiles.pair
+    if isinstance(tiles, DecodeBlocks):
+        groups = spec.model.kv_heads // tiles.heads_per_matmul
         context |= {
             "tile": tiles.block,
             **_clear_context(tiles.block, rows),
@@ -53,22 +53,22 @@ def tile_context(
                 tiles.block, rows, SHORT_SPLIT_PIECE if shared else SPLIT_PIECE, packing(spec.model.kv_dtype)
             ),
             "groups": groups,
-            **interleaved_rows(spec, tiles.pair),
+            **interleaved_rows(spec, tiles.heads_per_matmul),
         }
         context["split_share"] = math.ceil(context["splits"] / (SPLIT_PHASES * groups))
         return context
     kernel = recipe.block
     assert kernel is not None
     return context | {
-        **_clear_context(tiles.piece(page), rows),
-        **_split_context(tiles.piece(page), rows, SPLIT_ROWS, packing(spec.model.kv_dtype)),
+        **_clear_context(tiles.diagonal_block(page), rows),
+        **_split_context(tiles.diagonal_block(page), rows, SPLIT_ROWS, packing(spec.model.kv_dtype)),
         "tiles": tiles.block // tiles.tile,
         # Added to the position of a block's first query and divided by a tile: the tiles that some query's window leaves.
         "window_offset": tiles.q_block - (spec.model.sliding_window or 0) + tiles.tile - 1,
         "tile_rows": tiles.tile * rows.token_rows,
-        "computed_units": tiles.piece(page) // unit_tokens(spec.model),
-        "piece": tiles.piece(page),
-        "pieces": tiles.tile // tiles.piece(page),
+        "computed_units": tiles.diagonal_block(page) // sublane_tile_tokens(spec.model),
+        "piece": tiles.diagonal_block(page),
+        "pieces": tiles.tile // tiles.diagonal_block(page),
         "q_rows": spec.model.group * tiles.q_block,
         "row_steps": tiles.steps(spec.model, 1),
         **_sort_context(spec.model, tiles.q_block, kernel),
@@ -103,7 +103,7 @@ def _tie_context(kernel: BlockRecipe) -> Mapping[str, Any]:
         "diagonal_tied_to": pacing.wait_for[1],
         "score_slots": pacing.slots,
         "score_tokens": pacing.tokens,
-        "tied_rows": TIED_ROWS,
+        "tied_rows": PACED_ROWS,
     }
 
 
@@ -133,11 +133,11 @@ def _sort_context(model: Attention, q_block: int, kernel: BlockRecipe) -> Mappin
 
 def _clear_context(computed: int, rows: RowDims) -> Mapping[str, Any]:
     """How tokens behind a sequence's end are cleared where K and V are interleaved, and `computed` are computed at once."""
-    clear_units = math.gcd(computed // rows.unit, CLEAR_UNITS)
+    clear_units = math.gcd(computed // rows.sublane_tile, CLEAR_UNITS)
     return {
         "computed": computed,
         "clear_units": clear_units,
-        "clears": computed // (rows.unit * clear_units),
+        "clears": computed // (rows.sublane_tile * clear_units),
     }
 
 
@@ -157,17 +157,17 @@ def _split_context(piece: int, rows: RowDims, at_once: int, pack: int) -> Mappin
     }
 
 
-def _group_context(spec: Spec, tiles: GroupTiles, recipe: Recipe) -> Mapping[str, Any]:
+def _group_context(spec: Spec, tiles: DecodeWaves, recipe: Recipe) -> Mapping[str, Any]:
     model, kernel = spec.model, recipe.decode
     assert kernel is not None
     return {
-        **vars(tiles),
-        "groups": tiles.groups,
-        "slots": tiles.groups * tiles.step,
-        "group_tokens": tiles.step * tiles.tile,
+        **old_fields(tiles),
+        "groups": tiles.wave_buffers,
+        "slots": tiles.wave_buffers * tiles.tiles_per_wave,
+        "group_tokens": tiles.tiles_per_wave * tiles.tile,
         "tile_pages": tiles.tile // spec.serving.page_size,
         "computed": tiles.tile,
-        "computed_units": tiles.tile // unit_tokens(model),
+        "computed_units": tiles.tile // sublane_tile_tokens(model),
         "clear_keys": False,
         # A window begins at any page, and so do its tiles.
         "even": model.sliding_window is None
@@ -191,4 +191,18 @@ def declared(buffer: Buffer) -> Mapping[str, str]:
         declaration = f"pltpu.SemaphoreType.DMA({buffer.shape})"
     else:
         declaration = f"pltpu.VMEM({buffer.shape}, jnp.{buffer.dtype})"
-    return {"name": buffer.name, "declaration": declaration, "note": buffer.note}
+    old = {"query_onehot": "which_query", "mask_bias": "limits", "kv_swapped": "swapped"}
+    return {"name": old.get(buffer.name, buffer.name), "declaration": declaration, "note": buffer.note}
+
+
+def old_fields(tiles: Any) -> dict[str, Any]:
+    """The fields of tiles by the names that the old templates know."""
+    old = {
+        "heads_per_matmul": "pair",
+        "tiles_per_wave": "step",
+        "lookahead": "ahead",
+        "write_buffers": "writes",
+        "max_rows": "loaded",
+        "spare_mxu_lanes": "spare",
+    }
+    return {old.get(name, name): value for name, value in vars(tiles).items()}

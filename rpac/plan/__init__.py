@@ -1,10 +1,10 @@
 """Chooses tiles, buffers and the recipe for each (case, target, token bucket) within the VMEM and SMEM of the target."""
 
 from rpac.plan.buffers import Buffer, RowDims
-from rpac.plan.decode_blocks import DecodeTiles
-from rpac.plan.decode_waves import GroupTiles
+from rpac.plan.decode_blocks import DecodeBlocks
+from rpac.plan.decode_waves import DecodeWaves
 from rpac.plan.kernel_plan import KernelPlan
-from rpac.plan.latent import LatentBlockTiles, LatentDecodeTiles
+from rpac.plan.latent import LatentBlockTiles, LatentWaves
 from rpac.plan.planner import KIND_ORDER, kinds_of, plan_spec
 from rpac.plan.portable import XlaTiles
 from rpac.plan.prefill import BlockTiles
@@ -15,12 +15,12 @@ __all__ = [
     "BlockRecipe",
     "BlockTiles",
     "Buffer",
+    "DecodeBlocks",
     "DecodeRecipe",
-    "DecodeTiles",
-    "GroupTiles",
+    "DecodeWaves",
     "KernelPlan",
     "LatentBlockTiles",
-    "LatentDecodeTiles",
+    "LatentWaves",
     "Recipe",
     "RowDims",
     "XlaTiles",

@@ -38,12 +38,13 @@ class RowDims:
     """How one token's K and V lie in the cache seen as rows of 128 lanes.
 
     A *row* has the cache's dtype; a *packed row* has 32 bits a lane, so that two bfloat16 rows (K and V) share one.
+    `sublane_tile`: the fewest tokens that fill whole sublane tiles of a register.
     """
 
     lane_tiles: int
     packed_rows: int
     token_rows: int
-    unit: int
+    sublane_tile: int
 
     @classmethod
     def of(cls, model: Attention) -> RowDims:
@@ -55,9 +56,9 @@ class RowDims:
         return cls(lane_tiles, token_rows // pack, token_rows, tile_rows // math.gcd(tile_rows, token_rows))
 
     @property
-    def unit_rows(self) -> int:
-        """Rows of the smallest group of tokens that fills whole register tiles."""
-        return self.unit * self.token_rows
+    def sublane_tile_rows(self) -> int:
+        """Rows of these tokens."""
+        return self.sublane_tile * self.token_rows
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Buffer:
 
 
 def needed(spec: Spec, *buffers: Buffer) -> tuple[Buffer, ...]:
-    """Of the scratch arrays of a kernel those that a spec has a use for: some are for updating the cache alone."""
+    """Those scratch arrays of a kernel that a spec has a use for: some serve only the update of the cache."""
     return buffers if spec.model.update_cache else tuple(one for one in buffers if one.name not in _OF_UPDATES)
 
 
@@ -98,17 +99,17 @@ def sink_rows(model: Attention, shape: tuple[int, ...]) -> tuple[Buffer, ...]:
 
 
 def lse_rows(spec: Spec, shape: tuple[int, ...]) -> tuple[Buffer, ...]:
-    """The array in which the logarithms of the sums leave, where a spec has them: a row a query head."""
+    """The array of log-sum-exps on their way out, where a spec asks for them: a row for each query head."""
     return (
-        (Buffer("lse_rows", shape, "float32", "logarithms of sums, the same in every lane"),)
+        (Buffer("lse_rows", shape, "float32", "log-sum-exps on their way out, the same in every lane"),)
         if spec.serving.log_sum_exp
         else ()
     )
 
 
 def lse_sem(spec: Spec, count: int) -> tuple[Buffer, ...]:
-    """The semaphores that go with it."""
-    return (Buffer("lse_sem", (count,), "dma", "logarithms of sums"),) if spec.serving.log_sum_exp else ()
+    """Its semaphores."""
+    return (Buffer("lse_sem", (count,), "dma", "log-sum-exps"),) if spec.serving.log_sum_exp else ()
 
 
 def word_dtype(model: Attention) -> str:
@@ -116,13 +117,13 @@ def word_dtype(model: Attention) -> str:
     return "uint32" if packing(model.kv_dtype) > 1 else model.kv_dtype
 
 
-def unit_tokens(model: Attention) -> int:
-    """Tokens that share a register where K and V lie apart: the smallest piece that a DMA or a store reaches."""
+def sublane_tile_tokens(model: Attention) -> int:
+    """Tokens that share a sublane tile where K and V are separate: the fewest that a DMA or a store reaches."""
     return SUBLANES * packing(model.kv_dtype)
 
 
 def new_dtype(model: Attention) -> str:
-    """In what a kernel takes new keys and values: 8-bit ones as the integers that their bits are, exact in bfloat16."""
+    """The dtype in which a kernel takes new keys and values: 8-bit ones are the integers of their bits, exact in bfloat16."""
     return "bfloat16" if model.quantized else model.kv_dtype
 
 

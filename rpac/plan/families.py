@@ -9,16 +9,16 @@ from typing import Any, Final, TypeAlias
 from rpac.contract.features import features_in_kernels
 from rpac.devices.chip import Chip
 from rpac.plan import decode_blocks, decode_waves, latent, prefill
-from rpac.plan.decode_blocks import DecodeTiles
-from rpac.plan.decode_waves import GroupTiles
+from rpac.plan.decode_blocks import DecodeBlocks
+from rpac.plan.decode_waves import DecodeWaves
 from rpac.plan.kernel_plan import KernelPlan
-from rpac.plan.latent import LatentBlockTiles, LatentDecodeTiles
+from rpac.plan.latent import LatentBlockTiles, LatentWaves
 from rpac.plan.portable import XlaTiles
 from rpac.plan.prefill import BlockTiles
 from rpac.plan.recipe import BLOCK_OPTIONS, DECODE_OPTIONS, BlockRecipe, Chooser, DecodeRecipe, Recipe, Wanted
 from rpac.spec import Spec
 
-Tiles: TypeAlias = DecodeTiles | GroupTiles | BlockTiles | LatentBlockTiles
+Tiles: TypeAlias = DecodeBlocks | DecodeWaves | BlockTiles | LatentBlockTiles
 """The tiles of a kernel for a TPU."""
 OPTIONS: Final = {"decode": DECODE_OPTIONS, "block": BLOCK_OPTIONS}
 
@@ -52,7 +52,7 @@ RULES: Final = Override()
 
 def make_recipe(
     spec: Spec,
-    decode: DecodeTiles | GroupTiles | XlaTiles | None,
+    decode: DecodeBlocks | DecodeWaves | XlaTiles | None,
     block: BlockTiles | LatentBlockTiles | XlaTiles | None,
     override: Override = RULES,
 ) -> Recipe:
@@ -99,13 +99,13 @@ def _decisions(spec: Spec, tiles: Tiles, chooser: Chooser) -> DecodeRecipe | Blo
     return _decode(spec, tiles, chooser)
 
 
-def _decode(spec: Spec, tiles: DecodeTiles | GroupTiles, chooser: Chooser) -> DecodeRecipe:
+def _decode(spec: Spec, tiles: DecodeBlocks | DecodeWaves, chooser: Chooser) -> DecodeRecipe:
     match tiles:
-        case LatentDecodeTiles():
+        case LatentWaves():
             return latent.DECODE_RECIPE
-        case GroupTiles():
+        case DecodeWaves():
             return decode_waves.recipe(spec, tiles, chooser)
-        case DecodeTiles():
+        case DecodeBlocks():
             return decode_blocks.recipe(spec)
 
 
@@ -116,9 +116,9 @@ def _block(spec: Spec, tiles: BlockTiles | LatentBlockTiles, chooser: Chooser) -
 def is_legal(spec: Spec, kind: str, buckets: Sequence[int], tiles: Tiles) -> bool:
     """Whether the kernels of a case work with these tiles at all."""
     match tiles:
-        case GroupTiles():
+        case DecodeWaves():
             return decode_waves.is_legal(spec, tiles)
-        case DecodeTiles():
+        case DecodeBlocks():
             return decode_blocks.is_legal(spec, tiles)
         case BlockTiles():
             return prefill.is_legal(spec, kind, buckets, tiles)
@@ -129,7 +129,7 @@ def is_legal(spec: Spec, kind: str, buckets: Sequence[int], tiles: Tiles) -> boo
 def is_short(spec: Spec, device: Chip, kind: str, tiles: Tiles, recipe: Recipe) -> bool:
     """Whether no piece of code is longer than the rules make it: what that wins, an executable pays for in size."""
     match tiles:
-        case GroupTiles():
+        case DecodeWaves():
             return decode_waves.is_short(kind, tiles)
         case BlockTiles():
             assert recipe.block is not None
@@ -137,7 +137,7 @@ def is_short(spec: Spec, device: Chip, kind: str, tiles: Tiles, recipe: Recipe) 
     return True
 
 
-def decode_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator[DecodeTiles | GroupTiles]:
+def decode_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator[DecodeBlocks | DecodeWaves]:
     """Tiles of a decode kernel from large to small."""
     if spec.model.rope_dim is not None:
         return latent.decode_choices(spec, tokens)

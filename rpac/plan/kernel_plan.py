@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, TypeVar
 
-from rpac.plan.decode_blocks import DecodeTiles
-from rpac.plan.decode_waves import GroupTiles
+from rpac.plan.decode_blocks import DecodeBlocks
+from rpac.plan.decode_waves import DecodeWaves
 from rpac.plan.latent import LatentBlockTiles
 from rpac.plan.portable import XlaTiles
 from rpac.plan.prefill import BlockTiles
 from rpac.plan.recipe import Recipe
 
 RULE: Final = "rule"
-"""`KernelPlan.origin` of tiles that the rules of this package made, for want of tuned ones."""
-AnyTiles = TypeVar("AnyTiles", DecodeTiles, GroupTiles, BlockTiles)
+"""`KernelPlan.origin` of tiles that the rules of this package made, where there are no tuned ones."""
+AnyTiles = TypeVar("AnyTiles", DecodeBlocks, DecodeWaves, BlockTiles)
 _TYPES: Final = {"int": int, "bool": bool}  # by how a field is annotated; any other is a tuple of integers
 
 
@@ -33,7 +33,7 @@ class KernelPlan:
     kind: str
     tokens: tuple[int, ...]
     path: str
-    decode: DecodeTiles | GroupTiles | XlaTiles | None
+    decode: DecodeBlocks | DecodeWaves | XlaTiles | None
     block: BlockTiles | LatentBlockTiles | XlaTiles | None
     vmem_need: int
     vmem_limit: int
@@ -55,11 +55,11 @@ class KernelPlan:
         return cls(**{**data, "tokens": tokens, "decode": decode, "block": block, "recipe": recipe})
 
 
-def decode_tiles_from(data: Mapping[str, Any] | None) -> DecodeTiles | GroupTiles | None:
-    """As `tiles_from`, for the decode tiles of either layout."""
-    if isinstance(data, Mapping) and "step" in data:
-        return tiles_from(GroupTiles, data)
-    return tiles_from(DecodeTiles, data)
+def decode_tiles_from(data: Mapping[str, Any] | None) -> DecodeBlocks | DecodeWaves | None:
+    """The inverse of `asdict` for the decode tiles of either layout, as `tiles_from`."""
+    if isinstance(data, Mapping) and "tiles_per_wave" in data:
+        return tiles_from(DecodeWaves, data)
+    return tiles_from(DecodeBlocks, data)
 
 
 def tiles_from(kind: type[AnyTiles], data: Mapping[str, Any] | None) -> AnyTiles | None:

@@ -10,8 +10,8 @@ from rpac.contract.arrays import align, extra_specs, metadata_specs
 from rpac.devices.chip import Chip, chip, is_tpu
 from rpac.errors import PlanError
 from rpac.plan import portable
-from rpac.plan.decode_blocks import DecodeTiles
-from rpac.plan.decode_waves import GroupTiles
+from rpac.plan.decode_blocks import DecodeBlocks
+from rpac.plan.decode_waves import DecodeWaves
 from rpac.plan.families import RULES, Override, Tiles, block_choices, decode_choices, is_legal, make_recipe, vmem_need
 from rpac.plan.kernel_plan import RULE, KernelPlan
 from rpac.plan.latent import LatentBlockTiles
@@ -79,8 +79,8 @@ def _interpolated(spec: Spec, plan: KernelPlan, entry: Entry | None) -> KernelPl
     if entry is None:
         return plan
     decode, block = entry.tiles
-    if decode is not None and isinstance(plan.decode, DecodeTiles | GroupTiles):
-        decode = replace(decode, loaded=plan.decode.loaded)
+    if decode is not None and isinstance(plan.decode, DecodeBlocks | DecodeWaves):
+        decode = replace(decode, max_rows=plan.decode.max_rows)
     if block is not None and isinstance(plan.block, BlockTiles):
         sizes = copy_sizes_of(plan.kind, block.q_block, plan.tokens[0])
         block = replace(block, new_tokens=plan.block.new_tokens, copy_sizes=sizes)
@@ -97,7 +97,7 @@ def _interpolated(spec: Spec, plan: KernelPlan, entry: Entry | None) -> KernelPl
 def with_tiles(
     spec: Spec,
     plan: KernelPlan,
-    decode: DecodeTiles | GroupTiles | None,
+    decode: DecodeBlocks | DecodeWaves | None,
     block: BlockTiles | LatentBlockTiles | None,
     override: Override = RULES,
 ) -> KernelPlan | None:

@@ -23,7 +23,7 @@ from rpac.plan.buffers import (
     new_dtype,
     sink_rows,
     split_buffers,
-    unit_tokens,
+    sublane_tile_tokens,
     word_dtype,
 )
 from rpac.plan.recipe import SPLIT, BlockMask, BlockRecipe, Chooser, Read, Recipe, Scores, SoftmaxPacing
@@ -41,7 +41,7 @@ LONG_TILE: Final = 1024
 # longer ones, because what a step costs by itself is more.
 DIAGONAL_BLOCK: Final = 256
 LONG_DIAGONAL_BLOCK: Final = 512
-# Flash steps that are one piece of code, because at its ends units wait; and those on the diagonal.
+# Flash steps that are one piece of code, because the units wait at its ends; and those on the diagonal.
 MOST_STEPS: Final = (32, 16)
 # Where code is scarce: a narrow MXU takes twice as much for a matmul, and splitting words takes much by itself.
 FEWER_STEPS: Final[Mapping[str, tuple[int, int]]] = {"prefill": (16, 8), "mixed": (4, 2)}
@@ -68,7 +68,8 @@ class BlockTiles:
     """Tiles of a prefill or mixed kernel, in tokens.
 
     `step_rows` are query rows (tokens times group) of one flash step; `heads` the KV heads whose steps are one piece of code,
-    and `diagonal_heads` those on the diagonal. `spare`: the MXU is wider than a head, with room for 128 more lanes.
+    and `diagonal_heads` those on the diagonal. `spare_mxu_lanes`: the MXU is wider than a head, with room for
+    128 more lanes.
     """
 
     q_block: int
@@ -81,15 +82,15 @@ class BlockTiles:
     merge_tokens: int
     new_tokens: int
     copy_sizes: tuple[int, ...]
-    spare: bool
+    spare_mxu_lanes: bool
 
     @property
     def long(self) -> bool:
         """Whether a head fills a wide MXU, and steps are long for it."""
-        return self.tile == LONG_TILE and not self.spare
+        return self.tile == LONG_TILE and not self.spare_mxu_lanes
 
-    def piece(self, page_size: int) -> int:
-        """Tokens of a part of a tile that is computed where the whole would reach past the diagonal."""
+    def diagonal_block(self, page_size: int) -> int:
+        """Tokens of a part of a tile that is computed at once where the whole tile would reach past the diagonal."""
         size = LONG_DIAGONAL_BLOCK if self.long else DIAGONAL_BLOCK
         return size if self.tile % size == 0 and size % page_size == 0 else self.tile
 
@@ -106,17 +107,17 @@ class BlockTiles:
         q_rows = model.group * self.q_block
         new = (NEW_BUFFERS, 2 * page_size + self.new_tokens, model.kv_heads, model.head_dim)
         queries = (self.q_block, model.q_heads, model.head_dim)
-        limits: tuple[Buffer, ...] = ()
+        mask: tuple[Buffer, ...] = ()
         if kernel.mask == "matmul":
-            piece = self.piece(page_size)
-            parts = (self.tile // piece, q_rows // self.step_rows, piece, LANES)
-            limits = (
-                Buffer("which_query", (self.step_rows, LANES), model.q_dtype, "a 1 where a lane is the row's query"),
-                Buffer("limits", parts, model.q_dtype, "by token and query: 0, or what masks a score"),
+            tokens = self.diagonal_block(page_size)
+            parts = (self.tile // tokens, q_rows // self.step_rows, tokens, LANES)
+            mask = (
+                Buffer("query_onehot", (self.step_rows, LANES), model.q_dtype, "1 where a lane is the row's query"),
+                Buffer("mask_bias", parts, model.q_dtype, "0, or what masks a score, by token and query"),
             )
         transposed, pacing = kernel.scores == "transposed", kernel.pacing
         ahead = pacing.slots if pacing else kernel.lookahead[0]
-        kept = "scores of the next steps" if pacing else "the first scores of the next turn"
+        kept = "scores of the next steps" if pacing else "the first scores of the next iteration"
         scores, acc = (self.step_rows, self.tile), (q_rows, head_lanes(model))
         most, state, sinks = (self.step_rows, LANES), (q_rows, LANES), (align(model.group, SUBLANES), LANES)
         same = "a part in every lane" if pacing else "the same in every lane"
@@ -127,13 +128,13 @@ class BlockTiles:
             )
             most, state, sinks = (SUBLANES, self.step_rows), (SUBLANES, q_rows), (SUBLANES, LANES)
             same = "the same in every sublane"
-        log_rows = (Buffer("log_rows", (q_rows, LANES), "float32", "logarithms of sums of one KV head, by row"),)
+        log_rows = (Buffer("log_rows", (q_rows, LANES), "float32", "log-sum-exps of one KV head, by row"),)
         by_token: tuple[Buffer, ...] = ()
         if not kernel.transposed_heads:
             shape: tuple[int, ...] = (self.q_block * align(model.q_heads, SUBLANES), LANES)
             if rows.lane_tiles > 1:  # a strided load or store is of 128 lanes
                 shape = (rows.lane_tiles, *shape)
-            by_token = (Buffer("by_token", shape, "float32", "one by token"),)
+            by_token = (Buffer("by_token", shape, "float32", "a query block by token"),)
         kv: tuple[int, ...] = (self.buffers, self.block * rows.token_rows, LANES)
         page: tuple[int, ...] = (PAGE_BUFFERS, page_size * rows.token_rows, LANES)
         packed = (self.merge_tokens * rows.packed_rows, LANES)
@@ -152,15 +153,15 @@ class BlockTiles:
             Buffer("kv", kv, model.kv_dtype, "fetched blocks"),
             *split_buffers(spec, kernel.read, self.tile),
             Buffer("new_keys", new, new_dtype(model), "new keys, around the page they go to"),
-            Buffer("new_values", new, new_dtype(model), "new values, likewise"),
+            Buffer("new_values", new, new_dtype(model), "new values, around the page they go to"),
             Buffer("page_rows", page, model.kv_dtype, "pages to update"),
             *merged,
             Buffer("q_in", (self.buffers, *queries), model.q_dtype, "query blocks as they come"),
             *by_token,
-            Buffer("q_rows", (model.kv_heads, q_rows, head_lanes(model)), model.q_dtype, "one by KV head"),
-            *limits,
+            Buffer("q_rows", (model.kv_heads, q_rows, head_lanes(model)), model.q_dtype, "a query block by KV head"),
+            *mask,
             Buffer("next_scores", (ahead, *scores), "float32", kept),
-            *((Buffer("step_max", (pacing.slots, *most), "float32", "their largest"),) if pacing else ()),
+            *((Buffer("step_max", (pacing.slots, *most), "float32", "largest score of each row"),) if pacing else ()),
             *(sink_rows(model, (model.kv_heads, *sinks)) if kernel.transposed_heads else ()),
             Buffer("row_max", (model.kv_heads, *state), "float32", "running maximum"),
             Buffer("row_sum", (model.kv_heads, *state), "float32", f"running sum, {same}"),
@@ -178,7 +179,7 @@ class BlockTiles:
         )
 
     def temporaries(self, spec: Spec, recipe: Recipe) -> int:
-        """Bytes of the values of one flash step that registers cannot hold: scores and weights."""
+        """Bytes of the values of one flash step that registers cannot hold: scores and probabilities."""
         assert recipe.block is not None
         tiles = 4 if recipe.block.pacing else 8  # scores that are kept have an array of their own
         return tiles * nbytes((self.step_rows, self.tile), "float32")
@@ -220,7 +221,7 @@ def recipe(spec: Spec, tiles: BlockTiles, chooser: Chooser) -> BlockRecipe:
         query_order="transpose" if heads else "strided",
         transposed_heads=heads,
         pipelined=chooser.choose("pipelined", *((True, False) if pipelines else (False,))),
-        sums="matmul" if transposed or (tiles.spare and not pacing) else "vector",
+        sums="matmul" if transposed or (tiles.spare_mxu_lanes and not pacing) else "vector",
         unpadded_values=transposed and unpadded,
     )
 
@@ -230,7 +231,7 @@ def _scores(tiles: BlockTiles, model: Attention, heads: int) -> tuple[Scores, ..
     registers and those of a query side by side, and the steps of every iteration go around the scores that are kept.
     """
     whole = tiles.step_rows % LANES == 0 and LANES % model.group == 0 and heads > 0
-    if tiles.spare and whole and _slots(tiles, model, TRANSPOSED_SLOTS) > TRANSPOSED_LOOKAHEAD:
+    if tiles.spare_mxu_lanes and whole and _slots(tiles, model, TRANSPOSED_SLOTS) > TRANSPOSED_LOOKAHEAD:
         return "transposed", "rows"
     return ("rows",)
 
@@ -252,7 +253,7 @@ def _pacing(spec: Spec, tiles: BlockTiles, scores: Scores) -> tuple[SoftmaxPacin
     if scores == "rows":
         pacing = SoftmaxPacing(PACED_SLOTS, DIAGONAL_BLOCK, (PACED_WAIT, PACED_WAIT))
         return pacing, (PACED_LOOKAHEAD, PACED_LOOKAHEAD)
-    tokens = tiles.piece(spec.serving.page_size)
+    tokens = tiles.diagonal_block(spec.serving.page_size)
     slots = _slots(tiles, spec.model, TRANSPOSED_SLOTS)
     diagonal = min(TRANSPOSED_DIAGONAL_LOOKAHEAD, slots - 1)
     parts = tiles.tile // tokens
@@ -278,7 +279,7 @@ def _masks(tiles: BlockTiles, model: Attention, heads: int) -> tuple[BlockMask, 
     """The matmul masks where each query of a step has a lane in what the MXU has to spare, and nothing undoes the mask."""
     if not model.causal:
         return ("lengths",)
-    if tiles.spare and model.soft_cap is None and heads > 0 and tiles.step_rows // model.group <= LANES:
+    if tiles.spare_mxu_lanes and model.soft_cap is None and heads > 0 and tiles.step_rows // model.group <= LANES:
         return "matmul", "compare"
     return ("compare",)
 
@@ -328,7 +329,7 @@ def choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator[BlockT
     model, serving, read = spec.model, spec.serving, read_of(spec)
     most = max(power_of_two_from(max(visible_tokens(spec, Q_BLOCKS[0]))), LANES)
     new_tokens = min(tokens, serving.page_size)
-    merge_tokens = min(max(MERGE_TOKENS, unit_tokens(model)), serving.page_size)
+    merge_tokens = min(max(MERGE_TOKENS, sublane_tile_tokens(model)), serving.page_size)
     limits = most_steps(device, kind, read, "rows")
     spare = device.mxu_size > head_lanes(model) and packing(model.kv_dtype) > 1
     long = limits == MOST_STEPS and not spare and packing(model.kv_dtype) > 1

@@ -31,7 +31,7 @@ Wanted = Mapping[str, "str | bool"]
 """Decisions of one kernel that are not left to the rule, by name: those of `BLOCK_OPTIONS` or `DECODE_OPTIONS`."""
 DECODE_OPTIONS: Final = ("read",)
 BLOCK_OPTIONS: Final = ("scores", "paced", "mask", "pipelined")
-"""The decisions for which some tiles leave more than one option; in this order each may turn on those before it."""
+"""The decisions for which some tiles leave more than one option; in this order each may depend on those before it."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ def copy_sizes_of(kind: str, q_block: int, tokens: int) -> tuple[int, ...]:
 
 
 def step_rows_of(rows: int, most: int) -> int:
-    """The largest part of a block of query rows, all parts alike, that is at most `most`."""
+    """The largest equal part of a block of query rows that is at most `most`."""
     return next(rows // parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most)
 
 

@@ -15,14 +15,14 @@ from typing import Any, Final
 
 from rpac.contract.attention import plain
 from rpac.errors import PlanError
-from rpac.plan.decode_blocks import DecodeTiles
-from rpac.plan.decode_waves import GroupTiles
+from rpac.plan.decode_blocks import DecodeBlocks
+from rpac.plan.decode_waves import DecodeWaves
 from rpac.plan.families import Override
 from rpac.plan.kernel_plan import KernelPlan, decode_tiles_from, tiles_from
 from rpac.plan.prefill import BlockTiles
 from rpac.spec import Spec
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 FOLDER: Final = Path(__file__).parent.parent / "tuned"
 FILE_FIELDS: Final = ("schema", "target", "device_kind", "entries")
 ENTRY_FIELDS: Final = ("key", "tiles", "evidence")
@@ -35,9 +35,9 @@ EVIDENCE_FIELDS: Final = (
 
 # In doublings: how far the largest bucket, and each end of the lengths, may be from those of the case borrowed from.
 NEAR: Final = 2.0
-APART: Final = ("tokens", "length_class")  # what may differ from it
+MAY_DIFFER: Final = ("tokens", "length_class")  # of the case that borrows and of the case borrowed from
 
-# What tiles do not turn on, or what another part of the key says.
+# What tiles do not depend on, or what another part of the key says.
 _NO_PART: Final = {
     "sm_scale", "max_model_len", "max_num_tokens", "token_buckets", "context_lens", "num_pages"
 }  # fmt: skip
@@ -78,7 +78,7 @@ class Entry:
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def tiles(self) -> tuple[DecodeTiles | GroupTiles | None, BlockTiles | None]:
+    def tiles(self) -> tuple[DecodeBlocks | DecodeWaves | None, BlockTiles | None]:
         """Raises PlanError where this rpac's tiles have other fields, which is so after its kernels changed."""
         try:
             for part, other in (("decode", "prefill"), ("block", "decode")):
@@ -90,7 +90,7 @@ class Entry:
 
     @property
     def override(self) -> Override:
-        """What of the recipe is not the rule's. Raises PlanError where there are no such decisions."""
+        """The decisions that are not the rule's. Raises PlanError for names that are no decisions."""
         try:
             return Override.from_dict(self.recipe)
         except ValueError as error:
@@ -117,8 +117,8 @@ class Entry:
 
     @property
     def interpolated(self) -> str:
-        """Likewise, where another case borrows the tiles."""
-        buckets, lengths = (" ".join(map(str, self.key[name])) for name in APART)
+        """The same line for a case that borrows the tiles."""
+        buckets, lengths = (" ".join(map(str, self.key[name])) for name in MAY_DIFFER)
         return f"interpolated from token buckets {buckets}, lengths {lengths}; there {self.origin}"
 
 
@@ -156,7 +156,7 @@ class TunedTiles:
 
 def _doublings(key: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     """How far two cases are apart, in doublings; infinite where anything but token buckets and lengths differs."""
-    fixed, others = ({name: value for name, value in one.items() if name not in APART} for one in (key, other))
+    fixed, others = ({name: value for name, value in one.items() if name not in MAY_DIFFER} for one in (key, other))
     if fixed != others:
         return math.inf
     sizes = [(one["tokens"][-1], *one["length_class"]) for one in (key, other)]

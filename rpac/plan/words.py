@@ -51,8 +51,8 @@ _READ: Final[Mapping[str | bool, Words]] = {
         "kv_layout separate needs no shuffle before the MXU",
     ),
     "token_pairs": Words(
-        "two tokens of a tile's halves share each row of K and of V",
-        "a row of the cache holds K and V of one token, and this way half as many rows go through the MXU",
+        "a token of each half of a tile share a row of K, and one of V",
+        "a row of the cache holds K and V of one token; with pairs half as many rows go through the MXU",
     ),
     "split_words": Words(
         "32-bit words are split into K and V",
@@ -79,7 +79,7 @@ _WRITE: Final[Mapping[str | bool, Words]] = {
         "K and V side by side in a row, packed into words", "K and V of a head fill one row of 128 lanes"
     ),
     "packed_halves": Words("K and V of one token packed into the halves of words", "16-bit K and V are interleaved"),
-    "packed_words": Words("K and V in turn, a row each", "32-bit elements need no packing"),
+    "packed_words": Words("K and V alternate, a row each", "32-bit elements need no packing"),
     "latent": Words("latent vector and rotary key in one row", "that is how latent attention stores a token"),
 }
 

@@ -39,11 +39,11 @@ class Axis:
 AXES: Final = (
     Axis("decode", "block", (128, 256, 512, 1024, 2048), keeps="buffers"),
     Axis("decode", "buffers", (3, 4, 6, 8, 12, 16)),
-    Axis("decode", "pair", (1, 2, 4)),
-    Axis("decode", "tile", (128, 256, 512, 1024), keeps="step"),
-    Axis("decode", "step", (2, 4, 6, 8), keeps="ahead"),
-    Axis("decode", "ahead", (2, 3, 4, 6)),
-    Axis("decode", "writes", (2, 4, 8)),
+    Axis("decode", "heads_per_matmul", (1, 2, 4)),
+    Axis("decode", "tile", (128, 256, 512, 1024), keeps="tiles_per_wave"),
+    Axis("decode", "tiles_per_wave", (2, 4, 6, 8), keeps="lookahead"),
+    Axis("decode", "lookahead", (2, 3, 4, 6)),
+    Axis("decode", "write_buffers", (2, 4, 8)),
     Axis("block", "q_block", (16, 32, 64, 128, 256, 512)),
     Axis("block", "block", (128, 256, 512, 1024, 2048)),
     Axis("block", "tile", (128, 256, 512, 1024)),
@@ -51,7 +51,7 @@ AXES: Final = (
     Axis("block", "heads", (1, 2, 4, 8)),
     Axis("block", "diagonal_heads", (1, 2, 4, 8)),
     Axis("block", "buffers", (2, 3, 4)),
-    # The recipe comes last: what tiles allow, and what the rule decides for them, turns on the tiles.
+    # The recipe comes last: what is allowed, and what the rule decides, depends on the tiles.
     Axis("decode", "read", ("separate", "token_pairs")),
     Axis("block", "scores", ("rows", "transposed")),
     Axis("block", "paced", (False, True)),
@@ -60,8 +60,8 @@ AXES: Final = (
 )
 KEPT_BETWEEN: Final = {
     "buffers": (3, 16),
-    "step": (1, 8),
-    "ahead": (2, 8),
+    "tiles_per_wave": (1, 8),
+    "lookahead": (2, 8),
 }  # what a field that `keeps` names may become
 
 

@@ -17,7 +17,7 @@ from rpac.contract.attention import Attention
 from rpac.contract.program import Source
 from rpac.kernels import render
 from rpac.oracle.expected import oracle
-from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, plan_spec
+from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, plan_spec
 from rpac.spec import Spec, load_spec
 
 TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")
@@ -129,10 +129,10 @@ WORDS = [
 def small_plan(spec: Spec, kind: str) -> KernelPlan:
     """A plan by which a chunk is two query blocks, these two steps a head, a tile two turns and two pieces, a block two tiles."""
     plan = next(plan for plan in plan_spec(spec, "tpu7x") if plan.kind == kind)
-    if isinstance(plan.decode, DecodeTiles):
+    if isinstance(plan.decode, DecodeBlocks):
         plan = retiled(spec, plan, decode={"block": 128})
-    if isinstance(plan.decode, GroupTiles):
-        plan = retiled(spec, plan, decode={"tile": 128, "step": 2, "ahead": 2, "writes": 4})
+    if isinstance(plan.decode, DecodeWaves):
+        plan = retiled(spec, plan, decode={"tile": 128, "tiles_per_wave": 2, "lookahead": 2, "write_buffers": 4})
     assert isinstance(plan.block, BlockTiles)
     tiles = {"q_block": 32, "step_rows": 64, "heads": 2, "diagonal_heads": 2, "block": 1024, "tile": 512}
     return retiled(spec, plan, block=tiles)

@@ -13,7 +13,7 @@ from test_features import ALL, CHUNKS_ALL, READ, SLOW, failures, featured
 from rpac.devices.chip import TPU_TARGETS
 from rpac.kernels import render
 from rpac.lower import Cache, lower_all, tasks_of
-from rpac.plan import GroupTiles, KernelPlan, plan_spec
+from rpac.plan import DecodeWaves, KernelPlan, plan_spec
 from rpac.spec import Spec
 
 # Sequences of several tiles of 256, and a page table that is no multiple of one.
@@ -58,8 +58,8 @@ def halved(features: dict[str, Any]) -> Spec:
 def small_plan(spec: Spec, target: str = "tpu7x", kind: str = "decode") -> KernelPlan:
     """Groups of two tiles: a row has several groups, and their buffers are used again."""
     plan = next(plan for plan in plan_spec(spec, target) if plan.kind == kind)
-    assert isinstance(plan.decode, GroupTiles)
-    plan = retiled(spec, plan, decode={"tile": 256, "step": 2, "ahead": 2})
+    assert isinstance(plan.decode, DecodeWaves)
+    plan = retiled(spec, plan, decode={"tile": 256, "tiles_per_wave": 2, "lookahead": 2})
     assert plan.recipe.decode is not None
     assert plan.recipe.decode.read == "token_pairs"
     return plan
@@ -86,11 +86,11 @@ def test_mixed_kernels_agree_with_the_oracle_in_the_interpreter() -> None:
 def test_tiles_of_one_register_are_taken_as_they_lie() -> None:
     spec = halved({})
     plan = small_plan(spec)
-    assert isinstance(plan.decode, GroupTiles)
+    assert isinstance(plan.decode, DecodeWaves)
     plan = retiled(spec, plan, decode={"tile": 128})
     text = render(spec, plan).text
-    assert "swapped" not in text
-    assert "share each row of K" not in text
+    assert "kv_swapped" not in text
+    assert "of each half of a tile share a row" not in text
 
 
 @pytest.mark.parametrize(

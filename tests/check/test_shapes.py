@@ -13,7 +13,7 @@ from rpac.check import check_source
 from rpac.contract.attention import Attention
 from rpac.kernels import render
 from rpac.lower import Cache, lower_all, tasks_of
-from rpac.plan import KIND_ORDER, GroupTiles, KernelPlan, plan_spec
+from rpac.plan import KIND_ORDER, DecodeWaves, KernelPlan, plan_spec
 from rpac.spec import Spec, load_spec
 
 TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")
@@ -199,8 +199,8 @@ def test_kernels_of_padded_joined_and_quantized_rows_agree_with_the_oracle_in_th
 
 def few_at_once(spec: Spec, plan: KernelPlan) -> KernelPlan:
     """The plan with groups of two of the shortest tiles: a row has several groups, and their buffers are used again."""
-    if isinstance(plan.decode, GroupTiles):
-        plan = retiled(spec, plan, decode={"step": 2, "ahead": 2})
+    if isinstance(plan.decode, DecodeWaves):
+        plan = retiled(spec, plan, decode={"tiles_per_wave": 2, "lookahead": 2})
     return plan
 
 

@@ -10,7 +10,7 @@ from command import ROOT
 
 from rpac.devices.chip import chip
 from rpac.kernels import render
-from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, plan_spec
+from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, plan_spec
 from rpac.plan.decode_waves import MORE_TILES, MOST_TILES
 from rpac.plan.families import OPTIONS, override_of, vmem_need
 from rpac.plan.planner import VMEM_HEADROOM, with_tiles
@@ -31,7 +31,7 @@ each_plan = pytest.mark.parametrize(("spec", "plan"), PLANS)
 
 @pytest.mark.parametrize("axis", AXES, ids=lambda axis: f"{axis.part}.{axis.field}")
 def test_an_axis_is_a_field_of_the_tiles_or_a_decision_and_has_values_to_choose_from(axis: Axis) -> None:
-    kinds = {"decode": (DecodeTiles, GroupTiles), "block": (BlockTiles,)}[axis.part]
+    kinds = {"decode": (DecodeBlocks, DecodeWaves), "block": (BlockTiles,)}[axis.part]
     names = [{field.name for field in fields(kind)} for kind in kinds]
     if axis.of_recipe:
         names = [set(OPTIONS[axis.part])]
@@ -136,5 +136,5 @@ def test_no_candidate_has_longer_pieces_of_code_than_the_rules_make(spec: Spec, 
                 most, most_diagonal = most_steps(device, plan.kind, recipe.read, recipe.scores)
                 assert other.block.heads * steps <= most or other.block.heads == 1
                 assert other.block.diagonal_heads * steps <= most_diagonal or other.block.diagonal_heads == 1
-            if isinstance(other.decode, GroupTiles):
-                assert other.decode.step <= (MORE_TILES if plan.kind == "decode" else MOST_TILES[plan.kind])
+            if isinstance(other.decode, DecodeWaves):
+                assert other.decode.tiles_per_wave <= (MORE_TILES if plan.kind == "decode" else MOST_TILES[plan.kind])

@@ -125,7 +125,7 @@ def test_a_case_of_near_buckets_and_lengths_borrows_the_tiles_and_says_so(
     plan, rule = planned(folder, spec), rule_of(spec, "decode")
     assert outcome.chosen is not None
     assert plan.origin.startswith("interpolated from token buckets 8 32, lengths 32 128; there tuned: ")
-    assert plan.decode == replace(outcome.chosen.plan.decode, loaded=rule.decode.loaded)
+    assert plan.decode == replace(outcome.chosen.plan.decode, max_rows=rule.decode.max_rows)
     assert f"- {plan.origin}\n" in render(spec, plan).text
 
 
@@ -253,7 +253,7 @@ def test_every_file_that_is_shipped_is_of_a_target_in_the_form_that_a_search_wri
 
 def test_the_file_holds_what_the_choice_was_held_against(folder: Path, outcome: Outcome) -> None:
     data = json.loads((folder / "tpu7x.json").read_text())
-    assert (data["schema"], data["target"], data["device_kind"]) == (1, "tpu7x", "TPU7x")
+    assert (data["schema"], data["target"], data["device_kind"]) == (2, "tpu7x", "TPU7x")
     (entry,) = data["entries"]
     evidence = entry["evidence"]
     assert len(evidence["tried"]) == len(outcome.tried)
@@ -306,7 +306,7 @@ def damaged(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "another schema": (lambda data: data.update(schema=2), "schema: found 2; must be 1"),
+    "another schema": (lambda data: data.update(schema=1), "schema: found 1; must be 2"),
     "another target": (lambda data: data.update(target="v6e"), "target: found 'v6e'; must be 'tpu7x'"),
     "a field more": (lambda data: data.update(more=1), "file: found device_kind, entries, more, schema, target; must be"),
     "no list": (lambda data: data.update(entries={}), "entries: must be a list"),
@@ -343,9 +343,15 @@ def test_a_file_of_anything_else_is_refused(folder: Path, content: str) -> None:
 TILES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a field that the kernels do not have": (lambda tiles: tiles["decode"].update(warp=1), "must have the fields"),
     "a field less": (lambda tiles: tiles["decode"].popitem(), "must have the fields"),
-    "no number": (lambda tiles: tiles["decode"].update(writes="4"), "writes: found '4'; must be int, above 0"),
-    "zero": (lambda tiles: tiles["decode"].update(writes=0), "writes: found 0; must be int, above 0"),
-    "a list": (lambda tiles: tiles["decode"].update(writes=[4]), r"writes: found \[4\]; must be int, above 0"),
+    "no number": (
+        lambda tiles: tiles["decode"].update(write_buffers="4"),
+        "write_buffers: found '4'; must be int, above 0",
+    ),
+    "zero": (lambda tiles: tiles["decode"].update(write_buffers=0), "write_buffers: found 0; must be int, above 0"),
+    "a list": (
+        lambda tiles: tiles["decode"].update(write_buffers=[4]),
+        r"write_buffers: found \[4\]; must be int, above 0",
+    ),
     "none": (
         lambda tiles: tiles.update(decode=None),
         r"tiles\.decode: must be null for prefill batches, and only there",

@@ -24,9 +24,9 @@ from rpac.plan import (
     BlockRecipe,
     BlockTiles,
     Buffer,
+    DecodeBlocks,
     DecodeRecipe,
-    DecodeTiles,
-    GroupTiles,
+    DecodeWaves,
     KernelPlan,
     Recipe,
     RowDims,
@@ -34,7 +34,7 @@ from rpac.plan import (
     kinds_of,
     plan_spec,
 )
-from rpac.plan.buffers import unit_tokens
+from rpac.plan.buffers import sublane_tile_tokens
 from rpac.plan.decode_waves import WAVE_BYTES
 from rpac.plan.families import vmem_need
 from rpac.plan.planner import SMEM_RESERVE, VMEM_HEADROOM, smem_need
@@ -139,58 +139,58 @@ def test_the_same_spec_gives_the_same_plans(spec: Spec, target: str) -> None:
 def test_decode_tiles_are_whole_pages_and_registers_and_few_enough_to_wait_for(spec: Spec, target: str) -> None:
     for plan in plans_of(spec, target):
         tiles = plan.decode
-        if not isinstance(tiles, DecodeTiles):
+        if not isinstance(tiles, DecodeBlocks):
             continue
         assert tiles.block % spec.serving.page_size == 0
         assert tiles.block % LANES == 0
-        assert tiles.block % (2 * RowDims.of(spec.model).unit) == 0, (
+        assert tiles.block % (2 * RowDims.of(spec.model).sublane_tile) == 0, (
             "its halves are split and its tail cleared by units"
         )
         assert tiles.buffers >= 2
-        assert spec.model.kv_heads % tiles.pair == 0
-        assert tiles.pair * spec.model.head_dim <= max(chip(target).mxu_size, spec.model.head_dim)
-        assert {tiles.loaded} == sequences(spec, plan)
+        assert spec.model.kv_heads % tiles.heads_per_matmul == 0
+        assert tiles.heads_per_matmul * spec.model.head_dim <= max(chip(target).mxu_size, spec.model.head_dim)
+        assert {tiles.max_rows} == sequences(spec, plan)
 
 
 @given(specs(), st.sampled_from(TPU_TARGETS))
 def test_decode_tiles_are_of_the_layout_that_the_cache_has(spec: Spec, target: str) -> None:
-    wanted = GroupTiles if spec.serving.kv_layout == "separate" else DecodeTiles
+    wanted = DecodeWaves if spec.serving.kv_layout == "separate" else DecodeBlocks
     for plan in plans_of(spec, target):
         assert plan.decode is None or type(plan.decode) is wanted
 
 
 @given(specs(), st.sampled_from(TPU_TARGETS))
-def test_tiles_of_a_group_are_whole_pages_and_registers_and_no_longer_than_needed(spec: Spec, target: str) -> None:
+def test_tiles_of_a_wave_are_whole_pages_and_registers_and_no_longer_than_needed(spec: Spec, target: str) -> None:
     serving, model = spec.serving, spec.model
     for plan in plans_of(spec, target):
         tiles = plan.decode
-        if not isinstance(tiles, GroupTiles):
+        if not isinstance(tiles, DecodeWaves):
             continue
         assert tiles.tile % serving.page_size == 0
         assert tiles.tile % LANES == 0
-        assert tiles.tile % unit_tokens(model) == 0, "its tail is cleared by units"
+        assert tiles.tile % sublane_tile_tokens(model) == 0, "its tail is cleared by sublane tiles"
         needed = (serving.page_size, LANES, power_of_two_from(min(serving.context_lens)))
         assert tiles.tile <= max(needed), "a tile is computed whole, however short the sequence"
         assert tiles.tile // 2 < max(needed)
-        assert {tiles.loaded} == sequences(spec, plan)
+        assert {tiles.max_rows} == sequences(spec, plan)
 
 
 @given(specs(), st.sampled_from(TPU_TARGETS))
-def test_groups_fit_and_are_fetched_far_enough_ahead_where_there_is_room(spec: Spec, target: str) -> None:
+def test_waves_fit_and_are_fetched_far_enough_ahead_where_there_is_room(spec: Spec, target: str) -> None:
     for plan in plans_of(spec, target):
         tiles = plan.decode
-        if not isinstance(tiles, GroupTiles):
+        if not isinstance(tiles, DecodeWaves):
             continue
-        assert 1 <= tiles.step <= 8
-        assert tiles.ahead >= 2, "one group is scored, one weighed, one fetched"
-        assert tiles.groups == tiles.ahead + 1
-        assert tiles.step <= tiles.writes, "a turn may end as many sequences"
+        assert 1 <= tiles.tiles_per_wave <= 8
+        assert tiles.lookahead >= 2, "one wave has its scores made, one its probabilities, one is fetched"
+        assert tiles.wave_buffers == tiles.lookahead + 1
+        assert tiles.tiles_per_wave <= tiles.write_buffers, "a wave may end as many sequences"
         kv = next(buffer for buffer in tiles.scratch(spec, plan.recipe) if buffer.name == "kv")
-        turn = kv.vmem_bytes // tiles.groups
-        assert tiles.step == 1 or turn <= WAVE_BYTES
-        more = replace(tiles, ahead=tiles.ahead + 1)
+        wave = kv.vmem_bytes // tiles.wave_buffers
+        assert tiles.tiles_per_wave == 1 or wave <= WAVE_BYTES
+        more = replace(tiles, lookahead=tiles.lookahead + 1)
         room = plan.vmem_bytes - plan.vmem_bytes // 16 - VMEM_HEADROOM
-        assert (tiles.ahead - 1) * turn >= IN_FLIGHT_BYTES or vmem_need(spec, more, plan.recipe) > room
+        assert (tiles.lookahead - 1) * wave >= IN_FLIGHT_BYTES or vmem_need(spec, more, plan.recipe) > room
         scalars = sum(math.prod(buffer.shape) for buffer in tiles.scratch(spec, plan.recipe) if buffer.dtype == "smem")
         assert 4 * scalars < SMEM_RESERVE // 2, "the budget does not count them"
 
@@ -201,12 +201,12 @@ def test_groups_fit_and_are_fetched_far_enough_ahead_where_there_is_room(spec: S
     [spec for spec in SPECS if spec.serving.kv_layout == "separate"],
     ids=lambda s: f"{s.name} {s.layer}".strip(),
 )
-def test_decode_rows_of_a_mixed_program_go_by_smaller_groups_of_the_same_tiles(spec: Spec, target: str) -> None:
+def test_decode_rows_of_a_mixed_program_go_by_smaller_waves_of_the_same_tiles(spec: Spec, target: str) -> None:
     found = {plan.kind: plan.decode for plan in plan_spec(spec, target, tuned=TunedTiles.of("cpu"))}  # the rules
     decode, mixed = found["decode"], found["mixed"]
-    assert isinstance(decode, GroupTiles) and isinstance(mixed, GroupTiles)
+    assert isinstance(decode, DecodeWaves) and isinstance(mixed, DecodeWaves)
     assert decode.tile == mixed.tile
-    assert decode.step > mixed.step
+    assert decode.tiles_per_wave > mixed.tiles_per_wave
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_decode_rows_of_a_mixed_program_go_by_smaller_groups_of_the_same_tiles(s
         (32, 2, (1, 16, 2), False),
     ],
 )
-def test_heads_share_the_rows_of_a_product_where_their_groups_fill_a_register(
+def test_heads_share_the_rows_of_a_matmul_where_their_groups_fill_a_register(
     q_heads: int, kv_heads: int, wanted: tuple[int, ...], padded: bool
 ) -> None:
     model = Attention(q_heads, kv_heads, 128, "bfloat16", "bfloat16", 1.0)
@@ -244,12 +244,12 @@ def test_block_tiles_divide_each_other(spec: Spec, target: str) -> None:
         assert tiles.block % serving.page_size == 0
         assert tiles.block % tiles.tile == 0
         assert tiles.tile % LANES == 0
-        assert tiles.tile % (2 * RowDims.of(spec.model).unit) == 0
+        assert tiles.tile % (2 * RowDims.of(spec.model).sublane_tile) == 0
         assert (spec.model.group * tiles.q_block) % tiles.step_rows == 0
         assert serving.page_size % tiles.merge_tokens == 0
-        assert tiles.merge_tokens % RowDims.of(spec.model).unit == 0
+        assert tiles.merge_tokens % RowDims.of(spec.model).sublane_tile == 0
         if serving.kv_layout == "separate":
-            assert tiles.merge_tokens % unit_tokens(spec.model) == 0
+            assert tiles.merge_tokens % sublane_tile_tokens(spec.model) == 0
         assert tiles.new_tokens <= min(serving.page_size, *plan.tokens)
         if plan.kind == "prefill":
             assert serving.prefill_chunk % tiles.q_block == 0, "no block of a chunk is partial"
@@ -277,7 +277,7 @@ def test_a_unit_is_the_fewest_tokens_that_fill_whole_register_tiles(
     kv_heads: int, head_dim: int, dtype: str, wanted: tuple[int, ...]
 ) -> None:
     rows = RowDims.of(Attention(kv_heads, kv_heads, head_dim, dtype, dtype, 1.0))
-    assert (rows.lane_tiles, rows.packed_rows, rows.token_rows, rows.unit, rows.unit_rows) == wanted
+    assert (rows.lane_tiles, rows.packed_rows, rows.token_rows, rows.sublane_tile, rows.sublane_tile_rows) == wanted
 
 
 # ---- bytes
@@ -382,7 +382,7 @@ def test_every_value_of_every_decision_has_words(recipe: type, table: Mapping[st
     assert set(table) <= set(TITLES)
 
 
-def test_new_tokens_of_a_decode_row_take_rows_of_a_product_as_heads_of_a_group_do() -> None:
+def test_new_tokens_of_a_decode_row_take_rows_of_a_matmul_as_heads_of_a_group_do() -> None:
     def sets_of(q_heads: int, decode_len: int) -> Sets:
         model = replace(TINY.model, q_heads=q_heads, kv_heads=4)
         return Sets.of(replace(TINY, model=model, serving=replace(TINY.serving, decode_len=decode_len)))
