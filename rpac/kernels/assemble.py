@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,5 +56,16 @@ def assembled(
     assert not clashes, f"constants of two kernels share a name and differ: {sorted(clashes)}"
     of_model = "\n".join(str(one) for one in used if not one.tile)
     of_tiles = "\n".join(str(one) for one in used if one.tile)
-    top = (templates.get_template(name).render(context).rstrip("\n") for name in ("parts/header.py.jinja", imports))
+    head = templates.get_template("parts/header.py.jinja").render(context).rstrip("\n")
+    top = head, "", _needed(templates.get_template(imports).render(context), body)
     return "\n".join([*top, "", "\n\n".join(filter(None, (of_model, of_tiles))), "\n", body])
+
+
+def _needed(imports: str, body: str) -> str:
+    """The imports without those that the source does not use."""
+
+    def used(line: str) -> bool:
+        names = re.split(r",\s*", re.sub(r"^.*\b(import|as)\s+", "", line))
+        return not line.strip() or any(re.search(rf"\b{name.strip()}\b", body) for name in names)
+
+    return "".join(line for line in imports.splitlines(keepends=True) if used(line)).strip("\n")

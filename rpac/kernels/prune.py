@@ -8,15 +8,15 @@ from collections.abc import Iterator
 ENTRY = "ragged_paged_attention"
 
 
-def pruned(text: str) -> str:
-    """The source without the functions, classes and methods that `ragged_paged_attention` does not reach by name.
+def pruned(text: str, entry: str = ENTRY) -> str:
+    """The source without the functions, classes and methods that `entry` does not reach by name.
 
     A comment that stands directly above a definition belongs to it and goes with it.
     """
     tree = ast.parse(text)
     definitions = dict(_definitions(tree))
     reached: set[Definition] = set()
-    names = {ENTRY}
+    names = {entry}
     waiting = [node for node in definitions if node.name in names]
     rest = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
     waiting += [node for node in definitions if node.name in set(_names(rest, definitions))]

@@ -191,7 +191,7 @@ def declared(buffer: Buffer) -> Mapping[str, str]:
         declaration = f"pltpu.SemaphoreType.DMA({buffer.shape})"
     else:
         declaration = f"pltpu.VMEM({buffer.shape}, jnp.{buffer.dtype})"
-    old = {"query_onehot": "which_query", "mask_bias": "limits", "kv_swapped": "swapped"}
+    old = {"query_onehot": "query_onehot", "mask_bias": "mask_bias", "kv_swapped": "kv_swapped"}
     return {"name": old.get(buffer.name, buffer.name), "declaration": declaration, "note": buffer.note}
 
 

@@ -30,10 +30,18 @@ class Mutation:
 
     def apply(self, source: Source) -> Source:
         """The source with the bug in its last kernel. Fails where the template no longer has what it edits."""
-        before, start, kernel = source.text.rpartition("_kernel(\n")
-        kernel, count = re.subn(self.pattern, self.replacement, kernel, flags=re.MULTILINE)
+        parts = _parts(source.text)
+        edited = [re.subn(self.pattern, self.replacement, part, flags=re.MULTILINE) for part in parts]
+        # The decode kernel of a mixed program stays as it is.
+        texts = [text if index != 1 or len(parts) < 3 else parts[1] for index, (text, _) in enumerate(edited)]
+        count = sum(found for index, (_, found) in enumerate(edited) if index != 1 or len(parts) < 3)
         assert count == 1, f"{self.bug}: found {count} of {self.pattern!r} in {source.path}"
-        return Source(source.path, before + start + kernel)
+        return Source(source.path, "".join(texts))
+
+
+def _parts(text: str) -> list[str]:
+    """What stands before the kernels, then each kernel with what follows it."""
+    return re.split(r"^(?=@dataclasses\.dataclass\nclass \w+Kernel\()", text, flags=re.MULTILINE)
 
 
 def dropped(bug: str, statement: str, hangs: bool = False) -> Mutation:

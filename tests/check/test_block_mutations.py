@@ -152,7 +152,8 @@ def cases(layout: str, kind: str, mutations: list[Mutation], *marks: pytest.Mark
 @pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
 def test_without_a_bug_there_is_nothing_to_catch_by_turns(spec: Spec, kind: str) -> None:
     plan = small_plan(spec, kind)
-    assert plan.block.masks_by_mxu(spec.model)
+    assert plan.recipe.block is not None
+    assert plan.recipe.block.mask == "matmul"
     failed = [result for result in check_source(spec, plan, render(spec, plan), seed=SEED) if not result.ok]
     assert not failed
 

@@ -45,21 +45,21 @@ DECODE = [
     Mutation("sinks no maximum", r"= sink_rows\[\.\.\.\]", "= jnp.full_like(row_max, MASKED)"),
     Mutation("the first sink for all", r"sinks\[head\]", "sinks[0]"),
 ]
-GROUPS_FEW = [
+WAVES_FEW = [
     Mutation("window one too long", r"token >= left - WINDOW\)", "token >= left - WINDOW - 1)"),
-    Mutation("begins at token 0 alone", r" - first_token\(some_seq\)$", ""),
+    Mutation("begins at token 0 alone", r" - self\.first_token\(some_seq\)$", ""),
 ]
-GROUPS = [
+WAVES = [
     *SINKS,
     Mutation("window one short", r"token >= left - WINDOW\)", "token > left - WINDOW)"),
     Mutation(
         "a page before the window fetched", r"kv_lens\[seq\] - WINDOW, 0\)", "kv_lens[seq] - WINDOW - PAGE_SIZE, 0)"
     ),
     Mutation("fetched from the next page on", r"kv_lens\[seq\] - WINDOW, 0\)", "kv_lens[seq] - WINDOW + PAGE_SIZE, 0)"),
-    Mutation("from token 0 but for the first sequence", r"first_token\(jnp\.minimum\(seq, num_seqs - 1\)\)", "0"),
-    Mutation("not capped", r"capped\(scores\)", "CAP * CAP_SCALE * scores"),
+    Mutation("from token 0 but for the first sequence", r"self\.first_token\(jnp\.minimum\(seq, self\.num_seqs - 1\)\)", "0"),
+    Mutation("not capped", r"cap_scores\(scores \* SCORE_SCALE\)", "SOFT_CAP * SCORE_SCALE * scores"),
     Mutation("sinks left out of the sum", r"begins, 1\.0, old_sum", "begins, 0.0, old_sum"),
-    Mutation("sinks no maximum", r"begins, sink_rows\[\.\.\.\], old_max", "begins, MASKED, old_max"),
+    Mutation("sinks no maximum", r"begins, self\.sink_rows\[\.\.\.\], old_max", "begins, MASKED, old_max"),
 ]
 BLOCK_FEW = [
     Mutation("window one too long", r"token > query - WINDOW\)", "token >= query - WINDOW)"),
@@ -87,11 +87,11 @@ BY_QUERY = [Mutation("sinks of the first KV head", r"sinks\[head \* GROUP \+ row
 CHUNK_DECODE = [
     Mutation(
         "the chunk of the next token",
-        r"kv_lens\[seq\] - 1, 0\), ATTENTION_CHUNK\)",
-        "kv_lens[seq], 0), ATTENTION_CHUNK)",
+        r"first_query = jnp\.maximum\(self\.kv_lens\[seq\] - 1, 0\)",
+        "first_query = self.kv_lens[seq]",
     ),
     Mutation(
-        "tokens counted from the sequence's start", r"return kv_lens\[seq\] - first_token\(seq\)", "return kv_lens[seq]"
+        "tokens counted from the sequence's start", r"return self\.kv_lens\[seq\] - self\.first_token\(seq\)", "return self.kv_lens[seq]"
     ),
 ]
 CHUNK_BLOCK_FEW = [
@@ -116,10 +116,10 @@ def cases(layout: str, kind: str, mutations: list[Mutation], *marks: pytest.Mark
     ("layout", "kind", "mutation"),
     [
         *cases("interleaved", "decode", DECODE_FEW),
-        *cases("apart", "decode", GROUPS_FEW),
+        *cases("apart", "decode", WAVES_FEW),
         *cases("interleaved", "prefill", BLOCK_FEW),
         *cases("interleaved", "decode", DECODE, SLOW),
-        *cases("apart", "decode", GROUPS, SLOW),
+        *cases("apart", "decode", WAVES, SLOW),
         *cases("interleaved", "prefill", [*BLOCK, *ROWS, *LSE_BLOCK, *CAPPED, *BY_HEAD], SLOW),
         *cases("apart", "prefill", [*BLOCK_FEW, *BLOCK], SLOW),
         *cases("interleaved", "mixed", [*BLOCK_FEW, *BLOCK], SLOW),
