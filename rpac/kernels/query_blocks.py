@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from rpac.contract.arrays import LANES, SUBLANES, align, packing
+from rpac.contract.arrays import LANES, SUBLANES, align, joins_rows, packing
 from rpac.contract.attention import Attention
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, number, tile
@@ -34,31 +34,37 @@ class QueryBlocks:
     """The ways of a kernel of query blocks that its recipe does not name.
 
     `walk`: which tiles of a KV block are full and which partial. `full_tiles`: tile after tile, or all at once. `merge`: how
-    new tokens get into a page. `q_head_rows`: whether a token's query heads are whole sublane tiles. `sinks`: how they lie.
-    `cleared`: what says which tokens behind a sequence's end are zeroed.
+    new tokens get into a page. `q_head_rows`: whether a token's query heads are whole sublane tiles. `cleared`: what
+    says which tokens behind a sequence's end are zeroed. `values`: which rows of transposed values the MXU takes.
     """
 
+    flash: Literal["plain", "paced"]
     walk: Literal["causal", "local", "lengths"]
     full_tiles: Literal["at_once", "one_by_one"]
     merge: str
     lane_tiles: Literal["one", "several"]
     q_head_rows: Literal["whole", "padded"]
-    sinks: Literal["rows", "transposed", "strided"]
     cleared: Literal["cleared_planes", "cleared_tiles"]
+    values: Literal["all", "lower", "upper"]
 
     @classmethod
     def of(cls, spec: Spec, recipe: BlockRecipe) -> QueryBlocks:
         """The ways of a spec's kernel."""
         model = spec.model
         return cls(
+            flash="paced" if recipe.pacing else "plain",
             walk="local" if model.late else "causal" if model.causal else "lengths",
             full_tiles="one_by_one" if recipe.read in ("split_words", "split_rows") else "at_once",
             merge="packed" if recipe.write.startswith("packed") else recipe.write,
             lane_tiles="one" if RowDims.of(model).lane_tiles == 1 else "several",
             q_head_rows="whole" if model.q_heads % SUBLANES == 0 else "padded",
-            sinks="strided" if recipe.query_order == "strided" else recipe.scores,
             cleared="cleared_planes" if recipe.read == "separate" else "cleared_tiles",
+            values="all" if not recipe.unpadded_values else "upper" if joins_rows(model) else "lower",
         )
+
+    def own_rows(self, values: str) -> str:
+        """Those rows of transposed values that are a head's own, if the MXU takes no others."""
+        return values + {"all": "", "lower": "[:HEAD_DIM]", "upper": "[HEAD_DIM:]"}[self.values]
 
 
 def query_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
@@ -67,7 +73,9 @@ def query_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     assert isinstance(tiles, BlockTiles)
     assert made is not None
     constants = [*model_constants(spec, plan), *_tile_constants(spec, tiles, made)]
+    ways = {"local": spec.model.late, "pipelined": made.pipelined}
     context = {
+        "features": (*recipe.features, *(way for way, used in ways.items() if used)),
         "call": call_of(spec, plan.kind),
         "kernel_class": f"{plan.kind.capitalize()}Kernel",
         "summary": _SUMMARIES[plan.kind],
@@ -201,7 +209,7 @@ def _score_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe) -> list
         *paced,
         tile("TOKEN_AXIS", 0 if transposed else 1, "of scores"),
         tile("VALUE_ROWS", "HEAD_DIM" if recipe.unpadded_values else "HEAD_LANES"),
-        tile("ONES_ROWS", ONES_ROWS, "a register of them"),
+        number("ONES_ROWS", ONES_ROWS, "a register of them"),
         tile("SINK_SUM", "1 / LANES" if partial_sums else "1.0", "what a sink adds to a sum, in every lane"),
         tile("SINK_ROWS", SUBLANES if transposed else align(model.group, SUBLANES)),
     ]
