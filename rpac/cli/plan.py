@@ -1,15 +1,16 @@
-"""`rpac plan`: the tiles, buffers and budgets, before anything compiles."""
+"""`rpac plan`: the tiles, budgets and recipes, before anything compiles."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
 
 from rpac.build import chosen_targets
 from rpac.cli.common import json_option, print_json, size, spec_argument, table, target_option
-from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles, plan_spec
-from rpac.plan.tiles import XlaTiles
+from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, LatentBlockTiles, XlaTiles, plan_spec
+from rpac.plan.words import decisions
 from rpac.spec import load_spec
 
 HEADER = (
@@ -31,10 +32,10 @@ HEADER = (
 @target_option
 @json_option
 def plan(spec_file: Path, targets: tuple[str, ...], as_json: bool) -> None:
-    """Print the tiles, buffers and budgets of every kernel of SPEC.
+    """Print the tiles, the budgets and the recipe of every kernel of SPEC.
 
-    Tiles are in tokens: decode, block x buffers, or where K and V lie apart, tiles of a group x tile x groups; prefill and
-    mixed, queries, fetched/computed at once x buffers.
+    Tiles are in tokens. decode: block x buffers, or with separate K and V: tiles of a wave x tile x waves in flight. prefill and
+    mixed: queries, fetched/computed at once x buffers. After the table, the decisions that choose each program's code.
     """
     spec = load_spec(spec_file)
     plans = [one for part in spec.parts for target in chosen_targets(spec, targets) for one in plan_spec(part, target)]
@@ -42,6 +43,18 @@ def plan(spec_file: Path, targets: tuple[str, ...], as_json: bool) -> None:
         print_json({"spec": spec.name, "spec_hash": spec.hash, "plans": [one.as_dict() for one in plans]})
         return
     click.echo(table(HEADER, [_row(one) for one in plans]))
+    for text, paths in _recipes(plans).items():
+        click.echo(f"\n{', '.join(paths)}:\n{text}")
+
+
+def _recipes(plans: Sequence[KernelPlan]) -> Mapping[str, Sequence[str]]:
+    """The recipes in words, each once, with the sources that are made by it."""
+    found: dict[str, list[str]] = {}
+    for one in plans:
+        found.setdefault("\n".join(f"- {decision}" for decision in decisions(one.recipe, one.kind)), []).append(
+            one.path
+        )
+    return found
 
 
 def _row(one: KernelPlan) -> tuple[str, ...]:
@@ -51,14 +64,14 @@ def _row(one: KernelPlan) -> tuple[str, ...]:
     return (one.path, " ".join(map(str, one.tokens)), _tiles(one.decode), _tiles(one.block), *budgets, one.origin)
 
 
-def _tiles(tiles: DecodeTiles | GroupTiles | BlockTiles | LatentBlockTiles | XlaTiles | None) -> str:
+def _tiles(tiles: DecodeBlocks | DecodeWaves | BlockTiles | LatentBlockTiles | XlaTiles | None) -> str:
     match tiles:
         case None:
             return "-"
-        case DecodeTiles():
+        case DecodeBlocks():
             return f"{tiles.block} x{tiles.buffers}"
-        case GroupTiles():
-            return f"{tiles.step} x {tiles.tile} x{tiles.groups}"
+        case DecodeWaves():
+            return f"{tiles.tiles_per_wave} x {tiles.tile} x{tiles.wave_buffers}"
         case BlockTiles():
             return f"{tiles.q_block} q, {tiles.block}/{tiles.tile} x{tiles.buffers}"
         case LatentBlockTiles():

@@ -9,7 +9,7 @@ from rpac.contract.arrays import packing
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, tile
 from rpac.kernels.shared import CLEARED_AT_ONCE, call_of, model_constants, scratch_of
-from rpac.plan import DecodeTiles, KernelPlan, RowDims
+from rpac.plan import DecodeBlocks, KernelPlan, RowDims
 from rpac.plan.query_rows import head_rows
 from rpac.plan.recipe import Recipe
 from rpac.spec import Spec
@@ -43,7 +43,7 @@ _SHAPES: Final = {
 def decode_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     """The decode kernel of a plan."""
     tiles = plan.decode
-    assert isinstance(tiles, DecodeTiles)
+    assert isinstance(tiles, DecodeBlocks)
     constants = [*model_constants(spec, plan), *_tile_constants(spec, tiles, shared=plan.block is not None)]
     call = call_of(spec, "decode")
     several = spec.serving.decode_len > 1
@@ -57,33 +57,37 @@ def decode_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     context = {
         "call": call,
         "kernel_class": "DecodeKernel",
-        "heads_per_matmul": "one" if tiles.pair == 1 else "several",
-        "scratch": scratch_of(tiles.scratch(spec), shapes, constants, _NAMES),
+        "heads_per_matmul": "one" if tiles.heads_per_matmul == 1 else "several",
+        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), shapes, constants, _NAMES),
     }
     return Kernel("skeletons/decode_blocks.py.jinja", context, constants, "DECODE_")
 
 
-def _tile_constants(spec: Spec, tiles: DecodeTiles, *, shared: bool) -> list[Constant]:
+def _tile_constants(spec: Spec, tiles: DecodeBlocks, *, shared: bool) -> list[Constant]:
     """The tiles, and what follows from them. `shared`: the program has another kernel."""
     model, drafts = spec.model, spec.serving.decode_len
     rows, pack = RowDims.of(model), packing(model.kv_dtype)
     part_rows = tiles.block // pack * rows.token_rows
     split_rows = math.gcd(part_rows, SHORT_SPLIT_ROWS if shared else SPLIT_ROWS)
     steps = part_rows // split_rows
-    matmuls = model.kv_heads // tiles.pair
+    matmuls = model.kv_heads // tiles.heads_per_matmul
     return [
         tile("BLOCK", tiles.block, "tokens of a KV block"),
         tile("BLOCK_PAGES", "BLOCK // PAGE_SIZE"),
         tile("KV_BUFFERS", tiles.buffers, "blocks in VMEM: one that is computed, the others on their way"),
         tile("LOOKAHEAD", "KV_BUFFERS - 1", "iterations that the fetch is ahead"),
-        tile("WRITE_BUFFERS", tiles.writes, "sequences whose results may be on their way out"),
-        tile("MAX_TOKENS", tiles.loaded * drafts, "new tokens, loaded all at once"),
+        tile("WRITE_BUFFERS", tiles.write_buffers, "sequences whose results may be on their way out"),
+        tile("MAX_TOKENS", tiles.max_rows * drafts, "new tokens, loaded all at once"),
         tile("HEAD_QUERY_ROWS", head_rows(spec), "query rows of a KV head, up to whole sublane tiles"),
-        tile("HEADS_PER_MATMUL", tiles.pair, "KV heads side by side in a matmul"),
-        tile("NEW_TILES", (drafts - 2) // rows.unit + 2, "sublane tiles that the new tokens of a sequence may lie in"),
+        tile("HEADS_PER_MATMUL", tiles.heads_per_matmul, "KV heads side by side in a matmul"),
+        tile(
+            "NEW_TILES",
+            (drafts - 2) // rows.sublane_tile + 2,
+            "sublane tiles that the new tokens of a sequence may lie in",
+        ),
         tile(
             "CLEARED_TILES",
-            math.gcd(tiles.block // rows.unit, CLEARED_AT_ONCE),
+            math.gcd(tiles.block // rows.sublane_tile, CLEARED_AT_ONCE),
             "sublane tiles that are cleared at once",
         ),
         tile("PART_TOKENS", "BLOCK // PACKING", "a word holds one token of each of PACKING parts of a block"),

@@ -12,7 +12,9 @@ from rpac.devices.chip import is_tpu
 from rpac.kernels.decode import draft_context, extra_of_blocks
 from rpac.kernels.tiles import MASKED, tile_context
 from rpac.plan import KernelPlan, LatentBlockTiles, RowDims
-from rpac.plan.buffers import splits_rows, splits_words, unit_tokens
+from rpac.plan.access import read_of
+from rpac.plan.buffers import sublane_tile_tokens
+from rpac.plan.recipe import SPLIT
 from rpac.spec import Spec
 
 # Of each 8-bit float: its smallest normal number, the step between numbers from 1 on, its largest number.
@@ -73,8 +75,8 @@ def grouped_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "lse": serving.log_sum_exp,
         "log2_e": repr(math.log2(math.e)),
         "kv_layout": serving.kv_layout,
-        "splits_words": splits_words(spec),
-        "row_words": splits_rows(spec),
+        "splits_words": read_of(spec) in SPLIT,
+        "row_words": read_of(spec) == "split_rows",
         "to_mxu": f".astype(jnp.{computed})" if model.quantized else "",
         "place_bits": packing(model.kv_dtype).bit_length() - 1,
         "padding_rows": rows.token_rows // rows.lane_tiles - kv_rows(model),
@@ -89,15 +91,15 @@ def grouped_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
         "word_rows": rows.packed_rows,
         "token_rows": rows.token_rows,
         "page_rows": serving.page_size * rows.token_rows,
-        "unit": unit_tokens(model) if serving.kv_layout == "separate" else rows.unit,
-        "unit_rows": rows.unit_rows,
+        "unit": sublane_tile_tokens(model) if serving.kv_layout == "separate" else rows.sublane_tile,
+        "unit_rows": rows.sublane_tile_rows,
         "row_order": _row_order(model, rows),
         "vmem_limit": plan.vmem_limit,
         "decode_call": _call_context(spec, "decode"),
         "block_call": _call_context(spec, plan.kind),
         "ln_2": repr(math.log(2)),
-        "decode": tile_context(spec, plan.decode, shared=plan.block is not None),
-        "block": tile_context(spec, block),
+        "decode": tile_context(spec, plan.decode, plan.recipe, shared=plan.block is not None),
+        "block": tile_context(spec, block, plan.recipe),
     }
 
 

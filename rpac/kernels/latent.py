@@ -11,10 +11,9 @@ from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.shared import Call, Operand, model_constants, scratch_of, shared_context
 from rpac.kernels.waves import NAMES, Queries, wave_constants
-from rpac.plan import KernelPlan, LatentBlockTiles, LatentDecodeTiles
-from rpac.plan.buffers import unit_tokens
+from rpac.plan import KernelPlan, LatentBlockTiles, LatentWaves
+from rpac.plan.buffers import NEW_BUFFERS, PAGE_BUFFERS, UPDATE_AHEAD, sublane_tile_tokens
 from rpac.plan.recipe import Recipe
-from rpac.plan.tiles import NEW_BUFFERS, PAGE_BUFFERS, UPDATE_AHEAD
 from rpac.spec import Spec
 
 DIAGONAL_STEPS: Final = 4  # flash steps that are one piece of code: there are few blocks on the diagonal
@@ -69,13 +68,13 @@ def latent_call(spec: Spec, kind: str) -> Call:
 def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     """The decode kernel of a plan."""
     tiles = plan.decode
-    assert isinstance(tiles, LatentDecodeTiles)
+    assert isinstance(tiles, LatentWaves)
     own = [tile("QUERY_ROWS", "Q_HEADS"), tile("LOADS", len(_LOADS), "queries, their rotary parts, new tokens")]
     constants = [*_model_constants(spec, plan), *wave_constants(spec, tiles), *own]
     context = {
         "kernel_class": "DecodeKernel",
         "call": latent_call(spec, "decode"),
-        "scratch": scratch_of(tiles.scratch(spec), _DECODE_SHAPES, constants, NAMES),
+        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _DECODE_SHAPES, constants, NAMES),
         "summary": "One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.",
         "patches": "stores the new token and clears what lies behind it",
         "loads": _LOADS,
@@ -98,7 +97,7 @@ def latent_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     context = {
         "kernel_class": f"{plan.kind.capitalize()}Kernel",
         "call": latent_call(spec, plan.kind),
-        "scratch": scratch_of(tiles.scratch(spec), _BLOCK_SHAPES, constants, {}),
+        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _BLOCK_SHAPES, constants, {}),
         "summary": _SUMMARIES[plan.kind],
         "merge": f"latent_{_words(spec)}",
     }
@@ -120,7 +119,9 @@ def _model_constants(spec: Spec, plan: KernelPlan) -> list[Constant]:
         number("RANK", model.head_dim, "lanes of a latent vector, which is the value and part of the key"),
         number("ROW_LANES", lanes, f"of a token's row in the cache: {parts}"),
         number(
-            "SUBLANE_TILE", unit_tokens(model), "tokens of the smallest part of the cache that a DMA or store reaches"
+            "SUBLANE_TILE",
+            sublane_tile_tokens(model),
+            "tokens of the smallest part of the cache that a DMA or store reaches",
         ),
     ]
 

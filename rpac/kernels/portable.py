@@ -22,9 +22,7 @@ from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.header import header
 from rpac.kernels.shared import FLOAT8, model_constants
 from rpac.kernels.slots import environment
-from rpac.plan import KernelPlan
-from rpac.plan.recipes import recipe_of
-from rpac.plan.tiles import XlaTiles
+from rpac.plan import KernelPlan, XlaTiles
 from rpac.spec import Spec
 
 EXPONENT_BITS: Final = 0x7F800000  # of a float32
@@ -143,7 +141,7 @@ def _features(spec: Spec, plan: KernelPlan) -> Sequence[str]:
     """
     model = spec.model
     also = {"local": model.late, "latent": model.rope_dim is not None, "quantized": model.quantized}
-    return [*recipe_of(spec, plan).features, *(name for name, used in also.items() if used)]
+    return [*plan.recipe.features, *(name for name, used in also.items() if used)]
 
 
 def _padding_rows(spec: Spec) -> int:

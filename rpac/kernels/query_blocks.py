@@ -12,15 +12,16 @@ from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.shared import CLEARED_AT_ONCE, call_of, model_constants, scratch_of
 from rpac.plan import BlockTiles, KernelPlan, RowDims
+from rpac.plan.buffers import NEW_BUFFERS, PAGE_BUFFERS, UPDATE_AHEAD
+from rpac.plan.prefill import PACED_ROWS
 from rpac.plan.recipe import BlockRecipe, Recipe
-from rpac.plan.tiles import NEW_BUFFERS, PAGE_BUFFERS, TIED_ROWS, UPDATE_AHEAD
 from rpac.spec import Spec
 
 DEINTERLEAVED_ROWS: Final = 512  # bfloat16 rows that are split into K and V at once: 32 registers
 SORT_TOKENS: Final = 16  # tokens of a query block that are sorted at once; divides every query block
 ONES_ROWS: Final = 16  # of bfloat16: a register of them
 
-_NAMES: Final = {"which_query": "query_onehot", "limits": "mask_bias"}
+_NAMES: Final = {"query_onehot": "query_onehot", "mask_bias": "mask_bias"}
 _STATE: Final = {"rows": "Q_ROWS, LANES", "transposed": "SUBLANES, Q_ROWS"}
 _SUMMARIES: Final = {
     "prefill": "CHUNK new tokens for each of the sequences [0, distribution[1]).",
@@ -79,7 +80,7 @@ def query_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "kernel_class": f"{plan.kind.capitalize()}Kernel",
         "summary": _SUMMARIES[plan.kind],
         "block": QueryBlocks.of(spec, made),
-        "scratch": scratch_of(tiles.scratch(spec), _shapes(spec, made), constants, _NAMES),
+        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _shapes(spec, made), constants, _NAMES),
     }
     return Kernel("skeletons/query_blocks.py.jinja", context, constants, f"{plan.kind.upper()}_")
 
@@ -114,8 +115,8 @@ def _shapes(spec: Spec, recipe: BlockRecipe) -> dict[str, str]:
         "q_in": "KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM",
         "by_token": by_token,
         "q_rows": "KV_HEADS, Q_ROWS, HEAD_LANES",
-        "which_query": "STEP_ROWS, LANES",
-        "limits": "DIAGONAL_BLOCKS, Q_ROWS // STEP_ROWS, DIAGONAL_BLOCK, LANES",
+        "query_onehot": "STEP_ROWS, LANES",
+        "mask_bias": "DIAGONAL_BLOCKS, Q_ROWS // STEP_ROWS, DIAGONAL_BLOCK, LANES",
         "next_scores": f"SCORE_BUFFERS, {step}",
         "step_max": "SCORE_BUFFERS, SUBLANES, STEP_ROWS" if transposed else "SCORE_BUFFERS, STEP_ROWS, LANES",
         "sink_rows": "KV_HEADS, SINK_ROWS, LANES",
@@ -138,7 +139,7 @@ def _shapes(spec: Spec, recipe: BlockRecipe) -> dict[str, str]:
 def _tile_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe) -> list[Constant]:
     """The tiles, and what follows from them."""
     model, page = spec.model, spec.serving.page_size
-    rows, block = RowDims.of(model), tiles.piece(page)
+    rows, block = RowDims.of(model), tiles.diagonal_block(page)
     return [
         tile("Q_BLOCK", tiles.q_block, "query tokens of a query block"),
         tile("Q_ROWS", "GROUP * Q_BLOCK", "their rows of one KV head"),
@@ -161,7 +162,11 @@ def _tile_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe) -> list[
         *_order_constants(spec, tiles, recipe),
         tile("TOKENS_APART", "DIAGONAL_BLOCK // PACKING", "two neighbors in a word of a tile that is taken apart"),
         *_deinterleave_constants(block, rows, packing(model.kv_dtype)),
-        tile("CLEARED_TILES", math.gcd(block // rows.unit, CLEARED_AT_ONCE), "sublane tiles that are zeroed at once"),
+        tile(
+            "CLEARED_TILES",
+            math.gcd(block // rows.sublane_tile, CLEARED_AT_ONCE),
+            "sublane tiles that are zeroed at once",
+        ),
         tile("CLEARED_PLANES", "range(KV_PLANES)" if recipe.mask == "matmul" else "(V_PLANE,)"),
         tile("PAGE_BUFFERS", PAGE_BUFFERS, "pages under update"),
         tile("NEW_BUFFERS", NEW_BUFFERS, "pages whose new tokens are fetched or in use"),
@@ -182,11 +187,10 @@ def _window_constants(model: Attention) -> list[Constant]:
 def _score_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe) -> list[Constant]:
     """How far ahead of their use scores are made, and how scores and sums lie."""
     model, transposed = spec.model, recipe.scores == "transposed"
+    full, diagonal = recipe.lookahead
     if recipe.pacing is None:
-        full, diagonal = (tiles.scores_ahead(model, heads) for heads in (tiles.heads, tiles.diagonal_heads))
         paced = [tile("SCORE_BUFFERS", "SCORE_LOOKAHEAD")]
     else:
-        full, diagonal = recipe.pacing.lookahead
         paced = [
             tile("SCORE_BUFFERS", recipe.pacing.slots, "flash steps whose scores are kept"),
             tile("SCORE_TOKENS", recipe.pacing.tokens, "tokens whose scores are made at once"),
@@ -196,7 +200,7 @@ def _score_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe) -> list
                 "probabilities wait for the scores that are made so many chunks before",
             ),
             tile("DIAGONAL_WAIT_FOR", recipe.pacing.wait_for[1]),
-            tile("PACED_ROWS", TIED_ROWS, "rows of probabilities that wait for one register of scores"),
+            tile("PACED_ROWS", PACED_ROWS, "rows of probabilities that wait for one register of scores"),
         ]
     partial_sums = recipe.pacing is not None and not transposed
     return [

@@ -23,7 +23,7 @@ from rpac.contract.arrays import (
 from rpac.contract.attention import Attention
 from rpac.kernels.constants import Constant, number
 from rpac.plan import Buffer, KernelPlan, RowDims
-from rpac.plan.buffers import unit_tokens
+from rpac.plan.buffers import sublane_tile_tokens
 from rpac.plan.recipe import Recipe, Write
 from rpac.spec import Spec
 
@@ -136,7 +136,7 @@ class Shared:
             kv_dtype=f"jnp.{model.kv_dtype}",
             mxu_dtype=f"jnp.{_computed(model)}",
             packing=pack,
-            sublane_tile=unit_tokens(model) if spec.serving.kv_layout == "separate" else rows.unit,
+            sublane_tile=sublane_tile_tokens(model) if spec.serving.kv_layout == "separate" else rows.sublane_tile,
             padding_rows=_padding_rows(model, rows),
             row_order=_row_order(model, rows),
             new_tokens="one" if spec.serving.decode_len == 1 else "several",
@@ -422,7 +422,9 @@ def _separate_constants(model: Attention) -> list[Constant]:
         number("K_PLANE", 0, "where K is among them"),
         number("V_PLANE", 0 if joined else 1, "where V is"),
         number(
-            "SUBLANE_TILE", unit_tokens(model), "tokens of the smallest part of the cache that a DMA or store reaches"
+            "SUBLANE_TILE",
+            sublane_tile_tokens(model),
+            "tokens of the smallest part of the cache that a DMA or store reaches",
         ),
     ]
 
@@ -438,8 +440,10 @@ def _interleaved_constants(spec: Spec, rows: RowDims) -> list[Constant]:
         number("TOKEN_ROWS", rows.token_rows, "rows of one token in the cache"),
         number("WORD_ROWS", rows.packed_rows, "the same rows as 32-bit words"),
         number("PAGE_ROWS", page * rows.token_rows, "rows of one page"),
-        number("SUBLANE_TILE", rows.unit, "tokens of the smallest part of the cache that a DMA or store reaches"),
-        number("SUBLANE_TILE_ROWS", rows.unit_rows, "its rows"),
+        number(
+            "SUBLANE_TILE", rows.sublane_tile, "tokens of the smallest part of the cache that a DMA or store reaches"
+        ),
+        number("SUBLANE_TILE_ROWS", rows.sublane_tile_rows, "its rows"),
     ]
 
 

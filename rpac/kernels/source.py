@@ -22,7 +22,6 @@ from rpac.kernels.slots import environment, templates_dir
 from rpac.kernels.waves import decode_waves
 from rpac.plan import KernelPlan
 from rpac.plan.recipe import Recipe
-from rpac.plan.recipes import recipe_of
 from rpac.spec import Spec
 
 __all__ = ["render", "templates_dir"]
@@ -56,7 +55,7 @@ def render(spec: Spec, plan: KernelPlan) -> Source:
 
 def _assembled(spec: Spec, plan: KernelPlan) -> str | None:
     """The source of a plan all of whose kernels have skeletons."""
-    recipe, latent = recipe_of(spec, plan), spec.model.rope_dim is not None
+    recipe, latent = plan.recipe, spec.model.rope_dim is not None
     views: list[View | None] = []
     if recipe.decode is not None:
         views.append(_DECODE.get((recipe.decode.skeleton, latent)))

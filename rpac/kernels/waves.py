@@ -9,14 +9,14 @@ from typing import Literal
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, tile
 from rpac.kernels.shared import Shared, call_of, model_constants, scratch_of
-from rpac.plan import GroupTiles, KernelPlan
-from rpac.plan.buffers import unit_tokens
-from rpac.plan.query_rows import Sets, units_by_sequence
+from rpac.plan import DecodeWaves, KernelPlan
+from rpac.plan.buffers import sublane_tile_tokens
+from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
 from rpac.plan.recipe import Recipe
 from rpac.spec import Spec
 
 NAMES = {
-    "swapped": "kv_swapped",
+    "kv_swapped": "kv_swapped",
     "unit_out": "new_out",
     "unit_sem": "write_sem",
 }  # of scratch arrays, other than in the plan
@@ -59,12 +59,12 @@ class Queries:
 def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     """The kernel of a plan."""
     tiles = plan.decode
-    assert isinstance(tiles, GroupTiles) and recipe.decode is not None
+    assert isinstance(tiles, DecodeWaves) and recipe.decode is not None
     constants = [*model_constants(spec, plan), *wave_constants(spec, tiles), *_own_constants(spec, recipe)]
     context = {
         "kernel_class": "DecodeKernel",
         "call": call_of(spec, "decode"),
-        "scratch": scratch_of(tiles.scratch(spec), _shapes(spec), constants, NAMES),
+        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _shapes(spec), constants, NAMES),
         "summary": _summary(spec),
         "patches": _patches(spec),
         "loads": LOADS_OF_NEW if spec.model.update_cache else LOADS_OF_NEW[:1],
@@ -94,22 +94,22 @@ def _patches(spec: Spec) -> str:
     return "stores the new token and clears what lies behind it"
 
 
-def wave_constants(spec: Spec, tiles: GroupTiles) -> list[Constant]:
+def wave_constants(spec: Spec, tiles: DecodeWaves) -> list[Constant]:
     """The constants of a plan's waves."""
     serving = spec.serving
     several = serving.decode_len > 1
     return [
         tile("TILE", tiles.tile, "tokens that are fetched and computed at once, of one sequence"),
-        tile("TILES_PER_WAVE", tiles.step, "which fill the waits of each other"),
-        tile("LOOKAHEAD", tiles.ahead, "waves from the fetch of one to its softmax"),
+        tile("TILES_PER_WAVE", tiles.tiles_per_wave, "which fill the waits of each other"),
+        tile("LOOKAHEAD", tiles.lookahead, "waves from the fetch of one to its softmax"),
         tile("WAVE_TOKENS", "TILES_PER_WAVE * TILE"),
         tile("WAVE_BUFFERS", "LOOKAHEAD + 1", "waves that are fetched or computed"),
         tile("TILE_BUFFERS", "WAVE_BUFFERS * TILES_PER_WAVE"),
         tile("TILE_PAGES", "TILE // PAGE_SIZE"),
-        tile("MAX_ROWS", tiles.loaded, "sequences of the largest batch"),
+        tile("MAX_ROWS", tiles.max_rows, "sequences of the largest batch"),
         tile("NO_SEQ", "MAX_ROWS", "in place of a sequence where there is no tile"),
         tile("MAX_TOKENS", "MAX_ROWS * DECODE_LEN" if several else "MAX_ROWS", "new tokens of the largest batch"),
-        tile("WRITE_BUFFERS", tiles.writes, "sequences whose new tokens are on their way to the cache"),
+        tile("WRITE_BUFFERS", tiles.write_buffers, "sequences whose new tokens are on their way to the cache"),
         tile("LAST_ENTRY", "MAX_SEQS * PAGES_PER_SEQ - 1", "of the page tables"),
     ]
 
@@ -118,7 +118,7 @@ def _own_constants(spec: Spec, recipe: Recipe) -> list[Constant]:
     """Those of heads, and of new tokens in the cache."""
     sets, updates = Sets.of(spec), spec.model.update_cache
     pairs = recipe.decode is not None and recipe.decode.read == "token_pairs"
-    new_tiles = units_by_sequence(spec, 1, unit_tokens(spec.model))[-1]
+    new_tiles = sublane_tiles_by_sequence(spec, 1, sublane_tile_tokens(spec.model))[-1]
     return [
         tile("QUERIES", "Q_HEADS * DECODE_LEN" if spec.serving.decode_len > 1 else "Q_HEADS", "of a sequence"),
         tile("HEADS_PER_SET", sets.heads, "KV heads whose queries are the rows of one matmul: they fill a register"),
@@ -143,7 +143,7 @@ def _shapes(spec: Spec) -> dict[str, str]:
         "new_keys": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
         "new_values": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
         "unit_out": f"WRITE_BUFFERS, {'NEW_TILES, ' * several}KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES",
-        "swapped": "TILES_PER_WAVE, KV_HEADS, TILE // (2 * PACKING), HEAD_LANES",
+        "kv_swapped": "TILES_PER_WAVE, KV_HEADS, TILE // (2 * PACKING), HEAD_LANES",
         "scores": "TILES_PER_WAVE, QUERY_ROWS, TILE",
         "sink_rows": "QUERY_ROWS, LANES",
         "row_max": "QUERY_ROWS, LANES",
@@ -162,7 +162,7 @@ def _shapes(spec: Spec) -> dict[str, str]:
     }
 
 
-def _tiles_fit(spec: Spec, tiles: GroupTiles) -> bool:
+def _tiles_fit(spec: Spec, tiles: DecodeWaves) -> bool:
     """Whether no tile reaches past the end of a sequence's page table: a window begins at any page, and so do its tiles."""
     model = spec.model
     whole = math.gcd(model.attention_chunk or 0, spec.serving.max_model_len) % tiles.tile == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mutation import retiled
 
 from rpac.check import CheckReport, Trial, check_source, check_spec, trials_of
 from rpac.check.arrays import GARBAGE, Arguments, make_arguments
@@ -16,7 +17,7 @@ from rpac.check.compare import TOLERANCE, compare, lse_notes
 from rpac.contract.program import Source
 from rpac.kernels import render
 from rpac.oracle import attention as reference
-from rpac.plan import GroupTiles, KernelPlan, plan_spec
+from rpac.plan import DecodeWaves, KernelPlan, plan_spec
 from rpac.spec import Spec, load_spec
 
 SPECS = Path(__file__).parents[2] / "specs"
@@ -98,7 +99,7 @@ def test_decode_batches_hold_every_edge_length(spec: Spec, target: str) -> None:
     assert plan.decode is not None
     found = trials(spec, plan)
     lengths = {length for trial in found for length in trial.kv_lens}
-    group = plan.decode.step * plan.decode.tile if isinstance(plan.decode, GroupTiles) else plan.decode.block
+    group = plan.decode.tiles_per_wave * plan.decode.tile if isinstance(plan.decode, DecodeWaves) else plan.decode.block
     sizes = {spec.serving.page_size, group, getattr(plan.decode, "tile", group)}
     edges = {1, *(size + off for size in sizes for off in (-1, 0, 1)), spec.serving.max_model_len}
     assert {edge for edge in edges if edge <= spec.serving.max_model_len} <= lengths
@@ -111,11 +112,13 @@ def test_decode_batches_hold_every_edge_length(spec: Spec, target: str) -> None:
 def test_decode_batches_of_groups_fill_some_to_the_last_token_and_use_all_buffers_again(step: int) -> None:
     spec = load_spec(SPECS / "llama3-8b-separate.yaml")
     plan = plan_of(spec, "decode")
-    assert isinstance(plan.decode, GroupTiles)
-    tiles = replace(plan.decode, step=step, ahead=3)
-    found = trials(spec, replace(plan, decode=tiles))
-    assert any(trial.kv_lens[0] % (tiles.step * tiles.tile) == 0 for trial in found if trial.kv_lens)
-    in_flight = tiles.groups * tiles.step
+    assert isinstance(plan.decode, DecodeWaves)
+    plan = retiled(spec, plan, decode={"tiles_per_wave": step, "lookahead": 3})
+    tiles = plan.decode
+    assert isinstance(tiles, DecodeWaves)
+    found = trials(spec, plan)
+    assert any(trial.kv_lens[0] % (tiles.tiles_per_wave * tiles.tile) == 0 for trial in found if trial.kv_lens)
+    in_flight = tiles.wave_buffers * tiles.tiles_per_wave
     assert any(sum(-(-length // tiles.tile) for length in trial.kv_lens) > in_flight for trial in found)
     # Where a page table ends within a tile, only the last row could read past it.
     full = spec.serving.max_num_seqs, spec.serving.max_model_len
@@ -124,8 +127,8 @@ def test_decode_batches_of_groups_fill_some_to_the_last_token_and_use_all_buffer
 
 def test_batches_of_groups_too_long_for_any_row_leave_out_whole_ones() -> None:
     plan = plan_of(SEPARATE, "decode")
-    assert isinstance(plan.decode, GroupTiles)
-    assert plan.decode.step * plan.decode.tile > SEPARATE.serving.max_model_len
+    assert isinstance(plan.decode, DecodeWaves)
+    assert plan.decode.tiles_per_wave * plan.decode.tile > SEPARATE.serving.max_model_len
     assert "whole groups" not in {trial.name for trial in trials(SEPARATE, plan)}
 
 

@@ -15,7 +15,7 @@ from rpac.check import trials_of
 from rpac.devices.chip import TPU_TARGETS
 from rpac.kernels import render
 from rpac.plan import plan_spec
-from rpac.plan.buffers import unit_tokens
+from rpac.plan.buffers import sublane_tile_tokens
 from rpac.spec import Spec
 
 FLOAT8 = {"kv_dtype": "float8_e4m3fn", "kv_scale": "head"}
@@ -97,7 +97,7 @@ def test_each_new_token_is_once_the_first_past_a_page_a_unit_and_a_tile(layout: 
     plan = next(plan for plan in reversed(plan_spec(spec, target)) if plan.kind == "decode")
     lengths = {length for trial in trials_of(spec, plan, np.random.default_rng(SEED), 0) for length in trial.kv_lens}
     tile = plan.decode.tile if hasattr(plan.decode, "tile") else plan.decode.block
-    for size in (spec.serving.page_size, unit_tokens(spec.model), tile):
+    for size in (spec.serving.page_size, sublane_tile_tokens(spec.model), tile):
         assert {size + new for new in range(5) if size + new >= 4} <= lengths
 
 

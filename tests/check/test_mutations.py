@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mutation import SEED, Mutation, check_bug, dropped, no_wait
+from mutation import SEED, Mutation, check_bug, dropped, no_wait, retiled
 
 from rpac.check import check_source
 from rpac.kernels import render
-from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, plan_spec
+from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, plan_spec
 from rpac.spec import Spec, load_spec
 
 TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")
@@ -220,15 +220,15 @@ BLOCK_APART = [
 def small_plan(spec: Spec, kind: str) -> KernelPlan:
     """A plan for the largest bucket with tiles so small that a full table is several blocks of several tiles."""
     plan = next(plan for plan in reversed(plan_spec(spec, "tpu7x")) if plan.kind == kind)
-    if isinstance(plan.decode, DecodeTiles):
-        plan = replace(plan, decode=replace(plan.decode, block=128))
-    if isinstance(plan.decode, GroupTiles):
-        plan = replace(plan, decode=replace(plan.decode, tile=128, step=2, ahead=2, writes=4))
+    if isinstance(plan.decode, DecodeBlocks):
+        plan = retiled(spec, plan, decode={"block": 128})
+    if isinstance(plan.decode, DecodeWaves):
+        plan = retiled(spec, plan, decode={"tile": 128, "tiles_per_wave": 2, "lookahead": 2, "write_buffers": 4})
     if isinstance(plan.block, BlockTiles):
         tiles = {"q_block": 16, "step_rows": 16 * spec.model.group, "block": 256, "tile": 128}
         if spec is SPEC:  # else whole registers
             tiles["merge_tokens"] = 4
-        plan = replace(plan, block=replace(plan.block, **tiles))
+        plan = retiled(spec, plan, block=tiles)
     return plan
 
 

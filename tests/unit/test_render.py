@@ -204,7 +204,7 @@ def test_every_buffer_of_a_plan_is_declared_and_a_parameter_once() -> None:
         fields = re.findall(r"^    (\w+): Ref  # \w+\[.*\]: (.*)$", text, flags=re.MULTILINE)
         notes = [note for _, note in fields if not note.startswith("the memory of")]
         declared = re.findall(r"^            pltpu\..*,  # (\w+)$", text, flags=re.MULTILINE)
-        assert notes == [buffer.note for buffer in tiles.scratch(spec)]  # type: ignore[union-attr]
+        assert notes == [buffer.note for buffer in tiles.scratch(spec, plan.recipe)]  # type: ignore[union-attr]
         assert declared == [name for name, note in fields if not note.startswith("the memory of")]
 
 
