@@ -37,7 +37,8 @@ SCALES = {
 }
 SOFT_CAP = ("attn_logit_softcapping", "max_attn_value")
 OTHERS = {
-    "multi_query", "sliding_window", "attention_chunk_size", "global_head_dim", "num_global_key_value_heads", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim",
+    "multi_query", "sliding_window", "attention_chunk_size", "global_head_dim", "num_global_key_value_heads",
+    "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim",
 }  # fmt: skip
 KNOWN = {*Q_HEADS, *KV_HEADS, *WIDTH, *HEAD_DIM, *LENGTH, *SCALES, *SOFT_CAP, *OTHERS}
 
