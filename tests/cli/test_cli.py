@@ -256,7 +256,7 @@ def test_a_bundle_that_is_not_there_is_exit_4(tmp_path: Path) -> None:
 def test_output_that_cannot_be_written_is_exit_5(command: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     message = refused(5, command, TINY, "-o", "file", cwd=tmp_path)
-    assert message.startswith("rpac: OutputError: ")
+    assert message.splitlines()[-1].startswith("rpac: OutputError: ")
     assert "nothing was published" in message
 
 
