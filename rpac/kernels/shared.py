@@ -369,6 +369,8 @@ def model_constants(spec: Spec, plan: KernelPlan) -> list[Constant]:
         number("PRECISION", *_precision(model)),
         *_quantized_constants(model),
         number("VMEM_LIMIT", plan.vmem_limit, "bytes"),
+        number("HALF_BITS", 16, "of a 32-bit word"),
+        number("BYTE_BITS", 8),
         number("PACKING", packing(model.kv_dtype), "elements of the cache in one 32-bit word"),
         *_layout_constants(spec, rows),
     ]
