@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 SPECS := $(wildcard specs/*.yaml)
 
+# What is generated, built and tested here has the repository's own tuned tiles, not those of whoever runs it.
+export RPAC_TUNED := none
+
 # A second interpreter for the newest jax, which needs Python 3.12 or later; the compile tests run there too.
 # A name may be there and still not run (a version manager's stand-in), so each is tried.
 NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \

@@ -15,13 +15,14 @@ from typing import Any
 
 import hypothesis
 import pytest
-from command import TINY, rpac
+from command import ROOT, TINY, rpac
 
 from rpac.bundle import write_bundle
 from rpac.contract import arrays as layout
 from rpac.spec import Spec, parse_spec
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["RPAC_TUNED"] = "none"  # not those of whoever runs the tests
 
 # The same examples on every machine and every run.
 hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=150)
@@ -151,3 +152,17 @@ def built(shared: Path, cache: Path) -> Callable[[str], Path]:
         return out / "tiny.rpac"
 
     return build
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of small.yaml, built once a run through the command line, however many test processes ask."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "rpac-small"
+    folder.mkdir(exist_ok=True)
+    with (folder / "once").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "small.rpac").exists():
+            done = rpac("build", ROOT / "tests" / "engine" / "small.yaml", "-o", folder, cache=folder / "cache")
+            assert done.returncode == 0, done.stderr
+    return folder / "small.rpac"

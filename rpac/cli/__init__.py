@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Exit codes are those of `rpac.errors`."""
+"""The command line: parses arguments, calls rpac, prints. `rpac.errors` defines the exit codes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rpac.errors import RpacError
 
 
 class Group(click.Group):
-    """Ends with an error's own exit code, its message on stderr."""
+    """Prints an RpacError to stderr and ends the process with the error's exit code."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         with checked_streams():

@@ -1,4 +1,4 @@
-"""`rpac plan`: the tiles, buffers and budgets, before anything compiles."""
+"""`rpac plan`: prints tiles, buffers and memory budgets before anything compiles."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from pathlib import Path
 import click
 
 from rpac.build import chosen_targets
-from rpac.cli.common import json_option, print_json, size, spec_argument, table, target_option
+from rpac.cli.common import (
+    command,
+    json_option,
+    print_json,
+    size,
+    spec_argument,
+    table,
+    target_option,
+    tuned_of,
+    tuned_option,
+)
 from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles, plan_spec
 from rpac.plan.tiles import XlaTiles
 from rpac.spec import load_spec
@@ -26,18 +36,25 @@ HEADER = (
 )
 
 
-@click.command()
+@command()
 @spec_argument
 @target_option
+@tuned_option
 @json_option
-def plan(spec_file: Path, targets: tuple[str, ...], as_json: bool) -> None:
-    """Print the tiles, buffers and budgets of every kernel of SPEC.
+def plan(spec_file: Path, targets: tuple[str, ...], tuned_in: Path | None, as_json: bool) -> None:
+    """Print the tiles, buffers and memory budgets of every kernel of SPEC.
 
-    Tiles are in tokens: decode, block x buffers, or where K and V lie apart, tiles of a group x tile x groups; prefill and
-    mixed, queries, fetched/computed at once x buffers.
+    Tiles are in tokens. Decode shows block x buffers or, with separate K/V, tiles per wave x tile x waves. Prefill and mixed
+    show queries, then tokens fetched / computed at once x buffers.
     """
     spec = load_spec(spec_file)
-    plans = [one for part in spec.parts for target in chosen_targets(spec, targets) for one in plan_spec(part, target)]
+    tuned = tuned_of(tuned_in)
+    plans = [
+        one
+        for part in spec.parts
+        for target in chosen_targets(spec, targets)
+        for one in plan_spec(part, target, tuned=tuned(target))
+    ]
     if as_json:
         print_json({"spec": spec.name, "spec_hash": spec.hash, "plans": [one.as_dict() for one in plans]})
         return

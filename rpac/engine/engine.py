@@ -332,6 +332,8 @@ class Engine:
         return tokens
 
     def _slot(self, variant: Variant) -> Slot:
+        if not isinstance(variant, tuple) or len(variant) != 2:
+            raise SelectionError(f"{variant!r} is no program; must be a variant such as Variant('decode', 8)")
         if variant not in self._slots:
             raise SelectionError(advice(self._slots, self.limits, variant))
         return self._slots[variant]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rpac.check import CheckBatch, CheckReport, batches_of, check_source, check_spec
+from rpac.check import CheckBatch, CheckReport, CompileResult, Result, batches_of, check_source, check_spec, run
 from rpac.check.arrays import GARBAGE, Arguments, make_arguments
 from rpac.check.compare import TOLERANCE, compare, lse_notes
-from rpac.contract.program import Source
+from rpac.contract.program import HEADER_END, Source
+from rpac.errors import CheckError
 from rpac.kernels import render
 from rpac.oracle import attention as reference
 from rpac.plan import GroupTiles, KernelPlan, plan_spec
@@ -309,15 +311,37 @@ def test_the_kernels_of_tiny_pass_in_both_modes_once_for_all_targets_that_share_
     assert all(0 < result.error < result.tolerance for result in report.results if result.batch != "empty")
 
 
-def test_kinds_choose_what_is_checked_and_processes_change_nothing_but_the_order() -> None:
+def test_kinds_choose_what_is_checked_and_processes_change_nothing() -> None:
     alone = check_spec(TINY, targets=["cpu"], kinds=["decode", "prefill"], seed=3)
     beside = check_spec(TINY, targets=["cpu"], kinds=["decode", "prefill"], seed=3, jobs=2)
 
     def rows(report: CheckReport) -> list[tuple[object, ...]]:
-        return sorted((r.source, r.batch, r.error, r.cache_ok) for r in report.results)
+        return [(r.source, r.batch, r.error, r.cache_ok) for r in report.results]
 
     assert rows(alone) == rows(beside)
     assert {result.kind for result in alone.results} == {"decode", "prefill"}
+
+
+def test_processes_hand_back_each_result_as_it_comes() -> None:
+    came: dict[str, float] = {}
+
+    def progress(row: Result | CompileResult) -> None:
+        assert isinstance(row, Result)
+        came[row.batch] = time.monotonic()
+
+    report = check_spec(TINY, targets=["cpu"], kinds=["decode"], seed=3, jobs=2, progress=progress)
+    assert set(came) == {result.batch for result in report.results}
+    # All at once at the end, they would come in no time.
+    assert max(came.values()) - min(came.values()) > sum(result.seconds for result in report.results[1:]) / 2
+
+
+def test_a_checking_process_that_dies_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def deadly(spec: Spec, plan: KernelPlan) -> Source:
+        return replace(render(spec, plan), text=f"""\"\"\"Deadly.{HEADER_END}import os\nos._exit(1)\n""")
+
+    monkeypatch.setattr(run, "render", deadly)
+    with pytest.raises(CheckError, match="a checking process died"):
+        check_spec(TINY, targets=["cpu"], kinds=["decode", "prefill"], jobs=2)
 
 
 def test_a_seed_is_drawn_and_reported_where_none_is_given() -> None:

@@ -13,7 +13,10 @@ import pytest
 from command import TINY, rpac
 
 import rpac as package
+from rpac import build as job
 from rpac.build import GENERATED_MARK
+from rpac.cli import main
+from rpac.errors import TargetError
 from rpac.plan import plan_spec
 from rpac.spec import load_spec
 
@@ -90,11 +93,29 @@ def test_build_as_json_keeps_stdout_clean_and_progress_on_stderr(built: Built, c
         assert variant["exported_bytes"] > 0
         assert variant["executable_bytes"] is None
         assert (tmp_path / "out" / "tiny.rpac" / "source" / variant["source"]).is_file()
-    lines = done.stderr.splitlines()
+    first, *lines, canaries, last = done.stderr.splitlines()
+    assert first.endswith(" s  tiny: planning the kernels for cpu")
     assert [line[:7] for line in lines] == [f"[  {count}/5]" for count in range(1, 6)]
     assert {line.split("s  ")[1] for line in lines} == {
         f"cpu {variant['kind']} t{variant['tokens']}: cached" for variant in data["variants"]
     }
+    assert canaries.endswith(" s  tiny: computing the canaries' expected answers")
+    assert last.endswith(" s  out/tiny.rpac: writing the bundle")
+
+
+def test_build_says_what_it_does_before_it_does_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+
+    def planning(*_: object) -> None:
+        said.append(capsys.readouterr().err)
+        raise TargetError("enough")
+
+    monkeypatch.setattr(job, "all_tasks", planning)
+    with pytest.raises(SystemExit):
+        main(["build", str(TINY), "--target", "cpu"])
+    assert re.fullmatch(r" +\d+\.\d s  tiny: planning the kernels for cpu\n", said[0])
 
 
 def test_build_prints_a_row_a_program_and_where_the_bundle_is(built: Built, cache: Path, tmp_path: Path) -> None:
@@ -110,8 +131,8 @@ def test_inspect_says_what_is_in_a_bundle(built: Built, cache: Path) -> None:
     done = rpac("inspect", built("cpu"), cache=cache)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"tiny  spec {load_spec(TINY).hash[:16]}  ")
-    assert "every hash holds" in done.stdout
-    assert "; K and V interleaved in 128 pages of 16, 32 a sequence, " in done.stdout
+    assert "every hash matches" in done.stdout
+    assert "; K and V interleaved in 128 pages of 16, 32 for each of 4 sequences, " in done.stdout
     data = json.loads(rpac("inspect", built("cpu"), "--json", cache=cache).stdout)
     assert list(data["targets"]) == ["cpu"]
     assert data["size"] == sum(file.stat().st_size for file in built("cpu").rglob("*") if file.is_file())
@@ -207,11 +228,22 @@ def test_a_target_that_nobody_has_is_a_mistake_in_usage(command: str, tmp_path: 
 
 @pytest.mark.parametrize(
     "args",
-    [["build"], ["build", TINY, "--jobs", "0"], ["build", TINY, "--wait", "x"], ["plan", TINY, "more"], ["nothing"]],
-    ids=lambda args: " ".join(map(str, args[-1:])),
+    [
+        ["build"],
+        ["build", TINY, "--jobs", "0"],
+        ["plan", TINY, "more"],
+        ["nothing"],
+        *(["build", TINY, "--wait", seconds] for seconds in ("x", "-1", "-inf", "nan")),
+        *(["tune", TINY, "--budget", minutes] for minutes in ("-1", "nan")),
+        ["check", TINY, "--seed", "-1"],
+        ["serve-check", TINY, "--target", "cpu", "--target", "v6e"],
+        ["build", TINY, "-o", "a", "--out", "b"],
+    ],
+    ids=lambda args: " ".join(map(str, args[-2:])),
 )
 def test_mistakes_in_usage_are_exit_2(args: list[object], tmp_path: Path) -> None:
     assert "Usage: " in refused(2, *args, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bundle_that_is_not_there_is_exit_4(tmp_path: Path) -> None:
@@ -224,8 +256,9 @@ def test_a_bundle_that_is_not_there_is_exit_4(tmp_path: Path) -> None:
 def test_output_that_cannot_be_written_is_exit_5(command: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     message = refused(5, command, TINY, "-o", "file", cwd=tmp_path)
-    assert message.startswith("rpac: OutputError: ")
-    assert "nothing was published" in message
+    last = message.splitlines()[-1]
+    assert last.startswith("rpac: OutputError: ")
+    assert "nothing was published" in last
 
 
 @pytest.mark.parametrize(("command", "name"), [("build", "tiny.rpac"), ("generate", "tiny")])
@@ -233,7 +266,10 @@ def test_a_folder_of_somebody_else_is_never_replaced(command: str, name: str, tm
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("the only copy")
     message = refused(5, command, TINY, "-o", ".", cwd=tmp_path)
-    assert f"{name}: found a folder that this command did not make; must be absent, empty or an earlier" in message
+    assert (
+        f"{name}: found a folder that this command did not make, with thesis.txt; must be absent, empty or an"
+        in message
+    )
     assert (tmp_path / name / "thesis.txt").read_text() == "the only copy"
 
 

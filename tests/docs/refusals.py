@@ -72,7 +72,7 @@ def call(cache: str = "") -> None:
         arrays["kv_cache"] = arrays["kv_cache"].astype("float32")
     if cache == "donated":
         arrays["kv_cache"].delete()
-    one(*arrays.values(), batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+    one(*arrays.values(), *batch.metadata)
 
 
 def adapter(pages: int = 128, page_size: int = 16, **options: Any) -> None:
@@ -86,8 +86,7 @@ def adapter(pages: int = 128, page_size: int = 16, **options: Any) -> None:
     arrays = {name: jnp.zeros(taken[name].shape, taken[name].dtype) for name in ("queries", "keys", "values")}
     cache = jnp.zeros((pages, page_size, *taken["kv_cache"].shape[2:]), taken["kv_cache"].dtype)
     attention = tpu_inference.ragged_paged_attention(one)
-    metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
-    attention(*arrays.values(), cache, *metadata, sm_scale=one.model.sm_scale, **options)
+    attention(*arrays.values(), cache, *batch.metadata, sm_scale=one.model.sm_scale, **options)
 
 
 CASES: dict[str, Callable[[], object]] = {
@@ -104,17 +103,13 @@ CASES: dict[str, Callable[[], object]] = {
     "shape": lambda: validated(page_indices=lambda array: array[:-1]),
     "cache": lambda: call("wrong dtype"),
     "donated": lambda: call("donated"),
-    "bucket": lambda: validate_batch(limits(), 24, *arrays_of(sound())),
+    "bucket": lambda: validate_batch(limits(), 24, *sound().metadata),
     "tokens": lambda: Batch.build(limits(), [40], [0], [[0, 1, 2]]),
     "sequences": lambda: Batch.build(limits(), [1] * 5, [0] * 5, [[page] for page in range(5)]),
     "table": lambda: Batch.build(limits(), [1], [40], [[1, 4]]),
     "window": lambda: adapter(sliding_window=4096),
     "sizes": lambda: adapter(pages=64, page_size=32),
 }
-
-
-def arrays_of(batch: Batch) -> tuple[Any, ...]:
-    return batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution
 
 
 def main(names: list[str]) -> None:

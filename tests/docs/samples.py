@@ -83,7 +83,13 @@ def run(command: str, folder: Path, cache: Path) -> str:
         assert program == "rpac", f"{command}: must begin with rpac or python"
         words = [sys.executable, "-m", "rpac.cli", *arguments]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "PYTHONPATH": path, "RPAC_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "RPAC_CACHE": str(cache),
+        "RPAC_TUNED": "none",
+        "JAX_PLATFORMS": "cpu",
+    }
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=folder, env=environment)
     assert done.returncode == 0, f"{command}: exit code {done.returncode}\n{done.stderr}"
     return "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
@@ -102,23 +108,19 @@ def excerpt(source: str) -> str:
     raise AssertionError(f"{path} has no function {name}: name another one in the page")
 
 
-def rewrite(page: Path) -> bool:
-    """Puts what the sources say into the blocks that say something else. Returns whether the page changed."""
+def rewrite(page: Path, cache: Path) -> None:
+    """Puts what the sources say into the blocks that say something else."""
     text = page.read_text()
     blocks = samples(page)
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder, "work")
-        work.mkdir()
-        now = list(found(blocks, work, Path(folder, "cache")))
+        now = list(found(blocks, Path(folder), cache))
     for sample, content in reversed(list(zip(blocks, now, strict=True))):
         if not sample.holds(content):
             text = text[: sample.start] + content + text[sample.end :]
             elided = "; put back the `...` where lines were left out" if ELISION in sample.text else ""
             print(f"{page.relative_to(ROOT)}: rewrote {sample.source}{elided}")
-    changed = text != page.read_text()
-    if changed:
+    if text != page.read_text():
         page.write_text(text)
-    return changed
 
 
 def _pattern(shown: str) -> str:
@@ -141,5 +143,6 @@ def _loosened(text: str) -> str:
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
         sys.exit("usage: python tests/docs/samples.py --write")
-    for one in PAGES:
-        rewrite(one)
+    with tempfile.TemporaryDirectory() as builds:
+        for one in PAGES:
+            rewrite(one, Path(builds))

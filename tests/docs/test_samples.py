@@ -8,11 +8,15 @@ import pytest
 from samples import PAGES, ROOT, Sample, excerpt, found, samples
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache of builds for all pages, which build the same small spec."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if samples(page)], ids=lambda page: page.name)
-def test_samples_are_what_their_sources_say(page: Path, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
-    for sample, now in zip(samples(page), found(samples(page), work, tmp_path / "cache"), strict=True):
+def test_samples_are_what_their_sources_say(page: Path, tmp_path: Path, cache: Path) -> None:
+    for sample, now in zip(samples(page), found(samples(page), tmp_path, cache), strict=True):
         assert sample.holds(now), (
             f"{page.relative_to(ROOT)} shows of {sample.source}:\n{sample.text}\nnow it is:\n{now}\nrun `make samples`"
         )

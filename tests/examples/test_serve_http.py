@@ -4,70 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
 import pytest
-from aiohttp import web
+from clients import PROMPT, against, lines, running, tokens_of, until
 from serve import model
-from serve.app import MAX_BODY, make_app
+from serve.app import MAX_BODY
 from serve.demo import server
 from serve.generate import Generator
 from serve.load import compare, requests, send_all
 from serve.worker import Worker
-
-PROMPT = [1, 2, 3]
-
-
-@asynccontextmanager
-async def running(worker: Worker) -> AsyncIterator[aiohttp.ClientSession]:
-    """A client of a server on a real socket."""
-    worker.start()
-    runner = web.AppRunner(make_app(worker), handler_cancellation=True)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{runner.addresses[0][1]}") as session:
-            yield session
-    finally:
-        await runner.cleanup()
-        await asyncio.to_thread(worker.stop)
-
-
-def against(
-    generator: Generator, test: Callable[[aiohttp.ClientSession], Awaitable[None]], most_waiting: int = 100
-) -> None:
-    async def run() -> None:
-        async with running(Worker(generator, most_waiting)) as session:
-            await asyncio.wait_for(test(session), 60)
-
-    asyncio.run(run())
-
-
-async def lines(response: aiohttp.ClientResponse) -> list[Any]:
-    return [json.loads(line) async for line in response.content]
-
-
-async def tokens_of(session: aiohttp.ClientSession, prompt: list[int], count: int) -> list[Any]:
-    async with session.post("/generate", json={"prompt": prompt, "max_new_tokens": count}) as response:
-        assert (response.status, response.content_type) == (200, "application/x-ndjson")
-        return await lines(response)
-
-
-async def until(session: aiohttp.ClientSession, **wanted: int) -> None:
-    while True:
-        async with session.get("/stats") as response:
-            found = await response.json()
-        if all(found[name] == value for name, value in wanted.items()):
-            return
-        await asyncio.sleep(0.01)
 
 
 def test_tokens_are_streamed_a_line_each(generator: Generator) -> None:
@@ -175,7 +126,7 @@ def test_after_a_step_that_failed_the_server_goes_on(
 def test_a_server_that_ends_says_so_to_those_who_wait(generator: Generator) -> None:
     async def run() -> None:
         worker = Worker(generator, most_waiting=100)
-        async with running(worker) as session:
+        async with running(worker) as (session, _):
             answer = asyncio.create_task(tokens_of(session, PROMPT, 120))
             await until(session, running=1)
             await asyncio.to_thread(worker.stop)
