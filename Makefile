@@ -50,6 +50,8 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python benchmarks/conditionals.py --limit 120
+	$(BIN)/python benchmarks/readability.py --longest 120 --closures 20 --integers 12 --twice 0 --residue 0 --refs 0
 
 support: $(VENV)/ready
 	$(BIN)/rpac support > docs/support.md

@@ -11,9 +11,8 @@ import numpy as np
 
 from rpac.batch import Limits
 from rpac.contract.arrays import cdiv
-from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles
-from rpac.plan.buffers import unit_tokens
-from rpac.plan.tiles import XlaTiles
+from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, LatentBlockTiles, XlaTiles
+from rpac.plan.buffers import sublane_tile_tokens
 from rpac.spec import Spec
 
 MAX_EDGE_ROWS = 8  # of one batch of edges
@@ -70,16 +69,16 @@ class _Batches(ABC):
         self.max_seqs = spec.serving.max_num_seqs
         self.chunk = spec.serving.prefill_chunk
         self.new = spec.serving.decode_len
-        self.unit = unit_tokens(spec.model)
+        self.unit = sublane_tile_tokens(spec.model)
         self.window = spec.model.sliding_window
         self.attention_chunk = spec.model.attention_chunk
         self.few_keys = Limits.of(spec).few_keys  # rows may be shorter than their queries
         self.buckets = plan.tokens
         self.decode_block, self.decode_tile = _block_and_tile(plan.decode)
-        self.groups = plan.decode.groups if isinstance(plan.decode, GroupTiles) else 0
+        self.groups = plan.decode.wave_buffers if isinstance(plan.decode, DecodeWaves) else 0
         self.block, self.tile = _block_and_tile(plan.block)
         self.q_block = plan.block.q_block if plan.block else 0
-        self.piece = plan.block.piece(self.page) if isinstance(plan.block, BlockTiles) else self.tile
+        self.piece = plan.block.diagonal_block(self.page) if isinstance(plan.block, BlockTiles) else self.tile
 
     @abstractmethod
     def edges(self) -> Iterator[CheckBatch]:
@@ -138,13 +137,13 @@ class _Batches(ABC):
 
 
 def _block_and_tile(
-    tiles: DecodeTiles | GroupTiles | BlockTiles | LatentBlockTiles | XlaTiles | None,
+    tiles: DecodeBlocks | DecodeWaves | BlockTiles | LatentBlockTiles | XlaTiles | None,
 ) -> tuple[int, int]:
     """What is fetched at once and what is computed at once: the same in a portable program, and in a block of latents."""
     if tiles is None:
         return 0, 0
-    if isinstance(tiles, GroupTiles):
-        return tiles.step * tiles.tile, tiles.tile
+    if isinstance(tiles, DecodeWaves):
+        return tiles.tiles_per_wave * tiles.tile, tiles.tile
     return tiles.block, tiles.tile if isinstance(tiles, BlockTiles) else tiles.block
 
 

@@ -1,7 +1,8 @@
-"""`rpac plan`: prints tiles, buffers and memory budgets before anything compiles."""
+"""`rpac plan`: prints the tiles, the memory budgets and the recipe of each kernel before anything compiles."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -18,8 +19,8 @@ from rpac.cli.common import (
     tuned_of,
     tuned_option,
 )
-from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles, plan_spec
-from rpac.plan.tiles import XlaTiles
+from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, LatentBlockTiles, XlaTiles, plan_spec
+from rpac.plan.words import decisions
 from rpac.spec import load_spec
 
 HEADER = (
@@ -42,10 +43,11 @@ HEADER = (
 @tuned_option
 @json_option
 def plan(spec_file: Path, targets: tuple[str, ...], tuned_in: Path | None, as_json: bool) -> None:
-    """Print the tiles, buffers and memory budgets of every kernel of SPEC.
+    """Print the tiles, the memory budgets and the recipe of every kernel of SPEC.
 
     Tiles are in tokens. Decode shows block x buffers or, with separate K/V, tiles per wave x tile x waves. Prefill and mixed
-    show queries, then tokens fetched / computed at once x buffers.
+    show queries, then tokens fetched / computed at once x buffers. After the table come the decisions that choose the code of
+    each program.
     """
     spec = load_spec(spec_file)
     tuned = tuned_of(tuned_in)
@@ -59,6 +61,18 @@ def plan(spec_file: Path, targets: tuple[str, ...], tuned_in: Path | None, as_js
         print_json({"spec": spec.name, "spec_hash": spec.hash, "plans": [one.as_dict() for one in plans]})
         return
     click.echo(table(HEADER, [_row(one) for one in plans]))
+    for text, paths in _recipes(plans).items():
+        click.echo(f"\n{', '.join(paths)}:\n{text}")
+
+
+def _recipes(plans: Sequence[KernelPlan]) -> Mapping[str, Sequence[str]]:
+    """The recipes in words, each once, with the sources that are made by it."""
+    found: dict[str, list[str]] = {}
+    for one in plans:
+        found.setdefault("\n".join(f"- {decision}" for decision in decisions(one.recipe, one.kind)), []).append(
+            one.path
+        )
+    return found
 
 
 def _row(one: KernelPlan) -> tuple[str, ...]:
@@ -68,14 +82,14 @@ def _row(one: KernelPlan) -> tuple[str, ...]:
     return (one.path, " ".join(map(str, one.tokens)), _tiles(one.decode), _tiles(one.block), *budgets, one.origin)
 
 
-def _tiles(tiles: DecodeTiles | GroupTiles | BlockTiles | LatentBlockTiles | XlaTiles | None) -> str:
+def _tiles(tiles: DecodeBlocks | DecodeWaves | BlockTiles | LatentBlockTiles | XlaTiles | None) -> str:
     match tiles:
         case None:
             return "-"
-        case DecodeTiles():
+        case DecodeBlocks():
             return f"{tiles.block} x{tiles.buffers}"
-        case GroupTiles():
-            return f"{tiles.step} x {tiles.tile} x{tiles.groups}"
+        case DecodeWaves():
+            return f"{tiles.tiles_per_wave} x {tiles.tile} x{tiles.wave_buffers}"
         case BlockTiles():
             return f"{tiles.q_block} q, {tiles.block}/{tiles.tile} x{tiles.buffers}"
         case LatentBlockTiles():

@@ -96,6 +96,11 @@ class Feature:
         """Whether a spec uses it."""
         return bool(self.value(model, serving) != self.default)
 
+    def in_kernel(self, model: Attention, serving: Serving) -> bool:
+        """Whether kernels have code for it: `causal` and `update_cache` unless a spec turns them off."""
+        value = self.value(model, serving)
+        return bool(value) if isinstance(self.values, Flag) else bool(value != self.default)
+
     @property
     def allowed(self) -> str:
         """What the key may be, in words."""
@@ -241,3 +246,8 @@ def features_of(section: Section) -> tuple[Feature, ...]:
 def features_used(model: Attention, serving: Serving) -> tuple[Feature, ...]:
     """The features that a spec uses, in the order of the table."""
     return tuple(feature for feature in FEATURES if feature.used(model, serving))
+
+
+def features_in_kernels(model: Attention, serving: Serving) -> tuple[Feature, ...]:
+    """The features that kernels have code for, in the order of the table."""
+    return tuple(feature for feature in FEATURES if feature.in_kernel(model, serving))

@@ -1,20 +1,25 @@
-"""The head of every source: what it is, and what was decided before it was written."""
+"""The header of every source: what it is, and what was decided before it was written."""
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rpac.contract.arrays import LANES, latent_lanes
 from rpac.contract.attention import Attention
 from rpac.devices.chip import is_tpu
-from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, LatentBlockTiles, LatentDecodeTiles
+from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, LatentBlockTiles
 from rpac.plan.kernel_plan import RULE
+from rpac.plan.words import decisions
 from rpac.spec import Spec
+
+WIDTH: Final = 118  # of a line, without its bullet
 
 
 def header(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
-    """What the head of every source says."""
+    """What the header of every source says."""
     of_layer = f", {spec.layer} layers" if spec.layer else ""
     return {
         "title": f"Ragged paged attention of {spec.name}{of_layer}: {plan.kind} batches on {plan.target}.",
@@ -37,41 +42,54 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
         *_quantization(model),
     ]
     if model.rope_dim is not None:
-        head, cache, *tiles = _latent_lines(spec, plan)
-        lines = [head, cache, *lines[1:3], "causal, cache updated", *tiles]
+        lines = [*_latent_lines(model), *lines[1:3], "causal, cache updated"]
     if spec.mesh.devices > 1:
         lines.insert(1, f"these are one device's part of {spec.mesh.devices}: {spec.mesh}")
     if serving.kv_layout == "separate":
-        lines.append("K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)")
+        lines.append("separate K and V in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)")
     if plan.kind != "mixed":
         lines.append(f"only {plan.kind} batches: the other kernels are not in this program")
-    if isinstance(plan.decode, DecodeTiles):
-        d = plan.decode
-        lines.append(
-            f"decode: blocks of {d.block} tokens, as long as the expected lengths and the registers for scores allow; "
-            f"{d.buffers} buffers, so that DMA latency hides behind {d.buffers - 1} blocks in flight"
-        )
-    if isinstance(plan.decode, GroupTiles) and model.rope_dim is None:
-        lines.append(_group_line(plan.decode, plan.decode.halves(spec.model)))
-    if isinstance(plan.block, BlockTiles):
-        b = plan.block
-        lines.append(
-            f"{plan.kind}: blocks of {b.q_block} queries against {b.block} fetched tokens ({b.buffers} buffers); "
-            f"computes {b.step_rows} query rows of a head against {b.tile} tokens at once"
-        )
+    lines += _tile_lines(plan)
+    lines += [str(one) for one in decisions(plan.recipe, plan.kind) if one.kernel]
+    lines = [_wrapped(line) for line in lines]
     if plan.origin != RULE:
         lines.append(plan.origin)
     if is_tpu(plan.target):
-        lines.append(f"VMEM: {plan.vmem_need:,} bytes counted, {plan.vmem_limit:,} allowed, {plan.vmem_bytes:,} there")
+        lines.append(
+            f"VMEM: {plan.vmem_need:,} bytes counted, {plan.vmem_limit:,} allowed, {plan.vmem_bytes:,} available"
+        )
     return lines
 
 
-def _group_line(tiles: GroupTiles, halves: bool = False) -> str:
-    shared = "; two tokens share each row of K, and of V, that the MXU takes" if halves else ""
-    return (
-        f"decode: tiles of {tiles.tile} tokens, no longer than the expected lengths, {tiles.step} of them a turn, so that one "
-        f"fills the other's waits; fetched {tiles.ahead} turns ahead, so that DMA latency hides{shared}"
-    )
+def _wrapped(line: str) -> str:
+    """A line of the header, on several lines of text where it is long."""
+    return textwrap.fill(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _tile_lines(plan: KernelPlan) -> Iterator[str]:
+    """The tiles of each kernel, and what decides them."""
+    match plan.decode:
+        case DecodeBlocks() as tiles:
+            yield (
+                f"decode: blocks of {tiles.block} tokens, as long as the expected lengths and the registers for scores allow; "
+                f"{tiles.buffers} buffers, so that {tiles.buffers - 1} blocks in flight hide the latency of DMAs"
+            )
+        case DecodeWaves() as tiles:
+            yield (
+                f"decode: tiles of {tiles.tile} tokens, no longer than the expected lengths; waves of {tiles.tiles_per_wave}, so "
+                f"that one fills the other's waits; fetched {tiles.lookahead} waves ahead, which hides the latency of DMAs"
+            )
+    match plan.block:
+        case BlockTiles() as block:
+            yield (
+                f"{plan.kind}: blocks of {block.q_block} queries against {block.block} fetched tokens ({block.buffers} "
+                f"buffers); computes {block.step_rows} query rows of a head against {block.tile} tokens at once"
+            )
+        case LatentBlockTiles() as block:
+            yield (
+                f"{plan.kind}: blocks of {block.q_block} queries with all their heads against {block.block} fetched tokens "
+                f"({block.buffers} buffers); computes {block.step_rows} query rows at once"
+            )
 
 
 def _features(model: Attention) -> str:
@@ -88,7 +106,7 @@ def _features(model: Attention) -> str:
     if model.attention_chunk:
         order += f" inside its own chunk of {model.attention_chunk} tokens, nothing fetched before it"
     given = [
-        f"{order}, cache {'updated' if model.update_cache else 'read alone'}",
+        f"{order}, {'cache updated' if model.update_cache else 'read-only cache'}",
         *(text for text in used.values() if text),
     ]
     return "; ".join([*given, *([f"no {unused} in the spec: none is in the code"] if unused else [])])
@@ -115,21 +133,11 @@ def _draft_lines(spec: Spec) -> list[str]:
     return [f"decode rows of {spec.serving.decode_len} new tokens, the last accepted one and drafts; {seen}"]
 
 
-def _latent_lines(spec: Spec, plan: KernelPlan) -> list[str]:
-    """What a reader should know was decided before a source was written, and why."""
-    model = spec.model
-    lines = [
+def _latent_lines(model: Attention) -> list[str]:
+    """What the sizes of latent attention are."""
+    return [
         f"latent attention, absorbed: {model.q_heads} query heads over one latent vector of {model.head_dim} and one rotary "
         f"key of {model.rope_dim} a token, {model.q_dtype}: constants",
         f"cache rows of {latent_lanes(model)} lanes, {latent_lanes(model) // LANES} registers' width: latent vector, "
         "rotary key, padding",
     ]
-    if isinstance(plan.decode, LatentDecodeTiles):
-        lines.append(_group_line(plan.decode))
-    if isinstance(plan.block, LatentBlockTiles):
-        b = plan.block
-        lines.append(
-            f"{plan.kind}: blocks of {b.q_block} queries with all their heads against {b.block} fetched tokens "
-            f"({b.buffers} buffers); computes {b.step_rows} query rows at once"
-        )
-    return lines

@@ -1,4 +1,4 @@
-"""What the templates of latent attention show, but for headers: from a spec and a plan."""
+"""What the templates of latent attention show: its decode kernel by waves of tiles, and its kernel of query blocks."""
 
 from __future__ import annotations
 
@@ -6,116 +6,184 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from rpac.contract.arrays import BITS, latent_lanes
-from rpac.kernels.tiles import MASKED, declared, update_context
-from rpac.plan import KernelPlan, LatentBlockTiles, LatentDecodeTiles
-from rpac.plan.buffers import unit_tokens
-from rpac.plan.tiles import XlaTiles
+from rpac.contract.arrays import latent_lanes, metadata_specs, packing
+from rpac.kernels.assemble import Kernel
+from rpac.kernels.constants import Constant, number, tile
+from rpac.kernels.shared import Call, Operand, model_constants, scratch_of, shared_context
+from rpac.kernels.waves import NAMES, Queries, wave_constants
+from rpac.plan import KernelPlan, LatentBlockTiles, LatentWaves
+from rpac.plan.buffers import NEW_BUFFERS, PAGE_BUFFERS, UPDATE_AHEAD, sublane_tile_tokens
+from rpac.plan.recipe import Recipe
 from rpac.spec import Spec
 
-MASKED_STEPS: Final = 4  # flash steps on the diagonal that are one piece of code: few blocks are there
-
-# Of shared parts of templates: what latent attention has not.
-_WITHOUT: Final[Mapping[str, Any]] = {
-    "soft_cap": None,
-    "window": None,
-    "attention_chunk": None,
-    "late": False,
-    "sinks": False,
-    "quantized": False,
-    "quantize": "caller",
-    "kv_scale": None,
-    "partial": False,
-    "joins_rows": False,
-    "before": "",
-    "causal": True,
-    "kv_end": "kv_end(seq, q_block)",
-    "lse": False,
-    "extra_args": "",
-    "block_args": "",
-    "decode_len": 1,
-    "sight_by_row": False,
-    "tree_mask": False,
-    "updates": True,
-    "puts_in": "puts the new token in and ",
+DIAGONAL_STEPS: Final = 4  # flash steps that are one piece of code: there are few blocks on the diagonal
+_LOADS: Final = (("q_hbm", "q_in"), ("q_rope_hbm", "q_rope_in"), ("new_hbm", "new_in"))
+_SUMMARIES: Final = {
+    "prefill": "CHUNK new tokens for each of the sequences [0, distribution[1]).",
+    "mixed": "Any number of new tokens for each of the sequences [distribution[0], distribution[2]).",
+}
+_SEQUENCES: Final = {
+    "decode": "the decode sequences; other rows of `out` are undefined",
+    "prefill": "the prefill sequences; other rows of `out` are undefined",
+    "mixed": "the sequences that are not decode; other rows of `out` stay as they are",
+}
+_SCALARS: Final = {
+    "kv_lens": "MAX_SEQS",
+    "page_indices": "MAX_SEQS * PAGES_PER_SEQ",
+    "cu_q_lens": "MAX_SEQS + 1",
+    "distribution": "3",
 }
 
 
-def latent_context(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
-    """The context of a program's template, but for its header."""
-    model, serving = spec.model, spec.serving
-    assert model.rope_dim is not None  # the caller asked
-    lanes = latent_lanes(model)
-    return {
-        **_WITHOUT,
-        "masked": repr(MASKED),
-        "kind": plan.kind,
-        "q_heads": model.q_heads,
-        "rank": model.head_dim,
-        "rope_dim": model.rope_dim,
-        "key_dim": model.head_dim + model.rope_dim,
-        "lanes": lanes,
-        "padding": lanes - model.head_dim - model.rope_dim,
-        "query_dim": "KEY_DIM",
-        "new_arrays": ("new_kv", "new_rope"),
-        "kv_dtype": model.kv_dtype,
-        "kv_jnp": f"jnp.{model.kv_dtype}",
-        "mxu_jnp": f"jnp.{model.kv_dtype}",
-        "word_dtype": f"uint{BITS[model.kv_dtype]}",
-        # Without it a float32 product would be made of bfloat16 ones.
-        "precision_tail": ", precision=lax.Precision.HIGHEST" if model.kv_dtype == "float32" else "",
-        "sm_scale": repr(model.sm_scale),
-        "score_scale": repr(model.sm_scale * math.log2(math.e)),
-        "scored": (("{} * SM_SCALE") if isinstance(plan.decode or plan.block, XlaTiles) else "{} * SCORE_SCALE").format,
-        "kv_layout": serving.kv_layout,
-        "page_size": serving.page_size,
-        "pages_per_seq": serving.pages_per_seq,
-        "max_seqs": serving.max_num_seqs,
-        "prefill_chunk": serving.prefill_chunk,
-        "unit": unit_tokens(model),
-        "vmem_limit": plan.vmem_limit,
-        "decode": _tiles(spec, plan, plan.decode),
-        "block": _tiles(spec, plan, plan.block),
+def latent_shared_context(spec: Spec, plan: KernelPlan, recipe: Recipe) -> dict[str, Any]:
+    """The context of every template of a program, but for headers."""
+    context = shared_context(spec, plan, recipe, latent_call)
+    return {**context, "features": (*recipe.features, "latent")}
+
+
+def latent_call(spec: Spec, kind: str) -> Call:
+    """The call of a kernel. The cache is updated in place; a mixed kernel's output is in the memory of the decode kernel's."""
+    model, mixed = spec.model, kind == "mixed"
+    batch = [dims for dims in metadata_specs(spec.serving) if mixed or dims.name != "cu_q_lens"]
+    scalars = tuple(Operand(dims.name, dims.name, f"{dims.dtype}[{_SCALARS[dims.name]}]") for dims in batch)
+    out, cache = f"{model.q_dtype}[tokens, Q_HEADS, RANK]", f"{model.kv_dtype}[pages, PAGE_SIZE, ROW_LANES]"
+    arrays = [
+        Operand("q_hbm", "queries", out),
+        Operand("q_rope_hbm", "queries_rope", f"{model.q_dtype}[tokens, Q_HEADS, ROW_LANES - RANK]"),
+        Operand("new_hbm", "new_rows", f"{model.kv_dtype}[tokens, 1, ROW_LANES]"),
+        Operand("cache_in", "cache", f"{cache}: the memory of cache_hbm"),
+    ]
+    aliases = {len(scalars) + 3: 1}
+    if mixed:
+        aliases[len(scalars) + 4] = 0
+        arrays.append(Operand("out_in", "out", f"{out}: the memory of out_hbm"))
+    results = (
+        Operand("out_hbm", "queries.shape, queries.dtype", out),
+        Operand("cache_hbm", "cache.shape, cache.dtype", cache),
+    )
+    arguments = (*(one.argument for one in arrays), *(dims.name for dims in batch))
+    return Call(kind, scalars, tuple(arrays), results, aliases, arguments, "out, cache", _SEQUENCES[kind])
+
+
+def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
+    """The decode kernel of a plan."""
+    tiles = plan.decode
+    assert isinstance(tiles, LatentWaves)
+    own = [tile("QUERY_ROWS", "Q_HEADS"), tile("LOADS", len(_LOADS), "queries, their rotary parts, new tokens")]
+    constants = [*_model_constants(spec, plan), *wave_constants(spec, tiles), *own]
+    context = {
+        "kernel_class": "DecodeKernel",
+        "call": latent_call(spec, "decode"),
+        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _DECODE_SHAPES, constants, NAMES),
+        "summary": "One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.",
+        "patches": "stores the new token and clears what lies behind it",
+        "loads": _LOADS,
+        "queries": Queries("own", "none", pairs=False),
+        "value_lanes": "RANK",
+        "store": "latent",
+        "write": f"latent_write/{_words(spec)}",
+        "attention": "latent",
+        "order": "one_by_one",
+        "tiles_fit": spec.serving.pages_per_seq * spec.serving.page_size % tiles.tile == 0,
     }
+    return Kernel("skeletons/decode_waves.py.jinja", context, constants, "DECODE_")
 
 
-def _tiles(spec: Spec, plan: KernelPlan, tiles: Any) -> dict[str, Any]:
-    model, page = spec.model, spec.serving.page_size
-    match tiles:
-        case XlaTiles():
-            return {**vars(tiles), "block_pages": tiles.block // page}
-        case LatentDecodeTiles():
-            return {
-                **vars(tiles),
-                "buffers_declared": [declared(buffer) for buffer in tiles.scratch(spec)],
-                "halves": False,
-                "groups": tiles.groups,
-                "slots": tiles.groups * tiles.step,
-                "group_tokens": tiles.step * tiles.tile,
-                "tile_pages": tiles.tile // page,
-                "tile_units": tiles.tile // unit_tokens(model),
-                "even": spec.serving.pages_per_seq * page % tiles.tile == 0,
-                "table_end": spec.serving.max_num_seqs * spec.serving.pages_per_seq - 1,
-            }
-        case LatentBlockTiles():
-            row_steps = tiles.q_block * model.q_heads // tiles.step_rows
-            masked_steps = math.gcd(row_steps, MASKED_STEPS)
-            mixed = plan.kind == "mixed"
-            scalars = 4 if mixed else 3
-            cache = scalars + 3  # after queries, their rotary parts and the new tokens
-            return {
-                **vars(tiles),
-                "buffers_declared": [declared(buffer) for buffer in tiles.scratch(spec)],
-                "in_smem": scalars,
-                "in_hbm": 5 if mixed else 4,
-                "aliases": repr({cache: 1, cache + 1: 0} if mixed else {cache: 1}),
-                "ahead": tiles.buffers - 1,
-                "block_pages": tiles.block // page,
-                "block_units": tiles.block // unit_tokens(model),
-                "row_steps": row_steps,
-                "masked_steps": masked_steps,
-                "masked_turns": row_steps // masked_steps,
-                "step_tokens": tiles.step_rows // model.q_heads,
-                **update_context(),
-            }
-    return {}
+def latent_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
+    """The prefill or mixed kernel of a plan."""
+    tiles = plan.block
+    assert isinstance(tiles, LatentBlockTiles)
+    constants = [*_model_constants(spec, plan), *_block_constants(spec, tiles)]
+    context = {
+        "kernel_class": f"{plan.kind.capitalize()}Kernel",
+        "call": latent_call(spec, plan.kind),
+        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _BLOCK_SHAPES, constants, {}),
+        "summary": _SUMMARIES[plan.kind],
+        "merge": f"latent_{_words(spec)}",
+    }
+    return Kernel("skeletons/latent_blocks.py.jinja", context, constants, f"{plan.kind.upper()}_")
+
+
+def _words(spec: Spec) -> str:
+    """How tokens lie in 32-bit words: two in each, or one."""
+    return "halves" if packing(spec.model.kv_dtype) > 1 else "words"
+
+
+def _model_constants(spec: Spec, plan: KernelPlan) -> list[Constant]:
+    model, lanes = spec.model, latent_lanes(spec.model)
+    assert model.rope_dim is not None  # the attention is latent
+    padding = lanes - model.head_dim - model.rope_dim
+    parts = f"the latent vector, {model.rope_dim} of the rotary key" + (f", {padding} of padding" if padding else "")
+    return [
+        *model_constants(spec, plan),
+        number("RANK", model.head_dim, "lanes of a latent vector, which is the value and part of the key"),
+        number("ROW_LANES", lanes, f"of a token's row in the cache: {parts}"),
+        number(
+            "SUBLANE_TILE",
+            sublane_tile_tokens(model),
+            "tokens of the smallest part of the cache that a DMA or store reaches",
+        ),
+    ]
+
+
+def _block_constants(spec: Spec, tiles: LatentBlockTiles) -> list[Constant]:
+    """The tiles of a kernel of query blocks, and what follows from them."""
+    row_steps = tiles.q_block * spec.model.q_heads // tiles.step_rows
+    return [
+        tile("Q_BLOCK", tiles.q_block, "query tokens of a query block"),
+        tile("Q_ROWS", "Q_BLOCK * Q_HEADS"),
+        tile("KV_BLOCK", tiles.block, "tokens that are fetched and computed at once"),
+        tile("KV_BUFFERS", tiles.buffers, "KV blocks, and query blocks, in VMEM"),
+        tile("FETCH_LOOKAHEAD", "KV_BUFFERS - 1", "steps that the fetch runs ahead"),
+        tile("COPY_SIZES", tiles.copy_sizes, "tokens: of these is every copy of a query block"),
+        tile("STEP_ROWS", tiles.step_rows, "query rows of a flash step"),
+        tile("STEP_TOKENS", "STEP_ROWS // Q_HEADS"),
+        tile("ROW_STEPS", "Q_ROWS // STEP_ROWS", "flash steps of a query block"),
+        tile("DIAGONAL_STEPS", math.gcd(row_steps, DIAGONAL_STEPS), "of them, one piece of code on the diagonal"),
+        tile("DIAGONAL_ITERATIONS", "ROW_STEPS // DIAGONAL_STEPS"),
+        tile("PAGE_BUFFERS", PAGE_BUFFERS, "pages under update"),
+        tile("NEW_BUFFERS", NEW_BUFFERS, "pages whose new tokens are fetched or in use"),
+        tile("UPDATE_LOOKAHEAD", UPDATE_AHEAD, "pages that their fetch runs ahead"),
+        tile("NEW_TOKENS", tiles.new_tokens, "tokens of such a fetch"),
+        tile("MERGE_TOKENS", tiles.merge_tokens, "new tokens that are put into a page at once"),
+    ]
+
+
+# The shapes of scratch arrays, in constants.
+_DECODE_SHAPES: Final[Mapping[str, str]] = {
+    "kv": "TILE_BUFFERS, TILE_PAGES, PAGE_SIZE, ROW_LANES",
+    "q_in": "MAX_ROWS + 1, Q_HEADS, RANK",
+    "q_rope_in": "MAX_ROWS + 1, Q_HEADS, ROW_LANES - RANK",
+    "new_in": "MAX_ROWS, 1, ROW_LANES",
+    "unit_out": "WRITE_BUFFERS, SUBLANE_TILE, ROW_LANES",
+    "scores": "TILES_PER_WAVE, Q_HEADS, TILE",
+    "row_max": "Q_HEADS, LANES",
+    "row_sum": "Q_HEADS, LANES",
+    "acc": "Q_HEADS, RANK",
+    "out_all": "MAX_ROWS + 1, Q_HEADS, RANK",
+    "tile_seq": "TILE_BUFFERS",
+    "tile_first": "TILE_BUFFERS",
+    "tile_left": "TILE_BUFFERS",
+    "kv_sem": "WAVE_BUFFERS",
+    "load_sem": "LOADS",
+    "unit_sem": "WRITE_BUFFERS",
+    "out_sem": "1",
+}
+_BLOCK_SHAPES: Final[Mapping[str, str]] = {
+    "kv": "KV_BUFFERS, KV_BLOCK // PAGE_SIZE, PAGE_SIZE, ROW_LANES",
+    "new_in": "NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, 1, ROW_LANES",
+    "page_rows": "PAGE_BUFFERS, PAGE_SIZE, ROW_LANES",
+    "merged": "MERGE_TOKENS, ROW_LANES",
+    "q_in": "KV_BUFFERS, Q_BLOCK, Q_HEADS, RANK",
+    "q_rope_in": "KV_BUFFERS, Q_BLOCK, Q_HEADS, ROW_LANES - RANK",
+    "row_max": "Q_ROWS, LANES",
+    "row_sum": "Q_ROWS, LANES",
+    "acc": "Q_ROWS, RANK",
+    "out_rows": "1, Q_BLOCK, Q_HEADS, RANK",
+    "kv_sem": "KV_BUFFERS",
+    "new_sem": "NEW_BUFFERS",
+    "old_sem": "PAGE_BUFFERS",
+    "write_sem": "PAGE_BUFFERS",
+    "q_sem": "KV_BUFFERS",
+    "out_sem": "1",
+}

@@ -1,46 +1,50 @@
-"""`KernelPlan` + templates -> source text: pure, byte-reproducible. Every number a template shows is worked out here."""
+"""`KernelPlan` + templates -> source text: pure, byte-reproducible."""
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-
-import jinja2
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
 
 from rpac.contract.program import Source
 from rpac.devices.chip import is_tpu
-from rpac.kernels.grouped import grouped_context
+from rpac.kernels.assemble import Kernel, assembled
+from rpac.kernels.blocks import decode_blocks
 from rpac.kernels.header import header
-from rpac.kernels.latent import latent_context
+from rpac.kernels.latent import latent_blocks, latent_shared_context, latent_waves
+from rpac.kernels.portable import portable_text
+from rpac.kernels.query_blocks import query_blocks
+from rpac.kernels.shared import shared_context
+from rpac.kernels.slots import environment
+from rpac.kernels.waves import decode_waves
 from rpac.plan import KernelPlan
+from rpac.plan.recipe import Recipe
 from rpac.spec import Spec
 
-
-def templates_dir() -> Path:
-    """Where the templates are: in the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent.parent
-    installed = package / "templates"
-    return installed if installed.is_dir() else package.parent / "templates"
+View = Callable[[Spec, KernelPlan, Recipe], Kernel]
+# What a kernel shows, by its skeleton and the kind of attention.
+_DECODE: Final[Mapping[tuple[str, str], View]] = {
+    ("blocks", "grouped"): decode_blocks,
+    ("waves", "grouped"): decode_waves,
+    ("waves", "latent"): latent_waves,
+}
+_BLOCK: Final[Mapping[str, View]] = {"query_blocks": query_blocks, "latent": latent_blocks}
 
 
 def render(spec: Spec, plan: KernelPlan) -> Source:
     """The source of one plan."""
-    family = "pallas_tpu" if is_tpu(plan.target) else "xla"
-    latent = spec.model.rope_dim is not None
-    name = f"latent_{plan.kind}.py.jinja" if latent else f"{plan.kind}.py.jinja"
-    context = latent_context(spec, plan) if latent else grouped_context(spec, plan)
-    text = _environment(family).get_template(name).render(header(spec, plan) | context)
+    text = _pallas_text(spec, plan) if is_tpu(plan.target) else portable_text(spec, plan)
     return Source(plan.path, text.rstrip("\n") + "\n")
 
 
-@functools.cache
-def _environment(family: str) -> jinja2.Environment:
-    root = templates_dir()
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader([root / family, root / "common"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
+def _pallas_text(spec: Spec, plan: KernelPlan) -> str:
+    shared = shared_context if spec.model.rope_dim is None else latent_shared_context
+    context = header(spec, plan) | shared(spec, plan, plan.recipe)
+    return assembled(environment("pallas_tpu"), context, [view(spec, plan, plan.recipe) for view in _views(spec, plan)])
+
+
+def _views(spec: Spec, plan: KernelPlan) -> Iterator[View]:
+    """Those of the kernels of a program, in their order."""
+    if plan.recipe.decode is not None:
+        yield _DECODE[plan.recipe.decode.skeleton, "grouped" if spec.model.rope_dim is None else "latent"]
+    if plan.recipe.block is not None:
+        yield _BLOCK[plan.recipe.block.skeleton]

@@ -35,7 +35,9 @@ def load_program(source: Source) -> Program:
     """The program of a generated source. Its file name is relative: it goes into error messages and nowhere else."""
     filename = f"<{source.path}>"
     module = types.ModuleType(source.path.removesuffix(".py").replace("/", "."))
-    exec(compile(source.text, filename, "exec"), module.__dict__)
+    exec(
+        compile(source.text, filename, "exec", dont_inherit=True), module.__dict__
+    )  # not this file's __future__ imports
     linecache.cache[filename] = (len(source.text), None, source.text.splitlines(keepends=True), filename)
     program: Program = module.__dict__["ragged_paged_attention"]
     return program

@@ -6,9 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from rpac.contract.arrays import LANES, SUBLANES, align, joins_rows, kv_row_shape, nbytes, packing
+from rpac.contract.arrays import LANES, SUBLANES, align, kv_row_shape, nbytes, packing
 from rpac.contract.attention import Attention
+from rpac.plan.recipe import SPLIT, Read
 from rpac.spec import Spec
+
+MERGE_TOKENS: Final = 16  # new tokens that are put into a page at once
+# Pages under update: new tokens are fetched four steps ahead, and pages written out in four, which hides the latency of DMAs.
+UPDATE_AHEAD: Final = 4
+NEW_BUFFERS: Final = UPDATE_AHEAD + 1
+PAGE_BUFFERS: Final = NEW_BUFFERS + 4
 
 _OF_UPDATES: Final = frozenset(
     (
@@ -31,12 +38,13 @@ class RowDims:
     """How one token's K and V lie in the cache seen as rows of 128 lanes.
 
     A *row* has the cache's dtype; a *packed row* has 32 bits a lane, so that two bfloat16 rows (K and V) share one.
+    `sublane_tile`: the fewest tokens that fill whole sublane tiles of a register.
     """
 
     lane_tiles: int
     packed_rows: int
     token_rows: int
-    unit: int
+    sublane_tile: int
 
     @classmethod
     def of(cls, model: Attention) -> RowDims:
@@ -48,9 +56,9 @@ class RowDims:
         return cls(lane_tiles, token_rows // pack, token_rows, tile_rows // math.gcd(tile_rows, token_rows))
 
     @property
-    def unit_rows(self) -> int:
-        """Rows of the smallest group of tokens that fills whole register tiles."""
-        return self.unit * self.token_rows
+    def sublane_tile_rows(self) -> int:
+        """Rows of these tokens."""
+        return self.sublane_tile * self.token_rows
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Buffer:
 
 
 def needed(spec: Spec, *buffers: Buffer) -> tuple[Buffer, ...]:
-    """Of the scratch arrays of a kernel those that a spec has a use for: some are for updating the cache alone."""
+    """Those scratch arrays of a kernel that a spec has a use for: some serve only the update of the cache."""
     return buffers if spec.model.update_cache else tuple(one for one in buffers if one.name not in _OF_UPDATES)
 
 
@@ -91,17 +99,17 @@ def sink_rows(model: Attention, shape: tuple[int, ...]) -> tuple[Buffer, ...]:
 
 
 def lse_rows(spec: Spec, shape: tuple[int, ...]) -> tuple[Buffer, ...]:
-    """The array in which the logarithms of the sums leave, where a spec has them: a row a query head."""
+    """The array of log-sum-exps on their way out, where a spec asks for them: a row for each query head."""
     return (
-        (Buffer("lse_rows", shape, "float32", "logarithms of sums, the same in every lane"),)
+        (Buffer("lse_rows", shape, "float32", "log-sum-exps on their way out, the same in every lane"),)
         if spec.serving.log_sum_exp
         else ()
     )
 
 
 def lse_sem(spec: Spec, count: int) -> tuple[Buffer, ...]:
-    """The semaphores that go with it."""
-    return (Buffer("lse_sem", (count,), "dma", "logarithms of sums"),) if spec.serving.log_sum_exp else ()
+    """Its semaphores."""
+    return (Buffer("lse_sem", (count,), "dma", "log-sum-exps"),) if spec.serving.log_sum_exp else ()
 
 
 def word_dtype(model: Attention) -> str:
@@ -109,33 +117,23 @@ def word_dtype(model: Attention) -> str:
     return "uint32" if packing(model.kv_dtype) > 1 else model.kv_dtype
 
 
-def unit_tokens(model: Attention) -> int:
-    """Tokens that share a register where K and V lie apart: the smallest piece that a DMA or a store reaches."""
+def sublane_tile_tokens(model: Attention) -> int:
+    """Tokens that share a sublane tile where K and V are separate: the fewest that a DMA or a store reaches."""
     return SUBLANES * packing(model.kv_dtype)
 
 
-def splits_words(spec: Spec) -> bool:
-    """Whether K and V share 32-bit words, which a kernel must split before the MXU can take either."""
-    return spec.serving.kv_layout == "interleaved" and packing(spec.model.kv_dtype) > 1
-
-
-def splits_rows(spec: Spec) -> bool:
-    """Whether words are split by the place of rows in them, for they hold other rows than one K and its V."""
-    return splits_words(spec) and (joins_rows(spec.model) or spec.model.quantized)
-
-
 def new_dtype(model: Attention) -> str:
-    """In what a kernel takes new keys and values: 8-bit ones as the integers that their bits are, exact in bfloat16."""
+    """The dtype in which a kernel takes new keys and values: 8-bit ones are the integers of their bits, exact in bfloat16."""
     return "bfloat16" if model.quantized else model.kv_dtype
 
 
-def split_words(spec: Spec, tile: int, copies: int = 0) -> tuple[Buffer, ...]:
+def split_buffers(spec: Spec, read: Read, tile: int, copies: int = 0) -> tuple[Buffer, ...]:
     """The arrays that a tile's K and V are split into, where they share words; `copies` of each, if given."""
-    if not splits_words(spec):
+    if read not in SPLIT:
         return ()
     pack = packing(spec.model.kv_dtype)
     shape: tuple[int, ...] = (tile // pack * RowDims.of(spec.model).packed_rows, LANES)
-    if splits_rows(spec):
+    if read == "split_rows":
         shape = (copies, pack, *shape) if copies else (pack, *shape)
         return (Buffer("row_words", shape, "uint32", f"a tile by row of a token, {pack} tokens a word"),)
     if copies:

@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, TypeVar
 
+from rpac.plan.decode_blocks import DecodeBlocks
+from rpac.plan.decode_waves import DecodeWaves
 from rpac.plan.latent import LatentBlockTiles
-from rpac.plan.tiles import BlockTiles, DecodeTiles, GroupTiles, XlaTiles
+from rpac.plan.portable import XlaTiles
+from rpac.plan.prefill import BlockTiles
+from rpac.plan.recipe import Recipe
 
 RULE: Final = "rule"
-"""`KernelPlan.origin` of tiles that the rules of this package made, for want of tuned ones."""
-AnyTiles = TypeVar("AnyTiles", DecodeTiles, GroupTiles, BlockTiles)
+"""`KernelPlan.origin` of tiles that the rules of this package made, where there are no tuned ones."""
+AnyTiles = TypeVar("AnyTiles", DecodeBlocks, DecodeWaves, BlockTiles)
 _TYPES: Final = {"int": int, "bool": bool}  # by how a field is annotated; any other is a tuple of integers
 
 
@@ -19,22 +23,24 @@ _TYPES: Final = {"int": int, "bool": bool}  # by how a field is annotated; any o
 class KernelPlan:
     """The plan of one generated source: a case on a target, for the token buckets that share its tiles.
 
-    Bytes are per core. `vmem_need` is what the buffers and the temporaries of the larger of its kernels take,
-    `vmem_limit` what the compiler is told it may use, `vmem_bytes` what the core has; zero for cpu. `origin` says where
-    the tiles come from: `rule`, alone or with why not from tuning; or `tuned`, with what that rests on.
+    `recipe` holds the decisions that choose its code. Bytes are per core. `vmem_need` is what the buffers and the temporaries
+    of the larger of its kernels take, `vmem_limit` what the compiler is told it may use, `vmem_bytes` what the core has;
+    zero for cpu. `origin` says where the tiles come from: `rule`, alone or with why not from tuning; or `tuned`, with what
+    that rests on.
     """
 
     target: str
     kind: str
     tokens: tuple[int, ...]
     path: str
-    decode: DecodeTiles | GroupTiles | XlaTiles | None
+    decode: DecodeBlocks | DecodeWaves | XlaTiles | None
     block: BlockTiles | LatentBlockTiles | XlaTiles | None
     vmem_need: int
     vmem_limit: int
     vmem_bytes: int
     smem_need: int
     smem_bytes: int
+    recipe: Recipe
     origin: str = RULE
 
     def as_dict(self) -> Mapping[str, Any]:
@@ -45,14 +51,15 @@ class KernelPlan:
     def from_dict(cls, data: Mapping[str, Any]) -> KernelPlan:
         """The inverse of `as_dict`, by way of JSON too, for a TPU. Raises ValueError for tiles of other fields."""
         decode, block = decode_tiles_from(data["decode"]), tiles_from(BlockTiles, data["block"])
-        return cls(**{**data, "tokens": tuple(data["tokens"]), "decode": decode, "block": block})
+        tokens, recipe = tuple(data["tokens"]), Recipe.from_dict(data["recipe"])
+        return cls(**{**data, "tokens": tokens, "decode": decode, "block": block, "recipe": recipe})
 
 
-def decode_tiles_from(data: Mapping[str, Any] | None) -> DecodeTiles | GroupTiles | None:
-    """As `tiles_from`, for the decode tiles of either layout."""
-    if isinstance(data, Mapping) and "step" in data:
-        return tiles_from(GroupTiles, data)
-    return tiles_from(DecodeTiles, data)
+def decode_tiles_from(data: Mapping[str, Any] | None) -> DecodeBlocks | DecodeWaves | None:
+    """The inverse of `asdict` for the decode tiles of either layout, as `tiles_from`."""
+    if isinstance(data, Mapping) and "tiles_per_wave" in data:
+        return tiles_from(DecodeWaves, data)
+    return tiles_from(DecodeBlocks, data)
 
 
 def tiles_from(kind: type[AnyTiles], data: Mapping[str, Any] | None) -> AnyTiles | None:

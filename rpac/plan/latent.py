@@ -8,58 +8,67 @@ from dataclasses import dataclass
 from typing import Final
 
 from rpac.contract.arrays import LANES, kv_page_shape, latent_lanes, nbytes
-from rpac.plan.buffers import Buffer, unit_tokens
+from rpac.plan.buffers import MERGE_TOKENS, NEW_BUFFERS, PAGE_BUFFERS, Buffer, sublane_tile_tokens
+from rpac.plan.decode_waves import DecodeWaves
+from rpac.plan.recipe import BlockRecipe, DecodeRecipe, Recipe
 from rpac.plan.sizes import copy_sizes_of, power_of_two_from, power_of_two_to
-from rpac.plan.tiles import MERGE_TOKENS, NEW_BUFFERS, PAGE_BUFFERS, GroupTiles, XlaTiles
 from rpac.spec import Spec
 
-DECODE_TILE: Final = 1024  # tokens: what a tile costs by itself, its merge, is paid seldom
-TURN_TOKENS: Final = 2048  # of a group: more are little faster, and every tile is code
+DECODE_TILE: Final = 1024  # tokens: long, so that what each tile costs by itself, its merge, is paid seldom
+WAVE_TOKENS: Final = 2048  # more are little faster, and every tile is code
 IN_FLIGHT_BYTES: Final = 6 << 20  # more than the HBM delivers within one DMA's latency (5.4 MB on TPU7x)
-MOST_STEPS: Final = 4
-MAX_AHEAD: Final = 8  # turns: more are buffers and nothing else
-WRITES: Final = 8  # new tokens on their way to the cache: as many sequences as a group may end, and more
+MOST_TILES: Final = 4
+MAX_LOOKAHEAD: Final = 8  # waves: more take buffers and win nothing
+WRITE_BUFFERS: Final = 8  # new tokens on their way to the cache: of as many sequences as a wave may end, and more
 BLOCK: Final = 512  # tokens of KV of a step of a prefill or mixed kernel
 BLOCK_ROWS: Final = (2048, 1024, 512)  # query rows, tokens times heads, of its blocks
 STEP_ROWS: Final = 256  # of them computed at once: with fewer, pushing KV into the MXU shows
 BUFFERS: Final = 3
-XLA_ROWS: Final = 2048  # query rows of a step of a portable program
+
+# Tiles decide nothing here.
+DECODE_RECIPE: Final = DecodeRecipe("waves", "latent", "latent", "lengths")
+BLOCK_RECIPE: Final = BlockRecipe("latent", "latent", "latent")
 
 
 @dataclass(frozen=True)
-class LatentDecodeTiles(GroupTiles):
-    """Tiles of a decode kernel, as `GroupTiles`: a turn takes `step` tiles of `tile` tokens of any sequences."""
+class LatentWaves(DecodeWaves):
+    """Tiles of a decode kernel of latent attention; the fields are those of `DecodeWaves`."""
 
-    def scratch(self, spec: Spec) -> tuple[Buffer, ...]:
+    def scratch(self, spec: Spec, recipe: Recipe) -> tuple[Buffer, ...]:
         """The scratch arrays, in the order of the kernel's parameters."""
         model, page_size = spec.model, spec.serving.page_size
         lanes = latent_lanes(model)
-        rows = (self.loaded + 1, model.q_heads)
-        slots = self.groups * self.step
-        unit = (self.writes, unit_tokens(model), lanes)
+        rows = (self.max_rows + 1, model.q_heads)
+        buffers = self.wave_buffers * self.tiles_per_wave
+        unit = (self.write_buffers, sublane_tile_tokens(model), lanes)
         return (
-            Buffer("kv", (slots, self.tile // page_size, *kv_page_shape(spec)), model.kv_dtype, "fetched tiles"),
-            Buffer("q_in", (*rows, model.head_dim), model.q_dtype, "queries of every sequence, and of none"),
+            Buffer("kv", (buffers, self.tile // page_size, *kv_page_shape(spec)), model.kv_dtype, "fetched tiles"),
+            Buffer("q_in", (*rows, model.head_dim), model.q_dtype, "queries of every sequence, and of no sequence"),
             Buffer("q_rope_in", (*rows, lanes - model.head_dim), model.q_dtype, "their rotary parts"),
-            Buffer("new_in", (self.loaded, 1, lanes), model.kv_dtype, "new tokens of every sequence"),
+            Buffer("new_in", (self.max_rows, 1, lanes), model.kv_dtype, "new tokens of every sequence"),
             Buffer("unit_out", unit, model.kv_dtype, "new tokens on their way to the cache"),
-            Buffer("scores", (self.step, model.q_heads, self.tile), "float32", "scores of a group, from turn to turn"),
+            Buffer(
+                "scores",
+                (self.tiles_per_wave, model.q_heads, self.tile),
+                "float32",
+                "scores of a wave, for the next iteration",
+            ),
             Buffer("row_max", (model.q_heads, LANES), "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", (model.q_heads, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (model.q_heads, model.head_dim), "float32", "running output"),
-            Buffer("out_all", (*rows, model.head_dim), model.q_dtype, "outputs of every sequence, and of none"),
-            Buffer("tile_seq", (slots,), "smem", "the sequence of each tile in flight"),
-            Buffer("tile_first", (slots,), "smem", "its first token"),
-            Buffer("tile_left", (slots,), "smem", "tokens of its sequence from there on"),
-            Buffer("kv_sem", (self.groups,), "dma", "fetches"),
+            Buffer("out_all", (*rows, model.head_dim), model.q_dtype, "outputs of every sequence, and of no sequence"),
+            Buffer("tile_seq", (buffers,), "smem", "the sequence of each tile in flight"),
+            Buffer("tile_first", (buffers,), "smem", "its first token"),
+            Buffer("tile_left", (buffers,), "smem", "tokens of its sequence from there on"),
+            Buffer("kv_sem", (self.wave_buffers,), "dma", "fetches"),
             Buffer("load_sem", (3,), "dma", "queries, their rotary parts, new tokens"),
-            Buffer("unit_sem", (self.writes,), "dma", "cache writes"),
+            Buffer("unit_sem", (self.write_buffers,), "dma", "cache writes"),
             Buffer("out_sem", (1,), "dma", "outputs"),
         )
 
-    def temporaries(self, spec: Spec) -> int:
-        """Bytes of the values of one turn that registers cannot hold: weights, scores on their way, the weighted values."""
-        return 2 * self.step * nbytes((spec.model.q_heads, self.tile + spec.model.head_dim), "float32")
+    def temporaries(self, spec: Spec, recipe: Recipe) -> int:
+        """Bytes of the values of one iteration that registers cannot hold: probabilities, scores on their way, and outputs."""
+        return 2 * self.tiles_per_wave * nbytes((spec.model.q_heads, self.tile + spec.model.head_dim), "float32")
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class LatentBlockTiles:
     new_tokens: int
     copy_sizes: tuple[int, ...]
 
-    def scratch(self, spec: Spec) -> tuple[Buffer, ...]:
+    def scratch(self, spec: Spec, recipe: Recipe) -> tuple[Buffer, ...]:
         """The scratch arrays, in the order of the kernel's parameters."""
         model, page_size = spec.model, spec.serving.page_size
         lanes, rows = latent_lanes(model), self.q_block * model.q_heads
@@ -103,31 +112,31 @@ class LatentBlockTiles:
             Buffer("out_sem", (1,), "dma", "output blocks"),
         )
 
-    def temporaries(self, spec: Spec) -> int:
-        """Bytes of the values of flash steps that registers cannot hold: scores, weights and weighted values."""
+    def temporaries(self, spec: Spec, recipe: Recipe) -> int:
+        """Bytes of the values of flash steps that registers cannot hold: scores, probabilities and outputs."""
         return 4 * nbytes((self.step_rows, self.block + spec.model.head_dim), "float32")
 
 
-def decode_choices(spec: Spec, tokens: int) -> Iterator[LatentDecodeTiles]:
-    """From the tiles that the chip is kept busy with down to the smallest that work."""
+def decode_choices(spec: Spec, tokens: int) -> Iterator[LatentWaves]:
+    """From the tiles that keep the chip busy down to the smallest that work."""
     serving = spec.serving
     token_bytes = nbytes((latent_lanes(spec.model),), spec.model.kv_dtype)
     # A tile is computed whole, so it is no longer than the sequences; a row of its scores is at least a register wide.
     shortest = max(power_of_two_from(min(serving.context_lens)), LANES)
     tile = max(min(DECODE_TILE, shortest), serving.page_size)
-    loaded = min(tokens, serving.max_num_seqs)
+    max_rows = min(tokens, serving.max_num_seqs)
     while tile >= max(serving.page_size, LANES):
-        step = min(TURN_TOKENS // tile, MOST_STEPS)
-        while step:
-            most = min(2 + math.ceil(IN_FLIGHT_BYTES / (step * tile * token_bytes)), MAX_AHEAD)
-            for ahead in range(most, 1, -1):
-                yield LatentDecodeTiles(tile, step, ahead, WRITES, loaded)
-            step //= 2
+        tiles = min(WAVE_TOKENS // tile, MOST_TILES)
+        while tiles:
+            most = min(2 + math.ceil(IN_FLIGHT_BYTES / (tiles * tile * token_bytes)), MAX_LOOKAHEAD)
+            for lookahead in range(most, 1, -1):
+                yield LatentWaves(tile, tiles, lookahead, WRITE_BUFFERS, max_rows)
+            tiles //= 2
         tile //= 2
 
 
 def block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[LatentBlockTiles]:
-    """Likewise; a prefill kernel's query block divides the chunk, so that it has no partial block."""
+    """From large to small; a prefill kernel's query block divides the chunk, so that it has no partial block."""
     model, serving = spec.model, spec.serving
     longest = max(power_of_two_from(max(serving.context_lens)), LANES)
     limit = serving.prefill_chunk if kind == "prefill" else min(tokens, serving.prefill_chunk)
@@ -144,10 +153,3 @@ def block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[LatentBlockTil
                 new_tokens=min(tokens, serving.page_size),
                 copy_sizes=copy_sizes_of(kind, q_block, tokens),
             )
-
-
-def xla_tiles(spec: Spec) -> tuple[XlaTiles, XlaTiles]:
-    """Tiles of the portable programs: of decode, and of prefill and mixed."""
-    page = spec.serving.page_size
-    q_block = max(XLA_ROWS // spec.model.q_heads, 1)
-    return XlaTiles(block=max(page, LANES), blocks=4), XlaTiles(block=max(page, 256), q_block=q_block)

@@ -11,7 +11,7 @@ from rpac.spec import Spec
 
 @dataclass(frozen=True)
 class Sets:
-    """How query rows are put together for products with one KV head each: `heads` KV heads share `rows` rows.
+    """How query rows are put together for matmuls with one KV head each: `heads` KV heads share `rows` rows.
 
     Fewer rows than the registers' 8 cost as much as 8, so heads of few queries share them; `count` sets hold all heads.
     `queries` are those of one KV head, of all new tokens of a sequence.
@@ -49,7 +49,9 @@ def by_sequence(spec: Spec, count: int) -> tuple[int, ...]:
     return (count,) if spec.serving.decode_len == 1 else (count, spec.serving.decode_len)
 
 
-def units_by_sequence(spec: Spec, count: int, unit: int) -> tuple[int, ...]:
-    """Likewise, for each unit of `unit` tokens of the cache that new tokens may lie in, which are several in turn."""
+def sublane_tiles_by_sequence(spec: Spec, count: int, tile_tokens: int) -> tuple[int, ...]:
+    """The leading axes of an array that holds something for each sublane tile, of `tile_tokens` tokens of the cache, that the
+    new tokens of `count` sequences may lie in.
+    """
     new_tokens = spec.serving.decode_len
-    return (count,) if new_tokens == 1 else (count, (new_tokens - 2) // unit + 2)
+    return (count,) if new_tokens == 1 else (count, (new_tokens - 2) // tile_tokens + 2)

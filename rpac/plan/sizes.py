@@ -1,6 +1,13 @@
-"""Sizes that follow from others: powers of two, parts of a whole."""
+"""Sizes that follow from others: powers of two, parts of a whole, what the fetches of a decode kernel need."""
 
 from __future__ import annotations
+
+from typing import Final
+
+from rpac.spec import Spec
+
+MIB: Final = 1 << 20
+IN_FLIGHT_BYTES: Final = 8 * MIB  # more than the HBM delivers within one DMA's latency (5.4 MB on TPU7x)
 
 
 def copy_sizes_of(kind: str, q_block: int, tokens: int) -> tuple[int, ...]:
@@ -11,7 +18,7 @@ def copy_sizes_of(kind: str, q_block: int, tokens: int) -> tuple[int, ...]:
 
 
 def step_rows_of(rows: int, most: int) -> int:
-    """The largest part of a block of query rows, all parts alike, that is at most `most`."""
+    """The largest equal part of a block of query rows that is at most `most`."""
     return next(rows // parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most)
 
 
@@ -23,3 +30,12 @@ def power_of_two_to(value: int) -> int:
 def power_of_two_from(value: int) -> int:
     """The smallest power of two that is not below `value`."""
     return 1 << (value - 1).bit_length()
+
+
+def visible_tokens(spec: Spec, queries: int) -> tuple[int, ...]:
+    """How many tokens `queries` queries in a row see at each of the expected lengths."""
+    window = spec.model.sliding_window
+    lengths = spec.serving.context_lens
+    if spec.model.attention_chunk is not None:
+        return tuple(min(length, spec.model.attention_chunk) for length in lengths)
+    return lengths if window is None else tuple(min(length, window + queries - 1) for length in lengths)

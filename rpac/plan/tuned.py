@@ -9,20 +9,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from rpac.contract.attention import plain
 from rpac.errors import PlanError
+from rpac.plan.decode_blocks import DecodeBlocks
+from rpac.plan.decode_waves import DecodeWaves
+from rpac.plan.families import Override
 from rpac.plan.kernel_plan import KernelPlan, decode_tiles_from, tiles_from
-from rpac.plan.tiles import BlockTiles, DecodeTiles, GroupTiles
+from rpac.plan.prefill import BlockTiles
 from rpac.spec import Spec
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 FOLDER: Final = Path(__file__).parent.parent / "tuned"
 FILE_FIELDS: Final = ("schema", "target", "device_kind", "entries")
 ENTRY_FIELDS: Final = ("key", "tiles", "evidence")
+OVERRIDE: Final = "recipe"  # of an entry whose recipe is not the rule's for its tiles
 TILES_FIELDS: Final = ("decode", "block")
 # `origin` reads the first of these; the others are for people.
 EVIDENCE_FIELDS: Final = (
@@ -31,9 +35,9 @@ EVIDENCE_FIELDS: Final = (
 
 # In doublings: how far the largest bucket, and each end of the lengths, may be from those of the case borrowed from.
 NEAR: Final = 2.0
-APART: Final = ("tokens", "length_class")  # what may differ from it
+MAY_DIFFER: Final = ("tokens", "length_class")  # of the case that borrows and of the case borrowed from
 
-# What tiles do not turn on, or what another part of the key says.
+# What tiles do not depend on, or what another part of the key says.
 _NO_PART: Final = {
     "sm_scale", "max_model_len", "max_num_tokens", "token_buckets", "context_lens", "num_pages"
 }  # fmt: skip
@@ -62,15 +66,19 @@ def key_text(key: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One case: the tiles chosen, as plain data, and what that rests on. `place` is where it was read, for messages."""
+    """One case: the tiles chosen, as plain data, and what that rests on. `place` is where it was read, for messages.
+
+    `recipe` has the decisions that are not the rule's for these tiles, as plain data.
+    """
 
     key: Mapping[str, Any]
     data: Mapping[str, Any]
     evidence: Mapping[str, Any]
     place: str
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def tiles(self) -> tuple[DecodeTiles | GroupTiles | None, BlockTiles | None]:
+    def tiles(self) -> tuple[DecodeBlocks | DecodeWaves | None, BlockTiles | None]:
         """Raises PlanError where this rpac's tiles have other fields, which is so after its kernels changed."""
         try:
             for part, other in (("decode", "prefill"), ("block", "decode")):
@@ -78,13 +86,26 @@ class Entry:
                     raise ValueError(f"tiles.{part}: must be null for {other} batches, and only there")
             return decode_tiles_from(self.data["decode"]), tiles_from(BlockTiles, self.data["block"])
         except ValueError as error:
-            raise PlanError(
-                f"{self.place}: not the tiles of these kernels: {error}; remove the entry and run rpac tune again"
-            ) from error
+            raise self.stale(error) from error
+
+    @property
+    def override(self) -> Override:
+        """The decisions that are not the rule's. Raises PlanError for names that are no decisions."""
+        try:
+            return Override.from_dict(self.recipe)
+        except ValueError as error:
+            raise self.stale(error) from error
+
+    def stale(self, error: ValueError) -> PlanError:
+        """The error for an entry that is of other kernels."""
+        return PlanError(
+            f"{self.place}: not the tiles of these kernels: {error}; remove the entry and run rpac tune again"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """What a data file holds of it."""
-        return {"key": self.key, "tiles": self.data, "evidence": self.evidence}
+        override = {OVERRIDE: self.recipe} if self.recipe else {}
+        return {"key": self.key, "tiles": self.data, **override, "evidence": self.evidence}
 
     @property
     def origin(self) -> str:
@@ -96,8 +117,8 @@ class Entry:
 
     @property
     def interpolated(self) -> str:
-        """Likewise, where another case borrows the tiles."""
-        buckets, lengths = (" ".join(map(str, self.key[name])) for name in APART)
+        """The same line for a case that borrows the tiles."""
+        buckets, lengths = (" ".join(map(str, self.key[name])) for name in MAY_DIFFER)
         return f"interpolated from token buckets {buckets}, lengths {lengths}; there {self.origin}"
 
 
@@ -145,7 +166,7 @@ Tuned: TypeAlias = Callable[[str], TunedTiles]
 
 def _doublings(key: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     """How far two cases are apart, in doublings; infinite where anything but token buckets and lengths differs."""
-    fixed, others = ({name: value for name, value in one.items() if name not in APART} for one in (key, other))
+    fixed, others = ({name: value for name, value in one.items() if name not in MAY_DIFFER} for one in (key, other))
     if fixed != others:
         return math.inf
     sizes = [(one["tokens"][-1], *one["length_class"]) for one in (key, other)]
@@ -169,7 +190,8 @@ def parse(text: str, target: str, place: str) -> list[Entry]:
 
 
 def _entry(data: Any, where: str, place: str) -> Entry:
-    entry = _fields(data, ENTRY_FIELDS, where)
+    names = (*ENTRY_FIELDS, OVERRIDE) if isinstance(data, dict) and OVERRIDE in data else ENTRY_FIELDS
+    entry = _fields(data, names, where)
     if not isinstance(entry["key"], dict):
         raise ValueError(f"{where}.key: found {entry['key']!r}; must be an object")
     tiles = _fields(entry["tiles"], TILES_FIELDS, f"{where}.tiles")
@@ -178,7 +200,10 @@ def _entry(data: Any, where: str, place: str) -> Entry:
         raise ValueError(f"{where}.evidence.score: found {evidence['score']!r}; must be a number above 0, or null")
     if not isinstance(evidence["toolchain"], dict) or "libtpu" not in evidence["toolchain"]:
         raise ValueError(f"{where}.evidence.toolchain: must be an object with libtpu")
-    return Entry(entry["key"], tiles, evidence, f"{place}: {where}")
+    recipe = entry.get(OVERRIDE, {})
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{where}.{OVERRIDE}: found {recipe!r}; must be an object")
+    return Entry(entry["key"], tiles, evidence, f"{place}: {where}", recipe)
 
 
 def _fields(data: Any, names: Sequence[str], where: str) -> dict[str, Any]:

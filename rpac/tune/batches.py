@@ -25,8 +25,8 @@ def batches_of(spec: Spec, plan: KernelPlan, seed: int) -> tuple[Workload, ...]:
     The same seed draws the same lengths. None for a bucket that is too small for a batch of this kind.
     """
     limits = limits_of(spec, plan)
-    apart = {one.kv_lens: one for one in reversed(list(_drawn(spec, plan, seed)))}
-    return tuple(one for one in reversed(apart.values()) if one.batch(limits).kind == plan.kind)
+    distinct = {one.kv_lens: one for one in reversed(list(_drawn(spec, plan, seed)))}
+    return tuple(one for one in reversed(distinct.values()) if one.batch(limits).kind == plan.kind)
 
 
 def _drawn(spec: Spec, plan: KernelPlan, seed: int) -> Iterator[Workload]:

@@ -1,4 +1,4 @@
-"""The plans that a search tries: the one place of the tuner that knows the fields of tiles."""
+"""The plans that a search tries: the one place of the tuner that knows the fields of tiles and the decisions of a recipe."""
 
 from __future__ import annotations
 
@@ -7,35 +7,43 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from rpac.devices.chip import chip
-from rpac.plan import BlockTiles, DecodeTiles, KernelPlan
+from rpac.plan import BlockTiles, KernelPlan
+from rpac.plan.families import OPTIONS, Tiles, allowed, is_legal, is_short, override_of
 from rpac.plan.kernel_plan import RULE
-from rpac.plan.legal import Tiles, is_legal
-from rpac.plan.planner import MORE_STEPS, STEP_ROWS, STEPS, turn_steps, with_tiles
+from rpac.plan.planner import with_tiles
+from rpac.plan.prefill import STEP_ROWS, heads_of, most_steps
+from rpac.plan.recipe import Scores
 from rpac.plan.sizes import copy_sizes_of, step_rows_of
 from rpac.spec import Spec
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One field of the tiles in `part` of a plan, and the values to try; a search goes along one axis after another.
+    """One field of the tiles in `part` of a plan, or one decision of their recipe, and the values to try; a search goes along
+    one axis after another.
 
-    `keeps` names a field that changes the other way, so that as many bytes stay in flight.
+    `keeps` names a field of the tiles that changes the other way, so that as many bytes stay in flight.
     """
 
     part: str
     field: str
-    values: tuple[int, ...]
+    values: tuple[int | str, ...]
     keeps: str = ""
+
+    @property
+    def of_recipe(self) -> bool:
+        """Whether it is a decision."""
+        return self.field in OPTIONS[self.part]
 
 
 AXES: Final = (
     Axis("decode", "block", (128, 256, 512, 1024, 2048), keeps="buffers"),
     Axis("decode", "buffers", (3, 4, 6, 8, 12, 16)),
-    Axis("decode", "pair", (1, 2, 4)),
-    Axis("decode", "tile", (128, 256, 512, 1024), keeps="step"),
-    Axis("decode", "step", (2, 4, 6, 8), keeps="ahead"),
-    Axis("decode", "ahead", (2, 3, 4, 6)),
-    Axis("decode", "writes", (2, 4, 8)),
+    Axis("decode", "heads_per_matmul", (1, 2, 4)),
+    Axis("decode", "tile", (128, 256, 512, 1024), keeps="tiles_per_wave"),
+    Axis("decode", "tiles_per_wave", (2, 4, 6, 8), keeps="lookahead"),
+    Axis("decode", "lookahead", (2, 3, 4, 6)),
+    Axis("decode", "write_buffers", (2, 4, 8)),
     Axis("block", "q_block", (16, 32, 64, 128, 256, 512)),
     Axis("block", "block", (128, 256, 512, 1024, 2048)),
     Axis("block", "tile", (128, 256, 512, 1024)),
@@ -43,53 +51,73 @@ AXES: Final = (
     Axis("block", "heads", (1, 2, 4, 8)),
     Axis("block", "diagonal_heads", (1, 2, 4, 8)),
     Axis("block", "buffers", (2, 3, 4)),
+    # The recipe comes last: what is allowed, and what the rule decides, depends on the tiles.
+    Axis("decode", "read", ("separate", "token_pairs")),
+    Axis("block", "scores", ("rows", "transposed")),
+    Axis("block", "paced", (False, True)),
+    Axis("block", "mask", ("compare", "matmul")),
+    Axis("block", "pipelined", (False, True)),
 )
 KEPT_BETWEEN: Final = {
     "buffers": (3, 16),
-    "step": (1, 8),
-    "ahead": (2, 8),
+    "tiles_per_wave": (1, 8),
+    "lookahead": (2, 8),
 }  # what a field that `keeps` names may become
 
 
 def variants(spec: Spec, rule: KernelPlan, plan: KernelPlan, axis: Axis) -> Iterator[tuple[str, KernelPlan]]:
     """The other plans along an axis from `plan` that are legal, short enough and fit VMEM, each with a name that tells it
-    from `rule`.
+    from `rule`. Decisions that are not the rule's are kept as far as the tiles of a candidate allow them.
     """
     tiles: Tiles | None = getattr(plan, axis.part)
-    if not hasattr(tiles, axis.field):  # of another layout's tiles, or no tiles at all
+    if tiles is None or not (
+        axis.of_recipe or hasattr(tiles, axis.field)
+    ):  # of another layout's tiles, or no tiles at all
         return
-    assert tiles is not None
+    override = override_of(spec, plan)
+    wanted = getattr(override, axis.part)
     for value in axis.values:
-        changed = _changed(spec, plan, tiles, axis, value)
-        if changed != tiles and is_legal(spec, plan, changed) and _is_short(spec, plan, changed):
-            parts: dict[str, Any] = {"decode": plan.decode, "block": plan.block, axis.part: changed}
-            found = with_tiles(spec, plan, **parts)
-            if found is not None:
-                yield label_of(rule, found), found
+        if axis.of_recipe:
+            changed, kept = _fitting(spec, plan, tiles, axis, value), {**wanted, axis.field: value}
+        else:
+            assert type(value) is int
+            changed, kept = _changed(spec, plan, tiles, axis, value), wanted
+        if not is_legal(spec, plan.kind, plan.tokens, changed):
+            continue
+        parts: dict[str, Any] = {"decode": plan.decode, "block": plan.block, axis.part: changed}
+        new = replace(override, **{axis.part: allowed(spec, changed, kept)})
+        found = with_tiles(spec, plan, **parts, override=new)
+        if found is None or found == plan or (axis.of_recipe and found.recipe == plan.recipe):
+            continue
+        if is_short(spec, chip(plan.target), plan.kind, changed, found.recipe):
+            yield label_of(spec, rule, found), found
 
 
-def _is_short(spec: Spec, plan: KernelPlan, tiles: Tiles) -> bool:
-    """Whether no piece of code becomes longer than rules make it: what that wins, an executable would pay for in size."""
-    if isinstance(tiles, DecodeTiles):
-        return True
-    if not isinstance(tiles, BlockTiles):
-        return tiles.step <= (MORE_STEPS if plan.kind == "decode" else STEPS[plan.kind])
-    most = turn_steps(spec, chip(plan.target), plan.kind, tiles.turned(spec))
-    return all(
-        heads == 1 or tiles.steps(spec.model, heads) <= limit
-        for heads, limit in zip((tiles.heads, tiles.diagonal_heads), most, strict=True)
-    )
-
-
-def label_of(rule: KernelPlan, plan: KernelPlan) -> str:
-    """What a plan has other than the one that the rules made: `decode.buffers=8`; `rule` where nothing."""
-    fields = [(axis, getattr(plan, axis.part), getattr(rule, axis.part)) for axis in AXES]
+def label_of(spec: Spec, rule: KernelPlan, plan: KernelPlan) -> str:
+    """What a plan has other than the one that the rules made: `decode.buffers=8 block.mask=compare`; `rule` where nothing."""
+    fields = [(axis, getattr(plan, axis.part), getattr(rule, axis.part)) for axis in AXES if not axis.of_recipe]
     differing = [
         f"{axis.part}.{axis.field}={getattr(tiles, axis.field)}"
         for axis, tiles, ruled in fields
         if hasattr(tiles, axis.field) and getattr(tiles, axis.field) != getattr(ruled, axis.field)
     ]
-    return " ".join(differing) or RULE
+    decided = [
+        f"{part}.{name}={str(value).lower()}"
+        for part, wanted in override_of(spec, plan).as_dict().items()
+        for name, value in wanted.items()
+    ]
+    return " ".join([*differing, *decided]) or RULE
+
+
+def _fitting(spec: Spec, plan: KernelPlan, tiles: Tiles, axis: Axis, value: int | str) -> Tiles:
+    """Tiles for another decision: where scores lie in rows, pieces of code on the diagonal are shorter."""
+    if not isinstance(tiles, BlockTiles) or axis.field != "scores":
+        return tiles
+    assert plan.recipe.block is not None
+    scores: Scores = "transposed" if value == "transposed" else "rows"
+    most = most_steps(chip(plan.target), plan.kind, plan.recipe.block.read, scores)[1]
+    fitting = heads_of(spec.model, tiles.steps(spec.model, 1), most)
+    return replace(tiles, diagonal_heads=min(tiles.diagonal_heads, fitting))
 
 
 def _changed(spec: Spec, plan: KernelPlan, tiles: Tiles, axis: Axis, value: int) -> Tiles:

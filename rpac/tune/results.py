@@ -11,6 +11,7 @@ from typing import Any, Final
 from rpac.devices.chip import chip
 from rpac.devices.toolchain import toolchain
 from rpac.files.publish import publish
+from rpac.plan.families import override_of
 from rpac.plan.tuned import SCHEMA, Entry, TunedTiles, key_of, key_text, parse
 from rpac.tune.search import Outcome
 
@@ -20,7 +21,7 @@ _HERE: Final = ("python",)  # of the toolchain: what does not change what is com
 
 
 def entry_of(outcome: Outcome) -> Entry:
-    """What the file holds for a case with a choice: its tiles, and all that they were held against."""
+    """What the file holds for a case with a choice: its tiles, the decisions that are not the rule's, and the evidence."""
     assert outcome.chosen is not None
     plan, score = outcome.chosen.plan, outcome.score(outcome.chosen)
     evidence = {
@@ -42,7 +43,8 @@ def entry_of(outcome: Outcome) -> Entry:
         ],
         "rejected": [{"label": label, "reason": reason} for label, reason in outcome.rejected.items()],
     }
-    return Entry(key_of(outcome.spec, plan.kind, plan.tokens), _tiles(plan), evidence, "")
+    recipe = override_of(outcome.spec, plan).as_dict()
+    return Entry(key_of(outcome.spec, plan.kind, plan.tokens), _tiles(plan), evidence, "", recipe)
 
 
 def merge(folder: Path, target: str, entries: Sequence[Entry]) -> Path:

@@ -1,6 +1,6 @@
 """The search: from the rules' plan along one axis after another, each time to the best, and the oracle at the end.
 
-What it finds turns on the results of its jobs alone, not on when or where they ran.
+What it finds depends on the results of its jobs alone, not on when or where they ran.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rpac.tune.executors import Evaluate, Pool
 from rpac.tune.jobs import Check, Job, Measure, Result, read_result, run_job, write_result
 
 PASSES: Final = 3  # over all axes; most searches change nothing in the second
-MARGIN: Final = 0.002  # of the time: what a change must win, for the walker does not tell less apart
+MARGIN: Final = 0.002  # of the time: what a change must win, because the walker does not resolve less
 
 Progress: TypeAlias = Callable[[Job, Result, bool], None]
 Steps: TypeAlias = Generator[list[Job], list[Result | None], "Outcome"]

@@ -68,7 +68,7 @@ def test_the_source_archive_makes_the_wheel(archives: Path) -> None:
     (archive,) = archives.glob("rpac-*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {name.split("/", 1)[1] for name in opened.getnames()}
-    assert {"pyproject.toml", "README.md", "specs/tiny.yaml", "templates/xla/decode.py.jinja"} <= names
+    assert {"pyproject.toml", "README.md", "specs/tiny.yaml", "templates/xla/skeletons/decode.py.jinja"} <= names
     assert not [name for name in names if name.startswith((".venv", "build/", "generated/"))]
 
 

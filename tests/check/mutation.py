@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from rpac.check import check_source
 from rpac.contract.program import Source
 from rpac.kernels import render
 from rpac.plan import KernelPlan
+from rpac.plan.families import RULES, Override
+from rpac.plan.planner import with_tiles
 from rpac.spec import Spec
 
 SEED = 0
@@ -27,10 +30,18 @@ class Mutation:
 
     def apply(self, source: Source) -> Source:
         """The source with the bug in its last kernel. Fails where the template no longer has what it edits."""
-        before, start, kernel = source.text.rpartition("_kernel(\n")
-        kernel, count = re.subn(self.pattern, self.replacement, kernel, flags=re.MULTILINE)
+        parts = _parts(source.text)
+        edited = [re.subn(self.pattern, self.replacement, part, flags=re.MULTILINE) for part in parts]
+        # The decode kernel of a mixed program stays as it is.
+        texts = [text if index != 1 or len(parts) < 3 else parts[1] for index, (text, _) in enumerate(edited)]
+        count = sum(found for index, (_, found) in enumerate(edited) if index != 1 or len(parts) < 3)
         assert count == 1, f"{self.bug}: found {count} of {self.pattern!r} in {source.path}"
-        return Source(source.path, before + start + kernel)
+        return Source(source.path, "".join(texts))
+
+
+def _parts(text: str) -> list[str]:
+    """What stands before the kernels, then each kernel with what follows it."""
+    return re.split(r"^(?=@dataclasses\.dataclass\nclass \w+Kernel\()", text, flags=re.MULTILINE)
 
 
 def dropped(bug: str, statement: str, hangs: bool = False) -> Mutation:
@@ -41,6 +52,23 @@ def dropped(bug: str, statement: str, hangs: bool = False) -> Mutation:
 def no_wait(bug: str, statement: str) -> Mutation:
     """A wait that is not there, of the copies that a function is called for with `copy.wait()`."""
     return Mutation(f"no wait for {bug}", rf"^({statement}.*lambda copy: )copy\.wait\(\)\)$", r"\1None)")
+
+
+def retiled(
+    spec: Spec,
+    plan: KernelPlan,
+    decode: dict[str, Any] | None = None,
+    block: dict[str, Any] | None = None,
+    override: Override = RULES,
+) -> KernelPlan:
+    """A plan with some fields of its tiles changed, and the recipe that follows from them but for an override."""
+    tiles = [
+        replace(tiles, **changes) if changes else tiles  # type: ignore[type-var]
+        for tiles, changes in ((plan.decode, decode), (plan.block, block))
+    ]
+    found = with_tiles(spec, plan, *tiles, override)  # type: ignore[arg-type]
+    assert found is not None
+    return found
 
 
 def check_bug(spec: Spec, plan: KernelPlan, mutation: Mutation) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mutation import SEED, Mutation, check_bug, dropped
+from mutation import SEED, Mutation, check_bug, dropped, retiled
 
 from rpac.check import CheckBatch, check_source
 from rpac.check.arrays import make_arguments
@@ -17,7 +17,7 @@ from rpac.contract.attention import Attention
 from rpac.contract.program import Source
 from rpac.kernels import render
 from rpac.oracle.expected import oracle
-from rpac.plan import BlockTiles, DecodeTiles, GroupTiles, KernelPlan, plan_spec
+from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, plan_spec
 from rpac.spec import Spec, load_spec
 
 TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")
@@ -129,13 +129,13 @@ WORDS = [
 def small_plan(spec: Spec, kind: str) -> KernelPlan:
     """A plan by which a chunk is two query blocks, these two steps a head, a tile two turns and two pieces, a block two tiles."""
     plan = next(plan for plan in plan_spec(spec, "tpu7x") if plan.kind == kind)
-    if isinstance(plan.decode, DecodeTiles):
-        plan = replace(plan, decode=replace(plan.decode, block=128))
-    if isinstance(plan.decode, GroupTiles):
-        plan = replace(plan, decode=replace(plan.decode, tile=128, step=2, ahead=2, writes=4))
+    if isinstance(plan.decode, DecodeBlocks):
+        plan = retiled(spec, plan, decode={"block": 128})
+    if isinstance(plan.decode, DecodeWaves):
+        plan = retiled(spec, plan, decode={"tile": 128, "tiles_per_wave": 2, "lookahead": 2, "write_buffers": 4})
     assert isinstance(plan.block, BlockTiles)
     tiles = {"q_block": 32, "step_rows": 64, "heads": 2, "diagonal_heads": 2, "block": 1024, "tile": 512}
-    return replace(plan, block=replace(plan.block, **tiles))
+    return retiled(spec, plan, block=tiles)
 
 
 def cases(layout: str, kind: str, mutations: list[Mutation], *marks: pytest.MarkDecorator) -> list[object]:
@@ -152,7 +152,8 @@ def cases(layout: str, kind: str, mutations: list[Mutation], *marks: pytest.Mark
 @pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
 def test_without_a_bug_there_is_nothing_to_catch_by_turns(spec: Spec, kind: str) -> None:
     plan = small_plan(spec, kind)
-    assert plan.block.masks_by_mxu(spec.model)
+    assert plan.recipe.block is not None
+    assert plan.recipe.block.mask == "matmul"
     failed = [result for result in check_source(spec, plan, render(spec, plan), seed=SEED) if not result.ok]
     assert not failed
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mutation import retiled
 
 from rpac.check import CheckBatch, CheckReport, CompileResult, Result, batches_of, check_source, check_spec, run
 from rpac.check.arrays import GARBAGE, Arguments, make_arguments
@@ -18,7 +19,7 @@ from rpac.contract.program import HEADER_END, Source
 from rpac.errors import CheckError
 from rpac.kernels import render
 from rpac.oracle import attention as reference
-from rpac.plan import GroupTiles, KernelPlan, plan_spec
+from rpac.plan import DecodeWaves, KernelPlan, plan_spec
 from rpac.spec import Spec, load_spec
 
 SPECS = Path(__file__).parents[2] / "specs"
@@ -100,7 +101,7 @@ def test_decode_batches_hold_every_edge_length(spec: Spec, target: str) -> None:
     assert plan.decode is not None
     found = batches(spec, plan)
     lengths = {length for batch in found for length in batch.kv_lens}
-    group = plan.decode.step * plan.decode.tile if isinstance(plan.decode, GroupTiles) else plan.decode.block
+    group = plan.decode.tiles_per_wave * plan.decode.tile if isinstance(plan.decode, DecodeWaves) else plan.decode.block
     sizes = {spec.serving.page_size, group, getattr(plan.decode, "tile", group)}
     edges = {1, *(size + off for size in sizes for off in (-1, 0, 1)), spec.serving.max_model_len}
     assert {edge for edge in edges if edge <= spec.serving.max_model_len} <= lengths
@@ -113,11 +114,13 @@ def test_decode_batches_hold_every_edge_length(spec: Spec, target: str) -> None:
 def test_decode_batches_of_groups_fill_some_to_the_last_token_and_use_all_buffers_again(step: int) -> None:
     spec = load_spec(SPECS / "llama3-8b-separate.yaml")
     plan = plan_of(spec, "decode")
-    assert isinstance(plan.decode, GroupTiles)
-    tiles = replace(plan.decode, step=step, ahead=3)
-    found = batches(spec, replace(plan, decode=tiles))
-    assert any(batch.kv_lens[0] % (tiles.step * tiles.tile) == 0 for batch in found if batch.kv_lens)
-    in_flight = tiles.groups * tiles.step
+    assert isinstance(plan.decode, DecodeWaves)
+    plan = retiled(spec, plan, decode={"tiles_per_wave": step, "lookahead": 3})
+    tiles = plan.decode
+    assert isinstance(tiles, DecodeWaves)
+    found = batches(spec, plan)
+    assert any(batch.kv_lens[0] % (tiles.tiles_per_wave * tiles.tile) == 0 for batch in found if batch.kv_lens)
+    in_flight = tiles.wave_buffers * tiles.tiles_per_wave
     assert any(sum(-(-length // tiles.tile) for length in batch.kv_lens) > in_flight for batch in found)
     # Where a page table ends within a tile, only the last row could read past it.
     full = spec.serving.max_num_seqs, spec.serving.max_model_len
@@ -126,8 +129,8 @@ def test_decode_batches_of_groups_fill_some_to_the_last_token_and_use_all_buffer
 
 def test_batches_of_groups_too_long_for_any_row_leave_out_whole_ones() -> None:
     plan = plan_of(SEPARATE, "decode")
-    assert isinstance(plan.decode, GroupTiles)
-    assert plan.decode.step * plan.decode.tile > SEPARATE.serving.max_model_len
+    assert isinstance(plan.decode, DecodeWaves)
+    assert plan.decode.tiles_per_wave * plan.decode.tile > SEPARATE.serving.max_model_len
     assert "whole groups" not in {batch.name for batch in batches(SEPARATE, plan)}
 
 

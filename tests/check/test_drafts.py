@@ -15,7 +15,7 @@ from rpac.check import batches_of
 from rpac.devices.chip import TPU_TARGETS
 from rpac.kernels import render
 from rpac.plan import plan_spec
-from rpac.plan.buffers import unit_tokens
+from rpac.plan.buffers import sublane_tile_tokens
 from rpac.spec import Spec
 
 FLOAT8 = {"kv_dtype": "float8_e4m3fn", "kv_scale": "head"}
@@ -97,20 +97,25 @@ def test_each_new_token_is_once_the_first_past_a_page_a_unit_and_a_tile(layout: 
     plan = next(plan for plan in reversed(plan_spec(spec, target)) if plan.kind == "decode")
     lengths = {length for batch in batches_of(spec, plan, np.random.default_rng(SEED), 0) for length in batch.kv_lens}
     tile = plan.decode.tile if hasattr(plan.decode, "tile") else plan.decode.block
-    for size in (spec.serving.page_size, unit_tokens(spec.model), tile):
+    for size in (spec.serving.page_size, sublane_tile_tokens(spec.model), tile):
         assert {size + new for new in range(5) if size + new >= 4} <= lengths
 
 
 SEPARATE = [
     Mutation("all new tokens seen by all", r"row < i \* GROUP, 1, 0", "row < i * GROUP, 0, 0"),
     Mutation("a token short", r"return token < left$", "return token < left - 1"),
-    Mutation("the tile before gets none", r"left < 128 \+ DECODE_LEN", "left <= 128", hangs=True),
-    Mutation("the group before gets none", r"< 256 \+ DECODE_LEN", "<= 256", hangs=True),
-    dropped("no wait before a buffer is used again", r"wait_units\(seq - \d\)"),
-    dropped("no wait for the last cache writes", r"wait_units\(num_seqs - 1 - i\)"),
-    Mutation("one unit alone", r"pl\.cdiv\(end, UNIT\), put", "lax.div(jnp.maximum(first_new, 0), UNIT) + 1, put", hangs=True),
+    Mutation("the tile before gets none", r"left < (TILE|BLOCK) \+ DECODE_LEN", r"left <= \1", hangs=True),
+    Mutation("the wave before gets none", r"< WAVE_TOKENS \+ DECODE_LEN", "<= WAVE_TOKENS", hangs=True),
+    dropped("no wait before a buffer is used again", r"self\.wait_for_writes\(seq - WRITE_BUFFERS\)"),
+    dropped("no wait for the last cache writes", r"self\.wait_for_writes\(self\.num_seqs - 1 - i(?:ndex)?\)"),
+    Mutation(
+        "one sublane tile only",
+        r"pl\.cdiv\(end, SUBLANE_TILE\), put_tile",
+        "lax.div(jnp.maximum(first_new, 0), SUBLANE_TILE) + 1, put_tile",
+        hangs=True,
+    ),
     Mutation("new tokens a row off", r"array\[seq \* DECODE_LEN \+ i\]", "array[seq * DECODE_LEN + i - 1]"),
-]  # fmt: skip
+]
 INTERLEAVED = [
     *SEPARATE[:3],
     *SEPARATE[4:7],

@@ -16,10 +16,10 @@ SINKS = [
     Mutation("sinks in powers of two", r" \* LOG2_E", ""),
 ]
 LSE_DECODE = [
-    Mutation("lse of the group's first head", r"(lse_rows\[.*\]) = rows", r"\1 = rows[:1]"),
-    dropped("no wait for the last lse", r"lse_copy\(num_seqs - 1 - i\)\.wait\(\)"),
-    dropped("no wait for an lse before its buffer is used again", r"lse_copy\(seq - \d\)\.wait\(\)"),
-    Mutation("lse without its maximum", r"log_sum\(row_max\[\.\.\.\],", "log_sum(0 * row_max[...],"),
+    Mutation("lse of the group's first head", r"(self\.lse_rows\[.*\]) = sums\[rows\]", r"\1 = sums[rows][:1]"),
+    dropped("no wait for the last lse", r"self\.lse_copy\(self\.num_seqs - 1 - index\)\.wait\(\)"),
+    dropped("no wait for an lse before its buffer is used again", r"self\.lse_copy\(seq - WRITE_BUFFERS\)\.wait\(\)"),
+    Mutation("lse without its maximum", r"log_of_sum\(self\.row_max\[\.\.\.\],", "log_of_sum(0 * self.row_max[...],"),
 ]
 LSE_BLOCK = [
     Mutation("lse of the next head", r"(lse_rows\[pl\.ds\()head", r"\1lax.rem(head + 1, 4)"),
@@ -30,7 +30,7 @@ LSE_BLOCK = [
 ]
 DECODE_FEW = [
     Mutation("window one too long", r"token >= first\)", "token >= first - 1)"),
-    Mutation("sinks left out of the sum", r"row_sum\[\.\.\.\] = jnp\.ones_like", "row_sum[...] = jnp.zeros_like"),
+    Mutation("sinks left out of the sum", r"full_like\(self\.row_sum, 1\.0\)", "full_like(self.row_sum, 0.0)"),
 ]
 DECODE = [
     *SINKS,
@@ -41,25 +41,27 @@ DECODE = [
     ),
     Mutation("fetched from the next page on", r"kv_lens\[seq\] - WINDOW, 0\)", "kv_lens[seq] - WINDOW + PAGE_SIZE, 0)"),
     Mutation("pages from the table's start", r"return seq \* PAGES_PER_SEQ \+ lax.*", "return seq * PAGES_PER_SEQ"),
-    Mutation("not capped", r"capped\((.*, axis=0)\)", r"CAP * CAP_SCALE * \1"),
-    Mutation("sinks no maximum", r"= sink_rows\[\.\.\.\]", "= jnp.full_like(row_max, MASKED)"),
-    Mutation("the first sink for all", r"sinks\[head\]", "sinks[0]"),
+    Mutation("not capped", r"cap_scores\((.*, axis=0\)) \* SCORE_SCALE\)", r"SOFT_CAP * SCORE_SCALE * \1"),
+    Mutation("sinks no maximum", r"= self\.sink_rows\[\.\.\.\]", "= jnp.full_like(self.row_max, MASKED)"),
+    Mutation("the first sink for all", r"self\.sinks\[head\]", "self.sinks[0]"),
 ]
-GROUPS_FEW = [
+WAVES_FEW = [
     Mutation("window one too long", r"token >= left - WINDOW\)", "token >= left - WINDOW - 1)"),
-    Mutation("begins at token 0 alone", r" - first_token\(some_seq\)$", ""),
+    Mutation("begins at token 0 alone", r" - self\.first_token\(some_seq\)$", ""),
 ]
-GROUPS = [
+WAVES = [
     *SINKS,
     Mutation("window one short", r"token >= left - WINDOW\)", "token > left - WINDOW)"),
     Mutation(
         "a page before the window fetched", r"kv_lens\[seq\] - WINDOW, 0\)", "kv_lens[seq] - WINDOW - PAGE_SIZE, 0)"
     ),
     Mutation("fetched from the next page on", r"kv_lens\[seq\] - WINDOW, 0\)", "kv_lens[seq] - WINDOW + PAGE_SIZE, 0)"),
-    Mutation("from token 0 but for the first sequence", r"first_token\(jnp\.minimum\(seq, num_seqs - 1\)\)", "0"),
-    Mutation("not capped", r"capped\(scores\)", "CAP * CAP_SCALE * scores"),
+    Mutation(
+        "from token 0 but for the first sequence", r"self\.first_token\(jnp\.minimum\(seq, self\.num_seqs - 1\)\)", "0"
+    ),
+    Mutation("not capped", r"cap_scores\(scores \* SCORE_SCALE\)", "SOFT_CAP * SCORE_SCALE * scores"),
     Mutation("sinks left out of the sum", r"begins, 1\.0, old_sum", "begins, 0.0, old_sum"),
-    Mutation("sinks no maximum", r"begins, sink_rows\[\.\.\.\], old_max", "begins, MASKED, old_max"),
+    Mutation("sinks no maximum", r"begins, self\.sink_rows\[\.\.\.\], old_max", "begins, MASKED, old_max"),
 ]
 BLOCK_FEW = [
     Mutation("window one too long", r"token > query - WINDOW\)", "token >= query - WINDOW)"),
@@ -87,11 +89,13 @@ BY_QUERY = [Mutation("sinks of the first KV head", r"sinks\[head \* GROUP \+ row
 CHUNK_DECODE = [
     Mutation(
         "the chunk of the next token",
-        r"kv_lens\[seq\] - 1, 0\), ATTENTION_CHUNK\)",
-        "kv_lens[seq], 0), ATTENTION_CHUNK)",
+        r"first_query = jnp\.maximum\(self\.kv_lens\[seq\] - 1, 0\)",
+        "first_query = self.kv_lens[seq]",
     ),
     Mutation(
-        "tokens counted from the sequence's start", r"return kv_lens\[seq\] - first_token\(seq\)", "return kv_lens[seq]"
+        "tokens counted from the sequence's start",
+        r"return self\.kv_lens\[seq\] - self\.first_token\(seq\)",
+        "return self.kv_lens[seq]",
     ),
 ]
 CHUNK_BLOCK_FEW = [
@@ -116,10 +120,10 @@ def cases(layout: str, kind: str, mutations: list[Mutation], *marks: pytest.Mark
     ("layout", "kind", "mutation"),
     [
         *cases("interleaved", "decode", DECODE_FEW),
-        *cases("apart", "decode", GROUPS_FEW),
+        *cases("apart", "decode", WAVES_FEW),
         *cases("interleaved", "prefill", BLOCK_FEW),
         *cases("interleaved", "decode", DECODE, SLOW),
-        *cases("apart", "decode", GROUPS, SLOW),
+        *cases("apart", "decode", WAVES, SLOW),
         *cases("interleaved", "prefill", [*BLOCK, *ROWS, *LSE_BLOCK, *CAPPED, *BY_HEAD], SLOW),
         *cases("apart", "prefill", [*BLOCK_FEW, *BLOCK], SLOW),
         *cases("interleaved", "mixed", [*BLOCK_FEW, *BLOCK], SLOW),

@@ -136,7 +136,7 @@ def test_kernels_have_them(features: dict[str, Any], layout: str, kind: str) -> 
 def test_kernels_that_take_turns_and_are_not_causal(layout: str) -> None:
     spec = featured(turns.SPECS[layout], {"causal": False, "sinks": True})
     plan = turns.small_plan(spec, "prefill")
-    assert not plan.block.masks_by_mxu(spec.model)
+    assert plan.recipe.block.mask == "lengths"
     assert failures(spec, plan) == []
 
 
@@ -151,7 +151,7 @@ def test_kernels_that_take_turns_have_them(
     """With a soft cap the MXU cannot mask, for what comes after it would undo the mask."""
     spec = featured(turns.SPECS[layout], {"soft_cap": soft_cap, **sight, "sinks": True, "log_sum_exp": True})
     plan = turns.small_plan(spec, kind)
-    assert plan.block.masks_by_mxu(spec.model) == (soft_cap is None)
+    assert (plan.recipe.block.mask == "matmul") == (soft_cap is None)
     assert failures(spec, plan) == []
 
 

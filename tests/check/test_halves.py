@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import test_mutations as tiles
-from mutation import Mutation, check_bug, dropped
+from mutation import Mutation, check_bug, dropped, retiled
 from test_features import ALL, CHUNKS_ALL, READ, SLOW, failures, featured
 
 from rpac.devices.chip import TPU_TARGETS
 from rpac.kernels import render
 from rpac.lower import Cache, lower_all, tasks_of
-from rpac.plan import GroupTiles, KernelPlan, plan_spec
+from rpac.plan import DecodeWaves, KernelPlan, plan_spec
 from rpac.spec import Spec
 
 # Sequences of several tiles of 256, and a page table that is no multiple of one.
@@ -38,14 +38,16 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 QUICK = ("two heads a set, and half a set", "all")
 MUTATIONS = [
-    dropped("second halves not swapped", r"swap\(group \+ 1, i\)"),
-    Mutation("second halves of the group before", r"swap\(group \+ 1, i\)", "swap(group, i)"),
-    Mutation("second half of another head", r"swapped\[i, head\] = ", "swapped[i, KV_HEADS - 1 - head] = "),
-    Mutation("K for V", r"values_of\(tile_words", "keys_of(tile_words"),
+    dropped("second halves not swapped", r"self\.swap_second_half\(wave \+ 1, i\)"),
+    Mutation("second halves of the wave before", r"swap_second_half\(wave \+ 1, i\)", "swap_second_half(wave, i)"),
+    Mutation("second half of another head", r"kv_swapped\[i, head\] = ", "kv_swapped[i, KV_HEADS - 1 - head] = "),
     Mutation(
-        "second half not for its own queries", r"for_both_halves\(rows\)", "jnp.concatenate([rows, rows], axis=0)"
+        "K for V",
+        r"select_lanes\(self\.kv_swapped\[i, head\], first\)",
+        "select_lanes(first, self.kv_swapped[i, head])",
     ),
-    dropped("clear_tail removed", r"clear_tail\(slot_of\(group, i\), left\)"),
+    Mutation("second half not for its own queries", r"\[queries, pltpu\.roll.*?\]", "[queries, queries]"),
+    dropped("clear_tail removed", r"self\.clear_tail\(self\.slot\(wave, i\), left\)"),
 ]
 SLOW_TARGETS = [pytest.param(target, marks=[] if target in ("tpu7x", "v5e") else SLOW) for target in TPU_TARGETS]
 
@@ -56,12 +58,12 @@ def halved(features: dict[str, Any]) -> Spec:
 
 
 def small_plan(spec: Spec, target: str = "tpu7x", kind: str = "decode") -> KernelPlan:
-    """Groups of two tiles: a row has several groups, and their buffers are used again."""
+    """Waves of two tiles: a row has several waves, and their buffers are used again."""
     plan = next(plan for plan in plan_spec(spec, target) if plan.kind == kind)
-    assert isinstance(plan.decode, GroupTiles)
-    plan = replace(plan, decode=replace(plan.decode, tile=256, step=2, ahead=2))
-    assert isinstance(plan.decode, GroupTiles)
-    assert plan.decode.halves(spec.model)
+    assert isinstance(plan.decode, DecodeWaves)
+    plan = retiled(spec, plan, decode={"tile": 256, "tiles_per_wave": 2, "lookahead": 2})
+    assert plan.recipe.decode is not None
+    assert plan.recipe.decode.read == "token_pairs"
     return plan
 
 
@@ -86,11 +88,11 @@ def test_mixed_kernels_agree_with_the_oracle_in_the_interpreter() -> None:
 def test_tiles_of_one_register_are_taken_as_they_lie() -> None:
     spec = halved({})
     plan = small_plan(spec)
-    assert isinstance(plan.decode, GroupTiles)
-    plan = replace(plan, decode=replace(plan.decode, tile=128))
+    assert isinstance(plan.decode, DecodeWaves)
+    plan = retiled(spec, plan, decode={"tile": 128})
     text = render(spec, plan).text
-    assert "swapped" not in text
-    assert "two tokens share" not in text
+    assert "kv_swapped" not in text
+    assert "of each half of a tile share a row" not in text
 
 
 @pytest.mark.parametrize(

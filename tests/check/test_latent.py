@@ -87,20 +87,23 @@ def test_every_program_compiles(spec: Spec, target: str) -> None:
 MUTATED = latent(page_size=64, max_num_seqs=12, max_num_tokens=64, token_buckets=(16, 64))
 BUGS = {
     "decode": [
-        Mutation("values are keys", r"kv\[slot_of\(group, i\), :, :, :RANK\]", "kv[slot_of(group, i), :, :, 64 : 64 + RANK]"),
-        Mutation("no rotary part", r"\[q_in\[seq\], q_rope_in\[seq\]\]", "[q_in[seq], 0 * q_rope_in[seq]]"),
-        dropped("clear_tail removed", r"clear_tail\(slot_of\(group, i\), left\)"),
-        dropped("update not attended to", r"kv\[slot, page, tokens\] = rows"),
-        dropped("no wait for a cache write before its buffer is used again", r"unit_copy\(seq - \d\)\.wait\(\)"),
+        Mutation("values are keys", r"(self\.slot\(wave, i\), :, :,) :RANK\]", r"\1 64 : 64 + RANK]"),
+        Mutation("no rotary part", r", self\.q_rope_in\[seq\]\]", ", 0 * self.q_rope_in[seq]]"),
+        dropped("clear_tail removed", r"self\.clear_tail\(self\.slot\(wave, i\), left\)"),
+        dropped("update not attended to", r"self\.kv\[slot, page, tokens\] = rows"),
+        dropped(
+            "no wait for a cache write before its buffer is used again",
+            r"self\.wait_for_writes\(seq - WRITE_BUFFERS\)",
+        ),
     ],
     "prefill": [
         Mutation("sees the next token", r"token <= query", "token <= query + 1"),
         Mutation("the query of another head", r"row // Q_HEADS", "row // (Q_HEADS * 2)"),
-        Mutation("a block on the diagonal taken for whole", r"first_query >= 127\)", "first_query >= 126)"),
-        Mutation("state not rescaled", r"= widen\(rescale, RANK\) \* acc\[rows\]", "= acc[rows]"),
-        Mutation("new tokens a row late", r"(new_in\[new_slot, PAGE_SIZE \+ start \+ i)\]", r"\1 - 1]"),
-        dropped("clear_tail removed", r"clear_tail\(slot, end - block \* \d+\)"),
-        dropped("state not cleared", r"clear\(rows\)"),
+        Mutation("a block on the diagonal taken for whole", r"first_query >= KV_BLOCK - 1\)", "first_query >= KV_BLOCK - 2)"),
+        Mutation("state not rescaled", r"= broadcast_lanes\(alpha, RANK\) \* self\.acc\[rows\]", "= self.acc[rows]"),
+        Mutation("new tokens a row late", r"(new_in\[new_buffer, PAGE_SIZE \+ start \+ i)\]", r"\1 - 1]"),
+        dropped("clear_tail removed", r"self\.clear_tail\(buffer, end - block \* KV_BLOCK\)"),
+        dropped("state not cleared", r"self\.clear_rows\(rows\)"),
     ],
 }  # fmt: skip
 

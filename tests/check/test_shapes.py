@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mutation import retiled
 
 from rpac.check import check_source
 from rpac.contract.attention import Attention
 from rpac.kernels import render
 from rpac.lower import Cache, lower_all, tasks_of
-from rpac.plan import KIND_ORDER, GroupTiles, KernelPlan, plan_spec
+from rpac.plan import KIND_ORDER, DecodeWaves, KernelPlan, plan_spec
 from rpac.spec import Spec, load_spec
 
 TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")
@@ -163,9 +164,12 @@ each_portable_shape = pytest.mark.parametrize(
 )
 
 
-def check(spec: Spec, target: str, kind: str, tiles: Callable[[KernelPlan], KernelPlan] = lambda plan: plan) -> None:
-    for plan in map(tiles, plan_spec(spec, target)):
+def check(
+    spec: Spec, target: str, kind: str, changed: Callable[[Spec, KernelPlan], KernelPlan] = lambda spec, plan: plan
+) -> None:
+    for plan in plan_spec(spec, target):
         if plan.kind == kind:
+            plan = changed(spec, plan)
             results = list(check_source(spec, plan, render(spec, plan), seed=SEED, random_batches=1))
             failed = [result for result in results if not result.ok]
             assert results
@@ -193,10 +197,10 @@ def test_kernels_of_padded_joined_and_quantized_rows_agree_with_the_oracle_in_th
     check(spec, "tpu7x", kind)
 
 
-def few_at_once(plan: KernelPlan) -> KernelPlan:
+def few_at_once(spec: Spec, plan: KernelPlan) -> KernelPlan:
     """The plan with groups of two of the shortest tiles: a row has several groups, and their buffers are used again."""
-    if isinstance(plan.decode, GroupTiles):
-        plan = replace(plan, decode=replace(plan.decode, step=2, ahead=2))
+    if isinstance(plan.decode, DecodeWaves):
+        plan = retiled(spec, plan, decode={"tiles_per_wave": 2, "lookahead": 2})
     return plan
 
 

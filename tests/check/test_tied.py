@@ -13,7 +13,7 @@ from mutation import SEED, Mutation, check_bug, dropped
 from rpac.check import batches_of, check_source
 from rpac.contract.attention import Attention
 from rpac.kernels import render
-from rpac.plan import BlockTiles, KernelPlan, plan_spec
+from rpac.plan import KernelPlan, plan_spec
 from rpac.spec import Spec, load_spec
 
 TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")
@@ -59,8 +59,8 @@ def plans(spec: Spec, target: str, kind: str) -> list[KernelPlan]:
 
 def is_tied(spec: Spec, target: str) -> bool:
     (plan,) = plans(spec, target, "prefill")
-    assert isinstance(plan.block, BlockTiles)
-    return plan.block.tie(spec) is not None and not plan.block.turned(spec)
+    assert plan.recipe.block is not None
+    return plan.recipe.block.softmax == "paced"
 
 
 def check(spec: Spec, kind: str, few: bool = False) -> None:

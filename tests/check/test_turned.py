@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import test_block_mutations as turns
-from mutation import Mutation, check_bug, dropped
+from mutation import Mutation, check_bug, dropped, retiled
 from test_features import ALL, CHUNKS_ALL, READ, SLOW, compiled, failures, featured
 
 from rpac.contract.attention import Attention
 from rpac.devices.chip import TPU_TARGETS
 from rpac.kernels import render
-from rpac.plan import BlockTiles, KernelPlan, plan_spec
+from rpac.plan import KernelPlan, plan_spec
 from rpac.spec import Spec
 
 SPECS = {
@@ -116,10 +116,10 @@ OTHERS = [
 def small_plan(spec: Spec, kind: str) -> KernelPlan:
     """A plan by which a chunk is two query blocks, these two steps a head, a tile two turns and two pieces, a block two tiles."""
     plan = turns.small_plan(spec, kind)
-    assert isinstance(plan.block, BlockTiles)
-    tiles = replace(plan.block, q_block=64, step_rows=128)
-    assert tiles.turned(spec)
-    return replace(plan, block=tiles)
+    plan = retiled(spec, plan, block={"q_block": 64, "step_rows": 128})
+    assert plan.recipe.block is not None
+    assert plan.recipe.block.scores == "transposed"
+    return plan
 
 
 @pytest.mark.parametrize(
@@ -137,8 +137,8 @@ def test_scores_are_turned_where_a_wide_mxu_would_be_half_empty(target: str, mod
     spec = replace(APART, model=model)
     for plan in plan_spec(spec, target):
         if plan.kind == "prefill":
-            assert isinstance(plan.block, BlockTiles)
-            assert plan.block.turned(spec) == turned
+            assert plan.recipe.block is not None
+            assert (plan.recipe.block.scores == "transposed") == turned
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from rpac.build import GENERATED_MARK
 from rpac.cli import main
 from rpac.errors import TargetError
 from rpac.plan import plan_spec
+from rpac.plan.words import decisions
 from rpac.spec import load_spec
 
 Tree = Callable[[Path], dict[str, bytes]]
@@ -47,7 +48,7 @@ def test_plan_prints_a_row_a_source(tmp_path: Path) -> None:
     done = rpac("plan", TINY, "--target", "v6e", "--target", "cpu", cache=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    header, _, *rows = done.stdout.splitlines()
+    header, _, *rows = done.stdout.partition("\n\n")[0].splitlines()
     assert header.startswith("source ")
     spec = load_spec(TINY)
     assert [row.split()[0] for row in rows] == [
@@ -62,10 +63,21 @@ def test_plan_shows_the_groups_of_a_decode_kernel_where_k_and_v_lie_apart(tmp_pa
     (tmp_path / "apart.yaml").write_text(text)
     done = rpac("plan", tmp_path / "apart.yaml", "--target", "tpu7x", cache=tmp_path)
     assert done.returncode == 0, done.stderr
-    decode, prefill, *mixed = done.stdout.splitlines()[2:]
+    decode, prefill, *mixed = done.stdout.partition("\n\n")[0].splitlines()[2:]
     assert re.fullmatch(r"tpu7x/decode\.py +8 32 +8 x 128 x11 +- .* rule", decode.strip())
     assert re.fullmatch(r"tpu7x/prefill\.py +32 +- +16 q, 128/128 x3 .* rule", prefill.strip())
     assert all(re.search(r" 4 x 128 x19 +\d+ q, ", row) for row in mixed)
+
+
+def test_plan_tells_the_recipe_of_each_program_in_words(tmp_path: Path) -> None:
+    done = rpac("plan", TINY, "--target", "tpu7x", "--target", "cpu", cache=tmp_path)
+    _, *recipes = done.stdout.split("\n\n")
+    paths = [path for recipe in recipes for path in recipe.partition(":\n")[0].split(", ")]
+    plans = [plan for target in ("tpu7x", "cpu") for plan in plan_spec(load_spec(TINY), target)]
+    assert sorted(paths) == sorted(plan.path for plan in plans)
+    for plan in plans:
+        (told,) = (one for one in recipes if plan.path in one.partition(":\n")[0].split(", "))
+        assert told.strip().splitlines()[1:] == [f"- {one}" for one in decisions(plan.recipe, plan.kind)]
 
 
 def test_plan_as_json_is_the_plans(tmp_path: Path) -> None:

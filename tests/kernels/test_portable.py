@@ -17,8 +17,8 @@ from rpac.contract import arrays as layout
 from rpac.contract.attention import KV_LAYOUTS, Attention, Serving
 from rpac.kernels import render
 from rpac.oracle import attention as reference
-from rpac.plan import KernelPlan
-from rpac.plan.tiles import XlaTiles
+from rpac.plan import KernelPlan, XlaTiles
+from rpac.plan.families import make_recipe
 from rpac.spec import Spec
 
 GARBAGE = np.iinfo(np.int32).max  # where the contract lets metadata hold anything
@@ -77,7 +77,8 @@ class Case:
     def plan(self) -> KernelPlan:
         decode = self.decode_tiles if self.kind != "prefill" else None
         block = self.block_tiles if self.kind != "decode" else None
-        return KernelPlan("cpu", self.kind, (self.tokens,), f"cpu/{self.kind}.py", decode, block, 0, 0, 0, 0, 0)
+        recipe = make_recipe(self.spec, decode, block)
+        return KernelPlan("cpu", self.kind, (self.tokens,), f"cpu/{self.kind}.py", decode, block, 0, 0, 0, 0, 0, recipe)
 
     def shapes(self) -> list[jax.ShapeDtypeStruct]:
         return [jax.ShapeDtypeStruct(dims.shape, dims.dtype) for dims in layout.arg_specs(self.spec, self.tokens)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,20 +51,23 @@ def plan_of(spec: Spec, target: str, kind: str) -> KernelPlan:
 
 @each_source
 def test_a_source_is_standalone(spec: Spec, plan: KernelPlan) -> None:
-    """It is a module, and imports JAX and nothing else."""
+    """It is a module, and imports JAX and the standard library only."""
     tree = ast.parse(render(spec, plan).text)
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in imported} == {"jax"}
+    assert {name.split(".")[0] for name in imported} - {"dataclasses", "functools"} == {"jax"}
 
 
 @each_source
 def test_everything_in_a_source_is_used_and_everything_used_is_there(spec: Spec, plan: KernelPlan) -> None:
-    tree = ast.parse(render(spec, plan).text)
-    defined, used = set(), set()
+    text = render(spec, plan).text
+    tree = ast.parse(text)
+    defined, used = set(), constants_in_words(text)
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             defined.add(node.name)
+            if node.decorator_list:  # the body of a `pl.when`
+                used.add(node.name)
         elif isinstance(node, ast.alias):
             defined.add(node.asname or node.name.split(".")[-1])
         elif isinstance(node, ast.arg):
@@ -72,10 +76,17 @@ def test_everything_in_a_source_is_used_and_everything_used_is_there(spec: Spec,
             (used if isinstance(node.ctx, ast.Load) else defined).add(node.id)
         elif isinstance(node, ast.Attribute):
             used.add(node.attr)
-    loose = {"ragged_paged_attention", "__init__"}  # called from outside
+    # Called from outside; operands whose memory is that of results.
+    loose = {"ragged_paged_attention", "__init__", "cache_in", "out_in", "lse_in"}
     assert {name for name in defined - used - loose if not name.startswith("_")} <= unused_arguments(tree)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert names <= defined | set(dir(builtins))
+
+
+def constants_in_words(text: str) -> set[str]:
+    """Constants that comments and docstrings name: shapes are written in them."""
+    words = re.findall(r'#[^\n]*|""".*?"""', text, flags=re.DOTALL)
+    return set(re.findall(r"\b[A-Z][A-Z0-9_]+\b", " ".join(words)))
 
 
 def unused_arguments(tree: ast.Module) -> set[str]:
@@ -150,8 +161,11 @@ def test_a_page_table_that_ends_within_a_tile_is_not_read_past_its_end() -> None
     def clamped(pages: int) -> bool:
         serving = replace(SEPARATE.serving, max_model_len=pages * SEPARATE.serving.page_size)
         spec = replace(SEPARATE, serving=serving)
-        last = serving.max_num_seqs * pages - 1
-        return f"jnp.minimum(pages + page, {last})" in render(spec, plan_of(spec, "tpu7x", "decode")).text
+        text = render(spec, plan_of(spec, "tpu7x", "decode")).text
+        return (
+            "jnp.minimum(first_entry + page, LAST_ENTRY)" in text
+            and "LAST_ENTRY = MAX_SEQS * PAGES_PER_SEQ - 1" in text
+        )
 
     assert not clamped(32)
     assert clamped(33)
@@ -170,7 +184,7 @@ def test_targets_whose_plans_agree_have_one_body_and_the_body_is_all_but_the_hea
     assert one.text != other.text
     assert one.body == other.body
     assert one.text.endswith(one.body)
-    assert one.body.lstrip().startswith("import jax")
+    assert one.body.lstrip().startswith("import ")
     decode = render(TINY, plan_of(TINY, "tpu7x", "decode"))
     assert decode.body != one.body
 
@@ -187,11 +201,13 @@ def test_every_buffer_of_a_plan_is_declared_and_a_parameter_once() -> None:
         tiles = plan.decode or plan.block
         assert tiles is not None
         text = render(spec, plan).text
-        for buffer in tiles.scratch(spec):  # type: ignore[union-attr]
-            assert text.count(f"\n    {buffer.name},\n") == 1
-            assert text.count(f",  # {buffer.name}: {buffer.note}\n") == 1
+        fields = re.findall(r"^    (\w+): Ref  # \w+\[.*\]: (.*)$", text, flags=re.MULTILINE)
+        notes = [note for _, note in fields if not note.startswith("the memory of")]
+        declared = re.findall(r"^            pltpu\..*,  # (\w+)$", text, flags=re.MULTILINE)
+        assert notes == [buffer.note for buffer in tiles.scratch(spec, plan.recipe)]  # type: ignore[union-attr]
+        assert declared == [name for name, note in fields if not note.startswith("the memory of")]
 
 
 def test_templates_are_found_beside_the_package_in_a_checkout() -> None:
     assert (templates_dir() / "pallas_tpu" / "decode.py.jinja").is_file()
-    assert (templates_dir() / "xla" / "decode.py.jinja").is_file()
+    assert (templates_dir() / "xla" / "skeletons" / "decode.py.jinja").is_file()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -13,23 +17,31 @@ from hypothesis import strategies as st
 
 from rpac.contract.arrays import LANES
 from rpac.contract.attention import Attention, Serving
+from rpac.contract.features import FEATURES
 from rpac.devices.chip import TPU_TARGETS, chip
 from rpac.errors import PlanError
-from rpac.plan import BlockTiles, Buffer, DecodeTiles, GroupTiles, KernelPlan, RowDims, kinds_of, plan_spec
-from rpac.plan.buffers import unit_tokens
-from rpac.plan.planner import (
-    IN_FLIGHT_BYTES,
-    SMEM_RESERVE,
-    TURN_BYTES,
-    VMEM_HEADROOM,
-    power_of_two_from,
-    power_of_two_to,
-    smem_need,
-    vmem_need,
+from rpac.plan import (
+    BlockRecipe,
+    BlockTiles,
+    Buffer,
+    DecodeBlocks,
+    DecodeRecipe,
+    DecodeWaves,
+    KernelPlan,
+    Recipe,
+    RowDims,
+    XlaTiles,
+    kinds_of,
+    plan_spec,
 )
+from rpac.plan.buffers import sublane_tile_tokens
+from rpac.plan.decode_waves import WAVE_BYTES
+from rpac.plan.families import vmem_need
+from rpac.plan.planner import SMEM_RESERVE, VMEM_HEADROOM, smem_need
 from rpac.plan.query_rows import Sets
-from rpac.plan.tiles import XlaTiles
+from rpac.plan.sizes import IN_FLIGHT_BYTES, power_of_two_from, power_of_two_to
 from rpac.plan.tuned import TunedTiles
+from rpac.plan.words import BLOCK, DECODE, TITLES, decisions
 from rpac.spec import Spec, load_spec
 
 SPECS = [
@@ -127,59 +139,59 @@ def test_the_same_spec_gives_the_same_plans(spec: Spec, target: str) -> None:
 def test_decode_tiles_are_whole_pages_and_registers_and_few_enough_to_wait_for(spec: Spec, target: str) -> None:
     for plan in plans_of(spec, target):
         tiles = plan.decode
-        if not isinstance(tiles, DecodeTiles):
+        if not isinstance(tiles, DecodeBlocks):
             continue
         assert tiles.block % spec.serving.page_size == 0
         assert tiles.block % LANES == 0
-        assert tiles.block % (2 * RowDims.of(spec.model).unit) == 0, (
+        assert tiles.block % (2 * RowDims.of(spec.model).sublane_tile) == 0, (
             "its halves are split and its tail cleared by units"
         )
         assert tiles.buffers >= 2
-        assert spec.model.kv_heads % tiles.pair == 0
-        assert tiles.pair * spec.model.head_dim <= max(chip(target).mxu_size, spec.model.head_dim)
-        assert {tiles.loaded} == sequences(spec, plan)
+        assert spec.model.kv_heads % tiles.heads_per_matmul == 0
+        assert tiles.heads_per_matmul * spec.model.head_dim <= max(chip(target).mxu_size, spec.model.head_dim)
+        assert {tiles.max_rows} == sequences(spec, plan)
 
 
 @given(specs(), st.sampled_from(TPU_TARGETS))
 def test_decode_tiles_are_of_the_layout_that_the_cache_has(spec: Spec, target: str) -> None:
-    wanted = GroupTiles if spec.serving.kv_layout == "separate" else DecodeTiles
+    wanted = DecodeWaves if spec.serving.kv_layout == "separate" else DecodeBlocks
     for plan in plans_of(spec, target):
         assert plan.decode is None or type(plan.decode) is wanted
 
 
 @given(specs(), st.sampled_from(TPU_TARGETS))
-def test_tiles_of_a_group_are_whole_pages_and_registers_and_no_longer_than_needed(spec: Spec, target: str) -> None:
+def test_tiles_of_a_wave_are_whole_pages_and_registers_and_no_longer_than_needed(spec: Spec, target: str) -> None:
     serving, model = spec.serving, spec.model
     for plan in plans_of(spec, target):
         tiles = plan.decode
-        if not isinstance(tiles, GroupTiles):
+        if not isinstance(tiles, DecodeWaves):
             continue
         assert tiles.tile % serving.page_size == 0
         assert tiles.tile % LANES == 0
-        assert tiles.tile % unit_tokens(model) == 0, "its tail is cleared by units"
+        assert tiles.tile % sublane_tile_tokens(model) == 0, "its tail is cleared by sublane tiles"
         needed = (serving.page_size, LANES, power_of_two_from(min(serving.context_lens)))
         assert tiles.tile <= max(needed), "a tile is computed whole, however short the sequence"
         assert tiles.tile // 2 < max(needed)
-        assert {tiles.loaded} == sequences(spec, plan)
+        assert {tiles.max_rows} == sequences(spec, plan)
 
 
 @given(specs(), st.sampled_from(TPU_TARGETS))
-def test_groups_fit_and_are_fetched_far_enough_ahead_where_there_is_room(spec: Spec, target: str) -> None:
+def test_waves_fit_and_are_fetched_far_enough_ahead_where_there_is_room(spec: Spec, target: str) -> None:
     for plan in plans_of(spec, target):
         tiles = plan.decode
-        if not isinstance(tiles, GroupTiles):
+        if not isinstance(tiles, DecodeWaves):
             continue
-        assert 1 <= tiles.step <= 8
-        assert tiles.ahead >= 2, "one group is scored, one weighed, one fetched"
-        assert tiles.groups == tiles.ahead + 1
-        assert tiles.step <= tiles.writes, "a turn may end as many sequences"
-        kv = next(buffer for buffer in tiles.scratch(spec) if buffer.name == "kv")
-        turn = kv.vmem_bytes // tiles.groups
-        assert tiles.step == 1 or turn <= TURN_BYTES
-        more = replace(tiles, ahead=tiles.ahead + 1)
+        assert 1 <= tiles.tiles_per_wave <= 8
+        assert tiles.lookahead >= 2, "one wave has its scores made, one its probabilities, one is fetched"
+        assert tiles.wave_buffers == tiles.lookahead + 1
+        assert tiles.tiles_per_wave <= tiles.write_buffers, "a wave may end as many sequences"
+        kv = next(buffer for buffer in tiles.scratch(spec, plan.recipe) if buffer.name == "kv")
+        wave = kv.vmem_bytes // tiles.wave_buffers
+        assert tiles.tiles_per_wave == 1 or wave <= WAVE_BYTES
+        more = replace(tiles, lookahead=tiles.lookahead + 1)
         room = plan.vmem_bytes - plan.vmem_bytes // 16 - VMEM_HEADROOM
-        assert (tiles.ahead - 1) * turn >= IN_FLIGHT_BYTES or vmem_need(spec, more) > room
-        scalars = sum(math.prod(buffer.shape) for buffer in tiles.scratch(spec) if buffer.dtype == "smem")
+        assert (tiles.lookahead - 1) * wave >= IN_FLIGHT_BYTES or vmem_need(spec, more, plan.recipe) > room
+        scalars = sum(math.prod(buffer.shape) for buffer in tiles.scratch(spec, plan.recipe) if buffer.dtype == "smem")
         assert 4 * scalars < SMEM_RESERVE // 2, "the budget does not count them"
 
 
@@ -189,12 +201,12 @@ def test_groups_fit_and_are_fetched_far_enough_ahead_where_there_is_room(spec: S
     [spec for spec in SPECS if spec.serving.kv_layout == "separate"],
     ids=lambda s: f"{s.name} {s.layer}".strip(),
 )
-def test_decode_rows_of_a_mixed_program_go_by_smaller_groups_of_the_same_tiles(spec: Spec, target: str) -> None:
+def test_decode_rows_of_a_mixed_program_go_by_smaller_waves_of_the_same_tiles(spec: Spec, target: str) -> None:
     found = {plan.kind: plan.decode for plan in plan_spec(spec, target, tuned=TunedTiles.of("cpu"))}  # the rules
     decode, mixed = found["decode"], found["mixed"]
-    assert isinstance(decode, GroupTiles) and isinstance(mixed, GroupTiles)
+    assert isinstance(decode, DecodeWaves) and isinstance(mixed, DecodeWaves)
     assert decode.tile == mixed.tile
-    assert decode.step > mixed.step
+    assert decode.tiles_per_wave > mixed.tiles_per_wave
 
 
 @pytest.mark.parametrize(
@@ -211,7 +223,7 @@ def test_decode_rows_of_a_mixed_program_go_by_smaller_groups_of_the_same_tiles(s
         (32, 2, (1, 16, 2), False),
     ],
 )
-def test_heads_share_the_rows_of_a_product_where_their_groups_fill_a_register(
+def test_heads_share_the_rows_of_a_matmul_where_their_groups_fill_a_register(
     q_heads: int, kv_heads: int, wanted: tuple[int, ...], padded: bool
 ) -> None:
     model = Attention(q_heads, kv_heads, 128, "bfloat16", "bfloat16", 1.0)
@@ -232,12 +244,12 @@ def test_block_tiles_divide_each_other(spec: Spec, target: str) -> None:
         assert tiles.block % serving.page_size == 0
         assert tiles.block % tiles.tile == 0
         assert tiles.tile % LANES == 0
-        assert tiles.tile % (2 * RowDims.of(spec.model).unit) == 0
+        assert tiles.tile % (2 * RowDims.of(spec.model).sublane_tile) == 0
         assert (spec.model.group * tiles.q_block) % tiles.step_rows == 0
         assert serving.page_size % tiles.merge_tokens == 0
-        assert tiles.merge_tokens % RowDims.of(spec.model).unit == 0
+        assert tiles.merge_tokens % RowDims.of(spec.model).sublane_tile == 0
         if serving.kv_layout == "separate":
-            assert tiles.merge_tokens % unit_tokens(spec.model) == 0
+            assert tiles.merge_tokens % sublane_tile_tokens(spec.model) == 0
         assert tiles.new_tokens <= min(serving.page_size, *plan.tokens)
         if plan.kind == "prefill":
             assert serving.prefill_chunk % tiles.q_block == 0, "no block of a chunk is partial"
@@ -265,7 +277,7 @@ def test_a_unit_is_the_fewest_tokens_that_fill_whole_register_tiles(
     kv_heads: int, head_dim: int, dtype: str, wanted: tuple[int, ...]
 ) -> None:
     rows = RowDims.of(Attention(kv_heads, kv_heads, head_dim, dtype, dtype, 1.0))
-    assert (rows.lane_tiles, rows.packed_rows, rows.token_rows, rows.unit, rows.unit_rows) == wanted
+    assert (rows.lane_tiles, rows.packed_rows, rows.token_rows, rows.sublane_tile, rows.sublane_tile_rows) == wanted
 
 
 # ---- bytes
@@ -278,9 +290,11 @@ def test_what_is_counted_is_what_is_declared_and_fits(spec: Spec, target: str) -
         kernels = [tiles for tiles in (plan.decode, plan.block) if tiles and not isinstance(tiles, XlaTiles)]
         for tiles in kernels:
             dtypes = {"dma": None, "smem": None, "bfloat16": 2, "float32": 4, "uint32": 4}
-            declared = sum(math.prod(buffer.shape) * (dtypes[buffer.dtype] or 0) for buffer in tiles.scratch(spec))
-            assert declared + tiles.temporaries(spec) <= vmem_need(spec, tiles)
-        assert plan.vmem_need == max(vmem_need(spec, tiles) for tiles in kernels)
+            declared = sum(
+                math.prod(buffer.shape) * (dtypes[buffer.dtype] or 0) for buffer in tiles.scratch(spec, plan.recipe)
+            )
+            assert declared + tiles.temporaries(spec, plan.recipe) <= vmem_need(spec, tiles, plan.recipe)
+        assert plan.vmem_need == max(vmem_need(spec, tiles, plan.recipe) for tiles in kernels)
         assert plan.vmem_need < plan.vmem_limit < plan.vmem_bytes == device.vmem_bytes
         assert plan.smem_need == smem_need(spec) < plan.smem_bytes == device.smem_bytes
 
@@ -315,8 +329,6 @@ def test_powers_of_two_are_the_nearest_on_either_side(value: int) -> None:
 
 
 def test_a_plan_is_plain_data_for_a_manifest() -> None:
-    import json
-
     for plan in plan_spec(TINY, "v6e"):
         data = json.loads(json.dumps(plan.as_dict()))
         assert data["kind"] == plan.kind
@@ -324,7 +336,53 @@ def test_a_plan_is_plain_data_for_a_manifest() -> None:
     assert np.dtype("int32").itemsize * (4 + 4 * 32 + 5 + 3) == smem_need(TINY)
 
 
-def test_new_tokens_of_a_decode_row_take_rows_of_a_product_as_heads_of_a_group_do() -> None:
+# ---- the recipe
+
+
+@each_spec
+@pytest.mark.parametrize("target", [*TPU_TARGETS, "cpu"])
+def test_a_recipe_has_a_part_for_each_kernel_of_a_tpu_program_and_the_features_of_any(spec: Spec, target: str) -> None:
+    for plan in plan_spec(spec, target):
+        on_tpu = target != "cpu"
+        assert (plan.recipe.decode is not None) == (on_tpu and plan.kind != "prefill")
+        assert (plan.recipe.block is not None) == (on_tpu and plan.kind != "decode")
+        wanted = {feature.key for feature in FEATURES if feature.in_kernel(spec.model, spec.serving)}
+        assert set(plan.recipe.features) == wanted
+
+
+@each_spec
+@pytest.mark.parametrize("target", TPU_TARGETS)
+def test_a_plan_is_the_same_by_way_of_json(spec: Spec, target: str) -> None:
+    for plan in plan_spec(spec, target):
+        data = json.loads(json.dumps(plan.as_dict()))
+        assert Recipe.from_dict(data["recipe"]) == plan.recipe
+        if spec.model.rope_dim is None:
+            assert KernelPlan.from_dict(data) == plan
+
+
+@each_spec
+@pytest.mark.parametrize("target", [*TPU_TARGETS, "cpu"])
+def test_a_program_is_told_one_choice_and_one_reason_for_each_decision(spec: Spec, target: str) -> None:
+    for plan in plan_spec(spec, target):
+        told = list(decisions(plan.recipe, plan.kind))
+        assert len({(one.kernel, one.name) for one in told}) == len(told)
+        kernels = {"": 1, "decode": len(DECODE) if plan.recipe.decode else 0}
+        kernels |= {} if plan.recipe.block is None else {plan.kind: len(BLOCK)}
+        assert Counter(one.kernel for one in told) == {name: count for name, count in kernels.items() if count}
+        assert all(one.choice and one.why for one in told)
+
+
+@pytest.mark.parametrize(("recipe", "table"), [(DecodeRecipe, DECODE), (BlockRecipe, BLOCK)])
+def test_every_value_of_every_decision_has_words(recipe: type, table: Mapping[str, Mapping[object, object]]) -> None:
+    types = {name: hint for name, hint in get_type_hints(recipe).items() if get_origin(hint) is Literal or hint is bool}
+    values = {name: {True, False} if hint is bool else set(get_args(hint)) for name, hint in types.items()}
+    if recipe is BlockRecipe:  # numbers, and what follows from other fields
+        values |= {"softmax": {"plain", "paced", "transposed"}, "lookahead": {True, False}}
+    assert {name: set(words) for name, words in table.items()} == values
+    assert set(table) <= set(TITLES)
+
+
+def test_new_tokens_of_a_decode_row_take_rows_of_a_matmul_as_heads_of_a_group_do() -> None:
     def sets_of(q_heads: int, decode_len: int) -> Sets:
         model = replace(TINY.model, q_heads=q_heads, kv_heads=4)
         return Sets.of(replace(TINY, model=model, serving=replace(TINY.serving, decode_len=decode_len)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from rpac.errors import OutputError, PlanError
 from rpac.files.store import Store
 from rpac.kernels import render
 from rpac.plan import plan_spec
+from rpac.plan.families import Override, override_of
+from rpac.plan.planner import with_tiles
 from rpac.plan.tuned import FOLDER, Entry, TunedTiles, key_of, key_text
 from rpac.spec import Spec, load_spec
 from rpac.tune import Outcome
@@ -26,6 +29,8 @@ from rpac.tune.search import Climb, search
 
 SPEC = load_spec(TINY)
 RULE = rule_of(SPEC, "decode")
+SEPARATE = replace(SPEC, serving=replace(SPEC.serving, kv_layout="separate"))
+UNPIPELINED = Override(block={"pipelined": False})
 
 
 def outcome_of(spec: Spec = SPEC, kind: str = "decode", seed: int = 0) -> Outcome:
@@ -120,7 +125,7 @@ def test_a_case_of_near_buckets_and_lengths_borrows_the_tiles_and_says_so(
     plan, rule = planned(folder, spec), rule_of(spec, "decode")
     assert outcome.chosen is not None
     assert plan.origin.startswith("interpolated from token buckets 8 32, lengths 32 128; there tuned: ")
-    assert plan.decode == replace(outcome.chosen.plan.decode, loaded=rule.decode.loaded)
+    assert plan.decode == replace(outcome.chosen.plan.decode, max_rows=rule.decode.max_rows)
     assert f"- {plan.origin}\n" in render(spec, plan).text
 
 
@@ -156,6 +161,54 @@ def test_borrowed_tiles_that_do_not_suit_a_case_leave_it_to_the_rule_and_say_so(
 def test_what_tiles_do_not_turn_on_is_no_part_of_a_case(folder: Path, changes: dict[str, Any]) -> None:
     spec = replace(SPEC, name="other", serving=replace(SPEC.serving, **changes))
     assert planned(folder, spec).origin.startswith("tuned: ")
+
+
+@pytest.fixture
+def prefill_folder(tmp_path: Path) -> Path:
+    """With an entry whose recipe is not the rule's."""
+    outcome = outcome_of(SEPARATE, "prefill")
+    assert outcome.chosen is not None
+    rule, plan = outcome.rule, with_tiles(SEPARATE, outcome.rule, None, outcome.rule.block, UNPIPELINED)  # type: ignore[arg-type]
+    assert plan is not None
+    assert plan.recipe != rule.recipe
+    chosen = replace(outcome, chosen=replace(outcome.chosen, plan=plan))
+    merge(tmp_path / "tuned", "tpu7x", [entry_of(chosen)])
+    return tmp_path / "tuned"
+
+
+def prefill_plan(folder: Path, spec: Spec = SEPARATE) -> Any:
+    plans = plan_spec(spec, "tpu7x", tuned=TunedTiles.of("tpu7x", folder))
+    return next(plan for plan in plans if plan.kind == "prefill")
+
+
+def test_an_entry_may_hold_decisions_that_are_not_the_rules(prefill_folder: Path) -> None:
+    assert json.loads((prefill_folder / "tpu7x.json").read_text())["entries"][0]["recipe"] == UNPIPELINED.as_dict()
+    plan = prefill_plan(prefill_folder)
+    assert plan.origin.startswith("tuned: ")
+    assert override_of(SEPARATE, plan) == UNPIPELINED
+    near = prefill_plan(prefill_folder, replace(SEPARATE, serving=replace(SEPARATE.serving, context_lens=(20, 100))))
+    assert near.origin.startswith("interpolated ")
+    assert override_of(SEPARATE, near) == UNPIPELINED
+
+
+def test_an_entry_of_the_rules_recipe_does_not_name_it(folder: Path) -> None:
+    assert "recipe" not in json.loads((folder / "tpu7x.json").read_text())["entries"][0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"block": {"pipelined": "yes"}}, "recipe: pipelined: found 'yes'; with these tiles it must be"),
+        ({"block": {"sums": "vector"}}, "recipe: found block: {'sums': 'vector'}; must be some of"),
+        ({"prefill": {}}, "recipe: found prefill: {}; must be some of"),
+    ],
+)
+def test_decisions_that_the_tiles_do_not_allow_are_refused(
+    prefill_folder: Path, recipe: dict[str, Any], message: str
+) -> None:
+    damaged(prefill_folder, lambda data: data["entries"][0].update(recipe=recipe))
+    with pytest.raises(PlanError, match=rf"entries\[0\]: not the tiles of these kernels: {re.escape(message)}"):
+        prefill_plan(prefill_folder)
 
 
 def test_a_field_that_a_spec_gains_is_part_of_its_case() -> None:
@@ -200,7 +253,7 @@ def test_every_file_that_is_shipped_is_of_a_target_in_the_form_that_a_search_wri
 
 def test_the_file_holds_what_the_choice_was_held_against(folder: Path, outcome: Outcome) -> None:
     data = json.loads((folder / "tpu7x.json").read_text())
-    assert (data["schema"], data["target"], data["device_kind"]) == (1, "tpu7x", "TPU7x")
+    assert (data["schema"], data["target"], data["device_kind"]) == (2, "tpu7x", "TPU7x")
     (entry,) = data["entries"]
     evidence = entry["evidence"]
     assert len(evidence["tried"]) == len(outcome.tried)
@@ -253,7 +306,7 @@ def damaged(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "another schema": (lambda data: data.update(schema=2), "schema: found 2; must be 1"),
+    "another schema": (lambda data: data.update(schema=1), "schema: found 1; must be 2"),
     "another target": (lambda data: data.update(target="v6e"), "target: found 'v6e'; must be 'tpu7x'"),
     "a field more": (lambda data: data.update(more=1), "file: found device_kind, entries, more, schema, target; must be"),
     "no list": (lambda data: data.update(entries={}), "entries: must be a list"),
@@ -262,6 +315,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no key": (lambda data: data["entries"][0].update(key=[]), r"entries\[0\]\.key: found \[\]; must be an object"),
     "no tiles": (lambda data: data["entries"][0].update(tiles={}), r"entries\[0\]\.tiles: found ; must be an object with"),
     "no evidence": (lambda data: data["entries"][0]["evidence"].pop("tried"), r"entries\[0\]\.evidence: found .*tried"),
+    "no recipe": (lambda data: data["entries"][0].update(recipe=[]), r"entries\[0\]\.recipe: found \[\]; must be an object"),
     "no score": (lambda data: data["entries"][0]["evidence"].update(score=-1.0), r"entries\[0\]\.evidence\.score: found -1\.0"),
 }  # fmt: skip
 
@@ -289,9 +343,15 @@ def test_a_file_of_anything_else_is_refused(folder: Path, content: str) -> None:
 TILES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a field that the kernels do not have": (lambda tiles: tiles["decode"].update(warp=1), "must have the fields"),
     "a field less": (lambda tiles: tiles["decode"].popitem(), "must have the fields"),
-    "no number": (lambda tiles: tiles["decode"].update(writes="4"), "writes: found '4'; must be int, above 0"),
-    "zero": (lambda tiles: tiles["decode"].update(writes=0), "writes: found 0; must be int, above 0"),
-    "a list": (lambda tiles: tiles["decode"].update(writes=[4]), r"writes: found \[4\]; must be int, above 0"),
+    "no number": (
+        lambda tiles: tiles["decode"].update(write_buffers="4"),
+        "write_buffers: found '4'; must be int, above 0",
+    ),
+    "zero": (lambda tiles: tiles["decode"].update(write_buffers=0), "write_buffers: found 0; must be int, above 0"),
+    "a list": (
+        lambda tiles: tiles["decode"].update(write_buffers=[4]),
+        r"write_buffers: found \[4\]; must be int, above 0",
+    ),
     "none": (
         lambda tiles: tiles.update(decode=None),
         r"tiles\.decode: must be null for prefill batches, and only there",

@@ -90,7 +90,7 @@ def test_a_kernel_that_is_wrong_fails_the_oracle() -> None:
     """Room for one sequence's queries, where there are several."""
     job = job_of(Check)
     assert isinstance(job, Check)
-    broken = replace(job.plan, decode=replace(job.plan.decode, loaded=1))  # type: ignore[type-var]
+    broken = replace(job.plan, decode=replace(job.plan.decode, max_rows=1))  # type: ignore[type-var]
     result = replace(job, plan=broken).run()
     assert result.reason.startswith("oracle, batch ")
 

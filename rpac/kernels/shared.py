@@ -1,0 +1,466 @@
+"""What all kernels of attention over K and V heads show: a view for their templates, the constants of a model, and calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from rpac.contract.arrays import (
+    LANES,
+    SUBLANES,
+    ArrayDims,
+    align,
+    arg_specs,
+    extra_specs,
+    head_lanes,
+    joins_rows,
+    kv_rows,
+    metadata_specs,
+    packing,
+)
+from rpac.contract.attention import Attention
+from rpac.kernels.constants import Constant, number
+from rpac.plan import Buffer, KernelPlan, RowDims
+from rpac.plan.buffers import sublane_tile_tokens
+from rpac.plan.recipe import Recipe, Write
+from rpac.spec import Spec
+
+MASKED: Final = -2.0e38  # a score of no weight
+CLEARED_AT_ONCE: Final = 16  # sublane tiles: enough to hide what an iteration of the loop costs
+
+# Of each 8-bit float: its smallest normal number, the step between numbers from 1 on, its largest number.
+FLOAT8: Final = {"float8_e4m3fn": (2.0**-6, 2.0**-3, 448.0), "float8_e5m2": (2.0**-14, 2.0**-2, 57344.0)}
+
+# The shapes of arguments, in constants; `kv_cache` has one for each layout.
+_SHAPES: Final = {
+    "queries": "tokens, Q_HEADS, HEAD_DIM",
+    "keys": "tokens, KV_HEADS, HEAD_DIM",
+    "values": "tokens, KV_HEADS, HEAD_DIM",
+    "interleaved": "pages, PAGE_ROWS, LANES",
+    "separate": "pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES",
+    "kv_lens": "MAX_SEQS",
+    "page_indices": "MAX_SEQS * PAGES_PER_SEQ",
+    "cu_q_lens": "MAX_SEQS + 1",
+    "distribution": "3",
+    "sinks": "Q_HEADS",
+    "kv_scales": "2, KV_HEADS",
+    "tree": "MAX_SEQS * DECODE_LEN",
+}
+_IN_HBM: Final = {"queries": "q_hbm", "keys": "k_hbm", "values": "v_hbm", "kv_cache": "cache_in"}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A parameter of a kernel: its name there, what a call passes, and its dtype and shape in words."""
+
+    name: str
+    argument: str
+    comment: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the kernel of one kind of batches: operands in SMEM, operands in HBM, and results.
+
+    `arguments` are the parameters of `attend_KIND`, in order. `aliases` maps operands to the results in their memory.
+    `returned` and `sequences` are for the docstring.
+    """
+
+    kind: str
+    scalars: tuple[Operand, ...]
+    arrays: tuple[Operand, ...]
+    results: tuple[Operand, ...]
+    aliases: Mapping[int, int]
+    arguments: tuple[str, ...]
+    returned: str
+    sequences: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the public function of a program says and does: `passed` are the arguments of each kernel's call.
+
+    `cache` is the second result, out of what the last call returned.
+    """
+
+    arguments: tuple[str, ...]
+    batches: str
+    notes: tuple[str, ...]
+    returned: str
+    calls: tuple[Call, ...]
+    passed: tuple[str, ...]
+    cache: str
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the templates of all these kernels ask of a spec.
+
+    Dtypes are expressions of the source: `mxu_dtype` is what probabilities, keys and values are on their way to the MXU.
+    `row`: a head's K (or V) is a whole row of registers, a padded one, or joined in one with the other. `cache_view`: how
+    the cache is seen as rows of 128 lanes. `new_tokens` of a decode row: one, or several. `pad`, `unpad`, `kv_rows` and
+    `scaled` are given an expression.
+    """
+
+    layout: str
+    row: Literal["whole", "padded", "joined"]
+    cache_view: Literal["rows", "packed_lane_tiles"]
+    q_dtype: str
+    kv_dtype: str
+    mxu_dtype: str
+    packing: int
+    sublane_tile: int
+    padding_rows: int
+    row_order: str
+    new_tokens: Literal["one", "several"]
+    write: Write
+    quantized: bool
+    quantize: Literal["int8", "float8"]
+    tensor_scale: bool
+    head_scales: bool
+
+    @classmethod
+    def of(cls, spec: Spec, recipe: Recipe) -> Shared:
+        """The view of a spec."""
+        kernel = recipe.decode or recipe.block
+        assert kernel is not None
+        model = spec.model
+        padded = model.head_dim != head_lanes(model)
+        rows, pack = RowDims.of(model), packing(model.kv_dtype)
+        return cls(
+            layout=spec.serving.kv_layout,
+            row="joined" if joins_rows(model) else "padded" if padded else "whole",
+            cache_view="packed_lane_tiles" if rows.lane_tiles > 1 and pack > 1 else "rows",
+            q_dtype=f"jnp.{model.q_dtype}",
+            kv_dtype=f"jnp.{model.kv_dtype}",
+            mxu_dtype=f"jnp.{_computed(model)}",
+            packing=pack,
+            sublane_tile=sublane_tile_tokens(model) if spec.serving.kv_layout == "separate" else rows.sublane_tile,
+            padding_rows=_padding_rows(model, rows),
+            row_order=_row_order(model, rows),
+            new_tokens="one" if spec.serving.decode_len == 1 else "several",
+            write=kernel.write,
+            quantized=model.quantized,
+            quantize="int8" if model.kv_dtype == "int8" else "float8",
+            tensor_scale=model.kv_scale == "tensor",
+            head_scales=model.kv_scale is not None,
+        )
+
+    @property
+    def page_in_block(self) -> str:
+        """Where page `page` of a block is in a buffer."""
+        return "pl.ds(page * PAGE_ROWS, PAGE_ROWS)" if self.layout == "interleaved" else "page"
+
+    @property
+    def to_mxu(self) -> str:
+        """What follows keys or values on their way to the MXU."""
+        return f".astype({self.mxu_dtype})" if self.quantized else ""
+
+    def pad(self, rows: str) -> str:
+        """Rows of a head, with zeros up to whole registers."""
+        return rows if self.row == "whole" else f"pad_lanes({rows})"
+
+    def unpad(self, rows: str, operand: bool = False) -> str:
+        """The lanes of rows that a head has, in parentheses where it is the `operand` of something."""
+        if self.row != "whole":
+            return f"unpad_lanes({rows})"
+        return f"({rows})" if operand else rows
+
+    @property
+    def transpose_words(self) -> str:
+        """The function that makes words of tokens of words of rows."""
+        return "transpose_bytes" if self.packing == 4 else "transpose_halves"
+
+    def kv_rows(self, keys_and_values: str) -> str:
+        """The rows in the cache of new keys and values, which an expression gives as two arguments."""
+        return f"({keys_and_values})" if self.row == "whole" else f"kv_rows({keys_and_values})"
+
+    def scaled(self, scores: str) -> str:
+        """Scores of all heads times the softmax scale; with scales of K it is in those of each head already."""
+        return scores if self.head_scales else f"{scores} * SCORE_SCALE"
+
+
+def shared_context(
+    spec: Spec, plan: KernelPlan, recipe: Recipe, call: Callable[[Spec, str], Call] | None = None
+) -> dict[str, Any]:
+    """The context of every template of a program, but for headers.
+
+    `local` stands among the features for what a sliding window and attention chunks have in common: queries that do not
+    see their sequence from its start.
+    """
+    features = (*recipe.features, "local") if spec.model.late else recipe.features
+    return {
+        "kind": plan.kind,
+        "features": features,
+        "recipe": recipe,
+        "shared": Shared.of(spec, recipe),
+        "program": program_of(spec, plan.kind, call or call_of),
+    }
+
+
+def program_of(spec: Spec, kind: str, call: Callable[[Spec, str], Call]) -> Program:
+    """The public function of the programs of one kind."""
+    lse, interleaved = spec.serving.log_sum_exp, spec.serving.kv_layout == "interleaved"
+    calls = tuple(call(spec, one) for one in (("decode", "mixed") if kind == "mixed" else (kind,)))
+    # The first call takes the cache from the argument, a second one from the first.
+    given = [{"cache": "cache_rows(kv_cache)" if interleaved else "kv_cache"}, {}]
+    several = spec.serving.decode_len > 1
+    notes = {
+        "decode": "Sequence s has rows [s * DECODE_LEN, (s + 1) * DECODE_LEN) of `queries`: `cu_q_lens` is not used."
+        if several
+        else "Sequence s has row s of `queries`: `cu_q_lens` is not used.",
+        "prefill": "Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` is not used.",
+    }
+    return Program(
+        tuple(dims.name for dims in arg_specs(spec, 0)),
+        {
+            "decode": "a batch of decode rows only",
+            "prefill": "a batch of prefill chunks only",
+            "mixed": "any batch, decode rows first",
+        }[kind],
+        (notes[kind],) if kind in notes else (),
+        "out, kv_cache, lse" if lse else "out, kv_cache",
+        calls,
+        tuple(
+            ", ".join(names.get(one, one) for one in call.arguments) for call, names in zip(calls, given, strict=False)
+        ),
+        "rows_cache(cache, kv_cache.shape)" if interleaved else "cache",
+    )
+
+
+_OTHER_ROWS: Final = {
+    "decode": "the decode sequences; other rows of `out` are undefined",
+    "prefill": "the prefill sequences; other rows of `out` are undefined",
+    "mixed": "the sequences that are not decode; other rows of `out` stay as they are",
+}
+_FLAT: Final = {"tree": "tree.reshape(-1)"}  # of one axis, because rows of two are padded in SMEM
+
+
+def call_of(spec: Spec, kind: str) -> Call:
+    """The call of a kernel: scalars of the batch and the arguments beside it, then arrays.
+
+    The cache is updated in place. In a mixed program the decode kernel's results go on as operands, and the mixed kernel's
+    results are in their memory.
+    """
+    model, lse, mixed = spec.model, spec.serving.log_sum_exp, kind == "mixed"
+    # Only mixed batches have sequences of different numbers of new tokens, and a tree is of decode rows alone.
+    batch = [dims for dims in metadata_specs(spec.serving) if mixed or dims.name != "cu_q_lens"]
+    batch += [dims for dims in extra_specs(spec) if kind == "decode" or dims.name != "tree"]
+    scalars = tuple(
+        Operand(dims.name, _FLAT.get(dims.name, dims.name), _comment(dims.dtype, dims.name)) for dims in batch
+    )
+    arrays = [_array(spec, dims) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM]
+    cache = len(scalars) + len(arrays) - 1
+    results = [
+        Operand("out_hbm", "queries.shape, queries.dtype", _comment(model.q_dtype, "queries")),
+        Operand("cache_hbm", "cache.shape, cache.dtype", _comment(model.kv_dtype, spec.serving.kv_layout)),
+    ]
+    aliases, names = {cache: 1}, ["out", "cache"]
+    if lse:
+        rows, shape = (
+            ("tokens, PADDED_Q_HEADS, LANES", "(len(queries), PADDED_Q_HEADS, LANES), jnp.float32")
+            if kind == "decode"
+            else ("tokens * PADDED_Q_HEADS, LANES", "(len(queries) * PADDED_Q_HEADS, LANES), jnp.float32")
+        )
+        results.append(Operand("lse_hbm", shape, f"float32[{rows}]"))
+        names.append("lse")
+    if mixed:
+        for name, result in (("out", 0), ("lse", 2))[: 1 + lse]:
+            aliases[len(scalars) + len(arrays)] = result
+            arrays.append(Operand(f"{name}_in", name, f"{results[result].comment}: the memory of {name}_hbm"))
+    return Call(
+        kind,
+        scalars,
+        tuple(arrays),
+        tuple(results),
+        aliases,
+        (*(one.argument for one in arrays), *(dims.name for dims in batch)),
+        ", ".join(names),
+        _OTHER_ROWS[kind],
+    )
+
+
+def _array(spec: Spec, dims: ArrayDims) -> Operand:
+    if dims.name == "kv_cache":
+        comment = f"{_comment(dims.dtype, spec.serving.kv_layout)}: the memory of cache_hbm"
+        return Operand("cache_in", "cache", comment)
+    dtype = "bfloat16" if spec.model.quantized and dims.name in ("keys", "values") else dims.dtype
+    return Operand(_IN_HBM[dims.name], dims.name, _comment(dtype, dims.name))
+
+
+def _comment(dtype: str, name: str) -> str:
+    return f"{dtype}[{_SHAPES[name]}]"
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """One scratch array of a kernel: its name, how a call declares it, and its dtype, shape and purpose in words."""
+
+    name: str
+    declaration: str
+    comment: str
+
+
+def scratch_of(
+    buffers: Iterable[Buffer], shapes: Mapping[str, str], constants: Sequence[Constant], names: Mapping[str, str]
+) -> list[Scratch]:
+    """The scratch arrays of a kernel in its words: `shapes` gives each one's shape in constants, `names` another name.
+
+    A shape that is not what the plan says is an error.
+    """
+    values: dict[str, Any] = {}
+    for constant in constants:
+        try:
+            values[constant.name] = eval(constant.value, {}, values)
+        except NameError:  # a dtype, which is no part of a shape
+            continue
+    made = []
+    for buffer in buffers:
+        shape = shapes[buffer.name]
+        found = tuple(eval(f"({shape},)", {}, values))
+        assert found == buffer.shape, f"{buffer.name}: {shape} is {found}, not {buffer.shape}"
+        match buffer.dtype:
+            case "dma":
+                declaration, dtype = f"pltpu.SemaphoreType.DMA(({shape},))", "DMA"
+            case "smem":
+                declaration, dtype = f"pltpu.SMEM(({shape},), jnp.int32)", "int32"
+            case dtype:
+                declaration = f"pltpu.VMEM(({shape}), jnp.{dtype})"
+        name = names.get(buffer.name, buffer.name)
+        made.append(Scratch(name, declaration, f"{dtype}[{shape}]: {buffer.note}"))
+    return made
+
+
+def model_constants(spec: Spec, plan: KernelPlan) -> list[Constant]:
+    """The constants of a model and its cache, the same for all kernels; those that a source names are in it."""
+    model, serving = spec.model, spec.serving
+    rows = RowDims.of(model)
+    lanes, joined = head_lanes(model), joins_rows(model)
+    return [
+        number("LANES", LANES),
+        number("SUBLANES", SUBLANES),
+        number("Q_HEADS", model.q_heads),
+        number("KV_HEADS", model.kv_heads),
+        number("GROUP", model.group, "query heads that share a KV head"),
+        number("PADDED_Q_HEADS", align(model.q_heads, SUBLANES), "Q_HEADS, up to whole sublane tiles"),
+        number("PADDED_KV_HEADS", align(model.kv_heads, SUBLANES), "KV_HEADS, up to whole sublane tiles"),
+        number("HEAD_DIM", model.head_dim),
+        number(
+            "HEAD_LANES",
+            lanes,
+            "of a row of the cache: K in the lower ones, V in the upper" if joined else _lanes_note(model),
+        ),
+        number("LANE_TILES", rows.lane_tiles, "rows of LANES lanes that hold one head's K"),
+        number("MAX_SEQS", serving.max_num_seqs),
+        number("PAGE_SIZE", serving.page_size, "tokens"),
+        number("PAGES_PER_SEQ", serving.pages_per_seq),
+        number("DECODE_LEN", serving.decode_len, "new tokens of a decode row"),
+        number("CHUNK", serving.prefill_chunk, "new tokens of every sequence"),
+        *_score_constants(model),
+        number("WINDOW", model.sliding_window, "tokens that a query sees, itself the last of them"),
+        number(
+            "ATTENTION_CHUNK", model.attention_chunk, "tokens of each chunk of a sequence: a query sees its own only"
+        ),
+        number("LOG2_E", repr(math.log2(math.e)), "sinks are natural logarithms"),
+        number("LN_2", repr(math.log(2))),
+        number("MASKED", repr(MASKED), "finite, so that a row that is all masked stays a number"),
+        number("PRECISION", *_precision(model)),
+        *_quantized_constants(model),
+        number("VMEM_LIMIT", plan.vmem_limit, "bytes"),
+        number("PACKING", packing(model.kv_dtype), "elements of the cache in one 32-bit word"),
+        *_layout_constants(spec, rows),
+    ]
+
+
+def _lanes_note(model: Attention) -> str:
+    return "of a row of the cache" + (": HEAD_DIM and padding" if model.head_dim != head_lanes(model) else "")
+
+
+def _score_constants(model: Attention) -> list[Constant]:
+    if model.soft_cap:
+        note = f"{model.sm_scale!r} (the softmax scale) / {model.soft_cap} (the soft cap)"
+        cap = number("SOFT_CAP", repr(model.soft_cap * math.log2(math.e)), f"{model.soft_cap} * log2(e)")
+        return [number("SCORE_SCALE", repr(model.sm_scale / model.soft_cap), note), cap]
+    note = f"{model.sm_scale!r} (the softmax scale) * log2(e): probabilities are powers of two"
+    return [number("SCORE_SCALE", repr(model.sm_scale * math.log2(math.e)), note)]
+
+
+def _precision(model: Attention) -> tuple[str, str]:
+    if _computed(model) == "float32":
+        return "lax.Precision.HIGHEST", "the default would multiply bfloat16 parts of float32"
+    return "None", "of matmuls: bfloat16 products are exact in float32"
+
+
+def _computed(model: Attention) -> str:
+    return model.q_dtype if model.quantized else model.kv_dtype
+
+
+def _quantized_constants(model: Attention) -> list[Constant]:
+    if not model.quantized:
+        return []
+    dtype = number("KV_DTYPE", f"jnp.{model.kv_dtype}", "of the cache")
+    if model.kv_dtype not in FLOAT8:
+        return [dtype, number("KV_SMALLEST", -128), number("KV_LARGEST", 127)]
+    smallest_normal, step, largest = FLOAT8[model.kv_dtype]
+    return [
+        dtype,
+        number("KV_SMALLEST_NORMAL", repr(smallest_normal)),
+        number("KV_STEP", repr(step), "between two numbers from 1 on"),
+        number("KV_LARGEST", repr(largest)),
+        number("EXPONENT_BITS", "0x7F800000", "of a float32"),
+    ]
+
+
+def _layout_constants(spec: Spec, rows: RowDims) -> list[Constant]:
+    match spec.serving.kv_layout:
+        case "separate":
+            return _separate_constants(spec.model)
+        case "interleaved":
+            return _interleaved_constants(spec, rows)
+    return []
+
+
+def _separate_constants(model: Attention) -> list[Constant]:
+    joined = joins_rows(model)
+    return [
+        number("KV_PLANES", 1 if joined else 2, "K and V in the same rows" if joined else "K and V"),
+        number("K_PLANE", 0, "where K is among them"),
+        number("V_PLANE", 0 if joined else 1, "where V is"),
+        number(
+            "SUBLANE_TILE",
+            sublane_tile_tokens(model),
+            "tokens of the smallest part of the cache that a DMA or store reaches",
+        ),
+    ]
+
+
+def _interleaved_constants(spec: Spec, rows: RowDims) -> list[Constant]:
+    """The cache of one layer is seen as rows of LANES lanes."""
+    model, page = spec.model, spec.serving.page_size
+    of_head = (1 if joins_rows(model) else 2) * rows.lane_tiles
+    return [
+        number("HEAD_ROWS", of_head, "rows of one head of a token"),
+        number("VALUES_ROW", of_head - rows.lane_tiles, "the first of them that is V"),
+        number("PADDING_ROWS", _padding_rows(model, rows), "rows of a token that hold zeros"),
+        number("TOKEN_ROWS", rows.token_rows, "rows of one token in the cache"),
+        number("WORD_ROWS", rows.packed_rows, "the same rows as 32-bit words"),
+        number("PAGE_ROWS", page * rows.token_rows, "rows of one page"),
+        number(
+            "SUBLANE_TILE", rows.sublane_tile, "tokens of the smallest part of the cache that a DMA or store reaches"
+        ),
+        number("SUBLANE_TILE_ROWS", rows.sublane_tile_rows, "its rows"),
+    ]
+
+
+def _padding_rows(model: Attention, rows: RowDims) -> int:
+    return rows.token_rows // rows.lane_tiles - kv_rows(model)
+
+
+def _row_order(model: Attention, rows: RowDims) -> str:
+    if joins_rows(model):
+        return "by token, then KV head, with K in the lower lanes and V in the upper"
+    lanes = "lane tile" if rows.lane_tiles > 1 else ""
+    order = [lanes, "K and V"] if packing(model.kv_dtype) > 1 else ["K and V", lanes]
+    return ", then ".join(["by token", "KV head", *filter(None, order)])

@@ -1,0 +1,42 @@
+"""How kernels read K and V from the cache and write new tokens to it: what follows from a spec alone."""
+
+from __future__ import annotations
+
+from rpac.contract.arrays import joins_rows, packing
+from rpac.plan.recipe import DecodeMask, Read, Write
+from rpac.spec import Spec
+
+
+def read_of(spec: Spec) -> Read:
+    """How a kernel takes one head's K and V out of the cache.
+
+    Where they are interleaved and narrower than 32 bits, they share words. Words are split by rows where they hold other
+    rows than one K and its V.
+    """
+    model = spec.model
+    if spec.serving.kv_layout == "separate":
+        return "separate"
+    if packing(model.kv_dtype) == 1:
+        return "strided"
+    return "split_rows" if joins_rows(model) or model.quantized else "split_words"
+
+
+def write_of(spec: Spec) -> Write:
+    """How a kernel puts new tokens into the cache's rows."""
+    model = spec.model
+    if not model.update_cache:
+        return "none"
+    if spec.serving.kv_layout == "separate":
+        return "bytes" if model.quantized else "halves" if packing(model.kv_dtype) > 1 else "words"
+    if model.quantized:
+        return "packed_bytes"
+    if joins_rows(model):
+        return "packed_joined"
+    return "packed_halves" if packing(model.kv_dtype) > 1 else "packed_words"
+
+
+def decode_mask_of(spec: Spec) -> DecodeMask:
+    """What hides a score from a decode row's query."""
+    if spec.serving.tree_mask:
+        return "tree"
+    return "drafts" if spec.serving.decode_len > 1 else "lengths"

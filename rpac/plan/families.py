@@ -1,0 +1,158 @@
+"""The families of kernels: asks the one that tiles belong to for the recipe, for what is legal, and for candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+from rpac.contract.features import features_in_kernels
+from rpac.devices.chip import Chip
+from rpac.plan import decode_blocks, decode_waves, latent, prefill
+from rpac.plan.decode_blocks import DecodeBlocks
+from rpac.plan.decode_waves import DecodeWaves
+from rpac.plan.kernel_plan import KernelPlan
+from rpac.plan.latent import LatentBlockTiles, LatentWaves
+from rpac.plan.portable import XlaTiles
+from rpac.plan.prefill import BlockTiles
+from rpac.plan.recipe import BLOCK_OPTIONS, DECODE_OPTIONS, BlockRecipe, Chooser, DecodeRecipe, Recipe, Wanted
+from rpac.spec import Spec
+
+Tiles: TypeAlias = DecodeBlocks | DecodeWaves | BlockTiles | LatentBlockTiles
+"""The tiles of a kernel for a TPU."""
+OPTIONS: Final = {"decode": DECODE_OPTIONS, "block": BLOCK_OPTIONS}
+
+
+@dataclass(frozen=True)
+class Override:
+    """Decisions that are not the rule's, by name, of each kernel."""
+
+    decode: Wanted = field(default_factory=dict)
+    block: Wanted = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.decode or self.block)
+
+    def as_dict(self) -> dict[str, dict[str, str | bool]]:
+        """Plain data, without kernels that leave all to the rule."""
+        return {part: dict(wanted) for part, wanted in (("decode", self.decode), ("block", self.block)) if wanted}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Override:
+        """The inverse of `as_dict`. Raises ValueError for anything else; whether tiles allow it shows with the recipe."""
+        for part, wanted in data.items():
+            if part not in OPTIONS or not isinstance(wanted, Mapping) or not set(wanted) <= set(OPTIONS[part]):
+                raise ValueError(f"recipe: found {part}: {wanted!r}; must be some of {OPTIONS}")
+        return cls(data.get("decode", {}), data.get("block", {}))
+
+
+RULES: Final = Override()
+"""All is left to the rule."""
+
+
+def make_recipe(
+    spec: Spec,
+    decode: DecodeBlocks | DecodeWaves | XlaTiles | None,
+    block: BlockTiles | LatentBlockTiles | XlaTiles | None,
+    override: Override = RULES,
+) -> Recipe:
+    """The recipe of a plan with these tiles. Raises ValueError where the override wants what the tiles do not allow."""
+    return Recipe(
+        tuple(feature.key for feature in features_in_kernels(spec.model, spec.serving)),
+        None if decode is None or isinstance(decode, XlaTiles) else _decode(spec, decode, Chooser(override.decode)),
+        None if block is None or isinstance(block, XlaTiles) else _block(spec, block, Chooser(override.block)),
+    )
+
+
+def options_of(spec: Spec, tiles: Tiles, wanted: Wanted) -> Mapping[str, tuple[str | bool, ...]]:
+    """What the tiles allow for each decision of their kernel, the rule's first, where those before it are as wanted."""
+    chooser = Chooser(wanted)
+    _decisions(spec, tiles, chooser)
+    return chooser.legal
+
+
+def allowed(spec: Spec, tiles: Tiles, wanted: Wanted) -> Wanted:
+    """Those of some wanted decisions that the tiles allow, and that are not the rule's."""
+    kept: dict[str, str | bool] = {}
+    for name in (*DECODE_OPTIONS, *BLOCK_OPTIONS):
+        if wanted.get(name) in options_of(spec, tiles, kept).get(name, ())[1:]:
+            kept[name] = wanted[name]
+    return kept
+
+
+def override_of(spec: Spec, plan: KernelPlan) -> Override:
+    """The decisions of a plan's recipe that are not the rule's for its tiles."""
+    found: dict[str, Wanted] = {}
+    for part, names in OPTIONS.items():
+        tiles, recipe = getattr(plan, part), getattr(plan.recipe, part)
+        wanted: dict[str, str | bool] = {}
+        for name in names if recipe is not None else ():
+            if getattr(_decisions(spec, tiles, Chooser(wanted)), name) != getattr(recipe, name):
+                wanted[name] = getattr(recipe, name)
+        found[part] = wanted
+    return Override(**found)
+
+
+def _decisions(spec: Spec, tiles: Tiles, chooser: Chooser) -> DecodeRecipe | BlockRecipe:
+    if isinstance(tiles, BlockTiles | LatentBlockTiles):
+        return _block(spec, tiles, chooser)
+    return _decode(spec, tiles, chooser)
+
+
+def _decode(spec: Spec, tiles: DecodeBlocks | DecodeWaves, chooser: Chooser) -> DecodeRecipe:
+    match tiles:
+        case LatentWaves():
+            return latent.DECODE_RECIPE
+        case DecodeWaves():
+            return decode_waves.recipe(spec, tiles, chooser)
+        case DecodeBlocks():
+            return decode_blocks.recipe(spec)
+
+
+def _block(spec: Spec, tiles: BlockTiles | LatentBlockTiles, chooser: Chooser) -> BlockRecipe:
+    return latent.BLOCK_RECIPE if isinstance(tiles, LatentBlockTiles) else prefill.recipe(spec, tiles, chooser)
+
+
+def is_legal(spec: Spec, kind: str, buckets: Sequence[int], tiles: Tiles) -> bool:
+    """Whether the kernels of a case work with these tiles at all."""
+    match tiles:
+        case DecodeWaves():
+            return decode_waves.is_legal(spec, tiles)
+        case DecodeBlocks():
+            return decode_blocks.is_legal(spec, tiles)
+        case BlockTiles():
+            return prefill.is_legal(spec, kind, buckets, tiles)
+        case LatentBlockTiles():
+            return True
+
+
+def is_short(spec: Spec, device: Chip, kind: str, tiles: Tiles, recipe: Recipe) -> bool:
+    """Whether no piece of code is longer than the rules make it: what that wins, an executable pays for in size."""
+    match tiles:
+        case DecodeWaves():
+            return decode_waves.is_short(kind, tiles)
+        case BlockTiles():
+            assert recipe.block is not None
+            return prefill.is_short(spec, device, kind, tiles, recipe.block)
+    return True
+
+
+def decode_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator[DecodeBlocks | DecodeWaves]:
+    """Tiles of a decode kernel from large to small."""
+    if spec.model.rope_dim is not None:
+        return latent.decode_choices(spec, tokens)
+    if spec.serving.kv_layout == "separate":
+        return decode_waves.choices(spec, kind, tokens)
+    return decode_blocks.choices(spec, device, tokens)
+
+
+def block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator[BlockTiles | LatentBlockTiles]:
+    """Tiles of a prefill or mixed kernel from large to small."""
+    if spec.model.rope_dim is not None:
+        return latent.block_choices(spec, kind, tokens)
+    return prefill.choices(spec, device, kind, tokens)
+
+
+def vmem_need(spec: Spec, tiles: Tiles, recipe: Recipe) -> int:
+    """Bytes of VMEM that the kernel of these tiles takes: its scratch arrays, and values that registers cannot hold."""
+    return sum(buffer.vmem_bytes for buffer in tiles.scratch(spec, recipe)) + tiles.temporaries(spec, recipe)

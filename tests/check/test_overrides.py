@@ -1,0 +1,77 @@
+"""Kernels whose recipe is not the rule's: each option that tiles leave open agrees with the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import test_halves as pairs
+import test_tied as wide
+import test_turned as narrow
+from mutation import retiled
+from test_features import SLOW, failures, featured
+
+from rpac.kernels import render
+from rpac.plan import KernelPlan
+from rpac.plan.families import Override, options_of, override_of
+from rpac.spec import Spec
+
+LSE: dict[str, Any] = {"sinks": True, "log_sum_exp": True}
+BLOCKS = [
+    # Of scores that the rule transposes, and masks in the matmul.
+    {"scores": "rows", "mask": "compare", "pipelined": False},
+    *(
+        pytest.param(wanted, marks=SLOW)
+        for wanted in (
+            {"scores": "rows"},
+            {"mask": "compare"},
+            {"pipelined": False},
+            {"scores": "rows", "mask": "compare"},
+        )
+    ),
+]
+
+
+def with_override(spec: Spec, plan: KernelPlan, override: Override) -> KernelPlan:
+    """The plan with that recipe; it is another one than the rule's."""
+    found = retiled(spec, plan, override=override)
+    assert override_of(spec, found) == override
+    assert found.recipe != plan.recipe
+    assert render(spec, found).body != render(spec, plan).body
+    return found
+
+
+@pytest.mark.parametrize("features", [{}, pytest.param(LSE, marks=SLOW)], ids=str)
+@pytest.mark.parametrize("wanted", BLOCKS, ids=str)
+def test_other_recipes_of_a_prefill_kernel_agree_with_the_oracle(
+    wanted: Mapping[str, str | bool], features: dict[str, Any]
+) -> None:
+    spec = featured(narrow.APART, features)
+    plan = with_override(spec, narrow.small_plan(spec, "prefill"), Override(block=wanted))
+    assert failures(spec, plan, few=True) == []
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"paced": False, "pipelined": False}, pytest.param({"paced": False}, marks=SLOW)], ids=str
+)
+def test_a_kernel_with_long_steps_agrees_with_the_oracle_without_pacing(wanted: Mapping[str, str | bool]) -> None:
+    (plan,) = wide.plans(wide.WIDE, "tpu7x", "prefill")
+    plan = with_override(wide.WIDE, plan, Override(block=wanted))
+    assert failures(wide.WIDE, plan, few=True) == []
+
+
+def test_a_decode_kernel_need_not_read_token_pairs() -> None:
+    spec = pairs.halved({})
+    plan = with_override(spec, pairs.small_plan(spec), Override(decode={"read": "separate"}))
+    assert failures(spec, plan, few=True) == []
+
+
+@pytest.mark.parametrize("wanted", [{"mask": "lengths"}, {"paced": False}, {"scores": "columns"}], ids=str)
+def test_what_tiles_do_not_allow_is_refused_with_what_they_do(wanted: Mapping[str, str | bool]) -> None:
+    plan = narrow.small_plan(narrow.APART, "prefill")
+    assert plan.block is not None
+    (name,) = wanted
+    options = options_of(narrow.APART, plan.block, {})[name]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"recipe: {name}: found .*must be {' or '.join(map(repr, options))}"):
+        retiled(narrow.APART, plan, override=Override(block=wanted))
