@@ -100,6 +100,11 @@ class Adapter:
     validate: bool = True
 
     def __post_init__(self) -> None:
+        if self.engine.model.rope_dim is not None:
+            raise SelectionError(
+                f"{self._bundle} has latent attention; must have grouped attention, which is all that this function of "
+                f"{self.peer} computes; call the engine itself, with the arguments of docs/batch-contract.md"
+            )
         if self.engine.kv_layout != "interleaved":
             raise SelectionError(
                 f"{self._bundle} has kv_layout {self.engine.kv_layout}; must be interleaved, as {self.peer} keeps "
