@@ -2,6 +2,15 @@
 
 from rpac.check.batches import Trial, trials_of
 from rpac.check.report import CheckReport, CompileResult, Result
-from rpac.check.run import check_source, check_spec
+from rpac.check.run import check_neighbors, check_source, check_spec
 
-__all__ = ["CheckReport", "CompileResult", "Result", "Trial", "check_source", "check_spec", "trials_of"]
+__all__ = [
+    "CheckReport",
+    "CompileResult",
+    "Result",
+    "Trial",
+    "check_neighbors",
+    "check_source",
+    "check_spec",
+    "trials_of",
+]
