@@ -7,16 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_mutations as tiles
 from mutation import Mutation, check_bug, dropped
-from test_features import KINDS, LAYOUTS, SEED, SLOW, compiled, failures, featured
+from small import drafting, small_plan
+from test_features import KINDS, LAYOUTS, SEED, SLOW, compiled, failures
 
 from rpac.check import batches_of
 from rpac.devices.chip import TPU_TARGETS
 from rpac.kernels import render
 from rpac.plan import plan_spec
 from rpac.plan.buffers import sublane_tile_tokens
-from rpac.spec import Spec
 
 FLOAT8 = {"kv_dtype": "float8_e4m3fn", "kv_scale": "head"}
 WITH_TREES: dict[str, dict[str, Any]] = {
@@ -56,10 +55,6 @@ def slow_but(*quick: str) -> list[Any]:
     return [pytest.param(*case.values, id=case.id, marks=[] if case.id in quick else [SLOW]) for case in CASES]
 
 
-def drafting(layout: str, decode_len: int, tree: bool = False, **features: Any) -> Spec:
-    return featured(tiles.SPECS[layout], {**features, "decode_len": decode_len, "tree_mask": tree}, "drafting")
-
-
 @pytest.mark.parametrize(every_case, slow_but(f"interleaved, {WINDOW}"))
 def test_portable_programs_have_them(layout: str, decode_len: int, tree: bool, partners: dict[str, Any]) -> None:
     """Programs of mixed batches, whose decode rows are computed as those of batches of decode rows alone."""
@@ -68,17 +63,17 @@ def test_portable_programs_have_them(layout: str, decode_len: int, tree: bool, p
     assert failures(spec, plan) == []
 
 
-@pytest.mark.parametrize(("layout", "tree"), [("interleaved", False), ("apart", True)])
+@pytest.mark.parametrize(("layout", "tree"), [("interleaved", False), ("separate", True)])
 def test_portable_programs_of_decode_rows_have_them(layout: str, tree: bool) -> None:
     spec = drafting(layout, 4, tree, log_sum_exp=True)
     plan = next(plan for plan in reversed(plan_spec(spec, "cpu")) if plan.kind == "decode")
     assert failures(spec, plan, few=True) == []
 
 
-@pytest.mark.parametrize(every_case, slow_but(f"interleaved, {TREE}", f"apart, {WINDOW}"))
+@pytest.mark.parametrize(every_case, slow_but(f"interleaved, {TREE}", f"separate, {WINDOW}"))
 def test_kernels_have_them(layout: str, decode_len: int, tree: bool, partners: dict[str, Any]) -> None:
     spec = drafting(layout, decode_len, tree, **partners)
-    assert failures(spec, tiles.small_plan(spec, "decode"), few=True) == []
+    assert failures(spec, small_plan(spec, "decode"), few=True) == []
 
 
 @SLOW
@@ -87,7 +82,7 @@ def test_kernels_have_them(layout: str, decode_len: int, tree: bool, partners: d
 @pytest.mark.parametrize("tree", [False, True])
 def test_kernels_have_them_in_every_batch(tree: bool, layout: str, kind: str) -> None:
     spec = drafting(layout, 4, tree)
-    assert failures(spec, tiles.small_plan(spec, kind)) == []
+    assert failures(spec, small_plan(spec, kind)) == []
 
 
 @pytest.mark.parametrize("target", ["tpu7x", "cpu"])
@@ -135,19 +130,19 @@ def cases(layout: str, tree: bool, mutations: list[Mutation]) -> list[Any]:
 @pytest.mark.parametrize(
     ("layout", "tree", "mutation"),
     [
-        pytest.param("apart", False, SEPARATE[0], id=f"apart: {SEPARATE[0].bug}"),
-        *cases("apart", False, SEPARATE[1:]),
+        pytest.param("separate", False, SEPARATE[0], id=f"separate: {SEPARATE[0].bug}"),
+        *cases("separate", False, SEPARATE[1:]),
         *cases("interleaved", False, INTERLEAVED),
         *cases("interleaved", True, TREES),
     ],
 )
 def test_a_bug_is_caught(layout: str, tree: bool, mutation: Mutation) -> None:
     spec = drafting(layout, 4, tree)
-    check_bug(spec, tiles.small_plan(spec, "decode"), mutation)
+    check_bug(spec, small_plan(spec, "decode"), mutation)
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(("target", "layout"), [("tpu7x", "apart"), ("v5e", "interleaved")])
+@pytest.mark.parametrize(("target", "layout"), [("tpu7x", "separate"), ("v5e", "interleaved")])
 def test_a_mixed_program_compiles(target: str, layout: str) -> None:
     compiled(drafting(layout, 4, True, **WITH_TREES["soft cap, sinks and lse"]), target, ("mixed",))
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import test_block_mutations as turns
-import test_mutations as tiles
 from mutation import Mutation, check_bug, dropped, no_wait
-from test_features import ALL, SLOW, featured
+from small import ALL_FEATURES as ALL
+from small import SPECS, featured, small_plan
+from test_features import SLOW
 
 from rpac.spec import Spec
 
@@ -120,37 +121,37 @@ def cases(layout: str, kind: str, mutations: list[Mutation], *marks: pytest.Mark
     ("layout", "kind", "mutation"),
     [
         *cases("interleaved", "decode", DECODE_FEW),
-        *cases("apart", "decode", WAVES_FEW),
+        *cases("separate", "decode", WAVES_FEW),
         *cases("interleaved", "prefill", BLOCK_FEW),
         *cases("interleaved", "decode", DECODE, SLOW),
-        *cases("apart", "decode", WAVES, SLOW),
+        *cases("separate", "decode", WAVES, SLOW),
         *cases("interleaved", "prefill", [*BLOCK, *ROWS, *LSE_BLOCK, *CAPPED, *BY_HEAD], SLOW),
-        *cases("apart", "prefill", [*BLOCK_FEW, *BLOCK], SLOW),
+        *cases("separate", "prefill", [*BLOCK_FEW, *BLOCK], SLOW),
         *cases("interleaved", "mixed", [*BLOCK_FEW, *BLOCK], SLOW),
     ],
 )
 def test_a_bug_of_a_feature_is_caught(layout: str, kind: str, mutation: Mutation) -> None:
-    spec = featured(tiles.SPECS[layout], ALL)
-    check_bug(spec, tiles.small_plan(spec, kind), mutation)
+    spec = featured(SPECS[layout], ALL)
+    check_bug(spec, small_plan(spec, kind), mutation)
 
 
 @pytest.mark.parametrize(
     ("layout", "kind", "mutation"),
     [
-        *cases("apart", "prefill", CHUNK_BLOCK_FEW),
+        *cases("separate", "prefill", CHUNK_BLOCK_FEW),
         *cases("interleaved", "decode", CHUNK_DECODE, SLOW),
-        *cases("apart", "decode", CHUNK_DECODE[:1], SLOW),
-        *cases("apart", "prefill", CHUNK_BLOCK, SLOW),
+        *cases("separate", "decode", CHUNK_DECODE[:1], SLOW),
+        *cases("separate", "prefill", CHUNK_BLOCK, SLOW),
         *cases("interleaved", "mixed", [*CHUNK_BLOCK_FEW, *CHUNK_BLOCK], SLOW),
     ],
 )
 def test_a_bug_of_chunks_is_caught(layout: str, kind: str, mutation: Mutation) -> None:
-    spec = featured(tiles.SPECS[layout], LONG_CHUNKS)
-    check_bug(spec, tiles.small_plan(spec, kind), mutation)
+    spec = featured(SPECS[layout], LONG_CHUNKS)
+    check_bug(spec, small_plan(spec, kind), mutation)
 
 
 @SLOW
 @pytest.mark.parametrize("mutation", [*BLOCK_FEW, *ROWS, *BY_QUERY], ids=lambda one: one.bug)
 def test_a_bug_of_a_feature_is_caught_where_the_mxu_masks(mutation: Mutation) -> None:
-    spec: Spec = featured(turns.SPECS["apart"], dict[str, Any](BY_MXU))
+    spec: Spec = featured(turns.SPECS["separate"], dict[str, Any](BY_MXU))
     check_bug(spec, turns.small_plan(spec, "prefill"), mutation)

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from mutation import Mutation, check_bug, dropped
+from small import latent, plan_of
 
 from rpac.check import CheckBatch, batches_of, check_source
-from rpac.contract.attention import Attention
 from rpac.devices.chip import TPU_TARGETS
 from rpac.kernels import render
 from rpac.lower import Cache, lower_all, tasks_of
 from rpac.plan import KernelPlan, plan_spec
-from rpac.spec import Spec, load_spec
+from rpac.spec import Spec
 
-SPECS = Path(__file__).parents[2] / "specs"
-TINY = load_spec(SPECS / "tiny.yaml")
 KINDS = ["decode", "prefill", "mixed"]
 SLOW = pytest.mark.slow
 SEED = 0
-
-
-def latent(q_heads: int = 16, rank: int = 128, rope_dim: int = 64, dtype: str = "bfloat16", **serving: Any) -> Spec:
-    model = Attention(q_heads, 1, rank, dtype, dtype, 0.1, rope_dim=rope_dim)
-    return replace(TINY, name="latent", model=model, serving=replace(TINY.serving, kv_layout="latent", **serving))
 
 
 SPEC = latent()
@@ -38,10 +29,6 @@ SHAPES = {
     "float32": latent(dtype="float32", page_size=8),
     "large pages": latent(page_size=128),
 }
-
-
-def plan_of(spec: Spec, kind: str, target: str = "tpu7x") -> KernelPlan:
-    return next(plan for plan in plan_spec(spec, target) if plan.kind == kind)
 
 
 def failures(spec: Spec, plan: KernelPlan, few: bool = False) -> list[Any]:

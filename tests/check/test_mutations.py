@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from mutation import SEED, Mutation, check_bug, dropped, no_wait, retiled
+from mutation import SEED, Mutation, check_bug, dropped, no_wait
+from small import INTERLEAVED as SPEC
+from small import SEPARATE, SPECS, small_plan
 
 from rpac.check import check_source
 from rpac.kernels import render
-from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, plan_spec
-from rpac.spec import Spec, load_spec
-
-TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")
-# More sequences than a kernel has buffers for their outputs and their new tokens, and chunks of more pages than it has
-# buffers for those under update, so that the buffers are used again.
-SPEC = replace(TINY, serving=replace(TINY.serving, max_num_seqs=6, max_num_tokens=64, token_buckets=(8, 64)))
-# Larger pages: the interpreter takes seconds to compile a decode kernel that fetches many.
-APART = replace(SPEC, serving=replace(SPEC.serving, kv_layout="separate", page_size=64))
-SPECS = {"interleaved": SPEC, "apart": APART}
+from rpac.spec import Spec
 
 BOTH = [
     Mutation("KV of the next page", r"(page_indices\[seq \* PAGES_PER_SEQ \+ block \* \d+ \+ page)\]", r"\1 + 1]"),
@@ -217,33 +209,18 @@ BLOCK_APART = [
 ]
 
 
-def small_plan(spec: Spec, kind: str) -> KernelPlan:
-    """A plan for the largest bucket with tiles so small that a full table is several blocks of several tiles."""
-    plan = next(plan for plan in reversed(plan_spec(spec, "tpu7x")) if plan.kind == kind)
-    if isinstance(plan.decode, DecodeBlocks):
-        plan = retiled(spec, plan, decode={"block": 128})
-    if isinstance(plan.decode, DecodeWaves):
-        plan = retiled(spec, plan, decode={"tile": 128, "tiles_per_wave": 2, "lookahead": 2, "write_buffers": 4})
-    if isinstance(plan.block, BlockTiles):
-        tiles = {"q_block": 16, "step_rows": 16 * spec.model.group, "block": 256, "tile": 128}
-        if spec is SPEC:  # else whole registers
-            tiles["merge_tokens"] = 4
-        plan = retiled(spec, plan, block=tiles)
-    return plan
-
-
 def cases(
     kind: str, mutations: list[Mutation], *marks: pytest.MarkDecorator, layout: str = "interleaved"
 ) -> list[object]:
-    apart = "" if layout == "interleaved" else ", separate K and V"
+    separate = "" if layout == "interleaved" else ", separate K and V"
     return [
-        pytest.param(SPECS[layout], kind, mutation, id=f"{kind}{apart}: {mutation.bug}", marks=marks)
+        pytest.param(SPECS[layout], kind, mutation, id=f"{kind}{separate}: {mutation.bug}", marks=marks)
         for mutation in mutations
     ]
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill", "mixed"])
-@pytest.mark.parametrize("spec", [SPEC, pytest.param(APART, marks=pytest.mark.slow)], ids=list(SPECS))
+@pytest.mark.parametrize("spec", [SPEC, pytest.param(SEPARATE, marks=pytest.mark.slow)], ids=list(SPECS))
 def test_without_a_bug_there_is_nothing_to_catch(spec: Spec, kind: str) -> None:
     plan = small_plan(spec, kind)
     failed = [result for result in check_source(spec, plan, render(spec, plan), seed=SEED) if not result.ok]
@@ -258,9 +235,9 @@ def test_without_a_bug_there_is_nothing_to_catch(spec: Spec, kind: str) -> None:
         *cases("mixed", MIXED, pytest.mark.slow),
         # Their kernel is made by the template that makes the prefill kernel.
         *cases("mixed", BLOCK, pytest.mark.slow),
-        *cases("decode", WAVES_FEW, layout="apart"),
-        *cases("decode", WAVES[len(WAVES_FEW) :], pytest.mark.slow, layout="apart"),
-        *cases("prefill", BLOCK_APART, pytest.mark.slow, layout="apart"),
+        *cases("decode", WAVES_FEW, layout="separate"),
+        *cases("decode", WAVES[len(WAVES_FEW) :], pytest.mark.slow, layout="separate"),
+        *cases("prefill", BLOCK_APART, pytest.mark.slow, layout="separate"),
     ],
 )
 def test_a_bug_is_caught(spec: Spec, kind: str, mutation: Mutation) -> None:
@@ -269,7 +246,7 @@ def test_a_bug_is_caught(spec: Spec, kind: str, mutation: Mutation) -> None:
 
 @pytest.mark.slow
 def test_a_page_table_that_ends_within_a_tile_and_is_read_past_its_end_is_caught() -> None:
-    spec = replace(APART, serving=replace(APART.serving, max_model_len=9 * APART.serving.page_size))
+    spec = replace(SEPARATE, serving=replace(SEPARATE.serving, max_model_len=9 * SEPARATE.serving.page_size))
     bug = Mutation("page table past its end", r"jnp\.minimum\(first_entry \+ page, LAST_ENTRY\)", "first_entry + page")
     plan = small_plan(spec, "decode")
     results = check_source(spec, plan, bug.apply(render(spec, plan)), seed=SEED)

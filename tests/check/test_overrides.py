@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-import test_halves as pairs
 import test_tied as wide
 import test_turned as narrow
 from mutation import retiled
-from test_features import SLOW, failures, featured
+from small import featured, pairing, pairs_plan
+from test_features import SLOW, failures
 
 from rpac.kernels import render
 from rpac.plan import KernelPlan
@@ -62,8 +62,8 @@ def test_a_kernel_with_long_steps_agrees_with_the_oracle_without_pacing(wanted: 
 
 
 def test_a_decode_kernel_need_not_read_token_pairs() -> None:
-    spec = pairs.halved({})
-    plan = with_override(spec, pairs.small_plan(spec), Override(decode={"read": "separate"}))
+    spec = pairing()
+    plan = with_override(spec, pairs_plan(spec), Override(decode={"read": "separate"}))
     assert failures(spec, plan, few=True) == []
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
-import test_mutations as tiles
 from mutation import Mutation, check_bug, dropped, retiled
-from test_features import ALL, CHUNKS_ALL, READ, SLOW, failures, featured
+from small import ALL_FEATURES as ALL
+from small import pairing, pairs_plan
+from test_features import CHUNKS_ALL, READ, SLOW, failures
 
 from rpac.devices.chip import TPU_TARGETS
 from rpac.kernels import render
 from rpac.lower import Cache, lower_all, tasks_of
-from rpac.plan import DecodeWaves, KernelPlan, plan_spec
+from rpac.plan import DecodeWaves, KernelPlan
 from rpac.spec import Spec
 
-# Sequences of several tiles of 256, and a page table that is no multiple of one.
-LONG = {"max_model_len": 1088, "context_lens": (300,), "num_pages": 120}
 SHAPES: dict[str, dict[str, Any]] = {
     "two heads a set, and half a set": {"q_heads": 12, "kv_heads": 3},
     "eight heads a set": {"q_heads": 8, "kv_heads": 8},
@@ -52,21 +50,6 @@ MUTATIONS = [
 SLOW_TARGETS = [pytest.param(target, marks=[] if target in ("tpu7x", "v5e") else SLOW) for target in TPU_TARGETS]
 
 
-def halved(features: dict[str, Any]) -> Spec:
-    spec = featured(tiles.APART, {"head_dim": 64, "q_heads": 8, "kv_heads": 2, **features}, "halved")
-    return replace(spec, serving=replace(spec.serving, **LONG))
-
-
-def small_plan(spec: Spec, target: str = "tpu7x", kind: str = "decode") -> KernelPlan:
-    """Waves of two tiles: a row has several waves, and their buffers are used again."""
-    plan = next(plan for plan in plan_spec(spec, target) if plan.kind == kind)
-    assert isinstance(plan.decode, DecodeWaves)
-    plan = retiled(spec, plan, decode={"tile": 256, "tiles_per_wave": 2, "lookahead": 2})
-    assert plan.recipe.decode is not None
-    assert plan.recipe.decode.read == "token_pairs"
-    return plan
-
-
 @pytest.mark.parametrize(
     "features",
     [
@@ -75,19 +58,19 @@ def small_plan(spec: Spec, target: str = "tpu7x", kind: str = "decode") -> Kerne
     ],
 )
 def test_kernels_agree_with_the_oracle_in_the_interpreter(features: dict[str, Any]) -> None:
-    spec = halved(features)
-    assert failures(spec, small_plan(spec)) == []
+    spec = pairing(**features)
+    assert failures(spec, pairs_plan(spec)) == []
 
 
 @SLOW
 def test_mixed_kernels_agree_with_the_oracle_in_the_interpreter() -> None:
-    spec = halved(FEATURES["all"])
-    assert failures(spec, small_plan(spec, kind="mixed")) == []
+    spec = pairing(**FEATURES["all"])
+    assert failures(spec, pairs_plan(spec, kind="mixed")) == []
 
 
 def test_tiles_of_one_register_are_taken_as_they_lie() -> None:
-    spec = halved({})
-    plan = small_plan(spec)
+    spec = pairing()
+    plan = pairs_plan(spec)
     assert isinstance(plan.decode, DecodeWaves)
     plan = retiled(spec, plan, decode={"tile": 128})
     text = render(spec, plan).text
@@ -100,23 +83,23 @@ def test_tiles_of_one_register_are_taken_as_they_lie() -> None:
     [pytest.param(bug, id=bug.bug, marks=[] if bug is MUTATIONS[0] else SLOW) for bug in MUTATIONS],
 )
 def test_a_bug_is_caught(mutation: Mutation) -> None:
-    spec = halved({})
-    check_bug(spec, small_plan(spec), mutation)
+    spec = pairing()
+    check_bug(spec, pairs_plan(spec), mutation)
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("target", SLOW_TARGETS)
 def test_kernels_compile(target: str) -> None:
-    specs = [halved(features) for features in (SHAPES["8 bits"], FEATURES["all"])]
-    compiled([(spec, small_plan(spec, target)) for spec in specs])
+    specs = [pairing(**features) for features in (SHAPES["8 bits"], FEATURES["all"])]
+    compiled([(spec, pairs_plan(spec, target)) for spec in specs])
 
 
 @SLOW
 @pytest.mark.compile
 @pytest.mark.parametrize("target", TPU_TARGETS)
 def test_kernels_of_every_shape_and_feature_compile(target: str) -> None:
-    specs = [halved(features) for features in (*SHAPES.values(), *FEATURES.values())]
-    compiled([(spec, small_plan(spec, target, kind)) for spec in specs for kind in ("decode", "mixed")])
+    specs = [pairing(**features) for features in (*SHAPES.values(), *FEATURES.values())]
+    compiled([(spec, pairs_plan(spec, target, kind)) for spec in specs for kind in ("decode", "mixed")])
 
 
 def compiled(cases: list[tuple[Spec, KernelPlan]]) -> None:
