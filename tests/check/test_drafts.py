@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mutation import Mutation, check_bug, dropped
 from small import drafting, small_plan
 from test_features import KINDS, LAYOUTS, SEED, SLOW, compiled, failures
 
@@ -70,12 +69,14 @@ def test_portable_programs_of_decode_rows_have_them(layout: str, tree: bool) -> 
     assert failures(spec, plan, few=True) == []
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(every_case, slow_but(f"interleaved, {TREE}", f"separate, {WINDOW}"))
 def test_kernels_have_them(layout: str, decode_len: int, tree: bool, partners: dict[str, Any]) -> None:
     spec = drafting(layout, decode_len, tree, **partners)
     assert failures(spec, small_plan(spec, "decode"), few=True) == []
 
 
+@pytest.mark.interpreter
 @SLOW
 @pytest.mark.parametrize("kind", ["decode", "mixed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -94,51 +95,6 @@ def test_each_new_token_is_once_the_first_past_a_page_a_unit_and_a_tile(layout: 
     tile = plan.decode.tile if hasattr(plan.decode, "tile") else plan.decode.block
     for size in (spec.serving.page_size, sublane_tile_tokens(spec.model), tile):
         assert {size + new for new in range(5) if size + new >= 4} <= lengths
-
-
-SEPARATE = [
-    Mutation("all new tokens seen by all", r"row < i \* GROUP, 1, 0", "row < i * GROUP, 0, 0"),
-    Mutation("a token short", r"return token < left$", "return token < left - 1"),
-    Mutation("the tile before gets none", r"left < (TILE|BLOCK) \+ DECODE_LEN", r"left <= \1", hangs=True),
-    Mutation("the wave before gets none", r"< WAVE_TOKENS \+ DECODE_LEN", "<= WAVE_TOKENS", hangs=True),
-    dropped("no wait before a buffer is used again", r"self\.wait_for_writes\(seq - WRITE_BUFFERS\)"),
-    dropped("no wait for the last cache writes", r"self\.wait_for_writes\(self\.num_seqs - 1 - i(?:ndex)?\)"),
-    Mutation(
-        "one sublane tile only",
-        r"pl\.cdiv\(end, SUBLANE_TILE\), put_tile",
-        "lax.div(jnp.maximum(first_new, 0), SUBLANE_TILE) + 1, put_tile",
-        hangs=True,
-    ),
-    Mutation("new tokens a row off", r"array\[seq \* DECODE_LEN \+ i\]", "array[seq * DECODE_LEN + i - 1]"),
-]
-INTERLEAVED = [
-    *SEPARATE[:3],
-    *SEPARATE[4:7],
-    Mutation("queries of the first token", r"q_all\[seq \* DECODE_LEN \+ token\]", "q_all[seq * DECODE_LEN]"),
-]
-TREES = [
-    Mutation("the parent's bits", r"tree\[seq \* DECODE_LEN \+ i\]", "tree[seq * DECODE_LEN + max(i - 1, 0)]"),
-    Mutation("the context hidden", r"DECODE_LEN \+ i\] \+ 1", "DECODE_LEN + i]"),
-    Mutation("of another sequence", r"tree\[seq \*", "tree[0 *"),
-]
-
-
-def cases(layout: str, tree: bool, mutations: list[Mutation]) -> list[Any]:
-    return [pytest.param(layout, tree, one, id=f"{layout}: {one.bug}", marks=SLOW) for one in mutations]
-
-
-@pytest.mark.parametrize(
-    ("layout", "tree", "mutation"),
-    [
-        pytest.param("separate", False, SEPARATE[0], id=f"separate: {SEPARATE[0].bug}"),
-        *cases("separate", False, SEPARATE[1:]),
-        *cases("interleaved", False, INTERLEAVED),
-        *cases("interleaved", True, TREES),
-    ],
-)
-def test_a_bug_is_caught(layout: str, tree: bool, mutation: Mutation) -> None:
-    spec = drafting(layout, 4, tree)
-    check_bug(spec, small_plan(spec, "decode"), mutation)
 
 
 @pytest.mark.compile

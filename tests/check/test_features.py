@@ -87,6 +87,7 @@ def test_portable_programs_have_them(features: dict[str, Any], layout: str, kind
     assert failures(spec, plan) == []
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_kernels_have_them_all_at_once(layout: str, kind: str) -> None:
@@ -94,6 +95,7 @@ def test_kernels_have_them_all_at_once(layout: str, kind: str) -> None:
     assert failures(spec, small_plan(spec, kind), few=True) == []
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("features", "layout", "kind"),
     [
@@ -108,11 +110,13 @@ def test_kernels_see_their_own_chunk_and_leave_the_cache_alone(
     assert failures(spec, small_plan(spec, kind), few=True) == []
 
 
+@pytest.mark.interpreter
 def test_a_kernel_that_is_not_causal_sees_ahead() -> None:
     spec = featured(INTERLEAVED, {"causal": False})
     assert failures(spec, small_plan(spec, "prefill"), few=True) == []
 
 
+@pytest.mark.interpreter
 @SLOW
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -122,6 +126,7 @@ def test_kernels_have_them(features: dict[str, Any], layout: str, kind: str) -> 
     assert failures(spec, small_plan(spec, kind)) == []
 
 
+@pytest.mark.interpreter
 @SLOW
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kernels_that_take_turns_and_are_not_causal(layout: str) -> None:
@@ -131,6 +136,7 @@ def test_kernels_that_take_turns_and_are_not_causal(layout: str) -> None:
     assert failures(spec, plan) == []
 
 
+@pytest.mark.interpreter
 @SLOW
 @pytest.mark.parametrize("kind", ["prefill", "mixed"])
 @pytest.mark.parametrize("layout", LAYOUTS)

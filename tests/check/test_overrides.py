@@ -42,6 +42,7 @@ def with_override(spec: Spec, plan: KernelPlan, override: Override) -> KernelPla
     return found
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("features", [{}, pytest.param(LSE, marks=SLOW)], ids=str)
 @pytest.mark.parametrize("wanted", BLOCKS, ids=str)
 def test_other_recipes_of_a_prefill_kernel_agree_with_the_oracle(
@@ -52,6 +53,7 @@ def test_other_recipes_of_a_prefill_kernel_agree_with_the_oracle(
     assert failures(spec, plan, few=True) == []
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     "wanted", [{"paced": False, "pipelined": False}, pytest.param({"paced": False}, marks=SLOW)], ids=str
 )
@@ -61,6 +63,7 @@ def test_a_kernel_with_long_steps_agrees_with_the_oracle_without_pacing(wanted: 
     assert failures(wide.WIDE, plan, few=True) == []
 
 
+@pytest.mark.interpreter
 def test_a_decode_kernel_need_not_read_token_pairs() -> None:
     spec = pairing()
     plan = with_override(spec, pairs_plan(spec), Override(decode={"read": "separate"}))

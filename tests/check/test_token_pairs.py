@@ -1,11 +1,11 @@
-"""Decode where two tokens share each row that the MXU takes: head_dim 64, K and V apart, tiles of two registers or more."""
+"""Decode kernels that put two tokens into each row of a matmul: head_dim 64, separate K and V, tiles of two registers or more."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from mutation import Mutation, check_bug, dropped, retiled
+from mutation import retiled
 from small import ALL_FEATURES as ALL
 from small import pairing, pairs_plan
 from test_features import CHUNKS_ALL, READ, SLOW, failures
@@ -35,21 +35,10 @@ FEATURES: dict[str, dict[str, Any]] = {
     "drafts of 8 bits": {"decode_len": 2, "kv_dtype": "float8_e5m2", "kv_scale": "tensor"},
 }
 QUICK = ("two heads a set, and half a set", "all")
-MUTATIONS = [
-    dropped("second halves not swapped", r"self\.swap_second_half\(wave \+ 1, i\)"),
-    Mutation("second halves of the wave before", r"swap_second_half\(wave \+ 1, i\)", "swap_second_half(wave, i)"),
-    Mutation("second half of another head", r"kv_swapped\[i, head\] = ", "kv_swapped[i, KV_HEADS - 1 - head] = "),
-    Mutation(
-        "K for V",
-        r"select_lanes\(self\.kv_swapped\[i, head\], first\)",
-        "select_lanes(first, self.kv_swapped[i, head])",
-    ),
-    Mutation("second half not for its own queries", r"\[queries, pltpu\.roll.*?\]", "[queries, queries]"),
-    dropped("clear_tail removed", r"self\.clear_tail\(self\.slot\(wave, i\), left\)"),
-]
 SLOW_TARGETS = [pytest.param(target, marks=[] if target in ("tpu7x", "v5e") else SLOW) for target in TPU_TARGETS]
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     "features",
     [
@@ -62,6 +51,7 @@ def test_kernels_agree_with_the_oracle_in_the_interpreter(features: dict[str, An
     assert failures(spec, pairs_plan(spec)) == []
 
 
+@pytest.mark.interpreter
 @SLOW
 def test_mixed_kernels_agree_with_the_oracle_in_the_interpreter() -> None:
     spec = pairing(**FEATURES["all"])
@@ -76,15 +66,6 @@ def test_tiles_of_one_register_are_taken_as_they_lie() -> None:
     text = render(spec, plan).text
     assert "kv_swapped" not in text
     assert "of each half of a tile share a row" not in text
-
-
-@pytest.mark.parametrize(
-    "mutation",
-    [pytest.param(bug, id=bug.bug, marks=[] if bug is MUTATIONS[0] else SLOW) for bug in MUTATIONS],
-)
-def test_a_bug_is_caught(mutation: Mutation) -> None:
-    spec = pairing()
-    check_bug(spec, pairs_plan(spec), mutation)
 
 
 @pytest.mark.compile
