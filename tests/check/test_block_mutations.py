@@ -37,7 +37,7 @@ INTERLEAVED = replace(
     ),
 )
 APART = replace(INTERLEAVED, serving=replace(INTERLEAVED.serving, kv_layout="separate"))
-SPECS = {"interleaved": INTERLEAVED, "apart": APART}
+SPECS = {"interleaved": INTERLEAVED, "separate": APART}
 # More pages to update than there are buffers for.
 SMALL_PAGES = replace(APART, serving=replace(APART.serving, page_size=16))
 
@@ -223,7 +223,7 @@ def test_without_a_bug_there_is_nothing_to_catch_in_iterations(spec: Spec, kind:
     [
         *cases("interleaved", "prefill", FEW),
         *cases("interleaved", "prefill", WORDS, pytest.mark.slow),
-        *cases("apart", "prefill", BLOCK_APART, pytest.mark.slow),
+        *cases("separate", "prefill", BLOCK_APART, pytest.mark.slow),
         *cases("small pages", "prefill", UPDATE, pytest.mark.slow),
         # Their kernel is made by the skeleton that makes the prefill kernel.
         *cases("interleaved", "mixed", FEW, pytest.mark.slow),

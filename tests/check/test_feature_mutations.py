@@ -6,61 +6,21 @@ from typing import Any
 
 import pytest
 import test_block_mutations as turns
-import test_mutations as tiles
 from mutation import Mutation, check_bug, dropped
-from test_features import ALL, SLOW, featured
+from small import ALL_FEATURES as ALL
+from small import SPECS, featured, small_plan
+from test_features import SLOW
 
 from rpac.spec import Spec
 
 SINKS = [
     Mutation("sinks in powers of two", r" \* LOG2_E", ""),
 ]
-LSE_DECODE = [
-    Mutation("lse of the group's first head", r"(self\.lse_rows\[.*\]) = sums\[rows\]", r"\1 = sums[rows][:1]"),
-    dropped("no wait for the last lse", r"self\.lse_copy\(self\.num_seqs - 1 - index\)\.wait\(\)"),
-    dropped("no wait for an lse before its buffer is used again", r"self\.lse_copy\(seq - WRITE_BUFFERS\)\.wait\(\)"),
-    Mutation("lse without its maximum", r"log_of_sum\(self\.row_max\[\.\.\.\],", "log_of_sum(0 * self.row_max[...],"),
-]
 LSE_BLOCK = [
     Mutation("lse of the next head", r"(lse_rows\[pl\.ds\()head", r"\1lax.rem(head + 1, 4)"),
     Mutation("lse of the first KV head", r"kv_head = lax\.div\(head, GROUP\)", "kv_head = 0"),
     dropped("no wait for an lse", r"self\.for_copies\(\*sent, self\.lse_copy, wait_copy\)"),
     dropped("lse not taken", r"self\.store_log_sums\(\)"),
-]
-DECODE_FEW = [
-    Mutation("window one too long", r"token >= first\)", "token >= first - 1)"),
-    Mutation("sinks left out of the sum", r"full_like\(self\.row_sum, 1\.0\)", "full_like(self.row_sum, 0.0)"),
-]
-DECODE = [
-    *SINKS,
-    *LSE_DECODE,
-    Mutation("window one short", r"token >= first\)", "token >= first + 1)"),
-    Mutation(
-        "a page before the window fetched", r"kv_lens\[seq\] - WINDOW, 0\)", "kv_lens[seq] - WINDOW - PAGE_SIZE, 0)"
-    ),
-    Mutation("fetched from the next page on", r"kv_lens\[seq\] - WINDOW, 0\)", "kv_lens[seq] - WINDOW + PAGE_SIZE, 0)"),
-    Mutation("pages from the table's start", r"return seq \* PAGES_PER_SEQ \+ lax.*", "return seq * PAGES_PER_SEQ"),
-    Mutation("not capped", r"cap_scores\((.*, axis=0\)) \* SCORE_SCALE\)", r"SOFT_CAP * SCORE_SCALE * \1"),
-    Mutation("sinks no maximum", r"= self\.sink_rows\[\.\.\.\]", "= jnp.full_like(self.row_max, MASKED)"),
-    Mutation("the first sink for all", r"self\.sinks\[head\]", "self.sinks[0]"),
-]
-WAVES_FEW = [
-    Mutation("window one too long", r"token >= left - WINDOW\)", "token >= left - WINDOW - 1)"),
-    Mutation("begins at token 0 alone", r" - self\.first_token\(some_seq\)$", ""),
-]
-WAVES = [
-    *SINKS,
-    Mutation("window one short", r"token >= left - WINDOW\)", "token > left - WINDOW)"),
-    Mutation(
-        "a page before the window fetched", r"kv_lens\[seq\] - WINDOW, 0\)", "kv_lens[seq] - WINDOW - PAGE_SIZE, 0)"
-    ),
-    Mutation("fetched from the next page on", r"kv_lens\[seq\] - WINDOW, 0\)", "kv_lens[seq] - WINDOW + PAGE_SIZE, 0)"),
-    Mutation(
-        "from token 0 but for the first sequence", r"self\.first_token\(jnp\.minimum\(seq, self\.num_seqs - 1\)\)", "0"
-    ),
-    Mutation("not capped", r"cap_scores\(scores \* SCORE_SCALE\)", "SOFT_CAP * SCORE_SCALE * scores"),
-    Mutation("sinks left out of the sum", r"begins, 1\.0, old_sum", "begins, 0.0, old_sum"),
-    Mutation("sinks no maximum", r"begins, self\.sink_rows\[\.\.\.\], old_max", "begins, MASKED, old_max"),
 ]
 BLOCK_FEW = [
     Mutation("window one too long", r"token > query - WINDOW\)", "token >= query - WINDOW)"),
@@ -85,18 +45,6 @@ ROWS = [
 CAPPED = [Mutation("not capped", r"cap_scores\((matmul.*, 1\)) \* SCORE_SCALE\)", r"SOFT_CAP * SCORE_SCALE * \1")]
 BY_HEAD = [Mutation("the sink of another head", r"sinks\[q_head\]", "sinks[lax.rem(q_head, GROUP)]")]
 BY_QUERY = [Mutation("sinks of the first KV head", r"sinks\[head \* GROUP \+ row % GROUP\]", "sinks[row % GROUP]")]
-CHUNK_DECODE = [
-    Mutation(
-        "the chunk of the next token",
-        r"first_query = jnp\.maximum\(self\.kv_lens\[seq\] - 1, 0\)",
-        "first_query = self.kv_lens[seq]",
-    ),
-    Mutation(
-        "tokens counted from the sequence's start",
-        r"return self\.kv_lens\[seq\] - self\.first_token\(seq\)",
-        "return self.kv_lens[seq]",
-    ),
-]
 CHUNK_BLOCK_FEW = [
     Mutation("chunk one too long", r"token >= chunk_end\)", "token >= chunk_end - 1)"),
 ]
@@ -118,38 +66,32 @@ def cases(layout: str, kind: str, mutations: list[Mutation], *marks: pytest.Mark
 @pytest.mark.parametrize(
     ("layout", "kind", "mutation"),
     [
-        *cases("interleaved", "decode", DECODE_FEW),
-        *cases("apart", "decode", WAVES_FEW),
         *cases("interleaved", "prefill", BLOCK_FEW),
-        *cases("interleaved", "decode", DECODE, SLOW),
-        *cases("apart", "decode", WAVES, SLOW),
         *cases("interleaved", "prefill", [*BLOCK, *ROWS, *LSE_BLOCK, *CAPPED, *BY_HEAD], SLOW),
-        *cases("apart", "prefill", [*BLOCK_FEW, *BLOCK], SLOW),
+        *cases("separate", "prefill", [*BLOCK_FEW, *BLOCK], SLOW),
         *cases("interleaved", "mixed", [*BLOCK_FEW, *BLOCK], SLOW),
     ],
 )
 def test_a_bug_of_a_feature_is_caught(layout: str, kind: str, mutation: Mutation) -> None:
-    spec = featured(tiles.SPECS[layout], ALL)
-    check_bug(spec, tiles.small_plan(spec, kind), mutation)
+    spec = featured(SPECS[layout], ALL)
+    check_bug(spec, small_plan(spec, kind), mutation)
 
 
 @pytest.mark.parametrize(
     ("layout", "kind", "mutation"),
     [
-        *cases("apart", "prefill", CHUNK_BLOCK_FEW),
-        *cases("interleaved", "decode", CHUNK_DECODE, SLOW),
-        *cases("apart", "decode", CHUNK_DECODE[:1], SLOW),
-        *cases("apart", "prefill", CHUNK_BLOCK, SLOW),
+        *cases("separate", "prefill", CHUNK_BLOCK_FEW),
+        *cases("separate", "prefill", CHUNK_BLOCK, SLOW),
         *cases("interleaved", "mixed", [*CHUNK_BLOCK_FEW, *CHUNK_BLOCK], SLOW),
     ],
 )
 def test_a_bug_of_chunks_is_caught(layout: str, kind: str, mutation: Mutation) -> None:
-    spec = featured(tiles.SPECS[layout], LONG_CHUNKS)
-    check_bug(spec, tiles.small_plan(spec, kind), mutation)
+    spec = featured(SPECS[layout], LONG_CHUNKS)
+    check_bug(spec, small_plan(spec, kind), mutation)
 
 
 @SLOW
 @pytest.mark.parametrize("mutation", [*BLOCK_FEW, *ROWS, *BY_QUERY], ids=lambda one: one.bug)
 def test_a_bug_of_a_feature_is_caught_where_the_mxu_masks(mutation: Mutation) -> None:
-    spec: Spec = featured(turns.SPECS["apart"], dict[str, Any](BY_MXU))
+    spec: Spec = featured(turns.SPECS["separate"], dict[str, Any](BY_MXU))
     check_bug(spec, turns.small_plan(spec, "prefill"), mutation)

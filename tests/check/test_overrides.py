@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-import test_halves as pairs
 import test_tied as wide
 import test_turned as narrow
 from mutation import retiled
-from test_features import SLOW, failures, featured
+from small import featured, pairing, pairs_plan
+from test_features import SLOW, failures
 
 from rpac.kernels import render
 from rpac.plan import KernelPlan
@@ -42,6 +42,7 @@ def with_override(spec: Spec, plan: KernelPlan, override: Override) -> KernelPla
     return found
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("features", [{}, pytest.param(LSE, marks=SLOW)], ids=str)
 @pytest.mark.parametrize("wanted", BLOCKS, ids=str)
 def test_other_recipes_of_a_prefill_kernel_agree_with_the_oracle(
@@ -52,6 +53,7 @@ def test_other_recipes_of_a_prefill_kernel_agree_with_the_oracle(
     assert failures(spec, plan, few=True) == []
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     "wanted", [{"paced": False, "pipelined": False}, pytest.param({"paced": False}, marks=SLOW)], ids=str
 )
@@ -61,9 +63,10 @@ def test_a_kernel_with_long_steps_agrees_with_the_oracle_without_pacing(wanted: 
     assert failures(wide.WIDE, plan, few=True) == []
 
 
+@pytest.mark.interpreter
 def test_a_decode_kernel_need_not_read_token_pairs() -> None:
-    spec = pairs.halved({})
-    plan = with_override(spec, pairs.small_plan(spec), Override(decode={"read": "separate"}))
+    spec = pairing()
+    plan = with_override(spec, pairs_plan(spec), Override(decode={"read": "separate"}))
     assert failures(spec, plan, few=True) == []
 
 

@@ -19,7 +19,7 @@ from rpac.spec import Spec
 SPECS = {
     layout: replace(spec, serving=replace(spec.serving, prefill_chunk=128)) for layout, spec in turns.SPECS.items()
 }
-APART = SPECS["apart"]
+APART = SPECS["separate"]
 LONG_WINDOW = {**ALL, "sliding_window": 300}
 UNCAPPED = {**LONG_WINDOW, "soft_cap": None}  # masked by the MXU
 FEATURES: list[dict[str, Any]] = [
@@ -170,12 +170,12 @@ def test_scores_are_turned_where_a_wide_mxu_would_be_half_empty(target: str, mod
 @pytest.mark.parametrize(
     ("layout", "features"),
     [
-        ("apart", {}),
-        ("apart", LONG_WINDOW),
-        ("apart", UNCAPPED),
+        ("separate", {}),
+        ("separate", LONG_WINDOW),
+        ("separate", UNCAPPED),
         ("interleaved", {}),
-        ("apart", QUANTIZED),
-        ("apart", SHAPES[0]),
+        ("separate", QUANTIZED),
+        ("separate", SHAPES[0]),
     ],
     ids=str,
 )
