@@ -49,11 +49,6 @@ def dropped(bug: str, statement: str, hangs: bool = False) -> Mutation:
     return Mutation(bug, rf"^( *){statement}$", r"\1pass", hangs)
 
 
-def no_wait(bug: str, statement: str) -> Mutation:
-    """A wait that is not there, of the copies that a function is called for with `copy.wait()`."""
-    return Mutation(f"no wait for {bug}", rf"^({statement}.*lambda copy: )copy\.wait\(\)\)$", r"\1None)")
-
-
 def retiled(
     spec: Spec,
     plan: KernelPlan,

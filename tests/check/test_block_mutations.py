@@ -1,4 +1,4 @@
-"""Likewise of prefill and mixed kernels that exchange parts of registers, mask by the MXU and take turns of heads."""
+"""Bugs of prefill and mixed kernels that transpose heads, mask in the matmul and take several iterations a tile."""
 
 from __future__ import annotations
 
@@ -42,92 +42,152 @@ SPECS = {"interleaved": INTERLEAVED, "apart": APART}
 SMALL_PAGES = replace(APART, serving=replace(APART.serving, page_size=16))
 
 FEW = [
-    Mutation("limit one too far", r"where\(token <= query, 0", "where(token <= query + 1, 0"),
-    Mutation("halves of a register exchanged the wrong way", r"low = (.*) == 0$", r"low = \1 != 0"),
-    Mutation("next scores of this turn", r"jnp\.minimum\(turn \+ 1, (?:turns - 1|last_turn)\)", "turn"),
+    Mutation("bias one too far", r"return token <= query$", "return token <= query + 1"),
+    Mutation("halves of a register transposed the wrong way", r"low = (.*) == 0$", r"low = \1 != 0"),
+    Mutation(
+        "next scores of this iteration",
+        r"jnp\.minimum\(iteration \+ 1, (?:tiles\.iterations - 1|tiles\.last)\)",
+        "iteration",
+    ),
 ]
 MASKS = [
-    Mutation("limit one short", r"where\(token <= query, 0", "where(token < query, 0"),
-    Mutation("limits of another step", r"rows\.start // 64\]", "1 - rows.start // 64]"),
-    Mutation("limits of the first rows", r"first_query \+ query_of\(row\) \+", "first_query +"),
-    Mutation("limits of the first piece", r"\(first_piece \+ piece\) \* 256", "first_piece * 256"),
-    Mutation("the first piece's limits for both", r"limits\[lax\.div\(first, 256\) - first_piece,", "limits[0,"),
-    Mutation("lane of the next query", r"query_of\(row\) == lane", "query_of(row) + 1 == lane"),
-    Mutation("rows by head", r"query_of\(row\) == lane", "lax.rem(row, 16) == lane"),
-    dropped("clear_tail removed", r"clear_tail\(slot, valid\)"),
+    Mutation("bias one short", r"return token <= query$", "return token < query"),
+    Mutation("bias of another step", r"rows\.start // STEP_ROWS\]", "1 - rows.start // STEP_ROWS]"),
+    Mutation("bias of the first rows", r"self\.first_query \+ kernel\.query_of\(row\) \+", "self.first_query +"),
+    Mutation(
+        "bias of the first diagonal block",
+        r"\(self\.first_block \+ block\) \* DIAGONAL_BLOCK",
+        "self.first_block * DIAGONAL_BLOCK",
+    ),
+    Mutation(
+        "the first diagonal block's bias for both",
+        r"mask_bias\[lax\.div\(first, DIAGONAL_BLOCK\) - self\.first_block,",
+        "mask_bias[0,",
+    ),
+    Mutation("lane of the next query", r"self\.query_of\(row\) == lane", "self.query_of(row) + 1 == lane"),
+    Mutation("rows by head", r"self\.query_of\(row\) == lane", "lax.rem(row, 16) == lane"),
+    dropped("clear_tail removed", r"pl\.when\(last\)\(functools\.partial\(self\.clear_tail, buffer, valid\)\)"),
 ]
 ROWS = [
-    Mutation("parts rolled too far", r"pltpu\.roll\(b, apart \* 2,", "pltpu.roll(b, apart * 2 + 1,"),
-    Mutation("parts rolled the wrong way", r"8 - apart \* 2", "apart * 2"),
-    Mutation("an exchange left out", r"for apart in \(2, 1\)", "for apart in (2,)"),
-    Mutation("sorted in another order", r"q_rows\[first \+ i, rows\]", "q_rows[first + 3 - i, rows]"),
-    Mutation("unsorted in another order", r"outs = \[out_of\(first \+ i\)", "outs = [out_of(first + 3 - i)"),
-    Mutation("first tokens sorted for all", r"(def sort\(piece\):\n.*multiple_of\()piece", r"\1 0"),
-    Mutation("sorted over the first rows", r"(def sort\(piece\):\n.*\n.*multiple_of\()piece", r"\1 0"),
-    Mutation("output of the first rows for all", r"(def unsort\(piece\):\n.*\n.*multiple_of\()piece", r"\1 0"),
-    Mutation("old sum stays", r"jnp\.where\(begins, 0\.0, row_sum\[head, rows\]\)", "row_sum[head, rows]"),
-    Mutation("old output stays", r"jnp\.where\(begins, 0\.0, acc\[head, rows\]\)", "acc[head, rows]"),
-    Mutation("begins at every tile", r"begins & \(first == place\(0\)\[0\]\)", "begins"),
-    Mutation("begins at the first tile of each block", r"(plain_tiles\(slot, plain, )block == 0", r"\1 block >= 0"),
-    Mutation("begins on the diagonal", r"block \+ tile == 0", "block == 0"),
-    dropped("maximum not cleared at first", r"clear_all\(\)(?!:)"),
-    Mutation("maximum of the first rows cleared", r"rows = pl\.ds\(lax\.rem\(piece, 2\) \* 64,", "rows = pl.ds(0,"),
-    Mutation("maximum of the first heads cleared", r"loop\(KV_HEADS \* 2, one\)", "loop(KV_HEADS, one)"),
-]
-STALE_MAXIMUM = dropped("maximum of the block before stays", r"(?<=^                )clear\(head, rows\)")
-TURNS = [
     Mutation(
-        "next scores of the turn before the last", r"(jnp\.minimum\(turn \+ 1, (?:turns - 1|last_turn))\)", r"\1 - 1)"
+        "parts rolled too far", r"pltpu\.roll\(b, apart \* HEAD_SUBLANES,", "pltpu.roll(b, apart * HEAD_SUBLANES + 1,"
+    ),
+    Mutation("parts rolled the wrong way", r"SUBLANES - apart \* HEAD_SUBLANES", "apart * HEAD_SUBLANES"),
+    Mutation("a distance left out", r"in TRANSPOSE_DISTANCES:", "in TRANSPOSE_DISTANCES[:1]:"),
+    Mutation("sorted in another order", r"q_rows\[first \+ i, rows\]", "q_rows[first + 3 - i, rows]"),
+    Mutation("unsorted in another order", r"take_output\(first \+ i, rows\)", "take_output(first + 3 - i, rows)"),
+    Mutation("first tokens sorted for all", r"(def sort_tokens.*\n.*\n.*multiple_of\()step", r"\1 0"),
+    Mutation("sorted over the first rows", r"(def sort_tokens.*\n.*\n.*\n.*multiple_of\()step", r"\1 0"),
+    Mutation("output of the first rows for all", r"(def unsort_tokens.*\n.*\n.*\n.*multiple_of\()step", r"\1 0"),
+    Mutation("old sum stays", r"jnp\.where\(begins, 0\.0, (self\.row_sum\[.*\])\)$", r"\1"),
+    Mutation("old output stays", r"jnp\.where\(begins, 0\.0, (self\.acc\[.*\])\)$", r"\1"),
+    Mutation("begins at every tile", r"tiles\.begins & \(first == tiles\.tile_of\(0\)\[0\]\)", "tiles.begins"),
+    Mutation("begins at the first tile of each block", r"(FullTiles\(self, buffer, block) == 0", r"\1 >= 0"),
+    Mutation("begins on the diagonal", r"block \+ tile == 0", "block == 0"),
+    dropped("maximum not cleared at first", r"self\.clear_all\(\)"),
+    Mutation(
+        "maximum of the first rows cleared",
+        r"rows = pl\.ds\(lax\.rem\(step, ROW_STEPS\) \* STEP_ROWS,",
+        "rows = pl.ds(0,",
+    ),
+    Mutation("maximum of the first heads cleared", r"for_each\(0, KV_HEADS \* ROW_STEPS,", "for_each(0, KV_HEADS,"),
+]
+STALE_MAXIMUM = dropped("maximum of the block before stays", r"self\.clear_max\(head, rows\)")
+ITERATIONS = [
+    Mutation(
+        "next scores of the iteration before the last",
+        r"(jnp\.minimum\(iteration \+ 1, (?:tiles\.iterations - 1|tiles\.last))\)",
+        r"\1 - 1)",
     ),
     Mutation("next scores in another order", r"next_scores\[later - len\(steps\)", "next_scores[len(steps) - 1 - i"),
-    Mutation("scores of the first turn", r"first, head = place\(turn\)", "first, head = place(0)"),
-    Mutation("the first scores for all", r"= scores_of\(0, i\)", "= scores_of(0, 0)"),
-    dropped("first scores not made", r"next_scores\[i, :, :tokens\] = scores_of\(0, i\)"),
-    Mutation("weighed as the first heads", r"first_head \+ head, rows, ", "head, rows, "),
-    Mutation("heads that overlap", r"(head = first_tile.*lax\.rem\(turn, 2\)) \* 2", r"\1"),
-    Mutation("heads that overlap on the diagonal", r"(return piece \* 256, lax\.rem\(turn, 2\)) \* 2", r"\1"),
-    Mutation("a turn too few on the diagonal", r"flash_turns\(pieces \* 2,", "flash_turns(pieces * 2 - 1,"),
-    Mutation("plain tiles one too many", r"lax\.div\(seen \+ 1, 512\)", "lax.div(seen + 1, 512) + 1"),
-    Mutation("plain tiles seen by the second query", r"lax\.div\(seen \+ 1, 512\)", "lax.div(seen + 2, 512)"),
-    Mutation("plain tiles past the block", r"(seen \+ 1, 512\), 0,) 2\)", r"\1 3)"),
-    Mutation("plain tiles taken twice", r"lax\.fori_loop\(plain, ", "lax.fori_loop(0, "),
-    Mutation("the last tile left out", r"pl\.cdiv\(valid, 512\), diagonal", "valid // 512, diagonal"),
-    Mutation("pieces of another tile", r"first_piece = tile \* 2", "first_piece = tile"),
-    Mutation("the last piece left out", r"pl\.cdiv\(valid, 256\) - first", "valid // 256 - first"),
-    Mutation("the last piece of a tile left out", r"jnp\.minimum\(2, pl", "jnp.minimum(1, pl"),
-    Mutation("the first piece again", r"piece = first_piece \+ lax\.div\(turn, 2\)", "piece = first_piece"),
+    Mutation("scores of the first iteration", r"tiles\.tile_of\(iteration\)(?=\n *head, rows)", "tiles.tile_of(0)"),
+    Mutation("the first scores for all", r"self\.step_scores\(tiles, 0, i\)", "self.step_scores(tiles, 0, 0)"),
+    dropped("first scores not made", r"self\.next_scores\[i, :, : tiles\.tokens\] = .*"),
+    Mutation("accumulated as the first heads", r"first_head \+ head, rows, begins", "head, rows, begins"),
+    Mutation("heads that overlap", r"(lax\.rem\(iteration, ITERATIONS\)) \* STEP_HEADS", r"\1"),
+    Mutation(
+        "heads that overlap on the diagonal", r"(lax\.rem\(iteration, DIAGONAL_ITERATIONS\)) \* DIAGONAL_HEADS", r"\1"
+    ),
+    Mutation(
+        "an iteration too few on the diagonal", r"blocks \* DIAGONAL_ITERATIONS$", "blocks * DIAGONAL_ITERATIONS - 1"
+    ),
+    Mutation("full tiles one too many", r"lax\.div\(first_query \+ 1, TILE\)", "lax.div(first_query + 1, TILE) + 1"),
+    Mutation(
+        "full tiles seen by the second query", r"lax\.div\(first_query \+ 1, TILE\)", "lax.div(first_query + 2, TILE)"
+    ),
+    Mutation("full tiles past the block", r"(first_query \+ 1, TILE\), 0, TILES)\)", r"\1 + 1)"),
+    Mutation("full tiles taken twice", r"for_each\(full, ", "for_each(0, "),
+    Mutation("the last tile left out", r"for_each\(full, pl\.cdiv\(valid, TILE\),", "for_each(full, valid // TILE,"),
+    Mutation("diagonal blocks of another tile", r"self\.tile \* DIAGONAL_BLOCKS", "self.tile"),
+    Mutation(
+        "the last diagonal block left out", r"pl\.cdiv\(self\.valid, DIAGONAL_BLOCK\)", "self.valid // DIAGONAL_BLOCK"
+    ),
+    Mutation("the last diagonal block of a tile left out", r"jnp\.minimum\(DIAGONAL_BLOCKS, pl", "jnp.minimum(1, pl"),
+    Mutation(
+        "the first diagonal block again",
+        r"block = self\.first_block \+ lax\.div\(iteration, DIAGONAL_ITERATIONS\)",
+        "block = self.first_block",
+    ),
 ]
 UPDATE = [
-    dropped("no wait for a cache write before its buffer is used again", r"page_write\(seq, page, slot\)\.wait\(\).*"),
-    Mutation("a buffer used again a page too early", r"step >= 9", "step > 9"),
-    Mutation("a page of the step after", r"load_page\(step \+ 4,", "load_page(step + 5,", hangs=True),
-    Mutation("a page too few at first", r"range\(4\)(?=:\n.* load_page)", "range(3)", hangs=True),
-    Mutation("the oldest of the last cache writes not waited for", r"minimum\(steps, 9\)", "minimum(steps, 8)"),
+    dropped(
+        "no wait for a cache write before its buffer is used again",
+        r"self\.page_write\(seq, page, buffer\)\.wait\(\).*",
+    ),
+    Mutation("a buffer used again a page too early", r"step >= PAGE_BUFFERS", "step > PAGE_BUFFERS"),
+    Mutation(
+        "a page of the step after",
+        r"load_page\(step \+ UPDATE_LOOKAHEAD,",
+        "load_page(step + UPDATE_LOOKAHEAD + 1,",
+        hangs=True,
+    ),
+    Mutation("a page too few at first", r"range\(UPDATE_LOOKAHEAD\)", "range(UPDATE_LOOKAHEAD - 1)", hangs=True),
+    Mutation(
+        "the oldest of the last cache writes not waited for",
+        r"minimum\(steps, PAGE_BUFFERS\)",
+        "minimum(steps, PAGE_BUFFERS - 1)",
+    ),
 ]
-BLOCK = [*FEW, *MASKS, *ROWS, *TURNS]
+BLOCK = [*FEW, *MASKS, *ROWS, *ITERATIONS]
 BLOCK_APART = [
     *BLOCK,
-    Mutation("keys of the tail not cleared", r"for kind in range\(2\):", "for kind in range(1, 2):"),
-    Mutation("values of the tail not cleared", r"for kind in range\(2\):", "for kind in range(1):"),
-    Mutation("plain turns of the first tile", r"first_tile \+ lax\.div\(turn, 2\)", "first_tile"),
-    Mutation("plain tiles of the next", r"place_from\(0\)", "place_from(1)"),
-    Mutation("a plain turn too few", r"turns = count \* 2", "turns = count * 2 - 1"),
-    Mutation("scores of this block for the next", r"jnp\.where\(goes_on, turns, turns - 1\)", "turns - 1"),
-    Mutation("scores of this block's start for the next", r"jnp\.where\(beyond, lax\.rem.*, slot\)", "slot"),
-    Mutation("next block not waited for", r"(^ *)pl\.when\(goes_on & \(turn.*$", r"\1pass"),
-    Mutation("next block waited for a turn late", r"(goes_on & )\(turn == turns - 1\)", r"\1(turn == turns)"),
+    Mutation("keys of the tail not cleared", r"cleared_planes = CLEARED_PLANES", "cleared_planes = (V_PLANE,)"),
+    Mutation("values of the tail not cleared", r"cleared_planes = CLEARED_PLANES", "cleared_planes = (K_PLANE,)"),
+    Mutation(
+        "iterations of the first tile", r"self\.first_tile \+ lax\.div\(iteration, ITERATIONS\)", "self.first_tile"
+    ),
+    Mutation("full tiles of the next", r"(FullTiles\(self, buffer, block == 0,) 0,", r"\1 1,"),
+    Mutation("an iteration too few", r"self\.count \* ITERATIONS", "self.count * ITERATIONS - 1"),
+    Mutation(
+        "scores of this block for the next",
+        r"jnp\.where\(self\.goes_on, self\.iterations, self\.iterations - 1\)",
+        "self.iterations - 1",
+    ),
+    Mutation(
+        "scores of this block's start for the next", r"jnp\.where\(beyond, lax\.rem.*, self\.buffer\)", "self.buffer"
+    ),
+    Mutation("next block not waited for", r"(^ *)pl\.when\(self\.goes_on & .*$", r"\1pass"),
+    Mutation(
+        "next block waited for an iteration late",
+        r"(self\.goes_on & )\(iteration == self\.iterations - 1\)",
+        r"\1(iteration == self.iterations)",
+    ),
 ]
 WORDS = [
-    Mutation("a plain tile of other words", r"(def one\(tile, _\):\n.*split_tile\(slot,) tile", r"\1 0"),
-    dropped("words not split on the diagonal", r"(?<=^        )split_tile\(slot, tile\)"),
-    Mutation("words of the first piece split for all", r"\+ piece \* \d+ \+ part", "+ part"),
-    Mutation("words of the first piece", r"lax\.div\(lax\.rem\(first, 512\), 2\)", "0"),
-    Mutation("tokens of a piece by half", r"\(index & 1\) \* 128", "(index & 1) * 127"),
+    Mutation(
+        "a full tile of other words", r"(def take_tile\(.*\n.*\n.*deinterleave_tile\(self\.buffer,) tile", r"\1 0"
+    ),
+    dropped("words not taken apart on the diagonal", r"self\.kernel\.deinterleave_tile\(self\.buffer, self\.tile\)"),
+    Mutation("words of the first diagonal block taken apart for all", r"\+ block \* DIAGONAL_ROWS \+", "+"),
+    Mutation("words of the first diagonal block", r"lax\.div\(lax\.rem\(first, TILE\), PACKING\)", "0"),
+    Mutation(
+        "tokens of a diagonal block by half", r"\(index & 1\) \* TOKENS_APART", "(index & 1) * (TOKENS_APART - 1)"
+    ),
 ]
 
 
 def small_plan(spec: Spec, kind: str) -> KernelPlan:
-    """A plan by which a chunk is two query blocks, these two steps a head, a tile two turns and two pieces, a block two tiles."""
+    """A chunk is two query blocks, these two steps a head, a tile two iterations and two diagonal blocks, a block two tiles."""
     plan = next(plan for plan in plan_spec(spec, "tpu7x") if plan.kind == kind)
     if isinstance(plan.decode, DecodeBlocks):
         plan = retiled(spec, plan, decode={"block": 128})
@@ -150,7 +210,7 @@ def cases(layout: str, kind: str, mutations: list[Mutation], *marks: pytest.Mark
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prefill", "mixed"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
-def test_without_a_bug_there_is_nothing_to_catch_by_turns(spec: Spec, kind: str) -> None:
+def test_without_a_bug_there_is_nothing_to_catch_in_iterations(spec: Spec, kind: str) -> None:
     plan = small_plan(spec, kind)
     assert plan.recipe.block is not None
     assert plan.recipe.block.mask == "matmul"
@@ -165,17 +225,17 @@ def test_without_a_bug_there_is_nothing_to_catch_by_turns(spec: Spec, kind: str)
         *cases("interleaved", "prefill", WORDS, pytest.mark.slow),
         *cases("apart", "prefill", BLOCK_APART, pytest.mark.slow),
         *cases("small pages", "prefill", UPDATE, pytest.mark.slow),
-        # Their kernel is made by the template that makes the prefill kernel.
+        # Their kernel is made by the skeleton that makes the prefill kernel.
         *cases("interleaved", "mixed", FEW, pytest.mark.slow),
     ],
 )
-def test_a_bug_of_turns_is_caught(spec: Spec, kind: str, mutation: Mutation) -> None:
+def test_a_bug_of_iterations_is_caught(spec: Spec, kind: str, mutation: Mutation) -> None:
     check_bug(spec, small_plan(spec, kind), mutation)
 
 
 def holds_far_above(spec: Spec, plan: KernelPlan, source: Source) -> bool:
     """Whether it holds against the oracle where the first block's scores are far above all others: a maximum that stays is
-    seen only where all weights of the block after it vanish.
+    seen only where all probabilities of the block after it vanish.
     """
     chunk = spec.serving.prefill_chunk
     batch = CheckBatch("far above", (chunk, chunk), (chunk, chunk), 0, 2)

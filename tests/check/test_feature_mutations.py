@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import test_block_mutations as turns
 import test_mutations as tiles
-from mutation import Mutation, check_bug, dropped, no_wait
+from mutation import Mutation, check_bug, dropped
 from test_features import ALL, SLOW, featured
 
 from rpac.spec import Spec
@@ -24,9 +24,8 @@ LSE_DECODE = [
 LSE_BLOCK = [
     Mutation("lse of the next head", r"(lse_rows\[pl\.ds\()head", r"\1lax.rem(head + 1, 4)"),
     Mutation("lse of the first KV head", r"kv_head = lax\.div\(head, GROUP\)", "kv_head = 0"),
-    no_wait("an lse before its buffer is used again", r" {20}lse_copies\("),
-    no_wait("the last lse", r" {8}lse_copies\("),
-    dropped("lse not taken", r"log_sums\(\)(?!:)"),
+    dropped("no wait for an lse", r"self\.for_copies\(\*sent, self\.lse_copy, wait_copy\)"),
+    dropped("lse not taken", r"self\.store_log_sums\(\)"),
 ]
 DECODE_FEW = [
     Mutation("window one too long", r"token >= first\)", "token >= first - 1)"),
@@ -68,22 +67,22 @@ BLOCK_FEW = [
 ]
 BLOCK = [
     Mutation("window one short", r"token > query - WINDOW\)", "token > query - WINDOW + 1)"),
-    Mutation("left edge taken for whole", r"left = jnp\.clip\(lax\.div\(query \+ -?\d+, \d+\), 0, count\)", "left = 0"),
+    Mutation("left edge taken for full", r"begun = jnp\.clip\(lax\.div\(first_query \+ .*, 0, count\)", "begun = 0"),
     Mutation(
         "a page before the window fetched", r"first_query \+ 1 - WINDOW,", "first_query + 1 - WINDOW - PAGE_SIZE,"
     ),
     Mutation("fetched from the next page on", r"first_query \+ 1 - WINDOW,", "first_query + 1 - WINDOW + PAGE_SIZE,"),
     Mutation("window of the block's last query", r"first_query \+ 1 - WINDOW,", "first_query + 16 - WINDOW,"),
     Mutation("pages from the table's start", r"return seq \* PAGES_PER_SEQ \+ lax.*", "return seq * PAGES_PER_SEQ"),
-    Mutation("whole tiles left out", r"plain_tiles\(slot, left, plain, .*\)$", "pass"),
-    Mutation("tiles on the diagonal as those at the edge", r"index, index \+ plain\)", "index, index)"),
-    Mutation("a tile in part left out", r"0, count - plain, in_part", "1, count - plain, in_part"),
+    dropped("full tiles left out", r"FullTiles\(self, buffer, block == 0, begun, full\)\.run\(\)"),
+    Mutation("tiles on the diagonal as those at the edge", r"index, index \+ full\)", "index, index)"),
+    Mutation("a partial tile left out", r"for_each\(0, count - full,", "for_each(1, count - full,"),
 ]
 ROWS = [
     *SINKS,
-    Mutation("sinks left out of the sum", r"begins, 1\.0, row_sum", "begins, 0.0, row_sum"),
+    Mutation("sinks left out of the sum", r"begins, (?:MIXED_)?SINK_SUM, ", "begins, 0.0, "),
 ]
-CAPPED = [Mutation("not capped", r"capped\((products.*, 1\))\)", r"CAP * CAP_SCALE * \1")]
+CAPPED = [Mutation("not capped", r"cap_scores\((matmul.*, 1\)) \* SCORE_SCALE\)", r"SOFT_CAP * SCORE_SCALE * \1")]
 BY_HEAD = [Mutation("the sink of another head", r"sinks\[q_head\]", "sinks[lax.rem(q_head, GROUP)]")]
 BY_QUERY = [Mutation("sinks of the first KV head", r"sinks\[head \* GROUP \+ row % GROUP\]", "sinks[row % GROUP]")]
 CHUNK_DECODE = [
@@ -104,8 +103,8 @@ CHUNK_BLOCK_FEW = [
 CHUNK_BLOCK = [
     Mutation("chunk one short", r"token >= chunk_end\)", "token > chunk_end)"),
     Mutation("the first chunk's queries see nothing", r"query < chunk_end\)", "query < chunk_end - 16)"),
-    Mutation("tiles of two chunks taken for whole", r"left = jnp\.where\(.*>= chunk_end, left, 0\)", "left = 0"),
-    Mutation("the end of the chunk in the first block alone", r"ATTENTION_CHUNK - block \* \d+", "ATTENTION_CHUNK"),
+    Mutation("tiles of two chunks taken for full", r"begun = jnp\.where\(.*>= chunk_end, begun, 0\)", "begun = 0"),
+    Mutation("the end of the chunk in the first block alone", r"ATTENTION_CHUNK - block \* \w+", "ATTENTION_CHUNK"),
     Mutation("the chunk of the block's last query", r"lax\.div\(first_query, ATT", "lax.div(first_query + 15, ATT"),
 ]
 LONG_CHUNKS = {"attention_chunk": 320}  # more than a block

@@ -39,17 +39,29 @@ FEATURES: list[dict[str, Any]] = [
     {"causal": False, "sinks": True},
 ]
 MUTATIONS = [
-    Mutation("scores of another step weighed", r"next_scores\[i % 4,", "next_scores[(i + 1) % 4,"),
-    dropped("maximum not kept", r"row_max\[head, rows\] = new_max"),
-    Mutation("next scores of this turn", r"turn if later > i else jnp\.minimum\(turn \+ 1, last_turn\)", "turn"),
-    Mutation("parts of the first tokens", r"first \+ part\.start", "first"),
-    Mutation("values of the first tokens", r"\), head_values\(slot, first,", "), head_values(slot, 0,"),
-    Mutation("limit one too far", r"\(scores\.shape, 1\) <= query", "(scores.shape, 1) <= query + 1"),
-    Mutation("a piece too few on the diagonal", r"pl\.cdiv\(valid, 512\) - first_piece", "1"),
-    Mutation("the sum before left out", r"rescale \* old_sum \+ ", ""),
-    Mutation("scores of this block for the next", r"jnp\.where\(goes_on, turns, turns - 1\)", "turns - 1"),
-    Mutation("next block not waited for", r"(^ *)pl\.when\(goes_on & \(turn.*$", r"\1pass"),
-    dropped("clear_tail removed", r"clear_tail\(slot, valid\)"),
+    Mutation(
+        "scores of another step",
+        r"next_scores\[self\.at_tokens\(i, chunk\)",
+        "next_scores[self.at_tokens(i + 1, chunk)",
+    ),
+    dropped("maximum not kept", r"self\.row_max\[self\.at\(head, rows\)\] = new_max"),
+    Mutation(
+        "next scores of this iteration",
+        r"iteration if later > i else jnp\.minimum\(iteration \+ 1, tiles\.last\)",
+        "iteration",
+    ),
+    Mutation("chunks of the first tokens", r"first \+ chunk\.start", "first"),
+    Mutation("values of the first tokens", r"head_values\(tiles\.buffer, first,", "head_values(tiles.buffer, 0,"),
+    Mutation("mask one too far", r"return token <= query$", "return token <= query + 1"),
+    Mutation("a diagonal block too few", r"pl\.cdiv\(self\.valid, DIAGONAL_BLOCK\) - self\.first_block", "1"),
+    Mutation("the sum before left out", r"alpha \* old_sum \+ ", ""),
+    Mutation(
+        "scores of this block for the next",
+        r"jnp\.where\(self\.goes_on, self\.iterations, self\.iterations - 1\)",
+        "self.iterations - 1",
+    ),
+    Mutation("next block not waited for", r"(^ *)pl\.when\(self\.goes_on & .*$", r"\1pass"),
+    dropped("clear_tail removed", r"pl\.when\(last\)\(functools\.partial\(self\.clear_tail, buffer, valid\)\)"),
 ]
 
 

@@ -40,47 +40,71 @@ QUANTIZED = {"kv_dtype": "float8_e4m3fn", "kv_scale": "head", "quantize": "kerne
 
 STEPS = [
     Mutation(
-        "scores of another step weighed", r"weights_of\(next_scores\[i % 4,", "weights_of(next_scores[(i + 1) % 4,"
+        "scores of another step",
+        r"next_scores\[self\.at_tokens\(i, chunk\)",
+        "next_scores[self.at_tokens(i + 1, chunk)",
     ),
-    Mutation("largest of another step", r"old_max, step_max\[i % 4\]", "old_max, step_max[(i + 1) % 4]"),
+    Mutation("largest of another step", r"old_max, self\.tile_max\(i\)", "old_max, self.tile_max(i + 1)"),
     Mutation(
         "largest of each sublane alone",
-        r"in_all_rows\(jnp\.max\(jnp\.stack\(made\), axis=0\)\)",
-        "jnp.max(jnp.stack(made), axis=0)",
+        r"max_in_all_rows\(jnp\.max\(jnp\.stack\(largest\), axis=0\)\)",
+        "jnp.max(jnp.stack(largest), axis=0)",
     ),
-    Mutation("largest of the last part", r"jnp\.max\(jnp\.stack\(made\), axis=0\)", "made[-1]"),
-    dropped("maximum not kept", r"row_max\[head, :, rows\] = new_max"),
-    Mutation("next scores of this turn", r"turn if later > i else jnp\.minimum\(turn \+ 1, last_turn\)", "turn"),
-    Mutation("parts of the first tokens", r"first \+ part\.start", "first"),
+    Mutation("largest of the last chunk", r"jnp\.max\(jnp\.stack\(largest\), axis=0\)", "largest[-1]"),
+    dropped("maximum not kept", r"self\.row_max\[self\.at\(head, rows\)\] = new_max"),
+    Mutation(
+        "next scores of this iteration",
+        r"iteration if later > i else jnp\.minimum\(iteration \+ 1, tiles\.last\)",
+        "iteration",
+    ),
+    Mutation("chunks of the first tokens", r"first \+ chunk\.start", "first"),
     Mutation(
         "values of the first tokens",
-        r"values_and_ones\(slot, first, tokens, head\)$",
-        "values_and_ones(slot, 0, tokens, head)",
+        r"head_values\(tiles\.buffer, first, tiles\.tokens, head\)",
+        "head_values(tiles.buffer, 0, tiles.tokens, head)",
     ),
     Mutation(
         "values of the first heads",
-        r"values_and_ones\(slot, first, tokens, head\)$",
-        "values_and_ones(slot, first, tokens, head - first_head)",
+        r"head_values\(tiles\.buffer, first, tiles\.tokens, head\)",
+        "head_values(tiles.buffer, first, tiles.tokens, head - first_head)",
     ),
-    Mutation("the sum before left out", r"rescale \* old_sum \+ ", ""),
-    Mutation("the output before not rescaled", r"rescale \* by_register\(old_acc\)", "by_register(old_acc)"),
-    Mutation("the sum of a row of values", r"output\[HEAD_DIM : HEAD_DIM \+ 8\]", "output[HEAD_DIM - 8 : HEAD_DIM]"),
-    Mutation("old sum stays", r"jnp\.where\(begins, 0\.0, row_sum\[head, :, rows\]\)", "row_sum[head, :, rows]"),
-    Mutation("old output stays", r"jnp\.where\(begins, 0\.0, acc\[head, :, rows\]\)", "acc[head, :, rows]"),
-    Mutation("begins at every tile", r"begins & \(first == place\(0\)\[0\]\)", "begins"),
-    Mutation("maximum of the first rows cleared", r"rows = pl\.ds\(lax\.rem\(piece, 2\) \* 128,", "rows = pl.ds(0,"),
-    Mutation("output of the first rows for all", r"(def unsort\(piece\):\n.*\n.*multiple_of\()piece", r"\1 0"),
-    Mutation("output not turned back", r"out\.astype\(out_rows\.dtype\)\.T", "out.astype(out_rows.dtype)[:, :128]"),
-    Mutation("limits of another step", r"rows\.start // 128\]", "1 - rows.start // 128]"),
-    Mutation("limit one too far", r"where\(token <= query, 0", "where(token <= query + 1, 0"),
-    Mutation("limit one short", r"where\(token <= query, 0", "where(token < query, 0"),
-    Mutation("lane of the next query", r"query_of\(row\) == lane", "query_of(row) + 1 == lane"),
-    Mutation("a piece too few on the diagonal", r"flash_turns\(pieces \* 2,", "flash_turns(pieces * 2 - 1,"),
-    dropped("clear_tail removed", r"clear_tail\(slot, valid\)"),
+    Mutation("the sum before left out", r"alpha \* old_sum \+ ", ""),
+    Mutation("the output before not rescaled", r"alpha \* by_register\(old_acc\)", "by_register(old_acc)"),
+    Mutation(
+        "the sum of a row of values",
+        r"pv\[VALUE_ROWS : VALUE_ROWS \+ SUBLANES\]",
+        "pv[VALUE_ROWS - SUBLANES : VALUE_ROWS]",
+    ),
+    Mutation("old sum stays", r"jnp\.where\(begins, 0\.0, (self\.row_sum\[.*\])\)$", r"\1"),
+    Mutation("old output stays", r"jnp\.where\(begins, 0\.0, (self\.acc\[.*\])\)$", r"\1"),
+    Mutation("begins at every tile", r"tiles\.begins & \(first == tiles\.tile_of\(0\)\[0\]\)", "tiles.begins"),
+    Mutation(
+        "maximum of the first rows cleared",
+        r"rows = pl\.ds\(lax\.rem\(step, ROW_STEPS\) \* STEP_ROWS,",
+        "rows = pl.ds(0,",
+    ),
+    Mutation("output of the first rows for all", r"(def unsort_tokens.*\n.*\n.*\n.*multiple_of\()step", r"\1 0"),
+    Mutation(
+        "output not transposed back",
+        r"out\.astype\(self\.out_rows\.dtype\)\.T",
+        "out.astype(self.out_rows.dtype)[:, :128]",
+    ),
+    Mutation("bias of another step", r"rows\.start // STEP_ROWS\]", "1 - rows.start // STEP_ROWS]"),
+    Mutation("bias one too far", r"return token <= query$", "return token <= query + 1"),
+    Mutation("bias one short", r"return token <= query$", "return token < query"),
+    Mutation("lane of the next query", r"self\.query_of\(row\) == lane", "self.query_of(row) + 1 == lane"),
+    Mutation(
+        "an iteration too few on the diagonal", r"blocks \* DIAGONAL_ITERATIONS$", "blocks * DIAGONAL_ITERATIONS - 1"
+    ),
+    dropped("clear_tail removed", r"pl\.when\(last\)\(functools\.partial\(self\.clear_tail, buffer, valid\)\)"),
 ]
 CARRIED = [
-    Mutation("scores of this block for the next", r"jnp\.where\(goes_on, turns, turns - 1\)", "turns - 1"),
-    Mutation("next block not waited for", r"(^ *)pl\.when\(goes_on & \(turn.*$", r"\1pass"),
+    Mutation(
+        "scores of this block for the next",
+        r"jnp\.where\(self\.goes_on, self\.iterations, self\.iterations - 1\)",
+        "self.iterations - 1",
+    ),
+    Mutation("next block not waited for", r"(^ *)pl\.when\(self\.goes_on & .*$", r"\1pass"),
 ]
 OTHERS = [
     (
@@ -95,26 +119,28 @@ OTHERS = [
     (LONG_WINDOW, Mutation("sinks of the first head", r"sinks\[head \* GROUP \+ i\]", "sinks[i]")),
     (
         LONG_WINDOW,
-        Mutation("sinks of the first of a group", r"jnp\.where\(of_group == i, ", "jnp.where(of_group == 0, "),
+        Mutation(
+            "sinks of the first of a group", r"jnp\.where\(head_of_group == i, ", "jnp.where(head_of_group == 0, "
+        ),
     ),
-    (LONG_WINDOW, Mutation("the sink not in the sum", r"jnp\.where\(begins, 1\.0, ", "jnp.where(begins, 0.0, ")),
+    (LONG_WINDOW, Mutation("the sink not in the sum", r"begins, SINK_SUM, ", "begins, 0.0, ")),
     (
         LONG_WINDOW,
         Mutation(
             "logarithms of another head",
-            r"log_rows\[pl\.ds\(i, 64, stride=GROUP\), :\]",
-            "log_rows[pl.ds(0, 64, stride=GROUP), :]",
+            r"log_rows\[pl\.ds\(i, Q_BLOCK, stride=GROUP\), :\]",
+            "log_rows[pl.ds(0, Q_BLOCK, stride=GROUP), :]",
         ),
     ),
     (
         {"causal": False},
-        Mutation("a token too many", r"\(scores\.shape, 0\) < valid - first", "(scores.shape, 0) <= valid - first"),
+        Mutation("a token too many", r"token < self\.valid - first", "token <= self.valid - first"),
     ),
 ]
 
 
 def small_plan(spec: Spec, kind: str) -> KernelPlan:
-    """A plan by which a chunk is two query blocks, these two steps a head, a tile two turns and two pieces, a block two tiles."""
+    """A chunk is two query blocks, these two steps a head, a tile two iterations and two diagonal blocks, a block two tiles."""
     plan = turns.small_plan(spec, kind)
     plan = retiled(spec, plan, block={"q_block": 64, "step_rows": 128})
     assert plan.recipe.block is not None
