@@ -21,6 +21,7 @@ from rpac.contract.arrays import (
     packing,
 )
 from rpac.contract.attention import Attention
+from rpac.contract.features import ARGUMENTS
 from rpac.kernels.constants import Constant, number
 from rpac.plan import Buffer, KernelPlan, RowDims
 from rpac.plan.buffers import sublane_tile_tokens
@@ -44,11 +45,14 @@ _SHAPES: Final = {
     "page_indices": "MAX_SEQS * PAGES_PER_SEQ",
     "cu_q_lens": "MAX_SEQS + 1",
     "distribution": "3",
-    "sinks": "Q_HEADS",
-    "kv_scales": "2, KV_HEADS",
-    "tree": "MAX_SEQS * DECODE_LEN",
+    **{one.name: one.constants for one in ARGUMENTS},
 }
 _IN_HBM: Final = {"queries": "q_hbm", "keys": "k_hbm", "values": "v_hbm", "kv_cache": "cache_in"}
+
+
+def query_row_shapes(rows: str) -> dict[str, str]:
+    """The shapes of the arrays over whose `rows` a decode kernel spreads arguments, in constants."""
+    return {one.query_rows[0]: f"{rows}, LANES" for one in ARGUMENTS if one.query_rows is not None}
 
 
 @dataclass(frozen=True)
