@@ -367,7 +367,7 @@ def model_constants(spec: Spec, plan: KernelPlan) -> list[Constant]:
         number(
             "ATTENTION_CHUNK", model.attention_chunk, "tokens of each chunk of a sequence: a query sees its own only"
         ),
-        number("LOG2_E", repr(math.log2(math.e)), "sinks are natural logarithms"),
+        number("LOG2_E", repr(math.log2(math.e)), "from natural logarithms to those of base 2"),
         number("LN_2", repr(math.log(2))),
         number("MASKED", repr(MASKED), "finite, so that a row that is all masked stays a number"),
         number("PRECISION", *_precision(model)),
