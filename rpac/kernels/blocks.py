@@ -8,7 +8,7 @@ from typing import Final
 from rpac.contract.arrays import packing
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, tile
-from rpac.kernels.shared import CLEARED_AT_ONCE, call_of, model_constants, scratch_of
+from rpac.kernels.shared import CLEARED_AT_ONCE, call_of, model_constants, query_row_shapes, scratch_of
 from rpac.plan import DecodeBlocks, KernelPlan, RowDims
 from rpac.plan.query_rows import head_rows
 from rpac.plan.recipe import Recipe
@@ -29,7 +29,7 @@ _SHAPES: Final = {
     "new_values": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
     "packed": "SUBLANE_TILE * WORD_ROWS, LANES",
     "q_rows": "KV_HEADS * HEAD_QUERY_ROWS, HEADS_PER_MATMUL * HEAD_LANES",
-    "sink_rows": "KV_HEADS * HEAD_QUERY_ROWS, LANES",
+    **query_row_shapes("KV_HEADS * HEAD_QUERY_ROWS"),
     "row_max": "KV_HEADS * HEAD_QUERY_ROWS, LANES",
     "row_sum": "KV_HEADS * HEAD_QUERY_ROWS, LANES",
     "acc": "KV_HEADS * HEAD_QUERY_ROWS, HEAD_LANES",

@@ -21,6 +21,7 @@ from rpac.contract.arrays import (
     packing,
 )
 from rpac.contract.attention import Attention
+from rpac.contract.features import ARGUMENTS
 from rpac.kernels.constants import Constant, number
 from rpac.plan import Buffer, KernelPlan, RowDims
 from rpac.plan.buffers import sublane_tile_tokens
@@ -44,11 +45,14 @@ _SHAPES: Final = {
     "page_indices": "MAX_SEQS * PAGES_PER_SEQ",
     "cu_q_lens": "MAX_SEQS + 1",
     "distribution": "3",
-    "sinks": "Q_HEADS",
-    "kv_scales": "2, KV_HEADS",
-    "tree": "MAX_SEQS * DECODE_LEN",
+    **{one.name: one.constants for one in ARGUMENTS},
 }
 _IN_HBM: Final = {"queries": "q_hbm", "keys": "k_hbm", "values": "v_hbm", "kv_cache": "cache_in"}
+
+
+def query_row_shapes(rows: str) -> dict[str, str]:
+    """The shapes of the arrays over whose `rows` a decode kernel spreads arguments, in constants."""
+    return {one.query_rows[0]: f"{rows}, LANES" for one in ARGUMENTS if one.query_rows is not None}
 
 
 @dataclass(frozen=True)
@@ -363,7 +367,7 @@ def model_constants(spec: Spec, plan: KernelPlan) -> list[Constant]:
         number(
             "ATTENTION_CHUNK", model.attention_chunk, "tokens of each chunk of a sequence: a query sees its own only"
         ),
-        number("LOG2_E", repr(math.log2(math.e)), "sinks are natural logarithms"),
+        number("LOG2_E", repr(math.log2(math.e)), "from natural logarithms to those of base 2"),
         number("LN_2", repr(math.log(2))),
         number("MASKED", repr(MASKED), "finite, so that a row that is all masked stays a number"),
         number("PRECISION", *_precision(model)),
