@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 SPECS := $(wildcard specs/*.yaml)
 
+# What is generated, built and tested here has the repository's own tuned tiles, not those of whoever runs it.
+export RPAC_TUNED := none
+
 # A second interpreter for the newest jax, which needs Python 3.12 or later; the compile tests run there too.
 # A name may be there and still not run (a version manager's stand-in), so each is tried.
 NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
@@ -12,8 +15,8 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow test-adapters lint support generate generated check bench-cpu bench-gpu bench-peers bench-chunks bench-scheduling \
-	calibrate build-all serve-demo clean
+.PHONY: demo test test-newest test-slow test-adapters lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-chunks bench-scheduling \
+	same calibrate build-all serve-demo clean
 
 demo: $(VENV)/ready
 	$(BIN)/rpac build specs/llama3-8b.yaml --target tpu7x --target cpu
@@ -53,6 +56,10 @@ lint: $(VENV)/ready
 support: $(VENV)/ready
 	$(BIN)/rpac support > docs/support.md
 
+# Rewrites the samples in the README and in docs/ that are not what their commands print.
+samples: $(VENV)/ready
+	$(BIN)/python tests/docs/samples.py --write
+
 generate: $(VENV)/ready
 	@for spec in $(SPECS); do $(BIN)/rpac generate $$spec || exit; done
 
@@ -85,6 +92,10 @@ bench-chunks: $(VENV)/ready
 
 bench-scheduling: $(VENV)/ready
 	$(BIN)/python benchmarks/scheduling.py
+
+# Compares the programs of this checkout with those of an earlier one: make same OTHER=../rpac-before
+same: $(VENV)/ready
+	$(BIN)/python benchmarks/same.py $(OTHER) --schedules
 
 calibrate: $(VENV)/ready
 	$(BIN)/python benchmarks/calibrate.py

@@ -1,10 +1,10 @@
-"""Ours beside its peers on the same batches, predicted from the compiler's schedules; writes docs/benchmarks.md.
+"""Compares rpac with its peers on the same batches, predicted from the compiler's schedules; writes docs/benchmarks.md.
 
     python benchmarks/peers.py [--quick] [--only NAME]... [--target T]... [--page N]...
 
-What has run is kept by content, schedules under `build/bench-peers` and results in `benchmarks/peers/results.json`: a second
-run takes what it can from there, and a restricted one fills the rest of the document from it. A run from nothing compiles for
-hours on two cores.
+What has run is kept by content: schedules under `build/bench-peers`, and results in `benchmarks/peers/results.json`. A second
+run takes what it can from there, and a restricted run fills the rest of the document from it. A run that starts with nothing
+compiles for hours on two cores.
 """
 
 from __future__ import annotations

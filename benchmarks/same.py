@@ -105,7 +105,7 @@ def _specs(folder: Path) -> Iterator[Path]:
     base = {"serving": {"page_size": 64, "token_buckets": "[64, 256]"}, "targets": "[tpu7x, v5e, cpu]"}
     for layout in ("interleaved", "separate"):
         for title, keys in FEATURES.items():
-            if title in ("separate K and V", "K and V apart", "pages of 512"):
+            if title in ("separate K and V", "pages of 512"):
                 continue
             latent = title == "latent attention"
             if latent and layout == "separate":

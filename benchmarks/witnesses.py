@@ -32,12 +32,13 @@ def _v6e(tiles: Tiles) -> Config:
 
 WITNESSES = (
     Witness(
-        "TPU7x: fetch more than is computed at once",
-        "tpu-inference pull request 3102: RPA v3's default computes the whole fetched block (up to 16,384 tokens); fetching "
-        "16,384 and computing 4,096 at a time raised decode throughput of a served model by 49% (64,929 to 96,273 "
-        "tokens/s), the best of a sweep whose curve turns down on both sides. Its recipe (pull request 3165) names the model: "
-        "Qwen3-0.6B over 4 devices, so 4 query and 2 KV heads a device, responses of up to 8,192 tokens. The walk assumes "
-        "128 sequences, pages of 128 and a limit of 10,240 tokens.",
+        "TPU7x: fetch more than the kernel computes at once",
+        "Measured, tpu-inference pull request 3102: by default, RPA v3 computes the whole block that it fetches, up to 16,384 "
+        "tokens. Fetching 16,384 tokens and computing 4,096 of them at a time raised the decode throughput of a served model "
+        "by 49% (from 64,929 to 96,273 tokens/s). This was the best of a sweep whose curve falls on both sides. The recipe "
+        "(pull request 3165) names the model: Qwen3-0.6B over 4 devices, so 4 query heads and 2 KV heads on each device, with "
+        "responses of up to 8,192 tokens. The prediction assumes 128 sequences, pages of 128 tokens, and a limit of 10,240 "
+        "tokens.",
         "tpu7x",
         128,
         (1024, 4096, 8192),
@@ -50,8 +51,9 @@ WITNESSES = (
     ),
     Witness(
         "v6e: a block that is too large",
-        "sglang-jax issue 1044: Qwen3-8B over 4 devices (8 query and 2 KV heads a device), pages of 256. Blocks of 1,024 "
-        "instead of 16,384 tokens raised output throughput by 19.6%; computing 512 at a time of them was less good.",
+        "Measured, sglang-jax issue 1044: Qwen3-8B over 4 devices (8 query heads and 2 KV heads on each device), with pages of "
+        "256 tokens. Blocks of 1,024 tokens instead of 16,384 raised the output throughput by 19.6%. Computing 512 tokens at "
+        "a time from such a block was less good.",
         "v6e",
         128,
         (1024, 2048, 4096),

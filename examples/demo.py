@@ -1,4 +1,4 @@
-"""Serves ragged batches from a bundle on this machine's CPU, and holds every step against the float32 oracle.
+"""Serves ragged batches from a bundle on this machine's CPU, and compares every step with the float32 oracle.
 
 python examples/demo.py build/llama3-8b.rpac
 """
@@ -13,7 +13,6 @@ START = time.perf_counter()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is installed to compile, and would look for a TPU
 
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import ml_dtypes  # noqa: E402
 import numpy as np  # noqa: E402
 
@@ -33,8 +32,7 @@ def main(path: str) -> None:
     per_prompt = -(-(max(PROMPTS) + DECODE_STEPS) // limits.page_size)
     tables = [[int(next(pages)) for _ in range(per_prompt)] for _ in PROMPTS]
     cached = [0] * len(PROMPTS)
-    cache_dims = next(iter(engine.programs.values())).args[3]
-    kv_cache = jnp.zeros(cache_dims.shape, cache_dims.dtype)
+    kv_cache = engine.new_cache()
 
     print(f"{'batch':34} {'program':14} {'new tokens':>10} {'ms':>8} {'error':>8}")
     while min(c - p for c, p in zip(cached, PROMPTS, strict=True)) < DECODE_STEPS:
@@ -44,7 +42,7 @@ def main(path: str) -> None:
             rng.standard_normal((batch.tokens, heads, model.head_dim)).astype(ml_dtypes.bfloat16)
             for heads in (model.q_heads, model.kv_heads, model.kv_heads)
         )
-        metadata = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
+        metadata = batch.metadata
         wanted, _ = oracle(
             queries, keys, values, np.asarray(kv_cache), *metadata, sm_scale=model.sm_scale, kv_layout=engine.kv_layout
         )
@@ -57,9 +55,9 @@ def main(path: str) -> None:
         program = engine.select(batch.tokens, batch.distribution)
         print(f"{new!s:34} {program!s:14} {batch.num_tokens:10} {1e3 * elapsed:8.1f} {error:8.4f}")
         if error > 0.01:
-            sys.exit("the output is not the oracle's")
+            sys.exit("the output does not match the oracle")
         cached = [c + n for c, n in zip(cached, new, strict=True)]
-    print("every output is the oracle's; the first use of a program includes its XLA compile")
+    print("every output matches the oracle; the first use of a program includes its XLA compile")
     for program, count in engine.counts.items():
         print(f"  {program}: {count}")
 

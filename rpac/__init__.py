@@ -1,13 +1,15 @@
 """rpac: ahead-of-time compiled ragged paged attention.
 
-    engine = rpac.load("llama3-8b.rpac")
-    batch = rpac.Batch.build(engine.limits, q_lens, context_lens, page_tables)
-    out, kv_cache = engine(
-        queries, keys, values, kv_cache, batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution
-    )
+    engine = rpac.load("llama3-8b.rpac")  # the target built for the first device; or target="cpu"
+    kv_cache = engine.new_cache()  # the cache of one layer; each call takes it and returns it updated
 
-Importing rpac imports nothing but its errors; the rest comes at first use, so that the command line and tools which
-never touch an array start without jax.
+    batch = rpac.Batch.build(engine.limits, q_lens, context_lens, page_tables)  # sequences in any order
+    q, k, v = batch.pack(queries), batch.pack(keys), batch.pack(values)  # lists with one array for each sequence
+    out, kv_cache = engine(q, k, v, kv_cache, *batch.metadata)
+    outputs = batch.unpack(out)  # one array for each sequence, in your order
+
+`import rpac` imports only the errors. Everything else is imported at first use, so that the command line and tools that
+never touch an array start without JAX.
 """
 
 from __future__ import annotations

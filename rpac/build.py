@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,25 @@ from rpac.errors import TargetError
 from rpac.files.publish import publish
 from rpac.kernels import render
 from rpac.lower import Cache, Task, add_cpu_executables, lower_all, tasks_of
-from rpac.lower.pool import Progress
 from rpac.oracle.expected import canary_answers
 from rpac.plan import KernelPlan, plan_spec
+from rpac.plan.tuned import Tuned, TunedTiles
 from rpac.spec import Spec
 
 GENERATED_MARK = "SPEC_SHA256"
+
+
+class Observer:
+    """Is told how a build goes, from any thread. This one does nothing."""
+
+    def phase(self, what: str) -> None:
+        """What the build does from now on."""
+
+    def planned(self, programs: int) -> None:
+        """How often `program` will say that one is done."""
+
+    def program(self, label: str, what: str) -> None:
+        """`what` happens to a program: COMPILING, and later or instead one of the words for what is done."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +54,14 @@ def chosen_targets(spec: Spec, wanted: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(wanted)) or spec.targets
 
 
-def sources_of(spec: Spec, targets: Iterable[str]) -> list[tuple[KernelPlan, Source]]:
+def sources_of(spec: Spec, targets: Iterable[str], tuned: Tuned = TunedTiles.of) -> list[tuple[KernelPlan, Source]]:
     """Every plan of these targets with the source that it makes; of a spec with one kind of layer."""
-    return [(plan, render(spec, plan)) for target in targets for plan in plan_spec(spec, target)]
+    return [(plan, render(spec, plan)) for target in targets for plan in plan_spec(spec, target, tuned=tuned(target))]
 
 
-def all_tasks(spec: Spec, targets: Sequence[str]) -> list[Task]:
+def all_tasks(spec: Spec, targets: Sequence[str], tuned: Tuned = TunedTiles.of) -> list[Task]:
     """What a build lowers: the tasks of every kind of layer."""
-    return [task for part in spec.parts for task in tasks_of(part, sources_of(part, targets))]
+    return [task for part in spec.parts for task in tasks_of(part, sources_of(part, targets, tuned))]
 
 
 def build(
@@ -57,32 +70,41 @@ def build(
     folder: Path,
     cache: Cache,
     jobs: int | None = None,
-    progress: Progress = lambda task, what: None,
+    observer: Observer | None = None,
     wait_s: float = 0.0,
-    this_cpu: Callable[[str], None] | None = None,
+    this_cpu: bool = False,
+    tuned: Tuned = TunedTiles.of,
 ) -> Built:
     """Builds `folder/NAME.rpac`. The folder is held from the start, so that a second build into it fails at once.
 
-    With `this_cpu` the programs of the cpu target get executables for the CPU of this machine; it is called with the
-    label of each. Raises PlanError, CompileError or OutputError; then what was there is as it was.
+    With `this_cpu` the programs of the cpu target get executables for the CPU of this machine. Raises PlanError,
+    CompileError or OutputError; then what was there is as it was.
     """
-    tasks = all_tasks(spec, targets)
+    observer = observer or Observer()
+    observer.phase(f"{spec.name}: planning the kernels for {', '.join(targets)}")
+    tasks = all_tasks(spec, targets, tuned)
+    on_cpu = sum(task.target == "cpu" for task in tasks) if this_cpu else 0
+    observer.planned(len(tasks) + on_cpu)
     path = folder / f"{spec.name}.rpac"
     with publish(path, is_bundle, wait_s) as stage:
-        lowered = lower_all(tasks, cache, jobs, progress)
-        if this_cpu is not None:
-            lowered = add_cpu_executables(tasks, lowered, jobs, this_cpu)
+        lowered = lower_all(tasks, cache, jobs, lambda task, what: observer.program(task.label, what))
+        if this_cpu:
+            lowered = add_cpu_executables(
+                tasks, lowered, jobs, lambda label: observer.program(label, "compiled for this CPU")
+            )
+        observer.phase(f"{spec.name}: computing the canaries' expected answers")
         canaries: dict[tuple[str, str, int], bytes] = {}
         for part in spec.parts:
             variants = [(one.kind, one.tokens) for one in lowered if one.layer == part.layer]
             canaries |= canary_answers(part, variants, cache.store)
+        observer.phase(f"{path}: writing the bundle")
         manifest = stage_bundle(stage, spec, lowered, canaries=canaries)
     return Built(path, manifest, tuple(lowered))
 
 
-def generate(spec: Spec, folder: Path) -> list[Source]:
+def generate(spec: Spec, folder: Path, tuned: Tuned = TunedTiles.of) -> list[Source]:
     """Writes the sources of every target of a spec to `folder/NAME/`, for people to read and diff."""
-    sources = [source for part in spec.parts for _, source in sources_of(part, spec.targets)]
+    sources = [source for part in spec.parts for _, source in sources_of(part, spec.targets, tuned)]
     with publish(folder / spec.name, lambda path: (path / GENERATED_MARK).is_file()) as stage:
         for source in sources:
             stage.write(source.path, source.text.encode())

@@ -68,7 +68,7 @@ class SpecError(RpacError):
 
 
 class BatchError(RpacError):
-    """Metadata or arrays break the batch contract."""
+    """Metadata or arrays break the batch contract (docs/batch-contract.md)."""
 
 
 class SelectionError(RpacError):

@@ -43,4 +43,4 @@ def start(*args: object, cache: Path, env: dict[str, str] | None = None, interru
 
 
 def environment(cache: Path, more: dict[str, str] | None = None) -> dict[str, str]:
-    return {**os.environ, "RPAC_CACHE": str(cache), **(more or {})}
+    return {**os.environ, "RPAC_CACHE": str(cache), "RPAC_TUNED": "none", **(more or {})}

@@ -1,7 +1,11 @@
-"""Stand-in programs of the tiny spec: they keep the contract's signature and donation, and compute almost nothing."""
+"""Fixtures for all tests: stand-in programs of the tiny spec, and bundles of it that are built once a run.
+
+A stand-in keeps the contract's signature and donation, and computes almost nothing.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,13 +13,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+from command import ROOT, TINY, rpac
 
 from rpac.bundle import write_bundle
 from rpac.contract import arrays as layout
 from rpac.spec import Spec, parse_spec
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["RPAC_TUNED"] = "none"  # not those of whoever runs the tests
+
+# The same examples on every machine and every run.
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=150)
+hypothesis.settings.load_profile("fixed")
 
 KIND_CODES = {"decode": 1, "prefill": 2, "mixed": 3}
 VARIANTS = [("decode", 8), ("decode", 32), ("prefill", 32), ("mixed", 8), ("mixed", 32)]
@@ -111,3 +122,47 @@ def stand_in(spec: Spec, kind: str, tokens: int, native: bool = False) -> StandI
 def tree() -> Callable[[Path], dict[str, bytes]]:
     """Every file under a folder, with its bytes."""
     return lambda root: {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all test processes of this run see."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def cache(shared: Path) -> Path:
+    """The cache that `built` fills."""
+    return shared / "rpac-cache"
+
+
+@pytest.fixture(scope="session")
+def built(shared: Path, cache: Path) -> Callable[[str], Path]:
+    """`built(target)` is the bundle of tiny for one target."""
+
+    def build(target: str) -> Path:
+        out = shared / "rpac-built" / target
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "once").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (out / "tiny.rpac").exists():
+                done = rpac("build", TINY, "--target", target, "-o", out, cache=cache)
+                assert done.returncode == 0, done.stderr
+        return out / "tiny.rpac"
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of small.yaml, built once a run through the command line, however many test processes ask."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "rpac-small"
+    folder.mkdir(exist_ok=True)
+    with (folder / "once").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "small.rpac").exists():
+            done = rpac("build", ROOT / "tests" / "engine" / "small.yaml", "-o", folder, cache=folder / "cache")
+            assert done.returncode == 0, done.stderr
+    return folder / "small.rpac"

@@ -37,15 +37,15 @@ class Ours:
 OURS = (
     Ours(
         "rpac",
-        "one spec for all batches: `context_lens: [1024, 4096]`, `prefill_chunk: 512`, on RPA v3's cache layout. A chunk of "
-        "2048 tokens is none of its prefill chunks, so its `mixed` program takes it.",
+        "one spec for all batches, with `context_lens: [1024, 4096]` and `prefill_chunk: 512`, and RPA v3's interleaved cache "
+        "layout. A chunk of 2048 tokens is not one of its prefill chunks, so its `mixed` program runs it.",
         "interleaved",
     ),
-    Ours("rpac, apart", "the same with `kv_layout: separate`, K and V apart in the cache.", "separate"),
+    Ours("rpac, separate", "the same with `kv_layout: separate`.", "separate"),
     Ours(
         "rpac, fitted",
-        "likewise apart; its `prefill_chunk` is 2048 where a sequence has 2048 new tokens, which its `prefill` program "
-        "then takes.",
+        "also with `kv_layout: separate`. If a sequence has 2048 new tokens, its `prefill_chunk` is 2048, so its `prefill` "
+        "program runs the chunk.",
         "separate",
         fitted=True,
     ),
@@ -54,9 +54,9 @@ OURS = (
 
 @dataclass(frozen=True)
 class Contender:
-    """A peer. `compiles` gives the choices for a batch, of which the fastest counts, or says why there are none.
+    """A peer. `compiles` gives the choices for a batch, of which the fastest counts, or the reason why there are none.
 
-    `about` says in the document what it is and what its figures hold.
+    `about` describes the peer in the document, and says what its figures include.
     """
 
     name: str
@@ -155,7 +155,7 @@ FLYWHEEL_ROWS = 16  # of a bfloat16 tile in HBM on TPU7x; 8 on v6e, which gives 
 
 def flywheel(target: str, page_size: int, case: Case) -> tuple[Compile, ...] | str:
     if page_size % FLYWHEEL_PAGES:
-        return f"takes pages of a multiple of {FLYWHEEL_PAGES} tokens only."
+        return f"supports only page sizes that are a multiple of {FLYWHEEL_PAGES} tokens."
     request = shapes(target, page_size, case.tokens)
     if case.kind == "decode":
         return (Compile("decode call", "compile_flywheel.py", "measured", {**request, "q_block": None}),)
@@ -186,11 +186,11 @@ EXPERIMENTAL_PLACE = ("tpu7x", 128)
 
 
 def experimental(kernel: str) -> Callable[[str, int, Case], tuple[Compile, ...] | str]:
-    """Compiled in one place only: minutes each, and what stops the walk is the same everywhere."""
+    """Compiled in one place only: each compile takes minutes, and the walk stops for the same reason everywhere."""
 
     def compiles(target: str, page_size: int, case: Case) -> tuple[Compile, ...] | str:
         if (target, page_size) != EXPERIMENTAL_PLACE:
-            return "not tried here, for it cannot be walked where it was tried."
+            return "not tried here, because it could not be walked where it was tried."
         request = {"kernel": kernel, **shapes(target, page_size, case.tokens)}
         return (Compile("its own", "compile_experimental.py", "pinned", request),)
 
@@ -200,44 +200,45 @@ def experimental(kernel: str) -> Callable[[str, int, Case], tuple[Compile, ...] 
 CONTENDERS = (
     Contender(
         "RPA v3, default",
-        "tpu-inference 0.32.0, its own choice of tiles.",
+        "the kernel of tpu-inference 0.32.0, with its own choice of tiles.",
         v3_default,
         contract_parameters,
     ),
     Contender(
         "RPA v3, best",
-        f"The same kernel, the best for each batch of its default and {len(V3_DECODE_TILES)} decode tiles (KV fetched, KV "
+        f"the same kernel. For each batch, the best of its default and {len(V3_DECODE_TILES)} decode tiles (KV fetched, KV "
         f"computed) or {len(V3_MIXED_TILES)} mixed tiles (queries fetched, KV fetched, queries computed, KV computed).",
         v3_sweep,
         contract_parameters,
     ),
     Contender(
         "JAX v2",
-        "`jax.experimental.pallas.ops.tpu.ragged_paged_attention`; the best for each batch of its own table's blocks and "
-        f"{len(V2_DECODE_BLOCKS) - 1} more (KV tokens, queries). It does not write the new tokens to the cache: its "
-        "figures lack that.",
+        "`jax.experimental.pallas.ops.tpu.ragged_paged_attention`. For each batch, the best of the blocks in its own table and "
+        f"{len(V2_DECODE_BLOCKS) - 1} others (KV tokens, queries). It does not write the new tokens to the cache, so its "
+        "figures do not include that.",
         v2_sweep,
         v2_parameters,
     ),
     Contender(
         "flywheel-tpu",
-        "flywheel-tpu 0.3.0, its own choice of blocks. Decode is its public call. For the other batches its two kernels "
-        "(append, attend) are called as its public function does, but with the sums of lengths that it has XLA compute "
-        "as arguments: a few microseconds less for it. They are compiled with the jax that tpu-inference pins, for libtpu "
-        "0.0.44 crashes on the append kernel.",
+        "flywheel-tpu 0.3.0, with its own choice of blocks. Decode is its public call. For the other batches, its two kernels "
+        "(append, attend) are called as its public function calls them, except that they get the cumulative lengths as "
+        "arguments. The public function has XLA compute these, which takes a few microseconds more. These calls are compiled "
+        "with the jax that tpu-inference pins, because libtpu 0.0.44 crashes on the append kernel.",
         flywheel,
         flywheel_parameters,
     ),
     Contender(
         "batched_rpa",
-        "experimental in tpu-inference, with the jax that it pins. A kernel of its own writes a schedule to HBM, which its "
-        "attention kernels read: what they do depends on data that are no argument.",
+        "an experimental kernel in tpu-inference, with the jax that it pins. One kernel writes a schedule to HBM, and the "
+        "attention kernels read it. So what they do depends on data that is not an argument, and it cannot be walked.",
         experimental("batched_rpa"),
         contract_parameters,
     ),
     Contender(
         "stacked_rpa",
-        "experimental in tpu-inference, with the jax that it pins; built likewise, with each kernel in a conditional.",
+        "an experimental kernel in tpu-inference, with the jax that it pins. It is built in the same way as batched_rpa, and "
+        "each of its kernels runs inside a conditional.",
         experimental("stacked_rpa"),
         contract_parameters,
     ),

@@ -3,8 +3,10 @@
     PYTHONPATH=examples python -m serve.app build/serve-demo.rpac --port 8000
     curl -N localhost:8000/generate -d '{"prompt": [1, 2, 3], "max_new_tokens": 8}'
 
-POST /generate streams a line of JSON a token, {"token": 17}, and {"done": true} at the end, or {"error": "..."} where it
-cannot go on. A request that is refused gets a 4xx or 503 and {"error": "..."}. GET /stats says what ran.
+POST /generate streams one line of JSON for each token, {"token": 17}, and {"done": true} at the end, or {"error": "..."} if
+it cannot go on. A refused request gets a 4xx or a 503 with {"error": "..."}. GET /stats says what ran.
+
+A client has 10 s for the headers of a request and 10 s for its body, and 1024 clients can be connected (connections.py).
 """
 
 from __future__ import annotations
@@ -25,17 +27,20 @@ from aiohttp import web
 import rpac
 from serve import model
 from serve.compiled import keep_compiled
+from serve.connections import ConnectionLimits, Gate, listening
 from serve.generate import Generator
 from serve.worker import Busy, Failed, Stream, Worker
 
 MAX_BODY = 1 << 20
 WORKER = web.AppKey("worker", Worker)
+GATE = web.AppKey("gate", Gate)
 
 
-def make_app(worker: Worker) -> web.Application:
-    """The application around a worker that was started."""
+def make_app(worker: Worker, gate: Gate) -> web.Application:
+    """The application around a worker that is running; its connections come through `gate`."""
     app = web.Application(middlewares=[errors_as_json], client_max_size=MAX_BODY)
     app[WORKER] = worker
+    app[GATE] = gate
     app.router.add_post("/generate", generate)
     app.router.add_get("/stats", stats)
     return app
@@ -46,14 +51,15 @@ async def errors_as_json(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     try:
-        return await handler(request)
+        with request.app[GATE].busy(request.transport):
+            return await handler(request)
     except web.HTTPException as error:
         return web.json_response({"error": error.text or error.reason}, status=error.status, headers=_allowed(error))
 
 
 async def generate(request: web.Request) -> web.StreamResponse:
     worker = request.app[WORKER]
-    prompt, count = parse(await request.read(), worker.generator.config.vocabulary)
+    prompt, count = parse(await body_of(request), worker.generator.config.vocabulary)
     stream = Stream()
     worker.submit(stream, prompt, count)
     try:
@@ -64,11 +70,21 @@ async def generate(request: web.Request) -> web.StreamResponse:
     except (Busy, Failed) as error:
         raise web.HTTPServiceUnavailable(text=str(error)) from error
     finally:
-        worker.cancel(stream)  # also where the client is gone: its pages are for others then
+        worker.cancel(stream)  # also if the client has disconnected, so that its pages become free
+
+
+async def body_of(request: web.Request) -> bytes:
+    """The whole body. Raises HTTPRequestTimeout where it does not come in time."""
+    seconds = request.app[GATE].limits.body_s
+    try:
+        async with asyncio.timeout(seconds):
+            return await request.read()
+    except TimeoutError as error:
+        raise web.HTTPRequestTimeout(text=f"the body did not come within {seconds:g} s; send it at once") from error
 
 
 async def send(request: web.Request, stream: Stream) -> web.StreamResponse:
-    """The tokens, as they come."""
+    """Streams the tokens as they arrive."""
     response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     await response.prepare(request)
     try:
@@ -123,23 +139,20 @@ def line(**values: object) -> bytes:
 
 
 def _allowed(error: web.HTTPException) -> dict[str, str]:
-    """What a 405 must say."""
+    """The header that a 405 must have."""
     return {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
 
 
-async def serve(worker: Worker, host: str, port: int) -> None:
-    """Until the process is told to end."""
-    # A handler ends when its client goes.
-    runner = web.AppRunner(make_app(worker), handler_cancellation=True, shutdown_timeout=5)
-    await runner.setup()
-    await web.TCPSite(runner, host, port).start()
-    print(f"listening on http://{host}:{runner.addresses[0][1]}", flush=True)
-    ended = asyncio.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(name, ended.set)
-    await ended.wait()
-    await asyncio.to_thread(worker.stop)  # before the handlers, so that they can tell their clients
-    await runner.cleanup()
+async def serve(worker: Worker, host: str, port: int, limits: ConnectionLimits) -> None:
+    """Serves until the process is told to end."""
+    gate = Gate(limits)
+    async with listening(make_app(worker, gate), gate, host, port) as found:
+        print(f"listening on http://{host}:{found}", flush=True)
+        ended = asyncio.Event()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(name, ended.set)
+        await ended.wait()
+        await asyncio.to_thread(worker.stop)  # before the handlers, so that they can tell their clients
 
 
 def main() -> None:
@@ -147,9 +160,14 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--compile-cache", help="a folder that keeps what XLA compiled for this machine")
-    parser.add_argument("--seed", type=int, default=0, help="of the model's weights")
-    parser.add_argument("--most-waiting", type=int, default=1024, help="requests; those above are told to come back")
+    parser.add_argument("--compile-cache", help="folder that keeps what XLA compiled for this machine")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the model's weights")
+    parser.add_argument(
+        "--most-waiting", type=int, default=1024, help="most requests that may wait; further ones are refused"
+    )
+    parser.add_argument(
+        "--most-connections", type=int, default=ConnectionLimits.most, help="most connections; further ones get a 503"
+    )
     options = parser.parse_args()
     if options.compile_cache is not None:
         keep_compiled(options.compile_cache)
@@ -162,7 +180,7 @@ def main() -> None:
     generator.warm()
     worker = Worker(generator, options.most_waiting)
     worker.start()
-    asyncio.run(serve(worker, options.host, options.port))
+    asyncio.run(serve(worker, options.host, options.port, ConnectionLimits(options.most_connections)))
 
 
 if __name__ == "__main__":

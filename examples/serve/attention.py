@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import rpac
@@ -21,30 +20,27 @@ class PagedAttention:
         self.reset()
 
     def reset(self) -> None:
-        """Empty caches, in place of any there were: a call that fails half-way may have lost one."""
-        dims = next(iter(self.engine.programs.values())).args[3]
-        self._caches = [
-            jax.device_put(jnp.zeros(dims.shape, dims.dtype), self.engine.device) for _ in range(self._layers)
-        ]
+        """Makes empty caches that replace the present ones, because a call that fails halfway may have lost one."""
+        self._caches = [self.engine.new_cache() for _ in range(self._layers)]
 
     def copy_pages(self, copies: np.ndarray) -> None:
-        """Copies pages in every cache, from and to: `[n, 2]`, n at most max_num_seqs."""
+        """Copies pages in every cache. `copies` is `[n, 2]`, from and to, with n at most max_num_seqs."""
         if not len(copies):
             return
-        # Always as many, so that it is compiled once; the rest go to a page past the end, which drops them.
+        # Always the same number, so that it is compiled once. The surplus goes to a page past the end, where it is dropped.
         padded = np.zeros((self.engine.limits.max_num_seqs, 2), np.int32)
         padded[:, 1] = self.engine.limits.num_pages
         padded[: len(copies)] = copies
         self._caches = [_copied(cache, padded) for cache in self._caches]
 
     def of(self, batch: rpac.Batch) -> Attend:
-        """The attention of one step."""
+        """The attention function of one step."""
 
         def attend(layer: int, queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
             out, self._caches[layer] = self.engine(
                 queries, keys, values, self._caches[layer],
                 batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution,
-                validate=False,  # Batch.build did
+                validate=False,  # Batch.build has validated it
             )  # fmt: skip
             return out
 

@@ -1,4 +1,4 @@
-"""Starts the server, sends it a load, holds every token against dense attention, and times the way to a first token.
+"""Starts the server, sends it requests, compares every token with dense attention, and times the way to a first token.
 
 PYTHONPATH=examples python -m serve.demo build/serve-demo.rpac examples/serve/spec.yaml
 """
@@ -27,7 +27,7 @@ from serve import model
 from serve.load import Request, compare, requests, send_all
 
 SEED, REQUESTS, RATE = 0, 120, 10.0
-LENGTH = 128  # no request becomes longer
+LENGTH = 128  # tokens of the longest request, its answer included
 RUNS = 3
 COLUMNS = {
     "model": "model",
@@ -59,7 +59,7 @@ def main(bundle: str, spec: str) -> None:
 
 @contextlib.contextmanager
 def server(bundle: str, *options: str) -> Iterator[str]:
-    """The address of a server in a process of its own."""
+    """Runs a server in a process of its own. Yields its address."""
     command = [sys.executable, "-m", "serve.app", bundle, "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -73,7 +73,7 @@ def server(bundle: str, *options: str) -> Iterator[str]:
 
 
 def report(load: Sequence[Request], seconds: float, stats: dict[str, Any]) -> None:
-    """What was served, and on which programs."""
+    """Prints what was served, and by which programs."""
     tokens, prompts = sum(len(one.tokens) for one in load), sum(len(one.prompt) for one in load)
     first = statistics.quantiles([one.first for one in load], n=20)
     totals = stats["totals"]
@@ -94,7 +94,7 @@ def report(load: Sequence[Request], seconds: float, stats: dict[str, Any]) -> No
 
 
 def first_tokens(bundle: str, spec: str, cache: str) -> None:
-    """Fresh processes, taken in turns, so that what else the machine does falls on all alike."""
+    """Times fresh processes of each kind in turn, so that other load on the machine affects all kinds alike."""
     ways = {
         "from scratch": ("scratch", spec),
         "bundle": ("bundle", bundle),

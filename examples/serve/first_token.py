@@ -42,7 +42,7 @@ def from_bundle(path: str) -> Any:
 
 
 class Scratch:
-    """The same kernels without a bundle: rendered, traced and compiled here. As much of an engine as one step needs."""
+    """The same kernels without a bundle: generated, traced and compiled here. It has as much of an engine as one step needs."""
 
     def __init__(self, path: str) -> None:
         from rpac.batch import Limits
@@ -74,7 +74,7 @@ class Scratch:
 
 
 def now() -> np.ndarray:
-    """Wall clock, and the time of all cores."""
+    """Seconds of the wall clock, and seconds of all cores together."""
     return np.array([time.time(), time.process_time()])
 
 

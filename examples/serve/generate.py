@@ -17,7 +17,7 @@ from serve.attention import PagedAttention
 
 
 class Token(NamedTuple):
-    """A new token of a request; `last` where no more follow."""
+    """A new token of a request. `last` is set if no more follow."""
 
     request: int
     token: int
@@ -47,7 +47,7 @@ class Generator:
         self._attention = PagedAttention(engine, config.layers)
 
     def warm(self) -> None:
-        """Compiles what steps run, so that no request waits for it."""
+        """Compiles what steps run, so that no request has to wait for a compile."""
         self.engine.warm()
         for tokens in self.engine.limits.token_buckets:
             zeros = np.zeros(tokens, np.int32)
@@ -55,7 +55,7 @@ class Generator:
             greedy(self.config, self._params, x, self._sample_rows(np.zeros(0, np.int32)))
 
     def step(self) -> list[Token]:
-        """Runs one step; empty where nothing is left to do, and where a step only computed parts of prompts.
+        """Runs one step. Returns nothing if there is nothing to do, or if the step only computed parts of prompts.
 
         Raises StepError where the model fails. All that ran then wait to be computed again; it is for the caller to
         remove those that were in the step.
@@ -84,7 +84,7 @@ class Generator:
         return np.asarray(tokens)[: len(step.samples)]
 
     def _sample_rows(self, samples: np.ndarray) -> np.ndarray:
-        """Always as many, so that the last piece is compiled once a bucket."""
+        """Pads to a fixed number of rows, so that the last piece is compiled once for each bucket."""
         rows = np.zeros(self.engine.limits.max_num_seqs, np.int32)
         rows[: len(samples)] = samples
         return rows
@@ -100,5 +100,5 @@ class StepError(Exception):
 
 @partial(jax.jit, static_argnums=0)
 def greedy(config: model.Config, params: model.Params, x: jax.Array, rows: jax.Array) -> jax.Array:
-    """The most likely token behind each of these rows; of equal ones the lowest."""
+    """The most likely token after each of these rows; the lowest id of several that are equally likely."""
     return jnp.argmax(model.logits(config, params, x[rows]), axis=-1)

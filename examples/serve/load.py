@@ -1,4 +1,4 @@
-"""A load of requests for the server, some with a common start, and what is right for each."""
+"""Requests for the server, some with a common start, and the tokens that are right for each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Request:
 
 
 def requests(count: int, vocabulary: int, rng: np.random.Generator, rate: float) -> list[Request]:
-    """`rate` a second on average; every second one begins with one of two common prefixes of 40 tokens."""
+    """`rate` requests a second on average. Every second one begins with one of two common prefixes of 40 tokens."""
     prefixes = rng.integers(0, vocabulary, (2, 40)).tolist()
     waits = np.cumsum(rng.exponential(1 / rate, count)).tolist()
     made = []
@@ -41,7 +41,7 @@ def requests(count: int, vocabulary: int, rng: np.random.Generator, rate: float)
 
 
 async def send_all(url: str, load: Sequence[Request]) -> float:
-    """Sends each in its time and reads its tokens; returns the seconds that it took."""
+    """Sends each request at its time and reads its tokens. Returns the seconds that all of it took."""
     start = time.perf_counter()
     async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(600)) as session:
         await asyncio.gather(*(_send(session, one) for one in load))
@@ -66,7 +66,7 @@ async def _send(session: aiohttp.ClientSession, one: Request) -> None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How many tokens are the dense model's, how many of them only because of a tie, and those that are not."""
+    """How many tokens equal the dense model's, how many of those only because of a tie, and the tokens that differ."""
 
     tokens: int
     ties: int
@@ -74,7 +74,7 @@ class Verdict:
 
 
 def compare(config: model.Config, params: model.Params, load: Sequence[Request], length: int) -> Verdict:
-    """Holds every token against dense attention over all that came before it, prompts and answers up to `length`.
+    """Compares every token with dense attention over all tokens before it, for prompts and answers up to `length`.
 
     The dense model is given the server's own tokens, so one that a tie decided is no error, nor are those behind it.
     """

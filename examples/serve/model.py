@@ -77,7 +77,7 @@ def init(config: Config, seed: int) -> Params:
 
 
 def forward(config: Config, params: Params, token_ids: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
-    """The last layer's output for each token, `[tokens, width]`. Inside jit or, in jitted pieces, outside of it."""
+    """The last layer's output for each token, `[tokens, width]`. Works inside jit, and outside of it in jitted pieces."""
     x = embed(params, token_ids)
     for index, layer in enumerate(params.layers):
         attended = attend(index, *project(config, layer, x, positions))
@@ -100,7 +100,7 @@ def project(config: Config, layer: Layer, x: jax.Array, positions: jax.Array) ->
 
 @partial(jax.jit, static_argnums=0)
 def complete(config: Config, layer: Layer, x: jax.Array, attended: jax.Array) -> jax.Array:
-    """The rest of a layer, behind its attention."""
+    """The rest of a layer, after its attention."""
     x = x + jnp.einsum("thd,hdw->tw", attended, layer.wo)
     inner = rms_norm(x, layer.ffn_norm, config.epsilon)
     return x + (jax.nn.silu(inner @ layer.gate) * (inner @ layer.up)) @ layer.down
@@ -127,7 +127,7 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 
 @partial(jax.jit, static_argnums=0)
 def dense_logits(config: Config, params: Params, token_ids: jax.Array) -> jax.Array:
-    """`[sequences, length, vocabulary]` of whole sequences, with plain causal attention and no cache: what is right."""
+    """`[sequences, length, vocabulary]` of whole sequences, with plain causal attention and no cache: the reference."""
 
     def attend(_: int, queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         length = len(queries)

@@ -16,31 +16,31 @@ from serve.generate import Generator, StepError, Token
 LOG = logging.getLogger("serve")
 
 Event = Token | Exception | None
-"""What a stream gets: None once it is accepted, then its tokens; an exception ends it."""
+"""What a stream receives: None when the request is accepted, then its tokens. An exception ends it."""
 
 
 class Busy(Exception):
-    """Too many requests wait already."""
+    """Too many requests are waiting already."""
 
 
 class Failed(Exception):
-    """The step that a request was in failed, or the server stops."""
+    """The step that computed a request failed, or the server is stopping."""
 
 
 class Stream:
-    """What a handler of one request waits on; belongs to its event loop."""
+    """What the handler of one request waits on. It belongs to the handler's event loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
     def put(self, event: Event) -> None:
-        """From any thread. A loop that was closed meanwhile has nobody who waits."""
+        """May be called from any thread. If the event loop was closed meanwhile, nobody is waiting any more."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     async def get(self) -> Token | None:
-        """The next event; raises it where it is an exception."""
+        """Returns the next event, or raises it if it is an exception."""
         event = await self._events.get()
         if isinstance(event, Exception):
             raise event
@@ -48,7 +48,7 @@ class Stream:
 
 
 class State(NamedTuple):
-    """Requests so far, those that run and that wait now, and the pages that nobody uses."""
+    """Requests accepted so far, requests that run and that wait now, and free pages."""
 
     accepted: int = 0
     running: int = 0
@@ -57,7 +57,7 @@ class State(NamedTuple):
 
 
 class Worker:
-    """Runs steps while there is work, and waits for commands while there is none."""
+    """Runs steps while there is work, and waits for commands otherwise."""
 
     def __init__(self, generator: Generator, most_waiting: int) -> None:
         self.generator = generator
@@ -73,16 +73,16 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends every request, then the thread; those that come later are not answered."""
+        """Ends every request, then the thread. Later requests are not answered."""
         self._commands.put(self._stop)
         self._thread.join()
 
     def submit(self, stream: Stream, prompt: Sequence[int], max_new_tokens: int) -> None:
-        """From any thread; the stream says what became of it."""
+        """Submits a request, from any thread. The stream says what became of it."""
         self._commands.put(lambda: self._add(stream, prompt, max_new_tokens))
 
     def cancel(self, stream: Stream) -> None:
-        """From any thread; nothing where the request has ended."""
+        """Cancels a request, from any thread. Does nothing if the request has ended."""
         self._commands.put(lambda: self._remove(stream))
 
     def _run(self) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from rpac.batch import Limits
 from rpac.bundle.manifest import ARGS
 from rpac.contract import arrays as layout
 from rpac.contract.attention import Attention
+from rpac.contract.program import Program, Variant
 from rpac.errors import BatchError, SelectionError
 
 Result = tuple[jax.Array, ...]
@@ -36,6 +38,9 @@ class Programs(Protocol):
     kv_layout: str
     limits: Limits
 
+    @property
+    def programs(self) -> Mapping[Variant, Program]: ...
+
     def __call__(self, *args: Any, **options: Any) -> Result: ...
 
     def traced(self, *args: Any, **options: Any) -> Result: ...
@@ -48,19 +53,16 @@ class Feature(NamedTuple):
     programs: str
 
 
-_SCALED = Feature((None,), "programs take keys, values and queries as they are, not quantized")
 _MASK = "programs mask by position alone"
 
 FEATURES = {
     "custom_mask": Feature((None,), _MASK),
     "debug_mode": Feature((False,), "programs attend; they print nothing"),
-    "k_scale": _SCALED,
     "mask_aligned_to_cu_kv": Feature((False,), _MASK),
     "mask_value": Feature((None, DEFAULT_MASK_VALUE), "what programs mask weighs exactly 0"),
-    "q_scale": _SCALED,
+    "q_scale": Feature((None,), "programs take queries as they are, not quantized"),
     "skip_kv_mask": Feature((False,), "programs mask what lies past the end of a sequence"),
     "softmax_dtype": Feature((None,), "programs compute softmax in float32"),
-    "v_scale": _SCALED,
     "xai_temperature_len": Feature((None,), "programs do not scale scores by position"),
 }
 
@@ -102,11 +104,6 @@ class Adapter:
             raise SelectionError(
                 f"{self._bundle} has kv_layout {self.engine.kv_layout}; must be interleaved, as {self.peer} keeps "
                 "K and V in its cache; build with\nserving:\n  kv_layout: interleaved"
-            )
-        if self.engine.limits.decode_len > 1:
-            raise SelectionError(
-                f"{self._bundle} has decode_len {self.engine.limits.decode_len}; must be 1, the new tokens of a decode row "
-                f"of {self.peer}; build with\nserving:\n  decode_len: 1"
             )
         if self.engine.model.attention_chunk is not None:
             raise SelectionError(
@@ -150,6 +147,39 @@ class Adapter:
             )
         return {} if value is None else {"sinks": value}
 
+    def kv_scales(self, k_scale: Any, v_scale: Any) -> dict[str, Any]:
+        """The engine's argument for a peer's scales of stored K and V; a scale that is left out is 1, as the peers have it.
+
+        Raises SelectionError for a scale that a bundle without them cannot follow.
+        """
+        model = self.engine.model
+        given = {"k_scale": k_scale, "v_scale": v_scale}
+        if model.kv_scale is None:
+            for name, value in given.items():
+                if value is not None and (isinstance(value, jax.core.Tracer) or float(value) != 1):
+                    self._refuse_scale(name, value)
+            return {}
+        heads = (model.kv_heads,) if model.kv_scale == "head" else ()
+        xp: Any = jnp if traced(tuple(given.values())) else np
+        scales = [xp.asarray(1 if value is None else value, np.float32) for value in given.values()]
+        for name, scale in zip(given, scales, strict=True):
+            if scale.shape not in ((), heads):
+                each = f" or float32{list(heads)}" if heads else ""
+                raise BatchError(
+                    f"{name} is float32{list(scale.shape)}; must be a number{each}, as {self._bundle} has it"
+                )
+        return {"kv_scales": xp.stack([xp.broadcast_to(scale, heads) for scale in scales])}
+
+    def _refuse_scale(self, name: str, value: Any) -> NoReturn:
+        shown = "traced" if isinstance(value, jax.core.Tracer) else _shown(value)
+        if self.engine.model.quantized:
+            fix = "build with\nmodel:\n  kv_scale: tensor"
+        elif name == "k_scale":
+            fix = "multiply sm_scale by it, for scores are linear in K, and build with that"
+        else:
+            fix = "multiply the output by it, for it is linear in V"
+        raise SelectionError(f"{name} is {shown}; must be None or 1: {self._bundle} has no scales of K and V; {fix}")
+
     def require_scale(self, name: str, value: Any) -> None:
         """Raises unless the scale of the scores is the bundle's, to the precision of float32."""
         built = self.engine.model.sm_scale
@@ -174,7 +204,9 @@ class Adapter:
         """The call on the contract's arguments: `engine.traced` where one is a tracer, else `engine` itself.
 
         There may be fewer rows than max_num_seqs. Without `chunk_prefill_size`, rows [i, j) may have any length: they
-        run as mixed rows. `extra` are the engine's arguments by name.
+        run as mixed rows. Where the bundle has drafts, the first rows of exactly decode_len new tokens are decode rows,
+        whatever the distribution calls them, and those behind them prefill or mixed rows. `extra` are the engine's arguments
+        by name. Returns what the peers do: the output and the cache.
         """
         require_axes(ARGS, args, AXES)
         queries, keys, _, kv_cache, kv_lens, page_indices, cu_q_lens, distribution = args
@@ -184,18 +216,18 @@ class Adapter:
         rows = len(kv_lens)
         for name, array, size in (("cu_q_lens", cu_q_lens, rows + 1), ("distribution", distribution, 3)):
             if len(array) != size:
-                raise BatchError(f"{name} is {_shown(array)}; must be int32[{size}]; see the batch contract")
+                raise BatchError(f"{name} is {_shown(array)}; must be int32[{size}]; see docs/batch-contract.md")
         arrays = args[:4] if self.engine.model.update_cache else (queries, kv_cache)
         in_trace = traced((*args, *extra.values()))
         xp: Any = jnp if in_trace else np
         metadata = [xp.asarray(array) for array in args[4:]]
         if rows < self.engine.limits.max_num_seqs:
             metadata = self._with_dead_rows(xp, rows, *metadata)
-        if chunk_prefill_size is None:
-            metadata[-1] = metadata[-1][PREFILL_AS_MIXED]
+        metadata[-1] = self._distribution(xp, metadata[-2], metadata[-1], chunk_prefill_size is not None)
+        extra = {**extra, **self._causal_tree}
         if in_trace:
-            return self.engine.traced(*arrays, *metadata, **extra)
-        return self.engine(*arrays, *metadata, validate=self.validate, **extra)
+            return self.engine.traced(*arrays, *metadata, **extra)[:2]
+        return self.engine(*arrays, *metadata, validate=self.validate, **extra)[:2]
 
     def array_sizes(self, queries: Any, keys: Any, kv_cache: Any) -> Iterator[Size]:
         """What the arrays that hold tokens and pages say about the spec."""
@@ -235,6 +267,26 @@ class Adapter:
     def _bundle(self) -> str:
         return f"bundle {self.engine.name}"
 
+    def _distribution(self, xp: Any, cu_q_lens: Any, distribution: Any, has_chunks: bool) -> Any:
+        """Which rows are decode, prefill and mixed rows for the bundle's programs."""
+        new = self.engine.limits.decode_len
+        if new == 1:
+            return distribution if has_chunks else distribution[PREFILL_AS_MIXED]
+        i, j, k = distribution
+        drafts = (cu_q_lens[1:] - cu_q_lens[:-1] == new) & (np.arange(len(cu_q_lens) - 1) < k)
+        decodes = xp.cumprod(drafts.astype(np.int32)).sum()  # those before the first row of another length
+        prefills = xp.where((decodes == i) & has_chunks, j, decodes)
+        return xp.stack([decodes, prefills, k]).astype(np.int32)
+
+    @cached_property
+    def _causal_tree(self) -> dict[str, Any]:
+        """The engine's `tree`, where it takes one, for drafts that each see those before it: all that a peer asks for."""
+        if not any(dims.name == "tree" for program in self.engine.programs.values() for dims in program.args):
+            return {}
+        limits = self.engine.limits
+        rows = (2 << np.arange(limits.decode_len, dtype=np.int32)) - 1
+        return {"tree": np.broadcast_to(rows, (limits.max_num_seqs, limits.decode_len)).astype(np.int32)}
+
     def _require_chunk(self, chunk_prefill_size: int | None) -> None:
         built = self.engine.limits.prefill_chunk
         if chunk_prefill_size not in (None, built):
@@ -264,7 +316,9 @@ def require_axes(names: Sequence[str], arrays: Sequence[Any], axes: Sequence[int
     """Raises BatchError for the first that is no array of so many axes."""
     for name, array, wanted in zip(names, arrays, axes, strict=True):
         if not hasattr(array, "dtype") or len(array.shape) != wanted:
-            raise BatchError(f"{name} is {_shown(array)}; must be an array of {wanted} axes; see the batch contract")
+            raise BatchError(
+                f"{name} is {_shown(array)}; must be an array of {wanted} axes; see docs/batch-contract.md"
+            )
 
 
 def traced(arrays: Sequence[Any]) -> bool:

@@ -96,11 +96,7 @@ def ragged_page_attention_v3_kernel(engine: Programs, *, validate: bool = True) 
         num_queries_per_block: int | None = None,
         vmem_limit_bytes: int | None = None,
     ) -> Result:
-        adapter.require_neutral(
-            q_scale=q_scale,
-            k_scale=k_scale,
-            v_scale=v_scale,
-        )
+        adapter.require_neutral(q_scale=q_scale)
         adapter.require_built(
             causal=True, update_kv_cache=True, sliding_window=sliding_window, logits_soft_cap=logits_soft_cap
         )
@@ -118,6 +114,7 @@ def ragged_page_attention_v3_kernel(engine: Programs, *, validate: bool = True) 
             distribution,
             chunk_prefill_size=chunk_prefill_size,
             **adapter.sinks("softmax_aux", softmax_aux),
+            **adapter.kv_scales(k_scale, v_scale),
         )
 
     return attention

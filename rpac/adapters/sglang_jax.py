@@ -68,8 +68,6 @@ def ragged_paged_attention_v3(engine: Programs, *, validate: bool = True) -> Cal
             custom_mask=custom_mask,
             mask_value=mask_value,
             q_scale=q_scale,
-            k_scale=k_scale,
-            v_scale=v_scale,
             xai_temperature_len=xai_temperature_len,
             softmax_dtype=softmax_dtype,
             skip_kv_mask=skip_kv_mask,
@@ -79,7 +77,7 @@ def ragged_paged_attention_v3(engine: Programs, *, validate: bool = True) -> Cal
         adapter.require_built(causal=causal, update_kv_cache=True, sliding_window=sliding_window, soft_cap=soft_cap)
         adapter.require_scale("sm_scale", sm_scale)
         adapter.require_out_dtype(out_dtype)
-        extra = adapter.sinks("attention_sink", attention_sink)
+        extra = {**adapter.sinks("attention_sink", attention_sink), **adapter.kv_scales(k_scale, v_scale)}
         arrays = queries, keys, values, kv_cache_fused
         metadata = kv_lens, page_indices, cu_q_lens, cu_kv_lens, distribution
         return _run(adapter, arrays, metadata, chunk_prefill_size, **extra)
@@ -119,17 +117,13 @@ def ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Callab
         num_queries_per_block: int | None = None,
         vmem_limit_bytes: int | None = None,
     ) -> Result:
-        adapter.require_neutral(
-            mask_value=mask_value,
-            q_scale=q_scale,
-            k_scale=k_scale,
-            v_scale=v_scale,
-        )
+        adapter.require_neutral(mask_value=mask_value, q_scale=q_scale)
         adapter.require_built(causal=True, update_kv_cache=True, sliding_window=sliding_window, soft_cap=soft_cap)
         adapter.require_scale("sm_scale", sm_scale)
         arrays = queries, keys, values, _packed(kv_cache_fused, layout.packing(engine.model.kv_dtype))
         metadata = kv_lens, page_indices, cu_q_lens, cu_kv_lens, distribution
-        out, kv_cache = _run(adapter, arrays, metadata, chunk_prefill_size)
+        scales = adapter.kv_scales(k_scale, v_scale)
+        out, kv_cache = _run(adapter, arrays, metadata, chunk_prefill_size, **scales)
         return out, kv_cache.reshape(-1, *kv_cache_fused.shape[2:])
 
     return attention

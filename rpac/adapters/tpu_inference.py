@@ -54,8 +54,6 @@ def ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Callab
             skip_kv_mask=skip_kv_mask,
             mask_value=mask_value,
             q_scale=q_scale,
-            k_scale=k_scale,
-            v_scale=v_scale,
             debug_mode=debug_mode,
         )
         adapter.require_built(
@@ -76,6 +74,7 @@ def ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Callab
             cu_q_lens,
             distribution,
             chunk_prefill_size=chunk_prefill_size,
+            **adapter.kv_scales(k_scale, v_scale),
         )
 
     return attention

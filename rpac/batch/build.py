@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rpac.batch.limits import Limits
+from rpac.batch.pack import pack, unpack
 from rpac.batch.validate import validate
 from rpac.contract import arrays as layout
 from rpac.contract.arrays import Served
@@ -23,7 +24,9 @@ INT32 = np.iinfo(np.int32)
 
 
 class SequenceView(NamedTuple):
-    """One live row of a batch; `queries` are the rows of its new tokens, `pages` those that its KV fills."""
+    """One live row of a batch; `queries` are the rows of its new tokens, `pages` the entries of its page table up to its
+    end, of which those before a window or a chunk of attention may be no pages.
+    """
 
     row: int
     kind: Kind
@@ -37,7 +40,7 @@ class SequenceView(NamedTuple):
 
     @property
     def context_len(self) -> int:
-        """Tokens that were in the cache before this call."""
+        """Tokens that were in the cache before this call; below 0 where there are fewer of them than queries."""
         return self.kv_len - self.q_len
 
 
@@ -46,8 +49,8 @@ class Batch:
     """Validated metadata of one call: read-only int32 arrays in the contract's shapes.
 
     `tokens` is the bucket that queries, keys and values are padded to, `num_tokens` how many of them are real,
-    `kind` the program that takes the batch. `order[r]` is the caller's index of the sequence in row r: the caller
-    concatenates queries, keys and values in that order.
+    `kind` the program that takes the batch. `order[r]` is the caller's index of the sequence in row r, because rows are
+    sorted by their kind: `pack` puts queries, keys and values into the order of rows, `unpack` takes the output back.
     """
 
     kv_lens: Int32s
@@ -64,28 +67,44 @@ class Batch:
         cls,
         limits: Limits | Served,
         q_lens: Integers,
-        context_lens: Integers,
+        context_lens: Integers | None,
         page_tables: Sequence[Integers] | NDArray[np.integer[Any]],
+        *,
+        kv_lens: Integers | None = None,
     ) -> Batch:
         """The batch of some sequences, given in any order.
 
         `q_lens` counts each sequence's new tokens, `context_lens` its tokens already in the cache; `page_tables`
-        lists its pages, which must hold both; one array `[sequences, entries]` is read faster than lists. Rows are
-        sorted into decode, prefill and mixed, in the caller's order within each; a sequence of exactly `decode_len`
-        tokens (1 unless the spec says more) is decode, one of exactly `prefill_chunk` is prefill. The token bucket is the
-        smallest that fits. Raises BatchError, or SelectionError where no bucket is large enough.
+        lists its pages, which must hold both (an entry that no new token sees, before a window or a chunk of attention, may
+        be anything, such as -1); one array `[sequences, entries]` is read faster than lists. Rows are
+        sorted into decode, prefill and mixed, in the caller's order within each, so give queries, keys and values
+        through `pack`; a sequence of exactly `decode_len` tokens (1 unless the spec says more) is decode, one of exactly
+        `prefill_chunk` is prefill. The token bucket is the smallest that fits. In place of `context_lens`, which is then
+        None, `kv_lens` may count all tokens of each sequence that its queries see: with `causal: false` and
+        `update_cache: false` these may be fewer than its queries, as in cross attention to a short source. Raises
+        BatchError, or SelectionError where no bucket is large enough.
         """
         limits = limits if isinstance(limits, Limits) else Limits.of(limits)
         new = integers("q_lens", q_lens, 1)
-        context = integers("context_lens", context_lens, 0)
+        if (context_lens is None) == (kv_lens is None):
+            which = "both" if kv_lens is not None else "neither"
+            raise BatchError(f"found {which} of context_lens and kv_lens; must be one of the two; give context_lens")
+        name, given, least = ("kv_lens", kv_lens, 1) if context_lens is None else ("context_lens", context_lens, 0)
+        known = integers(name, given, least)  # type: ignore[arg-type]  # one of the two is no None
         pages, sizes = _page_lists(page_tables)
-        _check_sizes(limits, new, context, sizes)
+        if not len(known) == len(sizes) == len(new):
+            raise BatchError(
+                f"found {len(new)} q_lens, {len(known)} {name} and {len(sizes)} page_tables; "
+                "must be one of each for every sequence"
+            )
+        lens = known if context_lens is None else new + known
+        _check_sizes(limits, new, lens, sizes)
         ranks = np.where(new == limits.decode_len, 0, np.where(new == limits.prefill_chunk, 1, 2))
         order = np.argsort(ranks, kind="stable")
         decodes, prefills, k = int((ranks == 0).sum()), int((ranks == 1).sum()), len(order)
 
-        kv_lens = np.zeros(layout.kv_lens_shape(limits), np.int32)
-        kv_lens[:k] = (new + context)[order]
+        lens_of_rows = np.zeros(layout.kv_lens_shape(limits), np.int32)
+        lens_of_rows[:k] = lens[order]
         cu_q_lens = np.zeros(layout.cu_q_lens_shape(limits), np.int32)
         cu_q_lens[1 : k + 1] = np.cumsum(new[order])
         cu_q_lens[k + 1 :] = cu_q_lens[k]
@@ -95,7 +114,7 @@ class Batch:
         page_indices[: as_given.size] = as_given[order].reshape(-1)
         distribution = np.array([decodes, decodes + prefills, k], np.int32)
         tokens = limits.bucket(int(cu_q_lens[k]))
-        arrays = kv_lens, page_indices, cu_q_lens, distribution
+        arrays = lens_of_rows, page_indices, cu_q_lens, distribution
         return cls.of_arrays(limits, tokens, *arrays, order=tuple(order.tolist()))
 
     @classmethod
@@ -134,6 +153,26 @@ class Batch:
     def num_tokens(self) -> int:
         """New tokens without padding."""
         return int(self.cu_q_lens[len(self)])
+
+    @property
+    def metadata(self) -> tuple[Int32s, Int32s, Int32s, Int32s]:
+        """The four arrays of a call, in argument order: kv_lens, page_indices, cu_q_lens, distribution."""
+        return self.kv_lens, self.page_indices, self.cu_q_lens, self.distribution
+
+    def pack(self, arrays: Any) -> Any:
+        """Queries, keys or values as a call takes them, `[tokens, ...]`: in the order of rows, zeros behind them.
+
+        `arrays` are a list of one array `[new tokens, ...]` for each sequence, in the order that `build` was given, or
+        one array of all their tokens in that order. NumPy arrays make a NumPy array, JAX arrays a JAX array. Raises
+        BatchError where an array is not as long as its sequence has new tokens.
+        """
+        return pack(arrays, self.order, self.cu_q_lens, self.tokens)
+
+    def unpack(self, array: Any) -> list[Any]:
+        """The inverse of `pack`: what each sequence has of an output `[tokens, ...]` (`out` or `lse`), in the order that
+        `build` was given. Raises BatchError for another number of rows.
+        """
+        return unpack(array, self.order, self.cu_q_lens, self.tokens)
 
     def _row(self, row: int) -> SequenceView:
         kv_len = int(self.kv_lens[row])
@@ -177,24 +216,21 @@ def _page_lists(page_tables: Sequence[Integers] | NDArray[np.integer[Any]]) -> t
         return np.concatenate(tables), np.array([len(table) for table in tables])
 
 
-def _check_sizes(limits: Limits, new: Int64s, context: Int64s, sizes: Int64s) -> None:
+def _check_sizes(limits: Limits, new: Int64s, lens: Int64s, sizes: Int64s) -> None:
     """What `validate` cannot see, because arrays of these sizes could not be made."""
     count = len(new)
-    if not len(context) == len(sizes) == count:
-        raise BatchError(
-            f"found {count} q_lens, {len(context)} context_lens and {len(sizes)} page_tables; "
-            "must be one of each a sequence"
-        )
     if count > limits.max_num_seqs:
         raise BatchError(
             f"found {count} sequences; must be at most max_num_seqs ({limits.max_num_seqs}); split the batch"
         )
-    needed = -(-(new + context) // limits.page_size)
+    needed = -(-lens // limits.page_size)
     bad = (needed > limits.pages_per_seq) | (sizes > limits.pages_per_seq) | (sizes < needed)
     if not bad.any():
         return
     index = int(bad.argmax())
-    held = f"{context[index]} context and {new[index]} new tokens"
+    held = f"{lens[index] - new[index]} context and {new[index]} new tokens"
+    if limits.few_keys:
+        held = f"{lens[index]} tokens"
     if needed[index] > limits.pages_per_seq:
         raise BatchError(
             f"sequence {index}: has {held}; must be at most {limits.max_kv_len} in all = pages_per_seq "

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from difflib import get_close_matches
 
 from rpac.batch import Limits
 from rpac.batch.limits import bucket_lines
-from rpac.contract.kind import Int32s, select_kind
+from rpac.contract.kind import KINDS, Int32s, select_kind
 from rpac.contract.program import Variant
 from rpac.errors import BatchError, SelectionError
 
@@ -20,7 +21,7 @@ def select(built: Collection[Variant], limits: Limits, tokens: int, distribution
     """
     i, j, k = distribution
     if not 0 <= i <= j <= k:
-        raise BatchError(f"distribution is ({i}, {j}, {k}); must be 0 <= i <= j <= k; see the batch contract")
+        raise BatchError(f"distribution is ({i}, {j}, {k}); must be 0 <= i <= j <= k; see docs/batch-contract.md")
     variant = Variant(select_kind((i, j, k)), tokens)
     if variant in built and k <= limits.max_num_seqs:
         return variant
@@ -35,6 +36,13 @@ def advice(built: Collection[Variant], limits: Limits, variant: Variant, sequenc
             f"split the batch, or build with\nserving:\n  max_num_seqs: {sequences}"
         )
     kind, tokens = variant
+    if kind not in KINDS:
+        close = get_close_matches(str(kind), KINDS, 1)
+        return f"{kind!r} is no kind of program; must be one of {', '.join(KINDS)}" + (
+            f"; write {close[0]!r}" if close else ""
+        )
+    if not hasattr(tokens, "__index__"):
+        return f"the token bucket is {tokens!r}; must be an integer, of {', '.join(map(str, limits.token_buckets))}"
     if tokens not in limits.token_buckets:
         listed = ", ".join(map(str, limits.token_buckets))
         return (

@@ -26,7 +26,8 @@ def validate(
 
     Checks shapes and dtypes, the order of distribution and cu_q_lens, the query lengths of decode and prefill rows,
     lengths against the table, page ids, and that a page which takes new tokens belongs to one sequence alone;
-    pages that are only read may be shared. `tokens` is the leading size of queries, keys and values.
+    pages that are only read may be shared. Entries of a page table that no new token of its row sees, before a window or
+    a chunk of attention, may hold anything. `tokens` is the leading size of queries, keys and values.
     """
     for dims, array in zip(
         layout.metadata_specs(limits), (kv_lens, page_indices, cu_q_lens, distribution), strict=True
@@ -84,22 +85,30 @@ def _check_lengths(
 
     empty = q_lens < 1
     if empty.any():
-        fail(empty, "cu_q_lens goes from {start} to {end}; must rise by at least 1 a live row")
+        fail(empty, "cu_q_lens goes from {start} to {end}; must rise by at least 1 for each live row")
     if ends[k] > tokens:
         raise BatchError(f"cu_q_lens[{k}] is {ends[k]}; must be at most {tokens}, the rows of queries")
     off = np.zeros(k, np.bool_)
     off[:i] = q_lens[:i] != limits.decode_len
     if off.any():
         length = "1" if limits.decode_len == 1 else f"decode_len ({limits.decode_len})"
-        fail(off, f"has {{q}} new tokens; decode rows must have {length}; put it behind the decode rows")
+        fail(off, f"has {{q}} new tokens; decode rows must have {length}; move it after the decode rows")
     off[i:j] = q_lens[i:j] != limits.prefill_chunk
     if off.any():
         chunk = limits.prefill_chunk
         fail(
-            off, f"has {{q}} new tokens; prefill rows must have prefill_chunk ({chunk}); put it behind the prefill rows"
+            off, f"has {{q}} new tokens; prefill rows must have prefill_chunk ({chunk}); move it after the prefill rows"
         )
+    if limits.few_keys:
+        none = lens < 1
+        if none.any():
+            fail(
+                none,
+                "kv_lens[{r}] is {kv}; must be 1 or more, the tokens that its queries see; leave the row out of the batch, "
+                "and give it an lse of -inf where parts of an attention are merged",
+            )
     short = lens < q_lens
-    if short.any():
+    if short.any() and not limits.few_keys:
         fail(short, "kv_lens[{r}] is {kv}, below its {q} new tokens; kv_lens counts context and new tokens together")
     long = lens > limits.max_kv_len
     if long.any():
@@ -117,6 +126,8 @@ def _check_pages(
     k = len(lens)
     column = np.arange(limits.pages_per_seq)
     used = column < -(-lens // limits.page_size)[:, None]
+    if limits.is_local:
+        used &= column >= limits.first_entries(lens - q_lens)[:, None]
     table = page_indices.reshape(limits.max_num_seqs, limits.pages_per_seq)[:k]
     ids = table[used]
     if not ids.size:

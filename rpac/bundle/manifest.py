@@ -210,7 +210,7 @@ def _manifest(root: Node) -> Manifest:
         spec_hash=fields["spec_hash"].text(_SHA256, "64 hex digits"),
         model=model,
         kv_layout=fields["kv_layout"].choice(layout.TOKEN_AXES),
-        limits=limits,
+        limits=limits.of_layers({one.layer: one.model or model for one in targets.values()} or {"": model}),
         targets=targets,
         files=files,
         mesh=_mesh(fields["mesh"]) if "mesh" in fields else ONE_DEVICE,

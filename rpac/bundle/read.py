@@ -7,7 +7,9 @@ here. A bundle that is replaced while it is read is read again: all that a calle
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,25 +31,31 @@ class LoadedTarget:
     blobs: Mapping[str, bytes]
 
 
-def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """What the bundle at `path` says of itself. Raises BundleError."""
-    return _read(path, lambda storage: storage.manifest())
+def read_manifest(path: str | os.PathLike[str], timeout_s: float | None = None) -> Manifest:
+    """What the bundle at `path` says of itself. Raises BundleError, also where that takes longer than `timeout_s`."""
+    return _in_time(path, timeout_s, lambda: _read(path, lambda storage: storage.manifest()))
 
 
-def read_target(path: str | os.PathLike[str], choose: Callable[[Manifest], Target]) -> LoadedTarget:
-    """The bytes of the target that `choose` picks. Raises BundleError, and what `choose` raises."""
+def read_target(
+    path: str | os.PathLike[str], choose: Callable[[Manifest], Target], timeout_s: float | None = None
+) -> LoadedTarget:
+    """The bytes of the target that `choose` picks. Raises BundleError, also where that takes longer than `timeout_s`, and
+    what `choose` raises.
+    """
 
     def read(storage: Storage) -> LoadedTarget:
         manifest = storage.manifest()
         target = choose(manifest)
         return LoadedTarget(manifest, target, {blob.sha256: storage.blob(blob) for blob in target.blobs})
 
-    return _read(path, read)
+    return _in_time(path, timeout_s, lambda: _read(path, read))
 
 
-def verify_bundle(path: str | os.PathLike[str]) -> Manifest:
-    """Reads and hashes everything in the bundle at `path`. Raises BundleError, also for a file too many."""
-    return _read(path, _verify)
+def verify_bundle(path: str | os.PathLike[str], timeout_s: float | None = None) -> Manifest:
+    """Reads and hashes everything in the bundle at `path`. Raises BundleError, also for anything beside the
+    files that the manifest lists: another file, a folder, or a link in the place of one.
+    """
+    return _in_time(path, timeout_s, lambda: _read(path, _verify))
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -66,10 +74,11 @@ def _verify(storage: Storage) -> Manifest:
     for name, content in sorted(manifest.files.items()):
         storage.read(name, content)
         expected.add(name)
-    extra = sorted(storage.names() - expected)
+    extra = storage.extra(expected)
     if extra:
+        more = f" and {len(extra) - 5} more" if len(extra) > 5 else ""
         raise BundleError(
-            f"{storage.place}: found {', '.join(extra[:5])}; must hold only what {MANIFEST} lists; "
+            f"{storage.place}: found {', '.join(extra[:5])}{more}; must hold only what {MANIFEST} lists, and no links; "
             f"remove it, or {REBUILD}"
         )
     return manifest
@@ -85,3 +94,29 @@ def _read(place: str | os.PathLike[str], use: Callable[[Storage], T]) -> T:
                 if not storage.is_replaced():
                     raise
     raise BundleError(f"{os.fspath(place)}: was replaced {_REPLACED_TRIES} times while it was read; stop its builds")
+
+
+def _in_time(place: str | os.PathLike[str], timeout_s: float | None, read: Callable[[], T]) -> T:
+    """What `read` returns. Raises BundleError where it takes longer than `timeout_s` seconds."""
+    if timeout_s is None:
+        return read()
+    if not timeout_s > 0:
+        raise BundleError(f"{os.fspath(place)}: timeout_s is {timeout_s}; must be above 0 seconds, or None")
+    done: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(read())
+        except BaseException as error:
+            done.set_exception(error)
+
+    # A daemon: nothing can end a read that a store holds, and the process need not wait for it.
+    threading.Thread(target=work, name="rpac-read", daemon=True).start()
+    try:
+        return done.result(timeout_s)
+    except TimeoutError as error:
+        if done.done():
+            raise  # the store's own
+        raise BundleError(
+            f"{os.fspath(place)}: was not read within {timeout_s:g} s; check the store and the network, or give more time"
+        ) from error

@@ -5,12 +5,15 @@ Both hand out a file whole or refuse it, and know whether another build took the
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
 import os
 import stat
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Set
 from contextlib import AbstractContextManager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from rpac.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse
@@ -41,8 +44,10 @@ class Storage(AbstractContextManager["Storage"], ABC):
         """Whether another build has taken the place of what was opened."""
 
     @abstractmethod
-    def names(self) -> set[str]:
-        """Every file, by its path in the bundle."""
+    def extra(self, expected: Set[str]) -> list[str]:
+        """What is in the bundle beside the `expected` files and the folders that they lie in: other files, links, folders
+        (which are not looked into) and anything else, each by its path, in order.
+        """
 
     @abstractmethod
     def _open(self, name: str, limit: int) -> IO[bytes]:
@@ -88,6 +93,9 @@ class Storage(AbstractContextManager["Storage"], ABC):
         except BundleError:
             raise
         except Exception as error:
+            refused = _refusal(error)
+            if refused is not None:
+                raise refused from error
             reason = self._reason(error)
             if reason is None:
                 raise
@@ -126,11 +134,31 @@ class Folder(Storage):
         except FileNotFoundError:
             return False
 
-    def names(self) -> set[str]:
-        names: set[str] = set()
-        for root, _, files, _ in os.fwalk(".", dir_fd=self._descriptor):
-            names.update((Path(root) / file).as_posix() for file in files)
-        return names
+    def extra(self, expected: Set[str]) -> list[str]:
+        folders = folders_of(expected)
+        found = []
+        # Folder by folder, each one that the manifest names: however deep others are, nobody goes there.
+        for folder in ["", *sorted(folders)]:
+            try:
+                for entry in self._entries(folder or "."):
+                    path = f"{folder}/{entry.name}" if folder else entry.name
+                    wanted = path in folders if entry.is_dir(follow_symlinks=False) else path in expected
+                    if not wanted or entry.is_symlink():
+                        found.append(path)
+            except OSError as error:
+                if error.errno not in (errno.ELOOP, errno.ENOTDIR):  # a link, which its own folder's entries have told
+                    raise BundleError(
+                        f"{self.place}/{folder}: cannot be listed ({error.strerror}); {REBUILD}"
+                    ) from error
+        return sorted(found)
+
+    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._descriptor)
+        try:
+            with os.scandir(descriptor) as entries:
+                return list(entries)
+        finally:
+            os.close(descriptor)
 
     def _open(self, name: str, limit: int) -> IO[bytes]:
         # Without O_NONBLOCK, opening a named pipe would wait for somebody to write into it.
@@ -171,8 +199,12 @@ class Remote(Storage):
         except BundleError:
             return False
 
-    def names(self) -> set[str]:
-        return {name.removeprefix(f"{self._root}/") for name in self._files.find(self._root)}
+    def extra(self, expected: Set[str]) -> list[str]:
+        folders = folders_of(expected)
+        deepest = 1 + max(name.count("/") for name in expected)
+        found = self._files.find(self._root, maxdepth=deepest, withdirs=True)
+        names = {path.removeprefix(f"{self._root}/").rstrip("/") for path in found} - {self._root, ""}
+        return sorted(names - expected - folders)
 
     def _open(self, name: str, limit: int) -> IO[bytes]:
         path = f"{self._root}/{name}"
@@ -189,9 +221,21 @@ class Remote(Storage):
         return f"{type(error).__name__}: {error}"  # each store has errors of its own
 
 
+def folders_of(names: Iterable[str]) -> set[str]:
+    """Every folder that some files of a bundle lie in."""
+    return {parent.as_posix() for name in names for parent in PurePosixPath(name).parents} - {"."}
+
+
 def blob_name(blob: Content) -> str:
     """Where a blob lies in a bundle."""
     return f"blobs/{blob.sha256}"
+
+
+def _refusal(error: BaseException | None) -> BundleError | None:
+    """The BundleError that a store took for a failure of its own."""
+    while error is not None and not isinstance(error, BundleError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _file_system(url: str) -> tuple[AbstractFileSystem, str]:
@@ -199,12 +243,41 @@ def _file_system(url: str) -> tuple[AbstractFileSystem, str]:
         import fsspec
     except ImportError as error:
         raise BundleError(f"{url}: opening a URL needs fsspec; install rpac[remote], or give a path") from error
-    options: dict[str, Any] = {"use_listings_cache": False}  # a listing kept from before would miss a new build
     try:
-        files, root = fsspec.core.url_to_fs(url, **options)
+        files, root = fsspec.core.url_to_fs(url, **_options(url))
     except Exception as error:  # an unknown protocol, or a store's own package that is missing
         raise BundleError(
             f"{url}: cannot be opened ({error}); must be a URL that fsspec knows; "
             "install what its protocol needs, or give a path"
         ) from error
     return files, root.rstrip("/")
+
+
+def _options(url: str) -> dict[str, Any]:
+    options: dict[str, Any] = {"use_listings_cache": False}  # a listing kept from before would miss a new build
+    for protocol in ("http", "https"):
+        if f"{protocol}://" in url:
+            options[protocol] = {"client_kwargs": {"trace_configs": [_one_host()]}}
+    return options
+
+
+@functools.cache
+def _one_host() -> Any:
+    """For aiohttp: refuses a redirect to another host, or to a scheme without encryption: who serves a bundle decides what
+    runs.
+    """
+    from aiohttp import TraceConfig, TraceRequestRedirectParams
+    from yarl import URL
+
+    async def refuse(session: object, context: object, request: TraceRequestRedirectParams) -> None:
+        place = request.response.headers.get("Location") or request.response.headers.get("URI") or ""
+        to = request.url.join(URL(place))
+        if to.host != request.url.host or (request.url.scheme == "https" and to.scheme != "https"):
+            raise BundleError(
+                f"{request.url}: redirects to {to}, of another host or scheme; must stay on {request.url.host}; if you trust "
+                "that place, give its URL"
+            )
+
+    trace = TraceConfig()
+    trace.on_request_redirect.append(refuse)
+    return trace

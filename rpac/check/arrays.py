@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rpac.batch import Limits, validate
-from rpac.check.batches import Trial
+from rpac.check.batches import CheckBatch
 from rpac.contract import arrays as layout
 from rpac.contract.attention import Attention
+from rpac.contract.features import SAMPLES
 from rpac.spec import Spec
 
 Array = NDArray[Any]
@@ -53,13 +54,13 @@ class Arguments(NamedTuple):
         return (*self.of_batch, *self.extra.values())
 
 
-def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.random.Generator) -> Arguments:
-    """The call of a trial in a bucket of `tokens`, on a cache of `pages` pages, which are dealt out shuffled.
+def make_arguments(spec: Spec, batch: CheckBatch, tokens: int, pages: int, rng: np.random.Generator) -> Arguments:
+    """The call of a batch in a bucket of `tokens`, on a cache of `pages` pages, which are dealt out shuffled.
 
     NaN are: pages of no row, rows of the cache past a sequence's old tokens (past its new ones, where the cache is not
     updated), and the padding of queries, keys and values; those in the cache signaling ones, so that a kernel that takes
     them through arithmetic does not keep them bit for bit.
-    Raises BatchError where the trial breaks the batch contract.
+    Raises BatchError where the batch breaks the batch contract.
     """
     # The generated code takes the number of pages from the cache, and a cache of all of them would take gigabytes.
     spec = replace(spec, serving=replace(spec.serving, num_pages=pages))
@@ -72,18 +73,18 @@ def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.ra
     kv_cache = arrays.pop("kv_cache")
     kv_cache.view(f"uint{8 * kv_cache.itemsize}").fill(SIGNALING_NAN[kv_cache.itemsize])
     for array in arrays.values():
-        array[: trial.new_tokens] = _normal(rng, array[: trial.new_tokens])
+        array[: batch.new_tokens] = _normal(rng, array[: batch.new_tokens])
 
     kv_lens, page_indices, cu_q_lens, _ = (_garbage(dims.shape) for dims in layout.metadata_specs(serving))
-    count = len(trial.q_lens)
-    kv_lens[:count] = trial.kv_lens
-    cu_q_lens[: count + 1] = np.cumsum([0, *trial.q_lens])
-    distribution = np.array(trial.distribution, np.int32)
+    count = len(batch.q_lens)
+    kv_lens[:count] = batch.kv_lens
+    cu_q_lens[: count + 1] = np.cumsum([0, *batch.q_lens])
+    distribution = np.array(batch.distribution, np.int32)
     table = page_indices.reshape(serving.max_num_seqs, serving.pages_per_seq)  # a view
     by_token = np.moveaxis(kv_cache, layout.TOKEN_AXES[serving.kv_layout], 1)  # a view
     free = iter(rng.permutation(pages).tolist())
-    shared = [next(free) for _ in range(trial.shared_pages)]
-    for row, (q_len, kv_len) in enumerate(zip(trial.q_lens, trial.kv_lens, strict=True)):
+    shared = [next(free) for _ in range(batch.shared_pages)]
+    for row, (q_len, kv_len) in enumerate(zip(batch.q_lens, batch.kv_lens, strict=True)):
         context = kv_len - q_len if spec.model.update_cache else kv_len
         mine = [*shared, *_take(free, layout.cdiv(kv_len, serving.page_size) - len(shared))]
         table[row, : len(mine)] = mine
@@ -91,20 +92,20 @@ def make_arguments(spec: Spec, trial: Trial, tokens: int, pages: int, rng: np.ra
         at = table[row, held // serving.page_size], held % serving.page_size
         by_token[at] = _normal(rng, by_token[at])
     limits = Limits.of(spec)
+    if limits.is_local:
+        _poison_unseen(batch, spec.model, serving.page_size, table, kv_cache)
     validate(limits, tokens, kv_lens, page_indices, cu_q_lens, distribution)
-    if spec.model.sliding_window is not None or spec.model.attention_chunk is not None:
-        _poison_unseen(trial, spec.model, serving.page_size, table, kv_cache)
     extra = {dims.name: _random(rng, dims) for dims in layout.extra_specs(spec)}
     if "kv_scales" in extra:
-        extra["kv_scales"] = np.exp(extra["kv_scales"] / 4) / np.float32(CODES.get(spec.model.kv_dtype, 1))
+        extra["kv_scales"] /= np.float32(CODES.get(spec.model.kv_dtype, 1))
     return Arguments(arrays, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, extra)
 
 
-def _poison_unseen(trial: Trial, model: Attention, page_size: int, table: Int32s, kv_cache: Array) -> None:
+def _poison_unseen(batch: CheckBatch, model: Attention, page_size: int, table: Int32s, kv_cache: Array) -> None:
     """Makes pages before what all new tokens see NaN, and garbage of their entries in the table."""
     used: set[int] = set()
     seen: set[int] = set()
-    for row, (q_len, kv_len) in enumerate(zip(trial.q_lens, trial.kv_lens, strict=True)):
+    for row, (q_len, kv_len) in enumerate(zip(batch.q_lens, batch.kv_lens, strict=True)):
         first = model.first_seen(kv_len - q_len) // page_size
         mine = table[row, : layout.cdiv(kv_len, page_size)]
         used.update(mine.tolist())
@@ -117,7 +118,8 @@ def _random(rng: np.random.Generator, dims: layout.ArrayDims) -> Array:
     """An argument beside the batch; of a tree any bits, but that every new token sees itself."""
     if dims.name == "tree":
         return _any_bits(rng, dims.shape) | np.left_shift(np.int32(1), np.arange(dims.shape[1], dtype=np.int32))
-    return _normal(rng, np.empty(dims.shape, dims.dtype))
+    numbers: Array = SAMPLES[dims.name](_normal(rng, np.empty(dims.shape, dims.dtype)))
+    return numbers
 
 
 def _any_bits(rng: np.random.Generator, shape: tuple[int, ...]) -> Int32s:

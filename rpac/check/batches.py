@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rpac.batch import Limits
 from rpac.contract.arrays import cdiv
 from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, LatentBlockTiles, XlaTiles
 from rpac.plan.buffers import sublane_tile_tokens
@@ -22,7 +23,7 @@ RANDOM_NEW = 512  # new tokens of all rows, in a prefill batch
 
 
 @dataclass(frozen=True)
-class Trial:
+class CheckBatch:
     """A batch by its rows: new tokens and length of each, and how many of the first are decode, then prefill rows.
 
     The first `shared_pages` pages of every row are the same pages, which no row writes.
@@ -51,15 +52,15 @@ class Trial:
         return own + self.shared_pages
 
 
-def trials_of(spec: Spec, plan: KernelPlan, rng: np.random.Generator, random_batches: int) -> tuple[Trial, ...]:
+def batches_of(spec: Spec, plan: KernelPlan, rng: np.random.Generator, random_batches: int) -> tuple[CheckBatch, ...]:
     """The batches that cover the edges of a plan, and `random_batches` more drawn from `rng`."""
-    makers: dict[str, type[_Trials]] = {"decode": _Decode, "prefill": _Prefill, "mixed": _Mixed}
+    makers: dict[str, type[_Batches]] = {"decode": _Decode, "prefill": _Prefill, "mixed": _Mixed}
     maker = makers[plan.kind](spec, plan)
     drawn = (maker.random(f"random {index}", rng) for index in range(random_batches))
     return (*maker.edges(), *drawn)
 
 
-class _Trials(ABC):
+class _Batches(ABC):
     """The sizes that a plan turns on, in tokens, and batches around them."""
 
     def __init__(self, spec: Spec, plan: KernelPlan) -> None:
@@ -71,6 +72,7 @@ class _Trials(ABC):
         self.unit = sublane_tile_tokens(spec.model)
         self.window = spec.model.sliding_window
         self.attention_chunk = spec.model.attention_chunk
+        self.few_keys = Limits.of(spec).few_keys  # rows may be shorter than their queries
         self.buckets = plan.tokens
         self.decode_block, self.decode_tile = _block_and_tile(plan.decode)
         self.groups = plan.decode.wave_buffers if isinstance(plan.decode, DecodeWaves) else 0
@@ -79,11 +81,11 @@ class _Trials(ABC):
         self.piece = plan.block.diagonal_block(self.page) if isinstance(plan.block, BlockTiles) else self.tile
 
     @abstractmethod
-    def edges(self) -> Iterator[Trial]:
+    def edges(self) -> Iterator[CheckBatch]:
         """Batches that together cover the edges of the plan."""
 
     @abstractmethod
-    def random(self, name: str, rng: np.random.Generator) -> Trial:
+    def random(self, name: str, rng: np.random.Generator) -> CheckBatch:
         """A batch of a few rows of any length that the kind allows."""
 
     def length(self, q_len: int, size: int, off: int) -> int | None:
@@ -145,12 +147,12 @@ def _block_and_tile(
     return tiles.block, tiles.tile if isinstance(tiles, BlockTiles) else tiles.block
 
 
-class _Decode(_Trials):
+class _Decode(_Batches):
     @property
     def max_rows(self) -> int:
         return min(self.max_seqs, self.buckets[-1] // self.new)
 
-    def edges(self) -> Iterator[Trial]:
+    def edges(self) -> Iterator[CheckBatch]:
         # Where the new tokens are several, each of them is the first past the end of each size.
         sizes = (self.page, self.decode_tile, self.decode_block, *([self.unit] if self.new > 1 else []))
         marks = {size + off for size in sizes for off in range(-1, self.new + 1)}
@@ -168,7 +170,7 @@ class _Decode(_Trials):
         if self.groups:
             yield from self.around_groups()
 
-    def around_groups(self) -> Iterator[Trial]:
+    def around_groups(self) -> Iterator[CheckBatch]:
         """Rows that begin and end where groups do, enough that buffers are used again; and the end of the page table."""
         count = min(self.max_rows, self.groups + 1)
         each = min(cdiv(self.groups + 1, count), self.max_len // self.decode_block)
@@ -176,22 +178,22 @@ class _Decode(_Trials):
             yield self.rows("whole groups", [each * self.decode_block] * count)
         yield self.rows("max sequences, full table of the last", [self.new] * (self.max_rows - 1) + [self.max_len])
 
-    def rows(self, name: str, kv_lens: Sequence[int], shared_pages: int = 0) -> Trial:
-        return Trial(name, (self.new,) * len(kv_lens), tuple(kv_lens), len(kv_lens), 0, shared_pages)
+    def rows(self, name: str, kv_lens: Sequence[int], shared_pages: int = 0) -> CheckBatch:
+        return CheckBatch(name, (self.new,) * len(kv_lens), tuple(kv_lens), len(kv_lens), 0, shared_pages)
 
-    def many(self, name: str, count: int) -> Trial:
+    def many(self, name: str, count: int) -> CheckBatch:
         """Rows that end close to a tile's end, which is least to clear, all pages shared but those of new tokens."""
         length = min(max(self.decode_tile, self.page), self.max_len)
         lengths = [max(length - row % 4, self.new) for row in range(count)]
         return self.rows(name, lengths, max(length - 3 - self.new, 0) // self.page)
 
-    def random(self, name: str, rng: np.random.Generator) -> Trial:
+    def random(self, name: str, rng: np.random.Generator) -> CheckBatch:
         count = int(rng.integers(1, min(self.max_rows, RANDOM_ROWS) + 1))
         return self.rows(name, [self.random_len(rng, self.new) for _ in range(count)])
 
 
-class _Prefill(_Trials):
-    def edges(self) -> Iterator[Trial]:
+class _Prefill(_Batches):
+    def edges(self) -> Iterator[CheckBatch]:
         # Their first chunk, their second, and ends around a page, a piece, a tile and a block.
         lengths = [self.chunk, 2 * self.chunk, *self.lengths(self.chunk, (self.page, self.tile, self.block))]
         lengths += [*self.diagonals(self.chunk), *self.around_starts(self.chunk, (self.tile, self.block))]
@@ -206,25 +208,27 @@ class _Prefill(_Trials):
         length = self.length(self.chunk, self.page, 1) or self.chunk
         shared = min((self.max_len - length) // self.page, 2)
         yield self.rows("full bucket, shared prefix", [length + shared * self.page] * size, shared)
+        if self.few_keys and self.chunk > 1:
+            yield self.rows("fewer keys than queries", [1, self.chunk - 1, self.chunk][:size])
 
-    def rows(self, name: str, kv_lens: Sequence[int], shared_pages: int = 0) -> Trial:
+    def rows(self, name: str, kv_lens: Sequence[int], shared_pages: int = 0) -> CheckBatch:
         count = len(kv_lens)
-        return Trial(name, (self.chunk,) * count, tuple(kv_lens), 0, count, shared_pages)
+        return CheckBatch(name, (self.chunk,) * count, tuple(kv_lens), 0, count, shared_pages)
 
-    def random(self, name: str, rng: np.random.Generator) -> Trial:
+    def random(self, name: str, rng: np.random.Generator) -> CheckBatch:
         most = min(self.buckets[0] // self.chunk, self.max_seqs, max(RANDOM_NEW // self.chunk, 1))
         count = int(rng.integers(1, most + 1))
-        return self.rows(name, [self.random_len(rng, self.chunk) for _ in range(count)])
+        return self.rows(name, [self.random_len(rng, 1 if self.few_keys else self.chunk) for _ in range(count)])
 
 
-class _Mixed(_Trials):
+class _Mixed(_Batches):
     """Rows are pairs of new tokens and length. Unless they need more, batches fit the plan's smallest bucket."""
 
     @property
     def bucket(self) -> int:
         return self.buckets[0]
 
-    def edges(self) -> Iterator[Trial]:
+    def edges(self) -> Iterator[CheckBatch]:
         page, bucket, full = self.page, self.bucket, self.max_len
         for part in self.packed([*self.around_ends(), *self.around_pages(), *self.around_windows()]):
             yield self.mixed("rows " + " ".join(f"{q_len}:{kv_len}" for q_len, kv_len in part), part)
@@ -236,6 +240,10 @@ class _Mixed(_Trials):
         yield self.mixed("full bucket", self.filling(bucket))
         yield self.mixed("one sequence, full table", [(min(self.q_block, bucket, full), full)])
         yield self.many("max sequences, shared prefix")
+        if self.few_keys and self.bucket > 1:
+            most = min(self.q_block + 1, self.bucket)
+            for part in self.packed([(most, 1), (2, 1), (most, most - 1), (1, 1)]):
+                yield self.mixed(f"fewer keys than queries, {len(part)} rows", part)
         if self.chunk < self.buckets[-1]:
             yield from self.with_chunks()
 
@@ -269,7 +277,7 @@ class _Mixed(_Trials):
         rows = [*((q_len, q_len) for q_len in first), (last, self.page - 1 + last)]
         return rows if len(rows) <= self.max_seqs else [(min(tokens, self.max_len),) * 2]
 
-    def with_chunks(self) -> Iterator[Trial]:
+    def with_chunks(self) -> Iterator[CheckBatch]:
         """Rows of a chunk, one token less and one more, and every part of a batch at once."""
         chunk, room = self.chunk, self.buckets[-1]
         page = self.page
@@ -286,7 +294,7 @@ class _Mixed(_Trials):
             ]
             yield self.mixed("everything", rows, decodes=1, prefills=1)
 
-    def many(self, name: str) -> Trial:
+    def many(self, name: str) -> CheckBatch:
         """As many rows as there can be: decode rows and up to four of a few tokens, whose first pages are shared."""
         count = min(self.max_seqs, self.bucket // self.new)
         length = min(max(self.decode_tile, 2 * self.page), self.max_len)
@@ -310,11 +318,11 @@ class _Mixed(_Trials):
 
     def mixed(
         self, name: str, rows: Sequence[tuple[int, int]], decodes: int = 0, prefills: int = 0, shared_pages: int = 0
-    ) -> Trial:
+    ) -> CheckBatch:
         q_lens, kv_lens = tuple(q for q, _ in rows), tuple(kv for _, kv in rows)
-        return Trial(name, q_lens, kv_lens, decodes, prefills, shared_pages)
+        return CheckBatch(name, q_lens, kv_lens, decodes, prefills, shared_pages)
 
-    def random(self, name: str, rng: np.random.Generator) -> Trial:
+    def random(self, name: str, rng: np.random.Generator) -> CheckBatch:
         count = int(rng.integers(1, min(self.max_seqs, self.bucket // self.new, RANDOM_ROWS) + 1))
         decodes = int(rng.integers(0, count + 1))
         room = self.bucket - decodes * self.new
@@ -322,4 +330,6 @@ class _Mixed(_Trials):
         for left in range(count - decodes, 0, -1):
             q_lens.append(int(rng.integers(1, min(room - (left - 1), self.max_len) + 1)))
             room -= q_lens[-1]
-        return self.mixed(name, [(q_len, self.random_len(rng, q_len)) for q_len in q_lens], decodes=decodes)
+        return self.mixed(
+            name, [(q_len, self.random_len(rng, 1 if self.few_keys else q_len)) for q_len in q_lens], decodes=decodes
+        )

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from rpac.batch import Limits
-from rpac.bundle import verify_bundle
+from rpac.bundle import read_manifest, verify_bundle
 from rpac.contract.arrays import cdiv
 from rpac.contract.program import Variant
 from rpac.devices.client import build_string
@@ -81,7 +82,8 @@ def serve_check(
     allow_compile: bool = False,
     progress: Callable[[Step], None] = lambda step: None,
 ) -> ServeReport:
-    """Checks that a bundle, a path or a URL, serves on this process's first device (`target="cpu"`: its CPU).
+    """Checks that a bundle, a path or a URL, serves on this process's first device (`target="cpu"`: its CPU). In each of
+    several processes of `jax.distributed`, with one `seed`: on all of their devices, and each judges its own.
 
     `batches` random batches are drawn from `seed` for each program. Takes the device memory of one cache. Never raises
     for a bundle that does not serve: the report says why, and a step that others need ends it.
@@ -91,7 +93,9 @@ def serve_check(
     events: list[Event] = []
 
     def opened() -> str:
-        engines.update(load_layers(bundle, target, allow_compile=allow_compile, observer=events.append))
+        engines.update(
+            load_layers(bundle, target, devices=_devices(bundle), allow_compile=allow_compile, observer=events.append)
+        )
         engine, *_ = engines.values()
         device = engine.device
         return f"target {engine.target} on {device} ({device.device_kind}; {build_string(device.client)})"
@@ -103,6 +107,14 @@ def serve_check(
             if steps.run("warm", lambda: _warmed(engine, events)):  # noqa: B023  (runs now)
                 _run_programs(steps, engine, events, rng, batches)
     return ServeReport(os.fspath(bundle), seed, tuple(steps.done), steps.exit_code)
+
+
+def _devices(bundle: str | os.PathLike[str]) -> list[jax.Device] | None:
+    """Those of all processes, for a mesh that one of several has too few for; else what `load` takes by itself."""
+    count = read_manifest(bundle).mesh.devices
+    if count == 1 or jax.process_count() == 1:
+        return None
+    return list(jax.devices()[:count])
 
 
 def _verified(bundle: str | os.PathLike[str]) -> str:

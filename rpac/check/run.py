@@ -6,16 +6,17 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from queue import Queue
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rpac.check.arrays import Arguments, Array, make_arguments
-from rpac.check.batches import Trial, trials_of
+from rpac.check.batches import CheckBatch, batches_of
 from rpac.check.compare import Difference, compare, lse_notes
 from rpac.check.execute import TIME_LIMIT, Outcome, modes_of, prepare_run
 from rpac.check.report import CheckReport, CompileResult, Result
@@ -27,6 +28,7 @@ from rpac.lower import Task, tasks_of
 from rpac.oracle.expected import oracle
 from rpac.oracle.tolerance import TOLERANCE
 from rpac.plan import KernelPlan, plan_spec
+from rpac.plan.tuned import Tuned, TunedTiles
 from rpac.spec import Spec
 
 RANDOM_BATCHES = 2
@@ -56,26 +58,30 @@ def check_spec(
     jobs: int = 1,
     compile: Compile | None = None,
     progress: Progress = lambda row: None,
+    tuned: Tuned = TunedTiles.of,
 ) -> CheckReport:
     """Checks every source of a spec, or those of some targets and kinds, and compiles what it checked.
 
     `seed` decides the data and the random batches; None draws one, which the report holds. `jobs` processes run sources
-    side by side; with one, this process does it all. `compile` takes the tasks of one target, is called once a target
-    and raises CompileError; None compiles nothing. `progress` is called with each row as it is known. Never raises for
-    a kernel that fails: see the report's `failed`.
+    side by side, with the same report; with one, this process does it all. `compile` takes the tasks of one target, is
+    called once a target and raises CompileError; None compiles nothing. `progress` is called with each row as soon as it
+    is known. Never raises for a kernel that fails: see the report's `failed`.
     """
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
     planned = [
         (part, plan, render(part, plan))
         for part in spec.parts
         for target in targets or spec.targets
-        for plan in plan_spec(part, target)
+        for plan in plan_spec(part, target, tuned=tuned(target))
         if kinds is None or plan.kind in kinds
     ]
+    units = _units(planned)
     results = []
-    for result in _run_units(_units(planned), seed, random_batches, jobs):
+    for result in _run_units(units, seed, random_batches, jobs):
         progress(result)
         results.append(result)
+    order = [unit.source.path for unit in units]
+    results.sort(key=lambda result: order.index(result.source))
     compiled = []
     if compile is not None:
         for target in dict.fromkeys(plan.target for _, plan, _ in planned):
@@ -96,26 +102,26 @@ def check_source(
     source: Source,
     *,
     targets: Sequence[str] = (),
-    trials: Sequence[Trial] | None = None,
+    batches: Sequence[CheckBatch] | None = None,
     modes: Sequence[str] | None = None,
     seed: int = 0,
     random_batches: int = RANDOM_BATCHES,
     time_limit: float = TIME_LIMIT,
 ) -> Iterator[Result]:
-    """Runs one source on its trials, or on those given, in every mode that its target has; yields each result at once.
+    """Runs one source on its batches, or on those given, in every mode that its target has; yields each result at once.
 
     `targets` is what the results say they are for: the plan's own target if empty. A run in the interpreter that takes
     longer than `time_limit` seconds fails.
     """
-    if trials is None:
-        trials = trials_of(spec, plan, np.random.default_rng(seed), random_batches)
+    if batches is None:
+        batches = batches_of(spec, plan, np.random.default_rng(seed), random_batches)
     run = prepare_run(plan, source, time_limit)
     # One number of pages, for each is another program to compile.
-    pages = max(trial.pages(spec.serving.page_size) for trial in trials) + SPARE_PAGES
-    for trial in trials:
-        tokens = next(bucket for bucket in plan.tokens if bucket >= trial.new_tokens)
-        rng = np.random.default_rng([seed, zlib.crc32(trial.name.encode())])
-        args = make_arguments(spec, trial, tokens, pages, rng)
+    pages = max(batch.pages(spec.serving.page_size) for batch in batches) + SPARE_PAGES
+    for batch in batches:
+        tokens = next(bucket for bucket in plan.tokens if bucket >= batch.new_tokens)
+        rng = np.random.default_rng([seed, zlib.crc32(batch.name.encode())])
+        args = make_arguments(spec, batch, tokens, pages, rng)
         kv_layout = spec.serving.kv_layout
         out, kv_cache, lse = oracle(spec.model, kv_layout, args.of_batch, args.extra)
         wanted = out, kv_cache, lse if spec.serving.log_sum_exp else None
@@ -129,7 +135,7 @@ def check_source(
                 kind=plan.kind,
                 targets=tuple(targets) or (plan.target,),
                 mode=mode,
-                batch=trial.name,
+                batch=batch.name,
                 tokens=tokens,
                 error=found.error,
                 tolerance=found.tolerance,
@@ -163,9 +169,10 @@ def _units(planned: Sequence[tuple[Spec, KernelPlan, Source]]) -> list[Unit]:
     return [Unit(*group[0], tuple(plan.target for _, plan, _ in group)) for group in same.values()]
 
 
-def _check_unit(unit: Unit, seed: int, random_batches: int) -> list[Result]:
-    """For a process of its own, which hands back a list."""
-    return list(_results(unit, seed, random_batches))
+def _check_unit(unit: Unit, seed: int, random_batches: int, found: Queue[Result | None]) -> None:
+    """For a process of its own, which hands back each result as it comes."""
+    for result in _results(unit, seed, random_batches):
+        found.put(result)
 
 
 def _results(unit: Unit, seed: int, random_batches: int) -> Iterator[Result]:
@@ -179,12 +186,25 @@ def _run_units(units: Sequence[Unit], seed: int, random_batches: int, jobs: int)
         for unit in units:
             yield from _results(unit, seed, random_batches)
         return
-    # Spawned: JAX holds threads and locks. The interpreter keeps one kernel's state a process.
-    with ProcessPoolExecutor(min(jobs, len(units)), get_context("spawn"), prepare) as pool:
-        futures = [pool.submit(_check_unit, unit, seed, random_batches) for unit in units]
+    # Spawned: JAX holds threads and locks. The interpreter keeps one kernel's state a process. Results come through a
+    # manager's queue, because a process that is killed may leave one of pipes and locks unusable.
+    context = get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(min(jobs, len(units)), context, prepare) as pool:
+        found: Queue[Result | None] = manager.Queue()
+        futures = [pool.submit(_check_unit, unit, seed, random_batches, found) for unit in units]
+        for future in futures:
+            future.add_done_callback(lambda _: found.put(None))  # after the last result of its unit
+        running = len(futures)
         try:
-            for future in as_completed(futures):
-                yield from future.result()
+            while running:
+                result = found.get()
+                if result is not None:
+                    yield result
+                    continue
+                running -= 1
+                for future in futures:
+                    if future.done():
+                        future.result()
         except BrokenProcessPool as error:
             raise CheckError(
                 "a checking process died; it may have run out of memory: check with fewer --jobs"

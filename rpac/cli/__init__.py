@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Exit codes are those of `rpac.errors`."""
+"""The command line: parses arguments, calls rpac, prints. `rpac.errors` defines the exit codes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ from rpac.cli.inspect import inspect
 from rpac.cli.plan import plan
 from rpac.cli.predict import predict_command
 from rpac.cli.serve_check import serve_check_command
+from rpac.cli.streams import INTERRUPTED, checked_streams
 from rpac.cli.support import support_command
 from rpac.cli.tune import tune_command
 from rpac.errors import RpacError
 
 
 class Group(click.Group):
-    """Ends with an error's own exit code, its message on stderr."""
+    """Prints an RpacError to stderr and ends the process with the error's exit code."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        with checked_streams():
+            return super().main(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -29,6 +34,9 @@ class Group(click.Group):
         except RpacError as error:
             click.echo(f"rpac: {type(error).__name__}: {error}", err=True)
             sys.exit(error.exit_code)
+        except KeyboardInterrupt:  # click would end with 1, which says that a check failed
+            click.echo("rpac: interrupted", err=True)
+            sys.exit(INTERRUPTED)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -38,7 +46,8 @@ def main() -> None:
 
     \b
     Exit codes: 0 done, 1 a check failed, 2 bad spec, batch or usage, 3 incompatible target or toolchain,
-    4 corrupt bundle, 5 output cannot be written, 6 schedule cannot be read.
+    4 corrupt bundle, 5 output cannot be written, 6 schedule cannot be read, 130 interrupted, 141 nobody reads the
+    output any more.
     """
 
 

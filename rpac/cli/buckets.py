@@ -1,4 +1,4 @@
-"""`rpac buckets`: the token buckets that fit a trace of traffic."""
+"""`rpac buckets`: finds the token buckets that suit a trace of traffic."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from rpac.batch.limits import bucket_lines
-from rpac.cli.common import json_option, print_json, size, table
+from rpac.cli.common import Amount, command, json_option, print_json, size, table
 from rpac.plan import KIND_ORDER
 from rpac.spec import load_spec
 from rpac.traffic.buckets import Choice, Traffic, choices, choose, judge
@@ -17,23 +17,27 @@ HEADER = ("", "buckets", "token_buckets", "padding", *KIND_ORDER, "programs", "b
 SHARE = 0.1
 
 
-@click.command()
+@command()
 @click.argument("trace", type=click.Path(path_type=Path))
-@click.option("--spec", "spec_file", type=click.Path(path_type=Path), help="Whose limits, kinds and targets to count.")
-@click.option("--max-buckets", type=click.IntRange(1, 64), default=12, show_default=True, help="Look no further.")
+@click.option(
+    "--spec", "spec_file", type=click.Path(path_type=Path), help="Spec with the limits, kinds and targets to use."
+)
+@click.option(
+    "--max-buckets", type=click.IntRange(1, 64), default=12, show_default=True, help="Largest number of buckets to try."
+)
 @click.option(
     "--padding",
-    type=click.FloatRange(0, 1),
+    type=Amount(0, 1),
     default=SHARE,
     show_default=True,
     help="Share of rows that may be padding.",
 )
 @json_option
 def buckets(trace: Path, spec_file: Path | None, max_buckets: int, padding: float, as_json: bool) -> None:
-    """Find the fewest token buckets that pad the batches of TRACE little enough.
+    """Find the smallest set of token buckets that keeps the padding of the batches in TRACE low.
 
-    TRACE has a batch of served traffic a line, as `rpac predict --mixed` reads it: {"q_lens": [...], "kv_lens": [...]}.
-    Without --spec, programs are those of one TPU target, and prefill batches count as mixed.
+    TRACE has one batch of served traffic on each line, as `rpac predict --mixed` reads it: {"q_lens": [...], "kv_lens": [...]}.
+    Without --spec, programs are counted for one TPU target, and prefill batches count as mixed.
     """
     spec = None if spec_file is None else load_spec(spec_file)
     traffic = Traffic.of(read_trace(trace), spec)
@@ -58,8 +62,8 @@ def buckets(trace: Path, spec_file: Path | None, max_buckets: int, padding: floa
         rows.append(_row("now", now))
     click.echo(table(HEADER, rows))
     click.echo(
-        f"\n{len(traffic.tokens)} batches of {int(traffic.tokens.sum())} tokens. Padding is the share of rows computed; "
-        "build and bundle are about what a\nbuild of llama3-8b takes a program, on two cores."
+        f"\n{len(traffic.tokens)} batches of {int(traffic.tokens.sum())} tokens. Padding is the share of computed rows that "
+        "are padding.\nBuild and bundle are estimates: one program of llama3-8b on two cores, times the programs."
     )
     if chosen is None:
         click.echo(f"No set of up to {len(found)} buckets pads {padding:.0%} or less; the largest would be:")

@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import click
 
 from rpac import build as job
 from rpac.cli.common import (
+    Amount,
+    Lines,
     cache_of,
     cache_option,
+    command,
     jobs_option,
     json_option,
-    lowering_progress,
     print_json,
     size,
     spec_argument,
     table,
     target_option,
+    tuned_of,
+    tuned_option,
 )
 from rpac.contract.program import Lowered
 from rpac.errors import TargetError
+from rpac.lower.pool import COMPILING
 from rpac.spec import load_spec
 
 
-@click.command()
+@command()
 @spec_argument
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("build"), show_default=True, help="Folder.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), default=Path("build"), show_default=True, help="Output folder."
+)
 @target_option
 @jobs_option
 @cache_option
-@click.option("--this-cpu", is_flag=True, help="The cpu target also as executables for the CPU of this machine.")
-@click.option("--wait", "wait_s", type=float, default=0.0, help="Seconds to wait for another build into the folder.")
+@tuned_option
+@click.option("--this-cpu", is_flag=True, help="Add executables for the CPU of this machine to the cpu target.")
+@click.option(
+    "--wait", "wait_s", type=Amount(0), default=0.0, help="Seconds to wait while another build writes to the folder."
+)
 @json_option
 def build(
     spec_file: Path,
@@ -40,34 +49,25 @@ def build(
     targets: tuple[str, ...],
     jobs: int | None,
     no_cache: bool,
+    tuned_in: Path | None,
     this_cpu: bool,
     wait_s: float,
     as_json: bool,
 ) -> None:
-    """Build the bundle OUT/NAME.rpac of SPEC, for all its targets or those given."""
-    start = time.monotonic()
+    """Build SPEC into the bundle OUT/NAME.rpac, for all of its targets or for those given."""
+    observer = _Observer()
     spec = load_spec(spec_file)
     chosen = job.chosen_targets(spec, targets)
     if this_cpu and "cpu" not in chosen:
-        raise TargetError(f"{spec_file}: --this-cpu without target cpu; add it to targets, or leave --this-cpu out")
+        raise TargetError(
+            f"{spec_file}: found --this-cpu without the target cpu; add cpu to targets, or leave --this-cpu out"
+        )
     if this_cpu and spec.mesh.devices > 1:
         raise TargetError(
-            f"{spec_file}: --this-cpu is for one device, the spec for {spec.mesh.devices}; leave --this-cpu out"
+            f"{spec_file}: --this-cpu is for one device, but the spec is for {spec.mesh.devices}; leave --this-cpu out"
         )
-    tasks = job.all_tasks(spec, chosen)
-    on_cpu = sum(task.target == "cpu" for task in tasks) if this_cpu else 0
-    report = lowering_progress(len(tasks) + on_cpu)
-    built = job.build(
-        spec,
-        chosen,
-        out,
-        cache_of(no_cache),
-        jobs,
-        lambda task, what: report(task.label, what),
-        wait_s,
-        (lambda label: report(label, "compiled for this CPU")) if this_cpu else None,
-    )
-    seconds = time.monotonic() - start
+    built = job.build(spec, chosen, out, cache_of(no_cache), jobs, observer, wait_s, this_cpu, tuned_of(tuned_in))
+    seconds = observer.lines.seconds
     if as_json:
         variants = [_facts(one) for one in built.lowered]
         print_json({"bundle": str(built.path), "spec_hash": spec.hash, "seconds": seconds, "variants": variants})
@@ -80,15 +80,32 @@ def build(
     click.echo(f"{built.path}: {len(rows)} programs in {seconds:.1f} s")
 
 
-@click.command()
+class _Observer(job.Observer):
+    """Prints the progress of a build to stderr."""
+
+    def __init__(self) -> None:
+        self.lines = Lines()
+
+    def phase(self, what: str) -> None:
+        self.lines.say(what)
+
+    def planned(self, programs: int) -> None:
+        self.lines.total = programs
+
+    def program(self, label: str, what: str) -> None:
+        (self.lines.say if what == COMPILING else self.lines.done)(f"{label}: {what}")
+
+
+@command()
 @spec_argument
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), default=Path("generated"), show_default=True, help="Folder."
+    "-o", "--out", type=click.Path(path_type=Path), default=Path("generated"), show_default=True, help="Output folder."
 )
-def generate(spec_file: Path, out: Path) -> None:
-    """Write the kernels of SPEC to OUT/NAME/, to read or to diff; nothing is compiled."""
+@tuned_option
+def generate(spec_file: Path, out: Path, tuned_in: Path | None) -> None:
+    """Write the kernels of SPEC to OUT/NAME/, to be read or compared. Nothing is compiled."""
     spec = load_spec(spec_file)
-    sources = job.generate(spec, out)
+    sources = job.generate(spec, out, tuned_of(tuned_in))
     click.echo(f"{out / spec.name}: {len(sources)} sources")
 
 

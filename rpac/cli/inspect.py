@@ -1,4 +1,4 @@
-"""`rpac inspect`: what is in a bundle, every byte hashed."""
+"""`rpac inspect`: verifies a bundle and lists its contents."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from typing import Any
 import click
 
 from rpac.bundle import describe, verify_bundle
-from rpac.cli.common import json_option, print_json, size, table
+from rpac.cli.common import command, json_option, print_json, size, table
 from rpac.contract.mesh import Mesh
 
 _SHAPE = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
 HEADER = ("target", "device kind", "program", "tokens", "source", "export", "executable")
 
 
-@click.command()
+@command()
 @click.argument("bundle")
 @json_option
 def inspect(bundle: str, as_json: bool) -> None:
-    """Verify every byte of BUNDLE, a path or a URL, and print what is in it."""
+    """Verify every byte of BUNDLE, a path or a URL, and list its contents."""
     verify_bundle(bundle)
     facts = describe(bundle)
     if as_json:
         print_json(facts)
         return
     model, limits = facts["model"], facts["limits"]
-    click.echo(f"{facts['name']}  spec {facts['spec_hash'][:16]}  {size(facts['size'])}, every hash holds")
+    click.echo(f"{facts['name']}  spec {facts['spec_hash'][:16]}  {size(facts['size'])}, every hash matches")
     click.echo(
         f"{model['q_heads']}/{model['kv_heads']} heads, head_dim {model['head_dim']}, {model['kv_dtype']}; "
         f"K and V {facts['kv_layout']} in {limits['num_pages']} pages of {limits['page_size']}, "
-        f"{limits['pages_per_seq']} a sequence, "
-        f"{limits['max_num_seqs']} sequences, chunks of {limits['prefill_chunk']}"
+        f"{limits['pages_per_seq']} for each of {limits['max_num_seqs']} sequences, "
+        f"prefill chunks of {limits['prefill_chunk']}"
         + (f", decode rows of {limits['decode_len']} tokens" if "decode_len" in limits else "")
         + _features(model)
     )
     if "mesh" in facts:
         mesh = Mesh(**facts["mesh"])
-        click.echo(f"for {mesh.devices} devices ({mesh}); heads, pages and sequences are those of one")
+        click.echo(f"for {mesh.devices} devices ({mesh}); heads, pages and sequences are those of one device")
     for name, target in facts["targets"].items():
         tools = ", ".join(f"{key} {value}" for key, value in target["toolchain"].items() if not key.endswith("_files"))
         click.echo(f"{name}: {tools}{_features(target.get('model', {}))}")
@@ -46,7 +46,7 @@ def inspect(bundle: str, as_json: bool) -> None:
 
 
 def _features(model: Mapping[str, Any]) -> str:
-    """What attention has beside its shape and dtypes, as the rest of a line."""
+    """The features of attention apart from its shape and dtypes, as the end of a line."""
     found = [f"{key} {json.dumps(value)}" for key, value in model.items() if key not in _SHAPE]
     return f"; {', '.join(found)}" if found else ""
 

@@ -8,7 +8,17 @@ from pathlib import Path
 import click
 
 from rpac.build import chosen_targets
-from rpac.cli.common import json_option, print_json, size, spec_argument, table, target_option
+from rpac.cli.common import (
+    command,
+    json_option,
+    print_json,
+    size,
+    spec_argument,
+    table,
+    target_option,
+    tuned_of,
+    tuned_option,
+)
 from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, LatentBlockTiles, XlaTiles, plan_spec
 from rpac.plan.words import decisions
 from rpac.spec import load_spec
@@ -27,18 +37,26 @@ HEADER = (
 )
 
 
-@click.command()
+@command()
 @spec_argument
 @target_option
+@tuned_option
 @json_option
-def plan(spec_file: Path, targets: tuple[str, ...], as_json: bool) -> None:
+def plan(spec_file: Path, targets: tuple[str, ...], tuned_in: Path | None, as_json: bool) -> None:
     """Print the tiles, the budgets and the recipe of every kernel of SPEC.
 
-    Tiles are in tokens. decode: block x buffers, or with separate K and V: tiles of a wave x tile x waves in flight. prefill and
-    mixed: queries, fetched/computed at once x buffers. After the table, the decisions that choose each program's code.
+    Tiles are in tokens. Decode shows block x buffers or, with separate K/V, tiles per wave x tile x waves. Prefill and mixed
+    show queries, then tokens fetched / computed at once x buffers. After the table come the decisions that choose each
+    program's code.
     """
     spec = load_spec(spec_file)
-    plans = [one for part in spec.parts for target in chosen_targets(spec, targets) for one in plan_spec(part, target)]
+    tuned = tuned_of(tuned_in)
+    plans = [
+        one
+        for part in spec.parts
+        for target in chosen_targets(spec, targets)
+        for one in plan_spec(part, target, tuned=tuned(target))
+    ]
     if as_json:
         print_json({"spec": spec.name, "spec_hash": spec.hash, "plans": [one.as_dict() for one in plans]})
         return

@@ -1,4 +1,4 @@
-"""`rpac predict`: what programs will do on a TPU, from the compiler's own schedule."""
+"""`rpac predict`: predicts how long programs take on a TPU, from the compiler's own schedule."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from pathlib import Path
 
 import click
 
-from rpac.cli.common import json_option, print_json, size, table
+from rpac.cli.common import command, json_option, print_json, size, store_of, table, tuned_of, tuned_option
 from rpac.devices.chip import TPU_TARGETS
 from rpac.errors import BatchError
-from rpac.files.store import Store, default_cache_dir
+from rpac.files.store import Store
+from rpac.plan.tuned import Tuned
 from rpac.predict import (
     Prediction,
     Programs,
+    check_emit,
     check_plot,
     draw,
     emit,
@@ -34,21 +36,35 @@ TOP = 6  # waits, loops
 TOP_SLOTS = 4
 
 
-@click.command("predict")
+@command("predict")
 @click.argument("paths", metavar="SPEC|BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--target", required=True, type=click.Choice(TPU_TARGETS))
-@click.option("--decode", multiple=True, metavar="NxC", help="N decode rows, their last new token of C.")
-@click.option("--prefill", multiple=True, metavar="NxQ/C", help="N sequences with Q new tokens each, the last of C.")
-@click.option("--mixed", type=click.Path(path_type=Path), help="JSON lines with q_lens and kv_lens, a batch each.")
-@click.option("--emit", "emit_to", type=click.Path(path_type=Path), help="Write the schedules and their operands here.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw MBU and MFU against context length into this file.")
-@click.option("--detail", is_flag=True, help="For each batch: waits, loops, slots, spills, XLA's operations.")
+@click.option(
+    "--target",
+    "targets",
+    required=True,
+    multiple=True,
+    type=click.Choice(TPU_TARGETS),
+    help="TPU to predict for; repeat to compare several.",
+)
+@click.option("--decode", multiple=True, metavar="NxC", help="N decode rows of C tokens each, the new ones included.")
+@click.option(
+    "--prefill", multiple=True, metavar="NxQ/C", help="N sequences of C tokens each, of which the last Q are new."
+)
+@click.option(
+    "--mixed", type=click.Path(path_type=Path), help="File of JSON lines with q_lens and kv_lens, one batch each."
+)
+@click.option(
+    "--emit", "emit_to", type=click.Path(path_type=Path), help="Write the schedules and their operands to this folder."
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Plot MBU and MFU against context length in this file.")
+@click.option("--detail", is_flag=True, help="Show waits, loops, slots, spills and XLA operations of each batch.")
 @click.option("--any-compiler", is_flag=True, help="Also read schedules of a libtpu that nobody has verified.")
-@click.option("--no-cache", is_flag=True, help="Compile again for the schedules, and keep none.")
+@click.option("--no-cache", is_flag=True, help="Compile again for the schedules, and cache none.")
+@tuned_option
 @json_option
 def predict_command(
     paths: tuple[Path, ...],
-    target: str,
+    targets: tuple[str, ...],
     decode: tuple[str, ...],
     prefill: tuple[str, ...],
     mixed: Path | None,
@@ -57,25 +73,38 @@ def predict_command(
     detail: bool,
     any_compiler: bool,
     no_cache: bool,
+    tuned_in: Path | None,
     as_json: bool,
 ) -> None:
-    """Predict batches on the programs of each SPEC or BUNDLE; without any, those that the spec expects."""
+    """Predict how long batches take on the programs of each SPEC or BUNDLE, for each target.
+
+    Without any batches, predict those that the spec expects.
+    """
     others = [*map(parse_prefill, prefill), *(read_trace(mixed) if mixed is not None else ())]
     for text in decode:
         parse_decode(text)  # refused before anything is compiled
     if plot is not None:
         check_plot(plot)
-    store = Store(None if no_cache else default_cache_dir())
+    if emit_to is not None:
+        check_emit(emit_to)
+    targets = tuple(dict.fromkeys(targets))
+    store, tuned = store_of(no_cache), tuned_of(tuned_in)
     chosen = [(path, layer) for path in paths for layer in layers_in(path)]
-    found = [_programs(path, target, layer, store, any_compiler) for path, layer in chosen]
     pairs = [
         (programs, workload)
-        for programs in _named_apart(found, [path for path, _ in chosen])
+        for target in targets
+        for programs in _named_apart(
+            [_programs(path, target, layer, store, any_compiler, tuned) for path, layer in chosen],
+            [path for path, _ in chosen],
+        )
         for workload in [*(parse_decode(text, programs.limits.decode_len) for text in decode), *others]
         or expected(programs.limits, programs.context_lens)
     ]
     if emit_to is not None and len(pairs) != 1:
-        raise BatchError(f"--emit: found {len(pairs)} batches and programs; takes one spec or bundle and one batch")
+        raise BatchError(
+            f"--emit: found {len(pairs)} predictions; takes one: give one spec or bundle, one --target and one batch, for "
+            f"example --target {targets[0]} --decode 4x100"
+        )
     predictions = [predict(programs, workload) for programs, workload in pairs]
     if emit_to is not None:
         click.echo(f"{emit_to}: {', '.join(emit(*pairs[0], emit_to))}", err=True)
@@ -85,19 +114,18 @@ def predict_command(
     if not predictions[0].report.compiler_verified:
         click.echo(f"warning: nobody has verified this reading of libtpu {predictions[0].report.compiler}", err=True)
     if as_json:
-        written = [one.to_json() for one in predictions]
-        print_json(written[0] if len(written) == 1 else {"predictions": written})
+        print_json({"predictions": [one.to_json() for one in predictions]})
     else:
-        _print(predictions, target, detail or len(predictions) == 1)
+        _print(predictions, targets, detail or len(predictions) == 1)
 
 
-def _programs(path: Path, target: str, layer: str, store: Store, any_compiler: bool) -> Programs:
+def _programs(path: Path, target: str, layer: str, store: Store, any_compiler: bool, tuned: Tuned) -> Programs:
     progress = partial(click.echo, err=True)
-    return programs_of(path, target, store, progress, any_compiler=any_compiler, layer=layer)
+    return programs_of(path, target, store, progress, any_compiler=any_compiler, layer=layer, tuned=tuned)
 
 
 def _named_apart(programs: Sequence[Programs], paths: Sequence[Path]) -> list[Programs]:
-    """Two bundles of one spec are compared as often as those of two."""
+    """Adds the path to each name that occurs twice, because two bundles of one spec can be compared too."""
     names = [one.name for one in programs]
     return [
         replace(one, name=f"{one.name} ({path})") if names.count(one.name) > 1 else one
@@ -105,25 +133,30 @@ def _named_apart(programs: Sequence[Programs], paths: Sequence[Path]) -> list[Pr
     ]
 
 
-def _print(predictions: Sequence[Prediction], target: str, detail: bool) -> None:
-    # Side by side: one batch on each of what is compared, then the next batch.
+def _print(predictions: Sequence[Prediction], targets: Sequence[str], detail: bool) -> None:
+    # Side by side: a batch on everything that is compared, then the next batch.
     labels = list(dict.fromkeys(one.workload.label for one in predictions))
     ordered = sorted(predictions, key=lambda one: labels.index(one.workload.label))
     first = {one.workload.label: one.report.seconds for one in reversed(ordered)}
     compared = len(labels) < len(ordered)
+    header: tuple[str, ...] = HEADER
     rows = [_row(one) for one in ordered]
+    if len(targets) > 1:
+        header = ("target", *header)
+        rows = [(one.report.target, *row) for one, row in zip(ordered, rows, strict=True)]
     if compared:
+        header = (*header, "of the first")
         rows = [
             (*row, f"{one.report.seconds / first[one.workload.label]:.2f}")
             for one, row in zip(ordered, rows, strict=True)
         ]
-    click.echo(table((*HEADER, "of the first") if compared else HEADER, rows))
+    click.echo(table(header, rows))
     if detail:
         for one in ordered:
             click.echo("\n" + _details(one))
     click.echo(
-        f"\nPredicted for one {target} device. MBU = {DEFINITIONS['mbu']}; MFU = {DEFINITIONS['mfu']}. Needed bytes: "
-        f"{DEFINITIONS['needed_bytes']}."
+        f"\nPredicted for one {' or '.join(targets)} device. MBU = {DEFINITIONS['mbu']}; MFU = {DEFINITIONS['mfu']}. "
+        f"Needed bytes: {DEFINITIONS['needed_bytes']}."
     )
 
 
@@ -146,7 +179,7 @@ def _row(one: Prediction) -> tuple[str, ...]:
 def _details(one: Prediction) -> str:
     report = one.report
     lines = [
-        f"{one.name}, {one.workload.label}, {one.variant}: needs {_size(report.needed_bytes or 0)} and "
+        f"{one.name}, {one.workload.label}, {one.variant} on {report.target}: needs {_size(report.needed_bytes or 0)} and "
         f"{(report.needed_flops or 0) / 1e9:.3f} GFLOP; moves {_size(report.moved_bytes)}; kernels alone: "
         f"MBU {_share(report.kernel_mbu)}, MFU {_share(report.kernel_mfu)}"
     ]
@@ -193,7 +226,9 @@ def _xla_lines(report: CallReport) -> list[str]:
         f"  XLA {one.name} ({one.opcode}): {_us(one.seconds)} us by its {one.timed_by}, reads {_size(one.read_bytes)}, "
         f"writes {_size(one.written_bytes)}"
         for one in report.xla
-        if one.seconds or one.read_bytes or one.written_bytes  # else the end of one that counts at its start
+        if one.seconds
+        or one.read_bytes
+        or one.written_bytes  # else it is the end of an operation that is counted at its start
     ]
 
 

@@ -1,4 +1,4 @@
-"""`rpac serve-check`: what a deployment runs before traffic."""
+"""`rpac serve-check`: checks that a bundle serves on this machine, before traffic arrives."""
 
 from __future__ import annotations
 
@@ -9,31 +9,41 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rpac.cli.common import json_option, print_json, table
+from rpac.cli.common import command, json_option, print_json, table
 from rpac.spec import TARGETS
 
 if TYPE_CHECKING:
     from rpac.check.deployment import Step
 
 
-@click.command("serve-check")
+@command("serve-check")
 @click.argument("bundle")
-@click.option("--target", type=click.Choice(TARGETS), help="Default: the one built for this machine's first device.")
-@click.option("--batches", type=click.IntRange(0), default=1, show_default=True, help="Random batches a program.")
-@click.option("--seed", type=click.IntRange(0), help="Of the random batches; default: a fresh one, which is printed.")
+@click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    help="Target to use. Default: the one built for this machine's first device.",
+)
+@click.option(
+    "--batches", type=click.IntRange(0), default=1, show_default=True, help="Random batches for each program."
+)
+@click.option(
+    "--seed", type=click.IntRange(0), help="Seed of the random batches. Default: a new one, which is printed."
+)
 @click.option("--allow-compile", is_flag=True, help="Compile portable programs where the executables do not fit.")
 @json_option
 def serve_check_command(
     bundle: str, target: str | None, batches: int, seed: int | None, allow_compile: bool, as_json: bool
 ) -> None:
-    """Check that BUNDLE, a path or a URL, serves here: hash everything, load, warm, run every canary and random batches.
+    """Check that BUNDLE, a path or a URL, serves on this machine.
+
+    Hashes every file, loads the bundle, warms it up, and runs every canary and some random batches.
 
     \b
-    Exit codes: 0 it serves, 1 a program's answer is wrong, 2 usage, 3 incompatible target or toolchain,
+    Exit codes: 0 it serves, 1 the output of a program is wrong, 2 wrong usage, 3 incompatible target or toolchain,
     4 corrupt bundle.
     """
     if target == "cpu":
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported: it would look for a TPU otherwise
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported, which would look for a TPU otherwise
     from rpac.check.deployment import serve_check
 
     def progress(step: Step) -> None:

@@ -1,4 +1,4 @@
-"""`rpac tune`: searches tiles for a spec's cases, without a TPU."""
+"""`rpac tune`: searches for better tiles, without a TPU."""
 
 from __future__ import annotations
 
@@ -11,36 +11,50 @@ from pathlib import Path
 import click
 
 from rpac.build import chosen_targets
-from rpac.cli.common import json_option, kind_option, print_json, spec_argument, table, target_option
+from rpac.cli.common import (
+    Amount,
+    command,
+    json_option,
+    kind_option,
+    print_json,
+    spec_argument,
+    store_of,
+    table,
+    target_option,
+    tuned_folder,
+)
 from rpac.devices.chip import is_tpu
 from rpac.errors import CheckError
-from rpac.files.store import Store, default_cache_dir
-from rpac.plan.tuned import FOLDER
 from rpac.spec import load_spec
 from rpac.tune import Check, Job, Outcome, Pool, Result, local_processes, on_cluster, tune
 
 HEADER = ("case", "token buckets", "timed", "rejected", "chosen", "of the rule's time", "search")
 
 
-@click.command("tune")
+@command("tune")
 @spec_argument
 @target_option
 @kind_option
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="Folder of the data files; default: the package's own."
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the data files. Default: $RPAC_TUNED, or the user's data folder.",
 )
 @click.option(
     "--budget",
-    type=click.FloatRange(0),
+    type=Amount(0),
     default=25.0,
     show_default=True,
     metavar="MINUTES",
-    help="For each target; then start no further candidate.",
+    help="Minutes for each target, after which no candidate is started.",
 )
-@click.option("--jobs", type=click.IntRange(1), help="Candidates at once; default: one a core.")
+@click.option("--jobs", type=click.IntRange(1), help="Candidates to time at once. Default: one for each core.")
 @click.option("--scheduler", metavar="ADDRESS", help="Search on the Dask cluster of this scheduler instead.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the batches and the checks.")
-@click.option("--no-cache", is_flag=True, help="Time every candidate again, and keep nothing.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the batches and the checks."
+)
+@click.option("--no-cache", is_flag=True, help="Time every candidate again, and cache nothing.")
 @json_option
 def tune_command(
     spec_file: Path,
@@ -54,13 +68,18 @@ def tune_command(
     no_cache: bool,
     as_json: bool,
 ) -> None:
-    """Search the tiles of SPEC's kernels: compile candidates, walk their schedules for the batches that SPEC expects.
+    """Search for better tiles for SPEC's kernels: compile candidates, and predict their time for the batches that SPEC expects.
 
-    What is chosen has passed the oracle and goes to a data file, which every later build reads. Stop it at any time: what
-    was timed is kept.
+    The tiles that are chosen have passed the check against the oracle. They go to a data file, which later builds read; if
+    the folder is not the default, they need --tuned. You can stop the search at any time; what was timed is kept.
     """
     if jobs is not None and scheduler is not None:
         raise click.UsageError("--jobs is for this machine, --scheduler for a cluster: give one of them")
+    folder = out or tuned_folder()
+    if folder is None:
+        raise click.UsageError(
+            "$RPAC_TUNED is none, or there is no home folder, so there is no default folder: give -o"
+        )
     start = time.monotonic()
     spec = load_spec(spec_file)
     chosen = chosen_targets(spec, targets)
@@ -70,9 +89,9 @@ def tune_command(
             spec,
             chosen,
             pool,
-            Store(None if no_cache else default_cache_dir()),
+            store_of(no_cache),
             kinds=kinds,
-            folder=out or FOLDER,
+            folder=folder,
             seed=seed,
             out_of_time=lambda: time.monotonic() >= end,
             progress=_progress(start),
@@ -86,6 +105,8 @@ def tune_command(
         click.echo(table(HEADER, [_row(one) for one in report.outcomes]))
         written = ", ".join(map(str, report.files)) or "nothing written"
         click.echo(f"{written}: {len(report.outcomes)} cases in {seconds:.1f} s")
+        if report.files and folder != tuned_folder():
+            click.echo(f"to build with it: --tuned {folder}, or RPAC_TUNED={folder}")
     if report.failed:
         said = "\n".join(
             f"  {one.rule.path}: {label}: {why}" for one in report.failed for label, why in one.rejected.items()
@@ -98,7 +119,7 @@ def _pool(jobs: int | None, scheduler: str | None) -> AbstractContextManager[Poo
 
 
 def _progress(start: float) -> Callable[[Job, Result, bool], None]:
-    """Says on stderr, a line each, what came out."""
+    """Makes a function that prints the result of each job on a line of stderr."""
     done = 0
 
     def report(job: Job, result: Result, stored: bool) -> None:

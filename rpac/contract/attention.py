@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 KV_LAYOUTS = ("interleaved", "separate")  # the first is the default; `rpac.contract.arrays` says what they are
 QUANTIZED = ("float8_e4m3fn", "float8_e5m2", "int8")  # dtypes of KV alone: each element is a stored code
@@ -12,6 +15,18 @@ ATTENTIONS = ("grouped", "latent")  # the first is the default
 KV_SCALES = ("tensor", "head")
 QUANTIZERS = ("caller", "kernel")  # the first is the default
 _ALWAYS_MEANT = ("kv_layout",)  # a key with a default that hashes have held from the start
+
+Positions = TypeVar("Positions", int, NDArray[np.int64])
+
+
+def first_seen(positions: Positions, sliding_window: int | None, attention_chunk: int | None) -> Positions:
+    """The first token that the query at each of `positions` of its sequence sees."""
+    if attention_chunk is not None:
+        return positions // attention_chunk * attention_chunk
+    if sliding_window is None:
+        return positions * 0
+    start = positions + 1 - sliding_window
+    return start * (start > 0)
 
 
 @dataclass(frozen=True)
@@ -50,9 +65,7 @@ class Attention:
 
     def first_seen(self, position: int) -> int:
         """The first token that the query at `position` of its sequence sees."""
-        if self.attention_chunk is not None:
-            return position // self.attention_chunk * self.attention_chunk
-        return 0 if self.sliding_window is None else max(position + 1 - self.sliding_window, 0)
+        return first_seen(position, self.sliding_window, self.attention_chunk)
 
     @property
     def quantized(self) -> bool:

@@ -54,13 +54,17 @@ Values = Flag | Count | Number | Choice
 
 @dataclass(frozen=True)
 class Argument:
-    """An array that programs take after the batch. `cuts` says how each axis is shared out over a mesh."""
+    """An array that programs take after the batch. `cuts` says how each axis is shared out over a mesh.
+
+    `sample` makes an array of small numbers around zero into values that a caller could pass, for checks and canaries.
+    """
 
     name: str
     shape: Callable[[Attention, Serving], tuple[int, ...]]
     dtype: str
     cuts: tuple[Cut, ...]
     spec_lines: str
+    sample: Callable[[Any], Any] = lambda numbers: numbers
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
         title="soft cap",
         words="{0}",
         off="none",
-        not_latent="no model with latent attention caps its scores, and its kernels do not",
+        not_latent="no known model caps the scores of latent attention, so its kernels do not",
         example={"model": {"soft_cap": 30.0}},
     ),
     Feature(
@@ -127,23 +131,23 @@ FEATURES: Final[tuple[Feature, ...]] = (
         title="sliding window",
         words="1 to max_model_len - 1 tokens",
         off="none",
-        not_latent="no model with latent attention has windows, and its kernels fetch all tokens",
+        not_latent="no known model has windows with latent attention, so its kernels fetch all tokens",
         example={"model": {"sliding_window": 1024}},
     ),
     Feature(
         "attention_chunk", "model", Count(1, MAX_MODEL_LEN, 8192), None,
-        title="attention in chunks",
+        title="chunked attention",
         words="a multiple of page_size, below max_model_len",
         off="none",
-        not_latent="no model with latent attention cuts its sequences, and its kernels fetch all tokens",
+        not_latent="no known model has chunks with latent attention, so its kernels fetch all tokens",
         example={"model": {"attention_chunk": 1024}},
     ),
     Feature(
         "sinks", "model", Flag(), False,
         title="sinks",
-        words="{0}: an argument `sinks`",
+        words="{0}; true adds an argument `sinks`",
         off="false",
-        not_latent="no model with latent attention has sinks, and its kernels add none",
+        not_latent="no known model has sinks with latent attention, so its kernels add none",
         example={"model": {"sinks": "true"}},
         argument=Argument(
             "sinks", lambda model, serving: (model.q_heads,), "float32", ("q_heads",), "model:\n  sinks: true"
@@ -152,40 +156,47 @@ FEATURES: Final[tuple[Feature, ...]] = (
     Feature(
         "kv_scale", "model", Choice(KV_SCALES), None,
         title="KV scales",
-        words="{0}: an argument `kv_scales`",
+        words="{0}; either adds an argument `kv_scales`",
         off="no scales",
-        not_latent="its cache is stored as it is",
+        not_latent="its cache stores values unchanged",
         example={"model": {"kv_dtype": "float8_e5m2", "kv_scale": "tensor"}},
-        argument=Argument("kv_scales", _scales_shape, "float32", ("", "kv_heads"), "model:\n  kv_scale: head"),
+        argument=Argument(
+            "kv_scales",
+            _scales_shape,
+            "float32",
+            ("", "kv_heads"),
+            "model:\n  kv_scale: head",
+            sample=lambda numbers: 1 + abs(numbers) / 4,
+        ),
     ),
     Feature(
         "quantize", "model", Choice(QUANTIZERS), QUANTIZERS[0],
         title="quantization in the kernel",
         words="{0}",
         off=QUANTIZERS[0],
-        not_latent="its cache is stored as it is",
+        not_latent="its cache stores values unchanged",
         example={"model": {"kv_dtype": "int8", "kv_scale": "head", "quantize": "kernel"}},
     ),
     Feature(
         "causal", "model", Flag(), True,
-        title="not causal",
-        words="{0}: each query sees all of its sequence",
+        title="non-causal attention",
+        words="{0}; with false, each query sees its whole sequence",
         off="true",
-        not_latent="no model with latent attention looks ahead, and its kernels do not",
+        not_latent="no known model looks ahead with latent attention, so its kernels do not",
         example={"model": {"causal": "false"}},
     ),
     Feature(
         "update_cache", "model", Flag(), True,
-        title="cache not updated",
-        words="{0}: no arguments `keys` and `values`, the cache has them",
+        title="read-only cache",
+        words="{0}; with false, the cache holds the new tokens already, and there are no arguments `keys` and `values`",
         off="true",
-        not_latent="no model with latent attention shares its cache between layers, and its kernels write it",
+        not_latent="no known model with latent attention shares a cache between layers, so its kernels always write it",
         example={"model": {"update_cache": "false"}},
     ),
     Feature(
         "log_sum_exp", "serving", Flag(), False,
         title="log-sum-exp",
-        words="{0}: a third result `lse`",
+        words="{0}; true adds a third result, `lse`",
         off="false",
         not_latent="its kernels do not return it",
         example={"serving": {"log_sum_exp": "true"}},
@@ -193,16 +204,16 @@ FEATURES: Final[tuple[Feature, ...]] = (
     ),
     Feature(
         "decode_len", "serving", Count(1, MAX_DECODE_LEN, 4), 1,
-        title="drafts",
-        words="{0} new tokens of each decode row, at most max_num_tokens / max_num_seqs",
+        title="draft tokens",
+        words="{0} new tokens for each decode row, at most max_num_tokens / max_num_seqs",
         off="1",
         not_latent="its kernels take one new token of each decode row",
         example={"serving": {"decode_len": 4}},
     ),
     Feature(
         "tree_mask", "serving", Flag(), False,
-        title="a tree of drafts",
-        words="{0}: an argument `tree`, which new tokens of a decode row each of them sees",
+        title="a tree of draft tokens",
+        words="{0}; true adds an argument `tree`: which new tokens of its decode row each new token sees",
         off="false",
         not_latent="its kernels take one new token of each decode row",
         example={"serving": {"decode_len": 4, "tree_mask": "true"}},
@@ -220,6 +231,8 @@ BY_KEY: Final = {feature.key: feature for feature in FEATURES}
 
 ARGUMENTS: Final = tuple(feature.argument for feature in FEATURES if feature.argument is not None)
 """What programs take after the batch where a spec asks for it, in argument order."""
+
+SAMPLES: Final = {one.name: one.sample for one in ARGUMENTS}
 
 RESULTS: Final = tuple(feature.result for feature in FEATURES if feature.result is not None)
 """What programs return after the output and the cache where a spec asks for it."""

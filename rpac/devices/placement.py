@@ -32,21 +32,35 @@ class Placement:
             return jax.sharding.SingleDeviceSharding(self.devices[0])
         return NamedSharding(self._devices, partition(self.mesh, dims))
 
+    @property
+    def local(self) -> tuple[jax.Device, ...]:
+        """Those of the devices that belong to this process, where a mesh is spread over several."""
+        here = self.devices[0].client.process_index()
+        return tuple(device for device in self.devices if device.process_index == here)
+
     def repeat(self, dims: ArrayDims, part: NDArray[Any]) -> NDArray[Any]:
         """The whole array in which every device's part is `part`."""
         return np.tile(part, self.mesh.repeats(dims)) if len(self.devices) > 1 else part
 
     def joiner(self, dims: ArrayDims) -> Callable[[Sequence[jax.Array]], jax.Array]:
-        """What makes the whole array of one part on each device, in their order; nothing is copied."""
+        """What makes the whole array of one part on each device of this process, in their order; nothing is copied."""
         if len(self.devices) == 1:
             return lambda parts: parts[0]
         shape, sharding = self.mesh.whole(dims).shape, self.sharding(dims)
         return lambda parts: jax.make_array_from_single_device_arrays(shape, sharding, list(parts))
 
     def parts(self, array: jax.Array) -> list[jax.Array]:
-        """The parts of an array, in the order of the devices."""
+        """The parts of an array that lie on this process's devices, in the order of these."""
         found = {shard.device: shard.data for shard in array.addressable_shards}
-        return [found[device] for device in self.devices]
+        return [found[device] for device in self.local]
+
+
+def put(array: NDArray[Any], sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array of the host where a program takes it. Of several processes each gives the same whole array."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    # Not device_put, which would compare the processes' arrays in every call.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def listed(devices: Sequence[jax.Device]) -> str:

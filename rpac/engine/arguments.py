@@ -7,10 +7,12 @@ from typing import Any, NoReturn
 
 import jax
 
+from rpac.batch import Batch, SequenceView
 from rpac.contract.arrays import ArrayDims, index_of
 from rpac.contract.features import ARGUMENTS
 from rpac.contract.program import Program
 from rpac.devices.placement import Placement, listed
+from rpac.engine.donation import deleted
 from rpac.errors import BatchError
 
 _SPEC_LINES = {one.name: one.spec_lines for one in ARGUMENTS}  # what a spec says for a program to take it
@@ -32,25 +34,34 @@ class Arguments:
         for (dims, _), wanted, arg in zip(self._expected, self._shardings, args, strict=True):
             if isinstance(arg, jax.Array):
                 self._check_placed(dims, wanted, arg)
-        cache = args[self._cache_index]
+        self._check_donated(args[self._cache_index])
+
+    def check_cache(self, cache: Any) -> None:
+        """As `check`, of the cache alone."""
+        dims, dtype = self._expected[self._cache_index]
+        self._check_array(dims, dtype, cache)
+        self._check_donated(cache)
+        self._check_placed(dims, self._shardings[self._cache_index], cache)
+
+    def _check_donated(self, cache: Any) -> None:
         if not isinstance(cache, jax.Array):
             raise BatchError(
-                f"kv_cache is a {type(cache).__name__}; must be a jax array on {self._placement}, "
-                "because it is donated; put it there once with jax.device_put"
+                f"kv_cache is a {type(cache).__name__}; must be a jax array on {self._placement}, because it is donated; "
+                "start with engine.new_cache(), then pass on the one that each call returns"
             )
 
     def check_shapes(self, args: Sequence[Any]) -> None:
         """As `check`, of shapes and dtypes alone: all that is known of a traced argument."""
         for (dims, dtype), arg in zip(self._expected, args, strict=True):
-            if getattr(arg, "shape", None) != dims.shape or getattr(arg, "dtype", None) != dtype:
-                refuse(dims, arg, f", kv_layout {self._kv_layout}" if dims.name == "kv_cache" else "")
+            self._check_array(dims, dtype, arg)
+
+    def _check_array(self, dims: ArrayDims, dtype: Any, arg: Any) -> None:
+        if getattr(arg, "shape", None) != dims.shape or getattr(arg, "dtype", None) != dtype:
+            refuse(dims, arg, f", kv_layout {self._kv_layout}" if dims.name == "kv_cache" else "")
 
     def _check_placed(self, dims: ArrayDims, wanted: jax.sharding.Sharding, array: jax.Array) -> None:
         if array.is_deleted():
-            raise BatchError(
-                f"{dims.name} was deleted or donated; must hold values; "
-                "pass on the kv_cache that the last call returned"
-            )
+            raise deleted(dims.name)
         if device_order(array.sharding) != self._placement.devices:
             found = device_order(array.sharding) or sorted(array.devices(), key=lambda device: device.id)
             raise BatchError(
@@ -58,7 +69,7 @@ class Arguments:
             )
         if len(self._placement.devices) > 1 and not array.sharding.is_equivalent_to(wanted, array.ndim):
             raise BatchError(
-                f"{dims.name} is cut as {array.sharding}; must be as {wanted}; "
+                f"{dims.name} is sharded as {array.sharding}; must be as {wanted}; "
                 f'put it into engine.sharding("{dims.name}")'
             )
 
@@ -68,19 +79,25 @@ def in_order(taken: Sequence[ArrayDims], args: Sequence[Any], extra: Mapping[str
 
     One by name that is None is as if it were not given. Raises BatchError for one that is missing, unknown or given twice.
     """
+    for dims, array in zip(taken, args, strict=False):
+        if isinstance(array, (Batch, SequenceView)):
+            raise BatchError(
+                f"{dims.name} is a {type(array).__name__}; must be {dims.dtype}{list(dims.shape)}; pass the arrays of the batch: "
+                "engine(..., *batch.metadata)"
+            )
     if not extra and len(args) == len(taken):  # most calls
         return tuple(args)
     given = {name: value for name, value in extra.items() if value is not None}
     if len(args) > len(taken):
         takes = ", ".join(dims.name for dims in taken)
-        raise BatchError(f"there are {len(args)} arguments; must be {takes}; leave out what is more")
+        raise BatchError(f"found {len(args)} arguments; must be {takes}; leave out the rest")
     names = [dims.name for dims in taken[len(args) :]]
     for name in given:
         if name not in names:
             takes = ", ".join(dims.name for dims in taken)
             build = f", or build with\n{_SPEC_LINES[name]}" if name in _SPEC_LINES else ""
             raise BatchError(
-                f"{name} is no argument of this bundle's programs, which take {takes}; leave it out{build}"
+                f"{name} is not an argument of this bundle's programs, which take {takes}; leave it out{build}"
             )
     for dims in taken[len(args) :]:
         if dims.name not in given:
@@ -103,7 +120,7 @@ def device_order(sharding: jax.sharding.Sharding) -> tuple[jax.Device, ...] | No
 def refuse(dims: ArrayDims, found: Any, note: str = "") -> NoReturn:
     """Raises the BatchError for an argument of another shape or dtype."""
     wanted = f"{dims.dtype}{list(dims.shape)}{note}"
-    raise BatchError(f"{dims.name} is {shown(found)}; must be {wanted}; see the batch contract")
+    raise BatchError(f"{dims.name} is {shown(found)}; must be {wanted}; see docs/batch-contract.md")
 
 
 def shown(array: Any) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 
 from rpac.batch import Limits
 from rpac.batch import validate as validate_metadata
+from rpac.batch.build import Integers
 from rpac.batch.select import advice, select
 from rpac.bundle import LoadedTarget
 from rpac.contract.arrays import ArrayDims, index_of, metadata_specs
@@ -19,8 +20,11 @@ from rpac.contract.attention import Attention
 from rpac.contract.kind import KINDS, Int32s, Kind
 from rpac.contract.program import Program, Variant
 from rpac.devices.placement import Placement
+from rpac.devices.process import require_runtime
 from rpac.engine.arguments import in_order, refuse, shown
+from rpac.engine.donation import donating
 from rpac.engine.events import BatchRun, Count, Observer, Recorder, Totals
+from rpac.engine.fill import fill, places
 from rpac.engine.program import Slot
 from rpac.engine.runtime import Results, Run, Traceable
 from rpac.engine.traced import run_selected
@@ -48,7 +52,7 @@ class Engine:
         self.layer: str = loaded.target.layer
         self.model: Attention = loaded.target.model or loaded.manifest.model
         self.kv_layout: str = loaded.manifest.kv_layout
-        self.limits: Limits = loaded.manifest.limits
+        self.limits: Limits = loaded.manifest.limits.of_layers({self.layer: self.model})
         self.target: str = loaded.target.name
         self.placement = Placement(loaded.manifest.mesh, devices)
         self._recorder = Recorder(observer)
@@ -61,6 +65,7 @@ class Engine:
         self._canary_turn = threading.Lock()
         self._taken = loaded.target.programs[0].args  # all programs of a spec take the same, but for the token bucket
         self._metadata = metadata_specs(self.limits)
+        self._cache_at = index_of(self._taken, "kv_cache")
         first = index_of(self._taken, self._metadata[0].name)
         self._metadata_at = slice(first, first + len(self._metadata))
 
@@ -68,6 +73,41 @@ class Engine:
     def device(self) -> jax.Device:
         """The device that programs run on, or the first of several."""
         return self.placement.devices[0]
+
+    def new_cache(self) -> jax.Array:
+        """A cache of one layer, all zeros, of the contract's shape and where the programs want it: for the first call."""
+        require_runtime()
+        dims = self._taken[self._cache_at]
+        return jax.numpy.zeros(self.placement.mesh.whole(dims).shape, dims.dtype, device=self.sharding("kv_cache"))
+
+    def write_kv(
+        self, kv_cache: jax.Array, keys: Any, values: Any, kv_lens: Integers, page_tables: Sequence[Integers]
+    ) -> jax.Array:
+        """The cache with K and V of whole sequences in it, for programs that only read it (`update_cache: false`): such as an
+        encoder's, before the first call that attends to them.
+
+        `keys` and `values` are `[tokens, kv_heads, head_dim]` in the cache's dtype, the sequences one after the other;
+        `kv_lens` counts the tokens of each and `page_tables` lists its pages. `kv_cache` is donated, use the one returned.
+        Compiled once for each number of pages and tokens. Raises BatchError for what does not fit, and SelectionError for
+        latent attention or a bundle for several devices.
+        """
+        if self.model.rope_dim is not None or self.placement.mesh.devices > 1:
+            found = "latent attention" if self.model.rope_dim is not None else f"{self.placement.mesh.devices} devices"
+            raise SelectionError(
+                f"the bundle is for {found}; must be for grouped attention on one device; write the cache of others by "
+                "calls of a program that updates it"
+            )
+        require_runtime()
+        pages, tokens = places(self.limits, kv_lens, page_tables)
+        wanted = (int(tokens.max(initial=-1)) + 1, self.model.kv_heads, self.model.head_dim)
+        for name, array in (("keys", keys), ("values", values)):
+            if getattr(array, "shape", None) != wanted or getattr(array, "dtype", None) != np.dtype(
+                self.model.kv_dtype
+            ):
+                refuse(ArrayDims(name, wanted, self.model.kv_dtype), array)
+        self._slots[next(iter(self._slots))].arguments.check_cache(kv_cache)
+        with donating(kv_cache):
+            return fill(kv_cache, keys, values, pages, tokens, self.model, self.kv_layout)
 
     def sharding(self, name: str) -> jax.sharding.Sharding:
         """Where an argument or a result of the call lies, by name: one device, or parts on the devices of a mesh."""
@@ -116,8 +156,11 @@ class Engine:
         def job(slot: Slot) -> Callable[[], object]:
             return lambda: self._checked(slot) if canary else slot.ready()
 
+        require_runtime()
         chosen = list(self._slots if variants is None else variants)
-        threads = 1 if background else min(len(chosen), os.cpu_count() or 1)
+        # One after the other where other processes take part, because all of them must run the canaries in one order.
+        alone = len(self.placement.local) == len(self.placement.devices)
+        threads = 1 if background or not alone else min(len(chosen), os.cpu_count() or 1)
         warming = Warming([(variant, job(self._slot(variant))) for variant in chosen], threads)
         if not background:
             warming.wait()
@@ -131,6 +174,7 @@ class Engine:
         are checked when it is traced, values are not: build the metadata with `rpac.Batch`. Raises SelectionError where
         the bundle has no such program.
         """
+        require_runtime()
         return self._slot(Variant(kind, tokens)).traceable()
 
     def traced(
@@ -145,6 +189,7 @@ class Engine:
         it was. Other values are not checked: build the metadata with `rpac.Batch`. Raises BatchError or
         SelectionError while it is traced, for shapes, dtypes and the token bucket.
         """
+        require_runtime()
         given = in_order(self._taken, args, extra)
         if self.placement.mesh.data > 1:
             raise SelectionError(
@@ -186,7 +231,7 @@ class Engine:
         validate: bool = True,
         **extra: Any,
     ) -> Results:
-        """Runs one batch: `(out, kv_cache)`, shapes and dtypes as in the batch contract (`rpac.contract.arrays`).
+        """Runs one batch: `(out, kv_cache)`, shapes and dtypes as docs/batch-contract.md has them.
 
         Where the bundle's spec has `log_sum_exp` there is a third result, `lse`, for `rpac.merge`.
 
@@ -200,17 +245,26 @@ class Engine:
         that built it with `rpac.Batch`; shapes, dtypes and devices are always checked.
 
         Rows of `out` past cu_q_lens[k] are padding and hold anything. Raises BatchError, or SelectionError with the
-        spec lines that would add the batch; `kv_cache` is then still the caller's.
+        spec lines that would add the batch; `kv_cache` is then still the caller's. An observer is told of the batch
+        before it runs.
         """
+        require_runtime()
         try:
             given = in_order(self._taken, args, extra)
             event, run = self._accepted(given, validate)
         except (BatchError, SelectionError) as error:
             self._recorder.refused(error)
             raise
-        result = run(given)
-        self._recorder.record(event)
-        return result
+        # Told before the run, so that an observer which ends this call loses neither its results nor the donated cache.
+        self._recorder.tell(event)
+        try:
+            with donating(given[self._cache_at]):
+                results = run(given)
+        except BatchError as error:
+            self._recorder.refused(error)
+            raise
+        self._recorder.count(event)
+        return results
 
     def _accepted(self, args: Sequence[Any], validate: bool) -> tuple[BatchRun, Run]:
         """What runs a batch. Nothing of it has run, nor is the cache donated, when this raises."""
@@ -239,6 +293,13 @@ class Engine:
     def _of_replicas(self, dims: ArrayDims, array: Any) -> list[Int32s]:
         """The part of each data-parallel replica, `dims`, of an array of the batch's metadata."""
         count = self.placement.mesh.data
+        if not isinstance(array, (np.ndarray, jax.Array)):
+            refuse(self.placement.mesh.whole(dims), array)
+        if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+            raise BatchError(
+                f"{dims.name} lies on devices of several processes; must be read on the host, by each of them; give the whole "
+                "array as numpy, the same in every process"
+            )
         found = np.asarray(array)
         if count > 1 and found.shape != (count * dims.shape[0],):
             refuse(self.placement.mesh.whole(dims), array)
@@ -271,12 +332,12 @@ class Engine:
         return tokens
 
     def _slot(self, variant: Variant) -> Slot:
+        if not isinstance(variant, tuple) or len(variant) != 2:
+            raise SelectionError(f"{variant!r} is no program; must be a variant such as Variant('decode', 8)")
         if variant not in self._slots:
             raise SelectionError(advice(self._slots, self.limits, variant))
         return self._slots[variant]
 
     def _checked(self, slot: Slot) -> None:
         """Makes a program ready and runs its canary; one at a time, because each takes the memory of a cache."""
-        slot.ready()
-        with self._canary_turn:
-            slot.check_canary()
+        slot.check_canary(self._canary_turn)

@@ -20,7 +20,7 @@ Tier = Literal["executable", "portable"]
 
 @dataclass(frozen=True)
 class BatchRun:
-    """A batch was handed to its program: live sequences, their new tokens, and rows of queries that are padding."""
+    """A batch is handed to its program: live sequences, their new tokens, and rows of queries that are padding."""
 
     variant: Variant
     rows: int
@@ -109,7 +109,11 @@ class Totals:
 
 
 class Recorder:
-    """Adds up events and hands them on. An observer that raises is logged and does not stop the engine."""
+    """Adds up events and hands them on. An observer that raises an Exception is logged and does not stop the engine; what
+    ends a thread or the process (SystemExit, KeyboardInterrupt) goes on to whoever caused the event.
+
+    Call it with no lock held: an observer may use the engine.
+    """
 
     def __init__(self, observer: Observer | None) -> None:
         self._observer = observer
@@ -121,8 +125,17 @@ class Recorder:
         self._canaries: dict[Variant, CanaryRun] = {}
 
     def record(self, event: Event) -> None:
+        """Counts an event and tells the observer."""
+        self.count(event)
+        self.tell(event)
+
+    def count(self, event: Event) -> None:
+        """Counts an event without telling anybody."""
         with self._lock:
             self._add(event)
+
+    def tell(self, event: Event) -> None:
+        """Tells the observer of an event that is counted elsewhere."""
         if self._observer is not None:
             try:
                 self._observer(event)

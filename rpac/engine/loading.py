@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 
 from rpac.bundle import Manifest, Target, read_manifest, read_target
+from rpac.devices.backends import skip_absent_tpu
 from rpac.devices.chip import PLATFORMS
 from rpac.devices.client import build_string
+from rpac.devices.process import own_runtime
 from rpac.engine.engine import Engine
 from rpac.engine.events import Observer
 from rpac.errors import TargetError
@@ -29,6 +31,7 @@ def load(
     layer: str = "",
     allow_compile: bool = False,
     observer: Observer | None = None,
+    timeout_s: float | None = None,
 ) -> Engine:
     """The engine of a bundle for one device, by default this process's first (`target="cpu"`: its CPU); or for as many
     `devices` as its spec's `parallel` says, in the order of its mesh, by default this process's first ones.
@@ -37,24 +40,54 @@ def load(
     kind of device; `layer` names the kind of layers, of a model that has several. Reads and hashes the bytes of all its
     programs; none is deserialized before its hash, the device kind and the libtpu build match. `allow_compile=True` lets
     a target whose executables do not fit this process compile its portable programs instead, and logs that. `observer` is
-    called with every event of the engine. Raises BundleError, or TargetError naming what the bundle has and what was found.
+    called with every event of the engine. `timeout_s`: seconds that reading the bundle may take, of a store that may be slow;
+    by default as long as it takes. Raises BundleError, or TargetError naming what the bundle has and what was found.
     """
-    if device is not None:
-        devices = [device]
-    found = _local_devices(target) if devices is None else list(devices)
-    loaded = read_target(path, partial(_choose, os.fspath(path), target, layer, found[0]))
+    own_runtime()
+    found = _local_devices(target) if device is None and devices is None else _given_devices(device, devices)
+    loaded = read_target(path, partial(_choose, os.fspath(path), target, layer, found[0]), timeout_s)
     count = loaded.manifest.mesh.devices
-    if len(found) < count or (devices is not None and len(found) > count):
+    chosen = device is not None or devices is not None
+    if len(found) < count or (chosen and len(found) > count):
+        fix = "give as many"
+        if not chosen and jax.process_count() > 1:
+            found_all = len(jax.devices())
+            fix = f"pass devices=jax.devices() in each of the {jax.process_count()} processes, which have {found_all} together"
         raise TargetError(
-            f"{os.fspath(path)}: found {len(found)} devices; the bundle's programs run on {count}; give as many, or build "
-            "with other numbers under `parallel`"
+            f"{os.fspath(path)}: found {len(found)} devices; the bundle's programs run on {count}; {fix}, or build with other "
+            "numbers under `parallel`"
+        )
+    if jax.process_count() > 1 and not any(one.process_index == jax.process_index() for one in found[:count]):
+        raise TargetError(
+            f"{os.fspath(path)}: found no device of this process ({jax.process_index()}) among those given; must have one; "
+            "load in the processes whose devices these are"
         )
     use_executables = _use_executables(os.fspath(path), loaded.target, found[0], allow_compile)
     return Engine(loaded, found[:count], use_executables, observer)
 
 
+def _given_devices(device: object, devices: object) -> list[jax.Device]:
+    """The devices that the caller names. Raises TargetError for what is none."""
+    if device is not None and devices is not None:
+        raise TargetError("found both device and devices; must be one of the two; name all of them under devices")
+    name, given = ("devices", devices) if device is None else ("device", [device])
+    if not isinstance(given, Iterable) or isinstance(given, (str, Mapping)):
+        raise TargetError(f"{name}: found {given!r}; must be a list of jax devices, such as jax.devices()")
+    found = list(given)
+    for one in found:
+        if not (hasattr(one, "device_kind") and hasattr(one, "platform")):
+            fix = f", or pass target={one!r} in its place" if isinstance(one, str) and one in PLATFORMS else ""
+            raise TargetError(
+                f"{name}: found {one!r}, a {type(one).__name__}; must be a jax device; pass one of jax.devices(){fix}"
+            )
+    if not found or len(set(found)) < len(found):
+        raise TargetError(f"{name}: found {found}; must be one device or more, each once, such as jax.devices()")
+    return found
+
+
 def _local_devices(target: str | None) -> list[jax.Device]:
     platform = target if target in PLATFORMS else None
+    skip_absent_tpu()
     try:
         return list(jax.local_devices(backend=platform))
     except RuntimeError as error:
@@ -66,7 +99,8 @@ def _local_devices(target: str | None) -> list[jax.Device]:
 
 def load_layers(path: str | os.PathLike[str], target: str | None = None, **options: Any) -> dict[str, Engine]:
     """An engine for each kind of layers of a bundle, by name; the arguments are those of `load`, and what it raises."""
-    layers = dict.fromkeys(one.layer for one in read_manifest(path).targets.values())
+    targets = read_manifest(path, options.get("timeout_s")).targets.values()
+    layers = dict.fromkeys(one.layer for one in targets)
     return {layer: load(path, target, layer=layer, **options) for layer in layers}
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rpac.contract.program import Program
 from rpac.devices.placement import Placement
 from rpac.engine.runtime import Run
-from rpac.oracle.canary import Call, Verdict, judge
+from rpac.oracle.canary import ProbeCall, Verdict, judge
 
 LEAST_PAGES = 64
 
@@ -32,14 +32,18 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """What a program left on each of its devices, which all had the same call."""
+    """What a program left on each of its devices in this process, which all had the same call; `devices` are their places in
+    the mesh.
+    """
 
-    call: Call
+    call: ProbeCall
     parts: tuple[Part, ...]
+    devices: tuple[int, ...]
 
     def against(self, answer: bytes) -> Verdict:
         """Compared with a stored answer: the worst of the devices. Raises ValueError where that is to another call."""
-        verdicts = [self._judged(part, answer, f"device {index}: ") for index, part in enumerate(self.parts)]
+        parts = zip(self.devices, self.parts, strict=True)
+        verdicts = [self._judged(part, answer, f"device {index}: ") for index, part in parts]
         return max(verdicts, key=lambda verdict: (len(verdict.notes), verdict.error))
 
     def _judged(self, part: Part, answer: bytes, where: str) -> Verdict:
@@ -51,8 +55,9 @@ class Probe:
         return verdict._replace(notes=tuple(where * (len(self.parts) > 1) + note for note in notes))
 
 
-def probe(run: Run, call: Call, program: Program, placement: Placement) -> Probe:
-    """Runs a call once, the same on each device. Takes the memory of one cache there.
+def probe(run: Run, call: ProbeCall, program: Program, placement: Placement) -> Probe:
+    """Runs a call once, the same on each device. Takes the memory of one cache there. Where the devices are of several
+    processes, each must do this at once, and sees what its own devices did.
 
     Two small helpers are compiled, for most calls once a device.
     """
@@ -62,8 +67,8 @@ def probe(run: Run, call: Call, program: Program, placement: Placement) -> Probe
     # Some pages twice, with what they hold anyway: one shape for calls of a few pages and of some more.
     size = max(1 << (used_pages - 1).bit_length(), LEAST_PAGES) if used_pages else 0
     padded = np.resize(np.arange(used_pages), size)
-    pages = [jax.device_put(call.pages[padded], device) for device in placement.devices]
-    held = [jax.device_put(call.held[padded], device) for device in placement.devices]
+    pages = [jax.device_put(call.pages[padded], device) for device in placement.local]
+    held = [jax.device_put(call.held[padded], device) for device in placement.local]
     make = jax.jit(_cache, static_argnums=2)
     parts = [make(*one, cache_dims.shape[0]) for one in zip(pages, held, strict=True)]
     kv_cache = placement.joiner(cache_dims)(parts)
@@ -83,12 +88,12 @@ def probe(run: Run, call: Call, program: Program, placement: Placement) -> Probe
     outs, caches = placement.parts(out), placement.parts(kv_cache)
     lses = [np.asarray(lse) for lse in placement.parts(more[0])] if more else [None] * len(outs)
     seen = [look(cache, at) for cache, at in zip(caches, pages, strict=True)]
-    return Probe(
-        call, tuple(_part(call, np.asarray(out), lse, *one) for out, lse, one in zip(outs, lses, seen, strict=True))
-    )
+    devices = tuple(placement.devices.index(device) for device in placement.local)
+    made = tuple(_part(call, np.asarray(out), lse, *one) for out, lse, one in zip(outs, lses, seen, strict=True))
+    return Probe(call, made, devices)
 
 
-def _part(call: Call, out: NDArray[Any], lse: NDArray[Any] | None, after: jax.Array, used: jax.Array) -> Part:
+def _part(call: ProbeCall, out: NDArray[Any], lse: NDArray[Any] | None, after: jax.Array, used: jax.Array) -> Part:
     strays = np.array(used)
     strays[call.pages] = False
     return Part(out, lse, np.asarray(after)[: len(call.pages)], tuple(np.flatnonzero(strays).tolist()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from rpac.engine.events import CanaryRun, ProgramReady, Recorder, Tier
 from rpac.engine.probe import probe
 from rpac.engine.runtime import Results, Run, Traceable, load_native, load_portable, load_traceable
 from rpac.errors import BundleError, CheckError
-from rpac.oracle.canary import canary
+from rpac.oracle.canary import Verdict, canary
 
 
 class Slot:
@@ -56,9 +57,16 @@ class Slot:
     def ready(self) -> Run:
         """What runs the program; loads or compiles it the first time. Raises CheckError where its canary failed."""
         if self._run is None:
-            with self._loading:
-                if self._run is None:
-                    self._run = self._load()
+            event = None
+            try:
+                with self._loading:
+                    if self._run is None:
+                        self._run, event = self._load()
+            except Exception as error:
+                self._recorder.failed(self.program.variant, error)
+                raise
+            if event is not None:  # told without the lock: an observer may call the engine
+                self._recorder.record(event)
         self._refuse_wrong()
         return self._run
 
@@ -80,32 +88,37 @@ class Slot:
 
         return call
 
-    def check_canary(self) -> None:
-        """Runs the canary on a cache of its own. Raises BundleError where the bundle has none, CheckError where the
-        answer is not the oracle's; then the program is not run again.
+    def check_canary(self, turn: threading.Lock) -> None:
+        """Runs the canary on a cache of its own, when `turn` comes. Raises BundleError where the bundle has none, CheckError
+        where the answer is not the oracle's; then the program is not run again.
         """
+        run = self.ready()
+        with turn:
+            start = time.perf_counter()
+            verdict = self._judged(run)
+            seconds = time.perf_counter() - start
+        if verdict.notes:
+            self._fail_canary("; ".join(verdict.notes))
+        self._recorder.record(CanaryRun(self.program.variant, verdict.error, seconds))
+
+    def _judged(self, run: Run) -> Verdict:
         variant = self.program.variant
         if self._answer is None:
             raise BundleError(
                 f"program {variant}: the bundle holds no canary; must hold the oracle's answer; build the bundle again "
                 "with `rpac build`, or warm without canaries"
             )
-        run = self.ready()
-        start = time.perf_counter()
         call = canary(variant.kind, self.program.args, self._limits, self._kv_layout)
         try:
             found = probe(run, call, self.program, self._placement)
         except jax.errors.JaxRuntimeError as error:
-            self._fail_canary(f"the runtime raised {error}")
+            return Verdict(math.inf, (f"the runtime raised {error}",))
         try:
-            verdict = found.against(self._answer)
+            return found.against(self._answer)
         except ValueError as error:
             raise BundleError(
                 f"program {variant}: its canary is of no use ({error}); build the bundle again"
             ) from error
-        if verdict.notes:
-            self._fail_canary("; ".join(verdict.notes))
-        self._recorder.record(CanaryRun(variant, verdict.error, time.perf_counter() - start))
 
     def _fail_canary(self, what: str) -> NoReturn:
         variant = self.program.variant
@@ -122,16 +135,10 @@ class Slot:
         if self._wrong is not None:
             raise CheckError(self._wrong)
 
-    def _load(self) -> Run:
+    def _load(self) -> tuple[Run, ProgramReady]:
         start = time.perf_counter()
         data = self._exported if self._executable is None else self._executable
         tier: Tier = "portable" if self._executable is None else "executable"
         load = load_portable if self._executable is None else load_native
-        try:
-            run = load(data, self.program, self._placement)
-        except Exception as error:
-            self._recorder.failed(self.program.variant, error)
-            raise
-        seconds = time.perf_counter() - start
-        self._recorder.record(ProgramReady(self.program.variant, tier, len(data), seconds))
-        return run
+        run = load(data, self.program, self._placement)
+        return run, ProgramReady(self.program.variant, tier, len(data), time.perf_counter() - start)

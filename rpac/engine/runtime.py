@@ -17,7 +17,7 @@ from jax.extend.backend import get_compile_options
 from rpac.contract.arrays import index_of
 from rpac.contract.mesh import Mesh
 from rpac.contract.program import Program
-from rpac.devices.placement import Placement
+from rpac.devices.placement import Placement, put
 from rpac.errors import BundleError, TargetError
 
 # What a program returns: out, kv_cache, and what else its manifest says.
@@ -50,8 +50,13 @@ def load_portable(data: bytes, program: Program, placement: Placement) -> Run:
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         raise _unusable(program, f"compile its export for {placement}", error) from error
 
+    if all(sharding.is_fully_addressable for sharding in taken):
+        return lambda args: tuple(compiled(*args))
+
     def run(args: Sequence[Any]) -> Results:
-        return tuple(compiled(*args))
+        # For devices of several processes a compiled program takes no arrays of the host.
+        placed = (arg if isinstance(arg, jax.Array) else put(arg, to) for arg, to in zip(args, taken, strict=True))
+        return tuple(compiled(*placed))
 
     return run
 
@@ -73,12 +78,16 @@ def load_native(data: bytes, program: Program, placement: Placement) -> Run:
         ) from error
     shardings = [placement.sharding(dims) for dims in program.args]
     joiners = [placement.joiner(dims) for dims in program.results]
+    here = all(sharding.is_fully_addressable for sharding in shardings)
 
     def run(args: Sequence[Any]) -> Results:
         # Only what lies on the host is moved: the cache must be donated as the caller's own array.
         there = [isinstance(arg, jax.Array) for arg in args]
         hosted = [(arg, to) for arg, to, known in zip(args, shardings, there, strict=True) if not known]
-        moved = iter(jax.device_put([arg for arg, _ in hosted], [to for _, to in hosted]))
+        if here:
+            moved = iter(jax.device_put([arg for arg, _ in hosted], [to for _, to in hosted]))
+        else:
+            moved = iter([put(arg, to) for arg, to in hosted])
         results = loaded.execute_sharded(
             [arg if known else next(moved) for arg, known in zip(args, there, strict=True)]
         )

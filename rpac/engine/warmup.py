@@ -18,7 +18,7 @@ class Warming:
         self._jobs = iter(jobs)
         self._lock = threading.Lock()
         self._cancelled = False
-        self._errors: dict[Variant, Exception] = {}
+        self._errors: dict[Variant, BaseException] = {}
         # Not daemons: Python would end under a compile. They stop by themselves between two programs instead.
         self._threads = [threading.Thread(target=self._work, name=f"rpac-warm-{number}") for number in range(threads)]
         for thread in self._threads:
@@ -30,8 +30,8 @@ class Warming:
         return not any(thread.is_alive() for thread in self._threads)
 
     @property
-    def errors(self) -> Mapping[Variant, Exception]:
-        """What failed so far, by variant."""
+    def errors(self) -> Mapping[Variant, BaseException]:
+        """What failed so far, by variant; an observer's SystemExit is among it."""
         with self._lock:
             return dict(self._errors)
 
@@ -57,6 +57,6 @@ class Warming:
             variant, make = job
             try:
                 make()
-            except Exception as error:
+            except BaseException as error:  # else the thread would end in silence, and leave out what is left
                 with self._lock:
                     self._errors[variant] = error

@@ -17,7 +17,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,7 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 _POLL_S = 0.05
+_MOST_LISTED = 3
 _FIXES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some of the quota",
@@ -66,12 +67,12 @@ def publish(final: str | os.PathLike[str], owned: Callable[[Path], bool], wait_s
         stage = Stage(_beside(final, "stage"), final)
         with _reported(final):
             _recover(final, stage.path)
-            _refuse_foreign(final, owned)
+            refuse_foreign(final, owned)
             stage.path.mkdir()
         try:
             yield stage
             with _reported(final):
-                _refuse_foreign(final, owned)
+                refuse_foreign(final, owned)
                 _sync_folders(stage.path)
                 _swap_in(stage.path, final)
         finally:
@@ -158,13 +159,25 @@ def _recover(final: Path, stage: Path) -> None:
     shutil.rmtree(stage, ignore_errors=True)
 
 
-def _refuse_foreign(final: Path, owned: Callable[[Path], bool]) -> None:
+def refuse_foreign(final: Path, owned: Callable[[Path], bool]) -> None:
+    """Raises OutputError where `publish` would not replace what is at `final`: for commands that work long before it."""
     if not final.exists() or (final.is_dir() and (not any(final.iterdir()) or owned(final))):
         return
+    if final.is_dir():
+        found = f"a folder that this command did not make, with {listing([path.name for path in final.iterdir()])}"
+    else:
+        found = "a file that this command did not make"
     raise OutputError(
-        f"{final}: found {'a folder' if final.is_dir() else 'a file'} that this command did not make; must be absent, "
-        "empty or an earlier output; nothing was published; remove it or choose another folder"
+        f"{final}: found {found}; must be absent, empty or an earlier output; nothing was published; remove it or choose "
+        "another folder"
     )
+
+
+def listing(names: Iterable[str]) -> str:
+    """The first few names in alphabetical order, and how many more there are."""
+    ordered = sorted(names)
+    more = len(ordered) - _MOST_LISTED
+    return ", ".join(ordered[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _sync_folders(root: Path) -> None:

@@ -16,10 +16,10 @@ TIERS = ("exported", "executable")
 
 
 class Cache:
-    """A store of `Lowered` by task and toolchain; `root` None for no cache at all."""
+    """A store of `Lowered` by task and toolchain, given as a store or as its folder; None for no cache at all."""
 
-    def __init__(self, root: Path | None) -> None:
-        self.store = Store(root)
+    def __init__(self, root: Path | Store | None) -> None:
+        self.store = root if isinstance(root, Store) else Store(root)
 
     def get(self, task: Task, toolchain: Mapping[str, str]) -> Lowered | None:
         """The stored result of a task, or None. Never raises for a bad entry: it is removed."""

@@ -20,6 +20,7 @@ from rpac.errors import CompileError
 from rpac.lower.cache import Cache
 from rpac.lower.task import Task
 
+COMPILING = "compiling"
 Progress = Callable[[Task, str], None]
 Result = TypeVar("Result")
 
@@ -29,6 +30,7 @@ def lower_all(
 ) -> list[Lowered]:
     """Every task's result, in the order of `tasks`; `progress(task, "cached" | "compiled")` as each is there.
 
+    Before "compiled" it is called with COMPILING when that begins, from another thread.
     Raises the CompileError of the first task that fails; what was finished by then stays in the cache.
     """
     tools = toolchain()
@@ -45,7 +47,7 @@ def lower_all(
         progress(tasks[index], "compiled")
 
     calls = {index: partial(_lower, task, tools) for index, task in enumerate(tasks) if index not in done}
-    _run_all(calls, lambda index: tasks[index].label, jobs, keep)
+    _run_all(calls, lambda index: tasks[index].label, jobs, keep, lambda index: progress(tasks[index], COMPILING))
     return [done[index] for index in range(len(tasks))]
 
 
@@ -81,17 +83,25 @@ def _run_all(
     label: Callable[[int], str],
     jobs: int | None,
     keep: Callable[[int, Result], None],
+    begin: Callable[[int], None] = lambda index: None,
 ) -> None:
     """Makes every call in a process of its own, `jobs` at once, and hands each result to `keep` as it comes.
+
+    `begin` is called in another thread as each call begins.
 
     Raises what the first call that fails did, or CompileError with its label where its process died.
     """
     if not calls:
         return
+
+    def run(index: int) -> Result:
+        begin(index)
+        return _run_alone(calls[index])
+
     workers = min(jobs or os.cpu_count() or 1, len(calls))
     resource_tracker.ensure_running()  # here: when a worker's start starts it, it lets interrupts through again
     with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(_run_alone, call): index for index, call in calls.items()}
+        futures = {pool.submit(run, index): index for index in calls}
         try:
             for future in as_completed(futures):
                 index = futures[future]

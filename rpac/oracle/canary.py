@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from rpac.batch import Batch, Limits
 from rpac.contract import arrays as layout
+from rpac.contract.features import SAMPLES
 from rpac.contract.kind import Int32s, Kind
 from rpac.oracle.tolerance import TOLERANCE, attention_error
 
@@ -33,7 +34,7 @@ _DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class ProbeCall:
     """One call of a program, on a cache that is zero but for `pages`, which hold `held` `[len(pages), *page_shape]`.
 
     `by_token` are the arguments before the cache, by name, in order, queries first; `extra` those after the batch's.
@@ -88,7 +89,7 @@ def make_call(
     q_lens: Sequence[int],
     context_lens: Sequence[int],
     seed: int,
-) -> Call:
+) -> ProbeCall:
     """The call of a program of this kind on these rows, whose pages are spread over the whole cache.
 
     `dims` are the program's arguments. Raises BatchError where the rows break the contract or need more pages than the cache has.
@@ -116,21 +117,21 @@ def make_call(
         at = np.array([places[page] for page in row.pages], np.int64)[old // limits.page_size], old % limits.page_size
         held_tokens[at] = contents[at]
     more = dims[layout.index_of(dims, "distribution") + 1 :]
-    extra: dict[str, Array] = {one.name: _numbers(one.shape, seed, cache + 2 + i) for i, one in enumerate(more)}
+    extra: dict[str, Array] = {
+        one.name: SAMPLES[one.name](_numbers(one.shape, seed, cache + 2 + i)) for i, one in enumerate(more)
+    }
     if "tree" in extra:
         extra["tree"] = _tree(extra["tree"])
-    if "kv_scales" in extra:
-        extra["kv_scales"] = 1 + np.abs(extra["kv_scales"]) / 4
-    return Call(batch, by_token, np.array(pages, np.int32), held, extra)
+    return ProbeCall(batch, by_token, np.array(pages, np.int32), held, extra)
 
 
-def canary(kind: Kind, dims: Sequence[layout.ArrayDims], limits: Limits, kv_layout: str) -> Call:
+def canary(kind: Kind, dims: Sequence[layout.ArrayDims], limits: Limits, kv_layout: str) -> ProbeCall:
     """The canary of the program of this kind with arguments `dims`."""
     q_lens, context_lens = canary_rows(kind, dims[0].shape[0], limits)
     return make_call(kind, dims, limits, kv_layout, q_lens, context_lens, SEED)
 
 
-def answer(call: Call, out: NDArray[np.float32], pages: Array, lse: NDArray[np.float32] | None = None) -> bytes:
+def answer(call: ProbeCall, out: NDArray[np.float32], pages: Array, lse: NDArray[np.float32] | None = None) -> bytes:
     """What a bundle stores: the inputs' sha256, that of `pages` after the call, and samples of `out` and `lse` in float32.
 
     `out` is the oracle's, `[tokens, q_heads, head_dim]`; `pages` what the call's pages hold afterwards; `lse`
@@ -140,7 +141,7 @@ def answer(call: Call, out: NDArray[np.float32], pages: Array, lse: NDArray[np.f
     return b"".join([call.digest, hashlib.sha256(_bytes(pages)).digest(), *samples])
 
 
-def judge(call: Call, stored: bytes, out: Array, pages: Array, lse: Array | None = None) -> Verdict:
+def judge(call: ProbeCall, stored: bytes, out: Array, pages: Array, lse: Array | None = None) -> Verdict:
     """A program's results against a stored answer. Raises ValueError where the answer is not to this call."""
     head_dim = call.queries.shape[-1]
     count = len(call.samples[0])

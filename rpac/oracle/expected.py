@@ -20,7 +20,7 @@ from rpac.files.store import Store
 from rpac.oracle import attention as reference
 from rpac.oracle import canary
 from rpac.oracle import latent as reference_latent
-from rpac.oracle.canary import Array, Call
+from rpac.oracle.canary import Array, ProbeCall
 from rpac.spec import Spec
 
 _ENTRY = "answer"
@@ -49,7 +49,7 @@ def oracle(
 
 
 def expected(
-    call: Call, model: Attention, kv_layout: str, log_sum_exp: bool = False
+    call: ProbeCall, model: Attention, kv_layout: str, log_sum_exp: bool = False
 ) -> tuple[NDArray[np.float32], Array, NDArray[np.float32] | None]:
     """The oracle's output of a call, what the call's pages hold afterwards, and the lse of programs that return it."""
     batch = call.batch

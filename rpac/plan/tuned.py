@@ -1,4 +1,4 @@
-"""Tuned tiles: what a search chose for exactly one case, from the data file of a target in `rpac/tuned/`.
+"""Tuned tiles: what a search chose for exactly one case, from the data file of a target in `rpac/tuned/` or a user's folder.
 
 A case is everything that the best tiles can depend on. An entry is for its own case; where a case has none, it may borrow the
 tiles of one that differs in token buckets or lengths alone, and little, and then says so.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from rpac.contract.attention import plain
 from rpac.errors import PlanError
@@ -143,6 +143,12 @@ class TunedTiles:
             raise PlanError(f"{path}: cannot be read ({error}); restore or remove it") from error
         return cls(parse(text, target, str(path)))
 
+    @classmethod
+    def over_package(cls, target: str, folder: Path | None) -> TunedTiles:
+        """What the package holds for a target, or `folder`, if any, where both have a case. Raises as `of`."""
+        own = () if folder is None else cls.of(target, folder).entries.values()
+        return cls([*cls.of(target).entries.values(), *own])
+
     def find(self, spec: Spec, plan: KernelPlan) -> Entry | None:
         """The entry for exactly the case of a plan."""
         return self.entries.get(key_text(key_of(spec, plan.kind, plan.tokens)))
@@ -152,6 +158,10 @@ class TunedTiles:
         key = key_of(spec, plan.kind, plan.tokens)
         near = [(_doublings(key, entry.key), text, entry) for text, entry in self.entries.items()]
         return min((one for one in near if one[0] <= NEAR), default=(0.0, "", None), key=lambda one: one[:2])[2]
+
+
+Tuned: TypeAlias = Callable[[str], TunedTiles]
+"""The tuned tiles of a target by its name."""
 
 
 def _doublings(key: Mapping[str, Any], other: Mapping[str, Any]) -> float:

@@ -3,13 +3,14 @@
 from rpac.predict.batches import expected, parse_decode, parse_prefill
 from rpac.predict.plot import check_plot, draw
 from rpac.predict.programs import Programs, layers_in, programs_of
-from rpac.predict.run import Prediction, emit, predict
+from rpac.predict.run import Prediction, check_emit, emit, predict
 from rpac.traffic.trace import Workload, read_trace
 
 __all__ = [
     "Prediction",
     "Programs",
     "Workload",
+    "check_emit",
     "check_plot",
     "draw",
     "emit",

@@ -30,6 +30,7 @@ class Series:
     """What one line connects: batches that differ in their context alone; of a trace, points that nothing connects."""
 
     name: str
+    target: str
     batches: str
     connected: bool
 
@@ -37,8 +38,8 @@ class Series:
     def of(cls, one: Prediction) -> Series:
         batch = one.workload
         if batch.uniform:
-            return cls(one.name, f"{one.variant.kind} {len(batch.q_lens)} x {batch.q_lens[0]}", True)
-        return cls(one.name, batch.label.rpartition(":")[0] or batch.label, False)
+            return cls(one.name, one.report.target, f"{one.variant.kind} {len(batch.q_lens)} x {batch.q_lens[0]}", True)
+        return cls(one.name, one.report.target, batch.label.rpartition(":")[0] or batch.label, False)
 
 
 def check_plot(path: Path) -> None:
@@ -83,13 +84,15 @@ def draw(predictions: Sequence[Prediction], path: Path) -> None:
 
 def _panel(ax: Axes, measure: Measure, by_series: dict[Series, list[Prediction]]) -> None:
     lengths: set[float] = set()
+    targets = list(dict.fromkeys(series.target for series in by_series))
     for series, members in by_series.items():
         ordered = sorted(members, key=lambda one: one.workload.context)
         contexts = [one.workload.context for one in ordered]
         lengths.update(contexts)
         reached = [(one.report.mbu if measure == "MBU" else one.report.mfu) or 0.0 for one in ordered]
         line = "-" if series.connected else ""
-        ax.plot(contexts, reached, marker="o", linestyle=line, label=f"{series.name}, {series.batches}")
+        name = f"{series.name} on {series.target}" if len(targets) > 1 else series.name
+        ax.plot(contexts, reached, marker="o", linestyle=line, label=f"{name}, {series.batches}")
         roofs = [_roof(one.report, measure) for one in ordered]
         # A roof over points that nothing connects is a bar over each.
         style = {"linestyle": "--"} if series.connected and len(roofs) > 1 else {"linestyle": "", "marker": "_"}
@@ -104,8 +107,7 @@ def _panel(ax: Axes, measure: Measure, by_series: dict[Series, list[Prediction]]
     ax.minorticks_off()
     what = {"MBU": "needed bytes over peak bandwidth", "MFU": "needed flops over peak rate"}[measure]
     ax.set(xlabel="context length (mean of a batch), tokens", ylabel=f"{measure}: {what}", ylim=(0, 1.05))
-    target = next(iter(by_series.values()))[0].report.target
-    ax.set_title(f"{measure} of the whole call, predicted for {target}")
+    ax.set_title(f"{measure} of the whole call, predicted for {', '.join(targets)}")
     ax.grid(alpha=0.3)
     ax.legend(fontsize="small")
 

@@ -20,6 +20,7 @@ from rpac.devices.toolchain import toolchain
 from rpac.errors import TargetError
 from rpac.files.store import Store
 from rpac.lower import Task, tasks_of
+from rpac.plan.tuned import Tuned, TunedTiles
 from rpac.schedule import Call, Dump, check_compiler, dump_command
 from rpac.spec import load_spec
 
@@ -71,9 +72,10 @@ def programs_of(
     *,
     any_compiler: bool = False,
     layer: str = "",
+    tuned: Tuned = TunedTiles.of,
 ) -> Programs:
-    """The programs that a spec would build for a TPU target, or that a bundle (a folder) holds for it; of one kind of
-    `layer` where the model has several.
+    """The programs that a spec would build for a TPU target with `tuned` tiles, or that a bundle (a folder) holds for it; of
+    one kind of `layer` where the model has several.
 
     Raises SpecError, BundleError, PlanError; TargetError where there is nothing for that target, or where a bundle was
     built with other compilers than are here; ScheduleError where those are not verified, unless `any_compiler`.
@@ -82,7 +84,10 @@ def programs_of(
         raise TargetError(f"target {target!r} has no schedule to predict from; must be one of {', '.join(TPU_TARGETS)}")
     if not any_compiler:
         check_compiler(toolchain()["libtpu"])
-    found = (_of_bundle if path.is_dir() else _of_spec)(path, target, layer, store, progress)
+    if path.is_dir():
+        found = _of_bundle(path, target, layer, store, progress)
+    else:
+        found = _of_spec(path, target, layer, store, progress, tuned)
     return replace(found, any_compiler=any_compiler)
 
 
@@ -93,10 +98,10 @@ def layers_in(path: Path) -> list[str]:
     return [part.layer for part in load_spec(path).parts]
 
 
-def _of_spec(path: Path, target: str, layer: str, store: Store, progress: Progress) -> Programs:
+def _of_spec(path: Path, target: str, layer: str, store: Store, progress: Progress, tuned: Tuned) -> Programs:
     spec = load_spec(path).part(layer)
     chosen_targets(spec, [target])
-    tasks = tasks_of(spec, sources_of(spec, [target]))
+    tasks = tasks_of(spec, sources_of(spec, [target], tuned))
     return Programs(
         _name(spec.name, layer),
         target,

@@ -12,7 +12,8 @@ from rpac.batch import Batch
 from rpac.batch.select import select
 from rpac.contract.arrays import BITS, ArrayDims, index_of
 from rpac.contract.program import Variant
-from rpac.files.publish import publish
+from rpac.errors import OutputError
+from rpac.files.publish import listing, publish
 from rpac.predict.programs import Programs
 from rpac.schedule import CallReport, attention_work
 from rpac.traffic.trace import Workload
@@ -60,6 +61,21 @@ def predict(programs: Programs, workload: Workload) -> Prediction:
     return Prediction(programs.name, workload, variant, programs.call(variant).predict(scalars, work))
 
 
+def check_emit(folder: Path) -> None:
+    """Raises OutputError where `emit` would not replace what is at `folder`, before anything is compiled for it."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise OutputError(f"--emit {folder}: found a file; must be a folder; name another one")
+    others = _others(folder)
+    if others:
+        found = listing(others)
+        raise OutputError(
+            f"--emit {folder}: found other files there: {found}; must be a folder that is absent, empty, or holds what an "
+            f"earlier --emit wrote and nothing else, because it is replaced; write --emit {folder / 'schedules'}"
+        )
+
+
 def emit(programs: Programs, workload: Workload, folder: Path) -> list[str]:
     """Writes each kernel's schedule as the compiler left it, and its scalar operands; returns the files' names.
 
@@ -69,7 +85,7 @@ def emit(programs: Programs, workload: Workload, folder: Path) -> list[str]:
     variant, scalars = _selected(programs, workload)
     call = programs.call(variant)
     operands = call.operands(scalars)
-    with publish(folder, lambda path: (path / OPERANDS).is_file()) as stage:
+    with publish(folder, lambda path: not _others(path)) as stage:
         for name in operands:
             stage.write(f"{name}.txt", call.dump.schedules[name].encode())
         values = {f"{name}.txt": {str(index): row for index, row in of.items()} for name, of in operands.items()}
@@ -86,6 +102,16 @@ def scalars_of(batch: Batch, args: Sequence[ArrayDims]) -> dict[int, list[int]]:
         "distribution": batch.distribution,
     }
     return {index_of(args, name): array.tolist() for name, array in arrays.items()}
+
+
+def _others(folder: Path) -> list[str]:
+    """The names in a folder that are not those of an earlier output; all of them where there was none."""
+    names = {path.name for path in folder.iterdir()}
+    try:
+        written = {OPERANDS, *json.loads((folder / OPERANDS).read_bytes())}
+    except (OSError, ValueError, RecursionError, TypeError):
+        return sorted(names)
+    return sorted(names - written)
 
 
 def _selected(programs: Programs, workload: Workload) -> tuple[Variant, dict[int, list[int]]]:

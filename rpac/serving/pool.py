@@ -54,6 +54,11 @@ class PagePool:
         self._free[self.num_free : self.num_free + len(free)] = free[::-1]
         self.num_free += len(free)
 
+    def freed_by(self, pages: Int32s) -> int:
+        """How many pages would become free if these were released."""
+        ids, counts = np.unique(pages, return_counts=True)
+        return int((self._uses[ids] == counts).sum())
+
     def _counted(self, pages: Integers, least: int | None) -> tuple[Int64s, Int32s]:
         """The different pages and how often each is there; `least` users must each have, by default as many as that."""
         ids, counts = np.unique(integers("pages", pages, INT32.min), return_counts=True)

@@ -60,11 +60,18 @@ class Scheduler:
     """
 
     def __init__(self, limits: Limits, *, share_prefixes: bool = True) -> None:
-        """Raises BatchError for programs whose decode rows have several new tokens: there are no drafts here."""
+        """Raises BatchError for programs whose decode rows have several new tokens, because there are no drafts here, and
+        for the limits of one of several kinds of layers, because the tables here are for all layers of a model.
+        """
         if limits.decode_len > 1:
             raise BatchError(
                 f"decode_len is {limits.decode_len}; must be 1, the new tokens of a sequence that decodes here; build with\n"
                 "serving:\n  decode_len: 1"
+            )
+        if limits.layer and limits.is_local:
+            raise BatchError(
+                f"the limits are of the layers {limits.layer!r} alone, which do not see all of a sequence; must be those of all "
+                "layers that the page tables are for; pass rpac.Limits.joint([engine.limits for engine in engines.values()])"
             )
         self.limits = limits
         self.tables = PageTables(limits)
@@ -95,7 +102,9 @@ class Scheduler:
         if not prompt.size:
             raise BatchError("tokens are empty; must be one at least, for the next follows from it")
         # The last new token is handed out and never computed, so it needs no place in the cache.
-        most = min(self.limits.pages_per_seq, self.limits.num_pages) * self.limits.page_size + 1
+        limits = self.limits
+        fits = limits.most_pages(limits.max_kv_len) <= limits.num_pages
+        most = (limits.max_kv_len if fits else limits.num_pages * limits.page_size) + 1
         if max_new_tokens < 1 or prompt.size + max_new_tokens > most:
             raise BatchError(
                 f"found {prompt.size} tokens and max_new_tokens {max_new_tokens}; must be 1 or more new tokens, and "
@@ -201,14 +210,15 @@ class Scheduler:
         if not self._waiting or budget < 1 or len(self._running) >= self._most_rows:
             return 0
         # Pages are taken as chunks are computed: those that run will yet take some of the free ones.
-        needed = sum(cdiv(one.length, self.limits.page_size) for one in self._running)
+        needed = sum(self.limits.most_pages(one.length) for one in self._running)
         free = self.tables.num_free - needed + int(self.tables.held([one.table for one in self._running]).sum())
         shared = 0
         while self._waiting and budget > 0 and len(self._running) < self._most_rows:
             one = self._waiting[0]
             donor, common = self._longest_prefix(one)
             # A page that is shared in part is copied once, so it counts as a new one.
-            needed = cdiv(one.length, self.limits.page_size) - common // self.limits.page_size
+            own = cdiv(one.length, self.limits.page_size) - common // self.limits.page_size
+            needed = min(own, self.limits.most_pages(one.length))
             if needed > free:
                 break
             free -= needed
@@ -233,7 +243,7 @@ class Scheduler:
                 continue
             different = one.tokens[:most] != other.tokens[:most]
             common = int(different.argmax()) if different.any() else most
-            if common > longest:
+            if common > longest and self.tables.can_fork(other.table, common):
                 best, longest = other, common
         return best, longest
 

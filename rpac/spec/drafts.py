@@ -45,14 +45,16 @@ def check_kinds(section: Section, serving: Serving, models: Iterable[Attention])
     """Refuses drafts beside kinds of attention that have no code for them. `section` is that of `serving`."""
     models = tuple(models)
     if serving.decode_len > 1 and any(model.rope_dim is not None for model in models):
-        allowed = "must be 1 with attention latent, whose kernels take one new token of each decode row"
+        allowed = "must be 1 with attention latent: its kernels take one new token for each decode row"
         section.clash("decode_len", allowed, "remove one of the two")
     if serving.decode_len > 1 and not all(model.causal for model in models):
-        allowed = "must be 1 with causal false: drafts are verified by what each makes of the tokens before it alone"
+        allowed = "must be 1 with causal false: a draft is verified from the tokens before it alone"
         section.clash("decode_len", allowed, "remove one of the two")
     if serving.tree_mask and any(model.sliding_window is not None for model in models):
-        allowed = "must be left out with sliding_window: a window counts from a draft's depth, which no mask says"
+        allowed = (
+            "must be left out with sliding_window: a window counts from a draft's depth, which the mask does not hold"
+        )
         section.clash("tree_mask", allowed, "remove one of the two")
     if serving.tree_mask and any(model.attention_chunk is not None for model in models):
-        allowed = "must be left out with attention_chunk: a chunk ends at a draft's depth, which no mask says"
+        allowed = "must be left out with attention_chunk: a chunk ends at a draft's depth, which the mask does not hold"
         section.clash("tree_mask", allowed, "remove one of the two")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from rpac.contract.attention import Attention
+from rpac.contract.attention import QUANTIZED, Attention
 from rpac.contract.features import features_of
 from rpac.spec.nodes import Section
 
@@ -32,7 +32,8 @@ def read_latent(section: Section, scales: tuple[float, float], most_heads: int) 
     rank = section.integer("kv_lora_rank", KV_LORA_RANKS[0], KV_LORA_RANKS[-1], 512)
     rope_dim = section.integer("rope_dim", ROPE_DIMS[0], ROPE_DIMS[-1], 64)
     q_dtype = section.choice("q_dtype", DTYPES)
-    kv_dtype = section.choice("kv_dtype", DTYPES)
+    no_bytes = f"write {q_dtype or DTYPES[0]}: a latent cache is stored as it is"
+    kv_dtype = section.choice("kv_dtype", DTYPES, dict.fromkeys(QUANTIZED, no_bytes))
     # Not from the dims: the model's own scale is by its head_dim before absorption, and some multiply it.
     scale = section.number("sm_scale", *scales) if section.has("sm_scale") else None
     if not section.has("sm_scale"):
@@ -55,7 +56,5 @@ def read_latent(section: Section, scales: tuple[float, float], most_heads: int) 
 def check_device(section: Section, q_heads: int) -> None:
     """Refuses a number of query heads of one device that no kernel takes."""
     if q_heads % HEADS_STEP or q_heads > MAX_HEADS:
-        allowed = (
-            f"must leave each device a multiple of {HEADS_STEP} query heads with attention latent, at most {MAX_HEADS}"
-        )
+        allowed = f"must be a multiple of {HEADS_STEP} query heads, {MAX_HEADS} at most, with attention latent"
         section.clash("q_heads", allowed, "change it, or parallel.tensor", f"{q_heads} on each device")

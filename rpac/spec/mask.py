@@ -15,10 +15,10 @@ def check_mask(section: Section, features: Mapping[str, Any]) -> None:
     """Refuses windows and chunks that exclude each other, or that look back where queries see all of their sequence."""
     causal, window, chunk = (features[key] for key in ("causal", "sliding_window", "attention_chunk"))
     if not causal and window is not None:
-        allowed = "must be true with sliding_window, which looks back from a query and not ahead"
+        allowed = "must be true with sliding_window: a window looks back from a query, not ahead"
         section.clash("causal", allowed, "remove one of the two")
     if chunk is not None and (not causal or window is not None):
-        allowed = "must be left out with sliding_window, and where causal is false: one rule says what a query sees"
+        allowed = "must be left out with sliding_window, and with causal false: a query can have only one mask"
         section.clash("attention_chunk", allowed, "remove one of the two")
 
 
@@ -26,10 +26,8 @@ def check_mask_lengths(section: Section, model: Attention, serving: Serving) -> 
     """Refuses windows and chunks that do not go with the lengths and pages that are served."""
     longest = serving.max_model_len
     if model.sliding_window is not None and model.sliding_window >= longest:
-        allowed = f"must be below serving.max_model_len ({longest}): a window as long hides nothing"
-        section.clash(
-            "sliding_window", allowed, f"remove it, or write {longest - 1} or less", str(model.sliding_window)
-        )
+        allowed = f"must be below serving.max_model_len ({longest}): a window that long hides nothing"
+        section.clash("sliding_window", allowed, "remove it", str(model.sliding_window))
     chunk, page = model.attention_chunk, serving.page_size
     if chunk is not None and chunk >= longest:
         allowed = f"must be below serving.max_model_len ({longest}): no sequence has a second chunk"

@@ -15,8 +15,8 @@ from rpac.errors import Problem, SpecError
 TARGETS = ("tpu7x", "v6e", "v5p", "v5e", "cpu", "gpu")
 # What else one may look for among the targets, and what there is to do.
 NO_TARGETS = {
-    "v4": "leave it out: a v4 chip serves as one device of two cores, which libtpu describes, where there is none, only as two "
-    "devices of one, so that no executable made here would load"
+    "v4": "leave it out: a v4 chip serves as one device with two cores, but without a chip libtpu describes it only as two "
+    "devices with one core each, so no executable built here would load"
 }
 MIN_DEFAULT_BUCKET = 16
 

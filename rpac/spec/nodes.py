@@ -17,7 +17,31 @@ import yaml
 from rpac.errors import Problem
 
 MAX_SIZE = 1 << 16
+MAX_PROBLEMS = 50
 SHOWN_CHARS = 40
+SAME_KEY = 0.82  # of a key's letters: kv_scale and sm_scale share 0.75 and mean different things
+
+# What a model's or a server's own configuration calls things, and how a spec says them.
+FOREIGN: Mapping[str, str] = MappingProxyType(
+    {
+        "num_attention_heads": "write it as model.q_heads",
+        "num_heads": "write it as model.q_heads",
+        "num_key_value_heads": "write it as model.kv_heads",
+        "num_kv_heads": "write it as model.kv_heads",
+        "logits_soft_cap": "write it as model.soft_cap",
+        "attn_logit_softcapping": "write it as model.soft_cap",
+        "k_scale": "write `kv_scale: tensor` and pass both scales as `kv_scales`",
+        "v_scale": "write `kv_scale: tensor` and pass both scales as `kv_scales`",
+        "q_scale": "remove it and multiply the queries, or multiply model.sm_scale by it",
+        "kv_cache_dtype": "write it as model.kv_dtype",
+        "block_size": "write it as serving.page_size",
+        "max_position_embeddings": "write it as serving.max_model_len",
+        "max_num_batched_tokens": "write it as serving.max_num_tokens",
+        "num_gpu_blocks": "write it as serving.num_pages",
+        "tensor_parallel_size": "write it as parallel.tensor",
+        "data_parallel_size": "write it as parallel.data",
+    }
+)
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -26,17 +50,20 @@ _TAG = "tag:yaml.org,2002:"
 _KINDS = {"bool": "a bool", "timestamp": "a date"}
 
 
-class _Loader(yaml.SafeLoader):
-    """Composes nodes and remembers where the text used an anchor or an alias."""
+class _AnchorError(Exception):
+    """An anchor or an alias, with the place where it stands."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.anchor_marks: list[yaml.Mark] = []
+    def __init__(self, mark: yaml.Mark) -> None:
+        self.mark = mark
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes nodes and stops at the first anchor or alias: a few lines of them can stand for gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "anchor", None) is not None:
-            self.anchor_marks.append(event.start_mark)
+            raise _AnchorError(event.start_mark)
         return super().compose_node(parent, index)
 
 
@@ -60,8 +87,13 @@ class Report:
         self.at(None, None, "", f"more than {MAX_SIZE} bytes", "must be a spec", "check that it is the right file")
 
     def in_order(self) -> tuple[Problem, ...]:
-        """The problems from the top of the file to its end."""
-        return tuple(sorted(self.problems, key=lambda p: (p.line or 0, p.column or 0)))
+        """The problems from the top of the file to its end: the first `MAX_PROBLEMS`, and how many more there are."""
+        every = sorted(self.problems, key=lambda p: (p.line or 0, p.column or 0))
+        more = len(every) - MAX_PROBLEMS
+        if more <= 0:
+            return tuple(every)
+        rest = Problem(self.file, None, None, "", f"{more} more problems", "must have none", "mend those above first")
+        return (*every[:MAX_PROBLEMS], rest)
 
 
 def show(text: str) -> str:
@@ -85,9 +117,9 @@ def describe(node: yaml.Node) -> str:
     return f"{show(node.value)} ({_KINDS.get(tag, f'tagged {show(node.tag)}')})"
 
 
-def closest(word: str, words: Iterable[str]) -> str | None:
-    """The word that was probably meant."""
-    return next(iter(difflib.get_close_matches(word[:SHOWN_CHARS], list(words), n=1)), None)
+def closest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The word that was probably meant. `cutoff`: how much of both must agree, from 0 to 1."""
+    return next(iter(difflib.get_close_matches(word[:SHOWN_CHARS], list(words), n=1, cutoff=cutoff)), None)
 
 
 def compose(text: str, report: Report) -> yaml.MappingNode | None:
@@ -102,6 +134,9 @@ def compose(text: str, report: Report) -> yaml.MappingNode | None:
             node = loader.get_node()
             assert node is not None  # check_node said so
             roots.append(node)
+    except _AnchorError as error:
+        report.at_mark(error.mark, "", "an anchor or alias", "must be written out", "write the value itself here")
+        return None
     except yaml.reader.ReaderError as error:
         line, column = _line_column(text, error.position)
         report.at(line, column, "", f"character {error.character:#06x}", "must be printable text", "remove it")
@@ -118,8 +153,6 @@ def compose(text: str, report: Report) -> yaml.MappingNode | None:
         # PyYAML lets these out for escapes and directives with absurd numbers, with no mark.
         report.at(None, None, "", f"a syntax error ({error})", "must be YAML", "correct the escape or directive")
         return None
-    for mark in loader.anchor_marks:
-        report.at_mark(mark, "", "an anchor or alias", "must be written out", "write the value itself here")
     if len(roots) > 1:
         report.at_node(roots[1], "", "must be one document", "keep one spec a file", "a second document")
     if not roots or _tag(roots[0]) == "null":
@@ -164,9 +197,11 @@ class Section:
         elif key in keys:
             self._values[key] = value
         else:
-            near = closest(key, keys)
+            near = closest(key, keys, SAME_KEY)
             if key in homes:
                 fix = f"move it under {homes[key]}" if homes[key] else "move it to the top level"
+            elif key in FOREIGN:
+                fix = FOREIGN[key]
             else:
                 fix = f"write {near}" if near else "remove it"
                 self._misspelt.update([near] if near else [])
@@ -204,17 +239,27 @@ class Section:
         return None
 
     def sections(
-        self, key: str, pattern: str, allowed: str, keys: Sequence[str], homes: Mapping[str, str]
+        self, key: str, pattern: str, allowed: str, keys: Sequence[str], homes: Mapping[str, str], most: int
     ) -> dict[str, Section]:
-        """A mapping of names that match `pattern` (`allowed` in words) to mappings with `keys`. The key must be there."""
+        """A mapping of at most `most` names, each matching `pattern` (`allowed` in words), to mappings with `keys`.
+
+        The key must be in the section.
+        """
         node = self._values[key]
         if not isinstance(node, yaml.MappingNode) or not node.value:
             self.report.at_node(
                 node, self.where(key), "must be a mapping of names to mappings", f"indent them below `{key}:`"
             )
             return {}
+        if len(node.value) > most:
+            fix, count = f"keep {most} of them", f"{len(node.value)} names"
+            self.report.at_node(node.value[most][0], self.where(key), f"must be at most {most} of them", fix, count)
+            return {}
         found: dict[str, Section] = {}
         for name_node, value in node.value:
+            if not isinstance(name_node, yaml.ScalarNode):
+                self.report.at_node(name_node, self.where(key), allowed, "write a name")
+                continue
             name = str(name_node.value)
             where = f"{self.where(key)}.{show(name)}"
             if not re.fullmatch(pattern, name) or name in found:
@@ -226,9 +271,11 @@ class Section:
         return found
 
     def over(self, base: Section) -> Section:
-        """This section with what it does not have taken from `base`."""
+        """This section with what it does not have taken from `base`; a null of its own leaves a key of `base` out."""
         merged = copy.copy(self)
-        merged._values = {**base._values, **self._values}
+        unset = {key for key, node in self._values.items() if _tag(node) == "null" and key in base._values}
+        every = {**base._values, **self._values}
+        merged._values = {key: node for key, node in every.items() if key not in unset}
         return merged
 
     def text(self, key: str, pattern: str, allowed: str, example: str) -> str | None:
@@ -242,10 +289,10 @@ class Section:
         self.report.at_node(node, self.where(key), allowed, f'write "{node.value}"' if quote else f"write {example}")
         return None
 
-    def choice(self, key: str, choices: Sequence[str]) -> str | None:
-        """One of a few words."""
+    def choice(self, key: str, choices: Sequence[str], refused: Mapping[str, str] = MappingProxyType({})) -> str | None:
+        """One of a few words. `refused`: what to do about words that one may look for there."""
         node = self._get(key, f"must be one of {', '.join(choices)}", choices[0])
-        return None if node is None else self._word(node, self.where(key), choices)
+        return None if node is None else self._word(node, self.where(key), choices, refused)
 
     def integer(self, key: str, low: int, high: int, example: int) -> int | None:
         """An integer in low..high."""
@@ -269,10 +316,16 @@ class Section:
         self.report.at_node(node, self.where(key), "must be true or false", "write one of them, unquoted")
         return None
 
-    def integers(self, key: str, low: int, high: int, example: str) -> tuple[int, ...] | None:
-        """A list of integers in low..high, each greater than the one before."""
+    def integers(self, key: str, low: int, high: int, example: str, most: int) -> tuple[int, ...] | None:
+        """A list of at most `most` integers in low..high, each greater than the one before."""
         nodes = self._list(key, f"must be a list of integers from {low} to {high}, ascending", example)
         if nodes is None:
+            return None
+        if len(nodes) > most:
+            fix = f"keep {most} of them"
+            self.report.at_node(
+                nodes[most], self.where(key), f"must be at most {most} of them", fix, f"{len(nodes)} numbers"
+            )
             return None
         numbers = [self._int(node, f"{self.where(key)}[{i}]", low, high) for i, node in enumerate(nodes)]
         good = [number for number in numbers if number is not None]

@@ -71,6 +71,9 @@ MAX_DEVICES = 32  # of a topology that libtpu describes for every target
 MAX_GROUP = 16
 MAX_TOKENS = 1 << 20
 MAX_SEQS = 4096
+MAX_BUCKETS = 64  # each is a program of every kind on every target
+MAX_LENGTHS = 64
+MAX_LAYERS = 32  # kinds of layers
 MAX_SLOTS = 2**31 - 1
 SM_SCALES = (1e-6, 1e6)
 
@@ -142,6 +145,8 @@ def _read(text: str, report: Report) -> Spec | None:
     for layer, part in parts.items():
         if part.rope_dim is not None:
             check_device(kinds[layer][0], part.q_heads)
+        elif part.group > MAX_GROUP and (layer or len(parts) == 1):
+            _refuse_group(*kinds[layer], part, mesh)
     model = parts.pop("")
     return Spec(name, model, serving, targets, source=text, file=report.file, mesh=mesh, layers=tuple(parts.items()))
 
@@ -152,7 +157,7 @@ def _layers(root: Section, base: Section, model: Attention) -> dict[str, tuple[S
         return {}
     allowed = "must be lower-case letters, digits and dashes, 32 at most, a letter or digit first, each name once"
     found = {}
-    for name, section in root.sections("layers", LAYER, allowed, MODEL_KEYS, HOMES).items():
+    for name, section in root.sections("layers", LAYER, allowed, MODEL_KEYS, HOMES, MAX_LAYERS).items():
         kind = _model(section.over(base))
         if kind is not None:
             found[name] = section, kind
@@ -189,22 +194,18 @@ def _model(section: Section) -> Attention | None:
             section.clash(key, "must be left out without attention latent", "remove it, or write `attention: latent`")
     q_heads = section.integer("q_heads", 1, MAX_HEADS, 32)
     kv_heads = section.integer("kv_heads", 1, MAX_HEADS, 8)
-    head_dim = section.integer("head_dim", 1, max(HEAD_DIMS), 128)
+    head_dim = section.integer("head_dim", 1, MAX_SLOTS, 128)
     q_dtype = section.choice("q_dtype", DTYPES)
     kv_dtype = section.choice("kv_dtype", KV_DTYPES)
     sm_scale = section.number("sm_scale", *SM_SCALES) if section.has("sm_scale") else None
     features = read_features(section, "model")
     check_mask(section, features)
 
-    if q_heads is not None and kv_heads is not None:
-        if q_heads % kv_heads:
-            near = max(1, round(q_heads / kv_heads)) * kv_heads
-            section.clash("q_heads", f"must be a multiple of kv_heads ({kv_heads})", f"write {near} or change kv_heads")
-        elif q_heads // kv_heads > MAX_GROUP:
-            allowed = f"must be at most {MAX_GROUP} times kv_heads ({kv_heads})"
-            section.clash("q_heads", allowed, f"write {MAX_GROUP * kv_heads} or less, or change kv_heads")
+    if q_heads is not None and kv_heads is not None and q_heads % kv_heads:
+        near = max(1, round(q_heads / kv_heads)) * kv_heads
+        section.clash("q_heads", f"must be a multiple of kv_heads ({kv_heads})", f"write {near} or change kv_heads")
     if head_dim is not None and head_dim not in HEAD_DIMS:
-        section.clash("head_dim", f"must be {_either(HEAD_DIMS)}", f"write {_nearest(head_dim, HEAD_DIMS)}")
+        section.clash("head_dim", f"must be {_either(HEAD_DIMS)}", _padded(head_dim, section.has("sm_scale")))
     if features["update_cache"] is False and features["quantize"] == "kernel":
         allowed = "must be left out with update_cache false: there is nothing to quantize"
         section.clash("quantize", allowed, "remove one of the two")
@@ -214,7 +215,7 @@ def _model(section: Section) -> Attention | None:
             section.clash("kv_dtype", allowed, f"write {q_dtype}")
         for key in ("kv_scale", "quantize"):
             if kv_dtype is not None and section.has(key):
-                allowed = f"must be left out with kv_dtype {kv_dtype}, which is stored as it is"
+                allowed = f"must be left out with kv_dtype {kv_dtype}, which is stored unchanged"
                 section.clash(key, allowed, f"remove it, or write `kv_dtype: {QUANTIZED[0]}`")
 
     if q_heads is None or kv_heads is None or head_dim is None or q_dtype is None or kv_dtype is None:
@@ -227,10 +228,13 @@ def _serving(section: Section) -> Serving | None:
     page_size = section.integer("page_size", 1, PAGE_SIZES[-1], 128)
     max_model_len = section.integer("max_model_len", 1, MAX_MODEL_LEN, 8192)
     max_num_tokens = section.integer("max_num_tokens", 1, MAX_TOKENS, 2048)
-    buckets = section.integers("token_buckets", 1, MAX_TOKENS, "[64, 2048]") if section.has("token_buckets") else None
+    example = f"[{max_num_tokens or 2048}]"
+    buckets = (
+        section.integers("token_buckets", 1, MAX_TOKENS, example, MAX_BUCKETS) if section.has("token_buckets") else None
+    )
     max_num_seqs = section.integer("max_num_seqs", 1, MAX_SEQS, 64)
     prefill_chunk = section.integer("prefill_chunk", 1, MAX_TOKENS, 512)
-    context_lens = section.integers("context_lens", 1, MAX_MODEL_LEN, "[1024, 4096]")
+    context_lens = section.integers("context_lens", 1, MAX_MODEL_LEN, f"[{max_model_len or 4096}]", MAX_LENGTHS)
     num_pages = section.integer("num_pages", 1, MAX_SLOTS, 1024) if section.has("num_pages") else None
     kv_layout = section.choice("kv_layout", KV_LAYOUTS) if section.has("kv_layout") else KV_LAYOUTS[0]
     features = read_features(section, "serving")
@@ -270,11 +274,25 @@ def _serving(section: Section) -> Serving | None:
     )
 
 
+def _refuse_group(section: Section, model: Attention, part: Attention, mesh: Mesh) -> None:
+    """Reports more query heads for each KV head than a kernel takes: on one device, as `part` has them."""
+    most = MAX_GROUP * model.kv_heads
+    if mesh.query_parts == 1:
+        allowed = f"must be at most {MAX_GROUP} times kv_heads ({model.kv_heads})"
+        section.clash("q_heads", allowed, f"write {most} or less, or change kv_heads")
+        return
+    allowed = (
+        f"must leave each device at most {MAX_GROUP} times its KV heads; `parallel` leaves {part.q_heads} query heads and "
+        f"{part.kv_heads} KV heads there"
+    )
+    section.clash("q_heads", allowed, f"write {most} or less, or change kv_heads or parallel.tensor")
+
+
 def _refuse_copies(section: Section, model: Attention) -> None:
     found = "interleaved" if section.has("kv_layout") else "interleaved, its default"
     allowed = (
-        f"must be separate with kv_dtype {model.kv_dtype} and head_dim above {MAX_BYTES_DIM} on a TPU: to see rows of two "
-        "registers' lanes as rows of one, the compiler copies a cache of bytes"
+        f"must be separate with kv_dtype {model.kv_dtype} and head_dim above {MAX_BYTES_DIM} on a TPU: the compiler would copy "
+        "an 8-bit cache, to view each row of two registers as one row"
     )
     section.clash("kv_layout", allowed, "write `kv_layout: separate`", found)
 
@@ -284,7 +302,9 @@ def _check_apart(section: Section, model: Attention, serving: Serving) -> None:
     latent = model.rope_dim is not None
     if (serving.kv_layout == "separate" or latent) and serving.page_size < least:
         what = "attention latent" if latent else "kv_layout separate"
-        allowed = f"must be at least {least} with {what} and kv_dtype {model.kv_dtype}: as many share a register"
+        allowed = (
+            f"must be at least {least} with {what} and kv_dtype {model.kv_dtype}: that many tokens share a register"
+        )
         section.clash(
             "page_size", allowed, f"write {least}" if latent else f"write {least}, or `kv_layout: interleaved`"
         )
@@ -296,7 +316,7 @@ def _with_layout(section: Section, model: Attention, serving: Serving) -> Servin
         return serving
     if section.has("kv_layout"):
         allowed = (
-            "must be left out with attention latent: a token has one vector for keys and values, and nothing to order"
+            "must be left out with attention latent: keys and values share one vector, so there is only one layout"
         )
         section.clash("kv_layout", allowed, "remove it")
     if serving.log_sum_exp:
@@ -350,6 +370,15 @@ def _check_pages(
         found = str(num_pages) if section.has("num_pages") else f"{num_pages}, its default"
         section.clash("num_pages", allowed, f"write `num_pages: {most}` or less", found)
     return num_pages
+
+
+def _padded(head_dim: int, scaled: bool) -> str:
+    """What to do about a head_dim that no kernel has: zeros change no score, if the scale stays that of the model."""
+    padded = next((size for size in HEAD_DIMS if size > head_dim), None)
+    if padded is None:
+        return "serve this model without rpac, which has no kernels for longer heads"
+    scale = "" if scaled else f" and `sm_scale: {head_dim**-0.5!r}`"
+    return f"write {padded}{scale}, and pad queries, keys and values with zeros"
 
 
 def _either(values: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""What specs may say, as a document: every key with its values, and which features exclude each other, from the parser itself."""
+"""docs/support.md, made by the parser itself: every key of a spec with its values, and which features exclude each other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ from rpac.spec.model import NO_TARGETS
 
 HEADER = """# What rpac supports
 
-Made by `rpac support` from the rules of the spec format; a test holds this file against them.
+This page is printed by `rpac support`, from the rules of the spec format. A test compares it with them.
+
+## Keys
+
+All keys of a spec, with the values that they can have. A key without a default is required, unless its values name the kind
+of attention that it belongs to.
 """
 
 BASE = {
@@ -38,7 +43,7 @@ _SHOWN_WITH_DTYPES = ("kv_scale", "quantize")  # with each 8-bit dtype, as nothi
 
 # What is combined with each other, as a spec asks for it: keys by section.
 FEATURES: Mapping[str, Mapping[str, Mapping[str, object]]] = {
-    "K and V apart": {"serving": {"kv_layout": "separate"}},
+    "separate K and V": {"serving": {"kv_layout": "separate"}},
     "head_dim 64": {"model": {"head_dim": 64}},
     "head_dim 80": {"model": {"head_dim": 80}},
     "head_dim 192": {"model": {"head_dim": 192}},
@@ -78,15 +83,20 @@ def document() -> str:
             HEADER,
             tabulate(_keys(), headers=("key", "values", "default"), tablefmt="github", disable_numparse=True),
             "",
-            f"Targets: {', '.join(TARGETS)}. "
-            + " ".join(f"{name} is refused: {why}." for name, why in NO_TARGETS.items()),
+            "## Targets",
             "",
-            "## Together",
+            f"The targets are {', '.join(TARGETS)}. "
+            + " ".join(f"{name} is refused: {why.partition(': ')[2]}." for name, why in NO_TARGETS.items()),
             "",
-            f"Of the {len(FEATURES)} features {', '.join(FEATURES)}, each is accepted alone for all targets, and of the "
-            f"{len(pairs)} pairs that need no two values of one key all but these {len(refused)}:",
+            "## Combinations",
             "",
-            tabulate(refused, headers=("feature", "and", "why not"), tablefmt="github", disable_numparse=True),
+            f"There are {len(FEATURES)} features: {', '.join(FEATURES)}.",
+            "",
+            f"Each of them is accepted alone, for every target. {len(pairs)} pairs of them do not need two values for one key. "
+            f"All of these pairs are accepted, except the {len(refused)} pairs below. The message is the one that a spec with "
+            "both features gets.",
+            "",
+            tabulate(refused, headers=("feature", "and", "message"), tablefmt="github", disable_numparse=True),
             "",
         ]
     )
@@ -97,7 +107,7 @@ def _keys() -> list[tuple[str, str, str]]:
         return ", ".join(map(str, values))
 
     return [
-        ("model.q_heads", f"a multiple of kv_heads, {rules.MAX_GROUP} times as many at most", ""),
+        ("model.q_heads", f"a multiple of kv_heads; on each device at most {rules.MAX_GROUP} times its kv_heads", ""),
         ("model.kv_heads", f"1 to {rules.MAX_HEADS}", ""),
         ("model.head_dim", either(rules.HEAD_DIMS), ""),
         ("model.q_dtype", either(rules.DTYPES), ""),
@@ -106,23 +116,27 @@ def _keys() -> list[tuple[str, str, str]]:
         *_feature_rows("model"),
         (
             "model.attention",
-            "latent: the cache holds one vector a token, shared by all heads (MLA)",
-            "of K and V heads",
+            "latent: the cache holds one vector for each token, which all heads share (MLA)",
+            "attention over K and V heads",
         ),
-        ("model.kv_lora_rank", f"{either(KV_LORA_RANKS)}, of latent attention alone", ""),
-        ("model.rope_dim", f"{either(ROPE_DIMS)}, of latent attention alone", ""),
-        ("layers.NAME", f"any of {either(rules.MODEL_KEYS)}, in place of model's", "one kind of layer"),
+        ("model.kv_lora_rank", f"{either(KV_LORA_RANKS)}; only with latent attention", ""),
+        ("model.rope_dim", f"{either(ROPE_DIMS)}; only with latent attention", ""),
+        (
+            "layers.NAME",
+            f"any of {either(rules.MODEL_KEYS)}; replaces the key of model for these layers",
+            "one kind of layer",
+        ),
         ("serving.page_size", either(rules.PAGE_SIZES), ""),
         ("serving.kv_layout", either(KV_LAYOUTS), KV_LAYOUTS[0]),
-        ("serving.max_model_len", f"to {features.MAX_MODEL_LEN}, a multiple of page_size", ""),
-        ("serving.max_num_tokens", f"to {rules.MAX_TOKENS}", ""),
-        ("serving.token_buckets", "ascending, the last max_num_tokens", "powers of two"),
-        ("serving.max_num_seqs", f"to {rules.MAX_SEQS}", ""),
-        ("serving.prefill_chunk", "to max_num_tokens; on TPU a multiple of 16", ""),
-        ("serving.context_lens", "expected lengths, ascending", ""),
-        ("serving.num_pages", "pages of one layer's cache", "a full table for each sequence"),
+        ("serving.max_model_len", f"a multiple of page_size, up to {features.MAX_MODEL_LEN}", ""),
+        ("serving.max_num_tokens", f"up to {rules.MAX_TOKENS}", ""),
+        ("serving.token_buckets", "ascending; the last one is max_num_tokens", "powers of two"),
+        ("serving.max_num_seqs", f"up to {rules.MAX_SEQS}", ""),
+        ("serving.prefill_chunk", "up to max_num_tokens; on TPU a multiple of 16", ""),
+        ("serving.context_lens", "expected context lengths, ascending", ""),
+        ("serving.num_pages", "pages in the cache of one layer", "a full table for each sequence"),
         *_feature_rows("serving"),
-        ("parallel.tensor", f"devices that share the heads, {rules.MAX_DEVICES} with data at most", "1"),
+        ("parallel.tensor", f"devices that share the heads; tensor times data is at most {rules.MAX_DEVICES}", "1"),
         ("parallel.data", "replicas", "1"),
     ]
 
@@ -136,11 +150,12 @@ def _keys_of(feature: str) -> set[tuple[str, str]]:
 
 
 def _refusal(*features: str) -> str:
-    """Why a spec with these features is refused; empty where it is not."""
+    """The first problem of a spec with these features; empty if it is accepted."""
     try:
         parse_spec(text_of(*(FEATURES[name] for name in features)), "spec.yaml")
     except SpecError as error:
-        return str(error).splitlines()[0].partition(": found ")[2]
+        first = error.problems[0]
+        return f"{first.where}: found {first.found}; {first.allowed}; {first.fix}"
     return ""
 
 

@@ -20,14 +20,14 @@ def main(path: str) -> None:
     prepare()  # before JAX is imported
     import numpy as np
 
-    from rpac.check.batches import trials_of
+    from rpac.check.batches import batches_of
     from rpac.check.run import check_source
 
     data = json.loads(Path(path).read_text())
     spec = parse_spec(data["spec"], data["file"]).part(data["layer"])
     plan = KernelPlan.from_dict(data["plan"])
-    first, *_, random = trials_of(spec, plan, np.random.default_rng(data["seed"]), random_batches=1)
-    for result in check_source(spec, plan, render(spec, plan), trials=[first, random], seed=data["seed"]):
+    first, *_, random = batches_of(spec, plan, np.random.default_rng(data["seed"]), random_batches=1)
+    for result in check_source(spec, plan, render(spec, plan), batches=[first, random], seed=data["seed"]):
         if not result.ok:
             causes = [*result.races, *result.notes]
             if result.error > result.tolerance:

@@ -53,7 +53,7 @@ def merge(folder: Path, target: str, entries: Sequence[Entry]) -> Path:
     Raises PlanError where the file is none of ours, OutputError where it cannot be written.
     """
     name = f"{target}.json"
-    with publish(folder, _holds_data, WAIT_S) as stage:
+    with publish(folder, holds_data, WAIT_S) as stage:
         old = TunedTiles.of(target, folder)
         new = {**old.entries, **TunedTiles(entries).entries}
         text = text_of(target, list(new.values()))
@@ -72,7 +72,8 @@ def text_of(target: str, entries: Sequence[Entry]) -> str:
     return _text(data, 0) + "\n"
 
 
-def _holds_data(folder: Path) -> bool:
+def holds_data(folder: Path) -> bool:
+    """Whether a folder holds nothing but data files, by their names."""
     return all(path.suffix == ".json" for path in folder.iterdir())
 
 

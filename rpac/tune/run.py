@@ -9,14 +9,15 @@ from pathlib import Path
 from rpac.devices.chip import is_tpu
 from rpac.devices.toolchain import toolchain
 from rpac.errors import TargetError
+from rpac.files.publish import refuse_foreign
 from rpac.files.store import Store
 from rpac.plan import plan_spec
-from rpac.plan.tuned import FOLDER, TunedTiles
+from rpac.plan.tuned import TunedTiles
 from rpac.schedule import check_compiler
 from rpac.spec import Spec
 from rpac.tune.executors import Evaluate, Pool
 from rpac.tune.jobs import run_job
-from rpac.tune.results import entry_of, merge
+from rpac.tune.results import entry_of, holds_data, merge
 from rpac.tune.search import Climb, Outcome, Progress, search
 
 
@@ -39,8 +40,8 @@ def tune(
     pool: Pool,
     store: Store,
     *,
+    folder: Path,
     kinds: Sequence[str] = (),
-    folder: Path = FOLDER,
     seed: int = 0,
     evaluate: Evaluate = run_job,
     out_of_time: Callable[[], bool] = lambda: False,
@@ -61,6 +62,7 @@ def tune(
     check_compiler(toolchain()["libtpu"])
     for target in chosen:
         TunedTiles.of(target, folder)  # a file that is none is said before the search, not after it
+    refuse_foreign(folder, holds_data)  # and so is a folder of something else
     climbs = [
         Climb(part, plan, seed)
         for part in spec.parts

@@ -29,6 +29,7 @@ class FakeEngine:
     traces: list[tuple[Any, ...]] = field(default_factory=list)
     validated: list[bool] = field(default_factory=list)
     extra: list[dict[str, Any]] = field(default_factory=list)
+    programs: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, spec: Spec) -> FakeEngine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from fake import ADAPTERS, FakeEngine, arguments, cache_of, peer_arguments
 import rpac
 from rpac.adapters import sglang_jax
 from rpac.batch import Batch, Limits, validate
+from rpac.bundle import write_bundle
 from rpac.errors import BatchError, SelectionError
+from rpac.spec import Spec
 
 SEED = random.SystemRandom().randrange(2**32)
 NAMES = sorted(ADAPTERS)
@@ -222,3 +225,21 @@ def test_ejkernels_mesh_wraps_the_call_in_shard_map_where_its_specs_are_given() 
     assert kv_cache.shape == args[3].shape
     attention(*args, softmax_scale=engine.model.sm_scale, mesh=mesh)  # as the peer, which needs all three
     assert (len(engine.traces), len(engine.calls)) == (1, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pages_before_a_window_may_be_a_servers_null_page(
+    name: str, tmp_path: Path, tiny: Spec, programs: list[Any]
+) -> None:
+    spec = replace(tiny, model=replace(tiny.model, sliding_window=20))
+    write_bundle(tmp_path / "tiny.rpac", spec, programs)
+    engine = rpac.load(tmp_path / "tiny.rpac", target="cpu")
+    # Tokens 31 and 50 see from 12 and 31 on: entry 0 of the second sequence is not read, and page 3 is the first's by now.
+    for null in (0, -1, 3):
+        batch = Batch.build(engine.limits, [1, 1], [31, 50], [[3, 4], [null, 6, 7, 8]])
+        args = peer_arguments(name, batch, arrays(engine, batch.tokens))
+        options = {ADAPTERS[name].scale: engine.model.sm_scale, "sliding_window": 20}
+        ADAPTERS[name].make(engine)(*args, **options)
+        args = peer_arguments(name, batch, arrays(engine, batch.tokens))
+        jax.jit(lambda *given, options=options: ADAPTERS[name].make(engine)(*given, **options))(*args)
+    assert engine.counts[rpac.Variant("decode", 8)].calls == 3

@@ -31,13 +31,11 @@ NAMES = sorted(ADAPTERS)
 REFUSED: dict[str, list[Any]] = {
     "custom_mask": [np.ones(8, np.int32)],
     "debug_mode": [True],
-    "k_scale": [0.5, 1.0],
     "mask_aligned_to_cu_kv": [True],
     "mask_value": [-1e4, 0.0],
-    "q_scale": [0.5],
+    "q_scale": [0.5, 1.0],
     "skip_kv_mask": [True],
     "softmax_dtype": [jnp.float32, jnp.bfloat16],
-    "v_scale": [0.5],
     "xai_temperature_len": [1024.0],
 }
 
@@ -50,14 +48,17 @@ BUILT_IN: dict[str, list[Any]] = {
 CAUSAL = ("causal", "use_causal_mask")
 UPDATE = ("update_kv_cache",)
 SINKS = ("attention_sink", "softmax_aux")
+SCALES = ("k_scale", "v_scale")
 
 # Those that ask for nothing beside the signature's defaults.
 NEUTRAL: dict[str, list[Any]] = {
     "causal": [True],
+    "k_scale": [1, 1.0, np.float32(1), jnp.float32(1)],
     "mask_value": [None, DEFAULT_MASK_VALUE],
     "out_dtype": [jnp.bfloat16, "bfloat16", np.dtype("bfloat16")],
     "skip_kv_mask": [np.False_],
     "use_causal_mask": [1, np.True_],
+    "v_scale": [1.0],
 }
 
 # Those that choose or tune the peer's kernel.
@@ -107,7 +108,9 @@ def test_the_signature_is_the_peers(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_argument_of_a_peer_is_followed_refused_or_tuning(name: str) -> None:
     taken = set(inspect.signature(ADAPTERS[name].make(FakeEngine())).parameters)
-    assert taken <= FOLLOWED | set(REFUSED) | set(BUILT_IN) | set(CAUSAL) | set(UPDATE) | set(SINKS) | set(TUNING)
+    assert taken <= FOLLOWED | set(REFUSED) | set(BUILT_IN) | set(CAUSAL) | set(UPDATE) | set(SINKS) | set(
+        SCALES
+    ) | set(TUNING)
 
 
 @pytest.mark.parametrize(("name", "argument"), of(REFUSED))
@@ -200,6 +203,41 @@ def test_sinks_reach_a_bundle_that_takes_them(name: str, argument: str) -> None:
     jax.jit(lambda value: call(name, taking, **{argument: value})[1])(sinks)
     assert taking.extra[0]["sinks"] is sinks
     assert isinstance(taking.extra[1]["sinks"], jax.core.Tracer)
+
+
+@pytest.mark.parametrize(("name", "argument"), of(dict.fromkeys(SCALES)))
+def test_scales_that_a_bundle_has_none_of_are_refused_with_what_to_do(name: str, argument: str) -> None:
+    plain, quantized = FakeEngine(), FakeEngine()
+    quantized.model = dataclasses.replace(quantized.model, kv_dtype="int8")
+    instead = {"k_scale": "multiply sm_scale by it", "v_scale": "multiply the output by it"}[argument]
+    with pytest.raises(
+        SelectionError, match=f"^{argument} is 0.5; must be None or 1: bundle tiny has no .*; {instead}"
+    ):
+        call(name, plain, **{argument: 0.5})
+    with pytest.raises(
+        SelectionError, match=f"(?s)^{argument} is 0.5; must .*; build with\nmodel:\n  kv_scale: tensor$"
+    ):
+        call(name, quantized, **{argument: 0.5})
+    with pytest.raises(SelectionError, match=f"^{argument} is traced; must be None or 1"):
+        jax.jit(lambda scale: call(name, plain, **{argument: scale}))(1.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scales_reach_a_bundle_that_takes_them(name: str) -> None:
+    by_tensor, by_head = FakeEngine(), FakeEngine()
+    by_tensor.model = dataclasses.replace(by_tensor.model, kv_dtype="int8", kv_scale="tensor")
+    by_head.model = dataclasses.replace(by_head.model, kv_dtype="int8", kv_scale="head")
+    call(name, by_tensor, k_scale=0.5, v_scale=np.float32(2))
+    call(name, by_tensor)  # none is 1, as the peers have it
+    call(name, by_head, k_scale=0.5)
+    call(name, by_head, v_scale=np.array([2, 3], np.float32))
+    found = [extra["kv_scales"] for extra in by_tensor.extra + by_head.extra]
+    assert [array.dtype for array in found] == [np.float32] * 4
+    assert [array.tolist() for array in found] == [[0.5, 2], [1, 1], [[0.5, 0.5], [1, 1]], [[1, 1], [2, 3]]]
+    jax.jit(lambda scale: call(name, by_tensor, k_scale=scale)[1])(0.5)
+    assert isinstance(by_tensor.extra[-1]["kv_scales"], jax.core.Tracer)
+    with pytest.raises(BatchError, match=r"v_scale is float32\[3\]; must be a number or float32\[2\], as bundle tiny"):
+        call(name, by_head, v_scale=np.zeros(3, np.float32))
 
 
 @pytest.mark.parametrize(("name", "argument"), of(NEUTRAL))

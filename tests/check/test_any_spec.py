@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rpac.check import check_source, trials_of
+from rpac.check import batches_of, check_source
 from rpac.devices.chip import TPU_TARGETS, is_tpu
 from rpac.errors import PlanError, SpecError
 from rpac.kernels import render
@@ -107,8 +107,8 @@ def test_what_is_accepted_runs_on_cpu(text: str, seed: int) -> None:
     print(text, "seed", seed)
     for spec in accepted(text):
         for plan in plan_spec(spec, "cpu"):
-            trials = trials_of(spec, plan, np.random.default_rng(seed), 1)
-            found = list(check_source(spec, plan, render(spec, plan), trials=trials[-3:], seed=seed))
+            batches = batches_of(spec, plan, np.random.default_rng(seed), 1)
+            found = list(check_source(spec, plan, render(spec, plan), batches=batches[-3:], seed=seed))
             assert [result for result in found if not result.ok] == []
 
 

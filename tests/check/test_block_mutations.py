@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mutation import SEED, Mutation, check_bug, dropped, retiled
 
-from rpac.check import Trial, check_source
+from rpac.check import CheckBatch, check_source
 from rpac.check.arrays import make_arguments
 from rpac.check.compare import compare
 from rpac.check.execute import prepare_run
@@ -178,8 +178,8 @@ def holds_far_above(spec: Spec, plan: KernelPlan, source: Source) -> bool:
     seen only where all weights of the block after it vanish.
     """
     chunk = spec.serving.prefill_chunk
-    trial = Trial("far above", (chunk, chunk), (chunk, chunk), 0, 2)
-    args = make_arguments(spec, trial, plan.tokens[-1], trial.pages(128) + 1, np.random.default_rng(SEED))
+    batch = CheckBatch("far above", (chunk, chunk), (chunk, chunk), 0, 2)
+    args = make_arguments(spec, batch, plan.tokens[-1], batch.pages(128) + 1, np.random.default_rng(SEED))
     args.queries[:chunk] *= 1000
     wanted, cache, _ = oracle(spec.model, "separate", args.of_batch, args.extra)
     found = prepare_run(plan, source)(args, "on_wait")

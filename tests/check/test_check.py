@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 from mutation import retiled
 
-from rpac.check import CheckReport, Trial, check_source, check_spec, trials_of
+from rpac.check import CheckBatch, CheckReport, CompileResult, Result, batches_of, check_source, check_spec, run
 from rpac.check.arrays import GARBAGE, Arguments, make_arguments
 from rpac.check.compare import TOLERANCE, compare, lse_notes
-from rpac.contract.program import Source
+from rpac.contract.program import HEADER_END, Source
+from rpac.errors import CheckError
 from rpac.kernels import render
 from rpac.oracle import attention as reference
 from rpac.plan import DecodeWaves, KernelPlan, plan_spec
@@ -26,7 +28,7 @@ TINY = load_spec(SPECS / "tiny.yaml")
 SEPARATE = replace(TINY, serving=replace(TINY.serving, kv_layout="separate"))
 each_layout = pytest.mark.parametrize("spec", [TINY, SEPARATE], ids=lambda spec: spec.serving.kv_layout)
 PAGES = 40
-MIXED = Trial("mixed", q_lens=(1, 5, 3), kv_lens=(17, 5, 40), decodes=1)
+MIXED = CheckBatch("mixed", q_lens=(1, 5, 3), kv_lens=(17, 5, 40), decodes=1)
 
 
 def serving(targets: tuple[str, ...] = TINY.targets, **changes: object) -> Spec:
@@ -38,12 +40,12 @@ def plan_of(spec: Spec, kind: str, target: str = "tpu7x") -> KernelPlan:
     return next(plan for plan in plan_spec(spec, target) if plan.kind == kind)
 
 
-def trials(spec: Spec, plan: KernelPlan, random_batches: int = 3) -> tuple[Trial, ...]:
-    return trials_of(spec, plan, np.random.default_rng(0), random_batches)
+def batches(spec: Spec, plan: KernelPlan, random_batches: int = 3) -> tuple[CheckBatch, ...]:
+    return batches_of(spec, plan, np.random.default_rng(0), random_batches)
 
 
-def arguments(trial: Trial = MIXED, spec: Spec = TINY) -> Arguments:
-    return make_arguments(spec, trial, spec.serving.token_buckets[-1], PAGES, np.random.default_rng(0))
+def arguments(batch: CheckBatch = MIXED, spec: Spec = TINY) -> Arguments:
+    return make_arguments(spec, batch, spec.serving.token_buckets[-1], PAGES, np.random.default_rng(0))
 
 
 # ---- batches
@@ -75,20 +77,20 @@ ODD = [
 @pytest.mark.parametrize("spec", ODD, ids=name_of)
 def test_every_batch_is_one_that_its_program_may_be_given(spec: Spec, target: str) -> None:
     for plan in plan_spec(spec, target) if target in spec.targets else ():
-        found = trials(spec, plan)
-        assert len({trial.name for trial in found}) == len(found)
-        for trial in found:
-            assert trial.new_tokens <= plan.tokens[-1]
-            decodes, prefills_end, count = trial.distribution
+        found = batches(spec, plan)
+        assert len({batch.name for batch in found}) == len(found)
+        for batch in found:
+            assert batch.new_tokens <= plan.tokens[-1]
+            decodes, prefills_end, count = batch.distribution
             if plan.kind == "decode":
                 assert decodes == count
             if plan.kind == "prefill":
                 assert decodes == 0 and prefills_end == count
             if spec.serving.max_model_len <= 512:  # the arrays of real models are large
-                tokens = next(bucket for bucket in plan.tokens if bucket >= trial.new_tokens)
-                pages = trial.pages(spec.serving.page_size)
+                tokens = next(bucket for bucket in plan.tokens if bucket >= batch.new_tokens)
+                pages = batch.pages(spec.serving.page_size)
                 make_arguments(
-                    spec, trial, tokens, pages, np.random.default_rng(0)
+                    spec, batch, tokens, pages, np.random.default_rng(0)
                 )  # raises where the contract is broken
 
 
@@ -97,15 +99,15 @@ def test_every_batch_is_one_that_its_program_may_be_given(spec: Spec, target: st
 def test_decode_batches_hold_every_edge_length(spec: Spec, target: str) -> None:
     plan = plan_of(spec, "decode", target)
     assert plan.decode is not None
-    found = trials(spec, plan)
-    lengths = {length for trial in found for length in trial.kv_lens}
+    found = batches(spec, plan)
+    lengths = {length for batch in found for length in batch.kv_lens}
     group = plan.decode.tiles_per_wave * plan.decode.tile if isinstance(plan.decode, DecodeWaves) else plan.decode.block
     sizes = {spec.serving.page_size, group, getattr(plan.decode, "tile", group)}
     edges = {1, *(size + off for size in sizes for off in (-1, 0, 1)), spec.serving.max_model_len}
     assert {edge for edge in edges if edge <= spec.serving.max_model_len} <= lengths
-    counts = {len(trial.q_lens) for trial in found}
+    counts = {len(batch.q_lens) for batch in found}
     assert {0, 1, spec.serving.max_num_seqs} <= counts
-    assert any(trial.shared_pages for trial in found) or group <= spec.serving.page_size
+    assert any(batch.shared_pages for batch in found) or group <= spec.serving.page_size
 
 
 @pytest.mark.parametrize("step", [2, 6])
@@ -116,20 +118,20 @@ def test_decode_batches_of_groups_fill_some_to_the_last_token_and_use_all_buffer
     plan = retiled(spec, plan, decode={"tiles_per_wave": step, "lookahead": 3})
     tiles = plan.decode
     assert isinstance(tiles, DecodeWaves)
-    found = trials(spec, plan)
-    assert any(trial.kv_lens[0] % (tiles.tiles_per_wave * tiles.tile) == 0 for trial in found if trial.kv_lens)
+    found = batches(spec, plan)
+    assert any(batch.kv_lens[0] % (tiles.tiles_per_wave * tiles.tile) == 0 for batch in found if batch.kv_lens)
     in_flight = tiles.wave_buffers * tiles.tiles_per_wave
-    assert any(sum(-(-length // tiles.tile) for length in trial.kv_lens) > in_flight for trial in found)
+    assert any(sum(-(-length // tiles.tile) for length in batch.kv_lens) > in_flight for batch in found)
     # Where a page table ends within a tile, only the last row could read past it.
     full = spec.serving.max_num_seqs, spec.serving.max_model_len
-    assert full in {(len(trial.kv_lens), trial.kv_lens[-1]) for trial in found if trial.kv_lens}
+    assert full in {(len(batch.kv_lens), batch.kv_lens[-1]) for batch in found if batch.kv_lens}
 
 
 def test_batches_of_groups_too_long_for_any_row_leave_out_whole_ones() -> None:
     plan = plan_of(SEPARATE, "decode")
     assert isinstance(plan.decode, DecodeWaves)
     assert plan.decode.tiles_per_wave * plan.decode.tile > SEPARATE.serving.max_model_len
-    assert "whole groups" not in {trial.name for trial in trials(SEPARATE, plan)}
+    assert "whole groups" not in {batch.name for batch in batches(SEPARATE, plan)}
 
 
 @pytest.mark.parametrize("target", ["tpu7x", "cpu"])
@@ -141,32 +143,32 @@ def test_other_batches_end_around_pages_tiles_and_blocks(spec: Spec, kind: str, 
         if plan.kind != kind:
             continue
         assert plan.block is not None
-        found = trials(spec, plan)
-        ends = [kv for trial in found for q, kv in zip(trial.q_lens, trial.kv_lens, strict=True) if q > 1]
+        found = batches(spec, plan)
+        ends = [kv for batch in found for q, kv in zip(batch.q_lens, batch.kv_lens, strict=True) if q > 1]
         for size in (serving.page_size, getattr(plan.block, "tile", plan.block.block), plan.block.block):
             for off in (-1, 0, 1):
                 reached = any((end - off) % size == 0 for end in ends)
                 assert reached or size + off > serving.max_model_len, (plan.path, size, off)
         assert serving.max_model_len in ends
-        assert 0 in {len(trial.q_lens) for trial in found}
-        assert any(trial.shared_pages for trial in found)
+        assert 0 in {len(batch.q_lens) for batch in found}
+        assert any(batch.shared_pages for batch in found)
         if kind == "mixed":
-            q_lens = {q for trial in found for q in trial.q_lens[trial.decodes :]}
+            q_lens = {q for batch in found for q in batch.q_lens[batch.decodes :]}
             buckets = {min(plan.block.q_block + off, plan.tokens[0]) for off in (-1, 0, 1)}
             assert {1, *buckets} <= q_lens
-            assert any(trial.new_tokens in plan.tokens for trial in found), "a full bucket"
-            assert any(trial.decodes == len(trial.q_lens) > 0 for trial in found), "only decode rows"
-            assert serving.max_num_seqs in {len(trial.q_lens) for trial in found}
+            assert any(batch.new_tokens in plan.tokens for batch in found), "a full bucket"
+            assert any(batch.decodes == len(batch.q_lens) > 0 for batch in found), "only decode rows"
+            assert serving.max_num_seqs in {len(batch.q_lens) for batch in found}
             if plan.tokens[-1] > 2 * serving.prefill_chunk:
-                parts = {tuple(np.diff([0, *trial.distribution]) > 0) for trial in found}
+                parts = {tuple(np.diff([0, *batch.distribution]) > 0) for batch in found}
                 assert {(True, True, True), (False, True, False), (False, False, True)} <= parts
                 assert {serving.prefill_chunk - 1, serving.prefill_chunk + 1} <= q_lens
 
 
 def test_a_seed_gives_the_same_random_batches_again() -> None:
     plan = plan_of(TINY, "mixed")
-    assert trials(TINY, plan) == trials(TINY, plan)
-    assert trials(TINY, plan) != trials_of(TINY, plan, np.random.default_rng(1), 3)
+    assert batches(TINY, plan) == batches(TINY, plan)
+    assert batches(TINY, plan) != batches_of(TINY, plan, np.random.default_rng(1), 3)
 
 
 # ---- arrays
@@ -199,7 +201,7 @@ def test_what_nothing_may_read_is_poison(spec: Spec) -> None:
 
 
 def test_pages_are_shuffled_and_those_of_a_prefix_are_shared() -> None:
-    shared = Trial("shared", q_lens=(1, 2), kv_lens=(70, 90), decodes=1, shared_pages=3)
+    shared = CheckBatch("shared", q_lens=(1, 2), kv_lens=(70, 90), decodes=1, shared_pages=3)
     table = arguments(shared).page_indices.reshape(TINY.serving.max_num_seqs, -1)
     first, second = table[0, :5].tolist(), table[1, :6].tolist()
     assert first[:3] == second[:3]
@@ -312,15 +314,37 @@ def test_the_kernels_of_tiny_pass_in_both_modes_once_for_all_targets_that_share_
     assert all(0 < result.error < result.tolerance for result in report.results if result.batch != "empty")
 
 
-def test_kinds_choose_what_is_checked_and_processes_change_nothing_but_the_order() -> None:
+def test_kinds_choose_what_is_checked_and_processes_change_nothing() -> None:
     alone = check_spec(TINY, targets=["cpu"], kinds=["decode", "prefill"], seed=3)
     beside = check_spec(TINY, targets=["cpu"], kinds=["decode", "prefill"], seed=3, jobs=2)
 
     def rows(report: CheckReport) -> list[tuple[object, ...]]:
-        return sorted((r.source, r.batch, r.error, r.cache_ok) for r in report.results)
+        return [(r.source, r.batch, r.error, r.cache_ok) for r in report.results]
 
     assert rows(alone) == rows(beside)
     assert {result.kind for result in alone.results} == {"decode", "prefill"}
+
+
+def test_processes_hand_back_each_result_as_it_comes() -> None:
+    came: dict[str, float] = {}
+
+    def progress(row: Result | CompileResult) -> None:
+        assert isinstance(row, Result)
+        came[row.batch] = time.monotonic()
+
+    report = check_spec(TINY, targets=["cpu"], kinds=["decode"], seed=3, jobs=2, progress=progress)
+    assert set(came) == {result.batch for result in report.results}
+    # All at once at the end, they would come in no time.
+    assert max(came.values()) - min(came.values()) > sum(result.seconds for result in report.results[1:]) / 2
+
+
+def test_a_checking_process_that_dies_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def deadly(spec: Spec, plan: KernelPlan) -> Source:
+        return replace(render(spec, plan), text=f"""\"\"\"Deadly.{HEADER_END}import os\nos._exit(1)\n""")
+
+    monkeypatch.setattr(run, "render", deadly)
+    with pytest.raises(CheckError, match="a checking process died"):
+        check_spec(TINY, targets=["cpu"], kinds=["decode", "prefill"], jobs=2)
 
 
 def test_a_seed_is_drawn_and_reported_where_none_is_given() -> None:
@@ -339,13 +363,13 @@ def test_a_kernel_that_cannot_be_loaded_fails_and_does_not_raise() -> None:
 def test_after_a_kernel_that_raised_the_next_one_runs_as_if_nothing_were() -> None:
     plan = plan_of(TINY, "decode")
     source = render(TINY, plan)
-    trial = Trial("short", (1, 1), (17, 3), 2)
+    batch = CheckBatch("short", (1, 1), (17, 3), 2)
     outside = Source(source.path, source.text.replace("block * 8 + page]", "block * 8 + page + 8]"))
     assert outside != source
-    (bad,) = check_source(TINY, plan, outside, trials=[trial], modes=["eager"])
+    (bad,) = check_source(TINY, plan, outside, batches=[batch], modes=["eager"])
     assert "Out-of-bounds read" in bad.notes[0]
     assert not bad.ok
-    (good,) = check_source(TINY, plan, source, trials=[trial], modes=["eager"])
+    (good,) = check_source(TINY, plan, source, batches=[batch], modes=["eager"])
     assert good.ok
 
 
@@ -355,8 +379,8 @@ def test_an_output_that_is_not_waited_for_shows_where_copies_are_made_late() -> 
     source = render(TINY, plan)
     hasty = Source(source.path, source.text.replace("out_copy(num_seqs - 1 - i).wait()", "pass"))
     assert hasty != source
-    trial = Trial("short", (1, 1), (17, 3), 2)
-    eager, on_wait = check_source(TINY, plan, hasty, trials=[trial])
+    batch = CheckBatch("short", (1, 1), (17, 3), 2)
+    eager, on_wait = check_source(TINY, plan, hasty, batches=[batch])
     assert eager.error < eager.tolerance, "it was written when the copy was started"
     # One race, which the interpreter misses in one run of some twenty; what was not waited for it always counts.
     assert len(eager.races) <= 1

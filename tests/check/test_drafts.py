@@ -11,7 +11,7 @@ import test_mutations as tiles
 from mutation import Mutation, check_bug, dropped
 from test_features import KINDS, LAYOUTS, SEED, SLOW, compiled, failures, featured
 
-from rpac.check import trials_of
+from rpac.check import batches_of
 from rpac.devices.chip import TPU_TARGETS
 from rpac.kernels import render
 from rpac.plan import plan_spec
@@ -95,7 +95,7 @@ def test_kernels_have_them_in_every_batch(tree: bool, layout: str, kind: str) ->
 def test_each_new_token_is_once_the_first_past_a_page_a_unit_and_a_tile(layout: str, target: str) -> None:
     spec = drafting(layout, 4)
     plan = next(plan for plan in reversed(plan_spec(spec, target)) if plan.kind == "decode")
-    lengths = {length for trial in trials_of(spec, plan, np.random.default_rng(SEED), 0) for length in trial.kv_lens}
+    lengths = {length for batch in batches_of(spec, plan, np.random.default_rng(SEED), 0) for length in batch.kv_lens}
     tile = plan.decode.tile if hasattr(plan.decode, "tile") else plan.decode.block
     for size in (spec.serving.page_size, sublane_tile_tokens(spec.model), tile):
         assert {size + new for new in range(5) if size + new >= 4} <= lengths

@@ -11,7 +11,7 @@ import pytest
 import test_block_mutations as turns
 import test_mutations as tiles
 
-from rpac.check import Trial, check_source, trials_of
+from rpac.check import CheckBatch, batches_of, check_source
 from rpac.devices.chip import TPU_TARGETS
 from rpac.kernels import render
 from rpac.lower import Cache, lower_all, tasks_of
@@ -67,12 +67,12 @@ def featured(spec: Spec, features: dict[str, Any], name: str = "featured") -> Sp
 
 def failures(spec: Spec, plan: KernelPlan, few: bool = False) -> list[Any]:
     """What fails of all batches in all modes; of a few batches in one, where so many take too long."""
-    trials: tuple[Trial, ...] = trials_of(spec, plan, np.random.default_rng(SEED), 1)
+    batches: tuple[CheckBatch, ...] = batches_of(spec, plan, np.random.default_rng(SEED), 1)
     modes = None
     if few:
-        edges = [trial for trial in trials if trial.name.startswith(("lengths", "rows"))]
-        trials, modes = (edges[-1], trials[-1]), ["on_wait"]
-    found = check_source(spec, plan, render(spec, plan), trials=trials, modes=modes, seed=SEED)
+        edges = [batch for batch in batches if batch.name.startswith(("lengths", "rows"))]
+        batches, modes = (edges[-1], batches[-1]), ["on_wait"]
+    found = check_source(spec, plan, render(spec, plan), batches=batches, modes=modes, seed=SEED)
     return [result for result in found if not result.ok]
 
 
@@ -189,8 +189,8 @@ def test_batches_hold_the_edges_of_the_window(kind: str, target: str) -> None:
     plan = next(plan for plan in reversed(plan_spec(spec, target)) if plan.kind == kind)
     rows = {
         row
-        for trial in trials_of(spec, plan, np.random.default_rng(SEED), 0)
-        for row in zip(trial.q_lens, trial.kv_lens, strict=True)
+        for batch in batches_of(spec, plan, np.random.default_rng(SEED), 0)
+        for row in zip(batch.q_lens, batch.kv_lens, strict=True)
     }
     q_len = {"decode": 1, "prefill": spec.serving.prefill_chunk, "mixed": 2}[kind]
     for start in (0, page):  # of the window of the first new token

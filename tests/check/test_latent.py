@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mutation import Mutation, check_bug, dropped
 
-from rpac.check import Trial, check_source, trials_of
+from rpac.check import CheckBatch, batches_of, check_source
 from rpac.contract.attention import Attention
 from rpac.devices.chip import TPU_TARGETS
 from rpac.kernels import render
@@ -46,12 +46,12 @@ def plan_of(spec: Spec, kind: str, target: str = "tpu7x") -> KernelPlan:
 
 def failures(spec: Spec, plan: KernelPlan, few: bool = False) -> list[Any]:
     """What fails of all batches in all modes; of a few batches in one, where so many take too long."""
-    trials: tuple[Trial, ...] = trials_of(spec, plan, np.random.default_rng(SEED), 1)
+    batches: tuple[CheckBatch, ...] = batches_of(spec, plan, np.random.default_rng(SEED), 1)
     modes = None
     if few:
-        edges = [trial for trial in trials if trial.name.startswith(("lengths", "rows"))]
-        trials, modes = (edges[0], edges[-1], trials[-1]), ["on_wait"]
-    found = check_source(spec, plan, render(spec, plan), trials=trials, modes=modes, seed=SEED)
+        edges = [batch for batch in batches if batch.name.startswith(("lengths", "rows"))]
+        batches, modes = (edges[0], edges[-1], batches[-1]), ["on_wait"]
+    found = check_source(spec, plan, render(spec, plan), batches=batches, modes=modes, seed=SEED)
     return [result for result in found if not result.ok]
 
 

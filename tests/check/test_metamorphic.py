@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rpac.check.arrays import Arguments, make_arguments
-from rpac.check.batches import Trial
+from rpac.check.batches import CheckBatch
 from rpac.check.execute import prepare_run
 from rpac.contract import arrays as layout
 from rpac.kernels import render
@@ -32,7 +32,7 @@ SPECS = {
     "plain": (FEATURES["float32"],),
     "bfloat16": (),
     "window, soft cap and sinks": (FEATURES["float32"], WINDOW, FEATURES["soft cap"], FEATURES["sinks"]),
-    "int8, K and V apart": (FEATURES["int8 KV"], FEATURES["K and V apart"], {"serving": {"page_size": 32}}),
+    "int8, separate K and V": (FEATURES["int8 KV"], FEATURES["separate K and V"], {"serving": {"page_size": 32}}),
     "head_dim 64 of float8": (FEATURES["float8_e4m3fn KV"], FEATURES["head_dim 64"]),
 }
 PAGES = 40
@@ -66,8 +66,8 @@ def batch(name: str, seed: int, q_lens: tuple[int, ...] = ()) -> tuple[Arguments
     rng = np.random.default_rng(seed)
     print("seed", seed)
     q_lens = q_lens or tuple(int(n) for n in rng.integers(1, 9, 4))
-    trial = Trial("random", q_lens, tuple(int(q + rng.integers(0, 128 - q)) for q in q_lens), 0)
-    return make_arguments(spec_of(name), trial, 32, PAGES, rng), rng
+    batch = CheckBatch("random", q_lens, tuple(int(q + rng.integers(0, 128 - q)) for q in q_lens), 0)
+    return make_arguments(spec_of(name), batch, 32, PAGES, rng), rng
 
 
 def close(name: str, one: np.ndarray, other: np.ndarray) -> None:
@@ -148,5 +148,5 @@ def test_decode_rows_in_the_mixed_program(name: str, seed: int) -> None:
 
 
 def test_the_specs_are_what_they_are_called() -> None:
-    assert spec_of("int8, K and V apart").serving.kv_layout == "separate"
+    assert spec_of("int8, separate K and V").serving.kv_layout == "separate"
     assert layout.kv_page_shape(spec_of("plain")) == (16, 4, 1, 128)

@@ -235,7 +235,7 @@ def small_plan(spec: Spec, kind: str) -> KernelPlan:
 def cases(
     kind: str, mutations: list[Mutation], *marks: pytest.MarkDecorator, layout: str = "interleaved"
 ) -> list[object]:
-    apart = "" if layout == "interleaved" else ", K and V apart"
+    apart = "" if layout == "interleaved" else ", separate K and V"
     return [
         pytest.param(SPECS[layout], kind, mutation, id=f"{kind}{apart}: {mutation.bug}", marks=marks)
         for mutation in mutations

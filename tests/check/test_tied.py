@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mutation import SEED, Mutation, check_bug, dropped
 
-from rpac.check import check_source, trials_of
+from rpac.check import batches_of, check_source
 from rpac.contract.attention import Attention
 from rpac.kernels import render
 from rpac.plan import KernelPlan, plan_spec
@@ -67,11 +67,11 @@ def check(spec: Spec, kind: str, few: bool = False) -> None:
     """Holds a kernel against the oracle: in all batches and modes, or in two batches in one."""
     assert is_tied(spec, "tpu7x")
     for plan in plans(spec, "tpu7x", kind):
-        trials = trials_of(spec, plan, np.random.default_rng(SEED), 1)
+        batches = batches_of(spec, plan, np.random.default_rng(SEED), 1)
         modes = None
         if few:
-            trials, modes = (max(trials, key=lambda trial: max(trial.kv_lens, default=0)), trials[-1]), ["on_wait"]
-        results = list(check_source(spec, plan, render(spec, plan), trials=trials, modes=modes, seed=SEED))
+            batches, modes = (max(batches, key=lambda batch: max(batch.kv_lens, default=0)), batches[-1]), ["on_wait"]
+        results = list(check_source(spec, plan, render(spec, plan), batches=batches, modes=modes, seed=SEED))
         assert results
         assert not [result for result in results if not result.ok], f"seed {SEED}"
 

@@ -108,7 +108,7 @@ def test_a_canary_looks_at_lse_where_programs_return_it(tiny: Spec) -> None:
             canary.judge(made, canary.answer(made, out, pages, None if given is lse else lse), out, pages, given)
 
 
-def tiny_canary(tiny: Spec, variant: Variant) -> canary.Call:
+def tiny_canary(tiny: Spec, variant: Variant) -> canary.ProbeCall:
     return canary.canary(variant.kind, layout.arg_specs(tiny, variant.tokens), LIMITS, tiny.serving.kv_layout)
 
 

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from command import rpac
 
-from rpac.adapters._common import Adapter
 from rpac.bundle import read_manifest
 from rpac.check.deployment import serve_check
 from rpac.contract.program import Variant
 from rpac.engine import Engine, load
-from rpac.errors import BatchError, SelectionError
+from rpac.errors import BatchError
 from rpac.oracle.canary import make_call
 from rpac.oracle.expected import expected
 from rpac.oracle.tolerance import attention_error
@@ -68,8 +67,3 @@ def test_a_tree_by_name_reaches_the_program(engine: Engine, kind: str) -> None:
             run(*given)
         out, _ = run(*given, **call.extra)
         assert attention_error(np.asarray(out)[: len(want)], want)[0] < 1e-5
-
-
-def test_peers_whose_decode_rows_have_one_token_refuse_it(engine: Engine) -> None:
-    with pytest.raises(SelectionError, match="decode_len 3; must be 1, the new tokens of a decode row of peer"):
-        Adapter(engine, "peer")

@@ -14,7 +14,7 @@ from rpac.check.deployment import serve_check
 from rpac.contract.program import Variant
 from rpac.engine import Engine, load
 from rpac.errors import BatchError
-from rpac.oracle.canary import Call, make_call
+from rpac.oracle.canary import ProbeCall, make_call
 from rpac.oracle.expected import expected
 from rpac.oracle.tolerance import attention_error
 
@@ -57,7 +57,7 @@ def engine(bundle: Path) -> Engine:
     return load(bundle, target="cpu")
 
 
-def arguments(engine: Engine, kind: Any) -> tuple[dict[str, Any], Call]:
+def arguments(engine: Engine, kind: Any) -> tuple[dict[str, Any], ProbeCall]:
     """A call's arguments by name, the cache still on the host."""
     dims = engine.programs[Variant(kind, 8)].args
     call = make_call(kind, dims, engine.limits, engine.kv_layout, *ROWS[kind], seed=3)
@@ -95,7 +95,7 @@ def test_a_missing_argument_is_named(engine: Engine) -> None:
 
 def test_what_is_more_than_it_takes_is_refused(engine: Engine) -> None:
     given, _ = arguments(engine, "decode")
-    with pytest.raises(BatchError, match="there are 10 arguments; must be queries, queries_rope, new_kv, new_rope, kv"):
+    with pytest.raises(BatchError, match="found 10 arguments; must be queries, queries_rope, new_kv, new_rope, kv"):
         engine(*on_device(engine, given).values(), 1)
 
 

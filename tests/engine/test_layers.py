@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from command import rpac
 
-from rpac import TargetError, load, load_layers
+from rpac import Batch, BatchError, Engine, TargetError, load, load_layers
 from rpac.build import all_tasks
 from rpac.bundle import read_manifest
 from rpac.check.deployment import serve_check
 from rpac.contract import arrays as layout
 from rpac.errors import SpecError
-from rpac.oracle.canary import make_call
+from rpac.oracle.canary import Call, make_call
 from rpac.oracle.expected import oracle
 from rpac.oracle.tolerance import attention_error
 from rpac.spec import load_spec, parse_spec
@@ -42,7 +42,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_kind_of_layer_is_served_as_the_oracle_says(bundle: Path) -> None:
     engines = load_layers(bundle, "cpu")
     assert sorted(engines) == ["global", "local", "reader"]
-    outs, caches = {}, {}
+    outs, caches, calls = {}, {}, {}
     for name, engine in engines.items():
         assert engine.layer == name
         engine.warm(canary=True)
@@ -50,7 +50,7 @@ def test_each_kind_of_layer_is_served_as_the_oracle_says(bundle: Path) -> None:
         call = make_call("mixed", program.args, engine.limits, engine.kv_layout, [1, 5], [30, 3], 7)
         cache = np.zeros(program.args[layout.index_of(program.args, "kv_cache")].shape, np.float32)
         cache[call.pages] = call.held
-        batch = call.batch
+        calls[name], batch = call, call.batch
         args = (batch.kv_lens, batch.page_indices, batch.cu_q_lens, batch.distribution)
         extra = {"sinks": SINKS} if name == "global" else {}
         new = tuple(call.by_token.values())
@@ -63,7 +63,27 @@ def test_each_kind_of_layer_is_served_as_the_oracle_says(bundle: Path) -> None:
     assert not np.allclose(outs["local"], outs["global"])
     out, _ = engines["reader"](call.queries, jax.device_put(caches["local"]), *args)
     np.testing.assert_array_equal(np.asarray(out)[: batch.num_tokens], outs["local"])
+    serve_without_the_first_page(engines, calls["local"], outs["local"])
     assert serve_check(bundle, "cpu", seed=1).exit_code == 0
+
+
+def serve_without_the_first_page(engines: dict[str, Engine], call: Call, wanted: np.ndarray) -> None:
+    """A page before the window of its row is another's by now: what it holds, and its entry, change nothing."""
+    local = engines["local"]
+    cache = np.zeros(local.new_cache().shape, np.float32)
+    cache[call.pages] = call.held
+    metadata = [array.copy() for array in call.batch.metadata]
+    (row,) = (
+        row for row in call.batch if row.context_len == 30
+    )  # its new token sees tokens 21 to 30, on its second page
+    cache[row.pages[0]] = np.nan
+    metadata[1][row.row * local.limits.pages_per_seq] = -1
+    new = tuple(call.by_token.values())
+    out, _ = local(*new, jax.device_put(cache), *metadata)
+    np.testing.assert_array_equal(np.asarray(out)[: call.batch.num_tokens], wanted)
+    with pytest.raises(BatchError, match="entry 0 of its page table is -1; must be 0 to 11"):
+        engines["global"](*new, jax.device_put(cache), *metadata, sinks=SINKS)
+    Batch.of_arrays(local.limits, call.batch.tokens, *metadata)
 
 
 def test_a_layer_must_be_named(bundle: Path) -> None:

@@ -201,3 +201,22 @@ def test_the_build_string_ignores_how_the_client_names_itself() -> None:
     built = "Built on Jun 17 2026 11:08:48 (1781719728) cl/933746096"
     for version in (f"PJRT C API\nTFRT TPU v6 lite\n{built}", f"TFRT TPU v6 lite\n{built}"):
         assert build_string(Client(version)) == built
+
+
+DEVICES: dict[str, tuple[dict[str, object], str]] = {
+    "a name": ({"device": "cpu"}, "found 'cpu', a str; must be a jax device; pass one of jax.devices(), or pass target='cpu'"),
+    "a number": ({"device": 0}, "device: found 0, a int; must be a jax device; pass one of jax.devices()"),
+    "names": ({"devices": ["tpu"]}, "devices: found 'tpu', a str; must be a jax device; pass one of jax.devices()"),
+    "no list": ({"devices": "cpu"}, "devices: found 'cpu'; must be a list of jax devices, such as jax.devices()"),
+    "one device": ({"devices": jax.devices()[0]}, "must be a list of jax devices"),
+    "none": ({"devices": []}, "devices: found []; must be one device or more, each once"),
+    "twice": ({"devices": jax.devices()[:1] * 2}, "must be one device or more, each once"),
+    "both": ({"device": jax.devices()[0], "devices": jax.devices()}, "found both device and devices; must be one of the two"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "text"), DEVICES.values(), ids=DEVICES)
+def test_what_is_no_device_is_named(bundle: Path, given: dict[str, object], text: str) -> None:
+    with pytest.raises(TargetError) as raised:
+        load(bundle, **given)  # type: ignore[arg-type]
+    assert text in str(raised.value)

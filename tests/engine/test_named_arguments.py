@@ -113,7 +113,8 @@ def test_an_unknown_argument_is_refused_with_what_programs_take(engine: Engine, 
     given, _ = call_of(engine, "decode")
     takes = "queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution"
     with pytest.raises(
-        BatchError, match=f"^sink is no argument of this bundle's programs, which take {takes}, sinks; leave it out$"
+        BatchError,
+        match=f"^sink is not an argument of this bundle's programs, which take {takes}, sinks; leave it out$",
     ):
         engine(*given, sinks=SINKS, sink=SINKS)
     without = load(small, target="cpu")

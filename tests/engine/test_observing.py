@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rpac.contract.program import Variant
-from rpac.engine import BatchRefused, BatchRun, Event, JsonLog, ProgramReady, load
+from rpac.engine import BatchRefused, BatchRun, Engine, Event, JsonLog, ProgramReady, load
 from rpac.engine.metrics import EngineCollector
-from rpac.errors import BatchError, SelectionError, TargetError
+from rpac.errors import BatchError, BundleError, SelectionError, TargetError
 
 
 def samples(text: str) -> dict[tuple[str, ...], float]:
@@ -61,6 +62,60 @@ def test_an_observer_that_raises_does_not_stop_the_engine(bundle: Path, caplog: 
     assert engine.counts[Variant("decode", 8)].calls == 1
     assert "the observer" in caplog.text
     assert "no room" in caplog.text
+
+
+@pytest.mark.parametrize("ends", [SystemExit, KeyboardInterrupt])
+def test_an_observer_that_ends_a_warm_is_told_by_wait_and_leaves_nothing_out(
+    bundle: Path, ends: type[BaseException]
+) -> None:
+    def quits(event: Event) -> None:
+        if isinstance(event, ProgramReady):
+            raise ends("enough")
+
+    engine = load(bundle, target="cpu", observer=quits)
+    warming = engine.warm(background=True)
+    with pytest.raises(ends, match="enough"):
+        warming.wait()
+    assert engine.ready == set(engine.programs) == set(warming.errors)
+    with pytest.raises(ends, match="enough"):
+        load(bundle, target="cpu", observer=quits).warm()
+
+
+def test_an_observer_may_use_the_engine_of_any_event(bundle: Path) -> None:
+    """Whatever it is told of, the engine holds no lock that a call, a warm or its totals need."""
+    engines: list[Engine] = []
+    seen: list[str] = []
+
+    def busy(event: Event) -> None:
+        if engines and type(event).__name__ not in seen:
+            seen.append(type(event).__name__)
+            call(engines[0], [1])
+            call(engines[0], [1, 5])
+            assert engines[0].totals
+            engines[0].warm()
+            with pytest.raises(BundleError, match="holds no canary"):
+                engines[0].warm([Variant("decode", 8)], canary=True)
+
+    engines.append(load(bundle, target="cpu", observer=busy))
+    thread = threading.Thread(target=lambda: (call(engines[0], [1]), refuse_two(engines[0])), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive(), "a call waits for ever"
+    assert {"ProgramReady", "BatchRun", "BatchRefused"} <= set(seen)
+
+
+@pytest.mark.parametrize("ends", [SystemExit, KeyboardInterrupt])
+def test_an_observer_that_ends_a_call_loses_no_cache(bundle: Path, ends: type[BaseException]) -> None:
+    def quits(event: Event) -> None:
+        if isinstance(event, BatchRun):
+            raise ends("enough")
+
+    engine = load(bundle, target="cpu", observer=quits)
+    queries, keys, values, kv_cache = arrays(engine, 8)
+    with pytest.raises(ends, match="enough"):
+        engine(queries, keys, values, kv_cache, *metadata(batch_of([1])))
+    assert not kv_cache.is_deleted()
+    assert not engine.counts  # nothing ran
 
 
 def test_a_json_log_has_one_object_a_line(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:

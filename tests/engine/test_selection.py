@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import timeit
 from pathlib import Path
+from typing import Any
 
 import pytest
 from calls import BUILT, LIMITS, batch_of
@@ -58,6 +59,31 @@ def test_what_was_not_built_is_refused_with_the_lines_that_add_it(
 def test_a_program_that_a_bundle_lacks_is_never_substituted() -> None:
     with pytest.raises(SelectionError, match="needs the program decode/8; this bundle holds mixed/8; build the spec"):
         select({Variant("mixed", 8)}, LIMITS, 8, (1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens", "text"),
+    [
+        ("decod", 8, "'decod' is no kind of program; must be one of decode, prefill, mixed; write 'decode'"),
+        ("Prefill", 32, "write 'prefill'"),
+        (3, 8, "3 is no kind of program; must be one of decode, prefill, mixed"),
+        ("decode", "8", "the token bucket is '8'; must be an integer, of 8, 32"),
+        ("decode", 9, "the token buckets built are 8, 32"),
+    ],
+)
+def test_a_program_that_there_cannot_be_is_not_to_be_built(bundle: Path, kind: Any, tokens: Any, text: str) -> None:
+    engine = load(bundle, target="cpu")
+    for ask in (lambda: engine.program(kind, tokens), lambda: engine.warm([Variant(kind, tokens)])):
+        with pytest.raises(SelectionError) as raised:
+            ask()
+        assert text in str(raised.value)
+        assert "build the spec again" not in str(raised.value)
+
+
+@pytest.mark.parametrize("variants", [["decode"], ["de"], [8], "decode"])
+def test_what_is_no_variant_cannot_be_warmed(bundle: Path, variants: Any) -> None:
+    with pytest.raises(SelectionError, match=r"is no program; must be a variant such as Variant\('decode', 8\)"):
+        load(bundle, target="cpu").warm(variants)
 
 
 def test_selection_takes_under_20_microseconds(bundle: Path) -> None:

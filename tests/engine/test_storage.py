@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,8 +23,8 @@ from calls import call
 from command import environment
 from fsspec.implementations.memory import MemoryFileSystem
 
-from rpac.bundle import describe, verify_bundle, write_bundle
-from rpac.engine import load
+from rpac.bundle import describe, read_manifest, verify_bundle, write_bundle
+from rpac.engine import load, load_layers
 from rpac.errors import BundleError, RpacError
 from rpac.spec import Spec
 
@@ -104,6 +109,78 @@ def test_a_file_too_many_at_a_url(remote: str) -> None:
     fsspec.filesystem("memory").pipe("/shared/tiny.rpac/blobs/more", b"x")
     with pytest.raises(BundleError, match=r"found blobs/more; must hold only what manifest\.json lists"):
         verify_bundle(remote)
+
+
+def test_an_empty_or_deep_folder_at_a_url(bundle: Path) -> None:
+    (bundle / "blobs" / "a" / "b" / "c").mkdir(parents=True)
+    with pytest.raises(BundleError, match=r"found blobs/a, .*; must hold only what manifest\.json lists"):
+        verify_bundle(f"file://{bundle}")
+
+
+class Web(SimpleHTTPRequestHandler):
+    """Serves a folder, each answer as slow as its class says, or sends whoever asks elsewhere."""
+
+    pause_s = 0.0
+    elsewhere = ""
+
+    def do_GET(self) -> None:
+        if self.elsewhere:
+            self.send_response(302)
+            self.send_header("Location", f"{self.elsewhere}{self.path}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if not self.pause_s:
+            return super().do_GET()
+        data = Path(self.translate_path(self.path)).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            for byte in data:
+                self.wfile.write(bytes([byte]))
+                time.sleep(self.pause_s)
+
+    do_HEAD = do_GET  # type: ignore[assignment]
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def web(folder: Path, pause_s: float = 0, elsewhere: str = "") -> Iterator[int]:
+    """A server of a folder on a port of this machine."""
+    handler = type("Handler", (Web,), {"pause_s": pause_s, "elsewhere": elsewhere})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder))) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def test_a_store_that_sends_a_byte_now_and_then_is_given_up(bundle: Path) -> None:
+    with web(bundle.parent, pause_s=1) as port:
+        url = f"http://127.0.0.1:{port}/{bundle.name}"
+        start = time.monotonic()
+        for read in (load, load_layers, verify_bundle, read_manifest):
+            options = {"target": "cpu"} if read in (load, load_layers) else {}
+            with pytest.raises(BundleError, match=rf"{url}: was not read within 0\.5 s; check the store"):
+                read(url, timeout_s=0.5, **options)  # type: ignore[operator]
+        assert time.monotonic() - start < 30
+    with pytest.raises(BundleError, match="timeout_s is 0; must be above 0 seconds, or None"):
+        load(bundle, target="cpu", timeout_s=0)
+    assert load(bundle, target="cpu", timeout_s=60)
+
+
+def test_a_bundle_is_not_read_from_where_a_redirect_leads(bundle: Path) -> None:
+    with web(bundle.parent) as port:
+        here, there = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
+        assert read_manifest(f"{here}/{bundle.name}").name == "tiny"
+        moved = rf"redirects to {there}/.*must stay on 127\.0\.0\.1; if you trust"
+        with web(bundle.parent, elsewhere=there) as other, pytest.raises(BundleError, match=moved):
+            load(f"http://127.0.0.1:{other}/{bundle.name}", target="cpu")
+        with web(bundle.parent, elsewhere=here) as other:  # the same host
+            assert load(f"http://127.0.0.1:{other}/{bundle.name}", target="cpu")
 
 
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(bundle: Path) -> None:

@@ -34,7 +34,7 @@ def test_a_bundle_for_this_cpu_compiles_nothing_and_answers_like_the_oracle(smal
 def test_for_this_cpu_without_the_cpu_target(tmp_path: Path) -> None:
     done = rpac("build", TINY, "--target", "v6e", "--this-cpu", "-o", tmp_path, cache=tmp_path / "cache")
     assert done.returncode == 3
-    assert "--this-cpu without target cpu; add it to targets, or leave --this-cpu out" in done.stderr
+    assert "found --this-cpu without the target cpu; add cpu to targets, or leave --this-cpu out" in done.stderr
     assert not list(tmp_path.glob("*.rpac"))
 
 

@@ -69,6 +69,15 @@ def test_batches_that_differ_in_more_than_their_context_are_lines_of_their_own(
     assert labels == ["tiny, decode 4 x 1", "tiny, decode 2 x 1"]
 
 
+def test_lines_of_several_targets_say_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [dataclasses.replace(one, report=dataclasses.replace(one.report, target="v6e")) for one in DECODES]
+    assert panels(tmp_path / "a.svg", monkeypatch, [*DECODES, *others]) == {
+        "MBU of the whole call, predicted for tpu7x, v6e": [
+            "tiny on tpu7x, decode 4 x 1", "tiny on v6e, decode 4 x 1", "roofline (nominal peaks)"
+        ],
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "message"), [("out.xyz", "must end in .png, .pdf, .svg"), ("absent/out.png", "is no folder")]
 )

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from command import TINY
 
-from rpac.errors import BundleError, ScheduleError, TargetError
+from rpac.errors import BundleError, OutputError, ScheduleError, TargetError
 from rpac.files.store import Store
-from rpac.predict import Programs, Workload, emit, parse_decode, parse_prefill, predict, programs_of
+from rpac.predict import Programs, Workload, check_emit, emit, parse_decode, parse_prefill, predict, programs_of
 from rpac.predict.run import OPERANDS
 from rpac.schedule import model_of, parse_schedule, walk
 from rpac.spec import load_spec
@@ -57,6 +57,17 @@ def test_the_emitted_schedule_is_the_compilers_to_the_byte(programs: Built, tmp_
         assert text == call.dump.schedules[kernel.name].encode()
         assert text.startswith(b"= control target key start\n")
     emit(programs("tpu7x"), DECODE, tmp_path / "out")  # over its own earlier output
+
+
+@pytest.mark.compile
+def test_an_earlier_output_is_not_replaced_with_a_file_of_somebody_else_in_it(programs: Built, tmp_path: Path) -> None:
+    emit(programs("tpu7x"), DECODE, tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("the only copy")
+    with pytest.raises(OutputError, match=r"found other files there: notes\.txt; "):
+        check_emit(tmp_path / "out")
+    with pytest.raises(OutputError, match="did not make"):
+        emit(programs("tpu7x"), DECODE, tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "the only copy"
 
 
 @pytest.mark.compile

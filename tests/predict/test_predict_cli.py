@@ -16,10 +16,11 @@ PREDICT = ("predict", TINY, "--target", "tpu7x")
 
 
 @pytest.mark.compile
-def test_json_of_one_batch_is_one_object_and_nothing_else_is_on_stdout(dumps: Path, tmp_path: Path) -> None:
+def test_json_of_one_batch_is_a_list_of_one_and_nothing_else_is_on_stdout(dumps: Path, tmp_path: Path) -> None:
     done = rpac(*PREDICT, "--decode", "4x100", "--json", "--emit", tmp_path / "out", cache=dumps)
     assert done.returncode == 0, done.stderr
-    data = json.loads(done.stdout)
+    (data,) = json.loads(done.stdout)["predictions"]
+    assert data["target"] == "tpu7x"
     assert data["seconds"] >= data["kernel_seconds"] > 0
     assert 0 < data["mbu"] < 1
     assert 0 < data["mfu"] < 1
@@ -47,6 +48,22 @@ def test_several_batches_are_side_by_side(dumps: Path, tmp_path: Path, bundled: 
 
 
 @pytest.mark.compile
+def test_several_targets_are_all_answered(dumps: Path, tmp_path: Path) -> None:
+    arguments = (*PREDICT, "--target", "v6e", "--target", "tpu7x", "--decode", "4x100")
+    done = rpac(*arguments, "--json", cache=dumps)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["predictions"]
+    assert [one["target"] for one in found] == ["tpu7x", "v6e"]
+    assert found[0]["seconds"] != found[1]["seconds"]
+
+    done = rpac(*arguments, "--plot", tmp_path / "both.svg", cache=dumps)
+    header, _, *rows = done.stdout.splitlines()[:4]
+    assert header.split()[:2] == ["target", "batch"]
+    assert [row.split()[0] for row in rows] == ["tpu7x", "v6e"]
+    assert "Predicted for one tpu7x or v6e device." in done.stdout
+
+
+@pytest.mark.compile
 def test_a_report_names_waits_loops_slots_spills_and_definitions(dumps: Path) -> None:
     done = rpac(*PREDICT, "--decode", "4x100", cache=dumps)
     for part in (
@@ -69,15 +86,37 @@ def test_a_report_names_waits_loops_slots_spills_and_definitions(dumps: Path) ->
         ((TINY, "--target", "tpu7x", "--decode", "4x513"), 2, "build with a larger max_model_len"),
         ((TINY, "--target", "tpu7x", "--prefill", "3x16/64"), 2, "max_num_tokens: 48"),
         ((TINY, "--target", "tpu7x", "--mixed", "absent.jsonl"), 2, "absent.jsonl: cannot be read"),
-        ((TINY, "--target", "tpu7x", "--emit", "out"), 2, "takes one spec or bundle and one batch"),
+        ((TINY, "--target", "tpu7x", "--emit", "out"), 2, "give one spec or bundle, one --target and one batch"),
+        (
+            (TINY, "--target", "tpu7x", "--target", "v6e", "--decode", "1x8", "--emit", "out"),
+            2,
+            "--emit: found 2 predictions; takes one",
+        ),
+        (
+            (TINY, "--target", "tpu7x", "--decode", "1x8", "--emit", "."),
+            5,
+            "--emit .: found other files there: a.txt, b.txt, c.txt and 1 more; must be a folder that is absent, empty, or "
+            "holds what an earlier --emit wrote and nothing else, because it is replaced; write --emit schedules",
+        ),
+        ((TINY, "--target", "tpu7x", "--decode", "1x8", "--emit", "a.txt"), 5, "--emit a.txt: found a file"),
+        (
+            (TINY, "--target", "tpu7x", "--mixed", "a.jsonl", "--mixed", "b.jsonl"),
+            2,
+            "--mixed is given 2 times; give it once",
+        ),
         ((TINY, "--target", "tpu7x", "--decode", "1x8", "--plot", "out.xyz"), 5, "must end in .png"),
     ],
 )
 def test_what_cannot_be_predicted_says_why(
     arguments: tuple[object, ...], code: int, message: str, tmp_path: Path
 ) -> None:
-    done = rpac("predict", *arguments, cache=tmp_path / "cache", cwd=tmp_path)
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in ("d.txt", "b.txt", "c.txt", "a.txt"):
+        (work / name).touch()
+    done = rpac("predict", *arguments, cache=tmp_path / "cache", cwd=work)
     assert (done.returncode, done.stdout) == (code, "")
+    assert len(list(work.iterdir())) == 4
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert "compiling" not in done.stderr  # it is said before the waiting

@@ -15,7 +15,7 @@ import pytest
 from command import TINY
 
 from rpac.check.arrays import Arguments, make_arguments
-from rpac.check.batches import Trial, trials_of
+from rpac.check.batches import CheckBatch, batches_of
 from rpac.check.execute import DMA_MODES, prepare_run
 from rpac.contract.program import Variant
 from rpac.files.store import Store
@@ -43,7 +43,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 def plan_of(spec: Spec, target: str, kind: str) -> KernelPlan:
-    """The plan of a kind's largest buckets, which take every trial."""
+    """The plan of a kind's largest buckets, which take every batch."""
     return max((plan for plan in plan_spec(spec, target) if plan.kind == kind), key=lambda plan: plan.tokens)
 
 
@@ -70,7 +70,9 @@ def walked(call: Call, args: Arguments) -> tuple[Counter[Extent], set[Side], int
     return found, in_vmem, total - sum(count * extent.size for extent, count in found.items())
 
 
-def compare(built: Built, target: str, kind: str, trials: Callable[[Sequence[Trial]], Sequence[Trial]]) -> None:
+def compare(
+    built: Built, target: str, kind: str, batches: Callable[[Sequence[CheckBatch]], Sequence[CheckBatch]]
+) -> None:
     seed = secrets.randbits(32)
     rng = np.random.default_rng(seed)
     spec = load_spec(TINY)
@@ -78,9 +80,9 @@ def compare(built: Built, target: str, kind: str, trials: Callable[[Sequence[Tri
     tokens = plan.tokens[-1]
     call = built(target).call(Variant(kind, tokens))  # type: ignore[arg-type]
     run = prepare_run(plan, render(spec, plan))
-    for number, trial in enumerate(trials(trials_of(spec, plan, rng, RANDOM_BATCHES))):
-        what = f"{target} {kind} {trial.name!r}, {seed=}"
-        args = make_arguments(spec, trial, tokens, spec.serving.num_pages, rng)
+    for number, batch in enumerate(batches(batches_of(spec, plan, rng, RANDOM_BATCHES))):
+        what = f"{target} {kind} {batch.name!r}, {seed=}"
+        args = make_arguments(spec, batch, tokens, spec.serving.num_pages, rng)
         with recorded() as interpreted:
             outcome = run(args, DMA_MODES[number % len(DMA_MODES)])
         assert not outcome.notes, f"{what}: {outcome.notes}"
@@ -113,9 +115,9 @@ def pages_named(args: Arguments, spec: Spec, new: bool) -> set[int]:
     return found
 
 
-def few(trials: Sequence[Trial]) -> list[Trial]:
+def few(batches: Sequence[CheckBatch]) -> list[CheckBatch]:
     """The first edges and the random ones."""
-    return [*trials[:FEW_EDGES], *trials[-RANDOM_BATCHES:]]
+    return [*batches[:FEW_EDGES], *batches[-RANDOM_BATCHES:]]
 
 
 def test_a_decode_kernel_moves_the_bytes_that_the_interpreter_moves(built: Built) -> None:

@@ -117,7 +117,7 @@ def test_an_interrupted_search_ends_at_once_leaves_nothing_behind_and_goes_on_fr
     assert "tpu7x/decode rule: " in first
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (1, "")
+    assert (process.returncode, out) == (130, "")
     assert "Traceback" not in err
     assert [path.name for path in temporary.iterdir() if path.name.startswith("rpac-")] == []
     assert not (tmp_path / "tuned").exists()

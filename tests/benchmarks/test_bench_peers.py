@@ -1,0 +1,124 @@
+"""The comparison with the peers: its batches and its document, without a compile."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks_on_path():
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+def module(name: str):
+    return importlib.import_module(f"peers.{name}")
+
+
+def result(micros: float, error: str = ""):
+    return module("store").Result("tiles", micros * 1e-6, micros * 0.9e-6, 0.5, 0.25, error)
+
+
+def section(results: dict[str, object]):
+    case = module("cases").CASES[0]
+    by_place = {(name, case.label): one for name, one in results.items()}
+    return module("document").Section("tpu7x", 128, (case,), tuple(results), by_place)
+
+
+def test_ragged_lengths_are_the_same_on_every_run_and_within_bounds():
+    lens = module("cases").ragged(64, 100, 6000)
+    assert lens == module("cases").ragged(64, 100, 6000)
+    assert len(lens) == 64
+    assert 100 <= min(lens) < 1000
+    assert 5000 < max(lens) <= 6000
+
+
+def test_every_peer_of_a_place_is_one():
+    known = {one.name for one in module("contenders").CONTENDERS}
+    assert {name for peers in module("cases").PLACES.values() for name in peers} <= known
+
+
+def test_every_case_fits_its_bucket_and_the_longest_length():
+    cases = module("cases")
+    for case in cases.CASES:
+        assert sum(case.workload.q_lens) <= case.tokens
+        assert case.longest <= cases.MAX_MODEL_LEN
+        assert len(case.workload.q_lens) <= cases.MAX_SEQS
+
+
+def test_all_peers_get_the_same_lengths_and_pages_from_a_batch(tmp_path):
+    cases, contenders, run = module("cases"), module("contenders"), module("run")
+    case = next(case for case in cases.CASES if case.kind == "mixed")
+    batch = case.workload.batch(run.limits_of(tmp_path, 128))
+    v3 = contenders.contract_parameters(batch, case)
+    v2 = contenders.v2_parameters(batch, case)
+    flywheel = contenders.flywheel_parameters(batch, case)
+    assert v3[4] == v2[2] == flywheel[8]
+    assert v3[5] == v2[3] == flywheel[5]
+    assert v3[6] == v2[4] == flywheel[7]
+    assert v3[7] == [32, 32, 34]  # a chunk is mixed to RPA v3, which would skip it as prefill
+    assert flywheel[4][:34] == [2047] * 32 + [1536] * 2
+
+
+def test_flywheel_blocks_start_at_a_tile_and_skip_empty_sequences():
+    blocks_before = module("contenders").flywheel_blocks_before
+    assert blocks_before([0, 1, 2, 2]) == [0, 1, 2, 2]
+    assert blocks_before([0, 2048]) == [0, 2]
+    assert blocks_before([0, 15, 15 + 1024]) == [0, 1, 3]  # 15 rows before it share its first tile
+
+
+def test_a_cell_gives_call_kernels_and_share_of_the_peak():
+    document, case = module("document"), module("cases").CASES[0]
+    assert document.cell(case, result(1234)) == "1,234 / 1,111, 0.50"
+    assert document.cell(case, result(0, "no")) == "-"
+
+
+def test_the_summary_compares_ours_with_the_fastest_peer_that_ran():
+    ours = {"rpac": result(100), "rpac, separate": result(80), "rpac, fitted": result(50)}
+    found = section({**ours, "a": result(300), "b": result(200), "c": result(1, "no")})
+    assert module("document").summary([found])[-1].endswith("| 2.00 / 2.50 / 4.00 (b) |")
+
+
+def test_the_summary_claims_nothing_where_no_peer_ran():
+    found = section({**{one.name: result(100) for one in module("contenders").OURS}, "c": result(1, "no")})
+    assert module("document").summary([found])[-1].endswith("| - |")
+
+
+def test_refusals_name_each_reason_once_with_its_places():
+    found = section({"rpac": result(100), "a": result(0, "too large")})
+    assert module("document").refusals([found]) == ["- **a** (tpu7x, pages of 128: every batch): too large"]
+
+
+def test_a_reason_is_the_telling_line_without_paths():
+    reason = module("run").reason
+    trace = "the compile for tpu7x failed (1):\nTraceback\n  File x\nValueError: bad tile in /home/someone/a.py here\n---\nnote"
+    assert reason(trace) == "ValueError: bad tile in ... here"
+    proto = "failed (1):\n [x='(Ran out of memory in memory space vmem. Used 76.63M of 64.00M vmem. Exceeded"
+    assert reason(proto) == "Ran out of memory in memory space vmem. Used 76.63M of 64.00M vmem."
+
+
+def test_results_survive_a_rerun_and_unfinished_ones_do_not(tmp_path):
+    store = module("store").Store(tmp_path / "results.json", tmp_path)
+    assert store.result("k") is None
+    store.keep_result("k", result(5))
+    again = module("store").Store(tmp_path / "results.json", tmp_path)
+    assert again.result("k") == result(5)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_results_that_nobody_asks_for_are_dropped(tmp_path):
+    store = module("store").Store(tmp_path / "results.json", tmp_path)
+    for key in ("a", "b"):
+        store.keep_result(key, result(5))
+    again = module("store").Store(tmp_path / "results.json", tmp_path)
+    again.result("a")
+    again.drop_unasked()
+    kept = module("store").Store(tmp_path / "results.json", tmp_path)
+    assert (kept.result("a"), kept.result("b")) == (result(5), None)
