@@ -15,11 +15,7 @@ from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
 from rpac.plan.recipe import Recipe
 from rpac.spec import Spec
 
-NAMES = {
-    "kv_swapped": "kv_swapped",
-    "unit_out": "new_out",
-    "unit_sem": "write_sem",
-}  # of scratch arrays, other than in the plan
+NAMES = {"unit_out": "new_out", "unit_sem": "write_sem"}  # of scratch arrays, other than in the plan
 LOADS_OF_NEW = (("q_hbm", "q_in"), ("k_hbm", "new_keys"), ("v_hbm", "new_values"))
 
 
@@ -128,6 +124,7 @@ def _own_constants(spec: Spec, recipe: Recipe) -> list[Constant]:
         tile("P_ROWS", "2 * SET_ROWS" if pairs else "SET_ROWS", "rows of a set's probabilities in one matmul"),
         tile("HEAD_QUERY_ROWS", sets.rows // sets.heads, "of them those of one KV head"),
         tile("QUERY_ROWS", "HEAD_SETS * SET_ROWS"),
+        tile("PAIR_WORDS", "TILE // (2 * PACKING)", "words of the rows of half a tile"),
         tile("NEW_TILES", new_tiles, "sublane tiles that a sequence's new tokens may lie in"),
         tile("LOADS", 3 if updates else 1, "queries, keys, values" if updates else "queries"),
     ]
@@ -143,7 +140,7 @@ def _shapes(spec: Spec) -> dict[str, str]:
         "new_keys": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
         "new_values": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
         "unit_out": f"WRITE_BUFFERS, {'NEW_TILES, ' * several}KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES",
-        "kv_swapped": "TILES_PER_WAVE, KV_HEADS, TILE // (2 * PACKING), HEAD_LANES",
+        "kv_swapped": "TILES_PER_WAVE, KV_HEADS, PAIR_WORDS, HEAD_LANES",
         "scores": "TILES_PER_WAVE, QUERY_ROWS, TILE",
         "sink_rows": "QUERY_ROWS, LANES",
         "row_max": "QUERY_ROWS, LANES",
