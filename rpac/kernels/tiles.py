@@ -10,7 +10,7 @@ from rpac.contract.arrays import LANES, SUBLANES, packing
 from rpac.contract.attention import Attention
 from rpac.kernels.decode import interleaved_rows, separate_rows
 from rpac.plan import BlockRecipe, BlockTiles, Buffer, DecodeBlocks, DecodeWaves, Recipe, RowDims, XlaTiles
-from rpac.plan.buffers import NEW_BUFFERS, PAGE_BUFFERS, UPDATE_AHEAD, sublane_tile_tokens
+from rpac.plan.buffers import new_buffers, page_buffers, sublane_tile_tokens
 from rpac.plan.prefill import PACED_ROWS
 from rpac.spec import Spec
 
@@ -78,7 +78,7 @@ def tile_context(
         "masks_by_mxu": kernel.mask == "matmul",
         "clear_keys": kernel.mask == "matmul",
         "turns": spec.model.kv_heads // tiles.heads,
-        **update_context(),
+        **update_context(tiles.update_lookahead),
         "merge_rows": tiles.merge_tokens * rows.token_rows,
     }
 
@@ -178,9 +178,13 @@ def _group_context(spec: Spec, tiles: DecodeWaves, recipe: Recipe) -> Mapping[st
     }
 
 
-def update_context() -> Mapping[str, Any]:
+def update_context(lookahead: int) -> Mapping[str, Any]:
     """How far ahead of the merging a page's new tokens are fetched, and how many of these and of pages are in flight."""
-    return {"update_ahead": UPDATE_AHEAD, "new_buffers": NEW_BUFFERS, "page_buffers": PAGE_BUFFERS}
+    return {
+        "update_ahead": lookahead,
+        "new_buffers": new_buffers(lookahead),
+        "page_buffers": page_buffers(lookahead),
+    }
 
 
 def declared(buffer: Buffer) -> Mapping[str, str]:
