@@ -1,4 +1,4 @@
-"""`rpac plan`: the tiles, budgets and recipes, before anything compiles."""
+"""`rpac plan`: prints the tiles, the memory budgets and the recipe of each kernel before anything compiles."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ HEADER = (
 @tuned_option
 @json_option
 def plan(spec_file: Path, targets: tuple[str, ...], tuned_in: Path | None, as_json: bool) -> None:
-    """Print the tiles, the budgets and the recipe of every kernel of SPEC.
+    """Print the tiles, the memory budgets and the recipe of every kernel of SPEC.
 
     Tiles are in tokens. Decode shows block x buffers or, with separate K/V, tiles per wave x tile x waves. Prefill and mixed
-    show queries, then tokens fetched / computed at once x buffers. After the table come the decisions that choose each
-    program's code.
+    show queries, then tokens fetched / computed at once x buffers. After the table come the decisions that choose the code of
+    each program.
     """
     spec = load_spec(spec_file)
     tuned = tuned_of(tuned_in)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from rpac.contract.arrays import (
     BITS,
@@ -24,8 +24,6 @@ from rpac.kernels.shared import FLOAT8, model_constants
 from rpac.kernels.slots import environment
 from rpac.plan import KernelPlan, XlaTiles
 from rpac.spec import Spec
-
-EXPONENT_BITS: Final = 0x7F800000  # of a float32
 
 
 def portable_text(spec: Spec, plan: KernelPlan) -> str:
@@ -199,15 +197,11 @@ def _dtype_constants(model: Attention) -> list[Constant]:
             number("DTYPE", f"jnp.{model.kv_dtype}"),
             number("WORD", word, "an integer as wide as DTYPE"),
         ]
-    constants = [
+    return [
         number("DTYPE", f"jnp.{model.q_dtype}", "of the queries and of all that is computed"),
-        number("KV_DTYPE", f"jnp.{model.kv_dtype}", "of the cache"),
         number("WORD", word, "an integer as wide as KV_DTYPE"),
         number("BITS_PER_BYTE", 8),
     ]
-    if model.kv_dtype == "int8":
-        return [*constants, number("KV_SMALLEST", -128), number("KV_LARGEST", 127)]
-    return [*constants, number("EXPONENT_BITS", f"0x{EXPONENT_BITS:X}", "of a float32")]
 
 
 def _score_constants(model: Attention) -> list[Constant]:

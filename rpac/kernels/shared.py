@@ -117,6 +117,7 @@ class Shared:
     new_tokens: Literal["one", "several"]
     write: Write
     quantized: bool
+    quantize: Literal["int8", "float8"]
     tensor_scale: bool
     head_scales: bool
 
@@ -142,6 +143,7 @@ class Shared:
             new_tokens="one" if spec.serving.decode_len == 1 else "several",
             write=kernel.write,
             quantized=model.quantized,
+            quantize="int8" if model.kv_dtype == "int8" else "float8",
             tensor_scale=model.kv_scale == "tensor",
             head_scales=model.kv_scale is not None,
         )
@@ -396,13 +398,18 @@ def _computed(model: Attention) -> str:
 
 
 def _quantized_constants(model: Attention) -> list[Constant]:
-    if model.kv_dtype not in FLOAT8:
+    if not model.quantized:
         return []
+    dtype = number("KV_DTYPE", f"jnp.{model.kv_dtype}", "of the cache")
+    if model.kv_dtype not in FLOAT8:
+        return [dtype, number("KV_SMALLEST", -128), number("KV_LARGEST", 127)]
     smallest_normal, step, largest = FLOAT8[model.kv_dtype]
     return [
-        number("KV_SMALLEST_NORMAL", repr(smallest_normal), f"of {model.kv_dtype}"),
+        dtype,
+        number("KV_SMALLEST_NORMAL", repr(smallest_normal)),
         number("KV_STEP", repr(step), "between two numbers from 1 on"),
         number("KV_LARGEST", repr(largest)),
+        number("EXPONENT_BITS", "0x7F800000", "of a float32"),
     ]
 
 

@@ -12,6 +12,7 @@ LATENT_KEYS: Final = ("kv_lora_rank", "rope_dim")  # of latent attention alone
 KV_LORA_RANKS: Final = (128, 256, 384, 512)
 ROPE_DIMS: Final = (64, 128)
 DTYPES: Final = ("bfloat16", "float32")
+MAX_DIM: Final = 1 << 20
 MAX_HEADS: Final = 128  # of one device: a token's queries are one product's rows
 HEADS_STEP: Final = 16  # as many share a register
 
@@ -29,8 +30,8 @@ def read_latent(section: Section, scales: tuple[float, float], most_heads: int) 
         if section.has(key):
             section.clash(key, f"must be left out with attention latent: {reason}", "remove it")
     q_heads = section.integer("q_heads", HEADS_STEP, most_heads, 128)
-    rank = section.integer("kv_lora_rank", KV_LORA_RANKS[0], KV_LORA_RANKS[-1], 512)
-    rope_dim = section.integer("rope_dim", ROPE_DIMS[0], ROPE_DIMS[-1], 64)
+    rank = section.integer("kv_lora_rank", 1, MAX_DIM, 512)
+    rope_dim = section.integer("rope_dim", 1, MAX_DIM, 64)
     q_dtype = section.choice("q_dtype", DTYPES)
     no_bytes = f"write {q_dtype or DTYPES[0]}: a latent cache is stored as it is"
     kv_dtype = section.choice("kv_dtype", DTYPES, dict.fromkeys(QUANTIZED, no_bytes))
@@ -44,13 +45,20 @@ def read_latent(section: Section, scales: tuple[float, float], most_heads: int) 
 
     for key, value, choices in (("kv_lora_rank", rank, KV_LORA_RANKS), ("rope_dim", rope_dim, ROPE_DIMS)):
         if value is not None and value not in choices:
-            nearest = min(choices, key=lambda allowed: abs(allowed - value))
-            section.clash(key, f"must be one of {', '.join(map(str, choices))}", f"write {nearest}")
+            section.clash(key, f"must be one of {', '.join(map(str, choices))}", _padded(value, choices))
     if q_dtype is not None and kv_dtype is not None and q_dtype != kv_dtype:
         section.clash("kv_dtype", f"must equal q_dtype ({q_dtype}) with attention latent", f"write {q_dtype}")
     if q_heads is None or rank is None or rope_dim is None or q_dtype is None or kv_dtype is None or scale is None:
         return None
     return Attention(q_heads, 1, rank, q_dtype, kv_dtype, scale, rope_dim=rope_dim)
+
+
+def _padded(value: int, choices: tuple[int, ...]) -> str:
+    """What to do about a length that no kernel has: zeros change no score."""
+    longer = next((choice for choice in choices if choice > value), None)
+    if longer is None:
+        return "serve this model without rpac, which has no kernels for longer ones"
+    return f"write {longer}, and pad that part of queries and keys with zeros"
 
 
 def check_device(section: Section, q_heads: int) -> None:

@@ -33,6 +33,7 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
         "k_scale": "write `kv_scale: tensor` and pass both scales as `kv_scales`",
         "v_scale": "write `kv_scale: tensor` and pass both scales as `kv_scales`",
         "q_scale": "remove it and multiply the queries, or multiply model.sm_scale by it",
+        "v_head_dim": "remove it, pad the values to head_dim with zeros and cut the output",
         "kv_cache_dtype": "write it as model.kv_dtype",
         "block_size": "write it as serving.page_size",
         "max_position_embeddings": "write it as serving.max_model_len",
@@ -40,6 +41,16 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
         "num_gpu_blocks": "write it as serving.num_pages",
         "tensor_parallel_size": "write it as parallel.tensor",
         "data_parallel_size": "write it as parallel.data",
+    }
+)
+
+# What some models' attention has and no kernel of rpac does, by what it is called there.
+ABSENT: Mapping[str, str] = MappingProxyType(
+    {
+        "alibi": "biases of the scores by position (ALiBi)",
+        "blocksparse_block_size": "block-sparse masks",
+        "index_topk": "sparse attention to tokens that an indexer chooses",
+        "relative_attention_num_buckets": "learned biases of the scores by position",
     }
 )
 
@@ -200,6 +211,8 @@ class Section:
             near = closest(key, keys, SAME_KEY)
             if key in homes:
                 fix = f"move it under {homes[key]}" if homes[key] else "move it to the top level"
+            elif key in ABSENT:
+                fix = f"serve this model without rpac, whose kernels have no {ABSENT[key]}"
             elif key in FOREIGN:
                 fix = FOREIGN[key]
             else:

@@ -17,8 +17,7 @@ from rpac.build import chosen_targets, sources_of
 from rpac.devices.chip import TPU_TARGETS
 from rpac.devices.toolchain import toolchain
 from rpac.errors import CompileError, PlanError, TargetError
-from rpac.kernels import render, templates_dir
-from rpac.kernels import source as rendering
+from rpac.kernels import render, slots, templates_dir
 from rpac.lower import Cache, Task, lower_all, tasks_of
 from rpac.lower import worker as lowering
 from rpac.plan import plan_spec
@@ -97,7 +96,7 @@ def test_heads_too_large_for_vmem_name_the_smallest_tile(target: str, heads: int
         plan_spec(spec, target)
     message = str(raised.value)
     assert re.match(
-        rf"large\.yaml: no tile fits {target}: the smallest, (Decode|Block)Tiles\(.*block=256.*buffers=\d", message
+        rf"large\.yaml: no tile fits {target}: the smallest, (DecodeBlocks|BlockTiles)\(.*block=256.*buffers=\d", message
     )
     need, limit = number(r"needs ([\d,]+) bytes of VMEM", message), number(r"and ([\d,]+) are usable", message)
     assert need > limit
@@ -132,22 +131,20 @@ def templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """A copy of the templates, which the test may break."""
     copy = tmp_path / "templates"
     shutil.copytree(templates_dir(), copy)
-    monkeypatch.setattr(rendering, "templates_dir", lambda: copy)
-    rendering._environment.cache_clear()
+    monkeypatch.setattr(slots, "templates_dir", lambda: copy)
+    slots.environment.cache_clear()
     yield copy
-    rendering._environment.cache_clear()
+    slots.environment.cache_clear()
 
 
-@pytest.mark.parametrize(
-    "bug", ["{{ no_such_name }}", "{{ decode.no_such_tile }}", "{% if no_such_name %}x{% endif %}"]
-)
+@pytest.mark.parametrize("bug", ["{{ no_such_name }}", "{{ kind.no_such_name }}", "{% if no_such_name %}x{% endif %}"])
 @pytest.mark.parametrize("target", ["v6e", "cpu"])
 def test_an_undefined_name_in_a_template_is_an_error_when_it_is_rendered(
     tiny: Spec, templates: Path, target: str, bug: str
 ) -> None:
     assert sources_of(tiny, [target])
-    rendering._environment.cache_clear()
-    for file in templates.glob("*/decode.py.jinja"):
+    slots.environment.cache_clear()
+    for file in templates.glob("*/skeletons/decode*.py.jinja"):
         file.write_text(f"{file.read_text()}\n{bug}\n")
     with pytest.raises(jinja2.UndefinedError, match="no_such"):
         sources_of(tiny, [target])
@@ -221,4 +218,4 @@ def test_a_compiled_program_must_update_the_cache_in_place(
 def test_a_plan_is_rendered_with_the_limit_that_the_error_would_name(tiny: Spec) -> None:
     """The number in the message is the one in the source."""
     plan = next(plan for plan in plan_spec(tiny, "v6e") if plan.kind == "decode")
-    assert f"vmem_limit_bytes={plan.vmem_limit}" in render(tiny, plan).text
+    assert f"VMEM_LIMIT = {plan.vmem_limit}" in render(tiny, plan).text

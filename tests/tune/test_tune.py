@@ -134,10 +134,11 @@ def test_an_interrupted_search_ends_at_once_leaves_nothing_behind_and_goes_on_fr
     ("arguments", "code", "message"),
     [
         ((), 2, "Missing argument"),
-        (("absent.yaml",), 2, "absent.yaml"),
-        ((TINY, "--target", "cpu"), 3, "no TPU among the targets cpu"),
+        (("absent.yaml", "-o", "new"), 2, "absent.yaml"),
+        ((TINY, "--target", "cpu", "-o", "new"), 3, "no TPU among the targets cpu"),
         ((TINY, "--jobs", 1, "--scheduler", "tcp://127.0.0.1:1"), 2, "give one of them"),
         ((TINY, "--budget", -1), 2, "--budget"),
+        ((TINY,), 2, "give -o"),
         ((TINY, "-o", "damaged", "--target", "tpu7x"), 2, "damaged/tpu7x.json: "),
     ],
 )
@@ -150,9 +151,9 @@ def test_what_cannot_be_tuned_says_why(arguments: tuple[object, ...], code: int,
     assert "Traceback" not in done.stderr
 
 
-def test_a_spec_without_a_tpu_is_refused() -> None:
+def test_a_spec_without_a_tpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"no TPU among the targets cpu; only their kernels are tuned"):
-        tune(SPEC, ["cpu"], Here(), Store(None))
+        tune(SPEC, ["cpu"], Here(), Store(None), folder=tmp_path)
 
 
 def passing(job: Job) -> Result:

@@ -5,7 +5,8 @@ Do not edit: made from spec beb302e5bf7ae58bc4f843b176ce5570766fe5e900ecc5ba857b
 Change the spec or the templates and run it again.
 
 What was specialized:
-- latent attention, absorbed: 128 query heads over one latent vector of 512 and one rotary key of 64 a token, bfloat16: constants
+- latent attention, absorbed: 128 query heads over one latent vector of 512 and one rotary key of 64 a token, bfloat16:
+  constants
 - cache rows of 640 lanes, 5 registers' width: latent vector, rotary key, padding
 - pages of 128 tokens, 64 a sequence, up to 64 sequences
 - token buckets that use it: 256, 1024
@@ -17,33 +18,36 @@ import jax.numpy as jnp
 from jax import lax
 
 Q_HEADS = 128
-KV_HEADS = 1  # a token's latent vector, which all query heads share
-GROUP = Q_HEADS
-HEAD_DIM = 512  # of a latent vector, which is the value
-KEY_DIM = 576  # of a key: the latent vector and 64 rotary elements
-DTYPE = jnp.bfloat16
-WORD = jnp.uint16  # an integer as wide as DTYPE
+MAX_SEQS = 64
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 64
-MAX_SEQS = 64
 CHUNK = 256  # new tokens of every sequence
+MASKED = -2e+38  # finite, so that a row that is all masked stays a number
+KV_HEADS = 1  # a token's latent vector, which all query heads share
+GROUP = 128
+HEAD_DIM = 512  # of a latent vector, which is the value
+KEY_DIM = 576  # of a key: the latent vector and its rotary part
+PADDING_LANES = 64  # lanes of a token that hold zeros
+DTYPE = jnp.bfloat16
+WORD = jnp.uint16  # an integer as wide as DTYPE
+TOKEN_SHAPE = (1, 1, 640)  # of a token in the cache
+TOKEN_AXIS = 0  # of a page, along which its tokens lie
+SM_SCALE = 0.07216878364870323  # the softmax scale
+
 Q_BLOCK = 16  # new tokens that are computed together
 KV_BLOCK = 256  # tokens of KV that they are computed against in a step
 KV_BLOCK_PAGES = 2
-SM_SCALE = 0.07216878364870323
-MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
 
 
+# Everything here that only moves data moves words. Integers are moved as they are, but to slice, gather, transpose or
+# update a bfloat16 array XLA for CPU first turns all of it into float32: the whole cache, for one page.
 def as_words(values):
-    """The same bits as integers.
-
-    Everything here that only moves data moves words. Integers are moved as they are, but to slice, gather, transpose
-    or update a bfloat16 array XLA for CPU first turns all of it into float32: the whole cache, for one page.
-    """
+    """The same bits as integers."""
     return lax.bitcast_convert_type(values, WORD)
 
 
 def as_values(words):
+    """The numbers that words are the bits of."""
     return lax.bitcast_convert_type(words, DTYPE)
 
 
@@ -57,33 +61,39 @@ def cache_words(kv_cache, step):
     return as_words(kv_cache), step
 
 
-def new_rows(new_kv, new_rope, kv_cache):
-    """The new tokens as words, a row of the cache each: `[tokens, *kv_cache.shape[2:]]`."""
-    rows = [as_words(new_kv), as_words(new_rope)]
-    rows.append(jnp.zeros((len(new_kv), 64), WORD))
-    return jnp.concatenate(rows, axis=1).reshape(-1, *kv_cache.shape[2:])
-
-
-def joined(queries, queries_rope):
-    """Both parts of the queries as words, `[tokens, Q_HEADS, KEY_DIM]`."""
-    return jnp.concatenate([as_words(queries), as_words(queries_rope)], axis=-1)
-
-
 def cdiv(value, by):
     """`value / by` rounded up, of what is not negative."""
     return lax.div(value + (by - 1), by)
 
 
+def join_queries(queries, queries_rope):
+    """Both parts of the queries as words: `[tokens, Q_HEADS, KEY_DIM]`."""
+    return jnp.concatenate([as_words(queries), as_words(queries_rope)], axis=-1)
+
+
+def over_page(of_tokens):
+    """`of_tokens` `[PAGE_SIZE]` with the axes of a page."""
+    return of_tokens[:, None, None, None]
+
+
+def pad_tokens(rows):
+    """Rows of tokens with PAGE_SIZE more before the first and after the last."""
+    return jnp.pad(rows, ((PAGE_SIZE, PAGE_SIZE), (0, 0), (0, 0), (0, 0)))
+
+
+def new_rows(new_kv, new_rope):
+    """The new tokens as words, as they lie in a page: `[tokens, *TOKEN_SHAPE]`."""
+    rows = [as_words(new_kv), as_words(new_rope)]
+    rows.append(jnp.zeros((len(new_kv), PADDING_LANES), WORD))
+    return jnp.concatenate(rows, axis=1).reshape(-1, *TOKEN_SHAPE)
+
+
 def fetch_kv(words, page_tables, seqs, blocks, block_pages, live):
     """Keys `[len(blocks), 1, tokens, KEY_DIM]` of some blocks of `block_pages` pages, and values, their first HEAD_DIM lanes.
 
-    Block `blocks[n]` of sequence `seqs[n]` has `live[n]` tokens that count. The rest become zero, for they may hold
-    NaN, and 0 * NaN is NaN; page table entries past them may hold anything, and page 0 is read instead.
+    Tokens past the first `live[n]` of block n become zero, because they may hold NaN, and 0 * NaN is NaN.
     """
-    page = jnp.arange(block_pages)
-    entry = jnp.minimum(blocks[:, None] * block_pages + page, PAGES_PER_SEQ - 1)
-    ids = page_tables.at[seqs[:, None], entry].get(mode="promise_in_bounds")
-    ids = jnp.where(page * PAGE_SIZE < live[:, None], ids, 0)
+    ids = page_ids(page_tables, seqs, blocks, jnp.arange(block_pages), live)
     rows = words.at[ids].get(mode="promise_in_bounds").reshape(len(blocks), 1, -1, words.shape[-1])
     valid = jnp.arange(rows.shape[2]) < live[:, None]
     rows = lax.optimization_barrier(jnp.where(valid[:, None, :, None], rows, WORD(0)))
@@ -91,15 +101,26 @@ def fetch_kv(words, page_tables, seqs, blocks, block_pages, live):
     return as_values(k), as_values(v)
 
 
+def page_ids(page_tables, seqs, blocks, page, live):
+    """The ids of the pages of some blocks, `[len(blocks), len(page)]`; `page` counts the pages of a block.
+
+    Block `blocks[n]` of sequence `seqs[n]` has `live[n]` tokens that count. Page table entries past them may hold
+    anything, and page 0 is read instead.
+    """
+    entry = jnp.minimum(blocks[:, None] * len(page) + page, PAGES_PER_SEQ - 1)
+    ids = page_tables.at[seqs[:, None], entry].get(mode="promise_in_bounds")
+    return jnp.where(page * PAGE_SIZE < live[:, None], ids, 0)
+
+
 def new_tokens(cu_q_lens, seq):
-    """Where the new tokens of a sequence start in `queries`, and how many they are."""
+    """Where the new tokens of a sequence start in `queries`, and how many there are."""
     return seq * CHUNK, CHUNK
 
 
 def update_pages(kv_cache, new_kv, new_rope, kv_lens, page_indices, cu_q_lens, first_seq, end_seq):
     """Writes the new tokens of the sequences [first_seq, end_seq) in place, a page at a time; its other rows stay."""
-    # Padded, for the page of the first token may start before it, and that of the last end after it.
-    rows = jnp.pad(new_rows(new_kv, new_rope, kv_cache), ((PAGE_SIZE, PAGE_SIZE), (0, 0), (0, 0), (0, 0)))
+    # Padded, because the page of the first token may start before it, and that of the last end after it.
+    rows = pad_tokens(new_rows(new_kv, new_rope))
 
     def sequence(seq, kv_cache):
         start, count = new_tokens(cu_q_lens, seq)
@@ -110,16 +131,16 @@ def update_pages(kv_cache, new_kv, new_rope, kv_lens, page_indices, cu_q_lens, f
             words, index = cache_words(kv_cache, index)
             page_id = page_indices[seq * PAGES_PER_SEQ + index]
             first = index * PAGE_SIZE
-            new = lax.dynamic_slice_in_dim(rows, PAGE_SIZE + start + first - begin, PAGE_SIZE)
+            new = lax.dynamic_slice_in_dim(rows, PAGE_SIZE + start + first - begin, PAGE_SIZE, TOKEN_AXIS)
 
             def keep_old():
                 words, _ = cache_words(kv_cache, index)
                 old = lax.dynamic_index_in_dim(words, page_id, keepdims=False)
                 position = first + jnp.arange(PAGE_SIZE)
                 is_new = (position >= begin) & (position < end)
-                return jnp.where(is_new[:, None, None, None], new, old)
+                return jnp.where(over_page(is_new), new, old)
 
-            # The read has a branch to itself, for fused with the write it would make a copy of the cache.
+            # The read has a branch to itself, because fused with the write it would make a copy of the cache.
             is_full = (begin <= first) & (first + PAGE_SIZE <= end)
             merged = lax.cond(is_full, lambda: new, keep_old)
             words = lax.dynamic_update_index_in_dim(words, merged, page_id, 0)
@@ -131,10 +152,11 @@ def update_pages(kv_cache, new_kv, new_rope, kv_lens, page_indices, cu_q_lens, f
 
 
 def attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, first_seq, end_seq):
-    """Causal attention of the new tokens of the sequences [first_seq, end_seq), by blocks of Q_BLOCK of them.
+    """Attention of the new tokens of the sequences [first_seq, end_seq), by blocks of Q_BLOCK of them.
 
-    `queries` `[tokens + Q_BLOCK, Q_HEADS, KEY_DIM]` and `out`, with HEAD_DIM, are words. The last block of a sequence may run over
-    its end: the sequences that follow write over those rows, and the caller clears what is left past the last.
+    `queries` `[tokens + Q_BLOCK, Q_HEADS, KEY_DIM]` and `out` `[tokens + Q_BLOCK, Q_HEADS, HEAD_DIM]` are words. The
+    last block of a sequence may run over its end: the sequences that follow write over those rows, and the caller clears
+    what is left past the last.
     """
     page_tables = page_indices.reshape(MAX_SEQS, PAGES_PER_SEQ)
 
@@ -148,7 +170,8 @@ def attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, firs
             q = lax.dynamic_slice_in_dim(queries, row, Q_BLOCK)
             end = jnp.minimum(position + Q_BLOCK, kv_lens[seq])
             attended = attend_block(q, kv_cache, page_tables, seq, position, end)
-            return lax.dynamic_update_slice_in_dim(out, attended, row, 0)
+            out = lax.dynamic_update_slice_in_dim(out, attended, row, 0)
+            return out
 
         return lax.fori_loop(0, cdiv(count, Q_BLOCK), q_block, out)
 
@@ -156,7 +179,10 @@ def attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, firs
 
 
 def attend_block(q, kv_cache, page_tables, seq, position, end):
-    """One query block, its first token at `position`, over the tokens [0, end) of its sequence; words in and out."""
+    """One query block over the tokens [0, end) of its sequence; words in and out.
+
+    Its first query is at `position`, and sees the tokens up to its own.
+    """
     rows = Q_BLOCK * GROUP  # of one KV head: its group's queries, token after token
     q = q.reshape(Q_BLOCK, KV_HEADS, GROUP, KEY_DIM).transpose(1, 0, 2, 3).reshape(KV_HEADS, rows, KEY_DIM)
     q = as_values(lax.optimization_barrier(q))
@@ -168,37 +194,40 @@ def attend_block(q, kv_cache, page_tables, seq, position, end):
         begin = index * KV_BLOCK
         k, v = fetch_kv(words, page_tables, seq[None], index[None], KV_BLOCK_PAGES, (end - begin)[None])
         scores = jnp.einsum("hrd,htd->hrt", q, k[0], preferred_element_type=jnp.float32)
-        visible = begin + jnp.arange(KV_BLOCK) <= position[:, None]
+        token = begin + jnp.arange(KV_BLOCK)
+        visible = token <= position[:, None]
         scores = jnp.where(visible, scores * SM_SCALE, MASKED)
         new_max = jnp.maximum(row_max, scores.max(axis=-1))
         p = jnp.exp(scores - new_max[..., None])
-        keep = jnp.exp(row_max - new_max)
-        new_sum = row_sum * keep + p.sum(axis=-1)
+        alpha = jnp.exp(row_max - new_max)
+        new_sum = row_sum * alpha + p.sum(axis=-1)
         new_acc = jnp.einsum("hrt,htd->hrd", p.astype(DTYPE), v[0], preferred_element_type=jnp.float32)
-        return new_max, new_sum, acc * keep[..., None] + new_acc
+        return new_max, new_sum, acc * alpha[..., None] + new_acc
 
     shape = (KV_HEADS, rows)
-    state = jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, HEAD_DIM))
-    _, row_sum, acc = lax.fori_loop(0, cdiv(end, KV_BLOCK), kv_block, state)
+    row_max = jnp.full(shape, MASKED)
+    row_sum = jnp.zeros(shape)
+    state = row_max, row_sum, jnp.zeros((*shape, HEAD_DIM))
+    row_max, row_sum, acc = lax.fori_loop(0, cdiv(end, KV_BLOCK), kv_block, state)
     out = as_words((acc / row_sum[..., None]).astype(DTYPE))
     out = out.reshape(KV_HEADS, Q_BLOCK, GROUP, HEAD_DIM).transpose(1, 0, 2, 3)
     return out.reshape(Q_BLOCK, Q_HEADS, HEAD_DIM)
 
 
-def ragged_paged_attention(
-    queries, queries_rope, new_kv, new_rope, kv_cache, kv_lens, page_indices, cu_q_lens, distribution
-):
+def ragged_paged_attention(queries, queries_rope, new_kv, new_rope, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
     """Attention of a batch of prefill chunks only; returns `(out, kv_cache)`, the cache in the donated memory.
 
-    Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` has nothing to add. Rows past the last
-    sequence are zero in `out`.
+    Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` is not used. Rows past the last sequence
+    are zero in `out`.
     """
     num_seqs = distribution[1]
-    rows = kv_cache[:, :, None, None]
-    rows = update_pages(rows, new_kv, new_rope, kv_lens, page_indices, cu_q_lens, 0, num_seqs)
+    cache_shape, kv_cache = kv_cache.shape, kv_cache[:, :, None, None]
+    kv_cache = update_pages(kv_cache, new_kv, new_rope, kv_lens, page_indices, cu_q_lens, 0, num_seqs)
     tokens = len(queries)
-    queries = jnp.pad(joined(queries, queries_rope), ((0, Q_BLOCK), (0, 0), (0, 0)))
-    out = jnp.zeros((*queries.shape[:2], HEAD_DIM), WORD)
-    out = attend_blocks(out, queries, rows, kv_lens, page_indices, cu_q_lens, 0, num_seqs)
+    queries = join_queries(queries, queries_rope)
+    queries = jnp.pad(queries, ((0, Q_BLOCK), (0, 0), (0, 0)))
+    out = jnp.zeros((*queries.shape[:2], HEAD_DIM), queries.dtype)
+    out = attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, 0, num_seqs)
     is_token = jnp.arange(tokens) < num_seqs * CHUNK
-    return as_values(jnp.where(is_token[:, None, None], out[:tokens], WORD(0))), rows.reshape(kv_cache.shape)
+    out = as_values(jnp.where(is_token[:, None, None], out[:tokens], WORD(0)))
+    return out, kv_cache.reshape(cache_shape)

@@ -5,508 +5,759 @@ Do not edit: made from spec beb302e5bf7ae58bc4f843b176ce5570766fe5e900ecc5ba857b
 Change the spec or the templates and run it again.
 
 What was specialized:
-- latent attention, absorbed: 128 query heads over one latent vector of 512 and one rotary key of 64 a token, bfloat16: constants
+- latent attention, absorbed: 128 query heads over one latent vector of 512 and one rotary key of 64 a token, bfloat16:
+  constants
 - cache rows of 640 lanes, 5 registers' width: latent vector, rotary key, padding
 - pages of 128 tokens, 64 a sequence, up to 64 sequences
 - token buckets that use it: 64
 - causal, cache updated
-- decode: tiles of 1024 tokens, no longer than the expected lengths, 2 of them a turn, so that one fills the other's waits; fetched 5 turns ahead, so that DMA latency hides
-- mixed: blocks of 16 queries with all their heads against 512 fetched tokens (3 buffers); computes 256 query rows at once
-- VMEM: 39,813,120 bytes counted, 50,331,648 allowed, 67,108,864 there
+- decode: tiles of 1024 tokens, no longer than the expected lengths; waves of 2, so that one fills the other's waits;
+  fetched 5 waves ahead, which hides the latency of DMAs
+- mixed: blocks of 16 queries with all their heads against 512 fetched tokens (3 buffers); computes 256 query rows at
+  once
+- decode, loop: waves of tiles of any sequences; tiles of short sequences hide each other's latency
+- decode, reading K and V: one row of a token for all query heads; the latent vector is part of every key and is every
+  value
+- decode, writing new tokens: latent vector and rotary key in one row; that is how latent attention stores a token
+- decode, mask: by the length of each sequence; a row has one new token, the last of its sequence
+- mixed, loop: blocks of queries with all their heads; all heads read the same row of a token
+- mixed, reading K and V: one row of a token for all query heads; the latent vector is part of every key and is every
+  value
+- mixed, writing new tokens: latent vector and rotary key in one row; that is how latent attention stores a token
+- mixed, mask: by comparing positions; this works with any mask and needs no MXU lanes
+- mixed, scores: a row for each query; this needs neither MXU lanes to spare nor whole registers of rows
+- mixed, softmax: not paced; this needs no buffers but those of the lookahead, and steps of any length
+- mixed, lookahead: none; a step has the rows of all heads, which keep the MXU busy
+- mixed, sorting queries: not at all; all query heads read the same row of a token
+- mixed, between blocks: each block makes its own first scores; other tiles, or the splitting of words, may come between
+- mixed, sums of probabilities: on the vector unit; this needs no MXU lanes
+- mixed, values: whole registers of lanes; the MXU takes them as they lie in the cache
+- VMEM: 39,813,120 bytes counted, 50,331,648 allowed, 67,108,864 available
 """
+
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Ref, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-Q_HEADS = 128  # which share each token's row of the cache
-RANK = 512  # lanes of a latent vector, which is the value and part of the key
-LANES = 640  # of a row: the latent vector, 64 of the rotary key, 64 of padding
+LANES = 128
+Q_HEADS = 128
+MAX_SEQS = 64
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 64
 SCORE_SCALE = 0.10411754627697266  # 0.07216878364870323 (the softmax scale) * log2(e): probabilities are powers of two
-MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
+MASKED = -2e+38  # finite, so that a row that is all masked stays a number
+PRECISION = None  # of matmuls: bfloat16 products are exact in float32
+VMEM_LIMIT = 50331648  # bytes
+RANK = 512  # lanes of a latent vector, which is the value and part of the key
+ROW_LANES = 640  # of a token's row in the cache: the latent vector, 64 of the rotary key, 64 of padding
+SUBLANE_TILE = 16  # tokens of the smallest part of the cache that a DMA or store reaches
 
-UNIT = 16  # tokens of the smallest piece of the cache that a DMA or a store reaches
+DECODE_TILE = 1024  # tokens that are fetched and computed at once, of one sequence
+DECODE_TILES_PER_WAVE = 2  # which fill the waits of each other
+DECODE_LOOKAHEAD = 5  # waves from the fetch of one to its softmax
+DECODE_WAVE_TOKENS = DECODE_TILES_PER_WAVE * DECODE_TILE
+DECODE_WAVE_BUFFERS = DECODE_LOOKAHEAD + 1  # waves that are fetched or computed
+DECODE_TILE_BUFFERS = DECODE_WAVE_BUFFERS * DECODE_TILES_PER_WAVE
+DECODE_TILE_PAGES = DECODE_TILE // PAGE_SIZE
+DECODE_MAX_ROWS = 64  # sequences of the largest batch
+DECODE_NO_SEQ = DECODE_MAX_ROWS  # in place of a sequence where there is no tile
+DECODE_MAX_TOKENS = DECODE_MAX_ROWS  # new tokens of the largest batch
+DECODE_WRITE_BUFFERS = 8  # sequences whose new tokens are on their way to the cache
+DECODE_QUERY_ROWS = Q_HEADS
+DECODE_LOADS = 3  # queries, their rotary parts, new tokens
+MIXED_Q_BLOCK = 16  # query tokens of a query block
+MIXED_Q_ROWS = MIXED_Q_BLOCK * Q_HEADS
+MIXED_KV_BLOCK = 512  # tokens that are fetched and computed at once
+MIXED_KV_BUFFERS = 3  # KV blocks, and query blocks, in VMEM
+MIXED_FETCH_LOOKAHEAD = MIXED_KV_BUFFERS - 1  # steps that the fetch runs ahead
+MIXED_COPY_SIZES = (16, 8, 4, 2, 1)  # tokens: of these is every copy of a query block
+MIXED_STEP_ROWS = 256  # query rows of a flash step
+MIXED_STEP_TOKENS = MIXED_STEP_ROWS // Q_HEADS
+MIXED_ROW_STEPS = MIXED_Q_ROWS // MIXED_STEP_ROWS  # flash steps of a query block
+MIXED_DIAGONAL_STEPS = 4  # of them, one piece of code on the diagonal
+MIXED_DIAGONAL_ITERATIONS = MIXED_ROW_STEPS // MIXED_DIAGONAL_STEPS
+MIXED_PAGE_BUFFERS = 9  # pages under update
+MIXED_NEW_BUFFERS = 5  # pages whose new tokens are fetched or in use
+MIXED_UPDATE_LOOKAHEAD = 4  # pages that their fetch runs ahead
+MIXED_NEW_TOKENS = 64  # tokens of such a fetch
+MIXED_MERGE_TOKENS = 16  # new tokens that are put into a page at once
 
 
-def widen(rows, lanes):
-    """Rows that hold one value in all 128 lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
-    return jnp.concatenate([rows] * (lanes // 128), axis=1)
+def for_each(first, end, body):
+    """Runs `body(index)` for each index in [first, end), as one piece of code."""
+
+    def run(index, _):
+        body(index)
+        return 0
+
+    lax.fori_loop(first, end, run, 0)
 
 
-def products(rows, matrix, contracted):
+def start_copy(copy):
+    copy.start()
+
+
+def wait_copy(copy):
+    copy.wait()
+
+
+def broadcast_lanes(rows, lanes):
+    """Rows that hold one value in all LANES lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
+    return jnp.concatenate([rows] * (lanes // LANES), axis=1)
+
+
+def matmul(rows, matrix, contracted):
     """`rows` times `matrix` along its dimension `contracted`, in float32."""
     dims = (((1,), (contracted,)), ((), ()))
-    return lax.dot_general(rows, matrix, dims, preferred_element_type=jnp.float32)
+    return lax.dot_general(rows, matrix, dims, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
-def whole_registers(queries_rope):
-    """The rotary queries with zeros up to 128 lanes, which is how they lie in memory anyway."""
-    return jnp.pad(queries_rope, ((0, 0), (0, 0), (0, LANES - RANK - queries_rope.shape[2])))
+def pad_rope(queries_rope):
+    """The rotary queries with zeros up to whole registers, which is how they lie in memory anyway."""
+    return jnp.pad(queries_rope, ((0, 0), (0, 0), (0, ROW_LANES - RANK - queries_rope.shape[2])))
 
 
-def cache_rows(new_kv, new_rope):
-    """The new tokens as rows of the cache, `[tokens, 1, LANES]`: each in registers of its own, to be found by number."""
-    padding = jnp.zeros((len(new_kv), LANES - RANK - new_rope.shape[1]), new_kv.dtype)
+def rows_of_new_tokens(new_kv, new_rope):
+    """The new tokens as rows of the cache, `[tokens, 1, ROW_LANES]`: each in registers of its own, to be found by number."""
+    padding = jnp.zeros((len(new_kv), ROW_LANES - RANK - new_rope.shape[1]), new_kv.dtype)
     return jnp.concatenate([new_kv, new_rope, padding], axis=1)[:, None]
 
 
-def decode_kernel(
-    # scalars in SMEM
-    kv_lens, page_indices, distribution,
-    # arrays in HBM; the cache is updated in place
-    q_hbm, q_rope_hbm, new_hbm, _cache, out_hbm, cache_hbm,
-    # scratch
-    kv,
-    q_in,
-    q_rope_in,
-    new_in,
-    unit_out,
-    scores,
-    row_max,
-    row_sum,
-    acc,
-    out_all,
-    tile_seq,
-    tile_first,
-    tile_left,
-    kv_sem,
-    load_sem,
-    unit_sem,
-    out_sem,
-):  # fmt: skip
+class PagedKernel:
+    """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
+
+    def page_copy(self, seq, block, buffer, page):
+        physical = self.page_indices[seq * PAGES_PER_SEQ + block * self.block_pages + page]
+        place = self.kv.at[buffer, page]
+        return pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer])
+
+    def start_page(self, seq, block, buffer, page):
+        self.page_copy(seq, block, buffer, page).start()
+
+    def wait_page(self, seq, block, buffer, page):
+        self.page_copy(seq, block, buffer, page).wait()
+
+    def pages_of(self, kv_end, block):
+        """How many pages of a block hold tokens below `kv_end`."""
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * self.block_pages, self.block_pages)
+
+    def start_block(self, kv_end, seq, block, buffer):
+        """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`."""
+        start_page = functools.partial(self.start_page, seq, block, buffer)
+        pages = self.pages_of(kv_end, block)
+
+        @pl.when(pages == self.block_pages)
+        def start_full_block():
+            for page in range(self.block_pages):
+                start_page(page)
+
+        pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, start_page))
+
+    def wait_block(self, kv_end, seq, block, buffer):
+        """Waits for the copies that `start_block` started."""
+        wait_page = functools.partial(self.wait_page, seq, block, buffer)
+        pages = self.pages_of(kv_end, block)
+
+        @pl.when(pages == self.block_pages)
+        def wait_for_full_block():
+            whole = self.kv.at[buffer]
+            pltpu.make_async_copy(whole, whole, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
+
+        pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, wait_page))
+
+    def clear_tail(self, buffer, valid):
+        """Zeroes the tokens from `valid` to the end of those that are computed: a probability of 0 does not hide a NaN."""
+        token = lax.broadcasted_iota(jnp.int32, (SUBLANE_TILE, RANK), 0)
+        clear_tile = functools.partial(self.clear_tile, buffer, valid, token)
+        for_each(valid // SUBLANE_TILE, pl.cdiv(valid, self.computed_tokens) * (self.computed_tokens // SUBLANE_TILE), clear_tile)
+
+    def clear_tile(self, buffer, valid, token, tile):
+        first = tile * SUBLANE_TILE
+        tokens = pl.ds(pl.multiple_of(lax.rem(first, PAGE_SIZE), SUBLANE_TILE), SUBLANE_TILE)
+        old = self.kv[buffer, first // PAGE_SIZE, tokens, :RANK].astype(jnp.float32)
+        self.kv[buffer, first // PAGE_SIZE, tokens, :RANK] = jnp.where(first + token < valid, old, 0.0).astype(self.kv.dtype)
+
+
+@dataclasses.dataclass
+class DecodeKernel(PagedKernel):
     """One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.
 
-    The work is cut into tiles of 1024 tokens of one sequence, and goes by groups of 2 tiles, whatever sequences
-    they are of. A turn of the loop scores the tiles of one group beside weighing those of the group before, so that the
-    MXU need not wait for a softmax. No turn asks where a sequence ends: every tile leaves its sequence's output so far,
+    The work is cut into tiles of DECODE_TILE tokens of one sequence. A wave is DECODE_TILES_PER_WAVE tiles, of whatever sequences.
+    An iteration computes the scores of one wave beside the softmax and the values of the wave before, so that the MXU
+    need not wait for a softmax. No iteration asks where a sequence ends: every tile leaves its sequence's output so far,
     and the last one stays.
     """
-    num_seqs = distribution[0]
 
-    # ---- the tiles in flight: whose each is, where it begins, and how many tokens the sequence has from there on
+    # Scalars in SMEM.
+    kv_lens: Ref  # int32[MAX_SEQS]
+    page_indices: Ref  # int32[MAX_SEQS * PAGES_PER_SEQ]
+    distribution: Ref  # int32[3]
+    # Arrays in HBM.
+    q_hbm: Ref  # bfloat16[tokens, Q_HEADS, RANK]
+    q_rope_hbm: Ref  # bfloat16[tokens, Q_HEADS, ROW_LANES - RANK]
+    new_hbm: Ref  # bfloat16[tokens, 1, ROW_LANES]
+    cache_in: Ref  # bfloat16[pages, PAGE_SIZE, ROW_LANES]: the memory of cache_hbm
+    out_hbm: Ref  # bfloat16[tokens, Q_HEADS, RANK]
+    cache_hbm: Ref  # bfloat16[pages, PAGE_SIZE, ROW_LANES]
+    # Scratch arrays in VMEM, and semaphores.
+    kv: Ref  # bfloat16[DECODE_TILE_BUFFERS, DECODE_TILE_PAGES, PAGE_SIZE, ROW_LANES]: fetched tiles
+    q_in: Ref  # bfloat16[DECODE_MAX_ROWS + 1, Q_HEADS, RANK]: queries of every sequence, and of no sequence
+    q_rope_in: Ref  # bfloat16[DECODE_MAX_ROWS + 1, Q_HEADS, ROW_LANES - RANK]: their rotary parts
+    new_in: Ref  # bfloat16[DECODE_MAX_ROWS, 1, ROW_LANES]: new tokens of every sequence
+    new_out: Ref  # bfloat16[DECODE_WRITE_BUFFERS, SUBLANE_TILE, ROW_LANES]: new tokens on their way to the cache
+    scores: Ref  # float32[DECODE_TILES_PER_WAVE, Q_HEADS, DECODE_TILE]: scores of a wave, for the next iteration
+    row_max: Ref  # float32[Q_HEADS, LANES]: running maximum, the same in every lane
+    row_sum: Ref  # float32[Q_HEADS, LANES]: running sum, the same in every lane
+    acc: Ref  # float32[Q_HEADS, RANK]: running output
+    out_all: Ref  # bfloat16[DECODE_MAX_ROWS + 1, Q_HEADS, RANK]: outputs of every sequence, and of no sequence
+    tile_seq: Ref  # int32[DECODE_TILE_BUFFERS]: the sequence of each tile in flight
+    tile_first: Ref  # int32[DECODE_TILE_BUFFERS]: its first token
+    tile_left: Ref  # int32[DECODE_TILE_BUFFERS]: tokens of its sequence from there on
+    kv_sem: Ref  # DMA[DECODE_WAVE_BUFFERS]: fetches
+    load_sem: Ref  # DMA[DECODE_LOADS]: queries, their rotary parts, new tokens
+    write_sem: Ref  # DMA[DECODE_WRITE_BUFFERS]: cache writes
+    out_sem: Ref  # DMA[1]: outputs
 
-    def slot_of(group, i):
-        return lax.rem(group, 6) * 2 + i
+    computed_tokens = DECODE_TILE
 
-    def no_tile(index, _):
-        tile_seq[index] = 64
-        tile_first[index] = 0
-        tile_left[index] = 0
-        return 0
+    def run(self):
+        self.num_seqs = self.distribution[0]
+        pl.when(self.num_seqs > 0)(self.attend)
 
-    # ---- fetch KV: whole pages, 5 groups ahead
-
-    def page_copy(physical, group, i, page):
-        slot, sem = slot_of(group, i), kv_sem.at[lax.rem(group, 6)]
-        return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, page], sem)
-
-    def fetch(group, seq, first):
-        """Starts the fetch of a group whose first tile is at token `first` of `seq`; returns where the next one begins."""
-        for i in range(2):
-            live, some_seq = seq < num_seqs, jnp.minimum(seq, num_seqs - 1)
-            left = jnp.where(live, kv_lens[some_seq] - first, 0)
-            tile_seq[slot_of(group, i)] = jnp.where(live, seq, 64)
-            tile_first[slot_of(group, i)] = first
-            tile_left[slot_of(group, i)] = left
-            pages = some_seq * PAGES_PER_SEQ + first // PAGE_SIZE
-            for page in range(8):
-                physical = page_indices[pages + page]  # not under the condition: a load that waits for it costs more
-
-                @pl.when(page * PAGE_SIZE < left)
-                def _():
-                    page_copy(physical, group, i, page).start()
-
-            last = left <= 1024
-            seq = jnp.where(last, seq + 1, seq)
-            first = jnp.where(last, 0, first + 1024)
-        return seq, first
-
-    def wait(group):
-        left = tile_left[slot_of(group, 0)]
-        first_slot, sem = slot_of(group, 0), kv_sem.at[lax.rem(group, 6)]
-
-        def wait_for(place):
-            pltpu.make_async_copy(place, place, sem).wait()  # for as many bytes, from anywhere
-
-        @pl.when(left >= 2048)
-        def _():
-            wait_for(kv.at[pl.ds(first_slot, 2)])
-
-        @pl.when(left < 2048)
-        def _():
-            for i in range(2):
-                wait_tile(tile_left[slot_of(group, i)], first_slot + i, wait_for)
-
-    def wait_tile(left, slot, wait_for):
-        def one_page(_, carry):
-            wait_for(kv.at[slot, 0])
-            return carry
-
-        @pl.when(left >= 1024)
-        def _():
-            wait_for(kv.at[slot])
-
-        @pl.when(left < 1024)
-        def _():
-            lax.fori_loop(0, pl.cdiv(left, PAGE_SIZE), one_page, 0)
-
-    def arrive(group):
-        """Waits for a group; where a sequence ends, puts the new token in and clears what lies behind."""
-        wait(group)
-
-        # Not before all of them are there: the bytes that a wait counts may be another tile's.
-        @pl.when(tile_left[slot_of(group, 0)] <= 2048)
-        def _():
-            for i in range(2):
-                seq, left = tile_seq[slot_of(group, i)], tile_left[slot_of(group, i)]
-
-                @pl.when((left > 0) & (left <= 1024))
-                def _():
-                    update_cache(seq, slot_of(group, i), left - 1)
-                    clear_tail(slot_of(group, i), left)
-
-    # ---- update cache: 16 tokens share a register, so the new one goes out with those around it
-
-    def unit_copy(seq):
-        slot = lax.rem(seq, 8)
-        position = kv_lens[seq] - 1
-        page = page_indices[seq * PAGES_PER_SEQ + position // PAGE_SIZE]
-        tokens = pl.ds(pl.multiple_of(lax.rem(position, PAGE_SIZE) // UNIT * UNIT, UNIT), UNIT)
-        return pltpu.make_async_copy(unit_out.at[slot], cache_hbm.at[page, tokens], unit_sem.at[slot])
-
-    def update_cache(seq, slot, token):
-        write = lax.rem(seq, 8)
-
-        @pl.when(seq >= 8)
-        def _():
-            unit_copy(seq - 8).wait()
-
-        page, in_unit = token // PAGE_SIZE, lax.rem(token, UNIT)
-        tokens = pl.ds(pl.multiple_of(lax.rem(token, PAGE_SIZE) // UNIT * UNIT, UNIT), UNIT)
-        # As words of two tokens, so that the old ones stay bit for bit whatever they are.
-        own_half = jnp.where(in_unit % 2 == 0, jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000))
-        mask = jnp.where(lax.broadcasted_iota(jnp.int32, (UNIT // 2, LANES), 0) == in_unit // 2, own_half, jnp.uint32(0))
-        bits = pltpu.bitcast(new_in[seq].astype(jnp.float32), jnp.uint32)  # a bfloat16 is the high half of a float32
-        both_halves = bits | (bits >> 16)
-        old = pltpu.bitcast(kv[slot, page, tokens], jnp.uint32)
-        rows = pltpu.bitcast((old & ~mask) | (both_halves & mask), kv.dtype)
-        kv[slot, page, tokens] = rows
-        unit_out[write] = rows
-        unit_copy(seq).start()
-
-    def clear_tail(slot, valid):
-        """Zeroes rows from token `valid` to the end of what is computed: a weight of 0 does not hide a NaN."""
-        row = lax.broadcasted_iota(jnp.int32, (UNIT, RANK), 0)
-
-        def clear(unit, _):
-            token = unit * UNIT
-            tokens = pl.ds(pl.multiple_of(lax.rem(token, PAGE_SIZE), UNIT), UNIT)
-            old = kv[slot, token // PAGE_SIZE, tokens, :RANK].astype(jnp.float32)
-            kv[slot, token // PAGE_SIZE, tokens, :RANK] = jnp.where(token + row < valid, old, 0.0).astype(kv.dtype)
-            return 0
-
-        lax.fori_loop(valid // UNIT, pl.cdiv(valid, 1024) * 64, clear, 0)
-
-    # ---- one tile: scores of all query heads, their softmax, the weighted values
-
-    def tile_keys(group, i):
-        return kv[slot_of(group, i)].reshape(1024, LANES)
-
-    def tile_values(group, i):
-        return kv[slot_of(group, i), :, :, :RANK].reshape(1024, RANK)
-
-    def tile_tokens(shape):
-        """The token of each column of a score."""
-        return lax.broadcasted_iota(jnp.int32, shape, 1)
-
-    def score(group, i):
-        seq = tile_seq[slot_of(group, i)]
-        queries = jnp.concatenate([q_in[seq], q_rope_in[seq]], axis=1)
-        return products(queries, tile_keys(group, i), 1)
-
-    def softmax(scores, left):
-        """Weights relative to the tile's own maximum, with that and their sum, the same in every lane."""
-        scores = jnp.where(tile_tokens(scores.shape) < left, scores * SCORE_SCALE, MASKED)
-        top = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), row_max.shape)
-        weights = jnp.exp2(scores - widen(top, 1024))
-        total = jnp.broadcast_to(jnp.sum(weights, axis=1, keepdims=True), row_sum.shape)
-        return weights.astype(jnp.bfloat16), top, total
-
-    def weigh(group, i, weights):
-        return products(weights, tile_values(group, i), 0)
-
-    def merge(group, i, state, top, total, part):
-        """Adds a tile to the running softmax of its sequence and leaves the output that it would be the last of."""
-        old_max, old_sum, old_acc = state
-        begins = tile_first[slot_of(group, i)] == 0
-        old_max = jnp.where(begins, MASKED, old_max)
-        new_max = jnp.maximum(old_max, top)
-        kept, added = jnp.exp2(old_max - new_max), jnp.exp2(top - new_max)
-        new_sum = jnp.where(begins, 0.0, old_sum) * kept + total * added
-        new_acc = jnp.where(begins, 0.0, old_acc) * widen(kept, RANK) + part * widen(added, RANK)
-        out_all[tile_seq[slot_of(group, i)]] = (new_acc / widen(new_sum, RANK)).astype(out_all.dtype)
-        return new_max, new_sum, new_acc
-
-    @pl.when(num_seqs > 0)
-    def _():
-        loads = [
-            pltpu.make_async_copy(source.at[pl.ds(0, 64)], target.at[pl.ds(0, 64)], load_sem.at[i])
-            for i, (source, target) in enumerate([(q_hbm, q_in), (q_rope_hbm, q_rope_in), (new_hbm, new_in)])
-        ]
+    def attend(self):
+        """Attends to all tokens of all sequences."""
+        loads = self.load_copies()
         for load in loads:
             load.start()
-        # The first turn finds a group before the first, with no tile in it: what that leaves, nobody reads.
-        lax.fori_loop(0, 12, no_tile, 0)
+        # The first iteration finds a wave before the first, with no tile in it: nobody reads what that leaves.
+        for_each(0, DECODE_TILE_BUFFERS, self.clear_slot)
         ahead = (jnp.int32(0), jnp.int32(0))
-        for group in range(1, 5):
-            ahead = fetch(group, *ahead)
+        for wave in range(1, DECODE_LOOKAHEAD):
+            ahead = self.fetch_wave(wave, *ahead)
         for load in loads:
             load.wait()
+        lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        results = [
+            copy_of_tokens(self.out_all, self.out_hbm, self.out_sem.at[0]),
+        ]
+        for result in results:
+            result.start()
+        for_each(0, jnp.minimum(self.num_seqs, DECODE_WRITE_BUFFERS), self.drain_write)
+        for result in results:
+            result.wait()
 
-        def turn(carry):
-            group, _, *ahead = carry
-            arrive(group + 1)
-            ahead = fetch(group + 5, *ahead)
-            state = row_max[...], row_sum[...], acc[...]
-            weighted = [softmax(scores[i], tile_left[slot_of(group, i)]) for i in range(2)]
-            for i, (weights, top, total) in enumerate(weighted):
-                scores[i] = score(group + 1, i)
-                state = merge(group, i, state, top, total, weigh(group, i, weights))
-            row_max[...], row_sum[...], acc[...] = state
-            more = tile_left[slot_of(group + 1, 0)] > 0
-            return group + 1, more, *ahead
+    def load_copies(self):
+        """The copies of what the kernel loads at its start, of all sequences."""
+        arrays = [
+            (self.q_hbm, self.q_in),
+            (self.q_rope_hbm, self.q_rope_in),
+            (self.new_hbm, self.new_in),
+        ]
+        return [copy_of_tokens(source, target, self.load_sem.at[i]) for i, (source, target) in enumerate(arrays)]
 
-        lax.while_loop(lambda carry: carry[1], turn, (jnp.int32(0), jnp.bool_(True), *ahead))
-        out_copy = pltpu.make_async_copy(out_all.at[pl.ds(0, 64)], out_hbm.at[pl.ds(0, 64)], out_sem.at[0])
-        out_copy.start()
+    def iterate(self, carry):
+        """Computes a wave's values and the next wave's scores; fetches a wave DECODE_LOOKAHEAD waves later."""
+        wave, _, *ahead = carry
+        self.wait_and_patch(wave + 1)
+        ahead = self.fetch_wave(wave + DECODE_LOOKAHEAD, *ahead)
+        state = self.row_max[...], self.row_sum[...], self.acc[...]
+        softmaxes = [self.softmax(wave, i) for i in range(DECODE_TILES_PER_WAVE)]
+        self.row_max[...], self.row_sum[...], self.acc[...] = self.compute_tiles(wave, softmaxes, state)
+        more = self.tile_left[self.slot(wave + 1, 0)] > 0
+        return wave + 1, more, *ahead
 
-        def drain(i, _):
-            unit_copy(num_seqs - 1 - i).wait()
-            return 0
+    # ---- the tiles in flight: each one's sequence, its first token, and the tokens that the sequence has from there on
 
-        lax.fori_loop(0, jnp.minimum(num_seqs, 8), drain, 0)
-        out_copy.wait()
+    def slot(self, wave, i):
+        """The buffer of tile `i` of a wave."""
+        return lax.rem(wave, DECODE_WAVE_BUFFERS) * DECODE_TILES_PER_WAVE + i
+
+    def clear_slot(self, slot):
+        self.tile_seq[slot] = DECODE_NO_SEQ
+        self.tile_first[slot] = 0
+        self.tile_left[slot] = 0
+
+    # ---- fetch K and V: whole pages
+
+    def fetch_wave(self, wave, seq, first):
+        """Starts the fetch of a wave whose first tile is at token `first` of `seq`; returns where the next wave begins."""
+        for i in range(DECODE_TILES_PER_WAVE):
+            live, some_seq = seq < self.num_seqs, jnp.minimum(seq, self.num_seqs - 1)
+            left = jnp.where(live, self.kv_lens[some_seq] - first, 0)
+            self.tile_seq[self.slot(wave, i)] = jnp.where(live, seq, DECODE_NO_SEQ)
+            self.tile_first[self.slot(wave, i)] = first
+            self.tile_left[self.slot(wave, i)] = left
+            first_entry = some_seq * PAGES_PER_SEQ + first // PAGE_SIZE
+            for page in range(DECODE_TILE_PAGES):
+                # Not under the condition: a load that waits for it costs more.
+                physical = self.page_indices[first_entry + page]
+                pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
+            last = left <= DECODE_TILE
+            seq = jnp.where(last, seq + 1, seq)
+            first = jnp.where(last, 0, first + DECODE_TILE)
+        return seq, first
+
+    def fetch_page(self, physical, wave, i, page):
+        slot, sem = self.slot(wave, i), self.kv_sem.at[lax.rem(wave, DECODE_WAVE_BUFFERS)]
+        pltpu.make_async_copy(self.cache_hbm.at[physical], self.kv.at[slot, page], sem).start()
+
+    def wait_for_wave(self, wave):
+        left = self.tile_left[self.slot(wave, 0)]
+        first_slot, sem = self.slot(wave, 0), self.kv_sem.at[lax.rem(wave, DECODE_WAVE_BUFFERS)]
+
+        @pl.when(left >= DECODE_WAVE_TOKENS)
+        def wait_for_full_wave():
+            wait_for_bytes(self.kv.at[pl.ds(first_slot, DECODE_TILES_PER_WAVE)], sem)
+
+        @pl.when(left < DECODE_WAVE_TOKENS)
+        def wait_for_tiles():
+            for i in range(DECODE_TILES_PER_WAVE):
+                self.wait_for_tile(self.tile_left[self.slot(wave, i)], first_slot + i, sem)
+
+    def wait_for_tile(self, left, slot, sem):
+        @pl.when(left >= DECODE_TILE)
+        def wait_for_full_tile():
+            wait_for_bytes(self.kv.at[slot], sem)
+
+        @pl.when(left < DECODE_TILE)
+        def wait_for_pages():
+            lax.fori_loop(0, pl.cdiv(left, PAGE_SIZE), functools.partial(self.wait_for_page, slot, sem), 0)
+
+    def wait_for_page(self, slot, sem, _, carry):
+        wait_for_bytes(self.kv.at[slot, 0], sem)
+        return carry
+
+    def wait_and_patch(self, wave):
+        """Waits for a wave; stores the new token and clears what lies behind it where a sequence ends."""
+        self.wait_for_wave(wave)
+
+        # Not before all tiles have arrived: the bytes that a wait counts may be another tile's.
+        @pl.when(self.tile_left[self.slot(wave, 0)] <= DECODE_WAVE_TOKENS)
+        def patch_tiles():
+            for i in range(DECODE_TILES_PER_WAVE):
+                self.patch_tile(wave, i)
+
+    def patch_tile(self, wave, i):
+        seq = self.tile_seq[self.slot(wave, i)]
+        left = self.tile_left[self.slot(wave, i)]
+
+        @pl.when((left > 0) & (left <= DECODE_TILE))
+        def patch_last_tile():
+            self.update_cache(seq, self.slot(wave, i), left)
+            self.clear_tail(self.slot(wave, i), left)
+
+    # ---- queries and outputs: a row of `q_in` and `out_all` is a sequence
+
+    def store_output(self, wave, i, row_max, row_sum, acc):
+        """The output of a tile's sequence, as it is after this tile."""
+        out = acc / broadcast_lanes(row_sum, RANK)
+        self.out_all[self.tile_seq[self.slot(wave, i)]] = out.astype(self.out_all.dtype)
+
+    # ---- update cache: tokens share a sublane tile, so the new one is written with those around it
+
+    def update_cache(self, seq, slot, left):
+        """Puts the new token into the tile in which its sequence ends after `left` tokens; starts its way to the cache."""
+        token = left - 1
+        buffer = lax.rem(seq, DECODE_WRITE_BUFFERS)
+
+        @pl.when(seq >= DECODE_WRITE_BUFFERS)
+        def wait_for_buffer():
+            self.wait_for_writes(seq - DECODE_WRITE_BUFFERS)
+
+        page, place = token // PAGE_SIZE, lax.rem(token, SUBLANE_TILE)
+        tokens = sublane_tile(token)
+        rows = self.patched((slot, page, tokens), seq, place)
+        self.kv[slot, page, tokens] = rows
+        self.new_out[buffer] = rows
+        self.cache_write(seq).start()
+
+    def cache_write(self, seq):
+        """The copy of the sublane tile with a sequence's new token to the cache."""
+        buffer = lax.rem(seq, DECODE_WRITE_BUFFERS)
+        position = self.kv_lens[seq] - 1
+        page = self.page_indices[seq * PAGES_PER_SEQ + position // PAGE_SIZE]
+        target = self.cache_hbm.at[page, sublane_tile(position)]
+        return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
+
+    def wait_for_writes(self, seq):
+        self.cache_write(seq).wait()
+
+    def drain_write(self, i):
+        """Waits for the writes of one of the last sequences."""
+        self.wait_for_writes(self.num_seqs - 1 - i)
+
+    def patched(self, at, seq, place):
+        """Rows of a tile in which a sequence's new token takes its place.
+
+        They are patched as words of two tokens, so that the old ones stay bit for bit whatever they are.
+        """
+        own_half = jnp.where(place % 2 == 0, jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000))
+        word = lax.broadcasted_iota(jnp.int32, (SUBLANE_TILE // 2, ROW_LANES), 0)
+        mask = jnp.where(word == place // 2, own_half, jnp.uint32(0))
+        bits = pltpu.bitcast(self.new_in[seq].astype(jnp.float32), jnp.uint32)  # a bfloat16 is the high half of a float32
+        both_halves = bits | (bits >> 16)
+        old = pltpu.bitcast(self.kv[at], jnp.uint32)
+        return pltpu.bitcast((old & ~mask) | (both_halves & mask), self.kv.dtype)
+
+    # ---- one tile: softmax, and the running softmax of its sequence
+
+    def compute_tiles(self, wave, softmaxes, state):
+        """The values of a wave's tiles, merged one by one, beside the scores of the next wave's."""
+        for i, (p, tile_max, tile_sum) in enumerate(softmaxes):
+            self.scores[i] = self.compute_scores(wave + 1, i)
+            state = self.merge(wave, i, state, tile_max, tile_sum, self.accumulate_pv(wave, i, p))
+        return state
+
+    def softmax(self, wave, i):
+        """Probabilities relative to the tile's own maximum, with that and their sum, the same in every lane."""
+        scores = self.scores[i]
+        scores = jnp.where(self.visible_tokens(wave, i), scores * SCORE_SCALE, MASKED)
+        tile_max = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), self.row_max.shape)
+        p = jnp.exp2(scores - broadcast_lanes(tile_max, DECODE_TILE))
+        tile_sum = jnp.broadcast_to(jnp.sum(p, axis=1, keepdims=True), self.row_sum.shape)
+        return p.astype(jnp.bfloat16), tile_max, tile_sum
+
+    def visible_tokens(self, wave, i):
+        """Which scores of a tile count: those of the tokens before the end of its sequence."""
+        left = self.tile_left[self.slot(wave, i)]
+        token = lax.broadcasted_iota(jnp.int32, (DECODE_QUERY_ROWS, DECODE_TILE), 1)
+        return token < left
+
+    def merge(self, wave, i, state, tile_max, tile_sum, values):
+        """Adds a tile to the running softmax of its sequence and leaves the output that it would be the last of."""
+        old_max, old_sum, old_acc = state
+        begins = self.tile_first[self.slot(wave, i)] == 0
+        old_max = jnp.where(begins, MASKED, old_max)
+        new_max = jnp.maximum(old_max, tile_max)
+        alpha, beta = jnp.exp2(old_max - new_max), jnp.exp2(tile_max - new_max)
+        new_sum = jnp.where(begins, 0.0, old_sum) * alpha + tile_sum * beta
+        new_acc = jnp.where(begins, 0.0, old_acc) * broadcast_lanes(alpha, RANK)
+        new_acc = new_acc + values * broadcast_lanes(beta, RANK)
+        self.store_output(wave, i, new_max, new_sum, new_acc)
+        return new_max, new_sum, new_acc
+
+    # ---- scores and values: all query heads share a token's row of the cache
+
+    def compute_scores(self, wave, i):
+        """The scores of a tile, float32[Q_HEADS, DECODE_TILE]."""
+        seq = self.tile_seq[self.slot(wave, i)]
+        queries = jnp.concatenate([self.q_in[seq], self.q_rope_in[seq]], axis=1)
+        return matmul(queries, self.kv[self.slot(wave, i)].reshape(DECODE_TILE, ROW_LANES), 1)
+
+    def accumulate_pv(self, wave, i, p):
+        """The weighted values of a tile, float32[Q_HEADS, RANK]."""
+        return matmul(p, self.kv[self.slot(wave, i), :, :, :RANK].reshape(DECODE_TILE, RANK), 0)
+
+
+def more_waves(carry):
+    """Whether there are tiles in the wave of the next iteration."""
+    return carry[1]
+
+
+def copy_of_tokens(source, target, sem):
+    """A copy of the rows of all new tokens."""
+    return pltpu.make_async_copy(source.at[pl.ds(0, DECODE_MAX_TOKENS)], target.at[pl.ds(0, DECODE_MAX_TOKENS)], sem)
+
+
+def wait_for_bytes(array, sem):
+    """Waits until as many bytes have arrived as an array has, whichever copies brought them."""
+    pltpu.make_async_copy(array, array, sem).wait()
+
+
+def sublane_tile(token):
+    """The tokens of the sublane tile around a token of a sequence, within its page."""
+    first = lax.rem(token, PAGE_SIZE) // SUBLANE_TILE * SUBLANE_TILE
+    return pl.ds(pl.multiple_of(first, SUBLANE_TILE), SUBLANE_TILE)
+
+
+def decode_kernel(*refs):
+    DecodeKernel(*refs).run()
 
 
 def attend_decode(queries, queries_rope, new_rows, cache, kv_lens, page_indices, distribution):
-    """`(out, cache)` of the decode sequences; what other rows of `out` hold means nothing."""
+    """`(out, cache)` of the decode sequences; other rows of `out` are undefined."""
+    scalars = (kv_lens, page_indices, distribution)
+    arrays = (queries, queries_rope, new_rows, cache)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         decode_kernel,
-        in_specs=[smem] * 3 + [hbm] * 4,
+        in_specs=[smem] * len(scalars) + [hbm] * len(arrays),
         out_specs=[hbm] * 2,
-        out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(cache.shape, cache.dtype)],
-        input_output_aliases={6: 1},
-        scratch_shapes=[
-            pltpu.VMEM((12, 8, 128, 640), jnp.bfloat16),  # kv: fetched tiles
-            pltpu.VMEM((65, 128, 512), jnp.bfloat16),  # q_in: queries of every sequence, and of none
-            pltpu.VMEM((65, 128, 128), jnp.bfloat16),  # q_rope_in: their rotary parts
-            pltpu.VMEM((64, 1, 640), jnp.bfloat16),  # new_in: new tokens of every sequence
-            pltpu.VMEM((8, 16, 640), jnp.bfloat16),  # unit_out: new tokens on their way to the cache
-            pltpu.VMEM((2, 128, 1024), jnp.float32),  # scores: scores of a group, from turn to turn
-            pltpu.VMEM((128, 128), jnp.float32),  # row_max: running maximum, the same in every lane
-            pltpu.VMEM((128, 128), jnp.float32),  # row_sum: running sum, the same in every lane
-            pltpu.VMEM((128, 512), jnp.float32),  # acc: running output
-            pltpu.VMEM((65, 128, 512), jnp.bfloat16),  # out_all: outputs of every sequence, and of none
-            pltpu.SMEM((12,), jnp.int32),  # tile_seq: the sequence of each tile in flight
-            pltpu.SMEM((12,), jnp.int32),  # tile_first: its first token
-            pltpu.SMEM((12,), jnp.int32),  # tile_left: tokens of its sequence from there on
-            pltpu.SemaphoreType.DMA((6,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((3,)),  # load_sem: queries, their rotary parts, new tokens
-            pltpu.SemaphoreType.DMA((8,)),  # unit_sem: cache writes
-            pltpu.SemaphoreType.DMA((1,)),  # out_sem: outputs
+        out_shape=[
+            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+            jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=50331648, disable_bounds_checks=True),
+        input_output_aliases={6: 1},  # results in the memory of operands
+        scratch_shapes=[
+            pltpu.VMEM((DECODE_TILE_BUFFERS, DECODE_TILE_PAGES, PAGE_SIZE, ROW_LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((DECODE_MAX_ROWS + 1, Q_HEADS, RANK), jnp.bfloat16),  # q_in
+            pltpu.VMEM((DECODE_MAX_ROWS + 1, Q_HEADS, ROW_LANES - RANK), jnp.bfloat16),  # q_rope_in
+            pltpu.VMEM((DECODE_MAX_ROWS, 1, ROW_LANES), jnp.bfloat16),  # new_in
+            pltpu.VMEM((DECODE_WRITE_BUFFERS, SUBLANE_TILE, ROW_LANES), jnp.bfloat16),  # new_out
+            pltpu.VMEM((DECODE_TILES_PER_WAVE, Q_HEADS, DECODE_TILE), jnp.float32),  # scores
+            pltpu.VMEM((Q_HEADS, LANES), jnp.float32),  # row_max
+            pltpu.VMEM((Q_HEADS, LANES), jnp.float32),  # row_sum
+            pltpu.VMEM((Q_HEADS, RANK), jnp.float32),  # acc
+            pltpu.VMEM((DECODE_MAX_ROWS + 1, Q_HEADS, RANK), jnp.bfloat16),  # out_all
+            pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_seq
+            pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_first
+            pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_left
+            pltpu.SemaphoreType.DMA((DECODE_WAVE_BUFFERS,)),  # kv_sem
+            pltpu.SemaphoreType.DMA((DECODE_LOADS,)),  # load_sem
+            pltpu.SemaphoreType.DMA((DECODE_WRITE_BUFFERS,)),  # write_sem
+            pltpu.SemaphoreType.DMA((1,)),  # out_sem
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True),
         name="rpa_decode",
-    )(kv_lens, page_indices, distribution, queries, queries_rope, new_rows, cache)
+    )(*scalars, *arrays)
 
 
-def mixed_kernel(
-    # scalars in SMEM
-    kv_lens, page_indices, cu_q_lens, distribution,
-    # arrays in HBM; the cache is updated in place, and so is the output, which holds the decode rows
-    q_hbm, q_rope_hbm, new_hbm, _cache, _out, out_hbm, cache_hbm,
-    # scratch
-    kv,
-    new_in,
-    page_rows,
-    merged,
-    q_in,
-    q_rope_in,
-    row_max,
-    row_sum,
-    acc,
-    out_rows,
-    kv_sem,
-    new_sem,
-    old_sem,
-    write_sem,
-    q_sem,
-    out_sem,
-):  # fmt: skip
-    """Any number of new tokens for each of the sequences [distribution[0], distribution[2]): update their pages, then attend.
+@dataclasses.dataclass
+class MixedKernel(PagedKernel):
+    """Any number of new tokens for each of the sequences [distribution[0], distribution[2]).
 
-    A step is one KV block against one query block. The fetch runs 2 steps ahead, across the ends of both.
+    First the new tokens get into the pages of the cache. Then a step is one KV block against one query block, of all query
+    heads; the fetch runs MIXED_FETCH_LOOKAHEAD steps ahead, across the ends of both.
     """
-    first_seq = distribution[0]
-    end_seq = distribution[2]
 
-    def q_start(seq):
-        return cu_q_lens[seq]
+    # Scalars in SMEM.
+    kv_lens: Ref  # int32[MAX_SEQS]
+    page_indices: Ref  # int32[MAX_SEQS * PAGES_PER_SEQ]
+    cu_q_lens: Ref  # int32[MAX_SEQS + 1]
+    distribution: Ref  # int32[3]
+    # Arrays in HBM.
+    q_hbm: Ref  # bfloat16[tokens, Q_HEADS, RANK]
+    q_rope_hbm: Ref  # bfloat16[tokens, Q_HEADS, ROW_LANES - RANK]
+    new_hbm: Ref  # bfloat16[tokens, 1, ROW_LANES]
+    cache_in: Ref  # bfloat16[pages, PAGE_SIZE, ROW_LANES]: the memory of cache_hbm
+    out_in: Ref  # bfloat16[tokens, Q_HEADS, RANK]: the memory of out_hbm
+    out_hbm: Ref  # bfloat16[tokens, Q_HEADS, RANK]
+    cache_hbm: Ref  # bfloat16[pages, PAGE_SIZE, ROW_LANES]
+    # Scratch arrays in VMEM, and semaphores.
+    kv: Ref  # bfloat16[MIXED_KV_BUFFERS, MIXED_KV_BLOCK // PAGE_SIZE, PAGE_SIZE, ROW_LANES]: fetched blocks
+    new_in: Ref  # bfloat16[MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, 1, ROW_LANES]: new tokens, around the page they go to
+    page_rows: Ref  # bfloat16[MIXED_PAGE_BUFFERS, PAGE_SIZE, ROW_LANES]: pages to update
+    merged: Ref  # float32[MIXED_MERGE_TOKENS, ROW_LANES]: new tokens, side by side
+    q_in: Ref  # bfloat16[MIXED_KV_BUFFERS, MIXED_Q_BLOCK, Q_HEADS, RANK]: query blocks as they come
+    q_rope_in: Ref  # bfloat16[MIXED_KV_BUFFERS, MIXED_Q_BLOCK, Q_HEADS, ROW_LANES - RANK]: their rotary parts
+    row_max: Ref  # float32[MIXED_Q_ROWS, LANES]: running maximum, the same in every lane
+    row_sum: Ref  # float32[MIXED_Q_ROWS, LANES]: running sum, the same in every lane
+    acc: Ref  # float32[MIXED_Q_ROWS, RANK]: running output
+    out_rows: Ref  # bfloat16[1, MIXED_Q_BLOCK, Q_HEADS, RANK]: an output block on its way out
+    kv_sem: Ref  # DMA[MIXED_KV_BUFFERS]: fetches
+    new_sem: Ref  # DMA[MIXED_NEW_BUFFERS]: new tokens
+    old_sem: Ref  # DMA[MIXED_PAGE_BUFFERS]: pages that hold old tokens
+    write_sem: Ref  # DMA[MIXED_PAGE_BUFFERS]: cache writes
+    q_sem: Ref  # DMA[MIXED_KV_BUFFERS]: query blocks
+    out_sem: Ref  # DMA[1]: output blocks
 
-    def q_len(seq):
-        return cu_q_lens[seq + 1] - cu_q_lens[seq]
+    block_pages = MIXED_KV_BLOCK // PAGE_SIZE
+    computed_tokens = MIXED_KV_BLOCK
 
-    # ---- update cache: page by page, old tokens kept, new ones packed in; 4 pages ahead, 9 in flight
+    def run(self):
+        self.first_seq, self.end_seq = self.sequences()
+        pl.when(self.first_seq < self.end_seq)(self.attend)
 
-    def page_span(seq, page):
-        """The new tokens of a page, as a range within it."""
-        kv_len = kv_lens[seq]
-        return jnp.maximum(kv_len - q_len(seq) - page * PAGE_SIZE, 0), jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
+    def attend(self):
+        """Updates the pages, goes through the query blocks of all sequences, and for each through the KV blocks that it sees."""
+        start = (self.first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        # The first block comes while the last pages go, if none of these is in it.
+        early = self.first_page(self.first_seq) >= self.block_pages
+        self.update_pages(functools.partial(self.start_fetch, 0, start, early))
+        for_each(0, MIXED_ROW_STEPS, self.clear_state)
+        self.start_fetch(0, start, ~early)
+        fetched = self.next_fetch(start)
+        for step in range(1, MIXED_FETCH_LOOKAHEAD):
+            fetched = self.fetch_ahead(step, *fetched)
+        state = (jnp.int32(0), start, fetched, start[:2])
+        *_, sent = lax.while_loop(self.has_work, self.step, state)
+        self.for_copies(*sent, self.out_copy, wait_copy)
 
-    def new_token_copies(seq, page, new_slot):
-        # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
-        wanted = q_start(seq) + page * PAGE_SIZE - (kv_lens[seq] - q_len(seq))
-        source = jnp.clip(wanted, 0, new_hbm.shape[0] - 64)
-        take, put = pl.ds(source, 64), pl.ds(PAGE_SIZE + source - wanted, 64)
-        return (pltpu.make_async_copy(new_hbm.at[take], new_in.at[new_slot, put], new_sem.at[new_slot]),)
+    def has_work(self, carry):
+        """Whether there is a step to take."""
+        return carry[1][0] < self.end_seq
 
-    def old_page_copy(seq, page, slot):
-        physical = page_indices[seq * PAGES_PER_SEQ + page]
-        return pltpu.make_async_copy(cache_hbm.at[physical], page_rows.at[slot], old_sem.at[slot])
+    def step(self, carry):
+        """Takes one step; `at` is its sequence, its query block (of the sequence, and of all) and its KV block."""
+        step, at, fetched, sent = carry
+        seq, q_block, q_step, block = at
+        fetched = self.fetch_ahead(step + MIXED_FETCH_LOOKAHEAD, *fetched)
+        buffer, q_buffer = lax.rem(step, MIXED_KV_BUFFERS), lax.rem(q_step, MIXED_KV_BUFFERS)
+        end = self.kv_end(seq, q_block)
+        last = (block + 1) * MIXED_KV_BLOCK >= end
+        pl.when(block == 0)(functools.partial(self.for_query_copies, seq, q_block, q_buffer, wait_copy))
+        self.wait_block(end, seq, block, buffer)
 
-    def page_write(seq, page, slot):
-        physical = page_indices[seq * PAGES_PER_SEQ + page]
-        return pltpu.make_async_copy(page_rows.at[slot], cache_hbm.at[physical], write_sem.at[slot])
+        @pl.when(last)
+        def clear_last_block():
+            self.clear_tail(buffer, end - block * MIXED_KV_BLOCK)
 
-    def first_page(seq):
-        return lax.div(kv_lens[seq] - q_len(seq), PAGE_SIZE)
+        first_query = self.kv_lens[seq] - self.q_len(seq) + q_block * MIXED_Q_BLOCK - block * MIXED_KV_BLOCK
+        self.attend_block(q_buffer, buffer, first_query)
+        pl.when(last)(functools.partial(self.store_query_block, seq, q_block, q_step, sent))
+        sent = tuple(jnp.where(last, new, old) for new, old in zip((seq, q_block), sent))
+        return step + 1, self.advance(*at), fetched, sent
 
-    def next_page(seq, page):
-        last = (page + 1) * PAGE_SIZE >= kv_lens[seq]
+    # ---- Sequences: any number of new tokens each.
+
+    def sequences(self):
+        """The first sequence of the kernel, and the end of them."""
+        return self.distribution[0], self.distribution[2]
+
+    def q_start(self, seq):
+        """The row of a sequence's first new token."""
+        return self.cu_q_lens[seq]
+
+    def q_len(self, seq):
+        """The number of its new tokens."""
+        return self.cu_q_lens[seq + 1] - self.cu_q_lens[seq]
+
+    def queries_end(self, seq, q_block):
+        """The number of tokens of a sequence up to the last query of a block."""
+        new = self.q_len(seq)
+        return self.kv_lens[seq] - new + jnp.minimum((q_block + 1) * MIXED_Q_BLOCK, new)
+
+    def for_copies(self, seq, q_block, make_copy, act):
+        """Acts on copies `make_copy(row of queries, token of the block, tokens)` that together hold a query block.
+
+        They hold no other tokens: their sizes are powers of two.
+        """
+        tokens = jnp.minimum(self.q_len(seq) - q_block * MIXED_Q_BLOCK, MIXED_Q_BLOCK)
+        for size in MIXED_COPY_SIZES:
+
+            @pl.when((tokens & size) > 0)
+            def act_on_part(size=size):
+                first = tokens & ~(2 * size - 1)
+                act(make_copy(self.q_start(seq) + q_block * MIXED_Q_BLOCK + first, first, size))
+
+    # ---- Update of the cache: page by page, old tokens are kept and new ones put in.
+
+    def update_pages(self, meanwhile):
+        """Updates the pages of all sequences; `meanwhile` is called before the last of them are waited for."""
+        start = (self.first_seq, self.first_page(self.first_seq))
+        fetched = start
+        for step in range(MIXED_UPDATE_LOOKAHEAD):
+            fetched = self.load_page(jnp.int32(step), *fetched)
+        steps, *_ = lax.while_loop(self.has_page, self.update_page, (jnp.int32(0), *start, *fetched))
+        meanwhile()
+        for_each(0, jnp.minimum(steps, MIXED_PAGE_BUFFERS), functools.partial(self.wait_last_write, steps))
+
+    def has_page(self, carry):
+        """Whether there is a page to update."""
+        return carry[1] < self.end_seq
+
+    def update_page(self, carry):
+        """Updates one page, and loads what a later one needs."""
+        step, seq, page, *fetched = carry
+        fetched = self.load_page(step + MIXED_UPDATE_LOOKAHEAD, *fetched)
+        self.merge_page(step, seq, page)
+        return step + 1, *self.next_page(seq, page), *fetched
+
+    def wait_last_write(self, steps, index):
+        """Waits for one of the last writes: all have as many bytes."""
+        page = self.first_page(self.first_seq)
+        self.page_write(self.first_seq, page, lax.rem(steps - 1 - index, MIXED_PAGE_BUFFERS)).wait()
+
+    def first_page(self, seq):
+        """The first page of a sequence that gets new tokens."""
+        return lax.div(self.kv_lens[seq] - self.q_len(seq), PAGE_SIZE)
+
+    def next_page(self, seq, page):
+        """The page after a page, maybe of the next sequence."""
+        last = (page + 1) * PAGE_SIZE >= self.kv_lens[seq]
         next_seq = jnp.where(last, seq + 1, seq)
-        return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
+        return next_seq, jnp.where(last, self.first_page(jnp.minimum(next_seq, self.end_seq - 1)), page + 1)
 
-    def load_page(step, seq, page):
-        slot = lax.rem(step, 9)
+    def new_span(self, seq, page):
+        """The new tokens of a page, as a range within it."""
+        kv_len = self.kv_lens[seq]
+        first = jnp.maximum(kv_len - self.q_len(seq) - page * PAGE_SIZE, 0)
+        return first, jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
 
-        @pl.when(seq < end_seq)
-        def _():
-            @pl.when(step >= 9)
-            def _():
-                page_write(seq, page, slot).wait()  # the write of 9 steps ago: as many bytes, this semaphore
+    def load_page(self, step, seq, page):
+        """Starts the copies of a page's new tokens, and of its old ones if it has any; returns the page after it."""
+        buffer = lax.rem(step, MIXED_PAGE_BUFFERS)
+        pl.when(seq < self.end_seq)(functools.partial(self.start_page_copies, step, seq, page, buffer))
+        next_seq, next_index = self.next_page(jnp.minimum(seq, self.end_seq - 1), page)
+        return jnp.where(seq < self.end_seq, next_seq, seq), jnp.where(seq < self.end_seq, next_index, page)
 
-            for copy in new_token_copies(seq, page, lax.rem(step, 5)):
-                copy.start()
-            first, end = page_span(seq, page)
+    def start_page_copies(self, step, seq, page, buffer):
+        """Starts them once the buffer is free."""
 
-            @pl.when((first > 0) | (end < PAGE_SIZE))
-            def _():
-                old_page_copy(seq, page, slot).start()
+        @pl.when(step >= MIXED_PAGE_BUFFERS)
+        def wait_for_buffer():
+            self.page_write(seq, page, buffer).wait()  # the write of MIXED_PAGE_BUFFERS steps ago: as many bytes, this semaphore
 
-        next_seq, next_index = next_page(jnp.minimum(seq, end_seq - 1), page)
-        return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
+        for copy in self.new_token_copies(seq, page, lax.rem(step, MIXED_NEW_BUFFERS)):
+            copy.start()
+        first, end = self.new_span(seq, page)
 
-    def merge_page(step, seq, page):
-        slot, new_slot = lax.rem(step, 9), lax.rem(step, 5)
-        first, end = page_span(seq, page)
-        for copy in new_token_copies(seq, page, new_slot):
+        @pl.when((first > 0) | (end < PAGE_SIZE))
+        def start_old_tokens():
+            self.old_page_copy(seq, page, buffer).start()
+
+    def old_page_copy(self, seq, page, buffer):
+        physical = self.page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(self.cache_hbm.at[physical], self.page_rows.at[buffer], self.old_sem.at[buffer])
+
+    def page_write(self, seq, page, buffer):
+        physical = self.page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(self.page_rows.at[buffer], self.cache_hbm.at[physical], self.write_sem.at[buffer])
+
+    def merge_page(self, step, seq, page):
+        """Puts the new tokens into a page, and starts to write it."""
+        buffer, new_buffer = lax.rem(step, MIXED_PAGE_BUFFERS), lax.rem(step, MIXED_NEW_BUFFERS)
+        first, end = self.new_span(seq, page)
+        for copy in self.new_token_copies(seq, page, new_buffer):
             copy.wait()
 
         @pl.when((first > 0) | (end < PAGE_SIZE))
-        def _():
-            old_page_copy(seq, page, slot).wait()
+        def wait_for_old_tokens():
+            self.old_page_copy(seq, page, buffer).wait()
 
-        def merge(piece, _):
-            start = pl.multiple_of(piece * 16, 16)
-            tokens = pl.ds(start, 16)
-            for i in range(16):
-                merged[i : i + 1] = new_in[new_slot, PAGE_SIZE + start + i].astype(jnp.float32)
-            # As words of two tokens, so that the old ones stay bit for bit whatever they are.
-            words = pltpu.bitcast(merged[...].astype(page_rows.dtype), jnp.uint32)
-            low = start + 2 * lax.broadcasted_iota(jnp.int32, words.shape, 0)
-            low_mask = jnp.where((low >= first) & (low < end), jnp.uint32(0xFFFF), jnp.uint32(0))
-            mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
-            old = pltpu.bitcast(page_rows[slot, tokens], jnp.uint32)
-            page_rows[slot, tokens] = pltpu.bitcast((words & mask) | (old & ~mask), page_rows.dtype)
-            return 0
-        lax.fori_loop(lax.div(first, 16), pl.cdiv(end, 16), merge, 0)
-        page_write(seq, page, slot).start()
+        merge = functools.partial(self.merge_tokens, buffer, new_buffer, first, end)
+        for_each(lax.div(first, MIXED_MERGE_TOKENS), pl.cdiv(end, MIXED_MERGE_TOKENS), merge)
+        self.page_write(seq, page, buffer).start()
 
-    def update_cache(meanwhile):
-        """Updates all pages; `meanwhile` is called before it waits for the last of them to be written."""
+    def new_token_copies(self, seq, page, buffer):
+        """The copy of a page's new tokens."""
+        # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
+        wanted = self.q_start(seq) + page * PAGE_SIZE - (self.kv_lens[seq] - self.q_len(seq))
+        source = jnp.clip(wanted, 0, self.new_hbm.shape[0] - MIXED_NEW_TOKENS)
+        take, put = pl.ds(source, MIXED_NEW_TOKENS), pl.ds(PAGE_SIZE + source - wanted, MIXED_NEW_TOKENS)
+        return (pltpu.make_async_copy(self.new_hbm.at[take], self.new_in.at[buffer, put], self.new_sem.at[buffer]),)
 
-        def body(carry):
-            step, seq, page, *ahead = carry
-            ahead = load_page(step + 4, *ahead)
-            merge_page(step, seq, page)
-            return step + 1, *next_page(seq, page), *ahead
+    def merge_tokens(self, buffer, new_buffer, first, end, index):
+        """Puts new tokens into MIXED_MERGE_TOKENS tokens of a page, where they lie in `[first, end)`.
 
-        start = (first_seq, first_page(first_seq))
-        ahead = start
-        for step in range(4):
-            ahead = load_page(jnp.int32(step), *ahead)
-        steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
+        They are put in as words of two tokens, so that the old ones stay bit for bit whatever they are.
+        """
+        start = pl.multiple_of(index * MIXED_MERGE_TOKENS, MIXED_MERGE_TOKENS)
+        tokens = pl.ds(start, MIXED_MERGE_TOKENS)
+        for i in range(MIXED_MERGE_TOKENS):
+            self.merged[i : i + 1] = self.new_in[new_buffer, PAGE_SIZE + start + i].astype(jnp.float32)
+        words = pltpu.bitcast(self.merged[...].astype(self.page_rows.dtype), jnp.uint32)
+        low = start + 2 * lax.broadcasted_iota(jnp.int32, words.shape, 0)
+        low_mask = jnp.where((low >= first) & (low < end), jnp.uint32(0xFFFF), jnp.uint32(0))
+        mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
+        old = pltpu.bitcast(self.page_rows[buffer, tokens], jnp.uint32)
+        self.page_rows[buffer, tokens] = pltpu.bitcast((words & mask) | (old & ~mask), self.page_rows.dtype)
 
-        meanwhile()
+    # ---- Fetches.
 
-        def drain(i, _):
-            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 9)).wait()
-            return 0
+    def kv_end(self, seq, q_block):
+        """The number of tokens that a query block attends to, from the first one on that is fetched."""
+        return self.queries_end(seq, q_block)
 
-        lax.fori_loop(0, jnp.minimum(steps, 9), drain, 0)
-
-    # ---- fetch KV: whole pages, into one of 3 buffers of 512 tokens
-
-    def page_copy(seq, block, slot, page):
-        physical = page_indices[seq * PAGES_PER_SEQ + block * 4 + page]
-        return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, page], kv_sem.at[slot])
-
-    def pages_of(kv_end, block):
-        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 4, 4)
-
-    def start_block(kv_end, seq, block, slot):
-        def one(page, _):
-            page_copy(seq, block, slot, page).start()
-            return 0
-
-        pages = pages_of(kv_end, block)
-
-        @pl.when(pages == 4)
-        def _():
-            for page in range(4):
-                one(page, 0)
-
-        @pl.when(pages < 4)
-        def _():
-            lax.fori_loop(0, pages, one, 0)
-
-    def wait_block(kv_end, seq, block, slot):
-        def one(page, _):
-            page_copy(seq, block, slot, page).wait()
-            return 0
-
-        pages = pages_of(kv_end, block)
-
-        @pl.when(pages == 4)
-        def _():
-            pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
-
-        @pl.when(pages < 4)
-        def _():
-            lax.fori_loop(0, pages, one, 0)
-
-    def kv_end(seq, q_block):
-        """The number of tokens that the last query of a block attends to."""
-        new = q_len(seq)
-        return kv_lens[seq] - new + jnp.minimum((q_block + 1) * 16, new)
-
-    def advance(seq, q_block, q_step, block):
-        last = (block + 1) * 512 >= kv_end(seq, q_block)
-        last_of_seq = last & ((q_block + 1) * 16 >= q_len(seq))
+    def advance(self, seq, q_block, q_step, block):
+        """The step after a step."""
+        last = (block + 1) * MIXED_KV_BLOCK >= self.kv_end(seq, q_block)
+        last_of_seq = last & ((q_block + 1) * MIXED_Q_BLOCK >= self.q_len(seq))
         return (
             jnp.where(last_of_seq, seq + 1, seq),
             jnp.where(last, jnp.where(last_of_seq, 0, q_block + 1), q_block),
@@ -514,231 +765,172 @@ def mixed_kernel(
             jnp.where(last, 0, block + 1),
         )
 
-    def start_fetch(step, at, wanted=True):
-        seq, q_block, q_step, block = at
+    def fetch_ahead(self, step, *at):
+        """Starts the fetch of a step; returns the step after it."""
+        self.start_fetch(step, at)
+        return self.next_fetch(at)
 
-        @pl.when((seq < end_seq) & wanted)
-        def _():
-            @pl.when(block == 0)
-            def _():
-                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.start())
+    def start_fetch(self, step, at, wanted=True):
+        """Starts the fetch of a step's KV block, and of its query block if it is the first one against that."""
+        pl.when((at[0] < self.end_seq) & wanted)(functools.partial(self.start_copies, step, *at))
 
-            start_block(kv_end(seq, q_block), seq, block, lax.rem(step, 3))
+    def start_copies(self, step, seq, q_block, q_step, block):
+        @pl.when(block == 0)
+        def start_query_copies():
+            self.for_query_copies(seq, q_block, lax.rem(q_step, MIXED_KV_BUFFERS), start_copy)
 
-    def next_fetch(at):
+        end = self.kv_end(seq, q_block)
+        self.start_block(end, seq, block, lax.rem(step, MIXED_KV_BUFFERS))
+
+    def next_fetch(self, at):
+        """The step after a step, if there is one."""
         seq, *within = at
-        following = advance(jnp.minimum(seq, end_seq - 1), *within)
-        return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
+        following = self.advance(jnp.minimum(seq, self.end_seq - 1), *within)
+        return tuple(jnp.where(seq < self.end_seq, new, old) for new, old in zip(following, at))
 
-    def fetch_ahead(step, *at):
-        start_fetch(step, at)
-        return next_fetch(at)
+    # ---- Query blocks, in and out in their natural layout: rows by token, then head.
 
-    # ---- query blocks: 16 tokens in and out in their natural layout, rows by token, then head
+    def for_query_copies(self, seq, q_block, buffer, act):
+        """Acts on the copies of a query block and of its rotary parts."""
+        for hbm, vmem in ((self.q_hbm, self.q_in), (self.q_rope_hbm, self.q_rope_in)):
+            self.for_copies(seq, q_block, functools.partial(self.query_copy, hbm, vmem, buffer), act)
 
-    def block_copies(seq, block, make, act):
-        """Acts on copies that together hold the block's tokens and no others, in sizes that are powers of two."""
-        tokens = jnp.minimum(q_len(seq) - block * 16, 16)
-        for size in (16, 8, 4, 2, 1):
+    def query_copy(self, hbm, vmem, buffer, row, first, size):
+        place = vmem.at[buffer, pl.ds(first, size)]
+        return pltpu.make_async_copy(hbm.at[pl.ds(row, size)], place, self.q_sem.at[buffer])
 
-            @pl.when((tokens & size) > 0)
-            def _(size=size):
-                first = tokens & ~(2 * size - 1)
-                act(make(q_start(seq) + block * 16 + first, first, size))
+    def out_copy(self, row, first, size):
+        source = self.out_rows.at[0, pl.ds(first, size)]
+        return pltpu.make_async_copy(source, self.out_hbm.at[pl.ds(row, size)], self.out_sem.at[0])
 
-    def query_copies(seq, block, slot, act):
-        for hbm, there in ((q_hbm, q_in), (q_rope_hbm, q_rope_in)):
+    def store_query_block(self, seq, q_block, q_step, sent):
+        """Starts to write the output of a query block, once that of the block before, `sent`, has been written."""
 
-            def make(token, first, size, hbm=hbm, there=there):
-                return pltpu.make_async_copy(hbm.at[pl.ds(token, size)], there.at[slot, pl.ds(first, size)], q_sem.at[slot])
+        @pl.when(q_step > 0)
+        def wait_for_output():
+            self.for_copies(*sent, self.out_copy, wait_copy)
 
-            block_copies(seq, block, make, act)
+        for_each(0, MIXED_ROW_STEPS, self.store_output)
+        self.for_copies(seq, q_block, self.out_copy, start_copy)
 
-    def out_copies(seq, block, slot, act):
-        def make(token, first, size):
-            return pltpu.make_async_copy(out_rows.at[slot, pl.ds(first, size)], out_hbm.at[pl.ds(token, size)], out_sem.at[slot])
+    def store_output(self, step):
+        """Stores the output of a flash step's rows, and clears their running state for the next query block."""
+        tokens, rows = self.rows_of_step(step)
+        out = (self.acc[rows] / broadcast_lanes(self.row_sum[rows], RANK)).astype(self.out_rows.dtype)
+        self.out_rows[0, tokens] = out.reshape(MIXED_STEP_TOKENS, Q_HEADS, RANK)
+        self.clear_rows(rows)
 
-        block_copies(seq, block, make, act)
+    def clear_state(self, step):
+        self.clear_rows(self.rows_of_step(step)[1])
 
-    def loop(count, body):
-        """Runs `body(index)` for each index below `count`, as one piece of code."""
-
-        def turn(index, _):
-            body(index)
-            return 0
-
-        lax.fori_loop(0, count, turn, 0)
-
-    def step_place(step):
-        """The tokens of a flash step's rows in a query block, and the rows' place in the running state."""
-        rows = pl.ds(pl.multiple_of(step * 256, 256), 256)
-        return pl.ds(step * 2, 2), rows
-
-    def clear(rows):
-        """The running state of some rows, as before their first block."""
-        for state, value in ((row_max, MASKED), (row_sum, 0.0), (acc, 0.0)):
+    def clear_rows(self, rows):
+        """Makes the running state of some rows what it is before their first block."""
+        for state, value in ((self.row_max, MASKED), (self.row_sum, 0.0), (self.acc, 0.0)):
             state[rows] = jnp.full((rows.size, state.shape[-1]), value)
 
-    def finish():
-        """The output of a query block, and the running state cleared for the next one."""
+    def rows_of_step(self, step):
+        """The tokens of a flash step in a query block, and their rows in the running state."""
+        rows = pl.ds(pl.multiple_of(step * MIXED_STEP_ROWS, MIXED_STEP_ROWS), MIXED_STEP_ROWS)
+        return pl.ds(step * MIXED_STEP_TOKENS, MIXED_STEP_TOKENS), rows
 
-        def one(step):
-            tokens, rows = step_place(step)
-            out = (acc[rows] / widen(row_sum[rows], RANK)).astype(out_rows.dtype)
-            out_rows[0, tokens] = out.reshape(2, Q_HEADS, RANK)
-            clear(rows)
+    # ---- Flash steps: MIXED_STEP_ROWS query rows against one block.
 
-        loop(8, one)
-
-    def clear_tail(slot, valid):
-        """Zeroes rows from token `valid` to the end of what is computed: a weight of 0 does not hide a NaN."""
-        row = lax.broadcasted_iota(jnp.int32, (UNIT, RANK), 0)
-
-        def clear(unit, _):
-            token = unit * UNIT
-            tokens = pl.ds(pl.multiple_of(lax.rem(token, PAGE_SIZE), UNIT), UNIT)
-            old = kv[slot, token // PAGE_SIZE, tokens, :RANK].astype(jnp.float32)
-            kv[slot, token // PAGE_SIZE, tokens, :RANK] = jnp.where(token + row < valid, old, 0.0).astype(kv.dtype)
-            return 0
-
-        lax.fori_loop(valid // UNIT, pl.cdiv(valid, 512) * 32, clear, 0)
-
-    # ---- flash steps: 256 query rows against one block
-
-    def score(q_slot, slot, step):
-        tokens, _ = step_place(step)
-        parts = [array[q_slot, tokens].reshape(256, array.shape[3]) for array in (q_in, q_rope_in)]
-        return products(jnp.concatenate(parts, axis=1), kv[slot].reshape(512, LANES), 1) * SCORE_SCALE
-
-    def weigh(scores, slot, step):
-        _, rows = step_place(step)
-        old_max = row_max[rows]
-        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - widen(new_max, 512))
-        rescale = jnp.exp2(old_max - new_max)
-        row_max[rows] = new_max
-        row_sum[rows] = rescale * row_sum[rows] + jnp.sum(weights, axis=1, keepdims=True)
-        part = products(weights.astype(jnp.bfloat16), kv[slot, :, :, :RANK].reshape(512, RANK), 0)
-        acc[rows] = widen(rescale, RANK) * acc[rows] + part
-
-    def flash_steps(first, count, score_of, slot):
-        """Some steps as one piece of code; scores are made a step ahead, so that the MXU need not wait for a softmax."""
-        scores = [score_of(first)]
-        for step in range(count):
-            if step + 1 < count:
-                scores.append(score_of(first + step + 1))
-            weigh(scores[step], slot, first + step)
-
-    def attend_block(q_slot, slot, first_query):
+    def attend_block(self, q_buffer, buffer, first_query):
         """One KV block, in which the first query is at `first_query` and so sees the tokens up to there."""
 
-        @pl.when(first_query >= 511)
-        def _():
-            flash_steps(0, 8, lambda step: score(q_slot, slot, step), slot)
+        @pl.when(first_query >= MIXED_KV_BLOCK - 1)
+        def attend_full_block():
+            self.flash_steps(functools.partial(self.score, q_buffer, buffer), buffer, 0, MIXED_ROW_STEPS)
 
-        @pl.when(first_query < 511)
-        def _():
-            def masked_score(step):
-                scores = score(q_slot, slot, step)
-                row, token = (lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in range(2))
-                query = first_query + step * 2 + row // Q_HEADS
-                return jnp.where(token <= query, scores, MASKED)
+        @pl.when(first_query < MIXED_KV_BLOCK - 1)
+        def attend_diagonal_block():
+            score = functools.partial(self.masked_score, q_buffer, buffer, first_query)
+            for_each(0, MIXED_DIAGONAL_ITERATIONS, functools.partial(self.diagonal_steps, score, buffer))
 
-            def turn(index):
-                flash_steps(index * 4, 4, masked_score, slot)
+    def diagonal_steps(self, score, buffer, iteration):
+        self.flash_steps(score, buffer, iteration * MIXED_DIAGONAL_STEPS, MIXED_DIAGONAL_STEPS)
 
-            loop(2, turn)
+    def flash_steps(self, score, buffer, first, count):
+        """Some steps as one piece of code; scores are made a step ahead, so that the MXU need not wait for a softmax."""
+        scores = [score(first)]
+        for step in range(count):
+            if step + 1 < count:
+                scores.append(score(first + step + 1))
+            self.accumulate_pv(scores[step], buffer, first + step)
 
-    def attend(start, fetched):
-        loop(8, lambda step: clear(step_place(step)[1]))
-        start_fetch(0, start, ~fetched)
-        ahead = next_fetch(start)
-        for step in range(1, 2):
-            ahead = fetch_ahead(step, *ahead)
+    def score(self, q_buffer, buffer, step):
+        """The scores of a step, float32[MIXED_STEP_ROWS, MIXED_KV_BLOCK]."""
+        tokens, _ = self.rows_of_step(step)
+        parts = [array[q_buffer, tokens].reshape(MIXED_STEP_ROWS, array.shape[-1]) for array in (self.q_in, self.q_rope_in)]
+        queries = jnp.concatenate(parts, axis=1)
+        return matmul(queries, self.kv[buffer].reshape(MIXED_KV_BLOCK, ROW_LANES), 1) * SCORE_SCALE
 
-        def body(carry):
-            step, at, ahead, sent = carry
-            seq, q_block, q_step, block = at
-            ahead = fetch_ahead(step + 2, *ahead)
-            slot, q_slot = lax.rem(step, 3), lax.rem(q_step, 3)
-            end = kv_end(seq, q_block)
-            last = (block + 1) * 512 >= end
+    def masked_score(self, q_buffer, buffer, first_query, step):
+        """The same where not all queries see all tokens."""
+        scores = self.score(q_buffer, buffer, step)
+        row, token = (lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in range(2))
+        query = first_query + step * MIXED_STEP_TOKENS + row // Q_HEADS
+        return jnp.where(token <= query, scores, MASKED)
 
-            @pl.when(block == 0)
-            def _():
-                query_copies(seq, q_block, q_slot, lambda copy: copy.wait())
+    def accumulate_pv(self, scores, buffer, step):
+        """The softmax of a step's scores, and the values that it weighs."""
+        _, rows = self.rows_of_step(step)
+        old_max = self.row_max[rows]
+        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
+        p = jnp.exp2(scores - broadcast_lanes(new_max, MIXED_KV_BLOCK))
+        alpha = jnp.exp2(old_max - new_max)
+        self.row_max[rows] = new_max
+        self.row_sum[rows] = alpha * self.row_sum[rows] + jnp.sum(p, axis=1, keepdims=True)
+        p = p.astype(jnp.bfloat16)
+        values = matmul(p, self.kv[buffer, :, :, :RANK].reshape(MIXED_KV_BLOCK, RANK), 0)
+        self.acc[rows] = broadcast_lanes(alpha, RANK) * self.acc[rows] + values
 
-            wait_block(end, seq, block, slot)
 
-            @pl.when(last)
-            def _():
-                clear_tail(slot, end - block * 512)
-
-            attend_block(q_slot, slot, kv_lens[seq] - q_len(seq) + q_block * 16 - block * 512)
-
-            @pl.when(last)
-            def _():
-                @pl.when(q_step > 0)
-                def _():
-                    out_copies(*sent, 0, lambda copy: copy.wait())
-
-                finish()
-                out_copies(seq, q_block, 0, lambda copy: copy.start())
-
-            sent = tuple(jnp.where(last, new, old) for new, old in zip((seq, q_block), sent))
-            return step + 1, advance(*at), ahead, sent
-
-        state = (jnp.int32(0), start, ahead, start[:2])
-        *_, sent = lax.while_loop(lambda carry: carry[1][0] < end_seq, body, state)
-        out_copies(*sent, 0, lambda copy: copy.wait())
-
-    @pl.when(first_seq < end_seq)
-    def _():
-        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
-        # The first block comes while the last pages go, if none of these is in it.
-        early = first_page(first_seq) >= 4
-        update_cache(lambda: start_fetch(0, start, early))
-        attend(start, early)
+def mixed_kernel(*refs):
+    MixedKernel(*refs).run()
 
 
 def attend_mixed(queries, queries_rope, new_rows, cache, out, kv_lens, page_indices, cu_q_lens, distribution):
-    """`(out, cache)` with the rows of the sequences that are not decode written; other rows of `out` stay."""
+    """`(out, cache)` of the sequences that are not decode; other rows of `out` stay as they are."""
+    scalars = (kv_lens, page_indices, cu_q_lens, distribution)
+    arrays = (queries, queries_rope, new_rows, cache, out)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         mixed_kernel,
-        in_specs=[smem] * 4 + [hbm] * 5,
+        in_specs=[smem] * len(scalars) + [hbm] * len(arrays),
         out_specs=[hbm] * 2,
-        out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(cache.shape, cache.dtype)],
-        input_output_aliases={7: 1, 8: 0},
-        scratch_shapes=[
-            pltpu.VMEM((3, 4, 128, 640), jnp.bfloat16),  # kv: fetched blocks
-            pltpu.VMEM((5, 320, 1, 640), jnp.bfloat16),  # new_in: new tokens, around the page they go to
-            pltpu.VMEM((9, 128, 640), jnp.bfloat16),  # page_rows: pages to update
-            pltpu.VMEM((16, 640), jnp.float32),  # merged: new tokens, side by side
-            pltpu.VMEM((3, 16, 128, 512), jnp.bfloat16),  # q_in: query blocks as they come
-            pltpu.VMEM((3, 16, 128, 128), jnp.bfloat16),  # q_rope_in: their rotary parts
-            pltpu.VMEM((2048, 128), jnp.float32),  # row_max: running maximum, the same in every lane
-            pltpu.VMEM((2048, 128), jnp.float32),  # row_sum: running sum, the same in every lane
-            pltpu.VMEM((2048, 512), jnp.float32),  # acc: running output
-            pltpu.VMEM((1, 16, 128, 512), jnp.bfloat16),  # out_rows: an output block on its way out
-            pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new tokens
-            pltpu.SemaphoreType.DMA((9,)),  # old_sem: pages that hold old tokens
-            pltpu.SemaphoreType.DMA((9,)),  # write_sem: cache writes
-            pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
-            pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
+        out_shape=[
+            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+            jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=50331648, disable_bounds_checks=True),
+        input_output_aliases={7: 1, 8: 0},  # results in the memory of operands
+        scratch_shapes=[
+            pltpu.VMEM((MIXED_KV_BUFFERS, MIXED_KV_BLOCK // PAGE_SIZE, PAGE_SIZE, ROW_LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, 1, ROW_LANES), jnp.bfloat16),  # new_in
+            pltpu.VMEM((MIXED_PAGE_BUFFERS, PAGE_SIZE, ROW_LANES), jnp.bfloat16),  # page_rows
+            pltpu.VMEM((MIXED_MERGE_TOKENS, ROW_LANES), jnp.float32),  # merged
+            pltpu.VMEM((MIXED_KV_BUFFERS, MIXED_Q_BLOCK, Q_HEADS, RANK), jnp.bfloat16),  # q_in
+            pltpu.VMEM((MIXED_KV_BUFFERS, MIXED_Q_BLOCK, Q_HEADS, ROW_LANES - RANK), jnp.bfloat16),  # q_rope_in
+            pltpu.VMEM((MIXED_Q_ROWS, LANES), jnp.float32),  # row_max
+            pltpu.VMEM((MIXED_Q_ROWS, LANES), jnp.float32),  # row_sum
+            pltpu.VMEM((MIXED_Q_ROWS, RANK), jnp.float32),  # acc
+            pltpu.VMEM((1, MIXED_Q_BLOCK, Q_HEADS, RANK), jnp.bfloat16),  # out_rows
+            pltpu.SemaphoreType.DMA((MIXED_KV_BUFFERS,)),  # kv_sem
+            pltpu.SemaphoreType.DMA((MIXED_NEW_BUFFERS,)),  # new_sem
+            pltpu.SemaphoreType.DMA((MIXED_PAGE_BUFFERS,)),  # old_sem
+            pltpu.SemaphoreType.DMA((MIXED_PAGE_BUFFERS,)),  # write_sem
+            pltpu.SemaphoreType.DMA((MIXED_KV_BUFFERS,)),  # q_sem
+            pltpu.SemaphoreType.DMA((1,)),  # out_sem
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True),
         name="rpa_mixed",
-    )(kv_lens, page_indices, cu_q_lens, distribution, queries, queries_rope, new_rows, cache, out)
+    )(*scalars, *arrays)
 
 
-def ragged_paged_attention(
-    queries, queries_rope, new_kv, new_rope, kv_cache, kv_lens, page_indices, cu_q_lens, distribution
-):
-    """Attention of any batch: decode rows, then the rest; returns `(out, kv_cache)`, the cache in the donated memory."""
-    queries_rope, new_rows = whole_registers(queries_rope), cache_rows(new_kv, new_rope)
+def ragged_paged_attention(queries, queries_rope, new_kv, new_rope, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
+    """Attention of any batch, decode rows first; returns `(out, kv_cache)`, the cache in the donated argument's memory.
+    """
+    queries_rope, new_rows = pad_rope(queries_rope), rows_of_new_tokens(new_kv, new_rope)
     out, cache = attend_decode(queries, queries_rope, new_rows, kv_cache, kv_lens, page_indices, distribution)
-    return attend_mixed(
-        queries, queries_rope, new_rows, cache, out, kv_lens, page_indices, cu_q_lens, distribution
-    )
+    out, cache = attend_mixed(queries, queries_rope, new_rows, cache, out, kv_lens, page_indices, cu_q_lens, distribution)
+    return out, cache

@@ -5,237 +5,395 @@ Do not edit: made from spec beb302e5bf7ae58bc4f843b176ce5570766fe5e900ecc5ba857b
 Change the spec or the templates and run it again.
 
 What was specialized:
-- latent attention, absorbed: 128 query heads over one latent vector of 512 and one rotary key of 64 a token, bfloat16: constants
+- latent attention, absorbed: 128 query heads over one latent vector of 512 and one rotary key of 64 a token, bfloat16:
+  constants
 - cache rows of 640 lanes, 5 registers' width: latent vector, rotary key, padding
 - pages of 128 tokens, 64 a sequence, up to 64 sequences
 - token buckets that use it: 256, 1024
 - causal, cache updated
-- prefill: blocks of 16 queries with all their heads against 512 fetched tokens (3 buffers); computes 256 query rows at once
 - only prefill batches: the other kernels are not in this program
-- VMEM: 28,844,032 bytes counted, 41,943,040 allowed, 67,108,864 there
+- prefill: blocks of 16 queries with all their heads against 512 fetched tokens (3 buffers); computes 256 query rows at
+  once
+- prefill, loop: blocks of queries with all their heads; all heads read the same row of a token
+- prefill, reading K and V: one row of a token for all query heads; the latent vector is part of every key and is every
+  value
+- prefill, writing new tokens: latent vector and rotary key in one row; that is how latent attention stores a token
+- prefill, mask: by comparing positions; this works with any mask and needs no MXU lanes
+- prefill, scores: a row for each query; this needs neither MXU lanes to spare nor whole registers of rows
+- prefill, softmax: not paced; this needs no buffers but those of the lookahead, and steps of any length
+- prefill, lookahead: none; a step has the rows of all heads, which keep the MXU busy
+- prefill, sorting queries: not at all; all query heads read the same row of a token
+- prefill, between blocks: each block makes its own first scores; other tiles, or the splitting of words, may come
+  between
+- prefill, sums of probabilities: on the vector unit; this needs no MXU lanes
+- prefill, values: whole registers of lanes; the MXU takes them as they lie in the cache
+- VMEM: 28,844,032 bytes counted, 41,943,040 allowed, 67,108,864 available
 """
+
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Ref, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-Q_HEADS = 128  # which share each token's row of the cache
-RANK = 512  # lanes of a latent vector, which is the value and part of the key
-LANES = 640  # of a row: the latent vector, 64 of the rotary key, 64 of padding
+LANES = 128
+Q_HEADS = 128
+MAX_SEQS = 64
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 64
 CHUNK = 256  # new tokens of every sequence
 SCORE_SCALE = 0.10411754627697266  # 0.07216878364870323 (the softmax scale) * log2(e): probabilities are powers of two
-MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
+MASKED = -2e+38  # finite, so that a row that is all masked stays a number
+PRECISION = None  # of matmuls: bfloat16 products are exact in float32
+VMEM_LIMIT = 41943040  # bytes
+RANK = 512  # lanes of a latent vector, which is the value and part of the key
+ROW_LANES = 640  # of a token's row in the cache: the latent vector, 64 of the rotary key, 64 of padding
+SUBLANE_TILE = 16  # tokens of the smallest part of the cache that a DMA or store reaches
 
-UNIT = 16  # tokens of the smallest piece of the cache that a DMA or a store reaches
+Q_BLOCK = 16  # query tokens of a query block
+Q_ROWS = Q_BLOCK * Q_HEADS
+KV_BLOCK = 512  # tokens that are fetched and computed at once
+KV_BUFFERS = 3  # KV blocks, and query blocks, in VMEM
+FETCH_LOOKAHEAD = KV_BUFFERS - 1  # steps that the fetch runs ahead
+STEP_ROWS = 256  # query rows of a flash step
+STEP_TOKENS = STEP_ROWS // Q_HEADS
+ROW_STEPS = Q_ROWS // STEP_ROWS  # flash steps of a query block
+DIAGONAL_STEPS = 4  # of them, one piece of code on the diagonal
+DIAGONAL_ITERATIONS = ROW_STEPS // DIAGONAL_STEPS
+PAGE_BUFFERS = 9  # pages under update
+NEW_BUFFERS = 5  # pages whose new tokens are fetched or in use
+UPDATE_LOOKAHEAD = 4  # pages that their fetch runs ahead
+NEW_TOKENS = 128  # tokens of such a fetch
+MERGE_TOKENS = 16  # new tokens that are put into a page at once
 
 
-def widen(rows, lanes):
-    """Rows that hold one value in all 128 lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
-    return jnp.concatenate([rows] * (lanes // 128), axis=1)
+def for_each(first, end, body):
+    """Runs `body(index)` for each index in [first, end), as one piece of code."""
+
+    def run(index, _):
+        body(index)
+        return 0
+
+    lax.fori_loop(first, end, run, 0)
 
 
-def products(rows, matrix, contracted):
+def start_copy(copy):
+    copy.start()
+
+
+def wait_copy(copy):
+    copy.wait()
+
+
+def broadcast_lanes(rows, lanes):
+    """Rows that hold one value in all LANES lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
+    return jnp.concatenate([rows] * (lanes // LANES), axis=1)
+
+
+def matmul(rows, matrix, contracted):
     """`rows` times `matrix` along its dimension `contracted`, in float32."""
     dims = (((1,), (contracted,)), ((), ()))
-    return lax.dot_general(rows, matrix, dims, preferred_element_type=jnp.float32)
+    return lax.dot_general(rows, matrix, dims, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
-def whole_registers(queries_rope):
-    """The rotary queries with zeros up to 128 lanes, which is how they lie in memory anyway."""
-    return jnp.pad(queries_rope, ((0, 0), (0, 0), (0, LANES - RANK - queries_rope.shape[2])))
+def pad_rope(queries_rope):
+    """The rotary queries with zeros up to whole registers, which is how they lie in memory anyway."""
+    return jnp.pad(queries_rope, ((0, 0), (0, 0), (0, ROW_LANES - RANK - queries_rope.shape[2])))
 
 
-def cache_rows(new_kv, new_rope):
-    """The new tokens as rows of the cache, `[tokens, 1, LANES]`: each in registers of its own, to be found by number."""
-    padding = jnp.zeros((len(new_kv), LANES - RANK - new_rope.shape[1]), new_kv.dtype)
+def rows_of_new_tokens(new_kv, new_rope):
+    """The new tokens as rows of the cache, `[tokens, 1, ROW_LANES]`: each in registers of its own, to be found by number."""
+    padding = jnp.zeros((len(new_kv), ROW_LANES - RANK - new_rope.shape[1]), new_kv.dtype)
     return jnp.concatenate([new_kv, new_rope, padding], axis=1)[:, None]
 
 
-def prefill_kernel(
-    # scalars in SMEM
-    kv_lens, page_indices, distribution,
-    # arrays in HBM; the cache is updated in place
-    q_hbm, q_rope_hbm, new_hbm, _cache, out_hbm, cache_hbm,
-    # scratch
-    kv,
-    new_in,
-    page_rows,
-    merged,
-    q_in,
-    q_rope_in,
-    row_max,
-    row_sum,
-    acc,
-    out_rows,
-    kv_sem,
-    new_sem,
-    old_sem,
-    write_sem,
-    q_sem,
-    out_sem,
-):  # fmt: skip
-    """CHUNK new tokens for each of the sequences [0, distribution[1]): update their pages, then attend, causally.
+class PagedKernel:
+    """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
 
-    A step is one KV block against one query block. The fetch runs 2 steps ahead, across the ends of both.
+    def page_copy(self, seq, block, buffer, page):
+        physical = self.page_indices[seq * PAGES_PER_SEQ + block * self.block_pages + page]
+        place = self.kv.at[buffer, page]
+        return pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer])
+
+    def start_page(self, seq, block, buffer, page):
+        self.page_copy(seq, block, buffer, page).start()
+
+    def wait_page(self, seq, block, buffer, page):
+        self.page_copy(seq, block, buffer, page).wait()
+
+    def pages_of(self, kv_end, block):
+        """How many pages of a block hold tokens below `kv_end`."""
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * self.block_pages, self.block_pages)
+
+    def start_block(self, kv_end, seq, block, buffer):
+        """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`."""
+        start_page = functools.partial(self.start_page, seq, block, buffer)
+        pages = self.pages_of(kv_end, block)
+
+        @pl.when(pages == self.block_pages)
+        def start_full_block():
+            for page in range(self.block_pages):
+                start_page(page)
+
+        pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, start_page))
+
+    def wait_block(self, kv_end, seq, block, buffer):
+        """Waits for the copies that `start_block` started."""
+        wait_page = functools.partial(self.wait_page, seq, block, buffer)
+        pages = self.pages_of(kv_end, block)
+
+        @pl.when(pages == self.block_pages)
+        def wait_for_full_block():
+            whole = self.kv.at[buffer]
+            pltpu.make_async_copy(whole, whole, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
+
+        pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, wait_page))
+
+    def clear_tail(self, buffer, valid):
+        """Zeroes the tokens from `valid` to the end of those that are computed: a probability of 0 does not hide a NaN."""
+        token = lax.broadcasted_iota(jnp.int32, (SUBLANE_TILE, RANK), 0)
+        clear_tile = functools.partial(self.clear_tile, buffer, valid, token)
+        for_each(valid // SUBLANE_TILE, pl.cdiv(valid, self.computed_tokens) * (self.computed_tokens // SUBLANE_TILE), clear_tile)
+
+    def clear_tile(self, buffer, valid, token, tile):
+        first = tile * SUBLANE_TILE
+        tokens = pl.ds(pl.multiple_of(lax.rem(first, PAGE_SIZE), SUBLANE_TILE), SUBLANE_TILE)
+        old = self.kv[buffer, first // PAGE_SIZE, tokens, :RANK].astype(jnp.float32)
+        self.kv[buffer, first // PAGE_SIZE, tokens, :RANK] = jnp.where(first + token < valid, old, 0.0).astype(self.kv.dtype)
+
+
+@dataclasses.dataclass
+class PrefillKernel(PagedKernel):
+    """CHUNK new tokens for each of the sequences [0, distribution[1]).
+
+    First the new tokens get into the pages of the cache. Then a step is one KV block against one query block, of all query
+    heads; the fetch runs FETCH_LOOKAHEAD steps ahead, across the ends of both.
     """
-    first_seq = jnp.int32(0)
-    end_seq = distribution[1]
 
-    def q_start(seq):
+    # Scalars in SMEM.
+    kv_lens: Ref  # int32[MAX_SEQS]
+    page_indices: Ref  # int32[MAX_SEQS * PAGES_PER_SEQ]
+    distribution: Ref  # int32[3]
+    # Arrays in HBM.
+    q_hbm: Ref  # bfloat16[tokens, Q_HEADS, RANK]
+    q_rope_hbm: Ref  # bfloat16[tokens, Q_HEADS, ROW_LANES - RANK]
+    new_hbm: Ref  # bfloat16[tokens, 1, ROW_LANES]
+    cache_in: Ref  # bfloat16[pages, PAGE_SIZE, ROW_LANES]: the memory of cache_hbm
+    out_hbm: Ref  # bfloat16[tokens, Q_HEADS, RANK]
+    cache_hbm: Ref  # bfloat16[pages, PAGE_SIZE, ROW_LANES]
+    # Scratch arrays in VMEM, and semaphores.
+    kv: Ref  # bfloat16[KV_BUFFERS, KV_BLOCK // PAGE_SIZE, PAGE_SIZE, ROW_LANES]: fetched blocks
+    new_in: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, 1, ROW_LANES]: new tokens, around the page they go to
+    page_rows: Ref  # bfloat16[PAGE_BUFFERS, PAGE_SIZE, ROW_LANES]: pages to update
+    merged: Ref  # float32[MERGE_TOKENS, ROW_LANES]: new tokens, side by side
+    q_in: Ref  # bfloat16[KV_BUFFERS, Q_BLOCK, Q_HEADS, RANK]: query blocks as they come
+    q_rope_in: Ref  # bfloat16[KV_BUFFERS, Q_BLOCK, Q_HEADS, ROW_LANES - RANK]: their rotary parts
+    row_max: Ref  # float32[Q_ROWS, LANES]: running maximum, the same in every lane
+    row_sum: Ref  # float32[Q_ROWS, LANES]: running sum, the same in every lane
+    acc: Ref  # float32[Q_ROWS, RANK]: running output
+    out_rows: Ref  # bfloat16[1, Q_BLOCK, Q_HEADS, RANK]: an output block on its way out
+    kv_sem: Ref  # DMA[KV_BUFFERS]: fetches
+    new_sem: Ref  # DMA[NEW_BUFFERS]: new tokens
+    old_sem: Ref  # DMA[PAGE_BUFFERS]: pages that hold old tokens
+    write_sem: Ref  # DMA[PAGE_BUFFERS]: cache writes
+    q_sem: Ref  # DMA[KV_BUFFERS]: query blocks
+    out_sem: Ref  # DMA[1]: output blocks
+
+    block_pages = KV_BLOCK // PAGE_SIZE
+    computed_tokens = KV_BLOCK
+
+    def run(self):
+        self.first_seq, self.end_seq = self.sequences()
+        pl.when(self.first_seq < self.end_seq)(self.attend)
+
+    def attend(self):
+        """Updates the pages, goes through the query blocks of all sequences, and for each through the KV blocks that it sees."""
+        start = (self.first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        # The first block comes while the last pages go, if none of these is in it.
+        early = self.first_page(self.first_seq) >= self.block_pages
+        self.update_pages(functools.partial(self.start_fetch, 0, start, early))
+        for_each(0, ROW_STEPS, self.clear_state)
+        self.start_fetch(0, start, ~early)
+        fetched = self.next_fetch(start)
+        for step in range(1, FETCH_LOOKAHEAD):
+            fetched = self.fetch_ahead(step, *fetched)
+        state = (jnp.int32(0), start, fetched, start[:2])
+        *_, sent = lax.while_loop(self.has_work, self.step, state)
+        self.for_copies(*sent, self.out_copy, wait_copy)
+
+    def has_work(self, carry):
+        """Whether there is a step to take."""
+        return carry[1][0] < self.end_seq
+
+    def step(self, carry):
+        """Takes one step; `at` is its sequence, its query block (of the sequence, and of all) and its KV block."""
+        step, at, fetched, sent = carry
+        seq, q_block, q_step, block = at
+        fetched = self.fetch_ahead(step + FETCH_LOOKAHEAD, *fetched)
+        buffer, q_buffer = lax.rem(step, KV_BUFFERS), lax.rem(q_step, KV_BUFFERS)
+        end = self.kv_end(seq, q_block)
+        last = (block + 1) * KV_BLOCK >= end
+        pl.when(block == 0)(functools.partial(self.for_query_copies, seq, q_block, q_buffer, wait_copy))
+        self.wait_block(end, seq, block, buffer)
+
+        @pl.when(last)
+        def clear_last_block():
+            self.clear_tail(buffer, end - block * KV_BLOCK)
+
+        first_query = self.kv_lens[seq] - self.q_len(seq) + q_block * Q_BLOCK - block * KV_BLOCK
+        self.attend_block(q_buffer, buffer, first_query)
+        pl.when(last)(functools.partial(self.store_query_block, seq, q_block, q_step, sent))
+        sent = tuple(jnp.where(last, new, old) for new, old in zip((seq, q_block), sent))
+        return step + 1, self.advance(*at), fetched, sent
+
+    # ---- Sequences: CHUNK new tokens each.
+
+    def sequences(self):
+        """The first sequence of the kernel, and the end of them."""
+        return jnp.int32(0), self.distribution[1]
+
+    def q_start(self, seq):
+        """The row of a sequence's first new token."""
         return seq * CHUNK
 
-    def q_len(seq):
+    def q_len(self, seq):
+        """The number of its new tokens."""
         return CHUNK
 
-    # ---- update cache: page by page, old tokens kept, new ones packed in; 4 pages ahead, 9 in flight
+    def queries_end(self, seq, q_block):
+        """The number of tokens of a sequence up to the last query of a block."""
+        return self.kv_lens[seq] - CHUNK + (q_block + 1) * Q_BLOCK
 
-    def page_span(seq, page):
-        """The new tokens of a page, as a range within it."""
-        kv_len = kv_lens[seq]
-        return jnp.maximum(kv_len - q_len(seq) - page * PAGE_SIZE, 0), jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
+    def for_copies(self, seq, q_block, make_copy, act):
+        """Acts on the copy `make_copy(row of queries, token of the block, tokens)` that holds a query block."""
+        act(make_copy(self.q_start(seq) + q_block * Q_BLOCK, 0, Q_BLOCK))
 
-    def new_token_copies(seq, page, new_slot):
-        # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
-        wanted = q_start(seq) + page * PAGE_SIZE - (kv_lens[seq] - q_len(seq))
-        source = jnp.clip(wanted, 0, new_hbm.shape[0] - 128)
-        take, put = pl.ds(source, 128), pl.ds(PAGE_SIZE + source - wanted, 128)
-        return (pltpu.make_async_copy(new_hbm.at[take], new_in.at[new_slot, put], new_sem.at[new_slot]),)
+    # ---- Update of the cache: page by page, old tokens are kept and new ones put in.
 
-    def old_page_copy(seq, page, slot):
-        physical = page_indices[seq * PAGES_PER_SEQ + page]
-        return pltpu.make_async_copy(cache_hbm.at[physical], page_rows.at[slot], old_sem.at[slot])
+    def update_pages(self, meanwhile):
+        """Updates the pages of all sequences; `meanwhile` is called before the last of them are waited for."""
+        start = (self.first_seq, self.first_page(self.first_seq))
+        fetched = start
+        for step in range(UPDATE_LOOKAHEAD):
+            fetched = self.load_page(jnp.int32(step), *fetched)
+        steps, *_ = lax.while_loop(self.has_page, self.update_page, (jnp.int32(0), *start, *fetched))
+        meanwhile()
+        for_each(0, jnp.minimum(steps, PAGE_BUFFERS), functools.partial(self.wait_last_write, steps))
 
-    def page_write(seq, page, slot):
-        physical = page_indices[seq * PAGES_PER_SEQ + page]
-        return pltpu.make_async_copy(page_rows.at[slot], cache_hbm.at[physical], write_sem.at[slot])
+    def has_page(self, carry):
+        """Whether there is a page to update."""
+        return carry[1] < self.end_seq
 
-    def first_page(seq):
-        return lax.div(kv_lens[seq] - q_len(seq), PAGE_SIZE)
+    def update_page(self, carry):
+        """Updates one page, and loads what a later one needs."""
+        step, seq, page, *fetched = carry
+        fetched = self.load_page(step + UPDATE_LOOKAHEAD, *fetched)
+        self.merge_page(step, seq, page)
+        return step + 1, *self.next_page(seq, page), *fetched
 
-    def next_page(seq, page):
-        last = (page + 1) * PAGE_SIZE >= kv_lens[seq]
+    def wait_last_write(self, steps, index):
+        """Waits for one of the last writes: all have as many bytes."""
+        page = self.first_page(self.first_seq)
+        self.page_write(self.first_seq, page, lax.rem(steps - 1 - index, PAGE_BUFFERS)).wait()
+
+    def first_page(self, seq):
+        """The first page of a sequence that gets new tokens."""
+        return lax.div(self.kv_lens[seq] - self.q_len(seq), PAGE_SIZE)
+
+    def next_page(self, seq, page):
+        """The page after a page, maybe of the next sequence."""
+        last = (page + 1) * PAGE_SIZE >= self.kv_lens[seq]
         next_seq = jnp.where(last, seq + 1, seq)
-        return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
+        return next_seq, jnp.where(last, self.first_page(jnp.minimum(next_seq, self.end_seq - 1)), page + 1)
 
-    def load_page(step, seq, page):
-        slot = lax.rem(step, 9)
+    def new_span(self, seq, page):
+        """The new tokens of a page, as a range within it."""
+        kv_len = self.kv_lens[seq]
+        first = jnp.maximum(kv_len - self.q_len(seq) - page * PAGE_SIZE, 0)
+        return first, jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
 
-        @pl.when(seq < end_seq)
-        def _():
-            @pl.when(step >= 9)
-            def _():
-                page_write(seq, page, slot).wait()  # the write of 9 steps ago: as many bytes, this semaphore
+    def load_page(self, step, seq, page):
+        """Starts the copies of a page's new tokens, and of its old ones if it has any; returns the page after it."""
+        buffer = lax.rem(step, PAGE_BUFFERS)
+        pl.when(seq < self.end_seq)(functools.partial(self.start_page_copies, step, seq, page, buffer))
+        next_seq, next_index = self.next_page(jnp.minimum(seq, self.end_seq - 1), page)
+        return jnp.where(seq < self.end_seq, next_seq, seq), jnp.where(seq < self.end_seq, next_index, page)
 
-            for copy in new_token_copies(seq, page, lax.rem(step, 5)):
-                copy.start()
-            first, end = page_span(seq, page)
+    def start_page_copies(self, step, seq, page, buffer):
+        """Starts them once the buffer is free."""
 
-            @pl.when((first > 0) | (end < PAGE_SIZE))
-            def _():
-                old_page_copy(seq, page, slot).start()
+        @pl.when(step >= PAGE_BUFFERS)
+        def wait_for_buffer():
+            self.page_write(seq, page, buffer).wait()  # the write of PAGE_BUFFERS steps ago: as many bytes, this semaphore
 
-        next_seq, next_index = next_page(jnp.minimum(seq, end_seq - 1), page)
-        return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
+        for copy in self.new_token_copies(seq, page, lax.rem(step, NEW_BUFFERS)):
+            copy.start()
+        first, end = self.new_span(seq, page)
 
-    def merge_page(step, seq, page):
-        slot, new_slot = lax.rem(step, 9), lax.rem(step, 5)
-        first, end = page_span(seq, page)
-        for copy in new_token_copies(seq, page, new_slot):
+        @pl.when((first > 0) | (end < PAGE_SIZE))
+        def start_old_tokens():
+            self.old_page_copy(seq, page, buffer).start()
+
+    def old_page_copy(self, seq, page, buffer):
+        physical = self.page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(self.cache_hbm.at[physical], self.page_rows.at[buffer], self.old_sem.at[buffer])
+
+    def page_write(self, seq, page, buffer):
+        physical = self.page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(self.page_rows.at[buffer], self.cache_hbm.at[physical], self.write_sem.at[buffer])
+
+    def merge_page(self, step, seq, page):
+        """Puts the new tokens into a page, and starts to write it."""
+        buffer, new_buffer = lax.rem(step, PAGE_BUFFERS), lax.rem(step, NEW_BUFFERS)
+        first, end = self.new_span(seq, page)
+        for copy in self.new_token_copies(seq, page, new_buffer):
             copy.wait()
 
         @pl.when((first > 0) | (end < PAGE_SIZE))
-        def _():
-            old_page_copy(seq, page, slot).wait()
+        def wait_for_old_tokens():
+            self.old_page_copy(seq, page, buffer).wait()
 
-        def merge(piece, _):
-            start = pl.multiple_of(piece * 16, 16)
-            tokens = pl.ds(start, 16)
-            for i in range(16):
-                merged[i : i + 1] = new_in[new_slot, PAGE_SIZE + start + i].astype(jnp.float32)
-            # As words of two tokens, so that the old ones stay bit for bit whatever they are.
-            words = pltpu.bitcast(merged[...].astype(page_rows.dtype), jnp.uint32)
-            low = start + 2 * lax.broadcasted_iota(jnp.int32, words.shape, 0)
-            low_mask = jnp.where((low >= first) & (low < end), jnp.uint32(0xFFFF), jnp.uint32(0))
-            mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
-            old = pltpu.bitcast(page_rows[slot, tokens], jnp.uint32)
-            page_rows[slot, tokens] = pltpu.bitcast((words & mask) | (old & ~mask), page_rows.dtype)
-            return 0
-        lax.fori_loop(lax.div(first, 16), pl.cdiv(end, 16), merge, 0)
-        page_write(seq, page, slot).start()
+        merge = functools.partial(self.merge_tokens, buffer, new_buffer, first, end)
+        for_each(lax.div(first, MERGE_TOKENS), pl.cdiv(end, MERGE_TOKENS), merge)
+        self.page_write(seq, page, buffer).start()
 
-    def update_cache(meanwhile):
-        """Updates all pages; `meanwhile` is called before it waits for the last of them to be written."""
+    def new_token_copies(self, seq, page, buffer):
+        """The copy of a page's new tokens."""
+        # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
+        wanted = self.q_start(seq) + page * PAGE_SIZE - (self.kv_lens[seq] - self.q_len(seq))
+        source = jnp.clip(wanted, 0, self.new_hbm.shape[0] - NEW_TOKENS)
+        take, put = pl.ds(source, NEW_TOKENS), pl.ds(PAGE_SIZE + source - wanted, NEW_TOKENS)
+        return (pltpu.make_async_copy(self.new_hbm.at[take], self.new_in.at[buffer, put], self.new_sem.at[buffer]),)
 
-        def body(carry):
-            step, seq, page, *ahead = carry
-            ahead = load_page(step + 4, *ahead)
-            merge_page(step, seq, page)
-            return step + 1, *next_page(seq, page), *ahead
+    def merge_tokens(self, buffer, new_buffer, first, end, index):
+        """Puts new tokens into MERGE_TOKENS tokens of a page, where they lie in `[first, end)`.
 
-        start = (first_seq, first_page(first_seq))
-        ahead = start
-        for step in range(4):
-            ahead = load_page(jnp.int32(step), *ahead)
-        steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
+        They are put in as words of two tokens, so that the old ones stay bit for bit whatever they are.
+        """
+        start = pl.multiple_of(index * MERGE_TOKENS, MERGE_TOKENS)
+        tokens = pl.ds(start, MERGE_TOKENS)
+        for i in range(MERGE_TOKENS):
+            self.merged[i : i + 1] = self.new_in[new_buffer, PAGE_SIZE + start + i].astype(jnp.float32)
+        words = pltpu.bitcast(self.merged[...].astype(self.page_rows.dtype), jnp.uint32)
+        low = start + 2 * lax.broadcasted_iota(jnp.int32, words.shape, 0)
+        low_mask = jnp.where((low >= first) & (low < end), jnp.uint32(0xFFFF), jnp.uint32(0))
+        mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
+        old = pltpu.bitcast(self.page_rows[buffer, tokens], jnp.uint32)
+        self.page_rows[buffer, tokens] = pltpu.bitcast((words & mask) | (old & ~mask), self.page_rows.dtype)
 
-        meanwhile()
+    # ---- Fetches.
 
-        def drain(i, _):
-            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 9)).wait()
-            return 0
+    def kv_end(self, seq, q_block):
+        """The number of tokens that a query block attends to, from the first one on that is fetched."""
+        return self.queries_end(seq, q_block)
 
-        lax.fori_loop(0, jnp.minimum(steps, 9), drain, 0)
-
-    # ---- fetch KV: whole pages, into one of 3 buffers of 512 tokens
-
-    def page_copy(seq, block, slot, page):
-        physical = page_indices[seq * PAGES_PER_SEQ + block * 4 + page]
-        return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, page], kv_sem.at[slot])
-
-    def pages_of(kv_end, block):
-        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 4, 4)
-
-    def start_block(kv_end, seq, block, slot):
-        def one(page, _):
-            page_copy(seq, block, slot, page).start()
-            return 0
-
-        pages = pages_of(kv_end, block)
-
-        @pl.when(pages == 4)
-        def _():
-            for page in range(4):
-                one(page, 0)
-
-        @pl.when(pages < 4)
-        def _():
-            lax.fori_loop(0, pages, one, 0)
-
-    def wait_block(kv_end, seq, block, slot):
-        def one(page, _):
-            page_copy(seq, block, slot, page).wait()
-            return 0
-
-        pages = pages_of(kv_end, block)
-
-        @pl.when(pages == 4)
-        def _():
-            pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
-
-        @pl.when(pages < 4)
-        def _():
-            lax.fori_loop(0, pages, one, 0)
-
-    def kv_end(seq, q_block):
-        """The number of tokens that the last query of a block attends to."""
-        return kv_lens[seq] - CHUNK + (q_block + 1) * 16
-
-    def advance(seq, q_block, q_step, block):
-        last = (block + 1) * 512 >= kv_end(seq, q_block)
-        last_of_seq = last & ((q_block + 1) * 16 >= q_len(seq))
+    def advance(self, seq, q_block, q_step, block):
+        """The step after a step."""
+        last = (block + 1) * KV_BLOCK >= self.kv_end(seq, q_block)
+        last_of_seq = last & ((q_block + 1) * Q_BLOCK >= self.q_len(seq))
         return (
             jnp.where(last_of_seq, seq + 1, seq),
             jnp.where(last, jnp.where(last_of_seq, 0, q_block + 1), q_block),
@@ -243,224 +401,173 @@ def prefill_kernel(
             jnp.where(last, 0, block + 1),
         )
 
-    def start_fetch(step, at, wanted=True):
-        seq, q_block, q_step, block = at
+    def fetch_ahead(self, step, *at):
+        """Starts the fetch of a step; returns the step after it."""
+        self.start_fetch(step, at)
+        return self.next_fetch(at)
 
-        @pl.when((seq < end_seq) & wanted)
-        def _():
-            @pl.when(block == 0)
-            def _():
-                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.start())
+    def start_fetch(self, step, at, wanted=True):
+        """Starts the fetch of a step's KV block, and of its query block if it is the first one against that."""
+        pl.when((at[0] < self.end_seq) & wanted)(functools.partial(self.start_copies, step, *at))
 
-            start_block(kv_end(seq, q_block), seq, block, lax.rem(step, 3))
+    def start_copies(self, step, seq, q_block, q_step, block):
+        @pl.when(block == 0)
+        def start_query_copies():
+            self.for_query_copies(seq, q_block, lax.rem(q_step, KV_BUFFERS), start_copy)
 
-    def next_fetch(at):
+        end = self.kv_end(seq, q_block)
+        self.start_block(end, seq, block, lax.rem(step, KV_BUFFERS))
+
+    def next_fetch(self, at):
+        """The step after a step, if there is one."""
         seq, *within = at
-        following = advance(jnp.minimum(seq, end_seq - 1), *within)
-        return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
+        following = self.advance(jnp.minimum(seq, self.end_seq - 1), *within)
+        return tuple(jnp.where(seq < self.end_seq, new, old) for new, old in zip(following, at))
 
-    def fetch_ahead(step, *at):
-        start_fetch(step, at)
-        return next_fetch(at)
+    # ---- Query blocks, in and out in their natural layout: rows by token, then head.
 
-    # ---- query blocks: 16 tokens in and out in their natural layout, rows by token, then head
+    def for_query_copies(self, seq, q_block, buffer, act):
+        """Acts on the copies of a query block and of its rotary parts."""
+        for hbm, vmem in ((self.q_hbm, self.q_in), (self.q_rope_hbm, self.q_rope_in)):
+            self.for_copies(seq, q_block, functools.partial(self.query_copy, hbm, vmem, buffer), act)
 
-    def block_copies(seq, block, make, act):
-        act(make(q_start(seq) + block * 16, 0, 16))
+    def query_copy(self, hbm, vmem, buffer, row, first, size):
+        place = vmem.at[buffer, pl.ds(first, size)]
+        return pltpu.make_async_copy(hbm.at[pl.ds(row, size)], place, self.q_sem.at[buffer])
 
-    def query_copies(seq, block, slot, act):
-        for hbm, there in ((q_hbm, q_in), (q_rope_hbm, q_rope_in)):
+    def out_copy(self, row, first, size):
+        source = self.out_rows.at[0, pl.ds(first, size)]
+        return pltpu.make_async_copy(source, self.out_hbm.at[pl.ds(row, size)], self.out_sem.at[0])
 
-            def make(token, first, size, hbm=hbm, there=there):
-                return pltpu.make_async_copy(hbm.at[pl.ds(token, size)], there.at[slot, pl.ds(first, size)], q_sem.at[slot])
+    def store_query_block(self, seq, q_block, q_step, sent):
+        """Starts to write the output of a query block, once that of the block before, `sent`, has been written."""
 
-            block_copies(seq, block, make, act)
+        @pl.when(q_step > 0)
+        def wait_for_output():
+            self.for_copies(*sent, self.out_copy, wait_copy)
 
-    def out_copies(seq, block, slot, act):
-        def make(token, first, size):
-            return pltpu.make_async_copy(out_rows.at[slot, pl.ds(first, size)], out_hbm.at[pl.ds(token, size)], out_sem.at[slot])
+        for_each(0, ROW_STEPS, self.store_output)
+        self.for_copies(seq, q_block, self.out_copy, start_copy)
 
-        block_copies(seq, block, make, act)
+    def store_output(self, step):
+        """Stores the output of a flash step's rows, and clears their running state for the next query block."""
+        tokens, rows = self.rows_of_step(step)
+        out = (self.acc[rows] / broadcast_lanes(self.row_sum[rows], RANK)).astype(self.out_rows.dtype)
+        self.out_rows[0, tokens] = out.reshape(STEP_TOKENS, Q_HEADS, RANK)
+        self.clear_rows(rows)
 
-    def loop(count, body):
-        """Runs `body(index)` for each index below `count`, as one piece of code."""
+    def clear_state(self, step):
+        self.clear_rows(self.rows_of_step(step)[1])
 
-        def turn(index, _):
-            body(index)
-            return 0
-
-        lax.fori_loop(0, count, turn, 0)
-
-    def step_place(step):
-        """The tokens of a flash step's rows in a query block, and the rows' place in the running state."""
-        rows = pl.ds(pl.multiple_of(step * 256, 256), 256)
-        return pl.ds(step * 2, 2), rows
-
-    def clear(rows):
-        """The running state of some rows, as before their first block."""
-        for state, value in ((row_max, MASKED), (row_sum, 0.0), (acc, 0.0)):
+    def clear_rows(self, rows):
+        """Makes the running state of some rows what it is before their first block."""
+        for state, value in ((self.row_max, MASKED), (self.row_sum, 0.0), (self.acc, 0.0)):
             state[rows] = jnp.full((rows.size, state.shape[-1]), value)
 
-    def finish():
-        """The output of a query block, and the running state cleared for the next one."""
+    def rows_of_step(self, step):
+        """The tokens of a flash step in a query block, and their rows in the running state."""
+        rows = pl.ds(pl.multiple_of(step * STEP_ROWS, STEP_ROWS), STEP_ROWS)
+        return pl.ds(step * STEP_TOKENS, STEP_TOKENS), rows
 
-        def one(step):
-            tokens, rows = step_place(step)
-            out = (acc[rows] / widen(row_sum[rows], RANK)).astype(out_rows.dtype)
-            out_rows[0, tokens] = out.reshape(2, Q_HEADS, RANK)
-            clear(rows)
+    # ---- Flash steps: STEP_ROWS query rows against one block.
 
-        loop(8, one)
-
-    def clear_tail(slot, valid):
-        """Zeroes rows from token `valid` to the end of what is computed: a weight of 0 does not hide a NaN."""
-        row = lax.broadcasted_iota(jnp.int32, (UNIT, RANK), 0)
-
-        def clear(unit, _):
-            token = unit * UNIT
-            tokens = pl.ds(pl.multiple_of(lax.rem(token, PAGE_SIZE), UNIT), UNIT)
-            old = kv[slot, token // PAGE_SIZE, tokens, :RANK].astype(jnp.float32)
-            kv[slot, token // PAGE_SIZE, tokens, :RANK] = jnp.where(token + row < valid, old, 0.0).astype(kv.dtype)
-            return 0
-
-        lax.fori_loop(valid // UNIT, pl.cdiv(valid, 512) * 32, clear, 0)
-
-    # ---- flash steps: 256 query rows against one block
-
-    def score(q_slot, slot, step):
-        tokens, _ = step_place(step)
-        parts = [array[q_slot, tokens].reshape(256, array.shape[3]) for array in (q_in, q_rope_in)]
-        return products(jnp.concatenate(parts, axis=1), kv[slot].reshape(512, LANES), 1) * SCORE_SCALE
-
-    def weigh(scores, slot, step):
-        _, rows = step_place(step)
-        old_max = row_max[rows]
-        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - widen(new_max, 512))
-        rescale = jnp.exp2(old_max - new_max)
-        row_max[rows] = new_max
-        row_sum[rows] = rescale * row_sum[rows] + jnp.sum(weights, axis=1, keepdims=True)
-        part = products(weights.astype(jnp.bfloat16), kv[slot, :, :, :RANK].reshape(512, RANK), 0)
-        acc[rows] = widen(rescale, RANK) * acc[rows] + part
-
-    def flash_steps(first, count, score_of, slot):
-        """Some steps as one piece of code; scores are made a step ahead, so that the MXU need not wait for a softmax."""
-        scores = [score_of(first)]
-        for step in range(count):
-            if step + 1 < count:
-                scores.append(score_of(first + step + 1))
-            weigh(scores[step], slot, first + step)
-
-    def attend_block(q_slot, slot, first_query):
+    def attend_block(self, q_buffer, buffer, first_query):
         """One KV block, in which the first query is at `first_query` and so sees the tokens up to there."""
 
-        @pl.when(first_query >= 511)
-        def _():
-            flash_steps(0, 8, lambda step: score(q_slot, slot, step), slot)
+        @pl.when(first_query >= KV_BLOCK - 1)
+        def attend_full_block():
+            self.flash_steps(functools.partial(self.score, q_buffer, buffer), buffer, 0, ROW_STEPS)
 
-        @pl.when(first_query < 511)
-        def _():
-            def masked_score(step):
-                scores = score(q_slot, slot, step)
-                row, token = (lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in range(2))
-                query = first_query + step * 2 + row // Q_HEADS
-                return jnp.where(token <= query, scores, MASKED)
+        @pl.when(first_query < KV_BLOCK - 1)
+        def attend_diagonal_block():
+            score = functools.partial(self.masked_score, q_buffer, buffer, first_query)
+            for_each(0, DIAGONAL_ITERATIONS, functools.partial(self.diagonal_steps, score, buffer))
 
-            def turn(index):
-                flash_steps(index * 4, 4, masked_score, slot)
+    def diagonal_steps(self, score, buffer, iteration):
+        self.flash_steps(score, buffer, iteration * DIAGONAL_STEPS, DIAGONAL_STEPS)
 
-            loop(2, turn)
+    def flash_steps(self, score, buffer, first, count):
+        """Some steps as one piece of code; scores are made a step ahead, so that the MXU need not wait for a softmax."""
+        scores = [score(first)]
+        for step in range(count):
+            if step + 1 < count:
+                scores.append(score(first + step + 1))
+            self.accumulate_pv(scores[step], buffer, first + step)
 
-    def attend(start, fetched):
-        loop(8, lambda step: clear(step_place(step)[1]))
-        start_fetch(0, start, ~fetched)
-        ahead = next_fetch(start)
-        for step in range(1, 2):
-            ahead = fetch_ahead(step, *ahead)
+    def score(self, q_buffer, buffer, step):
+        """The scores of a step, float32[STEP_ROWS, KV_BLOCK]."""
+        tokens, _ = self.rows_of_step(step)
+        parts = [array[q_buffer, tokens].reshape(STEP_ROWS, array.shape[-1]) for array in (self.q_in, self.q_rope_in)]
+        queries = jnp.concatenate(parts, axis=1)
+        return matmul(queries, self.kv[buffer].reshape(KV_BLOCK, ROW_LANES), 1) * SCORE_SCALE
 
-        def body(carry):
-            step, at, ahead, sent = carry
-            seq, q_block, q_step, block = at
-            ahead = fetch_ahead(step + 2, *ahead)
-            slot, q_slot = lax.rem(step, 3), lax.rem(q_step, 3)
-            end = kv_end(seq, q_block)
-            last = (block + 1) * 512 >= end
+    def masked_score(self, q_buffer, buffer, first_query, step):
+        """The same where not all queries see all tokens."""
+        scores = self.score(q_buffer, buffer, step)
+        row, token = (lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in range(2))
+        query = first_query + step * STEP_TOKENS + row // Q_HEADS
+        return jnp.where(token <= query, scores, MASKED)
 
-            @pl.when(block == 0)
-            def _():
-                query_copies(seq, q_block, q_slot, lambda copy: copy.wait())
+    def accumulate_pv(self, scores, buffer, step):
+        """The softmax of a step's scores, and the values that it weighs."""
+        _, rows = self.rows_of_step(step)
+        old_max = self.row_max[rows]
+        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
+        p = jnp.exp2(scores - broadcast_lanes(new_max, KV_BLOCK))
+        alpha = jnp.exp2(old_max - new_max)
+        self.row_max[rows] = new_max
+        self.row_sum[rows] = alpha * self.row_sum[rows] + jnp.sum(p, axis=1, keepdims=True)
+        p = p.astype(jnp.bfloat16)
+        values = matmul(p, self.kv[buffer, :, :, :RANK].reshape(KV_BLOCK, RANK), 0)
+        self.acc[rows] = broadcast_lanes(alpha, RANK) * self.acc[rows] + values
 
-            wait_block(end, seq, block, slot)
 
-            @pl.when(last)
-            def _():
-                clear_tail(slot, end - block * 512)
-
-            attend_block(q_slot, slot, kv_lens[seq] - q_len(seq) + q_block * 16 - block * 512)
-
-            @pl.when(last)
-            def _():
-                @pl.when(q_step > 0)
-                def _():
-                    out_copies(*sent, 0, lambda copy: copy.wait())
-
-                finish()
-                out_copies(seq, q_block, 0, lambda copy: copy.start())
-
-            sent = tuple(jnp.where(last, new, old) for new, old in zip((seq, q_block), sent))
-            return step + 1, advance(*at), ahead, sent
-
-        state = (jnp.int32(0), start, ahead, start[:2])
-        *_, sent = lax.while_loop(lambda carry: carry[1][0] < end_seq, body, state)
-        out_copies(*sent, 0, lambda copy: copy.wait())
-
-    @pl.when(first_seq < end_seq)
-    def _():
-        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
-        # The first block comes while the last pages go, if none of these is in it.
-        early = first_page(first_seq) >= 4
-        update_cache(lambda: start_fetch(0, start, early))
-        attend(start, early)
+def prefill_kernel(*refs):
+    PrefillKernel(*refs).run()
 
 
 def attend_prefill(queries, queries_rope, new_rows, cache, kv_lens, page_indices, distribution):
-    """`(out, cache)` of the prefill sequences; other rows of `out` are not written."""
+    """`(out, cache)` of the prefill sequences; other rows of `out` are undefined."""
+    scalars = (kv_lens, page_indices, distribution)
+    arrays = (queries, queries_rope, new_rows, cache)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         prefill_kernel,
-        in_specs=[smem] * 3 + [hbm] * 4,
+        in_specs=[smem] * len(scalars) + [hbm] * len(arrays),
         out_specs=[hbm] * 2,
-        out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(cache.shape, cache.dtype)],
-        input_output_aliases={6: 1},
-        scratch_shapes=[
-            pltpu.VMEM((3, 4, 128, 640), jnp.bfloat16),  # kv: fetched blocks
-            pltpu.VMEM((5, 384, 1, 640), jnp.bfloat16),  # new_in: new tokens, around the page they go to
-            pltpu.VMEM((9, 128, 640), jnp.bfloat16),  # page_rows: pages to update
-            pltpu.VMEM((16, 640), jnp.float32),  # merged: new tokens, side by side
-            pltpu.VMEM((3, 16, 128, 512), jnp.bfloat16),  # q_in: query blocks as they come
-            pltpu.VMEM((3, 16, 128, 128), jnp.bfloat16),  # q_rope_in: their rotary parts
-            pltpu.VMEM((2048, 128), jnp.float32),  # row_max: running maximum, the same in every lane
-            pltpu.VMEM((2048, 128), jnp.float32),  # row_sum: running sum, the same in every lane
-            pltpu.VMEM((2048, 512), jnp.float32),  # acc: running output
-            pltpu.VMEM((1, 16, 128, 512), jnp.bfloat16),  # out_rows: an output block on its way out
-            pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new tokens
-            pltpu.SemaphoreType.DMA((9,)),  # old_sem: pages that hold old tokens
-            pltpu.SemaphoreType.DMA((9,)),  # write_sem: cache writes
-            pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
-            pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
+        out_shape=[
+            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+            jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=41943040, disable_bounds_checks=True),
+        input_output_aliases={6: 1},  # results in the memory of operands
+        scratch_shapes=[
+            pltpu.VMEM((KV_BUFFERS, KV_BLOCK // PAGE_SIZE, PAGE_SIZE, ROW_LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, 1, ROW_LANES), jnp.bfloat16),  # new_in
+            pltpu.VMEM((PAGE_BUFFERS, PAGE_SIZE, ROW_LANES), jnp.bfloat16),  # page_rows
+            pltpu.VMEM((MERGE_TOKENS, ROW_LANES), jnp.float32),  # merged
+            pltpu.VMEM((KV_BUFFERS, Q_BLOCK, Q_HEADS, RANK), jnp.bfloat16),  # q_in
+            pltpu.VMEM((KV_BUFFERS, Q_BLOCK, Q_HEADS, ROW_LANES - RANK), jnp.bfloat16),  # q_rope_in
+            pltpu.VMEM((Q_ROWS, LANES), jnp.float32),  # row_max
+            pltpu.VMEM((Q_ROWS, LANES), jnp.float32),  # row_sum
+            pltpu.VMEM((Q_ROWS, RANK), jnp.float32),  # acc
+            pltpu.VMEM((1, Q_BLOCK, Q_HEADS, RANK), jnp.bfloat16),  # out_rows
+            pltpu.SemaphoreType.DMA((KV_BUFFERS,)),  # kv_sem
+            pltpu.SemaphoreType.DMA((NEW_BUFFERS,)),  # new_sem
+            pltpu.SemaphoreType.DMA((PAGE_BUFFERS,)),  # old_sem
+            pltpu.SemaphoreType.DMA((PAGE_BUFFERS,)),  # write_sem
+            pltpu.SemaphoreType.DMA((KV_BUFFERS,)),  # q_sem
+            pltpu.SemaphoreType.DMA((1,)),  # out_sem
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True),
         name="rpa_prefill",
-    )(kv_lens, page_indices, distribution, queries, queries_rope, new_rows, cache)
+    )(*scalars, *arrays)
 
 
-def ragged_paged_attention(
-    queries, queries_rope, new_kv, new_rope, kv_cache, kv_lens, page_indices, cu_q_lens, distribution
-):
+def ragged_paged_attention(queries, queries_rope, new_kv, new_rope, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
     """Attention of a batch of prefill chunks only; returns `(out, kv_cache)`, the cache in the donated argument's memory.
 
-    Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` has nothing to add.
+    Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` is not used.
     """
-    queries_rope, new_rows = whole_registers(queries_rope), cache_rows(new_kv, new_rope)
-    return attend_prefill(queries, queries_rope, new_rows, kv_cache, kv_lens, page_indices, distribution)
+    queries_rope, new_rows = pad_rope(queries_rope), rows_of_new_tokens(new_kv, new_rope)
+    out, cache = attend_prefill(queries, queries_rope, new_rows, kv_cache, kv_lens, page_indices, distribution)
+    return out, cache

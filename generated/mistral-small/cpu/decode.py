@@ -20,28 +20,30 @@ Q_HEADS = 8
 KV_HEADS = 2
 GROUP = 4  # query heads that share a KV head
 HEAD_DIM = 128
-DTYPE = jnp.bfloat16
-WORD = jnp.uint16  # an integer as wide as DTYPE
+MAX_SEQS = 64
 PAGE_SIZE = 64  # tokens
 PAGES_PER_SEQ = 256
-MAX_SEQS = 64
+MASKED = -2e+38  # finite, so that a row that is all masked stays a number
+DTYPE = jnp.bfloat16
+WORD = jnp.uint16  # an integer as wide as DTYPE
+TOKEN_SHAPE = (2, 2, 128)  # of a token in the cache
+TOKEN_AXIS = 0  # of a page, along which its tokens lie
+SM_SCALE = 0.08838834764831845  # the softmax scale
+
 DECODE_BLOCK = 128  # tokens of KV that are one item of decode work
 DECODE_BLOCK_PAGES = 2
 DECODE_ITEMS = 8  # items of a step
-SM_SCALE = 0.08838834764831845
-MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
 
 
+# Everything here that only moves data moves words. Integers are moved as they are, but to slice, gather, transpose or
+# update a bfloat16 array XLA for CPU first turns all of it into float32: the whole cache, for one page.
 def as_words(values):
-    """The same bits as integers.
-
-    Everything here that only moves data moves words. Integers are moved as they are, but to slice, gather, transpose
-    or update a bfloat16 array XLA for CPU first turns all of it into float32: the whole cache, for one page.
-    """
+    """The same bits as integers."""
     return lax.bitcast_convert_type(values, WORD)
 
 
 def as_values(words):
+    """The numbers that words are the bits of."""
     return lax.bitcast_convert_type(words, DTYPE)
 
 
@@ -55,59 +57,101 @@ def cache_words(kv_cache, step):
     return as_words(kv_cache), step
 
 
-def new_rows(keys, values, kv_cache):
-    """K and V of the new tokens as words, a row of the cache each: `[tokens, *kv_cache.shape[2:]]`."""
-    return jnp.stack([as_words(keys), as_words(values)], axis=2).reshape(-1, *kv_cache.shape[2:])
-
-
 def cdiv(value, by):
     """`value / by` rounded up, of what is not negative."""
     return lax.div(value + (by - 1), by)
 
 
+def stack_kv(keys, values):
+    """K and V of the new tokens as words: `[tokens, KV_HEADS, 2, HEAD_DIM]`."""
+    return jnp.stack([as_words(keys), as_words(values)], axis=2)
+
+
+def split_kv(rows):
+    """K and V out of `rows` `[2, ..., HEAD_DIM]`."""
+    return tuple(rows)
+
+
+def unpack_rows(pages):
+    """Pages `[blocks, pages, ...]` as the rows of their tokens: `[blocks, tokens, KV_HEADS, 2, HEAD_DIM]`."""
+    return pages.reshape(len(pages), -1, KV_HEADS, 2, HEAD_DIM)
+
+
+def token_start(page, token):
+    """Where token `token` of a page starts in the cache."""
+    return page, token, 0, 0, 0
+
+
+def new_rows(keys, values):
+    """K and V of the new tokens as words, as they lie in a page: `[tokens, *TOKEN_SHAPE]`."""
+    return stack_kv(keys, values).reshape(-1, *TOKEN_SHAPE)
+
+
 def fetch_kv(words, page_tables, seqs, blocks, block_pages, live):
     """K and V of some blocks of `block_pages` pages, each `[len(blocks), KV_HEADS, tokens, HEAD_DIM]`.
 
-    Block `blocks[n]` of sequence `seqs[n]` has `live[n]` tokens that count. The rest become zero, for they may hold
-    NaN, and 0 * NaN is NaN; page table entries past them may hold anything, and page 0 is read instead.
+    Tokens past the first `live[n]` of block n become zero, because they may hold NaN, and 0 * NaN is NaN.
     """
-    page = jnp.arange(block_pages)
-    entry = jnp.minimum(blocks[:, None] * block_pages + page, PAGES_PER_SEQ - 1)
-    ids = page_tables.at[seqs[:, None], entry].get(mode="promise_in_bounds")
-    ids = jnp.where(page * PAGE_SIZE < live[:, None], ids, 0)
-    rows = words.at[ids].get(mode="promise_in_bounds").reshape(len(blocks), -1, KV_HEADS, 2, HEAD_DIM)
+    ids = page_ids(page_tables, seqs, blocks, jnp.arange(block_pages), live)
+    rows = unpack_rows(words.at[ids].get(mode="promise_in_bounds"))
     valid = jnp.arange(rows.shape[1]) < live[:, None]
     rows = jnp.where(valid[:, :, None, None, None], rows, WORD(0))
     # The barrier keeps the transposition on this side of the cast, in words.
-    k, v = lax.optimization_barrier(rows.transpose(3, 0, 2, 1, 4))
+    k, v = split_kv(lax.optimization_barrier(rows.transpose(3, 0, 2, 1, 4)))
     return as_values(k), as_values(v)
 
 
-def update_rows(kv_cache, keys, values, kv_lens, page_indices, num_seqs):
-    """Writes the new token of each of the sequences [0, num_seqs), which is row s of `keys` and `values`, in place."""
-    rows = new_rows(keys, values, kv_cache)
+def page_ids(page_tables, seqs, blocks, page, live):
+    """The ids of the pages of some blocks, `[len(blocks), len(page)]`; `page` counts the pages of a block.
 
-    def write(seq, kv_cache):
-        words, seq = cache_words(kv_cache, seq)
-        position = kv_lens[seq] - 1
+    Block `blocks[n]` of sequence `seqs[n]` has `live[n]` tokens that count. Page table entries past them may hold
+    anything, and page 0 is read instead.
+    """
+    entry = jnp.minimum(blocks[:, None] * len(page) + page, PAGES_PER_SEQ - 1)
+    ids = page_tables.at[seqs[:, None], entry].get(mode="promise_in_bounds")
+    return jnp.where(page * PAGE_SIZE < live[:, None], ids, 0)
+
+
+def new_token(token, kv_lens):
+    """The sequence of a new token of the decode rows, and its position there."""
+    return token, kv_lens[token] - 1
+
+
+def load_queries(queries, num_rows):
+    """The queries of each sequence by KV head: `[num_rows, KV_HEADS, GROUP, HEAD_DIM]`."""
+    return queries[:num_rows].reshape(num_rows, KV_HEADS, GROUP, HEAD_DIM)
+
+
+def out_by_token(out):
+    """The output of each sequence by token: `[num_rows, Q_HEADS, HEAD_DIM]`."""
+    return out.astype(DTYPE).reshape(len(out), Q_HEADS, HEAD_DIM)
+
+
+def update_rows(kv_cache, keys, values, kv_lens, page_indices, num_seqs):
+    """Writes the new tokens of the sequences [0, num_seqs) in place; they are the first rows of `keys` and `values`."""
+    rows = new_rows(keys, values)
+
+    def write(token, kv_cache):
+        words, token = cache_words(kv_cache, token)
+        seq, position = new_token(token, kv_lens)
         page = page_indices[seq * PAGES_PER_SEQ + lax.div(position, PAGE_SIZE)]
-        row = lax.dynamic_slice_in_dim(rows, seq, 1)
-        words = lax.dynamic_update_slice(words, row[None], (page, lax.rem(position, PAGE_SIZE), 0, 0, 0))
+        row = lax.dynamic_slice_in_dim(rows, token, 1, TOKEN_AXIS)
+        words = lax.dynamic_update_slice(words, row[None], token_start(page, lax.rem(position, PAGE_SIZE)))
         return as_values(words)
 
     return lax.fori_loop(0, num_seqs, write, kv_cache)
 
 
 def attend_decode(queries, kv_cache, kv_lens, page_indices, num_seqs):
-    """One query for each of the sequences [0, num_seqs), row s of `queries`.
+    """Attention of the new tokens of the sequences [0, num_seqs), which are the first rows of `queries`.
 
-    Returns `[min(tokens, MAX_SEQS), Q_HEADS, HEAD_DIM]`, zero in the rows past the last sequence.
+    Returns `[rows, Q_HEADS, HEAD_DIM]` for as many rows as there can be, zero past the last sequence.
 
     The KV blocks of all sequences form one list, and a step takes the next DECODE_ITEMS of it, whichever sequences
     they are of: the work is that of the blocks in use, and a step of it is large enough to occupy the cores.
     """
-    num_rows = min(queries.shape[0], MAX_SEQS)
-    queries = queries[:num_rows].reshape(num_rows, KV_HEADS, GROUP, HEAD_DIM)
+    num_rows = min(len(queries), MAX_SEQS)
+    queries = load_queries(queries, num_rows)
     page_tables = page_indices.reshape(MAX_SEQS, PAGES_PER_SEQ)
     row = jnp.arange(num_rows)
     kv_lens = jnp.where(row < num_seqs, kv_lens[:num_rows], 0)
@@ -123,8 +167,9 @@ def attend_decode(queries, kv_cache, kv_lens, page_indices, num_seqs):
         live = jnp.where(item < num_items, kv_lens[seq] - block * DECODE_BLOCK, 0)
         k, v = fetch_kv(words, page_tables, seq, block, DECODE_BLOCK_PAGES, live)
         scores = jnp.einsum("nhgd,nhtd->nhgt", queries[seq], k, preferred_element_type=jnp.float32)
-        valid = jnp.arange(DECODE_BLOCK) < live[:, None]
-        scores = jnp.where(valid[:, None, None], scores * SM_SCALE, MASKED)
+        visible = jnp.arange(DECODE_BLOCK) < live[:, None]
+        visible = visible[:, None, None]
+        scores = jnp.where(visible, scores * SM_SCALE, MASKED)
         item_max = scores.max(axis=-1)
         p = jnp.exp(scores - item_max[..., None])
         item_sum = p.sum(axis=-1)
@@ -133,11 +178,13 @@ def attend_decode(queries, kv_cache, kv_lens, page_indices, num_seqs):
 
     # A step updates as many rows as it has items, from its first sequence on: the state has room for the last step's.
     shape = (num_rows + DECODE_ITEMS, KV_HEADS, GROUP)
-    state = jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, HEAD_DIM))
-    _, row_sum, acc = lax.fori_loop(0, cdiv(num_items, DECODE_ITEMS), step, state)
+    row_max = jnp.full(shape, MASKED)
+    row_sum = jnp.zeros(shape)
+    state = row_max, row_sum, jnp.zeros((*shape, HEAD_DIM))
+    row_max, row_sum, acc = lax.fori_loop(0, cdiv(num_items, DECODE_ITEMS), step, state)
     out = acc[:num_rows] / row_sum[:num_rows, ..., None]
     out = jnp.where((row < num_seqs)[:, None, None, None], out, 0)
-    return out.astype(DTYPE).reshape(num_rows, Q_HEADS, HEAD_DIM)
+    return out_by_token(out)
 
 
 def merge_items(state, seq, is_item, item_max, item_sum, item_acc):
@@ -148,10 +195,10 @@ def merge_items(state, seq, is_item, item_max, item_sum, item_acc):
     of_row = (seq == first + jnp.arange(DECODE_ITEMS)[:, None]) & is_item  # [rows, items]
     of_row = of_row[:, :, None, None]
     new_max = jnp.maximum(old_max, jnp.where(of_row, item_max, MASKED).max(axis=1))
-    keep = jnp.exp(old_max - new_max)
-    take = jnp.where(of_row, jnp.exp(item_max - new_max[:, None]), 0)
-    new_sum = old_sum * keep + (take * item_sum).sum(axis=1)
-    new_acc = old_acc * keep[..., None] + (take[..., None] * item_acc).sum(axis=1)
+    alpha = jnp.exp(old_max - new_max)
+    beta = jnp.where(of_row, jnp.exp(item_max - new_max[:, None]), 0)
+    new_sum = old_sum * alpha + (beta * item_sum).sum(axis=1)
+    new_acc = old_acc * alpha[..., None] + (beta[..., None] * item_acc).sum(axis=1)
     return (
         lax.dynamic_update_slice_in_dim(row_max, new_max, first, 0),
         lax.dynamic_update_slice_in_dim(row_sum, new_sum, first, 0),
@@ -162,10 +209,12 @@ def merge_items(state, seq, is_item, item_max, item_sum, item_acc):
 def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
     """Attention of a batch of decode rows only; returns `(out, kv_cache)`, the cache in the donated memory.
 
-    Row s of `queries` is sequence s: with one new token each, `cu_q_lens` has nothing to add. Rows past the last
+    The first rows of `queries` are the new tokens of the sequences in order: `cu_q_lens` is not used. Rows past the last
     sequence are zero in `out`.
     """
     num_seqs = distribution[0]
     kv_cache = update_rows(kv_cache, keys, values, kv_lens, page_indices, num_seqs)
     out = attend_decode(queries, kv_cache, kv_lens, page_indices, num_seqs)
-    return jnp.pad(out, ((0, len(queries) - len(out)), (0, 0), (0, 0))), kv_cache
+    padding = (0, len(queries) - len(out))
+    out = jnp.pad(out, (padding, (0, 0), (0, 0)))
+    return out, kv_cache

@@ -11,619 +11,156 @@ What was specialized:
 - token buckets that use it: 2048
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
 - only prefill batches: the other kernels are not in this program
-- prefill: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
-- VMEM: 17,842,176 bytes counted, 33,554,432 allowed, 134,217,728 there
+- prefill: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512
+  tokens at once
+- prefill, loop: blocks of queries over blocks of tokens; a fetched token serves all queries of a block
+- prefill, reading K and V: 32-bit words are split into K and V; interleaved K and V narrower than 32 bits share words,
+  which the MXU cannot take
+- prefill, writing new tokens: K and V of one token packed into the halves of words; 16-bit K and V are interleaved
+- prefill, mask: by comparing positions; this works with any mask and needs no MXU lanes
+- prefill, scores: a row for each query; this needs neither MXU lanes to spare nor whole registers of rows
+- prefill, softmax: not paced; this needs no buffers but those of the lookahead, and steps of any length
+- prefill, lookahead: scores are made 3 steps before their probabilities, 3 on the diagonal; the MXU works while the
+  vector unit does softmax
+- prefill, sorting queries: by strided loads and stores; the queries of a token for a KV head are no whole part of a
+  register
+- prefill, between blocks: each block makes its own first scores; other tiles, or the splitting of words, may come
+  between
+- prefill, sums of probabilities: by ones beside the values; MXU lanes to spare add them at no cost
+- prefill, values: whole registers of lanes; the MXU takes them as they lie in the cache
+- VMEM: 17,842,176 bytes counted, 33,554,432 allowed, 134,217,728 available
 """
+
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Ref, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+LANES = 128
 Q_HEADS = 8
 KV_HEADS = 2
 GROUP = 4  # query heads that share a KV head
+PADDED_Q_HEADS = 8  # Q_HEADS, up to whole sublane tiles
 HEAD_DIM = 128
+HEAD_LANES = 128  # of a row of the cache
+LANE_TILES = 1  # rows of LANES lanes that hold one head's K
+MAX_SEQS = 64
 PAGE_SIZE = 64  # tokens
 PAGES_PER_SEQ = 256
 CHUNK = 512  # new tokens of every sequence
 SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * log2(e): probabilities are powers of two
-MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
+MASKED = -2e+38  # finite, so that a row that is all masked stays a number
+PRECISION = None  # of matmuls: bfloat16 products are exact in float32
+VMEM_LIMIT = 33554432  # bytes
+PACKING = 2  # elements of the cache in one 32-bit word
+TOKEN_ROWS = 4  # rows of one token in the cache
+WORD_ROWS = 2  # the same rows as 32-bit words
+PAGE_ROWS = 256  # rows of one page
+SUBLANE_TILE = 4  # tokens of the smallest part of the cache that a DMA or store reaches
+SUBLANE_TILE_ROWS = 16  # its rows
 
-# The cache of one layer is seen as rows of 128 lanes: by token, then KV head, then K and V.
-PAGE_ROWS = 256  # 4 of each token
-UNIT = 4  # tokens of the smallest piece that a DMA or a store reaches
-UNIT_ROWS = 16
+Q_BLOCK = 256  # query tokens of a query block
+Q_ROWS = GROUP * Q_BLOCK  # their rows of one KV head
+KV_BLOCK = 1024  # tokens that are fetched at once
+KV_BUFFERS = 3  # KV blocks, and query blocks, in VMEM
+FETCH_LOOKAHEAD = KV_BUFFERS - 1  # steps that the fetch runs ahead
+STEP_ROWS = 256  # query rows of a flash step
+ROW_STEPS = Q_ROWS // STEP_ROWS
+TILE = 512  # tokens of a flash step
+TILES = KV_BLOCK // TILE
+STEP_HEADS = 2  # KV heads whose steps are one iteration
+ITERATIONS = KV_HEADS // STEP_HEADS  # of a tile
+DIAGONAL_BLOCK = 256  # tokens of a flash step where not all of a tile's tokens count
+DIAGONAL_BLOCKS = TILE // DIAGONAL_BLOCK
+DIAGONAL_HEADS = 2  # KV heads whose steps are one iteration there
+DIAGONAL_ITERATIONS = KV_HEADS // DIAGONAL_HEADS  # of a diagonal block
+SCORE_LOOKAHEAD = 3  # flash steps that scores are made ahead
+DIAGONAL_LOOKAHEAD = 3
+SCORE_BUFFERS = SCORE_LOOKAHEAD
+TOKEN_AXIS = 1  # of scores
+SORT_TOKENS = 16  # tokens of a query block that are sorted at once
+SORT_STEPS = Q_BLOCK // SORT_TOKENS
+SORT_ROWS = SORT_TOKENS * Q_HEADS
+TOKENS_APART = DIAGONAL_BLOCK // PACKING  # two neighbors in a word of a tile that is taken apart
+ROWS_APART = TOKENS_APART * TOKEN_ROWS
+TILE_ROWS = TILE * TOKEN_ROWS  # rows of a tile in the cache
+DIAGONAL_ROWS = DIAGONAL_BLOCK * TOKEN_ROWS
+DEINTERLEAVED_ROWS = 512  # rows of each part of a word that are taken at once
+DEINTERLEAVED_WORDS = DEINTERLEAVED_ROWS // PACKING
+DEINTERLEAVE_STEPS = ROWS_APART // DEINTERLEAVED_ROWS  # of a diagonal block
+CLEARED_TILES = 16  # sublane tiles that are zeroed at once
+PAGE_BUFFERS = 9  # pages under update
+NEW_BUFFERS = 5  # pages whose new tokens are fetched or in use
+UPDATE_LOOKAHEAD = 4  # pages that their fetch runs ahead
+NEW_TOKENS = 64  # tokens of such a fetch
+MERGE_TOKENS = 16  # new tokens that are put into a page at once
+MERGE_ROWS = MERGE_TOKENS * TOKEN_ROWS
 
 
-def pack_token(keys, values, packed, token):
-    """Lays one token's new keys and values `[KV_HEADS, HEAD_DIM]` into 32-bit words: K in the low half, V in the high."""
-    keys = pltpu.bitcast(keys.astype(jnp.float32), jnp.uint32)  # a bfloat16 is the high half of a float32
-    values = pltpu.bitcast(values.astype(jnp.float32), jnp.uint32)
-    words = (keys >> 16) | values
-    packed[token * 2 : (token + 1) * 2] = words
+def for_each(first, end, body):
+    """Runs `body(index)` for each index in [first, end), as one piece of code."""
+
+    def run(index, _):
+        body(index)
+        return 0
+
+    lax.fori_loop(first, end, run, 0)
+
+
+def start_copy(copy):
+    copy.start()
+
+
+def wait_copy(copy):
+    copy.wait()
+
+
+def broadcast_lanes(rows, lanes):
+    """Rows that hold one value in all LANES lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
+    return jnp.concatenate([rows] * (lanes // LANES), axis=1)
+
+
+def float_rows(keys, values):
+    """The same in float32."""
+    return (new.astype(jnp.float32) for new in (keys, values))
+
+
+def matmul(rows, matrix, contracted):
+    """`rows` times `matrix` along its dimension `contracted`, in float32."""
+    dims = (((1,), (contracted,)), ((), ()))
+    return lax.dot_general(rows, matrix, dims, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
 def rows_as_words(rows):
+    """Rows of the cache as 32-bit words, each of PACKING rows."""
     return pltpu.bitcast(rows, jnp.uint32)
 
 
 def words_as_rows(words):
+    """The inverse of `rows_as_words`."""
     return pltpu.bitcast(words, jnp.bfloat16)
 
 
 def token_of_word(tokens):
-    """Which of `tokens` consecutive tokens each packed row belongs to."""
-    return lax.broadcasted_iota(jnp.int32, (tokens * 2, 128), 0) // 2
+    """Which of `tokens` consecutive tokens each row of words belongs to."""
+    return lax.broadcasted_iota(jnp.int32, (tokens * WORD_ROWS, LANES), 0) // WORD_ROWS
 
 
-def widen(rows, lanes):
-    """Rows that hold one value in all 128 lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
-    return jnp.concatenate([rows] * (lanes // 128), axis=1)
-
-
-def products(rows, matrix, contracted):
-    """`rows` times `matrix` along its dimension `contracted`, in float32."""
-    dims = (((1,), (contracted,)), ((), ()))
-    return lax.dot_general(rows, matrix, dims, preferred_element_type=jnp.float32)
-
-
-def prefill_kernel(
-    # scalars in SMEM
-    kv_lens, page_indices, distribution,
-    # arrays in HBM; the cache is updated in place
-    q_hbm, k_hbm, v_hbm, _cache, out_hbm, cache_hbm,
-    # scratch
-    kv,
-    k_words,
-    v_words,
-    new_keys,
-    new_values,
-    page_rows,
-    packed,
-    q_in,
-    by_token,
-    q_rows,
-    next_scores,
-    row_max,
-    row_sum,
-    acc,
-    out_rows,
-    kv_sem,
-    new_sem,
-    old_sem,
-    write_sem,
-    q_sem,
-    out_sem,
-):  # fmt: skip
-    """CHUNK new tokens for each of the sequences [0, distribution[1]): update their pages, then attend, causally.
-
-    A step is one KV block against one query block. The fetch runs 2 steps ahead, across the ends of both.
-    """
-    first_seq = jnp.int32(0)
-    end_seq = distribution[1]
-
-    def q_start(seq):
-        return seq * CHUNK
-
-    def q_len(seq):
-        return CHUNK
-
-    # ---- update cache: page by page, old tokens kept, new ones packed in; 4 pages ahead, 9 in flight
-
-    def page_span(seq, page):
-        """The new tokens of a page, as a range within it."""
-        kv_len = kv_lens[seq]
-        return jnp.maximum(kv_len - q_len(seq) - page * PAGE_SIZE, 0), jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
-
-    def new_token_copies(seq, page, new_slot):
-        # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
-        wanted = q_start(seq) + page * PAGE_SIZE - (kv_lens[seq] - q_len(seq))
-        source = jnp.clip(wanted, 0, k_hbm.shape[0] - 64)
-        take, put = pl.ds(source, 64), pl.ds(PAGE_SIZE + source - wanted, 64)
-        return (
-            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[new_slot, put], new_sem.at[new_slot]),
-            pltpu.make_async_copy(v_hbm.at[take], new_values.at[new_slot, put], new_sem.at[new_slot]),
-        )
-
-    def old_page_copy(seq, page, slot):
-        physical = page_indices[seq * PAGES_PER_SEQ + page]
-        return pltpu.make_async_copy(cache_hbm.at[physical], page_rows.at[slot], old_sem.at[slot])
-
-    def page_write(seq, page, slot):
-        physical = page_indices[seq * PAGES_PER_SEQ + page]
-        return pltpu.make_async_copy(page_rows.at[slot], cache_hbm.at[physical], write_sem.at[slot])
-
-    def first_page(seq):
-        return lax.div(kv_lens[seq] - q_len(seq), PAGE_SIZE)
-
-    def next_page(seq, page):
-        last = (page + 1) * PAGE_SIZE >= kv_lens[seq]
-        next_seq = jnp.where(last, seq + 1, seq)
-        return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
-
-    def load_page(step, seq, page):
-        slot = lax.rem(step, 9)
-
-        @pl.when(seq < end_seq)
-        def _():
-            @pl.when(step >= 9)
-            def _():
-                page_write(seq, page, slot).wait()  # the write of 9 steps ago: as many bytes, this semaphore
-
-            for copy in new_token_copies(seq, page, lax.rem(step, 5)):
-                copy.start()
-            first, end = page_span(seq, page)
-
-            @pl.when((first > 0) | (end < PAGE_SIZE))
-            def _():
-                old_page_copy(seq, page, slot).start()
-
-        next_seq, next_index = next_page(jnp.minimum(seq, end_seq - 1), page)
-        return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
-
-    def merge_page(step, seq, page):
-        slot, new_slot = lax.rem(step, 9), lax.rem(step, 5)
-        first, end = page_span(seq, page)
-        for copy in new_token_copies(seq, page, new_slot):
-            copy.wait()
-
-        @pl.when((first > 0) | (end < PAGE_SIZE))
-        def _():
-            old_page_copy(seq, page, slot).wait()
-
-        def merge(piece, _):
-            start = piece * 16
-            for i in range(16):
-                pack_token(new_keys[new_slot, PAGE_SIZE + start + i], new_values[new_slot, PAGE_SIZE + start + i], packed, i)
-            rows = pl.ds(pl.multiple_of(piece * 64, 64), 64)
-            token = start + token_of_word(16)
-            words = jnp.where((token >= first) & (token < end), packed[...], rows_as_words(page_rows[slot, rows]))
-            page_rows[slot, rows] = words_as_rows(words)
-            return 0
-
-        lax.fori_loop(lax.div(first, 16), pl.cdiv(end, 16), merge, 0)
-        page_write(seq, page, slot).start()
-
-    def update_cache(meanwhile):
-        """Updates all pages; `meanwhile` is called before it waits for the last of them to be written."""
-
-        def body(carry):
-            step, seq, page, *ahead = carry
-            ahead = load_page(step + 4, *ahead)
-            merge_page(step, seq, page)
-            return step + 1, *next_page(seq, page), *ahead
-
-        start = (first_seq, first_page(first_seq))
-        ahead = start
-        for step in range(4):
-            ahead = load_page(jnp.int32(step), *ahead)
-        steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
-
-        meanwhile()
-
-        def drain(i, _):
-            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 9)).wait()
-            return 0
-
-        lax.fori_loop(0, jnp.minimum(steps, 9), drain, 0)
-
-    # ---- fetch KV: whole pages, into one of 3 buffers of 1024 tokens
-
-    def page_copy(seq, block, slot, page):
-        physical = page_indices[seq * PAGES_PER_SEQ + block * 16 + page]
-        rows = pl.ds(page * PAGE_ROWS, PAGE_ROWS)
-        return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, rows], kv_sem.at[slot])
-
-    def pages_of(kv_end, block):
-        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 16, 16)
-
-    def start_block(kv_end, seq, block, slot):
-        def one(page, _):
-            page_copy(seq, block, slot, page).start()
-            return 0
-
-        pages = pages_of(kv_end, block)
-
-        @pl.when(pages == 16)
-        def _():
-            for page in range(16):
-                one(page, 0)
-
-        @pl.when(pages < 16)
-        def _():
-            lax.fori_loop(0, pages, one, 0)
-
-    def wait_block(kv_end, seq, block, slot):
-        def one(page, _):
-            page_copy(seq, block, slot, page).wait()
-            return 0
-
-        pages = pages_of(kv_end, block)
-
-        @pl.when(pages == 16)
-        def _():
-            pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
-
-        @pl.when(pages < 16)
-        def _():
-            lax.fori_loop(0, pages, one, 0)
-
-    def kv_end(seq, q_block):
-        """The number of tokens that the last query of a block attends to."""
-        return kv_lens[seq] - CHUNK + (q_block + 1) * 256
-
-    def advance(seq, q_block, q_step, block):
-        last = (block + 1) * 1024 >= kv_end(seq, q_block)
-        last_of_seq = last & ((q_block + 1) * 256 >= q_len(seq))
-        return (
-            jnp.where(last_of_seq, seq + 1, seq),
-            jnp.where(last, jnp.where(last_of_seq, 0, q_block + 1), q_block),
-            jnp.where(last, q_step + 1, q_step),
-            jnp.where(last, 0, block + 1),
-        )
-
-    def start_fetch(step, at, wanted=True):
-        seq, q_block, q_step, block = at
-
-        @pl.when((seq < end_seq) & wanted)
-        def _():
-            @pl.when(block == 0)
-            def _():
-                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.start())
-
-            start_block(kv_end(seq, q_block), seq, block, lax.rem(step, 3))
-
-    def next_fetch(at):
-        seq, *within = at
-        following = advance(jnp.minimum(seq, end_seq - 1), *within)
-        return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
-
-    def fetch_ahead(step, *at):
-        start_fetch(step, at)
-        return next_fetch(at)
-
-    # ---- query blocks: 256 tokens in and out in their natural layout, by KV head inside
-
-    def block_copies(seq, block, make, act):
-        act(make(q_start(seq) + block * 256, 0, 256))
-
-    def query_copies(seq, block, slot, act):
-        def make(token, first, size):
-            return pltpu.make_async_copy(q_hbm.at[pl.ds(token, size)], q_in.at[slot, pl.ds(first, size)], q_sem.at[slot])
-
-        block_copies(seq, block, make, act)
-
-    def out_copies(seq, block, slot, act):
-        def make(token, first, size):
-            return pltpu.make_async_copy(out_rows.at[slot, pl.ds(first, size)], out_hbm.at[pl.ds(token, size)], out_sem.at[slot])
-
-        block_copies(seq, block, make, act)
-
-    def loop(count, body):
-        """Runs `body(index)` for each index below `count`, as one piece of code."""
-
-        def turn(index, _):
-            body(index)
-            return 0
-
-        lax.fori_loop(0, count, turn, 0)
-
-    def clear(head, rows):
-        """The running maximum of some rows of a KV head, as before their first tile."""
-        row_max[head, rows] = jnp.full((rows.size, 128), MASKED)
-
-    def clear_all():
-        def one(piece):
-            rows = pl.ds(lax.rem(piece, 4) * 256, 256)
-            clear(lax.div(piece, 4), rows)
-
-        loop(KV_HEADS * 4, one)
-
-    def query_of(row):
-        """Which query of the block a row is of: rows go by head, then query."""
-        return lax.rem(row, 256)
-
-    def begin(slot):
-        """Sorts a query block by head, `[KV_HEADS, GROUP * 256, HEAD_DIM]`."""
-
-        def spread(piece):
-            tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
-            rows = pl.ds(pl.multiple_of(piece * 128, 128), 128)
-            queries = q_in[slot, tokens].astype(jnp.float32).reshape(128, HEAD_DIM)
-            by_token[rows] = queries
-
-        def sort(head):
-            rows = head_rows(head)
-            strided = pl.ds(head, 256, stride=8)
-            q_rows[head // GROUP, rows] = by_token[strided, :].astype(q_rows.dtype)
-
-        loop(16, spread)
-        loop(Q_HEADS, sort)
-
-    def head_rows(head):
-        """Where one query head's tokens are among the rows of its KV head."""
-        return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * 256, 256), 256)
-
-    def finish(slot):
-        """Puts a block's output back in the order of its tokens, and clears the running maximum for the next one."""
-
-        def unsort(head):
-            rows = head_rows(head)
-            strided = pl.ds(head, 256, stride=8)
-            out = acc[head // GROUP, rows] / widen(row_sum[head // GROUP, rows], HEAD_DIM)
-            clear(head // GROUP, rows)
-            by_token[strided, :] = out
-
-        def gather(piece):
-            tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
-            rows = pl.ds(pl.multiple_of(piece * 128, 128), 128)
-            out = by_token[rows]
-            out_rows[slot, tokens] = out.reshape(16, Q_HEADS, HEAD_DIM).astype(out_rows.dtype)
-
-        loop(Q_HEADS, unsort)
-        loop(16, gather)
-
-    def clear_tail(slot, valid):
-        """Zeroes the tokens from `valid` to the end of those that are computed: a weight of 0 does not hide a NaN in V."""
-        rows = pl.ds(pl.multiple_of(valid // UNIT * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
-
-        @pl.when(lax.rem(valid, UNIT) > 0)
-        def _():
-            words = rows_as_words(kv[slot, rows])
-            kv[slot, rows] = words_as_rows(jnp.where(token_of_word(UNIT) < lax.rem(valid, UNIT), words, jnp.zeros_like(words)))
-
-        def zero(units):
-            def one(index, _):
-                rows = units * UNIT_ROWS
-                kv[slot, pl.ds(pl.multiple_of(index * rows, rows), rows)] = jnp.zeros((rows, 128), kv.dtype)
-                return 0
-
-            return one
-
-        # One unit at a time to where 16 at a time can go on.
-        first = pl.cdiv(valid, UNIT)
-        wide = pl.cdiv(first, 16)
-        lax.fori_loop(first, wide * 16, zero(1), 0)
-        lax.fori_loop(wide, pl.cdiv(valid, 256) * 4, zero(16), 0)
-
-    # ---- read KV: `tokens` tokens of one head, from token `first` of a block on
-
-    def split_tile(slot, tile):
-        """Splits a tile's words into K and V. A word of either holds two tokens of a piece of 256: token t of the piece in
-        its low half, token t + 128 in its high.
-        """
-        half = jnp.uint32(0xFFFF)
-
-        def split(turn, _):  # few enough rows at a time to stay in registers
-            piece, part = lax.div(turn, 1), lax.rem(turn, 1)
-            first = tile * 2048 + piece * 1024 + part * 512
-            lower = pl.multiple_of(first, 512)
-            upper = pl.multiple_of(first + 512, 512)
-            low = rows_as_words(kv[slot, pl.ds(lower, 512)])
-            high = rows_as_words(kv[slot, pl.ds(upper, 512)])
-            words = pl.ds(pl.multiple_of(turn * 256, 256), 256)
-            k_words[words] = (low & half) | (high << 16)
-            v_words[words] = (low >> 16) | (high & ~half)
-            return 0
-
-        lax.fori_loop(0, 2, split, 0)
-
-    def head_of(words, first, tokens, head):
-        """`[tokens, HEAD_DIM]` of one head out of the tile that was split last, in the order of `piece_tokens`."""
-        start = lax.div(lax.rem(first, 512), 2) * 2 + head
-        return words_as_rows(words[pl.ds(start, tokens // 2, stride=2), :])
-
-    def head_keys(slot, first, tokens, head):
-        return head_of(k_words, first, tokens, head)
-
-    def head_values(slot, first, tokens, head):
-        return head_of(v_words, first, tokens, head)
-
-    def piece_tokens(shape, axis):
-        """The token of each index along an axis of a piece's: the halves of the words, interleaved."""
-        index = lax.broadcasted_iota(jnp.int32, shape, axis)
-        return (index >> 1) + (index & 1) * 128
-
-    # ---- flash steps: 256 query rows of one head against one tile, or on the diagonal against one piece of it
-
-    def scores_of(queries, keys, head):
-        """`[query rows, tokens]`, as logarithms to base 2."""
-        return products(queries, keys, 1) * SCORE_SCALE
-
-    def score(slot, first, tokens, head, rows):
-        return scores_of(q_rows[head, rows], head_keys(slot, first, tokens, head), head)
-
-    def state_before(head, rows, begins):
-        """The running sum and output of some rows of a KV head; where they begin, what the block before left counts for nothing."""
-        return jnp.where(begins, 0.0, row_sum[head, rows]), jnp.where(begins, 0.0, acc[head, rows])
-
-    def weigh(scores, slot, first, head, rows, begins):
-        tokens = scores.shape[1]
-        old_sum, old_acc = state_before(head, rows, begins)
-        old_max = row_max[head, rows]
-        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - widen(new_max, tokens))
-        rescale = jnp.exp2(old_max - new_max)
-        row_max[head, rows] = new_max
-        # The MXU is wider than a head: ones beside the values make the sum of the weights at no cost.
-        values = jnp.concatenate([head_values(slot, first, tokens, head), jnp.ones((tokens, 128), jnp.bfloat16)], axis=1)
-        part = products(weights.astype(jnp.bfloat16), values, 0)
-        row_sum[head, rows] = rescale * old_sum + part[:, HEAD_DIM:]
-        acc[head, rows] = widen(rescale, HEAD_DIM) * old_acc + part[:, :HEAD_DIM]
-
-    def flash_turns(turns, heads, ahead, tokens, place, score_of, slot, begins):
-        """Takes turns of some heads against the `tokens` tokens from `place(turn)` on, which is a token and the first head.
-
-        A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, the first of the next turn
-        at its end: so the MXU and the vector units work at once.
-        """
-        steps = [(head, pl.ds(row, 256)) for head in range(heads) for row in range(0, 1024, 256)]
-
-        def scores_of(turn, step):
-            first, head = place(turn)
-            return score_of(first, head + steps[step][0], steps[step][1])
-
-        def one_turn(turn, _):
-            first, first_head = place(turn)
-            on_first_tokens = begins & (first == place(0)[0])
-            scores = [next_scores[i, :, :tokens] for i in range(ahead)]
-            for i, (head, rows) in enumerate(steps):
-                later = i + ahead
-                if later < len(steps):
-                    scores.append(scores_of(turn, later))
-                else:
-                    following = jnp.minimum(turn + 1, turns - 1)
-                    next_scores[later - len(steps), :, :tokens] = scores_of(following, later - len(steps))
-                weigh(scores[i], slot, first, first_head + head, rows, on_first_tokens)
-            return 0
-
-        for i in range(ahead):
-            next_scores[i, :, :tokens] = scores_of(0, i)
-        lax.fori_loop(0, turns, one_turn, 0)
-
-    def plain_tiles(slot, count, begins):
-        """Tiles that all queries of the block see whole."""
-
-        def score_of(first, head, rows):
-            return score(slot, first, 512, head, rows)
-
-        def place_from(first_tile):
-            def place(turn):
-                tile, head = first_tile + lax.div(turn, 1), lax.rem(turn, 1) * 2
-                return tile * 512, head
-
-            return place
-
-        def one(tile, _):
-            split_tile(slot, tile)
-            flash_turns(1, 2, 3, 512, place_from(tile), score_of, slot, begins & (tile == 0))
-            return 0
-
-        lax.fori_loop(0, count, one, 0)
-
-    def diagonal_tile(slot, tile, valid, begins, first_query):
-        """A tile that some query sees in part, as far as there are tokens. `first_query` is seen from the block's start."""
-        split_tile(slot, tile)
-
-        first_piece = tile * 2
-        pieces = jnp.minimum(2, pl.cdiv(valid, 256) - first_piece)
-
-        def score_of(first, head, rows):
-            scores = score(slot, first, 256, head, rows)
-            row = rows.start + lax.broadcasted_iota(jnp.int32, (rows.size, 128), 0)
-            query = widen(first_query - first + query_of(row), 256)
-            return jnp.where(piece_tokens(scores.shape, 1) <= query, scores, MASKED)
-
-        def place(turn):
-            piece = first_piece + lax.div(turn, 1)
-            return piece * 256, lax.rem(turn, 1) * 2
-
-        flash_turns(pieces * 1, 2, 3, 256, place, score_of, slot, begins)
-
-    def attend(start, fetched):
-        clear_all()
-        start_fetch(0, start, ~fetched)
-        ahead = next_fetch(start)
-        for step in range(1, 2):
-            ahead = fetch_ahead(step, *ahead)
-
-        def body(carry):
-            step, at, ahead, sent = carry
-            seq, q_block, q_step, block = at
-            ahead = fetch_ahead(step + 2, *ahead)
-            slot = lax.rem(step, 3)
-            end = kv_end(seq, q_block)
-            valid = jnp.minimum(end - block * 1024, 1024)
-            last = (block + 1) * 1024 >= end
-            first_query = kv_lens[seq] - q_len(seq) + q_block * 256
-
-            @pl.when(block == 0)
-            def _():
-                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.wait())
-                begin(lax.rem(q_step, 3))
-
-            wait_block(end, seq, block, slot)
-
-            @pl.when(last)
-            def _():
-                clear_tail(slot, valid)
-
-            seen = first_query - block * 1024
-            plain = jnp.clip(lax.div(seen + 1, 512), 0, 2)
-            plain_tiles(slot, plain, block == 0)
-
-            def diagonal(tile, _):
-                diagonal_tile(slot, tile, valid, block + tile == 0, seen)
-                return 0
-
-            lax.fori_loop(plain, pl.cdiv(valid, 512), diagonal, 0)
-
-            @pl.when(last)
-            def _():
-                @pl.when(q_step > 0)
-                def _():
-                    out_copies(*sent, 0, lambda copy: copy.wait())
-
-                finish(0)
-                out_copies(seq, q_block, 0, lambda copy: copy.start())
-
-            sent = tuple(jnp.where(last, new, old) for new, old in zip((seq, q_block), sent))
-            return step + 1, advance(*at), ahead, sent
-
-        state = (jnp.int32(0), start, ahead, start[:2])
-        _, _, _, sent = lax.while_loop(lambda carry: carry[1][0] < end_seq, body, state)
-        out_copies(*sent, 0, lambda copy: copy.wait())
-
-    @pl.when(first_seq < end_seq)
-    def _():
-        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
-        # The first block comes while the last pages go, if none of these is in it.
-        early = first_page(first_seq) >= 16
-        update_cache(lambda: start_fetch(0, start, early))
-        attend(start, early)
-
-
-def attend_prefill(queries, keys, values, rows, kv_lens, page_indices, distribution):
-    """`(out, rows)` of the prefill sequences; other rows of `out` are not written."""
-    smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
-    return pl.pallas_call(
-        prefill_kernel,
-        in_specs=[smem] * 3 + [hbm] * 4,
-        out_specs=[hbm] * 2,
-        out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
-        input_output_aliases={6: 1},
-        scratch_shapes=[
-            pltpu.VMEM((3, 4096, 128), jnp.bfloat16),  # kv: fetched blocks
-            pltpu.VMEM((512, 128), jnp.uint32),  # k_words: keys of one tile, two tokens a word
-            pltpu.VMEM((512, 128), jnp.uint32),  # v_words: values of one tile, two tokens a word
-            pltpu.VMEM((5, 192, 2, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
-            pltpu.VMEM((5, 192, 2, 128), jnp.bfloat16),  # new_values: new values, likewise
-            pltpu.VMEM((9, 256, 128), jnp.bfloat16),  # page_rows: pages to update
-            pltpu.VMEM((32, 128), jnp.uint32),  # packed: new tokens in the cache's form
-            pltpu.VMEM((3, 256, 8, 128), jnp.bfloat16),  # q_in: query blocks as they come
-            pltpu.VMEM((2048, 128), jnp.float32),  # by_token: one by token
-            pltpu.VMEM((2, 1024, 128), jnp.bfloat16),  # q_rows: one by KV head
-            pltpu.VMEM((3, 256, 512), jnp.float32),  # next_scores: the first scores of the next turn
-            pltpu.VMEM((2, 1024, 128), jnp.float32),  # row_max: running maximum
-            pltpu.VMEM((2, 1024, 128), jnp.float32),  # row_sum: running sum, the same in every lane
-            pltpu.VMEM((2, 1024, 128), jnp.float32),  # acc: running output
-            pltpu.VMEM((1, 256, 8, 128), jnp.bfloat16),  # out_rows: an output block on its way out
-            pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
-            pltpu.SemaphoreType.DMA((9,)),  # old_sem: pages that hold old tokens
-            pltpu.SemaphoreType.DMA((9,)),  # write_sem: cache writes
-            pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
-            pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
-        ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=33554432, disable_bounds_checks=True),
-        name="rpa_prefill",
-    )(kv_lens, page_indices, distribution, queries, keys, values, rows)
+def rows_of_tile(index):
+    """The rows of a sublane tile, the `index`-th from where rows are counted."""
+    return pl.ds(pl.multiple_of(index * SUBLANE_TILE_ROWS, SUBLANE_TILE_ROWS), SUBLANE_TILE_ROWS)
 
 
 def cache_rows(kv_cache):
-    """The cache as rows of 128 lanes, `[pages, PAGE_ROWS, 128]`. The bytes lie the same: the compiler makes it a bitcast."""
-    return kv_cache.reshape(kv_cache.shape[0], PAGE_ROWS, 128)
+    """The cache as rows of LANES lanes, `[pages, PAGE_ROWS, LANES]`: by token, then KV head, then K and V.
+
+    The bytes lie the same: the compiler makes it a bitcast.
+    """
+    return kv_cache.reshape(kv_cache.shape[0], PAGE_ROWS, LANES)
 
 
 def rows_cache(rows, shape):
@@ -631,10 +168,710 @@ def rows_cache(rows, shape):
     return rows.reshape(shape)
 
 
+def pack_token(keys, values, packed, token):
+    """Lays one token's new keys and values `[KV_HEADS, HEAD_DIM]` into 32-bit words: K in the low half, V in the high."""
+    # A bfloat16 is the high half of a float32.
+    keys, values = (pltpu.bitcast(rows, jnp.uint32) for rows in float_rows(keys, values))
+    words = (keys >> 16) | values
+    for tile in range(LANE_TILES):
+        lanes = slice(tile * LANES, (tile + 1) * LANES)
+        packed[pl.ds(token * WORD_ROWS + tile, KV_HEADS, stride=LANE_TILES)] = words[:, lanes]
+
+
+class PagedKernel:
+    """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
+
+    def page_copy(self, seq, block, buffer, page):
+        physical = self.page_indices[seq * PAGES_PER_SEQ + block * self.block_pages + page]
+        place = self.kv.at[buffer, pl.ds(page * PAGE_ROWS, PAGE_ROWS)]
+        return pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer])
+
+    def start_page(self, seq, block, buffer, page):
+        self.page_copy(seq, block, buffer, page).start()
+
+    def wait_page(self, seq, block, buffer, page):
+        self.page_copy(seq, block, buffer, page).wait()
+
+    def pages_of(self, kv_end, block):
+        """How many pages of a block hold tokens below `kv_end`."""
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * self.block_pages, self.block_pages)
+
+    def start_block(self, kv_end, seq, block, buffer):
+        """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`."""
+        start_page = functools.partial(self.start_page, seq, block, buffer)
+        pages = self.pages_of(kv_end, block)
+
+        @pl.when(pages == self.block_pages)
+        def start_full_block():
+            for page in range(self.block_pages):
+                start_page(page)
+
+        pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, start_page))
+
+    def wait_block(self, kv_end, seq, block, buffer):
+        """Waits for the copies that `start_block` started."""
+        wait_page = functools.partial(self.wait_page, seq, block, buffer)
+        pages = self.pages_of(kv_end, block)
+
+        @pl.when(pages == self.block_pages)
+        def wait_for_full_block():
+            whole = self.kv.at[buffer]
+            pltpu.make_async_copy(whole, whole, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
+
+        pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, wait_page))
+
+    def clear_tail(self, buffer, valid):
+        """Zeroes the tokens from `valid` to the end of those that are computed: a probability of 0 does not hide a NaN in V."""
+        rows = rows_of_tile(valid // SUBLANE_TILE)
+        clear_in_tile = functools.partial(self.clear_in_tile, buffer, rows, valid)
+        pl.when(lax.rem(valid, SUBLANE_TILE) > 0)(clear_in_tile)
+        # One sublane tile at a time to where several at a time can go on.
+        first = pl.cdiv(valid, SUBLANE_TILE)
+        wide = pl.cdiv(first, self.cleared_tiles)
+        for_each(first, wide * self.cleared_tiles, functools.partial(self.clear_tiles, buffer, 1))
+        wide_end = pl.cdiv(valid, self.computed_tokens) * (self.computed_tokens // (SUBLANE_TILE * self.cleared_tiles))
+        for_each(wide, wide_end, functools.partial(self.clear_tiles, buffer, self.cleared_tiles))
+
+    def clear_in_tile(self, buffer, rows, valid):
+        words = rows_as_words(self.kv[buffer, rows])
+        kept = token_of_word(SUBLANE_TILE) < lax.rem(valid, SUBLANE_TILE)
+        self.kv[buffer, rows] = words_as_rows(jnp.where(kept, words, jnp.zeros_like(words)))
+
+    def clear_tiles(self, buffer, tiles, index):
+        rows = tiles * SUBLANE_TILE_ROWS
+        self.kv[buffer, pl.ds(pl.multiple_of(index * rows, rows), rows)] = jnp.zeros((rows, LANES), self.kv.dtype)
+
+
+@dataclasses.dataclass
+class PrefillKernel(PagedKernel):
+    """CHUNK new tokens for each of the sequences [0, distribution[1]).
+
+    A step is one KV block against one query block. The fetch runs FETCH_LOOKAHEAD steps ahead, across the ends of both.
+    """
+
+    # Scalars in SMEM.
+    kv_lens: Ref  # int32[MAX_SEQS]
+    page_indices: Ref  # int32[MAX_SEQS * PAGES_PER_SEQ]
+    distribution: Ref  # int32[3]
+    # Arrays in HBM.
+    q_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
+    k_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    v_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    cache_in: Ref  # bfloat16[pages, PAGE_ROWS, LANES]: the memory of cache_hbm
+    out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
+    cache_hbm: Ref  # bfloat16[pages, PAGE_ROWS, LANES]
+    # Scratch arrays in VMEM, and semaphores.
+    kv: Ref  # bfloat16[KV_BUFFERS, KV_BLOCK * TOKEN_ROWS, LANES]: fetched blocks
+    k_words: Ref  # uint32[TILE // PACKING * WORD_ROWS, LANES]: keys of one tile, two tokens a word
+    v_words: Ref  # uint32[TILE // PACKING * WORD_ROWS, LANES]: values of one tile, two tokens a word
+    new_keys: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new keys, around the page they go to
+    new_values: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new values, around the page they go to
+    page_rows: Ref  # bfloat16[PAGE_BUFFERS, PAGE_ROWS, LANES]: pages to update
+    packed: Ref  # uint32[MERGE_TOKENS * WORD_ROWS, LANES]: new tokens in the cache's form
+    q_in: Ref  # bfloat16[KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM]: query blocks as they come
+    by_token: Ref  # float32[Q_BLOCK * PADDED_Q_HEADS, LANES]: a query block by token
+    q_rows: Ref  # bfloat16[KV_HEADS, Q_ROWS, HEAD_LANES]: a query block by KV head
+    next_scores: Ref  # float32[SCORE_BUFFERS, STEP_ROWS, TILE]: the first scores of the next iteration
+    row_max: Ref  # float32[KV_HEADS, Q_ROWS, LANES]: running maximum
+    row_sum: Ref  # float32[KV_HEADS, Q_ROWS, LANES]: running sum, the same in every lane
+    acc: Ref  # float32[KV_HEADS, Q_ROWS, HEAD_LANES]: running output
+    out_rows: Ref  # bfloat16[1, Q_BLOCK, Q_HEADS, HEAD_DIM]: an output block on its way out
+    kv_sem: Ref  # DMA[KV_BUFFERS]: fetches
+    new_sem: Ref  # DMA[NEW_BUFFERS]: new keys and values
+    old_sem: Ref  # DMA[PAGE_BUFFERS]: pages that hold old tokens
+    write_sem: Ref  # DMA[PAGE_BUFFERS]: cache writes
+    q_sem: Ref  # DMA[KV_BUFFERS]: query blocks
+    out_sem: Ref  # DMA[1]: output blocks
+
+    block_pages = KV_BLOCK // PAGE_SIZE
+    computed_tokens = DIAGONAL_BLOCK
+    cleared_tiles = CLEARED_TILES
+
+    def run(self):
+        """Attention of all sequences of the kernel, whose new tokens may have to get into the cache first."""
+        self.first_seq, self.end_seq = self.sequences()
+        pl.when(self.first_seq < self.end_seq)(self.attend)
+
+    def attend(self):
+        """Goes through the query blocks of all sequences, and for each through the KV blocks that it sees."""
+        start = (self.first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        # The first block comes while the last pages go, if none of these is in it.
+        early = self.first_page(self.first_seq) >= self.block_pages
+        self.update_pages(functools.partial(self.start_fetch, 0, start, early))
+        self.clear_all()
+        self.start_fetch(0, start, ~early)
+        fetched = self.next_fetch(start)
+        for step in range(1, FETCH_LOOKAHEAD):
+            fetched = self.fetch_ahead(step, *fetched)
+        state = (jnp.int32(0), start, fetched, start[:2])
+        _, _, _, sent, *_ = lax.while_loop(self.has_work, self.step, state)
+        self.for_copies(*sent, self.out_copy, wait_copy)
+
+    def has_work(self, carry):
+        """Whether there is a step to take."""
+        return carry[1][0] < self.end_seq
+
+    def step(self, carry):
+        """Takes one step; `at` is its sequence, its query block (of the sequence, and of all) and its KV block."""
+        step, at, fetched, sent = carry
+        seq, q_block, q_step, block = at
+        fetched = self.fetch_ahead(step + FETCH_LOOKAHEAD, *fetched)
+        buffer = lax.rem(step, KV_BUFFERS)
+        end = self.kv_end(seq, q_block)
+        valid = jnp.minimum(end - block * KV_BLOCK, KV_BLOCK)
+        last = (block + 1) * KV_BLOCK >= end
+        first_query = self.kv_lens[seq] - self.q_len(seq) + q_block * Q_BLOCK
+        pl.when(block == 0)(functools.partial(self.load_query_block, seq, q_block, q_step))
+        self.wait_block(end, seq, block, buffer)
+        pl.when(last)(functools.partial(self.clear_tail, buffer, valid))
+        self.attend_block(buffer, block, valid, first_query)
+        pl.when(last)(functools.partial(self.store_query_block, seq, q_block, q_step, sent))
+        sent = tuple(jnp.where(last, new, old) for new, old in zip((seq, q_block), sent))
+        return step + 1, self.advance(*at), fetched, sent
+
+    def load_query_block(self, seq, q_block, q_step):
+        """Waits for a query block and sorts its rows."""
+        self.for_query_copies(seq, q_block, lax.rem(q_step, KV_BUFFERS), wait_copy)
+        self.load_queries(lax.rem(q_step, KV_BUFFERS))
+
+    def store_query_block(self, seq, q_block, q_step, sent):
+        """Starts to write the output of a query block, once that of the block before, `sent`, has been written."""
+        pl.when(q_step > 0)(functools.partial(self.wait_output, sent))
+        self.store_output()
+        self.for_copies(seq, q_block, self.out_copy, start_copy)
+
+    def wait_output(self, sent):
+        self.for_copies(*sent, self.out_copy, wait_copy)
+
+    # ---- Sequences: CHUNK new tokens each.
+
+    def sequences(self):
+        """The first sequence of the kernel, and the end of them."""
+        return jnp.int32(0), self.distribution[1]
+
+    def q_start(self, seq):
+        """The row of a sequence's first new token."""
+        return seq * CHUNK
+
+    def q_len(self, seq):
+        """The number of its new tokens."""
+        return CHUNK
+
+    def queries_end(self, seq, q_block):
+        """The number of tokens of a sequence up to the last query of a block."""
+        return self.kv_lens[seq] - CHUNK + (q_block + 1) * Q_BLOCK
+
+    def for_copies(self, seq, q_block, make_copy, act):
+        """Acts on the copy `make_copy(row of queries, token of the block, tokens)` that holds a query block."""
+        act(make_copy(self.q_start(seq) + q_block * Q_BLOCK, 0, Q_BLOCK))
+
+    # ---- Update of the cache: page by page, old tokens are kept and new ones put in.
+
+    def update_pages(self, meanwhile):
+        """Updates the pages of all sequences; `meanwhile` is called before the last of them are waited for."""
+        start = (self.first_seq, self.first_page(self.first_seq))
+        fetched = start
+        for step in range(UPDATE_LOOKAHEAD):
+            fetched = self.load_page(jnp.int32(step), *fetched)
+        steps, *_ = lax.while_loop(self.has_page, self.update_page, (jnp.int32(0), *start, *fetched))
+        meanwhile()
+        for_each(0, jnp.minimum(steps, PAGE_BUFFERS), functools.partial(self.wait_last_write, steps))
+
+    def has_page(self, carry):
+        """Whether there is a page to update."""
+        return carry[1] < self.end_seq
+
+    def update_page(self, carry):
+        """Updates one page, and loads what a later one needs."""
+        step, seq, page, *fetched = carry
+        fetched = self.load_page(step + UPDATE_LOOKAHEAD, *fetched)
+        self.merge_page(step, seq, page)
+        return step + 1, *self.next_page(seq, page), *fetched
+
+    def wait_last_write(self, steps, index):
+        """Waits for one of the last writes: all have as many bytes."""
+        page = self.first_page(self.first_seq)
+        self.page_write(self.first_seq, page, lax.rem(steps - 1 - index, PAGE_BUFFERS)).wait()
+
+    def first_page(self, seq):
+        """The first page of a sequence that gets new tokens."""
+        return lax.div(self.kv_lens[seq] - self.q_len(seq), PAGE_SIZE)
+
+    def next_page(self, seq, page):
+        """The page after a page, maybe of the next sequence."""
+        last = (page + 1) * PAGE_SIZE >= self.kv_lens[seq]
+        next_seq = jnp.where(last, seq + 1, seq)
+        return next_seq, jnp.where(last, self.first_page(jnp.minimum(next_seq, self.end_seq - 1)), page + 1)
+
+    def new_span(self, seq, page):
+        """The new tokens of a page, as a range within it."""
+        kv_len = self.kv_lens[seq]
+        first = jnp.maximum(kv_len - self.q_len(seq) - page * PAGE_SIZE, 0)
+        return first, jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
+
+    def load_page(self, step, seq, page):
+        """Starts the copies of a page's new tokens, and of its old ones if it has any; returns the page after it."""
+        buffer = lax.rem(step, PAGE_BUFFERS)
+        pl.when(seq < self.end_seq)(functools.partial(self.start_page_copies, step, seq, page, buffer))
+        next_seq, next_index = self.next_page(jnp.minimum(seq, self.end_seq - 1), page)
+        return jnp.where(seq < self.end_seq, next_seq, seq), jnp.where(seq < self.end_seq, next_index, page)
+
+    def start_page_copies(self, step, seq, page, buffer):
+        """Starts them once the buffer is free."""
+
+        @pl.when(step >= PAGE_BUFFERS)
+        def wait_for_buffer():
+            self.page_write(seq, page, buffer).wait()  # the write of PAGE_BUFFERS steps ago: as many bytes, this semaphore
+
+        for copy in self.new_token_copies(seq, page, lax.rem(step, NEW_BUFFERS)):
+            copy.start()
+        first, end = self.new_span(seq, page)
+
+        @pl.when((first > 0) | (end < PAGE_SIZE))
+        def start_old_tokens():
+            self.old_page_copy(seq, page, buffer).start()
+
+    def old_page_copy(self, seq, page, buffer):
+        physical = self.page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(self.cache_hbm.at[physical], self.page_rows.at[buffer], self.old_sem.at[buffer])
+
+    def page_write(self, seq, page, buffer):
+        physical = self.page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(self.page_rows.at[buffer], self.cache_hbm.at[physical], self.write_sem.at[buffer])
+
+    def merge_page(self, step, seq, page):
+        """Puts the new tokens into a page, and starts to write it."""
+        buffer, new_buffer = lax.rem(step, PAGE_BUFFERS), lax.rem(step, NEW_BUFFERS)
+        first, end = self.new_span(seq, page)
+        for copy in self.new_token_copies(seq, page, new_buffer):
+            copy.wait()
+
+        @pl.when((first > 0) | (end < PAGE_SIZE))
+        def wait_for_old_tokens():
+            self.old_page_copy(seq, page, buffer).wait()
+
+        merge = functools.partial(self.merge_tokens, buffer, new_buffer, first, end)
+        for_each(lax.div(first, MERGE_TOKENS), pl.cdiv(end, MERGE_TOKENS), merge)
+        self.page_write(seq, page, buffer).start()
+
+    def new_token_copies(self, seq, page, buffer):
+        """The copies of a page's new keys and values."""
+        # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
+        wanted = self.q_start(seq) + page * PAGE_SIZE - (self.kv_lens[seq] - self.q_len(seq))
+        source = jnp.clip(wanted, 0, self.k_hbm.shape[0] - NEW_TOKENS)
+        take, put = pl.ds(source, NEW_TOKENS), pl.ds(PAGE_SIZE + source - wanted, NEW_TOKENS)
+        return (
+            pltpu.make_async_copy(self.k_hbm.at[take], self.new_keys.at[buffer, put], self.new_sem.at[buffer]),
+            pltpu.make_async_copy(self.v_hbm.at[take], self.new_values.at[buffer, put], self.new_sem.at[buffer]),
+        )
+
+    def merge_tokens(self, buffer, new_buffer, first, end, index):
+        """Puts new tokens into MERGE_TOKENS tokens of a page, where they lie in `[first, end)`."""
+        start = index * MERGE_TOKENS
+        for i in range(MERGE_TOKENS):
+            keys = self.new_keys[new_buffer, PAGE_SIZE + start + i]
+            pack_token(keys, self.new_values[new_buffer, PAGE_SIZE + start + i], self.packed, i)
+        rows = pl.ds(pl.multiple_of(index * MERGE_ROWS, MERGE_ROWS), MERGE_ROWS)
+        token = start + token_of_word(MERGE_TOKENS)
+        is_new = (token >= first) & (token < end)
+        words = jnp.where(is_new, self.packed[...], rows_as_words(self.page_rows[buffer, rows]))
+        self.page_rows[buffer, rows] = words_as_rows(words)
+
+    # ---- Fetches.
+
+    def kv_end(self, seq, q_block):
+        """The number of tokens that a query block attends to, from the first one on that is fetched."""
+        return self.queries_end(seq, q_block)
+
+    def advance(self, seq, q_block, q_step, block):
+        """The step after a step."""
+        last = (block + 1) * KV_BLOCK >= self.kv_end(seq, q_block)
+        last_of_seq = last & ((q_block + 1) * Q_BLOCK >= self.q_len(seq))
+        return (
+            jnp.where(last_of_seq, seq + 1, seq),
+            jnp.where(last, jnp.where(last_of_seq, 0, q_block + 1), q_block),
+            jnp.where(last, q_step + 1, q_step),
+            jnp.where(last, 0, block + 1),
+        )
+
+    def fetch_ahead(self, step, *at):
+        """Starts the fetch of a step; returns the step after it."""
+        self.start_fetch(step, at)
+        return self.next_fetch(at)
+
+    def start_fetch(self, step, at, wanted=True):
+        """Starts the fetch of a step's KV block, and of its query block if it is the first one against that."""
+        pl.when((at[0] < self.end_seq) & wanted)(functools.partial(self.start_copies, step, *at))
+
+    def start_copies(self, step, seq, q_block, q_step, block):
+        @pl.when(block == 0)
+        def start_query_copies():
+            self.for_query_copies(seq, q_block, lax.rem(q_step, KV_BUFFERS), start_copy)
+
+        end = self.kv_end(seq, q_block)
+        self.start_block(end, seq, block, lax.rem(step, KV_BUFFERS))
+
+    def next_fetch(self, at):
+        """The step after a step, if there is one."""
+        seq, *within = at
+        following = self.advance(jnp.minimum(seq, self.end_seq - 1), *within)
+        return tuple(jnp.where(seq < self.end_seq, new, old) for new, old in zip(following, at))
+
+    # ---- Query blocks, in and out in their natural layout, sorted by KV head inside.
+
+    def for_query_copies(self, seq, q_block, buffer, act):
+        """Acts on the copies of a query block."""
+        self.for_copies(seq, q_block, functools.partial(self.query_copy, buffer), act)
+
+    def query_copy(self, buffer, row, first, size):
+        place = self.q_in.at[buffer, pl.ds(first, size)]
+        return pltpu.make_async_copy(self.q_hbm.at[pl.ds(row, size)], place, self.q_sem.at[buffer])
+
+    def out_copy(self, row, first, size):
+        source = self.out_rows.at[0, pl.ds(first, size)]
+        return pltpu.make_async_copy(source, self.out_hbm.at[pl.ds(row, size)], self.out_sem.at[0])
+
+    # ---- The order of query rows: by query head, then query.
+
+    def query_of(self, row):
+        """Which query of the block a row of a KV head is of."""
+        return lax.rem(row, Q_BLOCK)
+
+    def rows_of_head(self, head):
+        """Where one query head's queries are among the rows of its KV head."""
+        return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * Q_BLOCK, Q_BLOCK), Q_BLOCK)
+
+    def clear_all(self):
+        """Sets all running maxima as they are before a first tile."""
+        for_each(0, KV_HEADS * ROW_STEPS, self.clear_step)
+
+    def clear_step(self, step):
+        rows = pl.ds(lax.rem(step, ROW_STEPS) * STEP_ROWS, STEP_ROWS)
+        self.clear_max(lax.div(step, ROW_STEPS), rows)
+
+    def load_queries(self, buffer):
+        """Sorts a query block by query head, `[KV_HEADS, Q_ROWS, HEAD_LANES]`."""
+        for_each(0, SORT_STEPS, functools.partial(self.spread_tokens, buffer))
+        for_each(0, Q_HEADS, self.sort_head)
+
+    def sort_head(self, head):
+        rows = self.rows_of_head(head)
+        sort_rows(self.by_token, pl.ds(head, Q_BLOCK, stride=PADDED_Q_HEADS), self.q_rows, head, rows)
+
+    def store_output(self):
+        """Puts a block's output back in the order of its tokens, and sets the running maxima for the next one."""
+        for_each(0, Q_HEADS, self.unsort_head)
+        for_each(0, SORT_STEPS, self.gather_tokens)
+
+    def unsort_head(self, head):
+        rows = self.rows_of_head(head)
+        strided = pl.ds(head, Q_BLOCK, stride=PADDED_Q_HEADS)
+        out = self.acc[head // GROUP, rows] / broadcast_lanes(self.sums(head // GROUP, rows), HEAD_LANES)
+        self.clear_max(head // GROUP, rows)
+        store_rows(self.by_token, strided, out)
+
+    def spread_tokens(self, buffer, step):
+        """Lays SORT_TOKENS tokens into rows of one query head each."""
+        tokens = pl.ds(pl.multiple_of(step * SORT_TOKENS, SORT_TOKENS), SORT_TOKENS)
+        rows = pl.ds(pl.multiple_of(step * SORT_ROWS, SORT_ROWS), SORT_ROWS)
+        queries = self.q_in[buffer, tokens].astype(jnp.float32).reshape(SORT_ROWS, HEAD_DIM)
+        store_rows(self.by_token, rows, queries)
+
+    def gather_tokens(self, step):
+        """Gathers SORT_TOKENS tokens of the output from such rows."""
+        tokens = pl.ds(pl.multiple_of(step * SORT_TOKENS, SORT_TOKENS), SORT_TOKENS)
+        rows = pl.ds(pl.multiple_of(step * SORT_ROWS, SORT_ROWS), SORT_ROWS)
+        out = load_rows(self.by_token, rows)
+        out = out.reshape(SORT_TOKENS, Q_HEADS, HEAD_DIM)
+        self.out_rows[0, tokens] = out.astype(self.out_rows.dtype)
+
+    # ---- Reading of one head's K and V: `tokens` tokens, from token `first` of a block on.
+
+    def head_rows_of(self, words, first, tokens, head):
+        """`[tokens, HEAD_LANES]` of one head out of the tile that was taken apart last, in the order of `tokens_in_order`."""
+        first_row = lax.div(lax.rem(first, TILE), PACKING) * WORD_ROWS
+        return words_as_rows(load_words(words, first_row, head, tokens // PACKING))
+
+    def head_keys(self, buffer, first, tokens, head):
+        return self.head_rows_of(self.k_words, first, tokens, head)
+
+    def head_values(self, buffer, first, tokens, head):
+        return self.head_rows_of(self.v_words, first, tokens, head)
+
+    def tokens_in_order(self, shape, axis):
+        """The token of each index along an axis of a diagonal block's: the halves of the words, interleaved."""
+        index = lax.broadcasted_iota(jnp.int32, shape, axis)
+        return (index >> 1) + (index & 1) * TOKENS_APART
+
+    def deinterleave_tile(self, buffer, tile):
+        """Takes the words of a tile apart, into those of K and of V.
+
+        A word of either holds two tokens of a diagonal block: token t in its low half, t + TOKENS_APART in its high one.
+        """
+        half = jnp.uint32(0xFFFF)
+        for_each(0, DIAGONAL_BLOCKS * DEINTERLEAVE_STEPS, functools.partial(self.deinterleave_rows, buffer, tile, half))
+
+    def deinterleave_rows(self, buffer, tile, half, step):
+        """DEINTERLEAVED_ROWS rows of either half: few enough to stay in registers."""
+        block, step_of_block = lax.div(step, DEINTERLEAVE_STEPS), lax.rem(step, DEINTERLEAVE_STEPS)
+        first = tile * TILE_ROWS + block * DIAGONAL_ROWS + step_of_block * DEINTERLEAVED_ROWS
+        lower = pl.multiple_of(first, DEINTERLEAVED_ROWS)
+        upper = pl.multiple_of(first + ROWS_APART, DEINTERLEAVED_ROWS)
+        low = rows_as_words(self.kv[buffer, pl.ds(lower, DEINTERLEAVED_ROWS)])
+        high = rows_as_words(self.kv[buffer, pl.ds(upper, DEINTERLEAVED_ROWS)])
+        words = pl.ds(pl.multiple_of(step * DEINTERLEAVED_WORDS, DEINTERLEAVED_WORDS), DEINTERLEAVED_WORDS)
+        self.k_words[words] = (low & half) | (high << 16)
+        self.v_words[words] = (low >> 16) | (high & ~half)
+
+    # ---- Scores `[query rows, tokens]`, as logarithms to base 2; running maxima and sums are the same in every lane.
+
+    def scores_of(self, queries, keys, head):
+        """The scores of some query rows of a KV head against some tokens."""
+        return matmul(queries, keys, 1) * SCORE_SCALE
+
+    def query_positions(self, first_query, first, rows, tokens):
+        """The position of each row's query, relative to token `first`, beside each of `tokens` tokens."""
+        row = rows.start + lax.broadcasted_iota(jnp.int32, (rows.size, LANES), 0)
+        return broadcast_lanes(first_query - first + self.query_of(row), tokens)
+
+    def clear_max(self, head, rows):
+        """Sets the running maxima of some rows of a KV head as they are before a first tile."""
+        self.row_max[head, rows] = jnp.full((rows.size, LANES), MASKED)
+
+    def at(self, head, rows):
+        """Where some rows of a KV head are in the running state."""
+        return head, rows
+
+    def score(self, buffer, first, tokens, head, rows):
+        """The scores of some rows of a KV head against `tokens` tokens from token `first` of a block on."""
+        return self.scores_of(self.q_rows[head, rows], self.head_keys(buffer, first, tokens, head), head)
+
+    def state_before(self, head, rows, begins):
+        """The running sum and output of some rows of a KV head; if they begin, what the block before left does not count."""
+        old_sum = jnp.where(begins, 0.0, self.row_sum[self.at(head, rows)])
+        return old_sum, jnp.where(begins, 0.0, self.acc[self.at(head, rows)])
+
+    # ---- Flash attention of tiles of one KV block.
+
+    def attend_block(self, buffer, block, valid, first_query):
+        """Attends to one KV block: the tiles that all queries see whole, then those that some see in part."""
+        first_query = first_query - block * KV_BLOCK
+        full = jnp.clip(lax.div(first_query + 1, TILE), 0, TILES)
+        FullTiles(self, buffer, block == 0, 0, full).run()
+        for_each(full, pl.cdiv(valid, TILE), functools.partial(self.attend_partial_tile, buffer, block, valid, first_query))
+
+    def attend_partial_tile(self, buffer, block, valid, first_query, tile):
+        PartialTile(self, buffer, block + tile == 0, tile, valid, first_query).run()
+
+    def flash(self, tiles):
+        """Takes the iterations of some tiles: each is the flash steps of some heads against one tile.
+
+        A step is STEP_ROWS query rows of one head. An iteration is one piece of code, in which scores are made `lookahead`
+        steps before they are used, the first of the next iteration at its end: so the MXU and the vector units work at once.
+        """
+        self.make_first_scores(tiles)
+        for_each(0, tiles.iterations, functools.partial(self.flash_iteration, tiles))
+
+    def make_first_scores(self, tiles):
+        """The scores that the first iteration finds."""
+        for i in range(tiles.lookahead):
+            self.next_scores[i, :, : tiles.tokens] = self.step_scores(tiles, 0, i)
+
+    def step_scores(self, tiles, iteration, step):
+        """The scores of one step of an iteration."""
+        first, first_head = tiles.tile_of(iteration)
+        head, rows = flash_steps(tiles.heads)[step]
+        return tiles.scores(first, tiles.tokens, first_head + head, rows)
+
+    def flash_iteration(self, tiles, iteration):
+        """One iteration, with the first scores of the next."""
+        first, first_head = tiles.tile_of(iteration)
+        begins = tiles.begins & (first == tiles.tile_of(0)[0])
+        steps = flash_steps(tiles.heads)
+        scores = [self.next_scores[i, :, : tiles.tokens] for i in range(tiles.lookahead)]
+        for i, (head, rows) in enumerate(steps):
+            later = i + tiles.lookahead
+            if later < len(steps):
+                scores.append(self.step_scores(tiles, iteration, later))
+            else:
+                following = jnp.minimum(iteration + 1, tiles.iterations - 1)
+                next_scores = self.step_scores(tiles, following, later - len(steps))
+                self.next_scores[later - len(steps), :, : tiles.tokens] = next_scores
+            self.add_tokens(scores[i], tiles.buffer, first, first_head + head, rows, begins)
+
+    def add_tokens(self, scores, buffer, first, head, rows, begins):
+        """Adds the tokens of some scores to the running softmax of some rows of a head."""
+        tokens = scores.shape[1]
+        old_sum, old_acc = self.state_before(head, rows, begins)
+        old_max = self.row_max[head, rows]
+        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
+        p = jnp.exp2(scores - broadcast_lanes(new_max, tokens))
+        alpha = jnp.exp2(old_max - new_max)
+        self.row_max[head, rows] = new_max
+        # The MXU is wider than a head: ones beside the values make the sum of the probabilities at no cost.
+        values = self.head_values(buffer, first, tokens, head)
+        values = jnp.concatenate([values, jnp.ones((tokens, LANES), jnp.bfloat16)], axis=1)
+        pv = matmul(p.astype(jnp.bfloat16), values, 0)
+        self.row_sum[head, rows] = alpha * old_sum + pv[:, HEAD_LANES:]
+        self.acc[head, rows] = broadcast_lanes(alpha, HEAD_LANES) * old_acc + pv[:, :HEAD_LANES]
+
+    def sums(self, head, rows):
+        """The running sums of some rows of a KV head."""
+        return self.row_sum[head, rows]
+
+
+@dataclasses.dataclass
+class FullTiles:
+    """Tiles of a KV block that all queries of the query block see whole: `count` tiles from `first_tile` on.
+
+    `begins`: whether the query block has seen no tile before them.
+    """
+
+    kernel: PrefillKernel
+    buffer: jax.Array
+    begins: jax.Array
+    first_tile: jax.Array
+    count: jax.Array
+
+    tokens, heads, lookahead = TILE, STEP_HEADS, SCORE_LOOKAHEAD
+
+    def run(self):
+        for_each(self.first_tile, self.count, self.take_tile)
+
+    def take_tile(self, tile):
+        """Takes one tile, whose words hold both K and V and must be taken apart."""
+        self.kernel.deinterleave_tile(self.buffer, tile)
+        one = dataclasses.replace(self, begins=self.begins & (tile == self.first_tile), first_tile=tile)
+        one.iterations = ITERATIONS
+        self.kernel.flash(one)
+
+    def tile_of(self, iteration):
+        """The first token of an iteration's tile, and the first of its heads."""
+        tile, head = self.first_tile + lax.div(iteration, ITERATIONS), lax.rem(iteration, ITERATIONS) * STEP_HEADS
+        return tile * TILE, head
+
+    def scores(self, first, tokens, head, rows):
+        """The scores of some rows against a tile."""
+        return self.kernel.score(self.buffer, first, tokens, head, rows)
+
+
+@dataclasses.dataclass
+class PartialTile:
+    """A tile of which some queries do not see all tokens, as far as there are tokens: a diagonal block at a time.
+
+    `begins`: whether the query block has seen no tile before it.
+    """
+
+    kernel: PrefillKernel
+    buffer: jax.Array
+    begins: jax.Array
+    tile: jax.Array
+    valid: jax.Array
+    first_query: jax.Array
+
+    tokens, heads, lookahead = DIAGONAL_BLOCK, DIAGONAL_HEADS, DIAGONAL_LOOKAHEAD
+
+    def run(self):
+        self.kernel.deinterleave_tile(self.buffer, self.tile)
+        self.first_block = self.tile * DIAGONAL_BLOCKS
+        blocks = jnp.minimum(DIAGONAL_BLOCKS, pl.cdiv(self.valid, DIAGONAL_BLOCK) - self.first_block)
+        self.iterations = blocks * DIAGONAL_ITERATIONS
+        self.kernel.flash(self)
+
+    def tile_of(self, iteration):
+        """The first token of an iteration's diagonal block, and the first of its heads."""
+        block = self.first_block + lax.div(iteration, DIAGONAL_ITERATIONS)
+        return block * DIAGONAL_BLOCK, lax.rem(iteration, DIAGONAL_ITERATIONS) * DIAGONAL_HEADS
+
+    def scores(self, first, tokens, head, rows):
+        """The scores of some rows against a diagonal block, masked where a query does not see a token."""
+        kernel = self.kernel
+        scores = kernel.score(self.buffer, first, tokens, head, rows)
+        query = kernel.query_positions(self.first_query, first, rows, tokens)
+        token = kernel.tokens_in_order(scores.shape, TOKEN_AXIS)
+        return jnp.where(visible(token, query), scores, MASKED)
+
+
+def visible(token, query):
+    """Whether a query sees a token."""
+    return token <= query
+
+
+def flash_steps(heads):
+    """The head and the rows of each flash step of an iteration."""
+    return [(head, pl.ds(row, STEP_ROWS)) for head in range(heads) for row in range(0, Q_ROWS, STEP_ROWS)]
+
+
+def store_rows(ref, rows, values):
+    """Stores rows of LANES lanes."""
+    ref[rows, :] = values
+
+
+def load_rows(ref, rows):
+    """Loads rows of LANES lanes."""
+    return ref[rows, :]
+
+
+def sort_rows(by_token, strided, q_rows, head, rows):
+    """Moves the rows of a query head to those of its KV head."""
+    q_rows[head // GROUP, rows] = by_token[strided, :].astype(q_rows.dtype)
+
+
+def load_words(words, first_row, head, count):
+    """Loads every WORD_ROWS-th row of words, `count` of them: those of one head."""
+    return words[pl.ds(first_row + head, count, stride=WORD_ROWS), :]
+
+
+def prefill_kernel(*refs):
+    PrefillKernel(*refs).run()
+
+
+def attend_prefill(queries, keys, values, cache, kv_lens, page_indices, distribution):
+    """`(out, cache)` of the prefill sequences; other rows of `out` are undefined."""
+    scalars = (kv_lens, page_indices, distribution)
+    arrays = (queries, keys, values, cache)
+    smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
+    return pl.pallas_call(
+        prefill_kernel,
+        in_specs=[smem] * len(scalars) + [hbm] * len(arrays),
+        out_specs=[hbm] * 2,
+        out_shape=[
+            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+            jax.ShapeDtypeStruct(cache.shape, cache.dtype),
+        ],
+        input_output_aliases={6: 1},  # results in the memory of operands
+        scratch_shapes=[
+            pltpu.VMEM((KV_BUFFERS, KV_BLOCK * TOKEN_ROWS, LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((TILE // PACKING * WORD_ROWS, LANES), jnp.uint32),  # k_words
+            pltpu.VMEM((TILE // PACKING * WORD_ROWS, LANES), jnp.uint32),  # v_words
+            pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
+            pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
+            pltpu.VMEM((PAGE_BUFFERS, PAGE_ROWS, LANES), jnp.bfloat16),  # page_rows
+            pltpu.VMEM((MERGE_TOKENS * WORD_ROWS, LANES), jnp.uint32),  # packed
+            pltpu.VMEM((KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in
+            pltpu.VMEM((Q_BLOCK * PADDED_Q_HEADS, LANES), jnp.float32),  # by_token
+            pltpu.VMEM((KV_HEADS, Q_ROWS, HEAD_LANES), jnp.bfloat16),  # q_rows
+            pltpu.VMEM((SCORE_BUFFERS, STEP_ROWS, TILE), jnp.float32),  # next_scores
+            pltpu.VMEM((KV_HEADS, Q_ROWS, LANES), jnp.float32),  # row_max
+            pltpu.VMEM((KV_HEADS, Q_ROWS, LANES), jnp.float32),  # row_sum
+            pltpu.VMEM((KV_HEADS, Q_ROWS, HEAD_LANES), jnp.float32),  # acc
+            pltpu.VMEM((1, Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_rows
+            pltpu.SemaphoreType.DMA((KV_BUFFERS,)),  # kv_sem
+            pltpu.SemaphoreType.DMA((NEW_BUFFERS,)),  # new_sem
+            pltpu.SemaphoreType.DMA((PAGE_BUFFERS,)),  # old_sem
+            pltpu.SemaphoreType.DMA((PAGE_BUFFERS,)),  # write_sem
+            pltpu.SemaphoreType.DMA((KV_BUFFERS,)),  # q_sem
+            pltpu.SemaphoreType.DMA((1,)),  # out_sem
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True),
+        name="rpa_prefill",
+    )(*scalars, *arrays)
+
+
 def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
     """Attention of a batch of prefill chunks only; returns `(out, kv_cache)`, the cache in the donated argument's memory.
 
-    Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` has nothing to add.
+    Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` is not used.
     """
-    out, rows = attend_prefill(queries, keys, values, cache_rows(kv_cache), kv_lens, page_indices, distribution)
-    return out, rows_cache(rows, kv_cache.shape)
+    out, cache = attend_prefill(queries, keys, values, cache_rows(kv_cache), kv_lens, page_indices, distribution)
+    return out, rows_cache(cache, kv_cache.shape)

@@ -10,532 +10,897 @@ What was specialized:
 - pages of 128 tokens, 128 a sequence, up to 64 sequences
 - token buckets that use it: 64
 - causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
-- K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
-- decode: tiles of 256 tokens, no longer than the expected lengths, 4 of them a turn, so that one fills the other's waits; fetched 6 turns ahead, so that DMA latency hides
-- mixed: blocks of 64 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
-- VMEM: 35,127,296 bytes counted, 50,331,648 allowed, 134,217,728 there
+- separate K and V in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
+- decode: tiles of 256 tokens, no longer than the expected lengths; waves of 4, so that one fills the other's waits;
+  fetched 6 waves ahead, which hides the latency of DMAs
+- mixed: blocks of 64 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512
+  tokens at once
+- decode, loop: waves of tiles of any sequences; tiles of short sequences hide each other's latency
+- decode, reading K and V: as they lie in the cache, one array for K and one for V of each head; kv_layout separate
+  needs no shuffle before the MXU
+- decode, writing new tokens: halves of the words of a sublane tile; 16-bit elements of two tokens share a word
+- decode, mask: by the length of each sequence; a row has one new token, the last of its sequence
+- mixed, loop: blocks of queries over blocks of tokens; a fetched token serves all queries of a block
+- mixed, reading K and V: as they lie in the cache, one array for K and one for V of each head; kv_layout separate needs
+  no shuffle before the MXU
+- mixed, writing new tokens: halves of the words of a sublane tile; 16-bit elements of two tokens share a word
+- mixed, mask: by comparing positions; this works with any mask and needs no MXU lanes
+- mixed, scores: a row for each query; this needs neither MXU lanes to spare nor whole registers of rows
+- mixed, softmax: not paced; this needs no buffers but those of the lookahead, and steps of any length
+- mixed, lookahead: scores are made 1 steps before their probabilities, 1 on the diagonal; the MXU works while the
+  vector unit does softmax
+- mixed, sorting queries: by strided loads and stores; the queries of a token for a KV head are no whole part of a
+  register
+- mixed, between blocks: the last tile of a block makes the first scores of the next block; the MXU does not wait there
+- mixed, sums of probabilities: by ones beside the values; MXU lanes to spare add them at no cost
+- mixed, values: whole registers of lanes; the MXU takes them as they lie in the cache
+- VMEM: 35,127,296 bytes counted, 50,331,648 allowed, 134,217,728 available
 """
+
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Ref, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+LANES = 128
 Q_HEADS = 20
 KV_HEADS = 5
 GROUP = 4  # query heads that share a KV head
+PADDED_Q_HEADS = 24  # Q_HEADS, up to whole sublane tiles
 HEAD_DIM = 128
+HEAD_LANES = 128  # of a row of the cache
+MAX_SEQS = 64
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 128
+DECODE_LEN = 1  # new tokens of a decode row
 SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * log2(e): probabilities are powers of two
-MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
+MASKED = -2e+38  # finite, so that a row that is all masked stays a number
+PRECISION = None  # of matmuls: bfloat16 products are exact in float32
+VMEM_LIMIT = 50331648  # bytes
+KV_PLANES = 2  # K and V
+K_PLANE = 0  # where K is among them
+V_PLANE = 1  # where V is
+SUBLANE_TILE = 16  # tokens of the smallest part of the cache that a DMA or store reaches
 
-UNIT = 16  # tokens of the smallest piece of the cache that a DMA or a store reaches
+DECODE_TILE = 256  # tokens that are fetched and computed at once, of one sequence
+DECODE_TILES_PER_WAVE = 4  # which fill the waits of each other
+DECODE_LOOKAHEAD = 6  # waves from the fetch of one to its softmax
+DECODE_WAVE_TOKENS = DECODE_TILES_PER_WAVE * DECODE_TILE
+DECODE_WAVE_BUFFERS = DECODE_LOOKAHEAD + 1  # waves that are fetched or computed
+DECODE_TILE_BUFFERS = DECODE_WAVE_BUFFERS * DECODE_TILES_PER_WAVE
+DECODE_TILE_PAGES = DECODE_TILE // PAGE_SIZE
+DECODE_MAX_ROWS = 64  # sequences of the largest batch
+DECODE_NO_SEQ = DECODE_MAX_ROWS  # in place of a sequence where there is no tile
+DECODE_MAX_TOKENS = DECODE_MAX_ROWS  # new tokens of the largest batch
+DECODE_WRITE_BUFFERS = 8  # sequences whose new tokens are on their way to the cache
+DECODE_QUERIES = Q_HEADS  # of a sequence
+DECODE_HEADS_PER_SET = 2  # KV heads whose queries are the rows of one matmul: they fill a register
+DECODE_HEAD_SETS = 3
+DECODE_SET_QUERIES = 8
+DECODE_SET_ROWS = 8  # rows of these queries, whole registers
+DECODE_P_ROWS = DECODE_SET_ROWS  # rows of a set's probabilities in one matmul
+DECODE_HEAD_QUERY_ROWS = 4  # of them those of one KV head
+DECODE_QUERY_ROWS = DECODE_HEAD_SETS * DECODE_SET_ROWS
+DECODE_LOADS = 3  # queries, keys, values
+MIXED_Q_BLOCK = 64  # query tokens of a query block
+MIXED_Q_ROWS = GROUP * MIXED_Q_BLOCK  # their rows of one KV head
+MIXED_KV_BLOCK = 2048  # tokens that are fetched at once
+MIXED_KV_BUFFERS = 3  # KV blocks, and query blocks, in VMEM
+MIXED_FETCH_LOOKAHEAD = MIXED_KV_BUFFERS - 1  # steps that the fetch runs ahead
+MIXED_COPY_SIZES = (64, 32, 16, 8, 4, 2, 1)  # tokens: of these is every copy of a query block
+MIXED_STEP_ROWS = 256  # query rows of a flash step
+MIXED_ROW_STEPS = MIXED_Q_ROWS // MIXED_STEP_ROWS
+MIXED_TILE = 512  # tokens of a flash step
+MIXED_TILES = MIXED_KV_BLOCK // MIXED_TILE
+MIXED_STEP_HEADS = 1  # KV heads whose steps are one iteration
+MIXED_ITERATIONS = KV_HEADS // MIXED_STEP_HEADS  # of a tile
+MIXED_DIAGONAL_BLOCK = 256  # tokens of a flash step where not all of a tile's tokens count
+MIXED_DIAGONAL_BLOCKS = MIXED_TILE // MIXED_DIAGONAL_BLOCK
+MIXED_DIAGONAL_HEADS = 1  # KV heads whose steps are one iteration there
+MIXED_DIAGONAL_ITERATIONS = KV_HEADS // MIXED_DIAGONAL_HEADS  # of a diagonal block
+MIXED_SCORE_LOOKAHEAD = 1  # flash steps that scores are made ahead
+MIXED_DIAGONAL_LOOKAHEAD = 1
+MIXED_SCORE_BUFFERS = MIXED_SCORE_LOOKAHEAD
+MIXED_TOKEN_AXIS = 1  # of scores
+MIXED_SORT_TOKENS = 16  # tokens of a query block that are sorted at once
+MIXED_SORT_STEPS = MIXED_Q_BLOCK // MIXED_SORT_TOKENS
+MIXED_CLEARED_PLANES = (V_PLANE,)
+MIXED_PAGE_BUFFERS = 9  # pages under update
+MIXED_NEW_BUFFERS = 5  # pages whose new tokens are fetched or in use
+MIXED_UPDATE_LOOKAHEAD = 4  # pages that their fetch runs ahead
+MIXED_NEW_TOKENS = 64  # tokens of such a fetch
+MIXED_MERGE_TOKENS = 16  # new tokens that are put into a page at once
 
 
-def widen(rows, lanes):
-    """Rows that hold one value in all 128 lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
-    return jnp.concatenate([rows] * (lanes // 128), axis=1)
+def for_each(first, end, body):
+    """Runs `body(index)` for each index in [first, end), as one piece of code."""
 
-
-def products(rows, matrix, contracted):
-    """`rows` times `matrix` along its dimension `contracted`, in float32."""
-    dims = (((1,), (contracted,)), ((), ()))
-    return lax.dot_general(rows, matrix, dims, preferred_element_type=jnp.float32)
-
-
-def decode_kernel(
-    # scalars in SMEM
-    kv_lens, page_indices, distribution,
-    # arrays in HBM; the cache is updated in place
-    q_hbm, k_hbm, v_hbm, _cache, out_hbm, cache_hbm,
-    # scratch
-    kv,
-    q_in,
-    new_keys,
-    new_values,
-    unit_out,
-    scores,
-    row_max,
-    row_sum,
-    acc,
-    out_all,
-    tile_seq,
-    tile_first,
-    tile_left,
-    kv_sem,
-    load_sem,
-    unit_sem,
-    out_sem,
-):  # fmt: skip
-    """One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.
-
-    The work is cut into tiles of 256 tokens of one sequence, and goes by groups of 4 tiles, whatever sequences
-    they are of. A turn of the loop scores the tiles of one group beside weighing those of the group before, so that the
-    MXU need not wait for a softmax. No turn asks where a sequence ends: every tile leaves its sequence's output so far,
-    and the last one stays.
-    """
-    num_seqs = distribution[0]
-
-    # ---- the tiles in flight: whose each is, where it begins, and how many tokens the sequence has from there on
-
-    def slot_of(group, i):
-        return lax.rem(group, 7) * 4 + i
-
-    def no_tile(index, _):
-        tile_seq[index] = 64
-        tile_first[index] = 0
-        tile_left[index] = 0
+    def run(index, _):
+        body(index)
         return 0
 
-    # ---- fetch KV: whole pages, 6 groups ahead
+    lax.fori_loop(first, end, run, 0)
 
-    def page_copy(physical, group, i, page):
-        slot, sem = slot_of(group, i), kv_sem.at[lax.rem(group, 7)]
-        return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, page], sem)
 
-    def fetch(group, seq, first):
-        """Starts the fetch of a group whose first tile is at token `first` of `seq`; returns where the next one begins."""
-        for i in range(4):
-            live, some_seq = seq < num_seqs, jnp.minimum(seq, num_seqs - 1)
-            left = jnp.where(live, kv_lens[some_seq] - first, 0)
-            tile_seq[slot_of(group, i)] = jnp.where(live, seq, 64)
-            tile_first[slot_of(group, i)] = first
-            tile_left[slot_of(group, i)] = left
-            pages = some_seq * PAGES_PER_SEQ + first // PAGE_SIZE
-            for page in range(2):
-                physical = page_indices[pages + page]  # not under the condition: a load that waits for it costs more
+def start_copy(copy):
+    copy.start()
 
-                @pl.when(page * PAGE_SIZE < left)
-                def _():
-                    page_copy(physical, group, i, page).start()
 
-            last = left <= 256
-            seq = jnp.where(last, seq + 1, seq)
-            first = jnp.where(last, 0, first + 256)
-        return seq, first
+def wait_copy(copy):
+    copy.wait()
 
-    def wait(group):
-        left = tile_left[slot_of(group, 0)]
-        first_slot, sem = slot_of(group, 0), kv_sem.at[lax.rem(group, 7)]
 
-        def wait_for(place):
-            pltpu.make_async_copy(place, place, sem).wait()  # for as many bytes, from anywhere
+def broadcast_lanes(rows, lanes):
+    """Rows that hold one value in all LANES lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
+    return jnp.concatenate([rows] * (lanes // LANES), axis=1)
 
-        @pl.when(left >= 1024)
-        def _():
-            wait_for(kv.at[pl.ds(first_slot, 4)])
 
-        @pl.when(left < 1024)
-        def _():
-            for i in range(4):
-                wait_tile(tile_left[slot_of(group, i)], first_slot + i, wait_for)
+def matmul(rows, matrix, contracted):
+    """`rows` times `matrix` along its dimension `contracted`, in float32."""
+    dims = (((1,), (contracted,)), ((), ()))
+    return lax.dot_general(rows, matrix, dims, precision=PRECISION, preferred_element_type=jnp.float32)
 
-    def wait_tile(left, slot, wait_for):
-        def one_page(_, carry):
-            wait_for(kv.at[slot, 0])
-            return carry
 
-        @pl.when(left >= 256)
-        def _():
-            wait_for(kv.at[slot])
+class PagedKernel:
+    """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
 
-        @pl.when(left < 256)
-        def _():
-            lax.fori_loop(0, pl.cdiv(left, PAGE_SIZE), one_page, 0)
+    def page_copy(self, seq, block, buffer, page):
+        physical = self.page_indices[seq * PAGES_PER_SEQ + block * self.block_pages + page]
+        place = self.kv.at[buffer, page]
+        return pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer])
 
-    def arrive(group):
-        """Waits for a group; where a sequence ends, puts the new token in and clears what lies behind."""
-        wait(group)
+    def start_page(self, seq, block, buffer, page):
+        self.page_copy(seq, block, buffer, page).start()
 
-        # Not before all of them are there: the bytes that a wait counts may be another tile's.
-        @pl.when(tile_left[slot_of(group, 0)] <= 1024)
-        def _():
-            for i in range(4):
-                seq, left = tile_seq[slot_of(group, i)], tile_left[slot_of(group, i)]
+    def wait_page(self, seq, block, buffer, page):
+        self.page_copy(seq, block, buffer, page).wait()
 
-                @pl.when((left > 0) & (left <= 256))
-                def _():
-                    update_cache(seq, slot_of(group, i), left - 1)
-                    clear_tail(slot_of(group, i), left)
+    def pages_of(self, kv_end, block):
+        """How many pages of a block hold tokens below `kv_end`."""
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * self.block_pages, self.block_pages)
 
-    # ---- update cache: 16 tokens share a register, so the new one goes out with those around it
+    def start_block(self, kv_end, seq, block, buffer):
+        """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`."""
+        start_page = functools.partial(self.start_page, seq, block, buffer)
+        pages = self.pages_of(kv_end, block)
 
-    def unit_copy(seq):
-        slot = lax.rem(seq, 8)
-        position = kv_lens[seq] - 1
-        page = page_indices[seq * PAGES_PER_SEQ + position // PAGE_SIZE]
-        tokens = pl.ds(pl.multiple_of(lax.rem(position, PAGE_SIZE) // UNIT * UNIT, UNIT), UNIT)
-        return pltpu.make_async_copy(unit_out.at[slot], cache_hbm.at[page, :, :, tokens], unit_sem.at[slot])
+        @pl.when(pages == self.block_pages)
+        def start_full_block():
+            for page in range(self.block_pages):
+                start_page(page)
 
-    def update_cache(seq, slot, token):
-        write = lax.rem(seq, 8)
+        pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, start_page))
 
-        @pl.when(seq >= 8)
-        def _():
-            unit_copy(seq - 8).wait()
+    def wait_block(self, kv_end, seq, block, buffer):
+        """Waits for the copies that `start_block` started."""
+        wait_page = functools.partial(self.wait_page, seq, block, buffer)
+        pages = self.pages_of(kv_end, block)
 
-        page, in_unit = token // PAGE_SIZE, lax.rem(token, UNIT)
-        tokens = pl.ds(pl.multiple_of(lax.rem(token, PAGE_SIZE) // UNIT * UNIT, UNIT), UNIT)
-        # As words of two tokens, so that the old ones stay bit for bit whatever they are.
-        own_half = jnp.where(in_unit % 2 == 0, jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000))
-        mask = jnp.where(lax.broadcasted_iota(jnp.int32, (UNIT // 2, HEAD_DIM), 0) == in_unit // 2, own_half, jnp.uint32(0))
-        for kind, new in enumerate((new_keys, new_values)):
-            bits = pltpu.bitcast(new[seq].astype(jnp.float32), jnp.uint32)  # a bfloat16 is the high half of a float32
-            both_halves = bits | (bits >> 16)
-            for head in range(KV_HEADS):
-                old = pltpu.bitcast(kv[slot, page, kind, head, tokens], jnp.uint32)
-                rows = pltpu.bitcast((old & ~mask) | (both_halves[head : head + 1] & mask), kv.dtype)
-                kv[slot, page, kind, head, tokens] = rows
-                unit_out[write, kind, head] = rows
-        unit_copy(seq).start()
+        @pl.when(pages == self.block_pages)
+        def wait_for_full_block():
+            whole = self.kv.at[buffer]
+            pltpu.make_async_copy(whole, whole, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
 
-    def clear_tail(slot, valid):
-        """Zeroes V from token `valid` to the end of those that are computed: a weight of 0 does not hide a NaN."""
-        row = lax.broadcasted_iota(jnp.int32, (UNIT, HEAD_DIM), 0)
+        pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, wait_page))
 
-        def clear(unit, _):
-            token = unit * UNIT
-            tokens = pl.ds(pl.multiple_of(lax.rem(token, PAGE_SIZE), UNIT), UNIT)
-            for head in range(KV_HEADS):
-                old = kv[slot, token // PAGE_SIZE, 1, head, tokens].astype(jnp.float32)
-                kv[slot, token // PAGE_SIZE, 1, head, tokens] = jnp.where(token + row < valid, old, 0.0).astype(kv.dtype)
-            return 0
+    cleared_planes = (V_PLANE,)
 
-        lax.fori_loop(valid // UNIT, pl.cdiv(valid, 256) * 16, clear, 0)
+    def clear_tail(self, buffer, valid):
+        """Zeroes the tokens from `valid` to the end of those that are computed: a probability of 0 does not hide a NaN in V.
 
-    # ---- read KV: one head of a tile at a time
+        In K too where `cleared_planes` says so: a masked score does not hide one either.
+        """
+        token = lax.broadcasted_iota(jnp.int32, (SUBLANE_TILE, HEAD_LANES), 0)
+        clear_tile = functools.partial(self.clear_elements, buffer, valid, token)
+        for_each(valid // SUBLANE_TILE, pl.cdiv(valid, self.computed_tokens) * (self.computed_tokens // SUBLANE_TILE), clear_tile)
 
-    def tile_keys(group, i, head):
-        return kv[slot_of(group, i), :, 0, head].reshape(256, HEAD_DIM)
+    def clear_elements(self, buffer, valid, token, tile):
+        first = tile * SUBLANE_TILE
+        tokens = pl.ds(pl.multiple_of(lax.rem(first, PAGE_SIZE), SUBLANE_TILE), SUBLANE_TILE)
+        for head in range(KV_HEADS):
+            for plane in self.cleared_planes:
+                old = self.kv[buffer, first // PAGE_SIZE, plane, head, tokens].astype(jnp.float32)
+                kept = jnp.where(first + token < valid, old, 0.0).astype(self.kv.dtype)
+                self.kv[buffer, first // PAGE_SIZE, plane, head, tokens] = kept
 
-    def tile_values(group, i, head):
-        return kv[slot_of(group, i), :, 1, head].reshape(256, HEAD_DIM)
 
-    def tile_tokens(shape):
-        """The token of each column of a score."""
-        return lax.broadcasted_iota(jnp.int32, shape, 1)
+@dataclasses.dataclass
+class DecodeKernel(PagedKernel):
+    """One new token for each of the sequences [0, distribution[0]): update its page, attend to all tokens that it sees.
 
-    # ---- one tile: scores of every query head, their softmax, the weighted values. Rows of a product are the queries of
-    # 2 KV heads, as many as fill a register; of a product with one head's keys, that head's rows count.
+    The work is cut into tiles of DECODE_TILE tokens of one sequence. A wave is DECODE_TILES_PER_WAVE tiles, of whatever sequences.
+    An iteration computes the scores of one wave beside the softmax and the values of the wave before, so that the MXU
+    need not wait for a softmax. No iteration asks where a sequence ends: every tile leaves its sequence's output so far,
+    and the last one stays.
+    """
 
-    def heads_of(part):
-        return range(part * 2, min((part + 1) * 2, KV_HEADS))
+    # Scalars in SMEM.
+    kv_lens: Ref  # int32[MAX_SEQS]
+    page_indices: Ref  # int32[MAX_SEQS * PAGES_PER_SEQ]
+    distribution: Ref  # int32[3]
+    # Arrays in HBM.
+    q_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
+    k_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    v_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    cache_in: Ref  # bfloat16[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: the memory of cache_hbm
+    out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
+    cache_hbm: Ref  # bfloat16[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]
+    # Scratch arrays in VMEM, and semaphores.
+    kv: Ref  # bfloat16[DECODE_TILE_BUFFERS, DECODE_TILE_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched tiles
+    q_in: Ref  # bfloat16[DECODE_MAX_ROWS + 1, Q_HEADS, HEAD_DIM]: queries of every sequence, and of no sequence
+    new_keys: Ref  # bfloat16[DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM]: new keys of every sequence
+    new_values: Ref  # bfloat16[DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM]: new values of every sequence
+    new_out: Ref  # bfloat16[DECODE_WRITE_BUFFERS, KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES]: new tokens on their way to the cache
+    scores: Ref  # float32[DECODE_TILES_PER_WAVE, DECODE_QUERY_ROWS, DECODE_TILE]: scores of a wave, for the next iteration
+    row_max: Ref  # float32[DECODE_QUERY_ROWS, LANES]: running maximum, the same in every lane
+    row_sum: Ref  # float32[DECODE_QUERY_ROWS, LANES]: running sum, the same in every lane
+    acc: Ref  # float32[DECODE_QUERY_ROWS, HEAD_LANES]: running output
+    out_all: Ref  # bfloat16[DECODE_MAX_ROWS + 1, Q_HEADS, HEAD_DIM]: outputs of every sequence, and of no sequence
+    tile_seq: Ref  # int32[DECODE_TILE_BUFFERS]: the sequence of each tile in flight
+    tile_first: Ref  # int32[DECODE_TILE_BUFFERS]: its first token
+    tile_left: Ref  # int32[DECODE_TILE_BUFFERS]: tokens of its sequence from there on
+    kv_sem: Ref  # DMA[DECODE_WAVE_BUFFERS]: fetches
+    load_sem: Ref  # DMA[DECODE_LOADS]: queries, keys, values
+    write_sem: Ref  # DMA[DECODE_WRITE_BUFFERS]: cache writes
+    out_sem: Ref  # DMA[1]: outputs
 
-    def own_rows(results):
-        """Out of each KV head's result the rows of its own queries."""
-        row = lax.broadcasted_iota(jnp.int32, results[0].shape, 0)
-        rows = results[0]
-        for i, result in enumerate(results[1:], 1):
-            rows = jnp.where(row >= i * GROUP, result, rows)
-        return rows
+    computed_tokens = DECODE_TILE
 
-    def score(group, i):
-        queries = q_in[tile_seq[slot_of(group, i)]].astype(jnp.float32)
-        queries = jnp.concatenate([queries, jnp.zeros((24 - queries.shape[0], HEAD_DIM))], axis=0)
-        scores = []
-        for part in range(3):
-            rows = queries[part * 8 : (part + 1) * 8]
-            rows = rows.astype(jnp.bfloat16)
-            scores.append(own_rows([products(rows, tile_keys(group, i, head), 1) for head in heads_of(part)]))
-        return jnp.concatenate(scores, axis=0)
+    def run(self):
+        self.num_seqs = self.distribution[0]
+        pl.when(self.num_seqs > 0)(self.attend)
 
-    def softmax(scores, left):
-        """Weights relative to the tile's own maximum, with that and their sum, the same in every lane."""
-        scores = jnp.where(tile_tokens(scores.shape) < left, scores * SCORE_SCALE, MASKED)
-        top = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), row_max.shape)
-        weights = jnp.exp2(scores - widen(top, 256))
-        total = jnp.broadcast_to(jnp.sum(weights, axis=1, keepdims=True), row_sum.shape)
-        return weights.astype(jnp.bfloat16), top, total
-
-    def weigh(group, i, weights):
-        parts = []
-        for part in range(3):
-            rows = weights[part * 8 : (part + 1) * 8]
-            parts.append(own_rows([products(rows, tile_values(group, i, head), 0) for head in heads_of(part)]))
-        return jnp.concatenate(parts, axis=0)
-
-    def merge(group, i, state, top, total, part):
-        """Adds a tile to the running softmax of its sequence and leaves the output that it would be the last of."""
-        old_max, old_sum, old_acc = state
-        begins = tile_first[slot_of(group, i)] == 0
-        old_max = jnp.where(begins, MASKED, old_max)
-        new_max = jnp.maximum(old_max, top)
-        kept, added = jnp.exp2(old_max - new_max), jnp.exp2(top - new_max)
-        new_sum = jnp.where(begins, 0.0, old_sum) * kept + total * added
-        new_acc = jnp.where(begins, 0.0, old_acc) * widen(kept, HEAD_DIM) + part * widen(added, HEAD_DIM)
-        out = new_acc / widen(new_sum, HEAD_DIM)
-        out = jnp.concatenate([out[first : first + rows] for first, rows in [(0, 8), (8, 8), (16, 4)]], axis=0)
-        out_all[tile_seq[slot_of(group, i)]] = out.astype(out_all.dtype)
-        return new_max, new_sum, new_acc
-
-    @pl.when(num_seqs > 0)
-    def _():
-        loads = [
-            pltpu.make_async_copy(source.at[pl.ds(0, 64)], target.at[pl.ds(0, 64)], load_sem.at[i])
-            for i, (source, target) in enumerate([(q_hbm, q_in), (k_hbm, new_keys), (v_hbm, new_values)])
-        ]
+    def attend(self):
+        """Attends to all tokens of all sequences."""
+        loads = self.load_copies()
         for load in loads:
             load.start()
-        # The first turn finds a group before the first, with no tile in it: what that leaves, nobody reads.
-        lax.fori_loop(0, 28, no_tile, 0)
+        # The first iteration finds a wave before the first, with no tile in it: nobody reads what that leaves.
+        for_each(0, DECODE_TILE_BUFFERS, self.clear_slot)
         ahead = (jnp.int32(0), jnp.int32(0))
-        for group in range(1, 6):
-            ahead = fetch(group, *ahead)
+        for wave in range(1, DECODE_LOOKAHEAD):
+            ahead = self.fetch_wave(wave, *ahead)
         for load in loads:
             load.wait()
+        lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        results = [
+            copy_of_tokens(self.out_all, self.out_hbm, self.out_sem.at[0]),
+        ]
+        for result in results:
+            result.start()
+        for_each(0, jnp.minimum(self.num_seqs, DECODE_WRITE_BUFFERS), self.drain_write)
+        for result in results:
+            result.wait()
 
-        def turn(carry):
-            group, _, *ahead = carry
-            arrive(group + 1)
-            ahead = fetch(group + 6, *ahead)
-            state = row_max[...], row_sum[...], acc[...]
-            weighted = [softmax(scores[i], tile_left[slot_of(group, i)]) for i in range(4)]
-            for i, (weights, top, total) in enumerate(weighted):
-                scores[i] = score(group + 1, i)
-                state = merge(group, i, state, top, total, weigh(group, i, weights))
-            row_max[...], row_sum[...], acc[...] = state
-            more = tile_left[slot_of(group + 1, 0)] > 0
-            return group + 1, more, *ahead
+    def load_copies(self):
+        """The copies of what the kernel loads at its start, of all sequences."""
+        arrays = [
+            (self.q_hbm, self.q_in),
+            (self.k_hbm, self.new_keys),
+            (self.v_hbm, self.new_values),
+        ]
+        return [copy_of_tokens(source, target, self.load_sem.at[i]) for i, (source, target) in enumerate(arrays)]
 
-        lax.while_loop(lambda carry: carry[1], turn, (jnp.int32(0), jnp.bool_(True), *ahead))
-        out_copy = pltpu.make_async_copy(out_all.at[pl.ds(0, 64)], out_hbm.at[pl.ds(0, 64)], out_sem.at[0])
-        out_copy.start()
+    def iterate(self, carry):
+        """Computes a wave's values and the next wave's scores; fetches a wave DECODE_LOOKAHEAD waves later."""
+        wave, _, *ahead = carry
+        self.wait_and_patch(wave + 1)
+        ahead = self.fetch_wave(wave + DECODE_LOOKAHEAD, *ahead)
+        state = self.row_max[...], self.row_sum[...], self.acc[...]
+        softmaxes = [self.softmax(wave, i) for i in range(DECODE_TILES_PER_WAVE)]
+        self.row_max[...], self.row_sum[...], self.acc[...] = self.compute_tiles(wave, softmaxes, state)
+        more = self.tile_left[self.slot(wave + 1, 0)] > 0
+        return wave + 1, more, *ahead
 
-        def drain(i, _):
-            unit_copy(num_seqs - 1 - i).wait()
-            return 0
+    # ---- the tiles in flight: each one's sequence, its first token, and the tokens that the sequence has from there on
 
-        lax.fori_loop(0, jnp.minimum(num_seqs, 8), drain, 0)
-        out_copy.wait()
+    def slot(self, wave, i):
+        """The buffer of tile `i` of a wave."""
+        return lax.rem(wave, DECODE_WAVE_BUFFERS) * DECODE_TILES_PER_WAVE + i
+
+    def clear_slot(self, slot):
+        self.tile_seq[slot] = DECODE_NO_SEQ
+        self.tile_first[slot] = 0
+        self.tile_left[slot] = 0
+
+    # ---- fetch K and V: whole pages
+
+    def fetch_wave(self, wave, seq, first):
+        """Starts the fetch of a wave whose first tile is at token `first` of `seq`; returns where the next wave begins."""
+        for i in range(DECODE_TILES_PER_WAVE):
+            live, some_seq = seq < self.num_seqs, jnp.minimum(seq, self.num_seqs - 1)
+            left = jnp.where(live, self.kv_lens[some_seq] - first, 0)
+            self.tile_seq[self.slot(wave, i)] = jnp.where(live, seq, DECODE_NO_SEQ)
+            self.tile_first[self.slot(wave, i)] = first
+            self.tile_left[self.slot(wave, i)] = left
+            first_entry = some_seq * PAGES_PER_SEQ + first // PAGE_SIZE
+            for page in range(DECODE_TILE_PAGES):
+                # Not under the condition: a load that waits for it costs more.
+                physical = self.page_indices[first_entry + page]
+                pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
+            last = left <= DECODE_TILE
+            seq = jnp.where(last, seq + 1, seq)
+            first = jnp.where(last, 0, first + DECODE_TILE)
+        return seq, first
+
+    def fetch_page(self, physical, wave, i, page):
+        slot, sem = self.slot(wave, i), self.kv_sem.at[lax.rem(wave, DECODE_WAVE_BUFFERS)]
+        pltpu.make_async_copy(self.cache_hbm.at[physical], self.kv.at[slot, page], sem).start()
+
+    def wait_for_wave(self, wave):
+        left = self.tile_left[self.slot(wave, 0)]
+        first_slot, sem = self.slot(wave, 0), self.kv_sem.at[lax.rem(wave, DECODE_WAVE_BUFFERS)]
+
+        @pl.when(left >= DECODE_WAVE_TOKENS)
+        def wait_for_full_wave():
+            wait_for_bytes(self.kv.at[pl.ds(first_slot, DECODE_TILES_PER_WAVE)], sem)
+
+        @pl.when(left < DECODE_WAVE_TOKENS)
+        def wait_for_tiles():
+            for i in range(DECODE_TILES_PER_WAVE):
+                self.wait_for_tile(self.tile_left[self.slot(wave, i)], first_slot + i, sem)
+
+    def wait_for_tile(self, left, slot, sem):
+        @pl.when(left >= DECODE_TILE)
+        def wait_for_full_tile():
+            wait_for_bytes(self.kv.at[slot], sem)
+
+        @pl.when(left < DECODE_TILE)
+        def wait_for_pages():
+            lax.fori_loop(0, pl.cdiv(left, PAGE_SIZE), functools.partial(self.wait_for_page, slot, sem), 0)
+
+    def wait_for_page(self, slot, sem, _, carry):
+        wait_for_bytes(self.kv.at[slot, 0], sem)
+        return carry
+
+    def wait_and_patch(self, wave):
+        """Waits for a wave; stores the new token and clears what lies behind it where a sequence ends."""
+        self.wait_for_wave(wave)
+
+        # Not before all tiles have arrived: the bytes that a wait counts may be another tile's.
+        @pl.when(self.tile_left[self.slot(wave, 0)] <= DECODE_WAVE_TOKENS)
+        def patch_tiles():
+            for i in range(DECODE_TILES_PER_WAVE):
+                self.patch_tile(wave, i)
+
+    def patch_tile(self, wave, i):
+        seq = self.tile_seq[self.slot(wave, i)]
+        left = self.tile_left[self.slot(wave, i)]
+
+        @pl.when((left > 0) & (left <= DECODE_TILE))
+        def patch_last_tile():
+            self.update_cache(seq, self.slot(wave, i), left)
+            self.clear_tail(self.slot(wave, i), left)
+
+    # ---- queries and outputs: a row of `q_in` and `out_all` is a sequence
+
+    def load_queries(self, wave, i):
+        """The queries of a tile's sequence, float32[Q_HEADS, HEAD_LANES]."""
+        return self.q_in[self.tile_seq[self.slot(wave, i)]].astype(jnp.float32)
+
+    def store_output(self, wave, i, row_max, row_sum, acc):
+        """The output of a tile's sequence, as it is after this tile."""
+        out = without_padding(acc / broadcast_lanes(row_sum, HEAD_LANES))
+        self.out_all[self.tile_seq[self.slot(wave, i)]] = out.astype(self.out_all.dtype)
+
+    def rows_of_head(self, head):
+        """The rows of a query head among the queries of a sequence."""
+        return [head // GROUP * DECODE_HEAD_QUERY_ROWS + head % GROUP]
+
+    # ---- update cache: tokens share a sublane tile, so the new one is written with those around it
+
+    def update_cache(self, seq, slot, left):
+        """Puts the new token into the tile in which its sequence ends after `left` tokens; starts its way to the cache."""
+        token = left - 1
+        buffer = lax.rem(seq, DECODE_WRITE_BUFFERS)
+
+        @pl.when(seq >= DECODE_WRITE_BUFFERS)
+        def wait_for_buffer():
+            self.wait_for_writes(seq - DECODE_WRITE_BUFFERS)
+
+        page, place = token // PAGE_SIZE, lax.rem(token, SUBLANE_TILE)
+        tokens = sublane_tile(token)
+        mask = self.new_token_mask(place)
+        for plane, new in enumerate(self.new_rows(seq)):
+            for head in range(KV_HEADS):
+                rows = self.patched((slot, page, plane, head, tokens), head, new, mask)
+                self.kv[slot, page, plane, head, tokens] = rows
+                self.new_out[buffer, plane, head] = rows
+        self.cache_write(seq).start()
+
+    def cache_write(self, seq):
+        """The copy of the sublane tile with a sequence's new token to the cache."""
+        buffer = lax.rem(seq, DECODE_WRITE_BUFFERS)
+        position = self.kv_lens[seq] - 1
+        page = self.page_indices[seq * PAGES_PER_SEQ + position // PAGE_SIZE]
+        target = self.cache_hbm.at[page, :, :, sublane_tile(position)]
+        return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
+
+    def wait_for_writes(self, seq):
+        self.cache_write(seq).wait()
+
+    def drain_write(self, i):
+        """Waits for the writes of one of the last sequences."""
+        self.wait_for_writes(self.num_seqs - 1 - i)
+
+    # As words of two tokens, so that the old ones stay bit for bit whatever they are.
+
+    def new_token_mask(self, place):
+        """The bits of a token in the words of its sublane tile."""
+        own_half = jnp.where(place % 2 == 0, jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000))
+        word = lax.broadcasted_iota(jnp.int32, (SUBLANE_TILE // 2, HEAD_LANES), 0)
+        return jnp.where(word == place // 2, own_half, jnp.uint32(0))
+
+    def new_rows(self, seq):
+        """The new token's rows of K, then of V, with its bits in both halves of a word."""
+        for rows in self.new_kv_rows(seq):
+            yield self.in_every_place(rows)
+
+    def new_kv_rows(self, seq):
+        for new in (self.new_keys, self.new_values):
+            yield new[seq].astype(jnp.float32)
+
+    def patched(self, at, head, new, mask):
+        """Rows of a tile in which the new token of a KV head takes its place."""
+        old = pltpu.bitcast(self.kv[at], jnp.uint32)
+        return pltpu.bitcast((old & ~mask) | (new[head : head + 1] & mask), self.kv.dtype)
+
+    def in_every_place(self, rows):
+        """The bits of new rows, in every place of a word."""
+        bits = pltpu.bitcast(rows, jnp.uint32)  # a bfloat16 is the high half of a float32
+        return bits | (bits >> 16)
+
+    # ---- one tile: softmax, and the running softmax of its sequence
+
+    def compute_tiles(self, wave, softmaxes, state):
+        """The values of a wave's tiles, merged one by one, beside the scores of the next wave's."""
+        for i, (p, tile_max, tile_sum) in enumerate(softmaxes):
+            self.scores[i] = self.compute_scores(wave + 1, i)
+            state = self.merge(wave, i, state, tile_max, tile_sum, self.accumulate_pv(wave, i, p))
+        return state
+
+    def softmax(self, wave, i):
+        """Probabilities relative to the tile's own maximum, with that and their sum, the same in every lane."""
+        scores = self.scores[i]
+        scores = jnp.where(self.visible_tokens(wave, i), scores * SCORE_SCALE, MASKED)
+        tile_max = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), self.row_max.shape)
+        p = jnp.exp2(scores - broadcast_lanes(tile_max, DECODE_TILE))
+        tile_sum = jnp.broadcast_to(jnp.sum(p, axis=1, keepdims=True), self.row_sum.shape)
+        return p.astype(jnp.bfloat16), tile_max, tile_sum
+
+    def visible_tokens(self, wave, i):
+        """Which scores of a tile count: those of the tokens before the end of its sequence."""
+        left = self.tile_left[self.slot(wave, i)]
+        token = lax.broadcasted_iota(jnp.int32, (DECODE_QUERY_ROWS, DECODE_TILE), 1)
+        return token < left
+
+    def merge(self, wave, i, state, tile_max, tile_sum, values):
+        """Adds a tile to the running softmax of its sequence and leaves the output that it would be the last of."""
+        old_max, old_sum, old_acc = state
+        begins = self.tile_first[self.slot(wave, i)] == 0
+        old_max = jnp.where(begins, MASKED, old_max)
+        new_max = jnp.maximum(old_max, tile_max)
+        alpha, beta = jnp.exp2(old_max - new_max), jnp.exp2(tile_max - new_max)
+        new_sum = jnp.where(begins, 0.0, old_sum) * alpha + tile_sum * beta
+        new_acc = jnp.where(begins, 0.0, old_acc) * broadcast_lanes(alpha, HEAD_LANES)
+        new_acc = new_acc + values * broadcast_lanes(beta, HEAD_LANES)
+        self.store_output(wave, i, new_max, new_sum, new_acc)
+        return new_max, new_sum, new_acc
+
+    # ---- all heads of a tile
+
+    def compute_scores(self, wave, i):
+        """The scores of a tile, float32[DECODE_QUERY_ROWS, DECODE_TILE]."""
+        queries = self.load_queries(wave, i)
+        scores = [self.set_scores(rows, wave, i, index) for index, rows in enumerate(self.query_sets(queries))]
+        return jnp.concatenate(scores, axis=0)
+
+    def accumulate_pv(self, wave, i, p):
+        """The weighted values of a tile, float32[DECODE_QUERY_ROWS, HEAD_LANES]."""
+        values = []
+        for index in range(DECODE_HEAD_SETS):
+            values.append(self.set_pv(p[index * DECODE_P_ROWS : (index + 1) * DECODE_P_ROWS], wave, i, index))
+        return jnp.concatenate(values, axis=0)
+
+    def query_sets(self, queries):
+        """The queries of each set of heads; the last set has rows of no query too."""
+        queries = jnp.concatenate([queries, jnp.zeros((DECODE_QUERY_ROWS - queries.shape[0], HEAD_LANES))], axis=0)
+        for index in range(DECODE_HEAD_SETS):
+            yield queries[index * DECODE_SET_ROWS : (index + 1) * DECODE_SET_ROWS]
+
+    # ---- a set of KV heads, as many as fill a register: the rows of a matmul are the queries of all, and of the result with
+    # each head's keys or values the rows of its own queries count
+
+    def set_scores(self, queries, wave, i, index):
+        rows = self.rows_of_queries(queries)
+        return select_own_rows([self.head_scores(rows, wave, i, head) for head in heads_of_set(index)])
+
+    def set_pv(self, p, wave, i, index):
+        return select_own_rows([self.head_pv(p, wave, i, head) for head in heads_of_set(index)])
+
+    # ---- one head of a tile
+
+    def head_keys(self, wave, i, head):
+        return self.kv[self.slot(wave, i), :, K_PLANE, head].reshape(DECODE_TILE, HEAD_LANES)
+
+    def head_values(self, wave, i, head):
+        return self.kv[self.slot(wave, i), :, V_PLANE, head].reshape(DECODE_TILE, HEAD_LANES)
+
+    def rows_of_queries(self, queries):
+        """The rows of a matmul with a head's keys."""
+        return queries.astype(jnp.bfloat16)
+
+    def head_scores(self, rows, wave, i, head):
+        """The scores of some queries with a head's keys."""
+        return matmul(rows, self.head_keys(wave, i, head), 1)
+
+    def head_pv(self, rows, wave, i, head):
+        """A head's values, weighted by some rows of probabilities."""
+        return matmul(rows, self.head_values(wave, i, head), 0)
+
+
+def more_waves(carry):
+    """Whether there are tiles in the wave of the next iteration."""
+    return carry[1]
+
+
+def copy_of_tokens(source, target, sem):
+    """A copy of the rows of all new tokens."""
+    return pltpu.make_async_copy(source.at[pl.ds(0, DECODE_MAX_TOKENS)], target.at[pl.ds(0, DECODE_MAX_TOKENS)], sem)
+
+
+def wait_for_bytes(array, sem):
+    """Waits until as many bytes have arrived as an array has, whichever copies brought them."""
+    pltpu.make_async_copy(array, array, sem).wait()
+
+
+def sublane_tile(token):
+    """The tokens of the sublane tile around a token of a sequence, within its page."""
+    first = lax.rem(token, PAGE_SIZE) // SUBLANE_TILE * SUBLANE_TILE
+    return pl.ds(pl.multiple_of(first, SUBLANE_TILE), SUBLANE_TILE)
+
+
+def by_token(rows):
+    """Rows by KV head and then by new token as one array for each new token, by query head."""
+    for i in range(DECODE_LEN):
+        firsts = [(head * DECODE_LEN + i) * GROUP for head in range(KV_HEADS)]
+        yield jnp.concatenate([rows[first : first + GROUP] for first in firsts], axis=0)
+
+
+def without_padding(rows):
+    """The rows of a sequence that are a query's."""
+    counts = [min(DECODE_SET_QUERIES, DECODE_QUERIES - index * DECODE_SET_QUERIES) for index in range(DECODE_HEAD_SETS)]
+    return jnp.concatenate([rows[i * DECODE_SET_ROWS : i * DECODE_SET_ROWS + count] for i, count in enumerate(counts)], axis=0)
+
+
+def heads_of_set(index):
+    """The KV heads whose queries share a register."""
+    return range(index * DECODE_HEADS_PER_SET, min((index + 1) * DECODE_HEADS_PER_SET, KV_HEADS))
+
+
+def select_own_rows(results):
+    """Out of each KV head's result the rows of its own queries."""
+    row = lax.broadcasted_iota(jnp.int32, results[0].shape, 0)
+    rows = results[0]
+    for i, result in enumerate(results[1:], 1):
+        rows = jnp.where(row >= i * DECODE_HEAD_QUERY_ROWS, result, rows)
+    return rows
+
+
+def decode_kernel(*refs):
+    DecodeKernel(*refs).run()
 
 
 def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribution):
-    """`(out, cache)` of the decode sequences; what other rows of `out` hold means nothing."""
+    """`(out, cache)` of the decode sequences; other rows of `out` are undefined."""
+    scalars = (kv_lens, page_indices, distribution)
+    arrays = (queries, keys, values, cache)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         decode_kernel,
-        in_specs=[smem] * 3 + [hbm] * 4,
+        in_specs=[smem] * len(scalars) + [hbm] * len(arrays),
         out_specs=[hbm] * 2,
-        out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(cache.shape, cache.dtype)],
-        input_output_aliases={6: 1},
-        scratch_shapes=[
-            pltpu.VMEM((28, 2, 2, 5, 128, 128), jnp.bfloat16),  # kv: fetched tiles
-            pltpu.VMEM((65, 20, 128), jnp.bfloat16),  # q_in: queries of every sequence, and of none
-            pltpu.VMEM((64, 5, 128), jnp.bfloat16),  # new_keys: new keys of every sequence
-            pltpu.VMEM((64, 5, 128), jnp.bfloat16),  # new_values: new values of every sequence
-            pltpu.VMEM((8, 2, 5, 16, 128), jnp.bfloat16),  # unit_out: new tokens on their way to the cache
-            pltpu.VMEM((4, 24, 256), jnp.float32),  # scores: scores of a group, from turn to turn
-            pltpu.VMEM((24, 128), jnp.float32),  # row_max: running maximum, the same in every lane
-            pltpu.VMEM((24, 128), jnp.float32),  # row_sum: running sum, the same in every lane
-            pltpu.VMEM((24, 128), jnp.float32),  # acc: running output
-            pltpu.VMEM((65, 20, 128), jnp.bfloat16),  # out_all: outputs of every sequence, and of none
-            pltpu.SMEM((28,), jnp.int32),  # tile_seq: the sequence of each tile in flight
-            pltpu.SMEM((28,), jnp.int32),  # tile_first: its first token
-            pltpu.SMEM((28,), jnp.int32),  # tile_left: tokens of its sequence from there on
-            pltpu.SemaphoreType.DMA((7,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((3,)),  # load_sem: queries, keys, values
-            pltpu.SemaphoreType.DMA((8,)),  # unit_sem: cache writes
-            pltpu.SemaphoreType.DMA((1,)),  # out_sem: outputs
+        out_shape=[
+            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+            jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=50331648, disable_bounds_checks=True),
+        input_output_aliases={6: 1},  # results in the memory of operands
+        scratch_shapes=[
+            pltpu.VMEM((DECODE_TILE_BUFFERS, DECODE_TILE_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((DECODE_MAX_ROWS + 1, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in
+            pltpu.VMEM((DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
+            pltpu.VMEM((DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
+            pltpu.VMEM((DECODE_WRITE_BUFFERS, KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES), jnp.bfloat16),  # new_out
+            pltpu.VMEM((DECODE_TILES_PER_WAVE, DECODE_QUERY_ROWS, DECODE_TILE), jnp.float32),  # scores
+            pltpu.VMEM((DECODE_QUERY_ROWS, LANES), jnp.float32),  # row_max
+            pltpu.VMEM((DECODE_QUERY_ROWS, LANES), jnp.float32),  # row_sum
+            pltpu.VMEM((DECODE_QUERY_ROWS, HEAD_LANES), jnp.float32),  # acc
+            pltpu.VMEM((DECODE_MAX_ROWS + 1, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_all
+            pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_seq
+            pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_first
+            pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_left
+            pltpu.SemaphoreType.DMA((DECODE_WAVE_BUFFERS,)),  # kv_sem
+            pltpu.SemaphoreType.DMA((DECODE_LOADS,)),  # load_sem
+            pltpu.SemaphoreType.DMA((DECODE_WRITE_BUFFERS,)),  # write_sem
+            pltpu.SemaphoreType.DMA((1,)),  # out_sem
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True),
         name="rpa_decode",
-    )(kv_lens, page_indices, distribution, queries, keys, values, cache)
+    )(*scalars, *arrays)
 
 
-def mixed_kernel(
-    # scalars in SMEM
-    kv_lens, page_indices, cu_q_lens, distribution,
-    # arrays in HBM; the cache is updated in place, and so is the output, which holds the decode rows
-    q_hbm, k_hbm, v_hbm, _cache, _out, out_hbm, cache_hbm,
-    # scratch
-    kv,
-    new_keys,
-    new_values,
-    page_rows,
-    q_in,
-    by_token,
-    q_rows,
-    next_scores,
-    row_max,
-    row_sum,
-    acc,
-    out_rows,
-    kv_sem,
-    new_sem,
-    old_sem,
-    write_sem,
-    q_sem,
-    out_sem,
-):  # fmt: skip
-    """Any number of new tokens for each of the sequences [distribution[0], distribution[2]): update their pages, then attend.
+@dataclasses.dataclass
+class MixedKernel(PagedKernel):
+    """Any number of new tokens for each of the sequences [distribution[0], distribution[2]).
 
-    A step is one KV block against one query block. The fetch runs 2 steps ahead, across the ends of both.
+    A step is one KV block against one query block. The fetch runs MIXED_FETCH_LOOKAHEAD steps ahead, across the ends of both.
     """
-    first_seq = distribution[0]
-    end_seq = distribution[2]
 
-    def q_start(seq):
-        return cu_q_lens[seq]
+    # Scalars in SMEM.
+    kv_lens: Ref  # int32[MAX_SEQS]
+    page_indices: Ref  # int32[MAX_SEQS * PAGES_PER_SEQ]
+    cu_q_lens: Ref  # int32[MAX_SEQS + 1]
+    distribution: Ref  # int32[3]
+    # Arrays in HBM.
+    q_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
+    k_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    v_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    cache_in: Ref  # bfloat16[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: the memory of cache_hbm
+    out_in: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]: the memory of out_hbm
+    out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
+    cache_hbm: Ref  # bfloat16[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]
+    # Scratch arrays in VMEM, and semaphores.
+    kv: Ref  # bfloat16[MIXED_KV_BUFFERS, MIXED_KV_BLOCK // PAGE_SIZE, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched blocks
+    new_keys: Ref  # bfloat16[MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, KV_HEADS, HEAD_DIM]: new keys, around the page they go to
+    new_values: Ref  # bfloat16[MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, KV_HEADS, HEAD_DIM]: new values, around the page they go to
+    page_rows: Ref  # bfloat16[MIXED_PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: pages to update
+    q_in: Ref  # bfloat16[MIXED_KV_BUFFERS, MIXED_Q_BLOCK, Q_HEADS, HEAD_DIM]: query blocks as they come
+    by_token: Ref  # float32[MIXED_Q_BLOCK * PADDED_Q_HEADS, LANES]: a query block by token
+    q_rows: Ref  # bfloat16[KV_HEADS, MIXED_Q_ROWS, HEAD_LANES]: a query block by KV head
+    next_scores: Ref  # float32[MIXED_SCORE_BUFFERS, MIXED_STEP_ROWS, MIXED_TILE]: the first scores of the next iteration
+    row_max: Ref  # float32[KV_HEADS, MIXED_Q_ROWS, LANES]: running maximum
+    row_sum: Ref  # float32[KV_HEADS, MIXED_Q_ROWS, LANES]: running sum, the same in every lane
+    acc: Ref  # float32[KV_HEADS, MIXED_Q_ROWS, HEAD_LANES]: running output
+    out_rows: Ref  # bfloat16[1, MIXED_Q_BLOCK, Q_HEADS, HEAD_DIM]: an output block on its way out
+    kv_sem: Ref  # DMA[MIXED_KV_BUFFERS]: fetches
+    new_sem: Ref  # DMA[MIXED_NEW_BUFFERS]: new keys and values
+    old_sem: Ref  # DMA[MIXED_PAGE_BUFFERS]: pages that hold old tokens
+    write_sem: Ref  # DMA[MIXED_PAGE_BUFFERS]: cache writes
+    q_sem: Ref  # DMA[MIXED_KV_BUFFERS]: query blocks
+    out_sem: Ref  # DMA[1]: output blocks
 
-    def q_len(seq):
-        return cu_q_lens[seq + 1] - cu_q_lens[seq]
+    block_pages = MIXED_KV_BLOCK // PAGE_SIZE
+    computed_tokens = MIXED_DIAGONAL_BLOCK
+    cleared_planes = MIXED_CLEARED_PLANES
 
-    # ---- update cache: page by page, old tokens kept, new ones packed in; 4 pages ahead, 9 in flight
+    def run(self):
+        """Attention of all sequences of the kernel, whose new tokens may have to get into the cache first."""
+        self.first_seq, self.end_seq = self.sequences()
+        pl.when(self.first_seq < self.end_seq)(self.attend)
 
-    def page_span(seq, page):
-        """The new tokens of a page, as a range within it."""
-        kv_len = kv_lens[seq]
-        return jnp.maximum(kv_len - q_len(seq) - page * PAGE_SIZE, 0), jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
+    def attend(self):
+        """Goes through the query blocks of all sequences, and for each through the KV blocks that it sees."""
+        start = (self.first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        # The first block comes while the last pages go, if none of these is in it.
+        early = self.first_page(self.first_seq) >= self.block_pages
+        self.update_pages(functools.partial(self.start_fetch, 0, start, early))
+        self.clear_all()
+        self.start_fetch(0, start, ~early)
+        fetched = self.next_fetch(start)
+        for step in range(1, MIXED_FETCH_LOOKAHEAD):
+            fetched = self.fetch_ahead(step, *fetched)
+        state = (jnp.int32(0), start, fetched, start[:2], jnp.bool_(False))
+        _, _, _, sent, *_ = lax.while_loop(self.has_work, self.step, state)
+        self.for_copies(*sent, self.out_copy, wait_copy)
 
-    def new_token_copies(seq, page, new_slot):
-        # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
-        wanted = q_start(seq) + page * PAGE_SIZE - (kv_lens[seq] - q_len(seq))
-        source = jnp.clip(wanted, 0, k_hbm.shape[0] - 64)
-        take, put = pl.ds(source, 64), pl.ds(PAGE_SIZE + source - wanted, 64)
-        return (
-            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[new_slot, put], new_sem.at[new_slot]),
-            pltpu.make_async_copy(v_hbm.at[take], new_values.at[new_slot, put], new_sem.at[new_slot]),
-        )
+    def has_work(self, carry):
+        """Whether there is a step to take."""
+        return carry[1][0] < self.end_seq
 
-    def old_page_copy(seq, page, slot):
-        physical = page_indices[seq * PAGES_PER_SEQ + page]
-        return pltpu.make_async_copy(cache_hbm.at[physical], page_rows.at[slot], old_sem.at[slot])
+    def step(self, carry):
+        """Takes one step; `at` is its sequence, its query block (of the sequence, and of all) and its KV block."""
+        step, at, fetched, sent, scored = carry
+        seq, q_block, q_step, block = at
+        fetched = self.fetch_ahead(step + MIXED_FETCH_LOOKAHEAD, *fetched)
+        buffer = lax.rem(step, MIXED_KV_BUFFERS)
+        end = self.kv_end(seq, q_block)
+        valid = jnp.minimum(end - block * MIXED_KV_BLOCK, MIXED_KV_BLOCK)
+        last = (block + 1) * MIXED_KV_BLOCK >= end
+        first_query = self.kv_lens[seq] - self.q_len(seq) + q_block * MIXED_Q_BLOCK
+        pl.when(block == 0)(functools.partial(self.load_query_block, seq, q_block, q_step))
+        pl.when(~scored)(functools.partial(self.wait_block, end, seq, block, buffer))
+        pl.when(last)(functools.partial(self.clear_tail, buffer, valid))
+        wait_for_next = functools.partial(self.wait_next_block, end, seq, block, step)
+        scored = self.attend_block(buffer, block, valid, first_query, scored, last, wait_for_next)
+        pl.when(last)(functools.partial(self.store_query_block, seq, q_block, q_step, sent))
+        sent = tuple(jnp.where(last, new, old) for new, old in zip((seq, q_block), sent))
+        return step + 1, self.advance(*at), fetched, sent, scored
 
-    def page_write(seq, page, slot):
-        physical = page_indices[seq * PAGES_PER_SEQ + page]
-        return pltpu.make_async_copy(page_rows.at[slot], cache_hbm.at[physical], write_sem.at[slot])
+    def load_query_block(self, seq, q_block, q_step):
+        """Waits for a query block and sorts its rows."""
+        self.for_query_copies(seq, q_block, lax.rem(q_step, MIXED_KV_BUFFERS), wait_copy)
+        self.load_queries(lax.rem(q_step, MIXED_KV_BUFFERS))
 
-    def first_page(seq):
-        return lax.div(kv_lens[seq] - q_len(seq), PAGE_SIZE)
+    def store_query_block(self, seq, q_block, q_step, sent):
+        """Starts to write the output of a query block, once that of the block before, `sent`, has been written."""
+        pl.when(q_step > 0)(functools.partial(self.wait_output, sent))
+        self.store_output()
+        self.for_copies(seq, q_block, self.out_copy, start_copy)
 
-    def next_page(seq, page):
-        last = (page + 1) * PAGE_SIZE >= kv_lens[seq]
+    def wait_output(self, sent):
+        self.for_copies(*sent, self.out_copy, wait_copy)
+
+    # ---- Sequences: any number of new tokens each.
+
+    def sequences(self):
+        """The first sequence of the kernel, and the end of them."""
+        return self.distribution[0], self.distribution[2]
+
+    def q_start(self, seq):
+        """The row of a sequence's first new token."""
+        return self.cu_q_lens[seq]
+
+    def q_len(self, seq):
+        """The number of its new tokens."""
+        return self.cu_q_lens[seq + 1] - self.cu_q_lens[seq]
+
+    def queries_end(self, seq, q_block):
+        """The number of tokens of a sequence up to the last query of a block."""
+        new = self.q_len(seq)
+        return self.kv_lens[seq] - new + jnp.minimum((q_block + 1) * MIXED_Q_BLOCK, new)
+
+    def for_copies(self, seq, q_block, make_copy, act):
+        """Acts on copies `make_copy(row of queries, token of the block, tokens)` that together hold a query block.
+
+        They hold no other tokens: their sizes are powers of two.
+        """
+        tokens = jnp.minimum(self.q_len(seq) - q_block * MIXED_Q_BLOCK, MIXED_Q_BLOCK)
+        for size in MIXED_COPY_SIZES:
+
+            @pl.when((tokens & size) > 0)
+            def act_on_part(size=size):
+                first = tokens & ~(2 * size - 1)
+                act(make_copy(self.q_start(seq) + q_block * MIXED_Q_BLOCK + first, first, size))
+
+    # ---- Update of the cache: page by page, old tokens are kept and new ones put in.
+
+    def update_pages(self, meanwhile):
+        """Updates the pages of all sequences; `meanwhile` is called before the last of them are waited for."""
+        start = (self.first_seq, self.first_page(self.first_seq))
+        fetched = start
+        for step in range(MIXED_UPDATE_LOOKAHEAD):
+            fetched = self.load_page(jnp.int32(step), *fetched)
+        steps, *_ = lax.while_loop(self.has_page, self.update_page, (jnp.int32(0), *start, *fetched))
+        meanwhile()
+        for_each(0, jnp.minimum(steps, MIXED_PAGE_BUFFERS), functools.partial(self.wait_last_write, steps))
+
+    def has_page(self, carry):
+        """Whether there is a page to update."""
+        return carry[1] < self.end_seq
+
+    def update_page(self, carry):
+        """Updates one page, and loads what a later one needs."""
+        step, seq, page, *fetched = carry
+        fetched = self.load_page(step + MIXED_UPDATE_LOOKAHEAD, *fetched)
+        self.merge_page(step, seq, page)
+        return step + 1, *self.next_page(seq, page), *fetched
+
+    def wait_last_write(self, steps, index):
+        """Waits for one of the last writes: all have as many bytes."""
+        page = self.first_page(self.first_seq)
+        self.page_write(self.first_seq, page, lax.rem(steps - 1 - index, MIXED_PAGE_BUFFERS)).wait()
+
+    def first_page(self, seq):
+        """The first page of a sequence that gets new tokens."""
+        return lax.div(self.kv_lens[seq] - self.q_len(seq), PAGE_SIZE)
+
+    def next_page(self, seq, page):
+        """The page after a page, maybe of the next sequence."""
+        last = (page + 1) * PAGE_SIZE >= self.kv_lens[seq]
         next_seq = jnp.where(last, seq + 1, seq)
-        return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
+        return next_seq, jnp.where(last, self.first_page(jnp.minimum(next_seq, self.end_seq - 1)), page + 1)
 
-    def load_page(step, seq, page):
-        slot = lax.rem(step, 9)
+    def new_span(self, seq, page):
+        """The new tokens of a page, as a range within it."""
+        kv_len = self.kv_lens[seq]
+        first = jnp.maximum(kv_len - self.q_len(seq) - page * PAGE_SIZE, 0)
+        return first, jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
 
-        @pl.when(seq < end_seq)
-        def _():
-            @pl.when(step >= 9)
-            def _():
-                page_write(seq, page, slot).wait()  # the write of 9 steps ago: as many bytes, this semaphore
+    def load_page(self, step, seq, page):
+        """Starts the copies of a page's new tokens, and of its old ones if it has any; returns the page after it."""
+        buffer = lax.rem(step, MIXED_PAGE_BUFFERS)
+        pl.when(seq < self.end_seq)(functools.partial(self.start_page_copies, step, seq, page, buffer))
+        next_seq, next_index = self.next_page(jnp.minimum(seq, self.end_seq - 1), page)
+        return jnp.where(seq < self.end_seq, next_seq, seq), jnp.where(seq < self.end_seq, next_index, page)
 
-            for copy in new_token_copies(seq, page, lax.rem(step, 5)):
-                copy.start()
-            first, end = page_span(seq, page)
+    def start_page_copies(self, step, seq, page, buffer):
+        """Starts them once the buffer is free."""
 
-            @pl.when((first > 0) | (end < PAGE_SIZE))
-            def _():
-                old_page_copy(seq, page, slot).start()
+        @pl.when(step >= MIXED_PAGE_BUFFERS)
+        def wait_for_buffer():
+            self.page_write(seq, page, buffer).wait()  # the write of MIXED_PAGE_BUFFERS steps ago: as many bytes, this semaphore
 
-        next_seq, next_index = next_page(jnp.minimum(seq, end_seq - 1), page)
-        return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
+        for copy in self.new_token_copies(seq, page, lax.rem(step, MIXED_NEW_BUFFERS)):
+            copy.start()
+        first, end = self.new_span(seq, page)
 
-    def merge_page(step, seq, page):
-        slot, new_slot = lax.rem(step, 9), lax.rem(step, 5)
-        first, end = page_span(seq, page)
-        for copy in new_token_copies(seq, page, new_slot):
+        @pl.when((first > 0) | (end < PAGE_SIZE))
+        def start_old_tokens():
+            self.old_page_copy(seq, page, buffer).start()
+
+    def old_page_copy(self, seq, page, buffer):
+        physical = self.page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(self.cache_hbm.at[physical], self.page_rows.at[buffer], self.old_sem.at[buffer])
+
+    def page_write(self, seq, page, buffer):
+        physical = self.page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(self.page_rows.at[buffer], self.cache_hbm.at[physical], self.write_sem.at[buffer])
+
+    def merge_page(self, step, seq, page):
+        """Puts the new tokens into a page, and starts to write it."""
+        buffer, new_buffer = lax.rem(step, MIXED_PAGE_BUFFERS), lax.rem(step, MIXED_NEW_BUFFERS)
+        first, end = self.new_span(seq, page)
+        for copy in self.new_token_copies(seq, page, new_buffer):
             copy.wait()
 
         @pl.when((first > 0) | (end < PAGE_SIZE))
-        def _():
-            old_page_copy(seq, page, slot).wait()
+        def wait_for_old_tokens():
+            self.old_page_copy(seq, page, buffer).wait()
 
-        def merge(piece, _):
-            start = pl.multiple_of(piece * 16, 16)
-            tokens = pl.ds(start, 16)
-            # As words of two tokens, so that the old ones stay bit for bit whatever they are.
-            low = start + 2 * lax.broadcasted_iota(jnp.int32, (8, HEAD_DIM), 0)
-            low_mask = jnp.where((low >= first) & (low < end), jnp.uint32(0xFFFF), jnp.uint32(0))
-            mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
+        merge = functools.partial(self.merge_tokens, buffer, new_buffer, first, end)
+        for_each(lax.div(first, MIXED_MERGE_TOKENS), pl.cdiv(end, MIXED_MERGE_TOKENS), merge)
+        self.page_write(seq, page, buffer).start()
 
-            new_tokens = pl.ds(PAGE_SIZE + start, 16)
-            new = [array[new_slot, new_tokens].astype(jnp.float32) for array in (new_keys, new_values)]
-            for kind, rows in enumerate(new):
-                by_head = jnp.swapaxes(rows, 0, 1)
-                for head in range(KV_HEADS):
-                    old = page_rows[slot, kind, head, tokens]
-                    words, old = pltpu.bitcast(by_head[head].astype(old.dtype), jnp.uint32), pltpu.bitcast(old, jnp.uint32)
-                    page_rows[slot, kind, head, tokens] = pltpu.bitcast((words & mask) | (old & ~mask), page_rows.dtype)
-            return 0
+    def new_token_copies(self, seq, page, buffer):
+        """The copies of a page's new keys and values."""
+        # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
+        wanted = self.q_start(seq) + page * PAGE_SIZE - (self.kv_lens[seq] - self.q_len(seq))
+        source = jnp.clip(wanted, 0, self.k_hbm.shape[0] - MIXED_NEW_TOKENS)
+        take, put = pl.ds(source, MIXED_NEW_TOKENS), pl.ds(PAGE_SIZE + source - wanted, MIXED_NEW_TOKENS)
+        return (
+            pltpu.make_async_copy(self.k_hbm.at[take], self.new_keys.at[buffer, put], self.new_sem.at[buffer]),
+            pltpu.make_async_copy(self.v_hbm.at[take], self.new_values.at[buffer, put], self.new_sem.at[buffer]),
+        )
 
-        lax.fori_loop(lax.div(first, 16), pl.cdiv(end, 16), merge, 0)
-        page_write(seq, page, slot).start()
+    def merge_tokens(self, buffer, new_buffer, first, end, index):
+        """Puts new tokens into MIXED_MERGE_TOKENS tokens of a page, where they lie in `[first, end)`.
 
-    def update_cache(meanwhile):
-        """Updates all pages; `meanwhile` is called before it waits for the last of them to be written."""
+        They are put in as words of two tokens, so that the old ones stay bit for bit whatever they are.
+        """
+        start = pl.multiple_of(index * MIXED_MERGE_TOKENS, MIXED_MERGE_TOKENS)
+        tokens = pl.ds(start, MIXED_MERGE_TOKENS)
+        low = start + 2 * lax.broadcasted_iota(jnp.int32, (MIXED_MERGE_TOKENS // 2, HEAD_LANES), 0)
+        low_mask = jnp.where((low >= first) & (low < end), jnp.uint32(0xFFFF), jnp.uint32(0))
+        mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
+        new_tokens = pl.ds(PAGE_SIZE + start, MIXED_MERGE_TOKENS)
+        keys = self.new_keys[new_buffer, new_tokens].astype(jnp.float32)
+        values = self.new_values[new_buffer, new_tokens].astype(jnp.float32)
+        for plane, rows in enumerate((keys, values)):
+            by_head = jnp.swapaxes(rows, 0, 1)
+            for head in range(KV_HEADS):
+                old = self.page_rows[buffer, plane, head, tokens]
+                words, old = pltpu.bitcast(by_head[head].astype(old.dtype), jnp.uint32), pltpu.bitcast(old, jnp.uint32)
+                words = (words & mask) | (old & ~mask)
+                self.page_rows[buffer, plane, head, tokens] = pltpu.bitcast(words, self.page_rows.dtype)
 
-        def body(carry):
-            step, seq, page, *ahead = carry
-            ahead = load_page(step + 4, *ahead)
-            merge_page(step, seq, page)
-            return step + 1, *next_page(seq, page), *ahead
+    def wait_next_block(self, end, seq, block, step):
+        """Waits for the KV block after a block."""
+        self.wait_block(end, seq, block + 1, lax.rem(step + 1, MIXED_KV_BUFFERS))
 
-        start = (first_seq, first_page(first_seq))
-        ahead = start
-        for step in range(4):
-            ahead = load_page(jnp.int32(step), *ahead)
-        steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
+    # ---- Fetches.
 
-        meanwhile()
+    def kv_end(self, seq, q_block):
+        """The number of tokens that a query block attends to, from the first one on that is fetched."""
+        return self.queries_end(seq, q_block)
 
-        def drain(i, _):
-            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 9)).wait()
-            return 0
-
-        lax.fori_loop(0, jnp.minimum(steps, 9), drain, 0)
-
-    # ---- fetch KV: whole pages, into one of 3 buffers of 2048 tokens
-
-    def page_copy(seq, block, slot, page):
-        physical = page_indices[seq * PAGES_PER_SEQ + block * 16 + page]
-        return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, page], kv_sem.at[slot])
-
-    def pages_of(kv_end, block):
-        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 16, 16)
-
-    def start_block(kv_end, seq, block, slot):
-        def one(page, _):
-            page_copy(seq, block, slot, page).start()
-            return 0
-
-        pages = pages_of(kv_end, block)
-
-        @pl.when(pages == 16)
-        def _():
-            for page in range(16):
-                one(page, 0)
-
-        @pl.when(pages < 16)
-        def _():
-            lax.fori_loop(0, pages, one, 0)
-
-    def wait_block(kv_end, seq, block, slot):
-        def one(page, _):
-            page_copy(seq, block, slot, page).wait()
-            return 0
-
-        pages = pages_of(kv_end, block)
-
-        @pl.when(pages == 16)
-        def _():
-            pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
-
-        @pl.when(pages < 16)
-        def _():
-            lax.fori_loop(0, pages, one, 0)
-
-    def kv_end(seq, q_block):
-        """The number of tokens that the last query of a block attends to."""
-        new = q_len(seq)
-        return kv_lens[seq] - new + jnp.minimum((q_block + 1) * 64, new)
-
-    def advance(seq, q_block, q_step, block):
-        last = (block + 1) * 2048 >= kv_end(seq, q_block)
-        last_of_seq = last & ((q_block + 1) * 64 >= q_len(seq))
+    def advance(self, seq, q_block, q_step, block):
+        """The step after a step."""
+        last = (block + 1) * MIXED_KV_BLOCK >= self.kv_end(seq, q_block)
+        last_of_seq = last & ((q_block + 1) * MIXED_Q_BLOCK >= self.q_len(seq))
         return (
             jnp.where(last_of_seq, seq + 1, seq),
             jnp.where(last, jnp.where(last_of_seq, 0, q_block + 1), q_block),
@@ -543,357 +908,383 @@ def mixed_kernel(
             jnp.where(last, 0, block + 1),
         )
 
-    def start_fetch(step, at, wanted=True):
-        seq, q_block, q_step, block = at
+    def fetch_ahead(self, step, *at):
+        """Starts the fetch of a step; returns the step after it."""
+        self.start_fetch(step, at)
+        return self.next_fetch(at)
 
-        @pl.when((seq < end_seq) & wanted)
-        def _():
-            @pl.when(block == 0)
-            def _():
-                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.start())
+    def start_fetch(self, step, at, wanted=True):
+        """Starts the fetch of a step's KV block, and of its query block if it is the first one against that."""
+        pl.when((at[0] < self.end_seq) & wanted)(functools.partial(self.start_copies, step, *at))
 
-            start_block(kv_end(seq, q_block), seq, block, lax.rem(step, 3))
+    def start_copies(self, step, seq, q_block, q_step, block):
+        @pl.when(block == 0)
+        def start_query_copies():
+            self.for_query_copies(seq, q_block, lax.rem(q_step, MIXED_KV_BUFFERS), start_copy)
 
-    def next_fetch(at):
+        end = self.kv_end(seq, q_block)
+        self.start_block(end, seq, block, lax.rem(step, MIXED_KV_BUFFERS))
+
+    def next_fetch(self, at):
+        """The step after a step, if there is one."""
         seq, *within = at
-        following = advance(jnp.minimum(seq, end_seq - 1), *within)
-        return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
+        following = self.advance(jnp.minimum(seq, self.end_seq - 1), *within)
+        return tuple(jnp.where(seq < self.end_seq, new, old) for new, old in zip(following, at))
 
-    def fetch_ahead(step, *at):
-        start_fetch(step, at)
-        return next_fetch(at)
+    # ---- Query blocks, in and out in their natural layout, sorted by KV head inside.
 
-    # ---- query blocks: 64 tokens in and out in their natural layout, by KV head inside
+    def for_query_copies(self, seq, q_block, buffer, act):
+        """Acts on the copies of a query block."""
+        self.for_copies(seq, q_block, functools.partial(self.query_copy, buffer), act)
 
-    def block_copies(seq, block, make, act):
-        """Acts on copies that together hold the block's tokens and no others, in sizes that are powers of two."""
-        tokens = jnp.minimum(q_len(seq) - block * 64, 64)
-        for size in (64, 32, 16, 8, 4, 2, 1):
+    def query_copy(self, buffer, row, first, size):
+        place = self.q_in.at[buffer, pl.ds(first, size)]
+        return pltpu.make_async_copy(self.q_hbm.at[pl.ds(row, size)], place, self.q_sem.at[buffer])
 
-            @pl.when((tokens & size) > 0)
-            def _(size=size):
-                first = tokens & ~(2 * size - 1)
-                act(make(q_start(seq) + block * 64 + first, first, size))
+    def out_copy(self, row, first, size):
+        source = self.out_rows.at[0, pl.ds(first, size)]
+        return pltpu.make_async_copy(source, self.out_hbm.at[pl.ds(row, size)], self.out_sem.at[0])
 
-    def query_copies(seq, block, slot, act):
-        def make(token, first, size):
-            return pltpu.make_async_copy(q_hbm.at[pl.ds(token, size)], q_in.at[slot, pl.ds(first, size)], q_sem.at[slot])
+    # ---- The order of query rows: by query head, then query.
 
-        block_copies(seq, block, make, act)
+    def query_of(self, row):
+        """Which query of the block a row of a KV head is of."""
+        return lax.rem(row, MIXED_Q_BLOCK)
 
-    def out_copies(seq, block, slot, act):
-        def make(token, first, size):
-            return pltpu.make_async_copy(out_rows.at[slot, pl.ds(first, size)], out_hbm.at[pl.ds(token, size)], out_sem.at[slot])
+    def rows_of_head(self, head):
+        """Where one query head's queries are among the rows of its KV head."""
+        return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * MIXED_Q_BLOCK, MIXED_Q_BLOCK), MIXED_Q_BLOCK)
 
-        block_copies(seq, block, make, act)
+    def clear_all(self):
+        """Sets all running maxima as they are before a first tile."""
+        for_each(0, KV_HEADS * MIXED_ROW_STEPS, self.clear_step)
 
-    def loop(count, body):
-        """Runs `body(index)` for each index below `count`, as one piece of code."""
+    def clear_step(self, step):
+        rows = pl.ds(lax.rem(step, MIXED_ROW_STEPS) * MIXED_STEP_ROWS, MIXED_STEP_ROWS)
+        self.clear_max(lax.div(step, MIXED_ROW_STEPS), rows)
 
-        def turn(index, _):
-            body(index)
-            return 0
+    def load_queries(self, buffer):
+        """Sorts a query block by query head, `[KV_HEADS, MIXED_Q_ROWS, HEAD_LANES]`."""
+        for_each(0, MIXED_SORT_STEPS, functools.partial(self.spread_tokens, buffer))
+        for_each(0, Q_HEADS, self.sort_head)
 
-        lax.fori_loop(0, count, turn, 0)
+    def sort_head(self, head):
+        rows = self.rows_of_head(head)
+        sort_rows(self.by_token, pl.ds(head, MIXED_Q_BLOCK, stride=PADDED_Q_HEADS), self.q_rows, head, rows)
 
-    def clear(head, rows):
-        """The running maximum of some rows of a KV head, as before their first tile."""
-        row_max[head, rows] = jnp.full((rows.size, 128), MASKED)
+    def store_output(self):
+        """Puts a block's output back in the order of its tokens, and sets the running maxima for the next one."""
+        for_each(0, Q_HEADS, self.unsort_head)
+        for_each(0, MIXED_SORT_STEPS, self.gather_tokens)
 
-    def clear_all():
-        def one(piece):
-            rows = pl.ds(lax.rem(piece, 1) * 256, 256)
-            clear(lax.div(piece, 1), rows)
+    def unsort_head(self, head):
+        rows = self.rows_of_head(head)
+        strided = pl.ds(head, MIXED_Q_BLOCK, stride=PADDED_Q_HEADS)
+        out = self.acc[head // GROUP, rows] / broadcast_lanes(self.sums(head // GROUP, rows), HEAD_LANES)
+        self.clear_max(head // GROUP, rows)
+        store_rows(self.by_token, strided, out)
 
-        loop(KV_HEADS * 1, one)
+    def spread_tokens(self, buffer, step):
+        """Lays MIXED_SORT_TOKENS tokens into rows of one query head each."""
+        for i in range(MIXED_SORT_TOKENS):
+            token = step * MIXED_SORT_TOKENS + i
+            queries = self.q_in[buffer, token].astype(jnp.float32)
+            rows = pl.ds(pl.multiple_of(token * PADDED_Q_HEADS, PADDED_Q_HEADS), Q_HEADS)
+            store_rows(self.by_token, rows, queries)
 
-    def query_of(row):
-        """Which query of the block a row is of: rows go by head, then query."""
-        return lax.rem(row, 64)
+    def gather_tokens(self, step):
+        """Gathers MIXED_SORT_TOKENS tokens of the output from such rows."""
+        for i in range(MIXED_SORT_TOKENS):
+            token = step * MIXED_SORT_TOKENS + i
+            rows = pl.ds(pl.multiple_of(token * PADDED_Q_HEADS, PADDED_Q_HEADS), Q_HEADS)
+            out = load_rows(self.by_token, rows)
+            self.out_rows[0, token] = out.astype(self.out_rows.dtype)
 
-    def begin(slot):
-        """Sorts a query block by head, `[KV_HEADS, GROUP * 64, HEAD_DIM]`."""
+    # ---- Reading of one head's K and V: `tokens` tokens, from token `first` of a block on, both whole pages.
 
-        def spread(piece):
-            for i in range(16):
-                token = piece * 16 + i
-                queries = q_in[slot, token].astype(jnp.float32)
-                rows = pl.ds(pl.multiple_of(token * 24, 24), Q_HEADS)
-                by_token[rows] = queries
-
-        def sort(head):
-            rows = head_rows(head)
-            strided = pl.ds(head, 64, stride=24)
-            q_rows[head // GROUP, rows] = by_token[strided, :].astype(q_rows.dtype)
-
-        loop(4, spread)
-        loop(Q_HEADS, sort)
-
-    def head_rows(head):
-        """Where one query head's tokens are among the rows of its KV head."""
-        return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * 64, 64), 64)
-
-    def finish(slot):
-        """Puts a block's output back in the order of its tokens, and clears the running maximum for the next one."""
-
-        def unsort(head):
-            rows = head_rows(head)
-            strided = pl.ds(head, 64, stride=24)
-            out = acc[head // GROUP, rows] / widen(row_sum[head // GROUP, rows], HEAD_DIM)
-            clear(head // GROUP, rows)
-            by_token[strided, :] = out
-
-        def gather(piece):
-            for i in range(16):
-                token = piece * 16 + i
-                rows = pl.ds(pl.multiple_of(token * 24, 24), Q_HEADS)
-                out = by_token[rows]
-                out_rows[slot, token] = out.astype(out_rows.dtype)
-
-        loop(Q_HEADS, unsort)
-        loop(4, gather)
-
-    def clear_tail(slot, valid):
-        """Zeroes V from token `valid` to the end of those that are computed: a weight of 0 does not hide a NaN."""
-        row = lax.broadcasted_iota(jnp.int32, (UNIT, HEAD_DIM), 0)
-
-        def clear(unit, _):
-            token = unit * UNIT
-            tokens = pl.ds(pl.multiple_of(lax.rem(token, PAGE_SIZE), UNIT), UNIT)
-            for head in range(KV_HEADS):
-                old = kv[slot, token // PAGE_SIZE, 1, head, tokens].astype(jnp.float32)
-                kv[slot, token // PAGE_SIZE, 1, head, tokens] = jnp.where(token + row < valid, old, 0.0).astype(kv.dtype)
-            return 0
-
-        lax.fori_loop(valid // UNIT, pl.cdiv(valid, 256) * 16, clear, 0)
-
-    # ---- read KV: `tokens` tokens of one head, from token `first` of a block on, both whole pages
-
-    def head_of(slot, kind, first, tokens, head):
+    def head_rows_of(self, buffer, plane, first, tokens, head):
+        """`[tokens, HEAD_LANES]` of one head."""
         pages = pl.ds(lax.div(first, PAGE_SIZE), tokens // PAGE_SIZE)
-        return kv[slot, pages, kind, head].reshape(tokens, HEAD_DIM)
+        return self.kv[buffer, pages, plane, head].reshape(tokens, HEAD_LANES)
 
-    def head_keys(slot, first, tokens, head):
-        return head_of(slot, 0, first, tokens, head)
+    def head_keys(self, buffer, first, tokens, head):
+        return self.head_rows_of(buffer, K_PLANE, first, tokens, head)
 
-    def head_values(slot, first, tokens, head):
-        return head_of(slot, 1, first, tokens, head)
+    def head_values(self, buffer, first, tokens, head):
+        return self.head_rows_of(buffer, V_PLANE, first, tokens, head)
 
-    def piece_tokens(shape, axis):
-        """The token of each index along an axis of a piece's."""
+    def tokens_in_order(self, shape, axis):
+        """The token of each index along an axis."""
         return lax.broadcasted_iota(jnp.int32, shape, axis)
 
-    # ---- flash steps: 256 query rows of one head against one tile, or on the diagonal against one piece of it
+    # ---- Scores `[query rows, tokens]`, as logarithms to base 2; running maxima and sums are the same in every lane.
 
-    def scores_of(queries, keys, head):
-        """`[query rows, tokens]`, as logarithms to base 2."""
-        return products(queries, keys, 1) * SCORE_SCALE
+    def scores_of(self, queries, keys, head):
+        """The scores of some query rows of a KV head against some tokens."""
+        return matmul(queries, keys, 1) * SCORE_SCALE
 
-    def score(slot, first, tokens, head, rows):
-        return scores_of(q_rows[head, rows], head_keys(slot, first, tokens, head), head)
+    def query_positions(self, first_query, first, rows, tokens):
+        """The position of each row's query, relative to token `first`, beside each of `tokens` tokens."""
+        row = rows.start + lax.broadcasted_iota(jnp.int32, (rows.size, LANES), 0)
+        return broadcast_lanes(first_query - first + self.query_of(row), tokens)
 
-    def state_before(head, rows, begins):
-        """The running sum and output of some rows of a KV head; where they begin, what the block before left counts for nothing."""
-        return jnp.where(begins, 0.0, row_sum[head, rows]), jnp.where(begins, 0.0, acc[head, rows])
+    def clear_max(self, head, rows):
+        """Sets the running maxima of some rows of a KV head as they are before a first tile."""
+        self.row_max[head, rows] = jnp.full((rows.size, LANES), MASKED)
 
-    def weigh(scores, slot, first, head, rows, begins):
-        tokens = scores.shape[1]
-        old_sum, old_acc = state_before(head, rows, begins)
-        old_max = row_max[head, rows]
-        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - widen(new_max, tokens))
-        rescale = jnp.exp2(old_max - new_max)
-        row_max[head, rows] = new_max
-        # The MXU is wider than a head: ones beside the values make the sum of the weights at no cost.
-        values = jnp.concatenate([head_values(slot, first, tokens, head), jnp.ones((tokens, 128), jnp.bfloat16)], axis=1)
-        part = products(weights.astype(jnp.bfloat16), values, 0)
-        row_sum[head, rows] = rescale * old_sum + part[:, HEAD_DIM:]
-        acc[head, rows] = widen(rescale, HEAD_DIM) * old_acc + part[:, :HEAD_DIM]
+    def at(self, head, rows):
+        """Where some rows of a KV head are in the running state."""
+        return head, rows
 
-    def flash_turns(turns, heads, ahead, tokens, place, score_of, slot, begins, onward=None):
-        """Takes turns of some heads against the `tokens` tokens from `place(turn)` on, which is a token and the first head.
+    def tile_max(self, step):
+        """The largest of a step's scores."""
+        return jnp.max(self.step_max[step % MIXED_SCORE_BUFFERS], axis=1, keepdims=True)
 
-        A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, the first of the next turn
-        at its end: so the MXU and the vector units work at once.
-        `onward`: whether a block before has made the first scores, whether turn `turns` is the next block's first, and what waits
-        for that block.
+    def score(self, buffer, first, tokens, head, rows):
+        """The scores of some rows of a KV head against `tokens` tokens from token `first` of a block on."""
+        return self.scores_of(self.q_rows[head, rows], self.head_keys(buffer, first, tokens, head), head)
+
+    def state_before(self, head, rows, begins):
+        """The running sum and output of some rows of a KV head; if they begin, what the block before left does not count."""
+        old_sum = jnp.where(begins, 0.0, self.row_sum[self.at(head, rows)])
+        return old_sum, jnp.where(begins, 0.0, self.acc[self.at(head, rows)])
+
+    # ---- Flash attention of tiles of one KV block.
+
+    def attend_block(self, buffer, block, valid, first_query, scored, last, wait_for_next):
+        """Attends to one KV block: the tiles that all queries see whole, then those that some see in part."""
+        first_query = first_query - block * MIXED_KV_BLOCK
+        full = jnp.clip(lax.div(first_query + 1, MIXED_TILE), 0, MIXED_TILES)
+        goes_on = ~last & (full == MIXED_TILES)
+        FullTiles(self, buffer, block == 0, 0, full, scored, goes_on, wait_for_next).run()
+        for_each(full, pl.cdiv(valid, MIXED_TILE), functools.partial(self.attend_partial_tile, buffer, block, valid, first_query))
+        return goes_on
+
+    def attend_partial_tile(self, buffer, block, valid, first_query, tile):
+        PartialTile(self, buffer, block + tile == 0, tile, valid, first_query).run()
+
+    def flash(self, tiles):
+        """Takes the iterations of some tiles: each is the flash steps of some heads against one tile.
+
+        A step is MIXED_STEP_ROWS query rows of one head. An iteration is one piece of code, in which scores are made `lookahead`
+        steps before they are used, the first of the next iteration at its end: so the MXU and the vector units work at once.
         """
-        steps = [(head, pl.ds(row, 256)) for head in range(heads) for row in range(0, 256, 256)]
+        tiles.start(functools.partial(self.make_first_scores, tiles))
+        for_each(0, tiles.iterations, functools.partial(self.flash_iteration, tiles))
 
-        def scores_of(turn, step):
-            first, head = place(turn)
-            return score_of(first, head + steps[step][0], steps[step][1])
+    def make_first_scores(self, tiles):
+        """The scores that the first iteration finds."""
+        for i in range(tiles.lookahead):
+            self.next_scores[i, :, : tiles.tokens] = self.step_scores(tiles, 0, i)
 
-        def one_turn(turn, _):
-            if onward:
-                pl.when(goes_on & (turn == turns - 1))(wait_for_next)
-            first, first_head = place(turn)
-            on_first_tokens = begins & (first == place(0)[0])
-            scores = [next_scores[i, :, :tokens] for i in range(ahead)]
-            for i, (head, rows) in enumerate(steps):
-                later = i + ahead
-                if later < len(steps):
-                    scores.append(scores_of(turn, later))
-                else:
-                    following = jnp.minimum(turn + 1, last_turn)
-                    next_scores[later - len(steps), :, :tokens] = scores_of(following, later - len(steps))
-                weigh(scores[i], slot, first, first_head + head, rows, on_first_tokens)
-            return 0
+    def step_scores(self, tiles, iteration, step):
+        """The scores of one step of an iteration."""
+        first, first_head = tiles.tile_of(iteration)
+        head, rows = flash_steps(tiles.heads)[step]
+        return tiles.scores(first, tiles.tokens, first_head + head, rows)
 
-        def make_first():
-            for i in range(ahead):
-                next_scores[i, :, :tokens] = scores_of(0, i)
+    def flash_iteration(self, tiles, iteration):
+        """One iteration, with the first scores of the next."""
+        tiles.wait_for_next(iteration)
+        first, first_head = tiles.tile_of(iteration)
+        begins = tiles.begins & (first == tiles.tile_of(0)[0])
+        steps = flash_steps(tiles.heads)
+        scores = [self.next_scores[i, :, : tiles.tokens] for i in range(tiles.lookahead)]
+        for i, (head, rows) in enumerate(steps):
+            later = i + tiles.lookahead
+            if later < len(steps):
+                scores.append(self.step_scores(tiles, iteration, later))
+            else:
+                following = jnp.minimum(iteration + 1, tiles.last)
+                next_scores = self.step_scores(tiles, following, later - len(steps))
+                self.next_scores[later - len(steps), :, : tiles.tokens] = next_scores
+            self.add_tokens(scores[i], tiles.buffer, first, first_head + head, rows, begins)
 
-        if onward:
-            carried, goes_on, wait_for_next = onward
-            last_turn = jnp.where(goes_on, turns, turns - 1)
-            pl.when(~carried)(make_first)
-        else:
-            last_turn = turns - 1
-            make_first()
-        lax.fori_loop(0, turns, one_turn, 0)
+    def add_tokens(self, scores, buffer, first, head, rows, begins):
+        """Adds the tokens of some scores to the running softmax of some rows of a head."""
+        tokens = scores.shape[1]
+        old_sum, old_acc = self.state_before(head, rows, begins)
+        old_max = self.row_max[head, rows]
+        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
+        p = jnp.exp2(scores - broadcast_lanes(new_max, tokens))
+        alpha = jnp.exp2(old_max - new_max)
+        self.row_max[head, rows] = new_max
+        # The MXU is wider than a head: ones beside the values make the sum of the probabilities at no cost.
+        values = self.head_values(buffer, first, tokens, head)
+        values = jnp.concatenate([values, jnp.ones((tokens, LANES), jnp.bfloat16)], axis=1)
+        pv = matmul(p.astype(jnp.bfloat16), values, 0)
+        self.row_sum[head, rows] = alpha * old_sum + pv[:, HEAD_LANES:]
+        self.acc[head, rows] = broadcast_lanes(alpha, HEAD_LANES) * old_acc + pv[:, :HEAD_LANES]
 
-    def plain_tiles(slot, count, begins, onward):
-        """Tiles that all queries of the block see whole."""
-
-        def score_of(first, head, rows):
-            beyond = first >= 2048  # in the next block
-            at = jnp.where(beyond, lax.rem(slot + 1, 3), slot)
-            first = jnp.where(beyond, first - 2048, first)
-            return score(at, first, 512, head, rows)
-
-        def place_from(first_tile):
-            def place(turn):
-                tile, head = first_tile + lax.div(turn, 5), lax.rem(turn, 5) * 1
-                return tile * 512, head
-
-            return place
-
-        @pl.when(count > 0)
-        def _():
-            turns = count * 5
-            flash_turns(turns, 1, 1, 512, place_from(0), score_of, slot, begins, onward)
-
-    def diagonal_tile(slot, tile, valid, begins, first_query):
-        """A tile that some query sees in part, as far as there are tokens. `first_query` is seen from the block's start."""
-
-        first_piece = tile * 2
-        pieces = jnp.minimum(2, pl.cdiv(valid, 256) - first_piece)
-
-        def score_of(first, head, rows):
-            scores = score(slot, first, 256, head, rows)
-            row = rows.start + lax.broadcasted_iota(jnp.int32, (rows.size, 128), 0)
-            query = widen(first_query - first + query_of(row), 256)
-            return jnp.where(piece_tokens(scores.shape, 1) <= query, scores, MASKED)
-
-        def place(turn):
-            piece = first_piece + lax.div(turn, 5)
-            return piece * 256, lax.rem(turn, 5) * 1
-
-        flash_turns(pieces * 5, 1, 1, 256, place, score_of, slot, begins)
-
-    def attend(start, fetched):
-        clear_all()
-        start_fetch(0, start, ~fetched)
-        ahead = next_fetch(start)
-        for step in range(1, 2):
-            ahead = fetch_ahead(step, *ahead)
-
-        def body(carry):
-            step, at, ahead, sent, carried = carry
-            seq, q_block, q_step, block = at
-            ahead = fetch_ahead(step + 2, *ahead)
-            slot = lax.rem(step, 3)
-            end = kv_end(seq, q_block)
-            valid = jnp.minimum(end - block * 2048, 2048)
-            last = (block + 1) * 2048 >= end
-            first_query = kv_lens[seq] - q_len(seq) + q_block * 64
-
-            @pl.when(block == 0)
-            def _():
-                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.wait())
-                begin(lax.rem(q_step, 3))
-
-            @pl.when(~carried)
-            def _():
-                wait_block(end, seq, block, slot)
-
-            @pl.when(last)
-            def _():
-                clear_tail(slot, valid)
-
-            seen = first_query - block * 2048
-            plain = jnp.clip(lax.div(seen + 1, 512), 0, 4)
-            goes_on = ~last & (plain == 4)
-            wait_for_next = lambda: wait_block(end, seq, block + 1, lax.rem(step + 1, 3))
-            plain_tiles(slot, plain, block == 0, (carried, goes_on, wait_for_next))
-
-            def diagonal(tile, _):
-                diagonal_tile(slot, tile, valid, block + tile == 0, seen)
-                return 0
-
-            lax.fori_loop(plain, pl.cdiv(valid, 512), diagonal, 0)
-
-            @pl.when(last)
-            def _():
-                @pl.when(q_step > 0)
-                def _():
-                    out_copies(*sent, 0, lambda copy: copy.wait())
-
-                finish(0)
-                out_copies(seq, q_block, 0, lambda copy: copy.start())
-
-            sent = tuple(jnp.where(last, new, old) for new, old in zip((seq, q_block), sent))
-            return step + 1, advance(*at), ahead, sent, goes_on
-
-        state = (jnp.int32(0), start, ahead, start[:2], jnp.bool_(False))
-        _, _, _, sent, _ = lax.while_loop(lambda carry: carry[1][0] < end_seq, body, state)
-        out_copies(*sent, 0, lambda copy: copy.wait())
-
-    @pl.when(first_seq < end_seq)
-    def _():
-        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
-        # The first block comes while the last pages go, if none of these is in it.
-        early = first_page(first_seq) >= 16
-        update_cache(lambda: start_fetch(0, start, early))
-        attend(start, early)
+    def sums(self, head, rows):
+        """The running sums of some rows of a KV head."""
+        return self.row_sum[head, rows]
 
 
-def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_lens, distribution):
-    """`(out, rows)` with the rows of the sequences that are not decode written; other rows of `out` stay."""
+@dataclasses.dataclass
+class FullTiles:
+    """Tiles of a KV block that all queries of the query block see whole: `count` tiles from `first_tile` on.
+
+    `begins`: whether the query block has seen no tile before them.
+    `scored`: whether the block before has made the first scores. `goes_on`: whether the last iteration makes those of the
+    next block, for which `wait_for_block` waits.
+    """
+
+    kernel: MixedKernel
+    buffer: jax.Array
+    begins: jax.Array
+    first_tile: jax.Array
+    count: jax.Array
+    scored: jax.Array
+    goes_on: jax.Array
+    wait_for_block: functools.partial
+
+    tokens, heads, lookahead = MIXED_TILE, MIXED_STEP_HEADS, MIXED_SCORE_LOOKAHEAD
+
+    def run(self):
+        pl.when(self.count > 0)(self.take_tiles)
+
+    def take_tiles(self):
+        self.iterations = self.count * MIXED_ITERATIONS
+        self.kernel.flash(self)
+
+    def tile_of(self, iteration):
+        """The first token of an iteration's tile, and the first of its heads."""
+        tile, head = self.first_tile + lax.div(iteration, MIXED_ITERATIONS), lax.rem(iteration, MIXED_ITERATIONS) * MIXED_STEP_HEADS
+        return tile * MIXED_TILE, head
+
+    def start(self, make_first_scores):
+        """Makes the scores that the first iteration finds, unless they are made."""
+        self.last = jnp.where(self.goes_on, self.iterations, self.iterations - 1)
+        pl.when(~self.scored)(make_first_scores)
+
+    def wait_for_next(self, iteration):
+        """Before the last iteration, waits for the next block if this one goes on in it."""
+        pl.when(self.goes_on & (iteration == self.iterations - 1))(self.wait_for_block)
+
+    def scores(self, first, tokens, head, rows):
+        """The scores of some rows against a tile."""
+        beyond = first >= MIXED_KV_BLOCK  # in the next block
+        buffer = jnp.where(beyond, lax.rem(self.buffer + 1, MIXED_KV_BUFFERS), self.buffer)
+        first = jnp.where(beyond, first - MIXED_KV_BLOCK, first)
+        return self.kernel.score(buffer, first, tokens, head, rows)
+
+
+@dataclasses.dataclass
+class PartialTile:
+    """A tile of which some queries do not see all tokens, as far as there are tokens: a diagonal block at a time.
+
+    `begins`: whether the query block has seen no tile before it.
+    """
+
+    kernel: MixedKernel
+    buffer: jax.Array
+    begins: jax.Array
+    tile: jax.Array
+    valid: jax.Array
+    first_query: jax.Array
+
+    tokens, heads, lookahead = MIXED_DIAGONAL_BLOCK, MIXED_DIAGONAL_HEADS, MIXED_DIAGONAL_LOOKAHEAD
+
+    def run(self):
+        self.first_block = self.tile * MIXED_DIAGONAL_BLOCKS
+        blocks = jnp.minimum(MIXED_DIAGONAL_BLOCKS, pl.cdiv(self.valid, MIXED_DIAGONAL_BLOCK) - self.first_block)
+        self.iterations = blocks * MIXED_DIAGONAL_ITERATIONS
+        self.kernel.flash(self)
+
+    def tile_of(self, iteration):
+        """The first token of an iteration's diagonal block, and the first of its heads."""
+        block = self.first_block + lax.div(iteration, MIXED_DIAGONAL_ITERATIONS)
+        return block * MIXED_DIAGONAL_BLOCK, lax.rem(iteration, MIXED_DIAGONAL_ITERATIONS) * MIXED_DIAGONAL_HEADS
+
+    def start(self, make_first_scores):
+        """Makes the scores that the first iteration finds."""
+        self.last = self.iterations - 1
+        make_first_scores()
+
+    def wait_for_next(self, iteration):
+        """No next block: only full tiles go on in one."""
+
+    def scores(self, first, tokens, head, rows):
+        """The scores of some rows against a diagonal block, masked where a query does not see a token."""
+        kernel = self.kernel
+        scores = kernel.score(self.buffer, first, tokens, head, rows)
+        query = kernel.query_positions(self.first_query, first, rows, tokens)
+        token = kernel.tokens_in_order(scores.shape, MIXED_TOKEN_AXIS)
+        return jnp.where(visible(token, query), scores, MASKED)
+
+
+def visible(token, query):
+    """Whether a query sees a token."""
+    return token <= query
+
+
+def flash_steps(heads):
+    """The head and the rows of each flash step of an iteration."""
+    return [(head, pl.ds(row, MIXED_STEP_ROWS)) for head in range(heads) for row in range(0, MIXED_Q_ROWS, MIXED_STEP_ROWS)]
+
+
+def store_rows(ref, rows, values):
+    """Stores rows of LANES lanes."""
+    ref[rows, :] = values
+
+
+def load_rows(ref, rows):
+    """Loads rows of LANES lanes."""
+    return ref[rows, :]
+
+
+def sort_rows(by_token, strided, q_rows, head, rows):
+    """Moves the rows of a query head to those of its KV head."""
+    q_rows[head // GROUP, rows] = by_token[strided, :].astype(q_rows.dtype)
+
+
+def mixed_kernel(*refs):
+    MixedKernel(*refs).run()
+
+
+def attend_mixed(queries, keys, values, cache, out, kv_lens, page_indices, cu_q_lens, distribution):
+    """`(out, cache)` of the sequences that are not decode; other rows of `out` stay as they are."""
+    scalars = (kv_lens, page_indices, cu_q_lens, distribution)
+    arrays = (queries, keys, values, cache, out)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         mixed_kernel,
-        in_specs=[smem] * 4 + [hbm] * 5,
+        in_specs=[smem] * len(scalars) + [hbm] * len(arrays),
         out_specs=[hbm] * 2,
-        out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
-        input_output_aliases={7: 1, 8: 0},
-        scratch_shapes=[
-            pltpu.VMEM((3, 16, 2, 5, 128, 128), jnp.bfloat16),  # kv: fetched blocks
-            pltpu.VMEM((5, 320, 5, 128), jnp.bfloat16),  # new_keys: new keys, around the page they go to
-            pltpu.VMEM((5, 320, 5, 128), jnp.bfloat16),  # new_values: new values, likewise
-            pltpu.VMEM((9, 2, 5, 128, 128), jnp.bfloat16),  # page_rows: pages to update
-            pltpu.VMEM((3, 64, 20, 128), jnp.bfloat16),  # q_in: query blocks as they come
-            pltpu.VMEM((1536, 128), jnp.float32),  # by_token: one by token
-            pltpu.VMEM((5, 256, 128), jnp.bfloat16),  # q_rows: one by KV head
-            pltpu.VMEM((1, 256, 512), jnp.float32),  # next_scores: the first scores of the next turn
-            pltpu.VMEM((5, 256, 128), jnp.float32),  # row_max: running maximum
-            pltpu.VMEM((5, 256, 128), jnp.float32),  # row_sum: running sum, the same in every lane
-            pltpu.VMEM((5, 256, 128), jnp.float32),  # acc: running output
-            pltpu.VMEM((1, 64, 20, 128), jnp.bfloat16),  # out_rows: an output block on its way out
-            pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
-            pltpu.SemaphoreType.DMA((9,)),  # old_sem: pages that hold old tokens
-            pltpu.SemaphoreType.DMA((9,)),  # write_sem: cache writes
-            pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
-            pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
+        out_shape=[
+            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+            jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=50331648, disable_bounds_checks=True),
+        input_output_aliases={7: 1, 8: 0},  # results in the memory of operands
+        scratch_shapes=[
+            pltpu.VMEM((MIXED_KV_BUFFERS, MIXED_KV_BLOCK // PAGE_SIZE, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
+            pltpu.VMEM((MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
+            pltpu.VMEM((MIXED_PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # page_rows
+            pltpu.VMEM((MIXED_KV_BUFFERS, MIXED_Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in
+            pltpu.VMEM((MIXED_Q_BLOCK * PADDED_Q_HEADS, LANES), jnp.float32),  # by_token
+            pltpu.VMEM((KV_HEADS, MIXED_Q_ROWS, HEAD_LANES), jnp.bfloat16),  # q_rows
+            pltpu.VMEM((MIXED_SCORE_BUFFERS, MIXED_STEP_ROWS, MIXED_TILE), jnp.float32),  # next_scores
+            pltpu.VMEM((KV_HEADS, MIXED_Q_ROWS, LANES), jnp.float32),  # row_max
+            pltpu.VMEM((KV_HEADS, MIXED_Q_ROWS, LANES), jnp.float32),  # row_sum
+            pltpu.VMEM((KV_HEADS, MIXED_Q_ROWS, HEAD_LANES), jnp.float32),  # acc
+            pltpu.VMEM((1, MIXED_Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_rows
+            pltpu.SemaphoreType.DMA((MIXED_KV_BUFFERS,)),  # kv_sem
+            pltpu.SemaphoreType.DMA((MIXED_NEW_BUFFERS,)),  # new_sem
+            pltpu.SemaphoreType.DMA((MIXED_PAGE_BUFFERS,)),  # old_sem
+            pltpu.SemaphoreType.DMA((MIXED_PAGE_BUFFERS,)),  # write_sem
+            pltpu.SemaphoreType.DMA((MIXED_KV_BUFFERS,)),  # q_sem
+            pltpu.SemaphoreType.DMA((1,)),  # out_sem
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True),
         name="rpa_mixed",
-    )(kv_lens, page_indices, cu_q_lens, distribution, queries, keys, values, rows, out)
+    )(*scalars, *arrays)
 
 
 def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
-    """Attention of any batch: decode rows, then the rest; returns `(out, kv_cache)`, the cache in the donated memory."""
+    """Attention of any batch, decode rows first; returns `(out, kv_cache)`, the cache in the donated argument's memory.
+    """
     out, cache = attend_decode(queries, keys, values, kv_cache, kv_lens, page_indices, distribution)
-    return attend_mixed(queries, keys, values, cache, out, kv_lens, page_indices, cu_q_lens, distribution)
+    out, cache = attend_mixed(queries, keys, values, cache, out, kv_lens, page_indices, cu_q_lens, distribution)
+    return out, cache

@@ -18,31 +18,33 @@ Q_HEADS = 16
 KV_HEADS = 2
 GROUP = 8  # query heads that share a KV head
 HEAD_DIM = 128
-DTYPE = jnp.bfloat16
-WORD = jnp.uint16  # an integer as wide as DTYPE
+MAX_SEQS = 64
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 256
-MAX_SEQS = 64
+MASKED = -2e+38  # finite, so that a row that is all masked stays a number
+DTYPE = jnp.bfloat16
+WORD = jnp.uint16  # an integer as wide as DTYPE
+TOKEN_SHAPE = (2, 2, 128)  # of a token in the cache
+TOKEN_AXIS = 0  # of a page, along which its tokens lie
+SM_SCALE = 0.08838834764831845  # the softmax scale
+
 DECODE_BLOCK = 128  # tokens of KV that are one item of decode work
 DECODE_BLOCK_PAGES = 1
 DECODE_ITEMS = 8  # items of a step
 Q_BLOCK = 32  # new tokens that are computed together
 KV_BLOCK = 512  # tokens of KV that they are computed against in a step
 KV_BLOCK_PAGES = 4
-SM_SCALE = 0.08838834764831845
-MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
 
 
+# Everything here that only moves data moves words. Integers are moved as they are, but to slice, gather, transpose or
+# update a bfloat16 array XLA for CPU first turns all of it into float32: the whole cache, for one page.
 def as_words(values):
-    """The same bits as integers.
-
-    Everything here that only moves data moves words. Integers are moved as they are, but to slice, gather, transpose
-    or update a bfloat16 array XLA for CPU first turns all of it into float32: the whole cache, for one page.
-    """
+    """The same bits as integers."""
     return lax.bitcast_convert_type(values, WORD)
 
 
 def as_values(words):
+    """The numbers that words are the bits of."""
     return lax.bitcast_convert_type(words, DTYPE)
 
 
@@ -56,59 +58,111 @@ def cache_words(kv_cache, step):
     return as_words(kv_cache), step
 
 
-def new_rows(keys, values, kv_cache):
-    """K and V of the new tokens as words, a row of the cache each: `[tokens, *kv_cache.shape[2:]]`."""
-    return jnp.stack([as_words(keys), as_words(values)], axis=2).reshape(-1, *kv_cache.shape[2:])
-
-
 def cdiv(value, by):
     """`value / by` rounded up, of what is not negative."""
     return lax.div(value + (by - 1), by)
 
 
+def stack_kv(keys, values):
+    """K and V of the new tokens as words: `[tokens, KV_HEADS, 2, HEAD_DIM]`."""
+    return jnp.stack([as_words(keys), as_words(values)], axis=2)
+
+
+def split_kv(rows):
+    """K and V out of `rows` `[2, ..., HEAD_DIM]`."""
+    return tuple(rows)
+
+
+def unpack_rows(pages):
+    """Pages `[blocks, pages, ...]` as the rows of their tokens: `[blocks, tokens, KV_HEADS, 2, HEAD_DIM]`."""
+    return pages.reshape(len(pages), -1, KV_HEADS, 2, HEAD_DIM)
+
+
+def token_start(page, token):
+    """Where token `token` of a page starts in the cache."""
+    return page, token, 0, 0, 0
+
+
+def over_page(of_tokens):
+    """`of_tokens` `[PAGE_SIZE]` with the axes of a page."""
+    return of_tokens[:, None, None, None]
+
+
+def pad_tokens(rows):
+    """Rows of tokens with PAGE_SIZE more before the first and after the last."""
+    return jnp.pad(rows, ((PAGE_SIZE, PAGE_SIZE), (0, 0), (0, 0), (0, 0)))
+
+
+def new_rows(keys, values):
+    """K and V of the new tokens as words, as they lie in a page: `[tokens, *TOKEN_SHAPE]`."""
+    return stack_kv(keys, values).reshape(-1, *TOKEN_SHAPE)
+
+
 def fetch_kv(words, page_tables, seqs, blocks, block_pages, live):
     """K and V of some blocks of `block_pages` pages, each `[len(blocks), KV_HEADS, tokens, HEAD_DIM]`.
 
-    Block `blocks[n]` of sequence `seqs[n]` has `live[n]` tokens that count. The rest become zero, for they may hold
-    NaN, and 0 * NaN is NaN; page table entries past them may hold anything, and page 0 is read instead.
+    Tokens past the first `live[n]` of block n become zero, because they may hold NaN, and 0 * NaN is NaN.
     """
-    page = jnp.arange(block_pages)
-    entry = jnp.minimum(blocks[:, None] * block_pages + page, PAGES_PER_SEQ - 1)
-    ids = page_tables.at[seqs[:, None], entry].get(mode="promise_in_bounds")
-    ids = jnp.where(page * PAGE_SIZE < live[:, None], ids, 0)
-    rows = words.at[ids].get(mode="promise_in_bounds").reshape(len(blocks), -1, KV_HEADS, 2, HEAD_DIM)
+    ids = page_ids(page_tables, seqs, blocks, jnp.arange(block_pages), live)
+    rows = unpack_rows(words.at[ids].get(mode="promise_in_bounds"))
     valid = jnp.arange(rows.shape[1]) < live[:, None]
     rows = jnp.where(valid[:, :, None, None, None], rows, WORD(0))
     # The barrier keeps the transposition on this side of the cast, in words.
-    k, v = lax.optimization_barrier(rows.transpose(3, 0, 2, 1, 4))
+    k, v = split_kv(lax.optimization_barrier(rows.transpose(3, 0, 2, 1, 4)))
     return as_values(k), as_values(v)
 
 
-def update_rows(kv_cache, keys, values, kv_lens, page_indices, num_seqs):
-    """Writes the new token of each of the sequences [0, num_seqs), which is row s of `keys` and `values`, in place."""
-    rows = new_rows(keys, values, kv_cache)
+def page_ids(page_tables, seqs, blocks, page, live):
+    """The ids of the pages of some blocks, `[len(blocks), len(page)]`; `page` counts the pages of a block.
 
-    def write(seq, kv_cache):
-        words, seq = cache_words(kv_cache, seq)
-        position = kv_lens[seq] - 1
+    Block `blocks[n]` of sequence `seqs[n]` has `live[n]` tokens that count. Page table entries past them may hold
+    anything, and page 0 is read instead.
+    """
+    entry = jnp.minimum(blocks[:, None] * len(page) + page, PAGES_PER_SEQ - 1)
+    ids = page_tables.at[seqs[:, None], entry].get(mode="promise_in_bounds")
+    return jnp.where(page * PAGE_SIZE < live[:, None], ids, 0)
+
+
+def new_token(token, kv_lens):
+    """The sequence of a new token of the decode rows, and its position there."""
+    return token, kv_lens[token] - 1
+
+
+def load_queries(queries, num_rows):
+    """The queries of each sequence by KV head: `[num_rows, KV_HEADS, GROUP, HEAD_DIM]`."""
+    return queries[:num_rows].reshape(num_rows, KV_HEADS, GROUP, HEAD_DIM)
+
+
+def out_by_token(out):
+    """The output of each sequence by token: `[num_rows, Q_HEADS, HEAD_DIM]`."""
+    return out.astype(DTYPE).reshape(len(out), Q_HEADS, HEAD_DIM)
+
+
+def update_rows(kv_cache, keys, values, kv_lens, page_indices, num_seqs):
+    """Writes the new tokens of the sequences [0, num_seqs) in place; they are the first rows of `keys` and `values`."""
+    rows = new_rows(keys, values)
+
+    def write(token, kv_cache):
+        words, token = cache_words(kv_cache, token)
+        seq, position = new_token(token, kv_lens)
         page = page_indices[seq * PAGES_PER_SEQ + lax.div(position, PAGE_SIZE)]
-        row = lax.dynamic_slice_in_dim(rows, seq, 1)
-        words = lax.dynamic_update_slice(words, row[None], (page, lax.rem(position, PAGE_SIZE), 0, 0, 0))
+        row = lax.dynamic_slice_in_dim(rows, token, 1, TOKEN_AXIS)
+        words = lax.dynamic_update_slice(words, row[None], token_start(page, lax.rem(position, PAGE_SIZE)))
         return as_values(words)
 
     return lax.fori_loop(0, num_seqs, write, kv_cache)
 
 
 def attend_decode(queries, kv_cache, kv_lens, page_indices, num_seqs):
-    """One query for each of the sequences [0, num_seqs), row s of `queries`.
+    """Attention of the new tokens of the sequences [0, num_seqs), which are the first rows of `queries`.
 
-    Returns `[min(tokens, MAX_SEQS), Q_HEADS, HEAD_DIM]`, zero in the rows past the last sequence.
+    Returns `[rows, Q_HEADS, HEAD_DIM]` for as many rows as there can be, zero past the last sequence.
 
     The KV blocks of all sequences form one list, and a step takes the next DECODE_ITEMS of it, whichever sequences
     they are of: the work is that of the blocks in use, and a step of it is large enough to occupy the cores.
     """
-    num_rows = min(queries.shape[0], MAX_SEQS)
-    queries = queries[:num_rows].reshape(num_rows, KV_HEADS, GROUP, HEAD_DIM)
+    num_rows = min(len(queries), MAX_SEQS)
+    queries = load_queries(queries, num_rows)
     page_tables = page_indices.reshape(MAX_SEQS, PAGES_PER_SEQ)
     row = jnp.arange(num_rows)
     kv_lens = jnp.where(row < num_seqs, kv_lens[:num_rows], 0)
@@ -124,8 +178,9 @@ def attend_decode(queries, kv_cache, kv_lens, page_indices, num_seqs):
         live = jnp.where(item < num_items, kv_lens[seq] - block * DECODE_BLOCK, 0)
         k, v = fetch_kv(words, page_tables, seq, block, DECODE_BLOCK_PAGES, live)
         scores = jnp.einsum("nhgd,nhtd->nhgt", queries[seq], k, preferred_element_type=jnp.float32)
-        valid = jnp.arange(DECODE_BLOCK) < live[:, None]
-        scores = jnp.where(valid[:, None, None], scores * SM_SCALE, MASKED)
+        visible = jnp.arange(DECODE_BLOCK) < live[:, None]
+        visible = visible[:, None, None]
+        scores = jnp.where(visible, scores * SM_SCALE, MASKED)
         item_max = scores.max(axis=-1)
         p = jnp.exp(scores - item_max[..., None])
         item_sum = p.sum(axis=-1)
@@ -134,11 +189,13 @@ def attend_decode(queries, kv_cache, kv_lens, page_indices, num_seqs):
 
     # A step updates as many rows as it has items, from its first sequence on: the state has room for the last step's.
     shape = (num_rows + DECODE_ITEMS, KV_HEADS, GROUP)
-    state = jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, HEAD_DIM))
-    _, row_sum, acc = lax.fori_loop(0, cdiv(num_items, DECODE_ITEMS), step, state)
+    row_max = jnp.full(shape, MASKED)
+    row_sum = jnp.zeros(shape)
+    state = row_max, row_sum, jnp.zeros((*shape, HEAD_DIM))
+    row_max, row_sum, acc = lax.fori_loop(0, cdiv(num_items, DECODE_ITEMS), step, state)
     out = acc[:num_rows] / row_sum[:num_rows, ..., None]
     out = jnp.where((row < num_seqs)[:, None, None, None], out, 0)
-    return out.astype(DTYPE).reshape(num_rows, Q_HEADS, HEAD_DIM)
+    return out_by_token(out)
 
 
 def merge_items(state, seq, is_item, item_max, item_sum, item_acc):
@@ -149,10 +206,10 @@ def merge_items(state, seq, is_item, item_max, item_sum, item_acc):
     of_row = (seq == first + jnp.arange(DECODE_ITEMS)[:, None]) & is_item  # [rows, items]
     of_row = of_row[:, :, None, None]
     new_max = jnp.maximum(old_max, jnp.where(of_row, item_max, MASKED).max(axis=1))
-    keep = jnp.exp(old_max - new_max)
-    take = jnp.where(of_row, jnp.exp(item_max - new_max[:, None]), 0)
-    new_sum = old_sum * keep + (take * item_sum).sum(axis=1)
-    new_acc = old_acc * keep[..., None] + (take[..., None] * item_acc).sum(axis=1)
+    alpha = jnp.exp(old_max - new_max)
+    beta = jnp.where(of_row, jnp.exp(item_max - new_max[:, None]), 0)
+    new_sum = old_sum * alpha + (beta * item_sum).sum(axis=1)
+    new_acc = old_acc * alpha[..., None] + (beta[..., None] * item_acc).sum(axis=1)
     return (
         lax.dynamic_update_slice_in_dim(row_max, new_max, first, 0),
         lax.dynamic_update_slice_in_dim(row_sum, new_sum, first, 0),
@@ -161,14 +218,14 @@ def merge_items(state, seq, is_item, item_max, item_sum, item_acc):
 
 
 def new_tokens(cu_q_lens, seq):
-    """Where the new tokens of a sequence start in `queries`, and how many they are."""
+    """Where the new tokens of a sequence start in `queries`, and how many there are."""
     return cu_q_lens[seq], cu_q_lens[seq + 1] - cu_q_lens[seq]
 
 
 def update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, first_seq, end_seq):
     """Writes the new tokens of the sequences [first_seq, end_seq) in place, a page at a time; its other rows stay."""
-    # Padded, for the page of the first token may start before it, and that of the last end after it.
-    rows = jnp.pad(new_rows(keys, values, kv_cache), ((PAGE_SIZE, PAGE_SIZE), (0, 0), (0, 0), (0, 0)))
+    # Padded, because the page of the first token may start before it, and that of the last end after it.
+    rows = pad_tokens(new_rows(keys, values))
 
     def sequence(seq, kv_cache):
         start, count = new_tokens(cu_q_lens, seq)
@@ -179,16 +236,16 @@ def update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, first
             words, index = cache_words(kv_cache, index)
             page_id = page_indices[seq * PAGES_PER_SEQ + index]
             first = index * PAGE_SIZE
-            new = lax.dynamic_slice_in_dim(rows, PAGE_SIZE + start + first - begin, PAGE_SIZE)
+            new = lax.dynamic_slice_in_dim(rows, PAGE_SIZE + start + first - begin, PAGE_SIZE, TOKEN_AXIS)
 
             def keep_old():
                 words, _ = cache_words(kv_cache, index)
                 old = lax.dynamic_index_in_dim(words, page_id, keepdims=False)
                 position = first + jnp.arange(PAGE_SIZE)
                 is_new = (position >= begin) & (position < end)
-                return jnp.where(is_new[:, None, None, None], new, old)
+                return jnp.where(over_page(is_new), new, old)
 
-            # The read has a branch to itself, for fused with the write it would make a copy of the cache.
+            # The read has a branch to itself, because fused with the write it would make a copy of the cache.
             is_full = (begin <= first) & (first + PAGE_SIZE <= end)
             merged = lax.cond(is_full, lambda: new, keep_old)
             words = lax.dynamic_update_index_in_dim(words, merged, page_id, 0)
@@ -200,10 +257,11 @@ def update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, first
 
 
 def attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, first_seq, end_seq):
-    """Causal attention of the new tokens of the sequences [first_seq, end_seq), by blocks of Q_BLOCK of them.
+    """Attention of the new tokens of the sequences [first_seq, end_seq), by blocks of Q_BLOCK of them.
 
-    `queries` and `out` are words, `[tokens + Q_BLOCK, Q_HEADS, HEAD_DIM]`. The last block of a sequence may run over
-    its end: the sequences that follow write over those rows, and the caller clears what is left past the last.
+    `queries` `[tokens + Q_BLOCK, Q_HEADS, HEAD_DIM]` and `out` `[tokens + Q_BLOCK, Q_HEADS, HEAD_DIM]` are words. The
+    last block of a sequence may run over its end: the sequences that follow write over those rows, and the caller clears
+    what is left past the last.
     """
     page_tables = page_indices.reshape(MAX_SEQS, PAGES_PER_SEQ)
 
@@ -217,7 +275,8 @@ def attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, firs
             q = lax.dynamic_slice_in_dim(queries, row, Q_BLOCK)
             end = jnp.minimum(position + Q_BLOCK, kv_lens[seq])
             attended = attend_block(q, kv_cache, page_tables, seq, position, end)
-            return lax.dynamic_update_slice_in_dim(out, attended, row, 0)
+            out = lax.dynamic_update_slice_in_dim(out, attended, row, 0)
+            return out
 
         return lax.fori_loop(0, cdiv(count, Q_BLOCK), q_block, out)
 
@@ -225,7 +284,10 @@ def attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, firs
 
 
 def attend_block(q, kv_cache, page_tables, seq, position, end):
-    """One query block, its first token at `position`, over the tokens [0, end) of its sequence; words in and out."""
+    """One query block over the tokens [0, end) of its sequence; words in and out.
+
+    Its first query is at `position`, and sees the tokens up to its own.
+    """
     rows = Q_BLOCK * GROUP  # of one KV head: its group's queries, token after token
     q = q.reshape(Q_BLOCK, KV_HEADS, GROUP, HEAD_DIM).transpose(1, 0, 2, 3).reshape(KV_HEADS, rows, HEAD_DIM)
     q = as_values(lax.optimization_barrier(q))
@@ -237,18 +299,21 @@ def attend_block(q, kv_cache, page_tables, seq, position, end):
         begin = index * KV_BLOCK
         k, v = fetch_kv(words, page_tables, seq[None], index[None], KV_BLOCK_PAGES, (end - begin)[None])
         scores = jnp.einsum("hrd,htd->hrt", q, k[0], preferred_element_type=jnp.float32)
-        visible = begin + jnp.arange(KV_BLOCK) <= position[:, None]
+        token = begin + jnp.arange(KV_BLOCK)
+        visible = token <= position[:, None]
         scores = jnp.where(visible, scores * SM_SCALE, MASKED)
         new_max = jnp.maximum(row_max, scores.max(axis=-1))
         p = jnp.exp(scores - new_max[..., None])
-        keep = jnp.exp(row_max - new_max)
-        new_sum = row_sum * keep + p.sum(axis=-1)
+        alpha = jnp.exp(row_max - new_max)
+        new_sum = row_sum * alpha + p.sum(axis=-1)
         new_acc = jnp.einsum("hrt,htd->hrd", p.astype(DTYPE), v[0], preferred_element_type=jnp.float32)
-        return new_max, new_sum, acc * keep[..., None] + new_acc
+        return new_max, new_sum, acc * alpha[..., None] + new_acc
 
     shape = (KV_HEADS, rows)
-    state = jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, HEAD_DIM))
-    _, row_sum, acc = lax.fori_loop(0, cdiv(end, KV_BLOCK), kv_block, state)
+    row_max = jnp.full(shape, MASKED)
+    row_sum = jnp.zeros(shape)
+    state = row_max, row_sum, jnp.zeros((*shape, HEAD_DIM))
+    row_max, row_sum, acc = lax.fori_loop(0, cdiv(end, KV_BLOCK), kv_block, state)
     out = as_words((acc / row_sum[..., None]).astype(DTYPE))
     out = out.reshape(KV_HEADS, Q_BLOCK, GROUP, HEAD_DIM).transpose(1, 0, 2, 3)
     return out.reshape(Q_BLOCK, Q_HEADS, HEAD_DIM)
@@ -262,10 +327,12 @@ def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indice
     decodes, end = distribution[0], distribution[2]
     kv_cache = update_rows(kv_cache, keys, values, kv_lens, page_indices, decodes)
     kv_cache = update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, decodes, end)
-    out = as_words(attend_decode(queries, kv_cache, kv_lens, page_indices, decodes))
     tokens = len(queries)
+    out = attend_decode(queries, kv_cache, kv_lens, page_indices, decodes)
+    out = as_words(out)
     out = jnp.pad(out, ((0, tokens + Q_BLOCK - len(out)), (0, 0), (0, 0)))
     queries = jnp.pad(as_words(queries), ((0, Q_BLOCK), (0, 0), (0, 0)))
     out = attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, decodes, end)
     is_token = jnp.arange(tokens) < cu_q_lens[end]
-    return as_values(jnp.where(is_token[:, None, None], out[:tokens], WORD(0))), kv_cache
+    out = as_values(jnp.where(is_token[:, None, None], out[:tokens], WORD(0)))
+    return out, kv_cache

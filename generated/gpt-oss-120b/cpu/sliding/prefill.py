@@ -9,7 +9,8 @@ What was specialized:
 - these are one device's part of 8: KV heads in 8 parts
 - pages of 128 tokens, 128 a sequence, up to 64 sequences
 - token buckets that use it: 2048
-- causal, cache updated; a window of 128 tokens, nothing fetched before its page; attention sinks, an argument, in the softmax's sum; no soft cap or KV scales in the spec: none is in the code
+- causal, cache updated; a window of 128 tokens, nothing fetched before its page; attention sinks, an argument, in the
+  softmax's sum; no soft cap or KV scales in the spec: none is in the code
 - only prefill batches: the other kernels are not in this program
 """
 
@@ -20,31 +21,35 @@ Q_HEADS = 8
 KV_HEADS = 1
 GROUP = 8  # query heads that share a KV head
 HEAD_DIM = 64
-LANES = 128  # of a row of the cache: a head's keys, then its values
-DTYPE = jnp.bfloat16
-WORD = jnp.uint16  # an integer as wide as DTYPE
+HEAD_LANES = 128  # of a row of the cache: K in the lower ones, V in the upper
+MAX_SEQS = 64
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 128
-MAX_SEQS = 64
 CHUNK = 512  # new tokens of every sequence
+WINDOW = 128  # tokens that a query sees, itself the last of them
+MASKED = -2e+38  # finite, so that a row that is all masked stays a number
+DTYPE = jnp.bfloat16
+WORD = jnp.uint16  # an integer as wide as DTYPE
+KV_PLANES = 1  # rows of a token and head: K and V, or both in one
+PADDING_ROWS = 1  # rows of a token that hold zeros
+TOKEN_SHAPE = (1, 2, 128)  # of a token in the cache
+TOKEN_AXIS = 0  # of a page, along which its tokens lie
+SM_SCALE = 0.125  # the softmax scale
+
 Q_BLOCK = 128  # new tokens that are computed together
 KV_BLOCK = 256  # tokens of KV that they are computed against in a step
 KV_BLOCK_PAGES = 2
-SM_SCALE = 0.125
-WINDOW = 128  # tokens that a query sees, itself the last of them
-MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
 
 
+# Everything here that only moves data moves words. Integers are moved as they are, but to slice, gather, transpose or
+# update a bfloat16 array XLA for CPU first turns all of it into float32: the whole cache, for one page.
 def as_words(values):
-    """The same bits as integers.
-
-    Everything here that only moves data moves words. Integers are moved as they are, but to slice, gather, transpose
-    or update a bfloat16 array XLA for CPU first turns all of it into float32: the whole cache, for one page.
-    """
+    """The same bits as integers."""
     return lax.bitcast_convert_type(values, WORD)
 
 
 def as_values(words):
+    """The numbers that words are the bits of."""
     return lax.bitcast_convert_type(words, DTYPE)
 
 
@@ -58,53 +63,80 @@ def cache_words(kv_cache, step):
     return as_words(kv_cache), step
 
 
-def new_rows(keys, values, kv_cache):
-    """K and V of the new tokens as words, a row of the cache each: `[tokens, *kv_cache.shape[2:]]`."""
-    rows = token_rows(keys, values).reshape(len(keys), -1, kv_cache.shape[-1])
-    rows = jnp.pad(rows, ((0, 0), (0, 1), (0, 0)))
-    return rows.reshape(-1, *kv_cache.shape[2:])
-
-
-def token_rows(keys, values):
-    """K and V of the new tokens as words, `[tokens, KV_HEADS, 1, LANES]`."""
-    return jnp.concatenate([as_words(keys), as_words(values)], axis=-1)[:, :, None]
-
-
 def cdiv(value, by):
     """`value / by` rounded up, of what is not negative."""
     return lax.div(value + (by - 1), by)
 
 
-def fetch_kv(words, page_tables, seqs, firsts, blocks, block_pages, live):
+def stack_kv(keys, values):
+    """K and V of the new tokens as words, side by side in one row: `[tokens, KV_HEADS, 1, HEAD_LANES]`."""
+    return jnp.concatenate([as_words(keys), as_words(values)], axis=-1)[:, :, None]
+
+
+def split_kv(rows):
+    """K and V out of `rows` `[1, ..., HEAD_LANES]`, in which they are side by side."""
+    return rows[0, ..., :HEAD_DIM], rows[0, ..., HEAD_DIM:]
+
+
+def unpack_rows(pages):
+    """Pages `[blocks, pages, ...]` as the rows of their tokens: `[blocks, tokens, KV_HEADS, KV_PLANES, HEAD_LANES]`."""
+    rows = pages.reshape(len(pages), -1, KV_HEADS * KV_PLANES + PADDING_ROWS, HEAD_LANES)
+    return rows[:, :, : KV_HEADS * KV_PLANES].reshape(len(pages), -1, KV_HEADS, KV_PLANES, HEAD_LANES)
+
+
+def over_page(of_tokens):
+    """`of_tokens` `[PAGE_SIZE]` with the axes of a page."""
+    return of_tokens[:, None, None, None]
+
+
+def pad_tokens(rows):
+    """Rows of tokens with PAGE_SIZE more before the first and after the last."""
+    return jnp.pad(rows, ((PAGE_SIZE, PAGE_SIZE), (0, 0), (0, 0), (0, 0)))
+
+
+def new_rows(keys, values):
+    """K and V of the new tokens as words, as they lie in a page: `[tokens, *TOKEN_SHAPE]`."""
+    rows = stack_kv(keys, values).reshape(len(keys), -1, HEAD_LANES)
+    rows = jnp.pad(rows, ((0, 0), (0, PADDING_ROWS), (0, 0)))
+    return rows.reshape(-1, *TOKEN_SHAPE)
+
+
+def fetch_kv(words, page_tables, seqs, first_pages, blocks, block_pages, live):
     """K and V of some blocks of `block_pages` pages, each `[len(blocks), KV_HEADS, tokens, HEAD_DIM]`.
 
-    Blocks are counted from page `firsts[n]` of sequence `seqs[n]` on.
-    Block `blocks[n]` of sequence `seqs[n]` has `live[n]` tokens that count. The rest become zero, for they may hold
-    NaN, and 0 * NaN is NaN; page table entries past them may hold anything, and page 0 is read instead.
+    Tokens past the first `live[n]` of block n become zero, because they may hold NaN, and 0 * NaN is NaN.
     """
-    page = jnp.arange(block_pages)
-    entry = jnp.minimum(firsts[:, None] + blocks[:, None] * block_pages + page, PAGES_PER_SEQ - 1)
-    ids = page_tables.at[seqs[:, None], entry].get(mode="promise_in_bounds")
-    ids = jnp.where(page * PAGE_SIZE < live[:, None], ids, 0)
-    rows = words.at[ids].get(mode="promise_in_bounds").reshape(len(blocks), -1, 2, LANES)
-    rows = rows[:, :, :KV_HEADS].reshape(len(blocks), -1, KV_HEADS, 1, LANES)
+    ids = page_ids(page_tables, seqs, first_pages, blocks, jnp.arange(block_pages), live)
+    rows = unpack_rows(words.at[ids].get(mode="promise_in_bounds"))
     valid = jnp.arange(rows.shape[1]) < live[:, None]
     rows = jnp.where(valid[:, :, None, None, None], rows, WORD(0))
     # The barrier keeps the transposition on this side of the cast, in words.
-    rows = lax.optimization_barrier(rows.transpose(3, 0, 2, 1, 4))
-    k, v = rows[0, ..., :HEAD_DIM], rows[0, ..., HEAD_DIM:]
+    k, v = split_kv(lax.optimization_barrier(rows.transpose(3, 0, 2, 1, 4)))
     return as_values(k), as_values(v)
 
 
+def page_ids(page_tables, seqs, first_pages, blocks, page, live):
+    """The ids of the pages of some blocks, `[len(blocks), len(page)]`; `page` counts the pages of a block.
+
+    Blocks are counted from page `first_pages[n]` of sequence `seqs[n]` on.
+
+    Block `blocks[n]` of sequence `seqs[n]` has `live[n]` tokens that count. Page table entries past them may hold
+    anything, and page 0 is read instead.
+    """
+    entry = jnp.minimum(first_pages[:, None] + blocks[:, None] * len(page) + page, PAGES_PER_SEQ - 1)
+    ids = page_tables.at[seqs[:, None], entry].get(mode="promise_in_bounds")
+    return jnp.where(page * PAGE_SIZE < live[:, None], ids, 0)
+
+
 def new_tokens(cu_q_lens, seq):
-    """Where the new tokens of a sequence start in `queries`, and how many they are."""
+    """Where the new tokens of a sequence start in `queries`, and how many there are."""
     return seq * CHUNK, CHUNK
 
 
 def update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, first_seq, end_seq):
     """Writes the new tokens of the sequences [first_seq, end_seq) in place, a page at a time; its other rows stay."""
-    # Padded, for the page of the first token may start before it, and that of the last end after it.
-    rows = jnp.pad(new_rows(keys, values, kv_cache), ((PAGE_SIZE, PAGE_SIZE), (0, 0), (0, 0), (0, 0)))
+    # Padded, because the page of the first token may start before it, and that of the last end after it.
+    rows = pad_tokens(new_rows(keys, values))
 
     def sequence(seq, kv_cache):
         start, count = new_tokens(cu_q_lens, seq)
@@ -115,16 +147,16 @@ def update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, first
             words, index = cache_words(kv_cache, index)
             page_id = page_indices[seq * PAGES_PER_SEQ + index]
             first = index * PAGE_SIZE
-            new = lax.dynamic_slice_in_dim(rows, PAGE_SIZE + start + first - begin, PAGE_SIZE)
+            new = lax.dynamic_slice_in_dim(rows, PAGE_SIZE + start + first - begin, PAGE_SIZE, TOKEN_AXIS)
 
             def keep_old():
                 words, _ = cache_words(kv_cache, index)
                 old = lax.dynamic_index_in_dim(words, page_id, keepdims=False)
                 position = first + jnp.arange(PAGE_SIZE)
                 is_new = (position >= begin) & (position < end)
-                return jnp.where(is_new[:, None, None, None], new, old)
+                return jnp.where(over_page(is_new), new, old)
 
-            # The read has a branch to itself, for fused with the write it would make a copy of the cache.
+            # The read has a branch to itself, because fused with the write it would make a copy of the cache.
             is_full = (begin <= first) & (first + PAGE_SIZE <= end)
             merged = lax.cond(is_full, lambda: new, keep_old)
             words = lax.dynamic_update_index_in_dim(words, merged, page_id, 0)
@@ -136,10 +168,11 @@ def update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, first
 
 
 def attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, first_seq, end_seq, sinks):
-    """Causal attention of the new tokens of the sequences [first_seq, end_seq), by blocks of Q_BLOCK of them.
+    """Attention of the new tokens of the sequences [first_seq, end_seq), by blocks of Q_BLOCK of them.
 
-    `queries` and `out` are words, `[tokens + Q_BLOCK, Q_HEADS, HEAD_DIM]`. The last block of a sequence may run over
-    its end: the sequences that follow write over those rows, and the caller clears what is left past the last.
+    `queries` `[tokens + Q_BLOCK, Q_HEADS, HEAD_DIM]` and `out` `[tokens + Q_BLOCK, Q_HEADS, HEAD_DIM]` are words. The
+    last block of a sequence may run over its end: the sequences that follow write over those rows, and the caller clears
+    what is left past the last.
     """
     page_tables = page_indices.reshape(MAX_SEQS, PAGES_PER_SEQ)
 
@@ -153,7 +186,8 @@ def attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, firs
             q = lax.dynamic_slice_in_dim(queries, row, Q_BLOCK)
             end = jnp.minimum(position + Q_BLOCK, kv_lens[seq])
             attended = attend_block(q, kv_cache, page_tables, seq, position, end, sinks)
-            return lax.dynamic_update_slice_in_dim(out, attended, row, 0)
+            out = lax.dynamic_update_slice_in_dim(out, attended, row, 0)
+            return out
 
         return lax.fori_loop(0, cdiv(count, Q_BLOCK), q_block, out)
 
@@ -161,7 +195,10 @@ def attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, firs
 
 
 def attend_block(q, kv_cache, page_tables, seq, position, end, sinks):
-    """One query block, its first token at `position`, over the tokens [0, end) of its sequence; words in and out."""
+    """One query block over the tokens [0, end) of its sequence; words in and out.
+
+    Its first query is at `position`, and sees the tokens up to its own.
+    """
     # Tokens are counted from the page on where the window of the first query begins.
     first_page = lax.div(jnp.maximum(position + 1 - WINDOW, 0), PAGE_SIZE)
     position, end = position - first_page * PAGE_SIZE, end - first_page * PAGE_SIZE
@@ -177,20 +214,22 @@ def attend_block(q, kv_cache, page_tables, seq, position, end, sinks):
         k, v = fetch_kv(words, page_tables, seq[None], first_page[None], index[None], KV_BLOCK_PAGES, (end - begin)[None])
         scores = jnp.einsum("hrd,htd->hrt", q, k[0], preferred_element_type=jnp.float32)
         token = begin + jnp.arange(KV_BLOCK)
-        visible = (token <= position[:, None]) & (token > position[:, None] - WINDOW)
+        visible = token <= position[:, None]
+        visible &= token > position[:, None] - WINDOW
         scores = jnp.where(visible, scores * SM_SCALE, MASKED)
         new_max = jnp.maximum(row_max, scores.max(axis=-1))
         p = jnp.exp(scores - new_max[..., None])
-        keep = jnp.exp(row_max - new_max)
-        new_sum = row_sum * keep + p.sum(axis=-1)
+        alpha = jnp.exp(row_max - new_max)
+        new_sum = row_sum * alpha + p.sum(axis=-1)
         new_acc = jnp.einsum("hrt,htd->hrd", p.astype(DTYPE), v[0], preferred_element_type=jnp.float32)
-        return new_max, new_sum, acc * keep[..., None] + new_acc
+        return new_max, new_sum, acc * alpha[..., None] + new_acc
 
     shape = (KV_HEADS, rows)
     # A sink is in the sum from the start, where the maximum is its own; it has no value.
     row_max = jnp.tile(sinks.reshape(KV_HEADS, GROUP), Q_BLOCK)
-    state = row_max, jnp.ones(shape), jnp.zeros((*shape, HEAD_DIM))
-    _, row_sum, acc = lax.fori_loop(0, cdiv(end, KV_BLOCK), kv_block, state)
+    row_sum = jnp.ones(shape)
+    state = row_max, row_sum, jnp.zeros((*shape, HEAD_DIM))
+    row_max, row_sum, acc = lax.fori_loop(0, cdiv(end, KV_BLOCK), kv_block, state)
     out = as_words((acc / row_sum[..., None]).astype(DTYPE))
     out = out.reshape(KV_HEADS, Q_BLOCK, GROUP, HEAD_DIM).transpose(1, 0, 2, 3)
     return out.reshape(Q_BLOCK, Q_HEADS, HEAD_DIM)
@@ -199,14 +238,15 @@ def attend_block(q, kv_cache, page_tables, seq, position, end, sinks):
 def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, sinks):
     """Attention of a batch of prefill chunks only; returns `(out, kv_cache)`, the cache in the donated memory.
 
-    Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` has nothing to add. Rows past the last
-    sequence are zero in `out`.
+    Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` is not used. Rows past the last sequence
+    are zero in `out`.
     """
     num_seqs = distribution[1]
     kv_cache = update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, 0, num_seqs)
     tokens = len(queries)
     queries = jnp.pad(as_words(queries), ((0, Q_BLOCK), (0, 0), (0, 0)))
-    out = jnp.zeros_like(queries)
+    out = jnp.zeros((*queries.shape[:2], HEAD_DIM), queries.dtype)
     out = attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, 0, num_seqs, sinks)
     is_token = jnp.arange(tokens) < num_seqs * CHUNK
-    return as_values(jnp.where(is_token[:, None, None], out[:tokens], WORD(0))), kv_cache
+    out = as_values(jnp.where(is_token[:, None, None], out[:tokens], WORD(0)))
+    return out, kv_cache

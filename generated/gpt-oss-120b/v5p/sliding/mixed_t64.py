@@ -9,1001 +9,213 @@ What was specialized:
 - these are one device's part of 8: KV heads in 8 parts
 - pages of 128 tokens, 128 a sequence, up to 64 sequences
 - token buckets that use it: 64
-- causal, cache updated; a window of 128 tokens, nothing fetched before its page; attention sinks, an argument, in the softmax's sum; no soft cap or KV scales in the spec: none is in the code
-- decode: blocks of 128 tokens, as long as the expected lengths and the registers for scores allow; 16 buffers, so that DMA latency hides behind 15 blocks in flight
-- mixed: blocks of 64 queries against 512 fetched tokens (3 buffers); computes 256 query rows of a head against 512 tokens at once
-- VMEM: 9,449,472 bytes counted, 25,165,824 allowed, 67,108,864 there
+- causal, cache updated; a window of 128 tokens, nothing fetched before its page; attention sinks, an argument, in the
+  softmax's sum; no soft cap or KV scales in the spec: none is in the code
+- decode: blocks of 128 tokens, as long as the expected lengths and the registers for scores allow; 16 buffers, so that
+  15 blocks in flight hide the latency of DMAs
+- mixed: blocks of 64 queries against 512 fetched tokens (3 buffers); computes 256 query rows of a head against 512
+  tokens at once
+- decode, loop: blocks of one sequence; waves of interleaved tiles, each split into K and V, would spill registers
+- decode, reading K and V: 32-bit words are split into the rows that they hold; each word holds other rows than one K
+  and its V, because the elements have 8 bits or K and V share a row
+- decode, writing new tokens: K and V side by side in a row, packed into words; K and V of a head fill one row of 128
+  lanes
+- decode, mask: by the length of each sequence; a row has one new token, the last of its sequence
+- mixed, loop: blocks of queries over blocks of tokens; a fetched token serves all queries of a block
+- mixed, reading K and V: 32-bit words are split into the rows that they hold; each word holds other rows than one K and
+  its V, because the elements have 8 bits or K and V share a row
+- mixed, writing new tokens: K and V side by side in a row, packed into words; K and V of a head fill one row of 128
+  lanes
+- mixed, mask: by comparing positions; this works with any mask and needs no MXU lanes
+- mixed, scores: a row for each query; this needs neither MXU lanes to spare nor whole registers of rows
+- mixed, softmax: not paced; this needs no buffers but those of the lookahead, and steps of any length
+- mixed, lookahead: scores are made 1 steps before their probabilities, 1 on the diagonal; the MXU works while the
+  vector unit does softmax
+- mixed, sorting queries: by transposing parts of registers, 1 KV heads at a time; the queries of a token for these
+  heads fill one register
+- mixed, between blocks: each block makes its own first scores; other tiles, or the splitting of words, may come between
+- mixed, sums of probabilities: on the vector unit; this needs no MXU lanes
+- mixed, values: whole registers of lanes; the MXU takes them as they lie in the cache
+- VMEM: 9,449,472 bytes counted, 25,165,824 allowed, 67,108,864 available
 """
+
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Ref, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+LANES = 128
 Q_HEADS = 8
 KV_HEADS = 1
 GROUP = 8  # query heads that share a KV head
-HEAD_DIM = 128  # lanes of a head: of its keys, then of its values
-OWN_DIM = 64  # lanes of either
+HEAD_DIM = 64
+HEAD_LANES = 128  # of a row of the cache: K in the lower ones, V in the upper
+MAX_SEQS = 64
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 128
 SCORE_SCALE = 0.18033688011112042  # 0.125 (the softmax scale) * log2(e): probabilities are powers of two
 WINDOW = 128  # tokens that a query sees, itself the last of them
 LOG2_E = 1.4426950408889634  # sinks are natural logarithms
-MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
+MASKED = -2e+38  # finite, so that a row that is all masked stays a number
+PRECISION = None  # of matmuls: bfloat16 products are exact in float32
+VMEM_LIMIT = 25165824  # bytes
+PACKING = 2  # elements of the cache in one 32-bit word
+HEAD_ROWS = 1  # rows of one head of a token
+VALUES_ROW = 0  # the first of them that is V
+PADDING_ROWS = 1  # rows of a token that hold zeros
+TOKEN_ROWS = 2  # rows of one token in the cache
+WORD_ROWS = 1  # the same rows as 32-bit words
+PAGE_ROWS = 256  # rows of one page
+SUBLANE_TILE = 8  # tokens of the smallest part of the cache that a DMA or store reaches
+SUBLANE_TILE_ROWS = 16  # its rows
+TRANSPOSED_HEADS = 1  # KV heads whose queries of one token fill a register
 
-# The cache of one layer is seen as rows of 128 lanes: by token, then KV head, K in the lower lanes and V in the upper.
-PAGE_ROWS = 256  # 2 of each token
-UNIT = 8  # tokens of the smallest piece that a DMA or a store reaches
-UNIT_ROWS = 16
+DECODE_BLOCK = 128  # tokens of a KV block
+DECODE_BLOCK_PAGES = DECODE_BLOCK // PAGE_SIZE
+DECODE_KV_BUFFERS = 16  # blocks in VMEM: one that is computed, the others on their way
+DECODE_LOOKAHEAD = DECODE_KV_BUFFERS - 1  # iterations that the fetch is ahead
+DECODE_WRITE_BUFFERS = 4  # sequences whose results may be on their way out
+DECODE_MAX_TOKENS = 64  # new tokens, loaded all at once
+DECODE_HEAD_QUERY_ROWS = 8  # query rows of a KV head, up to whole sublane tiles
+DECODE_HEADS_PER_MATMUL = 1  # KV heads side by side in a matmul
+DECODE_CLEARED_TILES = 16  # sublane tiles that are cleared at once
+DECODE_PART_TOKENS = DECODE_BLOCK // PACKING  # a word holds one token of each of PACKING parts of a block
+DECODE_PART_ROWS = DECODE_PART_TOKENS * TOKEN_ROWS
+DECODE_PACKING_BITS = 1  # log2(PACKING)
+DECODE_SPLIT_ROWS = 128  # rows of each part that a step of the split takes
+DECODE_SPLIT_WORDS = DECODE_SPLIT_ROWS // PACKING
+DECODE_SPLIT_STEPS = DECODE_PART_ROWS // DECODE_SPLIT_ROWS
+DECODE_SPLIT_STEPS_PER_MATMUL = 1  # so that the split ends with the block
+MIXED_Q_BLOCK = 64  # query tokens of a query block
+MIXED_Q_ROWS = GROUP * MIXED_Q_BLOCK  # their rows of one KV head
+MIXED_KV_BLOCK = 512  # tokens that are fetched at once
+MIXED_KV_BUFFERS = 3  # KV blocks, and query blocks, in VMEM
+MIXED_FETCH_LOOKAHEAD = MIXED_KV_BUFFERS - 1  # steps that the fetch runs ahead
+MIXED_COPY_SIZES = (64, 32, 16, 8, 4, 2, 1)  # tokens: of these is every copy of a query block
+MIXED_STEP_ROWS = 256  # query rows of a flash step
+MIXED_ROW_STEPS = MIXED_Q_ROWS // MIXED_STEP_ROWS
+MIXED_TILE = 512  # tokens of a flash step
+MIXED_TILES = MIXED_KV_BLOCK // MIXED_TILE
+MIXED_STEP_HEADS = 1  # KV heads whose steps are one iteration
+MIXED_ITERATIONS = KV_HEADS // MIXED_STEP_HEADS  # of a tile
+MIXED_DIAGONAL_BLOCK = 256  # tokens of a flash step where not all of a tile's tokens count
+MIXED_DIAGONAL_BLOCKS = MIXED_TILE // MIXED_DIAGONAL_BLOCK
+MIXED_DIAGONAL_HEADS = 1  # KV heads whose steps are one iteration there
+MIXED_DIAGONAL_ITERATIONS = KV_HEADS // MIXED_DIAGONAL_HEADS  # of a diagonal block
+MIXED_SCORE_LOOKAHEAD = 1  # flash steps that scores are made ahead
+MIXED_DIAGONAL_LOOKAHEAD = 1
+MIXED_SCORE_BUFFERS = MIXED_SCORE_LOOKAHEAD
+MIXED_TOKEN_AXIS = 1  # of scores
+MIXED_SINK_SUM = 1.0  # what a sink adds to a sum, in every lane
+MIXED_SINK_ROWS = 8
+MIXED_WINDOW_OFFSET = MIXED_Q_BLOCK - WINDOW + MIXED_TILE - 1  # from a block's first query to where its last one's window begins, and up to a whole tile
+MIXED_SORT_TOKENS = 16  # tokens of a query block that are sorted at once
+MIXED_SORT_STEPS = MIXED_Q_BLOCK // MIXED_SORT_TOKENS
+MIXED_SORT_ROWS = MIXED_SORT_TOKENS * GROUP
+MIXED_UNSORT_TOKENS = 16  # tokens of the output that are put back in order at once
+MIXED_UNSORT_STEPS = MIXED_Q_BLOCK // MIXED_UNSORT_TOKENS
+MIXED_UNSORT_ROWS = MIXED_UNSORT_TOKENS * GROUP
+MIXED_TOKENS_APART = MIXED_DIAGONAL_BLOCK // PACKING  # two neighbors in a word of a tile that is taken apart
+MIXED_ROWS_APART = MIXED_TOKENS_APART * TOKEN_ROWS
+MIXED_TILE_ROWS = MIXED_TILE * TOKEN_ROWS  # rows of a tile in the cache
+MIXED_DIAGONAL_ROWS = MIXED_DIAGONAL_BLOCK * TOKEN_ROWS
+MIXED_DEINTERLEAVED_ROWS = 256  # rows of each part of a word that are taken at once
+MIXED_DEINTERLEAVED_WORDS = MIXED_DEINTERLEAVED_ROWS // PACKING
+MIXED_DEINTERLEAVE_STEPS = MIXED_ROWS_APART // MIXED_DEINTERLEAVED_ROWS  # of a diagonal block
+MIXED_PLACE_BITS = 1  # log2(PACKING)
+MIXED_CLEARED_TILES = 16  # sublane tiles that are zeroed at once
+MIXED_PAGE_BUFFERS = 9  # pages under update
+MIXED_NEW_BUFFERS = 5  # pages whose new tokens are fetched or in use
+MIXED_UPDATE_LOOKAHEAD = 4  # pages that their fetch runs ahead
+MIXED_NEW_TOKENS = 64  # tokens of such a fetch
+MIXED_MERGE_TOKENS = 16  # new tokens that are put into a page at once
+MIXED_MERGE_ROWS = MIXED_MERGE_TOKENS * TOKEN_ROWS
 
 
-def pack_token(keys, values, packed, token):
-    """Lays one token's new keys and values `[KV_HEADS, OWN_DIM]` into rows: of each head its key, then its value."""
-    (rows,) = cache_rows_of(keys.astype(jnp.float32), values.astype(jnp.float32))
-    rows = jnp.concatenate([rows, jnp.zeros((1, HEAD_DIM))], axis=0)
-    packed[token * 1 : (token + 1) * 1] = rows_as_words(rows.astype(jnp.bfloat16))
+def for_each(first, end, body):
+    """Runs `body(index)` for each index in [first, end), as one piece of code."""
+
+    def run(index, _):
+        body(index)
+        return 0
+
+    lax.fori_loop(first, end, run, 0)
+
+
+def start_copy(copy):
+    copy.start()
+
+
+def wait_copy(copy):
+    copy.wait()
+
+
+def broadcast_lanes(rows, lanes):
+    """Rows that hold one value in all LANES lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
+    return jnp.concatenate([rows] * (lanes // LANES), axis=1)
+
+
+def pad_lanes(rows):
+    """Rows of HEAD_DIM lanes, with zeros up to HEAD_LANES."""
+    return jnp.concatenate([rows, jnp.zeros((*rows.shape[:-1], HEAD_LANES - HEAD_DIM), rows.dtype)], axis=-1)
+
+
+def unpad_lanes(rows):
+    """The lanes of V, of rows of HEAD_LANES lanes."""
+    return rows[..., HEAD_DIM:]
+
+
+def kv_rows(keys, values):
+    """The rows of new keys and values `[..., HEAD_DIM]` in the cache, `[..., HEAD_LANES]`: one of both."""
+    return (jnp.concatenate([keys, values], axis=-1),)
+
+
+def float_rows(keys, values):
+    """The same in float32."""
+    return kv_rows(keys.astype(jnp.float32), values.astype(jnp.float32))
+
+
+def matmul(rows, matrix, contracted):
+    """`rows` times `matrix` along its dimension `contracted`, in float32."""
+    dims = (((1,), (contracted,)), ((), ()))
+    return lax.dot_general(rows, matrix, dims, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
 def rows_as_words(rows):
+    """Rows of the cache as 32-bit words, each of PACKING rows."""
     return pltpu.bitcast(rows, jnp.uint32)
 
 
 def words_as_rows(words):
+    """The inverse of `rows_as_words`."""
     return pltpu.bitcast(words, jnp.bfloat16)
 
 
-def by_place(words):
-    """Words of 2 rows a token, of as many tokens, as words of 2 tokens a row: transposes them."""
-    low, high = words
+def token_of_word(tokens):
+    """Which of `tokens` consecutive tokens each row of words belongs to."""
+    return lax.broadcasted_iota(jnp.int32, (tokens * WORD_ROWS, LANES), 0) // WORD_ROWS
+
+
+def rows_of_tile(index):
+    """The rows of a sublane tile, the `index`-th from where rows are counted."""
+    return pl.ds(pl.multiple_of(index * SUBLANE_TILE_ROWS, SUBLANE_TILE_ROWS), SUBLANE_TILE_ROWS)
+
+
+def transpose_halves(low, high):
+    """Words of two rows of one token each, of two tokens, as words of two tokens of one row each."""
     return (low & jnp.uint32(0xFFFF)) | (high << 16), (low >> 16) | (high & jnp.uint32(0xFFFF0000))
 
 
-def token_of_word(tokens):
-    """Which of `tokens` consecutive tokens each packed row belongs to."""
-    return lax.broadcasted_iota(jnp.int32, (tokens * 1, 128), 0) // 1
-
-
-def whole_lanes(rows):
-    """Rows of OWN_DIM lanes, with zeros up to HEAD_DIM."""
-    return jnp.concatenate([rows, jnp.zeros((*rows.shape[:-1], HEAD_DIM - OWN_DIM), rows.dtype)], axis=-1)
-
-
-def own_lanes(rows):
-    """The lanes of values, of rows of HEAD_DIM lanes."""
-    return rows[..., OWN_DIM:]
-
-
-def cache_rows_of(keys, values):
-    """The rows of new keys and values `[..., OWN_DIM]` in the cache, `[..., HEAD_DIM]` each: one of both."""
-    return (jnp.concatenate([keys, values], axis=-1),)
-
-
-def widen(rows, lanes):
-    """Rows that hold one value in all 128 lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
-    return jnp.concatenate([rows] * (lanes // 128), axis=1)
-
-
-def products(rows, matrix, contracted):
-    """`rows` times `matrix` along its dimension `contracted`, in float32."""
-    dims = (((1,), (contracted,)), ((), ()))
-    return lax.dot_general(rows, matrix, dims, preferred_element_type=jnp.float32)
-
-
-def decode_kernel(
-    # scalars in SMEM
-    kv_lens, page_indices, distribution, sinks,
-    # arrays in HBM; the cache is updated in place
-    q_hbm, k_hbm, v_hbm, _cache, out_hbm, cache_hbm,
-    # scratch
-    kv,
-    row_words,
-    q_all,
-    new_keys,
-    new_values,
-    packed,
-    unit_out,
-    q_rows,
-    sink_rows,
-    row_max,
-    row_sum,
-    acc,
-    out_rows,
-    kv_sem,
-    load_sem,
-    unit_sem,
-    out_sem,
-):  # fmt: skip
-    """One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.
-
-    A step is one KV block of one sequence. The fetch runs 15 steps ahead, across the ends of sequences.
-    While one block is computed, the words of the next are split into heads: the one keeps the MXU busy, the other the stores.
-    """
-    num_seqs = distribution[0]
-
-    # ---- window: a sequence begins at the page where its window does; nothing before it is fetched
-
-    def first_token(seq):
-        return lax.div(jnp.maximum(kv_lens[seq] - WINDOW, 0), PAGE_SIZE) * PAGE_SIZE
-
-    def seen_len(seq):
-        """Tokens from there on."""
-        return kv_lens[seq] - first_token(seq)
-
-    def entry(seq):
-        return seq * PAGES_PER_SEQ + lax.div(first_token(seq), PAGE_SIZE)
-
-    # ---- fetch KV: whole pages, into one of 16 buffers of 128 tokens
-
-    # `entry` is where in the page table the window's first page is, and `kv_end` counts the tokens from there on.
-    def page_copy(entry, block, slot, page):
-        physical = page_indices[entry + block * 1 + page]
-        rows = pl.ds(page * PAGE_ROWS, PAGE_ROWS)
-        return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, rows], kv_sem.at[slot])
-
-    def pages_of(kv_end, block):
-        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 1, 1)
-
-    def start_block(kv_end, entry, block, slot):
-        def one(page, _):
-            page_copy(entry, block, slot, page).start()
-            return 0
-
-        pages = pages_of(kv_end, block)
-
-        @pl.when(pages == 1)
-        def _():
-            for page in range(1):
-                one(page, 0)
-
-        @pl.when(pages < 1)
-        def _():
-            lax.fori_loop(0, pages, one, 0)
-
-    def wait_block(kv_end, entry, block, slot):
-        def one(page, _):
-            page_copy(entry, block, slot, page).wait()
-            return 0
-
-        pages = pages_of(kv_end, block)
-
-        @pl.when(pages == 1)
-        def _():
-            pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
-
-        @pl.when(pages < 1)
-        def _():
-            lax.fori_loop(0, pages, one, 0)
-
-    def advance(seq, block):
-        last = (block + 1) * 128 >= seen_len(seq)
-        return jnp.where(last, seq + 1, seq), jnp.where(last, 0, block + 1)
-
-    def fetch_ahead(step, seq, block):
-        @pl.when(seq < num_seqs)
-        def _():
-            start_block(seen_len(seq), entry(seq), block, lax.rem(step, 16))
-
-        next_seq, next_block = advance(jnp.minimum(seq, num_seqs - 1), block)
-        return jnp.where(seq < num_seqs, next_seq, seq), jnp.where(seq < num_seqs, next_block, block)
-
-    # ---- update cache: the new token's row goes into the fetched block, and from a copy of it back to its page
-
-    def unit_copy(seq):
-        slot = lax.rem(seq, 4)
-        position = kv_lens[seq] - 1
-        page = page_indices[seq * PAGES_PER_SEQ + position // PAGE_SIZE]
-        row = pl.multiple_of(lax.rem(position, PAGE_SIZE) // UNIT * UNIT_ROWS, UNIT_ROWS)
-        return pltpu.make_async_copy(unit_out.at[slot], cache_hbm.at[page, pl.ds(row, UNIT_ROWS)], unit_sem.at[slot])
-
-    def update_cache(seq, block, slot):
-        @pl.when(seq >= 4)
-        def _():
-            unit_copy(seq - 4).wait()
-
-        token = seen_len(seq) - 1 - block * 128
-        rows = pl.ds(pl.multiple_of(token // UNIT * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
-        for i in range(UNIT):
-            pack_token(new_keys[seq], new_values[seq], packed, i)
-        words = jnp.where(token_of_word(UNIT) == lax.rem(token, UNIT), packed[...], rows_as_words(kv[slot, rows]))
-        kv[slot, rows] = words_as_rows(words)
-        unit_out[lax.rem(seq, 4)] = words_as_rows(words)
-        unit_copy(seq).start()
-
-    def clear_tail(slot, valid):
-        """Zeroes the tokens from `valid` to the end of those that are computed: a weight of 0 does not hide a NaN in V."""
-        rows = pl.ds(pl.multiple_of(valid // UNIT * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
-
-        @pl.when(lax.rem(valid, UNIT) > 0)
-        def _():
-            words = rows_as_words(kv[slot, rows])
-            kv[slot, rows] = words_as_rows(jnp.where(token_of_word(UNIT) < lax.rem(valid, UNIT), words, jnp.zeros_like(words)))
-
-        def zero(units):
-            def one(index, _):
-                rows = units * UNIT_ROWS
-                kv[slot, pl.ds(pl.multiple_of(index * rows, rows), rows)] = jnp.zeros((rows, 128), kv.dtype)
-                return 0
-
-            return one
-
-        # One unit at a time to where 16 at a time can go on.
-        first = pl.cdiv(valid, UNIT)
-        wide = pl.cdiv(first, 16)
-        lax.fori_loop(first, wide * 16, zero(1), 0)
-        lax.fori_loop(wide, pl.cdiv(valid, 128) * 1, zero(16), 0)
-
-    # ---- read KV: one head of a block at a time
-
-    class Split:
-        """The split of a block's words by the place of rows in them at `here` (0 or 1), in pieces to be done beside other work.
-
-        A word then holds token t in its lowest part, t + 64 in the next, and so on.
-        """
-
-        def __init__(self, slot, here):
-            self.slot, self.here, self.done = slot, here, 0
-
-        def go_on(self, pieces):
-            for piece in range(self.done, min(self.done + pieces, 1)):
-                firsts = [part * 128 + piece * 128 for part in range(2)]
-                words = [rows_as_words(kv[self.slot, pl.ds(first, 128)]) for first in firsts]
-                for place, part in enumerate(by_place(words)):
-                    row_words[self.here, place, pl.ds(piece * 64, 64)] = part
-            self.done += pieces
-
-        def finish(self):
-            self.go_on(1)
-
-    def row_of(here, row):
-        """`[128, HEAD_DIM]` of one row of each token, in the order of `block_tokens`."""
-        words = row_words[here, row % 2, pl.ds(row // 2, 64, stride=1), :]
-        return words_as_rows(words)
-
-    def head_keys(here, head):
-        return row_of(here, head)
-
-    def head_values(here, head):
-        return row_of(here, head)
-
-    def block_tokens(shape):
-        """The token of each column of a score: the parts of the words, interleaved."""
-        column = lax.broadcasted_iota(jnp.int32, shape, 1)
-        return (column >> 1) + (column & 1) * 64
-
-    # ---- flash step: every KV head's 8 query rows against one block, under one softmax
-
-    def heads(head):
-        return slice(head * 8, (head + 1) * 8)
-
-    def flash_step(first, valid, here, next_slot):
-        """One block, whose words are split already at `here` (0 or 1), while those of the next go to the other place."""
-        split = Split(next_slot, 1 - here)
-        scores = []
-        for head in range(KV_HEADS):
-            scores.append(products(q_rows[heads(head)].astype(jnp.bfloat16), head_keys(here, head), 1))
-            split.go_on(1)
-        scores = jnp.concatenate(scores, axis=0) * SCORE_SCALE
-        token = block_tokens(scores.shape)
-        scores = jnp.where((token >= first) & (token < valid), scores, MASKED)
-        old_max = row_max[...]
-        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - widen(new_max, 128))
-        rescale = jnp.exp2(old_max - new_max)
-        row_max[...] = new_max
-        row_sum[...] = rescale * row_sum[...] + jnp.sum(weights, axis=1, keepdims=True)
-        weights = weights.astype(jnp.bfloat16)
-        for head in range(KV_HEADS):
-            part = products(weights[heads(head)], head_values(here, head), 0)
-            split.go_on(1)
-            acc[heads(head)] = widen(rescale[heads(head)], HEAD_DIM) * acc[heads(head)] + part
-        split.finish()
-
-    def begin(seq):
-        queries = whole_lanes(q_all[seq].astype(jnp.float32))
-        for head in range(KV_HEADS):
-            rows = slice(head * 8, head * 8 + GROUP)
-            q_rows[rows] = queries[head * GROUP : (head + 1) * GROUP]
-        row_max[...] = sink_rows[...]
-        row_sum[...] = jnp.ones_like(row_sum)
-        acc[...] = jnp.zeros_like(acc)
-
-    def load_sinks():
-        """Spreads the sinks over their query rows. Each is in the sum from the start, where the maximum is its own."""
-        sink_rows[...] = jnp.full_like(sink_rows, MASKED)
-        for head in range(Q_HEADS):
-            row = head
-            sink_rows[row : row + 1] = jnp.full((1, 128), sinks[head]) * LOG2_E
-
-    # ---- send output
-
-    def out_copy(seq):
-        slot = lax.rem(seq, 4)
-        return pltpu.make_async_copy(out_rows.at[slot], out_hbm.at[seq], out_sem.at[slot])
-
-    def finish(seq):
-        @pl.when(seq >= 4)
-        def _():
-            out_copy(seq - 4).wait()
-
-        out = own_lanes(acc[...] / widen(row_sum[...], HEAD_DIM)).astype(out_rows.dtype)
-        for head in range(KV_HEADS):
-            rows = out[head * 8 : head * 8 + GROUP]
-            out_rows[lax.rem(seq, 4), head * GROUP : (head + 1) * GROUP] = rows
-        out_copy(seq).start()
-
-    @pl.when(num_seqs > 0)
-    def _():
-        start = (jnp.int32(0), jnp.int32(0))
-        ahead = start
-        for step in range(15):
-            ahead = fetch_ahead(step, *ahead)
-        loads = [
-            pltpu.make_async_copy(source.at[pl.ds(0, 64)], target, load_sem.at[i])
-            for i, (source, target) in enumerate([(q_hbm, q_all), (k_hbm, new_keys), (v_hbm, new_values)])
-        ]
-        for load in loads:
-            load.start()
-        q_rows[...] = jnp.zeros_like(q_rows)
-        load_sinks()
-        for load in loads:
-            load.wait()
-
-        def arrive(step, seq, block):
-            """Waits for a block; at the end of its sequence, puts the new token in and clears what lies behind."""
-            slot = lax.rem(step, 16)
-            kv_len = seen_len(seq)
-            wait_block(kv_len, entry(seq), block, slot)
-
-            @pl.when((block + 1) * 128 >= kv_len)
-            def _():
-                update_cache(seq, block, slot)
-                clear_tail(slot, kv_len - block * 128)
-
-        arrive(0, *start)
-        Split(0, 0).finish()
-
-        def body(carry):
-            step, seq, block, *ahead = carry
-            ahead = fetch_ahead(step + 15, *ahead)
-            kv_len = seen_len(seq)
-            valid = jnp.minimum(kv_len - block * 128, 128)
-            first = kv_len - WINDOW - block * 128
-            following = advance(seq, block)
-
-            @pl.when(following[0] < num_seqs)
-            def _():
-                arrive(step + 1, *following)
-
-            @pl.when(block == 0)
-            def _():
-                begin(seq)
-
-            next_slot = lax.rem(step + 1, 16)
-            pl.when(lax.rem(step, 2) == 0)(lambda: flash_step(first, valid, 0, next_slot))
-            pl.when(lax.rem(step, 2) == 1)(lambda: flash_step(first, valid, 1, next_slot))
-
-            @pl.when((block + 1) * 128 >= kv_len)
-            def _():
-                finish(seq)
-
-            return step + 1, *following, *ahead
-
-        lax.while_loop(lambda carry: carry[1] < num_seqs, body, (jnp.int32(0), *start, *ahead))
-
-        def drain(i, _):
-            unit_copy(num_seqs - 1 - i).wait()
-            out_copy(num_seqs - 1 - i).wait()
-            return 0
-
-        lax.fori_loop(0, jnp.minimum(num_seqs, 4), drain, 0)
-
-
-def attend_decode(queries, keys, values, rows, kv_lens, page_indices, distribution, sinks):
-    """`(out, rows)` of the decode sequences; other rows of `out` are not written."""
-    smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
-    return pl.pallas_call(
-        decode_kernel,
-        in_specs=[smem] * 4 + [hbm] * 4,
-        out_specs=[hbm] * 2,
-        out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
-        input_output_aliases={7: 1},
-        scratch_shapes=[
-            pltpu.VMEM((16, 256, 128), jnp.bfloat16),  # kv: fetched blocks
-            pltpu.VMEM((2, 2, 64, 128), jnp.uint32),  # row_words: a tile by row of a token, 2 tokens a word
-            pltpu.VMEM((64, 8, 64), jnp.bfloat16),  # q_all: queries of every sequence
-            pltpu.VMEM((64, 1, 64), jnp.bfloat16),  # new_keys: new keys of every sequence
-            pltpu.VMEM((64, 1, 64), jnp.bfloat16),  # new_values: new values of every sequence
-            pltpu.VMEM((8, 128), jnp.uint32),  # packed: a new token in the cache's form
-            pltpu.VMEM((4, 16, 128), jnp.bfloat16),  # unit_out: rows on their way to the cache
-            pltpu.VMEM((8, 128), jnp.float32),  # q_rows: queries of one sequence by KV head
-            pltpu.VMEM((8, 128), jnp.float32),  # sink_rows: sinks, the same in every lane
-            pltpu.VMEM((8, 128), jnp.float32),  # row_max: running maximum, the same in every lane
-            pltpu.VMEM((8, 128), jnp.float32),  # row_sum: running sum, the same in every lane
-            pltpu.VMEM((8, 128), jnp.float32),  # acc: running output
-            pltpu.VMEM((4, 8, 64), jnp.bfloat16),  # out_rows: outputs on their way out
-            pltpu.SemaphoreType.DMA((16,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((3,)),  # load_sem: queries, keys, values
-            pltpu.SemaphoreType.DMA((4,)),  # unit_sem: cache writes
-            pltpu.SemaphoreType.DMA((4,)),  # out_sem: outputs
-        ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=25165824, disable_bounds_checks=True),
-        name="rpa_decode",
-    )(kv_lens, page_indices, distribution, sinks, queries, keys, values, rows)
-
-
-def mixed_kernel(
-    # scalars in SMEM
-    kv_lens, page_indices, cu_q_lens, distribution, sinks,
-    # arrays in HBM; the cache is updated in place, and so is the output, which holds the decode rows
-    q_hbm, k_hbm, v_hbm, _cache, _out, out_hbm, cache_hbm,
-    # scratch
-    kv,
-    row_words,
-    new_keys,
-    new_values,
-    page_rows,
-    packed,
-    q_in,
-    q_rows,
-    next_scores,
-    sink_rows,
-    row_max,
-    row_sum,
-    acc,
-    out_rows,
-    kv_sem,
-    new_sem,
-    old_sem,
-    write_sem,
-    q_sem,
-    out_sem,
-):  # fmt: skip
-    """Any number of new tokens for each of the sequences [distribution[0], distribution[2]): update their pages, then attend.
-
-    A step is one KV block against one query block. The fetch runs 2 steps ahead, across the ends of both.
-    """
-    first_seq = distribution[0]
-    end_seq = distribution[2]
-
-    def q_start(seq):
-        return cu_q_lens[seq]
-
-    def q_len(seq):
-        return cu_q_lens[seq + 1] - cu_q_lens[seq]
-
-    # ---- update cache: page by page, old tokens kept, new ones packed in; 4 pages ahead, 9 in flight
-
-    def page_span(seq, page):
-        """The new tokens of a page, as a range within it."""
-        kv_len = kv_lens[seq]
-        return jnp.maximum(kv_len - q_len(seq) - page * PAGE_SIZE, 0), jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
-
-    def new_token_copies(seq, page, new_slot):
-        # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
-        wanted = q_start(seq) + page * PAGE_SIZE - (kv_lens[seq] - q_len(seq))
-        source = jnp.clip(wanted, 0, k_hbm.shape[0] - 64)
-        take, put = pl.ds(source, 64), pl.ds(PAGE_SIZE + source - wanted, 64)
-        return (
-            pltpu.make_async_copy(k_hbm.at[take], new_keys.at[new_slot, put], new_sem.at[new_slot]),
-            pltpu.make_async_copy(v_hbm.at[take], new_values.at[new_slot, put], new_sem.at[new_slot]),
-        )
-
-    def old_page_copy(seq, page, slot):
-        physical = page_indices[seq * PAGES_PER_SEQ + page]
-        return pltpu.make_async_copy(cache_hbm.at[physical], page_rows.at[slot], old_sem.at[slot])
-
-    def page_write(seq, page, slot):
-        physical = page_indices[seq * PAGES_PER_SEQ + page]
-        return pltpu.make_async_copy(page_rows.at[slot], cache_hbm.at[physical], write_sem.at[slot])
-
-    def first_page(seq):
-        return lax.div(kv_lens[seq] - q_len(seq), PAGE_SIZE)
-
-    def next_page(seq, page):
-        last = (page + 1) * PAGE_SIZE >= kv_lens[seq]
-        next_seq = jnp.where(last, seq + 1, seq)
-        return next_seq, jnp.where(last, first_page(jnp.minimum(next_seq, end_seq - 1)), page + 1)
-
-    def load_page(step, seq, page):
-        slot = lax.rem(step, 9)
-
-        @pl.when(seq < end_seq)
-        def _():
-            @pl.when(step >= 9)
-            def _():
-                page_write(seq, page, slot).wait()  # the write of 9 steps ago: as many bytes, this semaphore
-
-            for copy in new_token_copies(seq, page, lax.rem(step, 5)):
-                copy.start()
-            first, end = page_span(seq, page)
-
-            @pl.when((first > 0) | (end < PAGE_SIZE))
-            def _():
-                old_page_copy(seq, page, slot).start()
-
-        next_seq, next_index = next_page(jnp.minimum(seq, end_seq - 1), page)
-        return jnp.where(seq < end_seq, next_seq, seq), jnp.where(seq < end_seq, next_index, page)
-
-    def merge_page(step, seq, page):
-        slot, new_slot = lax.rem(step, 9), lax.rem(step, 5)
-        first, end = page_span(seq, page)
-        for copy in new_token_copies(seq, page, new_slot):
-            copy.wait()
-
-        @pl.when((first > 0) | (end < PAGE_SIZE))
-        def _():
-            old_page_copy(seq, page, slot).wait()
-
-        def merge(piece, _):
-            start = piece * 16
-            for i in range(16):
-                pack_token(new_keys[new_slot, PAGE_SIZE + start + i], new_values[new_slot, PAGE_SIZE + start + i], packed, i)
-            rows = pl.ds(pl.multiple_of(piece * 32, 32), 32)
-            token = start + token_of_word(16)
-            words = jnp.where((token >= first) & (token < end), packed[...], rows_as_words(page_rows[slot, rows]))
-            page_rows[slot, rows] = words_as_rows(words)
-            return 0
-
-        lax.fori_loop(lax.div(first, 16), pl.cdiv(end, 16), merge, 0)
-        page_write(seq, page, slot).start()
-
-    def update_cache(meanwhile):
-        """Updates all pages; `meanwhile` is called before it waits for the last of them to be written."""
-
-        def body(carry):
-            step, seq, page, *ahead = carry
-            ahead = load_page(step + 4, *ahead)
-            merge_page(step, seq, page)
-            return step + 1, *next_page(seq, page), *ahead
-
-        start = (first_seq, first_page(first_seq))
-        ahead = start
-        for step in range(4):
-            ahead = load_page(jnp.int32(step), *ahead)
-        steps, *_ = lax.while_loop(lambda carry: carry[1] < end_seq, body, (jnp.int32(0), *start, *ahead))
-
-        meanwhile()
-
-        def drain(i, _):
-            page_write(first_seq, first_page(first_seq), lax.rem(steps - 1 - i, 9)).wait()
-            return 0
-
-        lax.fori_loop(0, jnp.minimum(steps, 9), drain, 0)
-
-    # ---- fetch KV: whole pages, into one of 3 buffers of 512 tokens
-
-    # `entry` is where in the page table the window's first page is, and `kv_end` counts the tokens from there on.
-    def page_copy(entry, block, slot, page):
-        physical = page_indices[entry + block * 4 + page]
-        rows = pl.ds(page * PAGE_ROWS, PAGE_ROWS)
-        return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, rows], kv_sem.at[slot])
-
-    def pages_of(kv_end, block):
-        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * 4, 4)
-
-    def start_block(kv_end, entry, block, slot):
-        def one(page, _):
-            page_copy(entry, block, slot, page).start()
-            return 0
-
-        pages = pages_of(kv_end, block)
-
-        @pl.when(pages == 4)
-        def _():
-            for page in range(4):
-                one(page, 0)
-
-        @pl.when(pages < 4)
-        def _():
-            lax.fori_loop(0, pages, one, 0)
-
-    def wait_block(kv_end, entry, block, slot):
-        def one(page, _):
-            page_copy(entry, block, slot, page).wait()
-            return 0
-
-        pages = pages_of(kv_end, block)
-
-        @pl.when(pages == 4)
-        def _():
-            pltpu.make_async_copy(kv.at[slot], kv.at[slot], kv_sem.at[slot]).wait()  # for as many bytes, from anywhere
-
-        @pl.when(pages < 4)
-        def _():
-            lax.fori_loop(0, pages, one, 0)
-
-    def first_token(seq, q_block):
-        """Where the page begins that the window of a block's first query does; nothing before it is fetched."""
-        first_query = kv_lens[seq] - q_len(seq) + q_block * 64
-        return lax.div(jnp.maximum(first_query + 1 - WINDOW, 0), PAGE_SIZE) * PAGE_SIZE
-
-    def entry(seq, q_block):
-        return seq * PAGES_PER_SEQ + lax.div(first_token(seq, q_block), PAGE_SIZE)
-
-    def kv_end(seq, q_block):
-        """The number of tokens from there on to the last query of the block."""
-        new = q_len(seq)
-        return kv_lens[seq] - new + jnp.minimum((q_block + 1) * 64, new) - first_token(seq, q_block)
-
-    def advance(seq, q_block, q_step, block):
-        last = (block + 1) * 512 >= kv_end(seq, q_block)
-        last_of_seq = last & ((q_block + 1) * 64 >= q_len(seq))
-        return (
-            jnp.where(last_of_seq, seq + 1, seq),
-            jnp.where(last, jnp.where(last_of_seq, 0, q_block + 1), q_block),
-            jnp.where(last, q_step + 1, q_step),
-            jnp.where(last, 0, block + 1),
-        )
-
-    def start_fetch(step, at, wanted=True):
-        seq, q_block, q_step, block = at
-
-        @pl.when((seq < end_seq) & wanted)
-        def _():
-            @pl.when(block == 0)
-            def _():
-                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.start())
-
-            start_block(kv_end(seq, q_block), entry(seq, q_block), block, lax.rem(step, 3))
-
-    def next_fetch(at):
-        seq, *within = at
-        following = advance(jnp.minimum(seq, end_seq - 1), *within)
-        return tuple(jnp.where(seq < end_seq, new, old) for new, old in zip(following, at))
-
-    def fetch_ahead(step, *at):
-        start_fetch(step, at)
-        return next_fetch(at)
-
-    # ---- query blocks: 64 tokens in and out in their natural layout, by KV head inside
-
-    def block_copies(seq, block, make, act):
-        """Acts on copies that together hold the block's tokens and no others, in sizes that are powers of two."""
-        tokens = jnp.minimum(q_len(seq) - block * 64, 64)
-        for size in (64, 32, 16, 8, 4, 2, 1):
-
-            @pl.when((tokens & size) > 0)
-            def _(size=size):
-                first = tokens & ~(2 * size - 1)
-                act(make(q_start(seq) + block * 64 + first, first, size))
-
-    def query_copies(seq, block, slot, act):
-        def make(token, first, size):
-            return pltpu.make_async_copy(q_hbm.at[pl.ds(token, size)], q_in.at[slot, pl.ds(first, size)], q_sem.at[slot])
-
-        block_copies(seq, block, make, act)
-
-    def out_copies(seq, block, slot, act):
-        def make(token, first, size):
-            return pltpu.make_async_copy(out_rows.at[slot, pl.ds(first, size)], out_hbm.at[pl.ds(token, size)], out_sem.at[slot])
-
-        block_copies(seq, block, make, act)
-
-    def loop(count, body):
-        """Runs `body(index)` for each index below `count`, as one piece of code."""
-
-        def turn(index, _):
-            body(index)
-            return 0
-
-        lax.fori_loop(0, count, turn, 0)
-
-    def load_sinks():
-        """The sinks of each KV head's queries, in the order in which rows repeat them."""
-        for head in range(KV_HEADS):
-            for row in range(sink_rows.shape[1]):
-                sink_rows[head, row : row + 1] = jnp.full((1, 128), sinks[head * GROUP + row % GROUP]) * LOG2_E
-
-    def clear(head, rows):
-        """The running maximum of some rows of a KV head, as before their first tile: each row's sink."""
-        row_max[head, rows] = jnp.concatenate([sink_rows[head]] * (rows.size // sink_rows.shape[1]), axis=0)
-
-    def clear_all():
-        def one(piece):
-            rows = pl.ds(lax.rem(piece, 2) * 256, 256)
-            clear(lax.div(piece, 2), rows)
-
-        loop(KV_HEADS * 2, one)
-
-    def query_of(row):
-        """Which query of the block a row is of: rows go by query, then head."""
-        return row // GROUP
-
-    def begin(slot):
-        """Sorts a query block by KV head, `[KV_HEADS, 64 * GROUP, HEAD_DIM]`."""
-
-        def sort(piece):
-            tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
-            rows = pl.ds(pl.multiple_of(piece * 128, 128), 128)
-            for first in range(0, KV_HEADS, 1):
-                queries = q_in[slot, tokens, first * GROUP : (first + 1) * GROUP]
-                q_rows[first, rows] = whole_lanes(queries).reshape(128, HEAD_DIM)
-
-        loop(4, sort)
-
-    def finish(slot):
-        """Puts a block's output back in the order of its tokens, and clears the running maximum for the next one."""
-
-        def unsort(piece):
-            tokens = pl.ds(pl.multiple_of(piece * 16, 16), 16)
-            rows = pl.ds(pl.multiple_of(piece * 128, 128), 128)
-
-            def out_of(head):
-                out = acc[head, rows] / widen(row_sum[head, rows], HEAD_DIM)
-                clear(head, rows)
-                return own_lanes(out).astype(out_rows.dtype)
-
-            for first in range(0, KV_HEADS, 1):
-                heads = slice(first * GROUP, (first + 1) * GROUP)
-                out_rows[slot, tokens, heads] = out_of(first).reshape(16, GROUP, OWN_DIM)
-
-        loop(4, unsort)
-
-    def clear_tail(slot, valid):
-        """Zeroes the tokens from `valid` to the end of those that are computed: a weight of 0 does not hide a NaN in V."""
-        rows = pl.ds(pl.multiple_of(valid // UNIT * UNIT_ROWS, UNIT_ROWS), UNIT_ROWS)
-
-        @pl.when(lax.rem(valid, UNIT) > 0)
-        def _():
-            words = rows_as_words(kv[slot, rows])
-            kv[slot, rows] = words_as_rows(jnp.where(token_of_word(UNIT) < lax.rem(valid, UNIT), words, jnp.zeros_like(words)))
-
-        def zero(units):
-            def one(index, _):
-                rows = units * UNIT_ROWS
-                kv[slot, pl.ds(pl.multiple_of(index * rows, rows), rows)] = jnp.zeros((rows, 128), kv.dtype)
-                return 0
-
-            return one
-
-        # One unit at a time to where 16 at a time can go on.
-        first = pl.cdiv(valid, UNIT)
-        wide = pl.cdiv(first, 16)
-        lax.fori_loop(first, wide * 16, zero(1), 0)
-        lax.fori_loop(wide, pl.cdiv(valid, 256) * 2, zero(16), 0)
-
-    # ---- read KV: `tokens` tokens of one head, from token `first` of a block on
-
-    def split_tile(slot, tile):
-        """Splits a tile's words by the place of rows in them. A word then holds 2 tokens of a piece of 256: token t
-        of the piece in its lowest part, t + 128 in the next, and so on.
-        """
-
-        def split(turn, _):  # few enough rows at a time to stay in registers
-            piece, part = lax.div(turn, 1), lax.rem(turn, 1)
-            first = tile * 1024 + piece * 512 + part * 256
-            firsts = [pl.multiple_of(first + part * 256, 256) for part in range(2)]
-            words = [rows_as_words(kv[slot, pl.ds(first, 256)]) for first in firsts]
-            to = pl.ds(pl.multiple_of(turn * 128, 128), 128)
-            for place, part in enumerate(by_place(words)):
-                row_words[place, to] = part
-            return 0
-
-        lax.fori_loop(0, 2, split, 0)
-
-    def row_of(first, tokens, row):
-        """`[tokens, HEAD_DIM]` of one row of each token out of the tile that was split last, in the order of `piece_tokens`."""
-        place, word = lax.rem(row, 2), lax.div(row, 2)
-        start = lax.div(lax.rem(first, 512), 2) * 1 + word
-        words = row_words[place, pl.ds(start, tokens // 2, stride=1), :]
-        return words_as_rows(words)
-
-    def head_keys(slot, first, tokens, head):
-        return row_of(first, tokens, head)
-
-    def head_values(slot, first, tokens, head):
-        return row_of(first, tokens, head)
-
-    def piece_tokens(shape, axis):
-        """The token of each index along an axis of a piece's: the parts of the words, interleaved."""
-        index = lax.broadcasted_iota(jnp.int32, shape, axis)
-        return (index >> 1) + (index & 1) * 128
-
-    # ---- flash steps: 256 query rows of one head against one tile, or on the diagonal against one piece of it
-
-    def scores_of(queries, keys, head):
-        """`[query rows, tokens]`, as logarithms to base 2."""
-        return products(queries, keys, 1) * SCORE_SCALE
-
-    def score(slot, first, tokens, head, rows):
-        return scores_of(q_rows[head, rows], head_keys(slot, first, tokens, head), head)
-
-    def state_before(head, rows, begins):
-        """The running sum and output of some rows of a KV head; where they begin, what the block before left counts for nothing."""
-        return jnp.where(begins, 1.0, row_sum[head, rows]), jnp.where(begins, 0.0, acc[head, rows])
-
-    def weigh(scores, slot, first, head, rows, begins):
-        tokens = scores.shape[1]
-        old_sum, old_acc = state_before(head, rows, begins)
-        old_max = row_max[head, rows]
-        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        weights = jnp.exp2(scores - widen(new_max, tokens))
-        rescale = jnp.exp2(old_max - new_max)
-        row_max[head, rows] = new_max
-        row_sum[head, rows] = rescale * old_sum + jnp.sum(weights, axis=1, keepdims=True)
-        part = products(weights.astype(jnp.bfloat16), head_values(slot, first, tokens, head), 0)
-        acc[head, rows] = widen(rescale, HEAD_DIM) * old_acc + part
-
-    def flash_turns(turns, heads, ahead, tokens, place, score_of, slot, begins):
-        """Takes turns of some heads against the `tokens` tokens from `place(turn)` on, which is a token and the first head.
-
-        A turn is one piece of code, in which scores are made `ahead` steps before they are weighed, the first of the next turn
-        at its end: so the MXU and the vector units work at once.
-        """
-        steps = [(head, pl.ds(row, 256)) for head in range(heads) for row in range(0, 512, 256)]
-
-        def scores_of(turn, step):
-            first, head = place(turn)
-            return score_of(first, head + steps[step][0], steps[step][1])
-
-        def one_turn(turn, _):
-            first, first_head = place(turn)
-            on_first_tokens = begins & (first == place(0)[0])
-            scores = [next_scores[i, :, :tokens] for i in range(ahead)]
-            for i, (head, rows) in enumerate(steps):
-                later = i + ahead
-                if later < len(steps):
-                    scores.append(scores_of(turn, later))
-                else:
-                    following = jnp.minimum(turn + 1, turns - 1)
-                    next_scores[later - len(steps), :, :tokens] = scores_of(following, later - len(steps))
-                weigh(scores[i], slot, first, first_head + head, rows, on_first_tokens)
-            return 0
-
-        for i in range(ahead):
-            next_scores[i, :, :tokens] = scores_of(0, i)
-        lax.fori_loop(0, turns, one_turn, 0)
-
-    def plain_tiles(slot, begin, count, begins):
-        """Tiles that all queries of the block see whole, from tile `begin` on."""
-
-        def score_of(first, head, rows):
-            return score(slot, first, 512, head, rows)
-
-        def place_from(first_tile):
-            def place(turn):
-                tile, head = first_tile + lax.div(turn, 1), lax.rem(turn, 1) * 1
-                return tile * 512, head
-
-            return place
-
-        def one(tile, _):
-            split_tile(slot, tile)
-            flash_turns(1, 1, 1, 512, place_from(tile), score_of, slot, begins & (tile == begin))
-            return 0
-
-        lax.fori_loop(begin, begin + count, one, 0)
-
-    def seen(token, query):
-        return (token <= query) & (token > query - WINDOW)
-
-    def diagonal_tile(slot, tile, valid, begins, first_query):
-        """A tile that some query sees in part, as far as there are tokens. `first_query` is seen from the block's start."""
-        split_tile(slot, tile)
-
-        first_piece = tile * 2
-        pieces = jnp.minimum(2, pl.cdiv(valid, 256) - first_piece)
-
-        def score_of(first, head, rows):
-            scores = score(slot, first, 256, head, rows)
-            row = rows.start + lax.broadcasted_iota(jnp.int32, (rows.size, 128), 0)
-            query = widen(first_query - first + query_of(row), 256)
-            return jnp.where(seen(piece_tokens(scores.shape, 1), query), scores, MASKED)
-
-        def place(turn):
-            piece = first_piece + lax.div(turn, 1)
-            return piece * 256, lax.rem(turn, 1) * 1
-
-        flash_turns(pieces * 1, 1, 1, 256, place, score_of, slot, begins)
-
-    def attend(start, fetched):
-        load_sinks()
-        clear_all()
-        start_fetch(0, start, ~fetched)
-        ahead = next_fetch(start)
-        for step in range(1, 2):
-            ahead = fetch_ahead(step, *ahead)
-
-        def body(carry):
-            step, at, ahead, sent = carry
-            seq, q_block, q_step, block = at
-            ahead = fetch_ahead(step + 2, *ahead)
-            slot = lax.rem(step, 3)
-            end = kv_end(seq, q_block)
-            valid = jnp.minimum(end - block * 512, 512)
-            last = (block + 1) * 512 >= end
-            first_query = kv_lens[seq] - q_len(seq) + q_block * 64 - first_token(seq, q_block)
-
-            @pl.when(block == 0)
-            def _():
-                query_copies(seq, q_block, lax.rem(q_step, 3), lambda copy: copy.wait())
-                begin(lax.rem(q_step, 3))
-
-            wait_block(end, entry(seq, q_block), block, slot)
-
-            @pl.when(last)
-            def _():
-                clear_tail(slot, valid)
-
-            query = first_query - block * 512
-            count = pl.cdiv(valid, 512)
-            # Tiles in order: those that the window of some query leaves in part, whole ones, those on the diagonal.
-            left = jnp.clip(lax.div(query + 447, 512), 0, count)
-            plain = jnp.maximum(jnp.clip(lax.div(query + 1, 512), 0, 1) - left, 0)
-            plain_tiles(slot, left, plain, block == 0)
-
-            def in_part(index, _):
-                begins = (block == 0) & (plain + index == 0)
-                diagonal_tile(slot, jnp.where(index < left, index, index + plain), valid, begins, query)
-                return 0
-
-            lax.fori_loop(0, count - plain, in_part, 0)
-
-            @pl.when(last)
-            def _():
-                @pl.when(q_step > 0)
-                def _():
-                    out_copies(*sent, 0, lambda copy: copy.wait())
-
-                finish(0)
-                out_copies(seq, q_block, 0, lambda copy: copy.start())
-
-            sent = tuple(jnp.where(last, new, old) for new, old in zip((seq, q_block), sent))
-            return step + 1, advance(*at), ahead, sent
-
-        state = (jnp.int32(0), start, ahead, start[:2])
-        _, _, _, sent = lax.while_loop(lambda carry: carry[1][0] < end_seq, body, state)
-        out_copies(*sent, 0, lambda copy: copy.wait())
-
-    @pl.when(first_seq < end_seq)
-    def _():
-        start = (first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
-        # The first block comes while the last pages go, if none of these is in it.
-        early = first_page(first_seq) - lax.div(first_token(first_seq, 0), PAGE_SIZE) >= 4
-        update_cache(lambda: start_fetch(0, start, early))
-        attend(start, early)
-
-
-def attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_lens, distribution, sinks):
-    """`(out, rows)` with the rows of the sequences that are not decode written; other rows of `out` stay."""
-    smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
-    return pl.pallas_call(
-        mixed_kernel,
-        in_specs=[smem] * 5 + [hbm] * 5,
-        out_specs=[hbm] * 2,
-        out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
-        input_output_aliases={8: 1, 9: 0},
-        scratch_shapes=[
-            pltpu.VMEM((3, 1024, 128), jnp.bfloat16),  # kv: fetched blocks
-            pltpu.VMEM((2, 256, 128), jnp.uint32),  # row_words: a tile by row of a token, 2 tokens a word
-            pltpu.VMEM((5, 320, 1, 64), jnp.bfloat16),  # new_keys: new keys, around the page they go to
-            pltpu.VMEM((5, 320, 1, 64), jnp.bfloat16),  # new_values: new values, likewise
-            pltpu.VMEM((9, 256, 128), jnp.bfloat16),  # page_rows: pages to update
-            pltpu.VMEM((16, 128), jnp.uint32),  # packed: new tokens in the cache's form
-            pltpu.VMEM((3, 64, 8, 64), jnp.bfloat16),  # q_in: query blocks as they come
-            pltpu.VMEM((1, 512, 128), jnp.bfloat16),  # q_rows: one by KV head
-            pltpu.VMEM((1, 256, 512), jnp.float32),  # next_scores: the first scores of the next turn
-            pltpu.VMEM((1, 8, 128), jnp.float32),  # sink_rows: sinks, the same in every lane
-            pltpu.VMEM((1, 512, 128), jnp.float32),  # row_max: running maximum
-            pltpu.VMEM((1, 512, 128), jnp.float32),  # row_sum: running sum, the same in every lane
-            pltpu.VMEM((1, 512, 128), jnp.float32),  # acc: running output
-            pltpu.VMEM((1, 64, 8, 64), jnp.bfloat16),  # out_rows: an output block on its way out
-            pltpu.SemaphoreType.DMA((3,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((5,)),  # new_sem: new keys and values
-            pltpu.SemaphoreType.DMA((9,)),  # old_sem: pages that hold old tokens
-            pltpu.SemaphoreType.DMA((9,)),  # write_sem: cache writes
-            pltpu.SemaphoreType.DMA((3,)),  # q_sem: query blocks
-            pltpu.SemaphoreType.DMA((1,)),  # out_sem: output blocks
-        ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=25165824, disable_bounds_checks=True),
-        name="rpa_mixed",
-    )(kv_lens, page_indices, cu_q_lens, distribution, sinks, queries, keys, values, rows, out)
-
-
 def cache_rows(kv_cache):
-    """The cache as rows of 128 lanes, `[pages, PAGE_ROWS, 128]`. The bytes lie the same: the compiler makes it a bitcast."""
-    return kv_cache.reshape(kv_cache.shape[0], PAGE_ROWS, 128)
+    """The cache as rows of LANES lanes, `[pages, PAGE_ROWS, LANES]`: by token, then KV head, with K in the lower lanes and V in the upper.
+
+    The bytes lie the same: the compiler makes it a bitcast.
+    """
+    return kv_cache.reshape(kv_cache.shape[0], PAGE_ROWS, LANES)
 
 
 def rows_cache(rows, shape):
@@ -1011,9 +223,1098 @@ def rows_cache(rows, shape):
     return rows.reshape(shape)
 
 
+def pack_token(keys, values, packed, token):
+    """Lays one token's new keys and values `[KV_HEADS, HEAD_DIM]` into rows: of each head its key, then its value."""
+    (rows,) = float_rows(keys, values)
+    rows = jnp.concatenate([rows, jnp.zeros((PADDING_ROWS, HEAD_LANES))], axis=0)
+    packed[token * WORD_ROWS : (token + 1) * WORD_ROWS] = rows_as_words(rows.astype(jnp.bfloat16))
+
+
+class PagedKernel:
+    """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
+
+    def page_copy(self, entry, block, buffer, page):
+        physical = self.page_indices[entry + block * self.block_pages + page]
+        place = self.kv.at[buffer, pl.ds(page * PAGE_ROWS, PAGE_ROWS)]
+        return pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer])
+
+    def start_page(self, entry, block, buffer, page):
+        self.page_copy(entry, block, buffer, page).start()
+
+    def wait_page(self, entry, block, buffer, page):
+        self.page_copy(entry, block, buffer, page).wait()
+
+    def pages_of(self, kv_end, block):
+        """How many pages of a block hold tokens below `kv_end`."""
+        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * self.block_pages, self.block_pages)
+
+    def start_block(self, kv_end, entry, block, buffer):
+        """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`."""
+        start_page = functools.partial(self.start_page, entry, block, buffer)
+        pages = self.pages_of(kv_end, block)
+
+        @pl.when(pages == self.block_pages)
+        def start_full_block():
+            for page in range(self.block_pages):
+                start_page(page)
+
+        pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, start_page))
+
+    def wait_block(self, kv_end, entry, block, buffer):
+        """Waits for the copies that `start_block` started."""
+        wait_page = functools.partial(self.wait_page, entry, block, buffer)
+        pages = self.pages_of(kv_end, block)
+
+        @pl.when(pages == self.block_pages)
+        def wait_for_full_block():
+            whole = self.kv.at[buffer]
+            pltpu.make_async_copy(whole, whole, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
+
+        pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, wait_page))
+
+    def clear_tail(self, buffer, valid):
+        """Zeroes the tokens from `valid` to the end of those that are computed: a probability of 0 does not hide a NaN in V."""
+        rows = rows_of_tile(valid // SUBLANE_TILE)
+        clear_in_tile = functools.partial(self.clear_in_tile, buffer, rows, valid)
+        pl.when(lax.rem(valid, SUBLANE_TILE) > 0)(clear_in_tile)
+        # One sublane tile at a time to where several at a time can go on.
+        first = pl.cdiv(valid, SUBLANE_TILE)
+        wide = pl.cdiv(first, self.cleared_tiles)
+        for_each(first, wide * self.cleared_tiles, functools.partial(self.clear_tiles, buffer, 1))
+        wide_end = pl.cdiv(valid, self.computed_tokens) * (self.computed_tokens // (SUBLANE_TILE * self.cleared_tiles))
+        for_each(wide, wide_end, functools.partial(self.clear_tiles, buffer, self.cleared_tiles))
+
+    def clear_in_tile(self, buffer, rows, valid):
+        words = rows_as_words(self.kv[buffer, rows])
+        kept = token_of_word(SUBLANE_TILE) < lax.rem(valid, SUBLANE_TILE)
+        self.kv[buffer, rows] = words_as_rows(jnp.where(kept, words, jnp.zeros_like(words)))
+
+    def clear_tiles(self, buffer, tiles, index):
+        rows = tiles * SUBLANE_TILE_ROWS
+        self.kv[buffer, pl.ds(pl.multiple_of(index * rows, rows), rows)] = jnp.zeros((rows, LANES), self.kv.dtype)
+
+
+@dataclasses.dataclass
+class DecodeKernel(PagedKernel):
+    """One call of the decode kernel: its operands, its scratch arrays, and its steps.
+
+    An iteration computes one KV block of one sequence. Blocks are fetched DECODE_LOOKAHEAD iterations ahead, across the ends of
+    sequences.
+
+    While a block is computed, the words of the next are split into rows: the one keeps the MXU busy, the other the stores.
+    """
+
+    # Scalars in SMEM.
+    kv_lens: Ref  # int32[MAX_SEQS]
+    page_indices: Ref  # int32[MAX_SEQS * PAGES_PER_SEQ]
+    distribution: Ref  # int32[3]
+    sinks: Ref  # float32[Q_HEADS]
+    # Arrays in HBM.
+    q_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
+    k_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    v_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    cache_in: Ref  # bfloat16[pages, PAGE_ROWS, LANES]: the memory of cache_hbm
+    out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
+    cache_hbm: Ref  # bfloat16[pages, PAGE_ROWS, LANES]
+    # Scratch arrays in VMEM, and semaphores.
+    kv: Ref  # bfloat16[DECODE_KV_BUFFERS, DECODE_BLOCK * TOKEN_ROWS, LANES]: fetched blocks
+    row_words: Ref  # uint32[2, PACKING, DECODE_PART_TOKENS * WORD_ROWS, LANES]: a tile by row of a token, 2 tokens a word
+    q_all: Ref  # bfloat16[DECODE_MAX_TOKENS, Q_HEADS, HEAD_DIM]: queries of every sequence
+    new_keys: Ref  # bfloat16[DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM]: new keys of every sequence
+    new_values: Ref  # bfloat16[DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM]: new values of every sequence
+    packed: Ref  # uint32[SUBLANE_TILE * WORD_ROWS, LANES]: a new token in the cache's form
+    new_out: Ref  # bfloat16[DECODE_WRITE_BUFFERS, SUBLANE_TILE_ROWS, LANES]: rows on their way to the cache
+    q_rows: Ref  # float32[KV_HEADS * DECODE_HEAD_QUERY_ROWS, DECODE_HEADS_PER_MATMUL * HEAD_LANES]: queries of one sequence by KV head
+    sink_rows: Ref  # float32[KV_HEADS * DECODE_HEAD_QUERY_ROWS, LANES]: sinks, the same in every lane
+    row_max: Ref  # float32[KV_HEADS * DECODE_HEAD_QUERY_ROWS, LANES]: running maximum, the same in every lane
+    row_sum: Ref  # float32[KV_HEADS * DECODE_HEAD_QUERY_ROWS, LANES]: running sum, the same in every lane
+    acc: Ref  # float32[KV_HEADS * DECODE_HEAD_QUERY_ROWS, HEAD_LANES]: running output
+    out_rows: Ref  # bfloat16[DECODE_WRITE_BUFFERS, Q_HEADS, HEAD_DIM]: outputs on their way out
+    kv_sem: Ref  # DMA[DECODE_KV_BUFFERS]: fetches
+    load_sem: Ref  # DMA[3]: queries, keys, values
+    write_sem: Ref  # DMA[DECODE_WRITE_BUFFERS]: cache writes
+    out_sem: Ref  # DMA[DECODE_WRITE_BUFFERS]: outputs
+
+    block_pages = DECODE_BLOCK_PAGES
+    computed_tokens = DECODE_BLOCK
+    cleared_tiles = DECODE_CLEARED_TILES
+
+    def run(self):
+        """Attention of the sequences [0, distribution[0]), whose new tokens may have to get into the cache first."""
+        self.num_seqs = self.distribution[0]
+        pl.when(self.num_seqs > 0)(self.attend)
+
+    def attend(self):
+        """Goes through the KV blocks of all sequences."""
+        start = (jnp.int32(0), jnp.int32(0))
+        fetched = start
+        for iteration in range(DECODE_LOOKAHEAD):
+            fetched = self.fetch_block(iteration, *fetched)
+        loads = self.load_copies()
+        for load in loads:
+            load.start()
+        self.q_rows[...] = jnp.zeros_like(self.q_rows)
+        self.load_sinks()
+        for load in loads:
+            load.wait()
+        self.wait_and_patch(0, *start)
+        Deinterleave(self, 0, 0).finish()
+        lax.while_loop(self.has_block, self.iterate, (jnp.int32(0), *start, *fetched))
+        for_each(0, jnp.minimum(self.num_seqs, DECODE_WRITE_BUFFERS), self.drain)
+
+    def load_copies(self):
+        """The copies of what is loaded for all sequences at once."""
+        arrays = [(self.q_hbm, self.q_all), (self.k_hbm, self.new_keys), (self.v_hbm, self.new_values)]
+        return [
+            pltpu.make_async_copy(source.at[pl.ds(0, DECODE_MAX_TOKENS)], target, self.load_sem.at[i])
+            for i, (source, target) in enumerate(arrays)
+        ]
+
+    def has_block(self, carry):
+        """Whether there is another block."""
+        return carry[1] < self.num_seqs
+
+    def iterate(self, carry):
+        """Computes one block, starts the fetch of a later one, and waits for the next one."""
+        iteration, seq, block, *fetched = carry
+        fetched = self.fetch_block(iteration + DECODE_LOOKAHEAD, *fetched)
+        kv_len = self.seen_len(seq)
+        limits = self.limits(seq, block, kv_len)
+        following = self.next_block(seq, block)
+
+        @pl.when(following[0] < self.num_seqs)
+        def wait_for_next_block():
+            self.wait_and_patch(iteration + 1, *following)
+
+        pl.when(block == 0)(functools.partial(self.load_queries, seq))
+        self.compute_block(iteration, limits)
+        pl.when((block + 1) * DECODE_BLOCK >= kv_len)(functools.partial(self.store_output, seq))
+        return iteration + 1, *following, *fetched
+
+    # Blocks.
+
+    def next_block(self, seq, block):
+        """The block after a block, which may be of the next sequence."""
+        last = (block + 1) * DECODE_BLOCK >= self.seen_len(seq)
+        return jnp.where(last, seq + 1, seq), jnp.where(last, 0, block + 1)
+
+    def fetch_block(self, iteration, seq, block):
+        """Starts the fetch of the block of an iteration, if there is one; returns the block after it."""
+
+        @pl.when(seq < self.num_seqs)
+        def start_fetch():
+            kv_len = self.seen_len(seq)
+            self.start_block(kv_len, self.entry(seq), block, lax.rem(iteration, DECODE_KV_BUFFERS))
+
+        next_seq, next_block = self.next_block(jnp.minimum(seq, self.num_seqs - 1), block)
+        return jnp.where(seq < self.num_seqs, next_seq, seq), jnp.where(seq < self.num_seqs, next_block, block)
+
+    # Reading K and V: words are split into one half of an array while the other half is read.
+
+    def compute_block(self, iteration, limits):
+        """One block, in the half of the iteration's parity, while the next one goes to the other half."""
+        next_buffer = lax.rem(iteration + 1, DECODE_KV_BUFFERS)
+        pl.when(lax.rem(iteration, 2) == 0)(functools.partial(self.flash_step, limits, 0, next_buffer))
+        pl.when(lax.rem(iteration, 2) == 1)(functools.partial(self.flash_step, limits, 1, next_buffer))
+
+    def token_of_column(self, shape):
+        """The token of each column of scores: the PACKING parts of a block, interleaved."""
+        column = lax.broadcasted_iota(jnp.int32, shape, 1)
+        return (column >> DECODE_PACKING_BITS) + (column & (PACKING - 1)) * DECODE_PART_TOKENS
+
+    def head_rows(self, half, row):
+        """`[DECODE_BLOCK, HEAD_LANES]` of one row of each token, in the order of `token_of_column`."""
+        rows = pl.ds(row // PACKING, DECODE_PART_TOKENS, stride=WORD_ROWS)
+        return words_as_rows(self.row_words[half, row % PACKING, rows, :])
+
+    def head_keys(self, half, head):
+        return self.head_rows(half, head * HEAD_ROWS)
+
+    def head_values(self, half, head):
+        return self.head_rows(half, head * HEAD_ROWS + VALUES_ROW)
+
+    # Scores, softmax and values of one block.
+
+    def flash_step(self, limits, half, next_buffer):
+        """One block: scores of every KV head's query rows, one softmax over all of them, and the weighted values."""
+        next_block = Deinterleave(self, next_buffer, 1 - half)
+        scores = []
+        for heads in head_sets():
+            product = self.multiply_keys(half, heads)
+            scores.append(product)
+            next_block.advance(DECODE_SPLIT_STEPS_PER_MATMUL)
+        scores = jnp.concatenate(scores, axis=0) * SCORE_SCALE
+        scores = jnp.where(self.visible_tokens(scores.shape, *limits), scores, MASKED)
+        p, alpha = self.softmax(scores)
+        for heads in head_sets():
+            product = self.multiply_values(half, heads, p)
+            next_block.advance(DECODE_SPLIT_STEPS_PER_MATMUL)
+            self.accumulate_pv(heads, alpha, product)
+        next_block.finish()
+
+    def multiply_keys(self, half, heads):
+        """The query rows of one head times its keys, `[DECODE_HEAD_QUERY_ROWS, DECODE_BLOCK]`."""
+        queries = self.q_rows[rows_of(heads)].astype(jnp.bfloat16)
+        return matmul(queries, self.head_keys(half, heads[0]), 1)
+
+    def multiply_values(self, half, heads, p):
+        """The probabilities of one head times its values, `[DECODE_HEAD_QUERY_ROWS, HEAD_LANES]`."""
+        p = p[rows_of(heads)]
+        return matmul(p, self.head_values(half, heads[0]), 0)
+
+    def softmax(self, scores):
+        """Probabilities relative to the running maximum, and what is left of what was summed before."""
+        old_max = self.row_max[...]
+        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
+        p = jnp.exp2(scores - broadcast_lanes(new_max, DECODE_BLOCK))
+        alpha = jnp.exp2(old_max - new_max)
+        self.row_max[...] = new_max
+        self.row_sum[...] = alpha * self.row_sum[...] + jnp.sum(p, axis=1, keepdims=True)
+        return p.astype(jnp.bfloat16), alpha
+
+    def accumulate_pv(self, heads, alpha, product):
+        """Adds the weighted values of some heads: each head's own lanes of the product."""
+        for i, head in enumerate(heads):
+            rows = rows_of([head])
+            own = product[rows_of([i]), i * HEAD_LANES : (i + 1) * HEAD_LANES]
+            self.acc[rows] = broadcast_lanes(alpha[rows], HEAD_LANES) * self.acc[rows] + own
+
+    # What the queries of a sequence see of a block: its tokens.
+
+    def limits(self, seq, block, kv_len):
+        """The end of the block's tokens that are seen, and the first of them."""
+        end = jnp.minimum(kv_len - block * DECODE_BLOCK, DECODE_BLOCK)
+        return (end, kv_len - WINDOW - block * DECODE_BLOCK)
+
+    def visible_tokens(self, shape, end, first):
+        """Which scores count."""
+        token = self.token_of_column(shape)
+        return (token >= first) & (token < end)
+
+    # What a sequence begins and ends with.
+
+    def wait_and_patch(self, iteration, seq, block):
+        """Waits for a block; at the end of its sequence, puts the new tokens in and clears what lies behind."""
+        buffer = lax.rem(iteration, DECODE_KV_BUFFERS)
+        kv_len = self.seen_len(seq)
+        self.wait_block(kv_len, self.entry(seq), block, buffer)
+
+        @pl.when((block + 1) * DECODE_BLOCK >= kv_len)
+        def patch_last_block():
+            self.update_cache(seq, block, buffer)
+            self.clear_tail(buffer, kv_len - block * DECODE_BLOCK)
+
+    def load_queries(self, seq):
+        """Puts the queries of a sequence into rows by KV head, and clears the running softmax."""
+        queries = pad_lanes(self.q_all[seq].astype(jnp.float32))
+        for head, (heads,), rows in self.query_rows():
+            self.q_rows[rows, lanes_of(head)] = queries[heads]
+        self.clear_state()
+
+    def rows_of_head(self, head):
+        """The rows of a query head among those of a sequence: one."""
+        return [head // GROUP * DECODE_HEAD_QUERY_ROWS + head % GROUP]
+
+    def out_copy(self, seq):
+        buffer = lax.rem(seq, DECODE_WRITE_BUFFERS)
+        return pltpu.make_async_copy(self.out_rows.at[buffer], self.out_hbm.at[seq], self.out_sem.at[buffer])
+
+    def query_rows(self):
+        """For each KV head: where its queries are among those of a sequence, and its rows."""
+        for head in range(KV_HEADS):
+            row = head * DECODE_HEAD_QUERY_ROWS
+            yield head, (slice(head * GROUP, (head + 1) * GROUP),), slice(row, row + GROUP)
+
+    def clear_state(self):
+        """The running softmax as before a sequence's first block."""
+        self.row_max[...] = self.sink_rows[...]
+        self.row_sum[...] = jnp.full_like(self.row_sum, 1.0)
+        self.acc[...] = jnp.zeros_like(self.acc)
+
+    def store_output(self, seq):
+        """Sends a sequence's output on its way, once an earlier one's has left the buffer."""
+
+        @pl.when(seq >= DECODE_WRITE_BUFFERS)
+        def wait_for_buffer():
+            self.out_copy(seq - DECODE_WRITE_BUFFERS).wait()
+
+        out = unpad_lanes(self.acc[...] / broadcast_lanes(self.row_sum[...], HEAD_LANES)).astype(self.out_rows.dtype)
+        for head, place, rows in self.query_rows():
+            self.out_rows[lax.rem(seq, DECODE_WRITE_BUFFERS), *place] = out[rows]
+        self.out_copy(seq).start()
+
+    def drain(self, index):
+        """Waits for what the last sequences have sent."""
+        self.wait_for_writes(self.num_seqs - 1 - index)
+        self.out_copy(self.num_seqs - 1 - index).wait()
+
+    def first_token(self, seq):
+        """Where the page begins in which the window of a sequence's first query does: nothing before it is fetched."""
+        return lax.div(jnp.maximum(self.kv_lens[seq] - WINDOW, 0), PAGE_SIZE) * PAGE_SIZE
+
+    def load_sinks(self):
+        """Spreads the sinks over their query rows. Each is in the sum from the start, where the maximum is its own."""
+        self.sink_rows[...] = jnp.full_like(self.sink_rows, MASKED)
+        for head in range(Q_HEADS):
+            for row in self.rows_of_head(head):
+                self.sink_rows[row : row + 1] = jnp.full((1, LANES), self.sinks[head]) * LOG2_E
+
+    def seen_len(self, seq):
+        """The number of a sequence's tokens from its `first_token` on."""
+        return self.kv_lens[seq] - self.first_token(seq)
+
+    def entry(self, seq):
+        """Where the page of a sequence's `first_token` is in the page table."""
+        return seq * PAGES_PER_SEQ + lax.div(self.first_token(seq), PAGE_SIZE)
+
+    # The new token goes into the fetched block, and from a copy of its sublane tile back to its page.
+
+    def update_cache(self, seq, block, buffer):
+        """Puts a sequence's new token into its last block, and starts its way to the cache."""
+
+        @pl.when(seq >= DECODE_WRITE_BUFFERS)
+        def wait_for_buffer():
+            self.wait_for_writes(seq - DECODE_WRITE_BUFFERS)
+
+        token = self.seen_len(seq) - 1 - block * DECODE_BLOCK
+        rows = rows_of_tile(token // SUBLANE_TILE)
+        for i in range(SUBLANE_TILE):
+            pack_token(self.new_keys[seq], self.new_values[seq], self.packed, i)
+        is_new = token_of_word(SUBLANE_TILE) == lax.rem(token, SUBLANE_TILE)
+        words = jnp.where(is_new, self.packed[...], rows_as_words(self.kv[buffer, rows]))
+        self.kv[buffer, rows] = words_as_rows(words)
+        self.new_out[lax.rem(seq, DECODE_WRITE_BUFFERS)] = words_as_rows(words)
+        self.cache_write(seq).start()
+
+    def cache_write(self, seq):
+        """The copy of the sublane tile with a sequence's new token to the cache."""
+        buffer = lax.rem(seq, DECODE_WRITE_BUFFERS)
+        position = self.kv_lens[seq] - 1
+        page = self.page_indices[seq * PAGES_PER_SEQ + position // PAGE_SIZE]
+        target = self.cache_hbm.at[page, rows_of_tile(lax.rem(position, PAGE_SIZE) // SUBLANE_TILE)]
+        return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
+
+    def wait_for_writes(self, seq):
+        """Waits until the new token of a sequence is in the cache."""
+        self.cache_write(seq).wait()
+
+
+@dataclasses.dataclass
+class Deinterleave:
+    """The split of a block's words by the place of rows in them, in steps that are done beside other work.
+
+    The words go to `half` 0 or 1 of `row_words`. Such a word holds PACKING tokens of one row: token t of the block in its
+    lowest bits, t + DECODE_PART_TOKENS in the next, and so on.
+    """
+
+    kernel: DecodeKernel
+    buffer: jax.Array  # the block's place in `kernel.kv`
+    half: int
+    done: int = 0  # steps
+
+    def advance(self, steps):
+        kernel = self.kernel
+        for step in range(self.done, min(self.done + steps, DECODE_SPLIT_STEPS)):
+            firsts = [part * DECODE_PART_ROWS + step * DECODE_SPLIT_ROWS for part in range(PACKING)]
+            words = [rows_as_words(kernel.kv[self.buffer, pl.ds(first, DECODE_SPLIT_ROWS)]) for first in firsts]
+            for place, part in enumerate(transpose_halves(*words)):
+                kernel.row_words[self.half, place, pl.ds(step * DECODE_SPLIT_WORDS, DECODE_SPLIT_WORDS)] = part
+        self.done += steps
+
+    def finish(self):
+        self.advance(DECODE_SPLIT_STEPS)
+
+
+def head_sets():
+    """The KV heads, as many at a time as share a matmul."""
+    return [range(first, first + DECODE_HEADS_PER_MATMUL) for first in range(0, KV_HEADS, DECODE_HEADS_PER_MATMUL)]
+
+
+def rows_of(heads):
+    """The query rows of consecutive KV heads."""
+    return slice(heads[0] * DECODE_HEAD_QUERY_ROWS, (heads[-1] + 1) * DECODE_HEAD_QUERY_ROWS)
+
+
+def lanes_of(head):
+    """The lanes of a KV head in a matmul."""
+    first = head % DECODE_HEADS_PER_MATMUL * HEAD_LANES
+    return slice(first, first + HEAD_LANES)
+
+
+def decode_kernel(*refs):
+    DecodeKernel(*refs).run()
+
+
+def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribution, sinks):
+    """`(out, cache)` of the decode sequences; other rows of `out` are undefined."""
+    scalars = (kv_lens, page_indices, distribution, sinks)
+    arrays = (queries, keys, values, cache)
+    smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
+    return pl.pallas_call(
+        decode_kernel,
+        in_specs=[smem] * len(scalars) + [hbm] * len(arrays),
+        out_specs=[hbm] * 2,
+        out_shape=[
+            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+            jax.ShapeDtypeStruct(cache.shape, cache.dtype),
+        ],
+        input_output_aliases={7: 1},  # results in the memory of operands
+        scratch_shapes=[
+            pltpu.VMEM((DECODE_KV_BUFFERS, DECODE_BLOCK * TOKEN_ROWS, LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((2, PACKING, DECODE_PART_TOKENS * WORD_ROWS, LANES), jnp.uint32),  # row_words
+            pltpu.VMEM((DECODE_MAX_TOKENS, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_all
+            pltpu.VMEM((DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
+            pltpu.VMEM((DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
+            pltpu.VMEM((SUBLANE_TILE * WORD_ROWS, LANES), jnp.uint32),  # packed
+            pltpu.VMEM((DECODE_WRITE_BUFFERS, SUBLANE_TILE_ROWS, LANES), jnp.bfloat16),  # new_out
+            pltpu.VMEM((KV_HEADS * DECODE_HEAD_QUERY_ROWS, DECODE_HEADS_PER_MATMUL * HEAD_LANES), jnp.float32),  # q_rows
+            pltpu.VMEM((KV_HEADS * DECODE_HEAD_QUERY_ROWS, LANES), jnp.float32),  # sink_rows
+            pltpu.VMEM((KV_HEADS * DECODE_HEAD_QUERY_ROWS, LANES), jnp.float32),  # row_max
+            pltpu.VMEM((KV_HEADS * DECODE_HEAD_QUERY_ROWS, LANES), jnp.float32),  # row_sum
+            pltpu.VMEM((KV_HEADS * DECODE_HEAD_QUERY_ROWS, HEAD_LANES), jnp.float32),  # acc
+            pltpu.VMEM((DECODE_WRITE_BUFFERS, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_rows
+            pltpu.SemaphoreType.DMA((DECODE_KV_BUFFERS,)),  # kv_sem
+            pltpu.SemaphoreType.DMA((3,)),  # load_sem
+            pltpu.SemaphoreType.DMA((DECODE_WRITE_BUFFERS,)),  # write_sem
+            pltpu.SemaphoreType.DMA((DECODE_WRITE_BUFFERS,)),  # out_sem
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True),
+        name="rpa_decode",
+    )(*scalars, *arrays)
+
+
+@dataclasses.dataclass
+class MixedKernel(PagedKernel):
+    """Any number of new tokens for each of the sequences [distribution[0], distribution[2]).
+
+    A step is one KV block against one query block. The fetch runs MIXED_FETCH_LOOKAHEAD steps ahead, across the ends of both.
+    """
+
+    # Scalars in SMEM.
+    kv_lens: Ref  # int32[MAX_SEQS]
+    page_indices: Ref  # int32[MAX_SEQS * PAGES_PER_SEQ]
+    cu_q_lens: Ref  # int32[MAX_SEQS + 1]
+    distribution: Ref  # int32[3]
+    sinks: Ref  # float32[Q_HEADS]
+    # Arrays in HBM.
+    q_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
+    k_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    v_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    cache_in: Ref  # bfloat16[pages, PAGE_ROWS, LANES]: the memory of cache_hbm
+    out_in: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]: the memory of out_hbm
+    out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
+    cache_hbm: Ref  # bfloat16[pages, PAGE_ROWS, LANES]
+    # Scratch arrays in VMEM, and semaphores.
+    kv: Ref  # bfloat16[MIXED_KV_BUFFERS, MIXED_KV_BLOCK * TOKEN_ROWS, LANES]: fetched blocks
+    row_words: Ref  # uint32[PACKING, MIXED_TILE // PACKING * WORD_ROWS, LANES]: a tile by row of a token, 2 tokens a word
+    new_keys: Ref  # bfloat16[MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, KV_HEADS, HEAD_DIM]: new keys, around the page they go to
+    new_values: Ref  # bfloat16[MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, KV_HEADS, HEAD_DIM]: new values, around the page they go to
+    page_rows: Ref  # bfloat16[MIXED_PAGE_BUFFERS, PAGE_ROWS, LANES]: pages to update
+    packed: Ref  # uint32[MIXED_MERGE_TOKENS * WORD_ROWS, LANES]: new tokens in the cache's form
+    q_in: Ref  # bfloat16[MIXED_KV_BUFFERS, MIXED_Q_BLOCK, Q_HEADS, HEAD_DIM]: query blocks as they come
+    q_rows: Ref  # bfloat16[KV_HEADS, MIXED_Q_ROWS, HEAD_LANES]: a query block by KV head
+    next_scores: Ref  # float32[MIXED_SCORE_BUFFERS, MIXED_STEP_ROWS, MIXED_TILE]: the first scores of the next iteration
+    sink_rows: Ref  # float32[KV_HEADS, MIXED_SINK_ROWS, LANES]: sinks, the same in every lane
+    row_max: Ref  # float32[KV_HEADS, MIXED_Q_ROWS, LANES]: running maximum
+    row_sum: Ref  # float32[KV_HEADS, MIXED_Q_ROWS, LANES]: running sum, the same in every lane
+    acc: Ref  # float32[KV_HEADS, MIXED_Q_ROWS, HEAD_LANES]: running output
+    out_rows: Ref  # bfloat16[1, MIXED_Q_BLOCK, Q_HEADS, HEAD_DIM]: an output block on its way out
+    kv_sem: Ref  # DMA[MIXED_KV_BUFFERS]: fetches
+    new_sem: Ref  # DMA[MIXED_NEW_BUFFERS]: new keys and values
+    old_sem: Ref  # DMA[MIXED_PAGE_BUFFERS]: pages that hold old tokens
+    write_sem: Ref  # DMA[MIXED_PAGE_BUFFERS]: cache writes
+    q_sem: Ref  # DMA[MIXED_KV_BUFFERS]: query blocks
+    out_sem: Ref  # DMA[1]: output blocks
+
+    block_pages = MIXED_KV_BLOCK // PAGE_SIZE
+    computed_tokens = MIXED_DIAGONAL_BLOCK
+    cleared_tiles = MIXED_CLEARED_TILES
+
+    def run(self):
+        """Attention of all sequences of the kernel, whose new tokens may have to get into the cache first."""
+        self.first_seq, self.end_seq = self.sequences()
+        pl.when(self.first_seq < self.end_seq)(self.attend)
+
+    def attend(self):
+        """Goes through the query blocks of all sequences, and for each through the KV blocks that it sees."""
+        start = (self.first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        # The first block comes while the last pages go, if none of these is in it.
+        early = self.first_page(self.first_seq) - lax.div(self.first_token(self.first_seq, 0), PAGE_SIZE) >= self.block_pages
+        self.update_pages(functools.partial(self.start_fetch, 0, start, early))
+        self.clear_all()
+        self.start_fetch(0, start, ~early)
+        fetched = self.next_fetch(start)
+        for step in range(1, MIXED_FETCH_LOOKAHEAD):
+            fetched = self.fetch_ahead(step, *fetched)
+        state = (jnp.int32(0), start, fetched, start[:2])
+        _, _, _, sent, *_ = lax.while_loop(self.has_work, self.step, state)
+        self.for_copies(*sent, self.out_copy, wait_copy)
+
+    def has_work(self, carry):
+        """Whether there is a step to take."""
+        return carry[1][0] < self.end_seq
+
+    def step(self, carry):
+        """Takes one step; `at` is its sequence, its query block (of the sequence, and of all) and its KV block."""
+        step, at, fetched, sent = carry
+        seq, q_block, q_step, block = at
+        fetched = self.fetch_ahead(step + MIXED_FETCH_LOOKAHEAD, *fetched)
+        buffer = lax.rem(step, MIXED_KV_BUFFERS)
+        end = self.kv_end(seq, q_block)
+        valid = jnp.minimum(end - block * MIXED_KV_BLOCK, MIXED_KV_BLOCK)
+        last = (block + 1) * MIXED_KV_BLOCK >= end
+        first_query = self.kv_lens[seq] - self.q_len(seq) + q_block * MIXED_Q_BLOCK - self.first_token(seq, q_block)
+        pl.when(block == 0)(functools.partial(self.load_query_block, seq, q_block, q_step))
+        self.wait_block(end, self.entry(seq, q_block), block, buffer)
+        pl.when(last)(functools.partial(self.clear_tail, buffer, valid))
+        self.attend_block(buffer, block, valid, first_query)
+        pl.when(last)(functools.partial(self.store_query_block, seq, q_block, q_step, sent))
+        sent = tuple(jnp.where(last, new, old) for new, old in zip((seq, q_block), sent))
+        return step + 1, self.advance(*at), fetched, sent
+
+    def load_query_block(self, seq, q_block, q_step):
+        """Waits for a query block and sorts its rows."""
+        self.for_query_copies(seq, q_block, lax.rem(q_step, MIXED_KV_BUFFERS), wait_copy)
+        self.load_queries(lax.rem(q_step, MIXED_KV_BUFFERS))
+
+    def store_query_block(self, seq, q_block, q_step, sent):
+        """Starts to write the output of a query block, once that of the block before, `sent`, has been written."""
+        pl.when(q_step > 0)(functools.partial(self.wait_output, sent))
+        self.store_output()
+        self.for_copies(seq, q_block, self.out_copy, start_copy)
+
+    def wait_output(self, sent):
+        self.for_copies(*sent, self.out_copy, wait_copy)
+
+    # ---- Sequences: any number of new tokens each.
+
+    def sequences(self):
+        """The first sequence of the kernel, and the end of them."""
+        return self.distribution[0], self.distribution[2]
+
+    def q_start(self, seq):
+        """The row of a sequence's first new token."""
+        return self.cu_q_lens[seq]
+
+    def q_len(self, seq):
+        """The number of its new tokens."""
+        return self.cu_q_lens[seq + 1] - self.cu_q_lens[seq]
+
+    def queries_end(self, seq, q_block):
+        """The number of tokens of a sequence up to the last query of a block."""
+        new = self.q_len(seq)
+        return self.kv_lens[seq] - new + jnp.minimum((q_block + 1) * MIXED_Q_BLOCK, new)
+
+    def for_copies(self, seq, q_block, make_copy, act):
+        """Acts on copies `make_copy(row of queries, token of the block, tokens)` that together hold a query block.
+
+        They hold no other tokens: their sizes are powers of two.
+        """
+        tokens = jnp.minimum(self.q_len(seq) - q_block * MIXED_Q_BLOCK, MIXED_Q_BLOCK)
+        for size in MIXED_COPY_SIZES:
+
+            @pl.when((tokens & size) > 0)
+            def act_on_part(size=size):
+                first = tokens & ~(2 * size - 1)
+                act(make_copy(self.q_start(seq) + q_block * MIXED_Q_BLOCK + first, first, size))
+
+    def first_token(self, seq, q_block):
+        """Where the page begins that the window of a block's first query does: nothing before it is fetched."""
+        first_query = self.kv_lens[seq] - self.q_len(seq) + q_block * MIXED_Q_BLOCK
+        return lax.div(jnp.maximum(first_query + 1 - WINDOW, 0), PAGE_SIZE) * PAGE_SIZE
+
+    def load_sinks(self):
+        """Lays the sinks of each KV head's queries along rows, in the order in which query rows repeat them."""
+        for head in range(KV_HEADS):
+            for row in range(MIXED_SINK_ROWS):
+                self.sink_rows[head, row : row + 1] = jnp.full((1, LANES), self.sinks[head * GROUP + row % GROUP]) * LOG2_E
+
+    # ---- Update of the cache: page by page, old tokens are kept and new ones put in.
+
+    def update_pages(self, meanwhile):
+        """Updates the pages of all sequences; `meanwhile` is called before the last of them are waited for."""
+        start = (self.first_seq, self.first_page(self.first_seq))
+        fetched = start
+        for step in range(MIXED_UPDATE_LOOKAHEAD):
+            fetched = self.load_page(jnp.int32(step), *fetched)
+        steps, *_ = lax.while_loop(self.has_page, self.update_page, (jnp.int32(0), *start, *fetched))
+        meanwhile()
+        for_each(0, jnp.minimum(steps, MIXED_PAGE_BUFFERS), functools.partial(self.wait_last_write, steps))
+
+    def has_page(self, carry):
+        """Whether there is a page to update."""
+        return carry[1] < self.end_seq
+
+    def update_page(self, carry):
+        """Updates one page, and loads what a later one needs."""
+        step, seq, page, *fetched = carry
+        fetched = self.load_page(step + MIXED_UPDATE_LOOKAHEAD, *fetched)
+        self.merge_page(step, seq, page)
+        return step + 1, *self.next_page(seq, page), *fetched
+
+    def wait_last_write(self, steps, index):
+        """Waits for one of the last writes: all have as many bytes."""
+        page = self.first_page(self.first_seq)
+        self.page_write(self.first_seq, page, lax.rem(steps - 1 - index, MIXED_PAGE_BUFFERS)).wait()
+
+    def first_page(self, seq):
+        """The first page of a sequence that gets new tokens."""
+        return lax.div(self.kv_lens[seq] - self.q_len(seq), PAGE_SIZE)
+
+    def next_page(self, seq, page):
+        """The page after a page, maybe of the next sequence."""
+        last = (page + 1) * PAGE_SIZE >= self.kv_lens[seq]
+        next_seq = jnp.where(last, seq + 1, seq)
+        return next_seq, jnp.where(last, self.first_page(jnp.minimum(next_seq, self.end_seq - 1)), page + 1)
+
+    def new_span(self, seq, page):
+        """The new tokens of a page, as a range within it."""
+        kv_len = self.kv_lens[seq]
+        first = jnp.maximum(kv_len - self.q_len(seq) - page * PAGE_SIZE, 0)
+        return first, jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
+
+    def load_page(self, step, seq, page):
+        """Starts the copies of a page's new tokens, and of its old ones if it has any; returns the page after it."""
+        buffer = lax.rem(step, MIXED_PAGE_BUFFERS)
+        pl.when(seq < self.end_seq)(functools.partial(self.start_page_copies, step, seq, page, buffer))
+        next_seq, next_index = self.next_page(jnp.minimum(seq, self.end_seq - 1), page)
+        return jnp.where(seq < self.end_seq, next_seq, seq), jnp.where(seq < self.end_seq, next_index, page)
+
+    def start_page_copies(self, step, seq, page, buffer):
+        """Starts them once the buffer is free."""
+
+        @pl.when(step >= MIXED_PAGE_BUFFERS)
+        def wait_for_buffer():
+            self.page_write(seq, page, buffer).wait()  # the write of MIXED_PAGE_BUFFERS steps ago: as many bytes, this semaphore
+
+        for copy in self.new_token_copies(seq, page, lax.rem(step, MIXED_NEW_BUFFERS)):
+            copy.start()
+        first, end = self.new_span(seq, page)
+
+        @pl.when((first > 0) | (end < PAGE_SIZE))
+        def start_old_tokens():
+            self.old_page_copy(seq, page, buffer).start()
+
+    def old_page_copy(self, seq, page, buffer):
+        physical = self.page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(self.cache_hbm.at[physical], self.page_rows.at[buffer], self.old_sem.at[buffer])
+
+    def page_write(self, seq, page, buffer):
+        physical = self.page_indices[seq * PAGES_PER_SEQ + page]
+        return pltpu.make_async_copy(self.page_rows.at[buffer], self.cache_hbm.at[physical], self.write_sem.at[buffer])
+
+    def merge_page(self, step, seq, page):
+        """Puts the new tokens into a page, and starts to write it."""
+        buffer, new_buffer = lax.rem(step, MIXED_PAGE_BUFFERS), lax.rem(step, MIXED_NEW_BUFFERS)
+        first, end = self.new_span(seq, page)
+        for copy in self.new_token_copies(seq, page, new_buffer):
+            copy.wait()
+
+        @pl.when((first > 0) | (end < PAGE_SIZE))
+        def wait_for_old_tokens():
+            self.old_page_copy(seq, page, buffer).wait()
+
+        merge = functools.partial(self.merge_tokens, buffer, new_buffer, first, end)
+        for_each(lax.div(first, MIXED_MERGE_TOKENS), pl.cdiv(end, MIXED_MERGE_TOKENS), merge)
+        self.page_write(seq, page, buffer).start()
+
+    def new_token_copies(self, seq, page, buffer):
+        """The copies of a page's new keys and values."""
+        # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
+        wanted = self.q_start(seq) + page * PAGE_SIZE - (self.kv_lens[seq] - self.q_len(seq))
+        source = jnp.clip(wanted, 0, self.k_hbm.shape[0] - MIXED_NEW_TOKENS)
+        take, put = pl.ds(source, MIXED_NEW_TOKENS), pl.ds(PAGE_SIZE + source - wanted, MIXED_NEW_TOKENS)
+        return (
+            pltpu.make_async_copy(self.k_hbm.at[take], self.new_keys.at[buffer, put], self.new_sem.at[buffer]),
+            pltpu.make_async_copy(self.v_hbm.at[take], self.new_values.at[buffer, put], self.new_sem.at[buffer]),
+        )
+
+    def merge_tokens(self, buffer, new_buffer, first, end, index):
+        """Puts new tokens into MIXED_MERGE_TOKENS tokens of a page, where they lie in `[first, end)`."""
+        start = index * MIXED_MERGE_TOKENS
+        for i in range(MIXED_MERGE_TOKENS):
+            keys = self.new_keys[new_buffer, PAGE_SIZE + start + i]
+            pack_token(keys, self.new_values[new_buffer, PAGE_SIZE + start + i], self.packed, i)
+        rows = pl.ds(pl.multiple_of(index * MIXED_MERGE_ROWS, MIXED_MERGE_ROWS), MIXED_MERGE_ROWS)
+        token = start + token_of_word(MIXED_MERGE_TOKENS)
+        is_new = (token >= first) & (token < end)
+        words = jnp.where(is_new, self.packed[...], rows_as_words(self.page_rows[buffer, rows]))
+        self.page_rows[buffer, rows] = words_as_rows(words)
+
+    def entry(self, seq, q_block):
+        """Where the page of a query block's `first_token` is in the page table."""
+        return seq * PAGES_PER_SEQ + lax.div(self.first_token(seq, q_block), PAGE_SIZE)
+
+    # ---- Fetches.
+
+    def kv_end(self, seq, q_block):
+        """The number of tokens that a query block attends to, from the first one on that is fetched."""
+        return self.queries_end(seq, q_block) - self.first_token(seq, q_block)
+
+    def advance(self, seq, q_block, q_step, block):
+        """The step after a step."""
+        last = (block + 1) * MIXED_KV_BLOCK >= self.kv_end(seq, q_block)
+        last_of_seq = last & ((q_block + 1) * MIXED_Q_BLOCK >= self.q_len(seq))
+        return (
+            jnp.where(last_of_seq, seq + 1, seq),
+            jnp.where(last, jnp.where(last_of_seq, 0, q_block + 1), q_block),
+            jnp.where(last, q_step + 1, q_step),
+            jnp.where(last, 0, block + 1),
+        )
+
+    def fetch_ahead(self, step, *at):
+        """Starts the fetch of a step; returns the step after it."""
+        self.start_fetch(step, at)
+        return self.next_fetch(at)
+
+    def start_fetch(self, step, at, wanted=True):
+        """Starts the fetch of a step's KV block, and of its query block if it is the first one against that."""
+        pl.when((at[0] < self.end_seq) & wanted)(functools.partial(self.start_copies, step, *at))
+
+    def start_copies(self, step, seq, q_block, q_step, block):
+        @pl.when(block == 0)
+        def start_query_copies():
+            self.for_query_copies(seq, q_block, lax.rem(q_step, MIXED_KV_BUFFERS), start_copy)
+
+        end = self.kv_end(seq, q_block)
+        self.start_block(end, self.entry(seq, q_block), block, lax.rem(step, MIXED_KV_BUFFERS))
+
+    def next_fetch(self, at):
+        """The step after a step, if there is one."""
+        seq, *within = at
+        following = self.advance(jnp.minimum(seq, self.end_seq - 1), *within)
+        return tuple(jnp.where(seq < self.end_seq, new, old) for new, old in zip(following, at))
+
+    # ---- Query blocks, in and out in their natural layout, sorted by KV head inside.
+
+    def for_query_copies(self, seq, q_block, buffer, act):
+        """Acts on the copies of a query block."""
+        self.for_copies(seq, q_block, functools.partial(self.query_copy, buffer), act)
+
+    def query_copy(self, buffer, row, first, size):
+        place = self.q_in.at[buffer, pl.ds(first, size)]
+        return pltpu.make_async_copy(self.q_hbm.at[pl.ds(row, size)], place, self.q_sem.at[buffer])
+
+    def out_copy(self, row, first, size):
+        source = self.out_rows.at[0, pl.ds(first, size)]
+        return pltpu.make_async_copy(source, self.out_hbm.at[pl.ds(row, size)], self.out_sem.at[0])
+
+    # ---- The order of query rows: by KV head, then query, then head of the group.
+
+    def query_of(self, row):
+        """Which query of the block a row of a KV head is of."""
+        return row // GROUP
+
+    def rows_of_head(self, head):
+        """Where one query head's queries are among the rows of its KV head."""
+        return pl.ds(lax.rem(head, GROUP), MIXED_Q_BLOCK, stride=GROUP)
+
+    def clear_all(self):
+        """Sets all running maxima as they are before a first tile."""
+        self.load_sinks()
+        for_each(0, KV_HEADS * MIXED_ROW_STEPS, self.clear_step)
+
+    def clear_step(self, step):
+        rows = pl.ds(lax.rem(step, MIXED_ROW_STEPS) * MIXED_STEP_ROWS, MIXED_STEP_ROWS)
+        self.clear_max(lax.div(step, MIXED_ROW_STEPS), rows)
+
+    def load_queries(self, buffer):
+        """Sorts a query block by KV head, `[KV_HEADS, MIXED_Q_ROWS, HEAD_LANES]`."""
+        for_each(0, MIXED_SORT_STEPS, functools.partial(self.sort_tokens, buffer))
+
+    def sort_tokens(self, buffer, step):
+        """Sorts MIXED_SORT_TOKENS tokens."""
+        tokens = pl.ds(pl.multiple_of(step * MIXED_SORT_TOKENS, MIXED_SORT_TOKENS), MIXED_SORT_TOKENS)
+        rows = pl.ds(pl.multiple_of(step * MIXED_SORT_ROWS, MIXED_SORT_ROWS), MIXED_SORT_ROWS)
+        for first in range(0, KV_HEADS, TRANSPOSED_HEADS):
+            queries = self.q_in[buffer, tokens, first * GROUP : (first + TRANSPOSED_HEADS) * GROUP]
+            self.q_rows[first, rows] = pad_lanes(queries).reshape(MIXED_SORT_ROWS, HEAD_LANES)
+
+    def store_output(self):
+        """Puts a block's output back in the order of its tokens, and sets the running maxima for the next one."""
+        for_each(0, MIXED_UNSORT_STEPS, self.unsort_tokens)
+
+    def unsort_tokens(self, step):
+        """Puts MIXED_UNSORT_TOKENS tokens back."""
+        tokens = pl.ds(pl.multiple_of(step * MIXED_UNSORT_TOKENS, MIXED_UNSORT_TOKENS), MIXED_UNSORT_TOKENS)
+        rows = pl.ds(pl.multiple_of(step * MIXED_UNSORT_ROWS, MIXED_UNSORT_ROWS), MIXED_UNSORT_ROWS)
+        for first in range(0, KV_HEADS, TRANSPOSED_HEADS):
+            heads = slice(first * GROUP, (first + TRANSPOSED_HEADS) * GROUP)
+            self.out_rows[0, tokens, heads] = self.take_output(first, rows).reshape(MIXED_UNSORT_TOKENS, GROUP, HEAD_DIM)
+
+    # ---- Reading of one head's K and V: `tokens` tokens, from token `first` of a block on.
+
+    def head_rows_of(self, first, tokens, row):
+        """`[tokens, HEAD_LANES]` of one row of each token out of the tile that was taken apart last, in the order of `tokens_in_order`."""
+        place, word = lax.rem(row, PACKING), lax.div(row, PACKING)
+        start = lax.div(lax.rem(first, MIXED_TILE), PACKING) * WORD_ROWS + word
+        words = self.row_words[place, pl.ds(start, tokens // PACKING, stride=WORD_ROWS), :]
+        return words_as_rows(words)
+
+    def head_keys(self, buffer, first, tokens, head):
+        return self.head_rows_of(first, tokens, head)
+
+    def head_values(self, buffer, first, tokens, head):
+        return self.head_rows_of(first, tokens, head)
+
+    def tokens_in_order(self, shape, axis):
+        """The token of each index along an axis of a diagonal block's: the parts of the words, interleaved."""
+        index = lax.broadcasted_iota(jnp.int32, shape, axis)
+        return (index >> MIXED_PLACE_BITS) + (index & (PACKING - 1)) * MIXED_TOKENS_APART
+
+    def deinterleave_tile(self, buffer, tile):
+        """Takes the words of a tile, each of PACKING rows of one token, apart by row.
+
+        A word then holds PACKING tokens of a diagonal block: token t in its lowest part, t + MIXED_TOKENS_APART in the next, ...
+        """
+        for_each(0, MIXED_DIAGONAL_BLOCKS * MIXED_DEINTERLEAVE_STEPS, functools.partial(self.deinterleave_rows, buffer, tile))
+
+    def deinterleave_rows(self, buffer, tile, step):
+        """MIXED_DEINTERLEAVED_ROWS rows of each part: few enough to stay in registers."""
+        block, step_of_block = lax.div(step, MIXED_DEINTERLEAVE_STEPS), lax.rem(step, MIXED_DEINTERLEAVE_STEPS)
+        first = tile * MIXED_TILE_ROWS + block * MIXED_DIAGONAL_ROWS + step_of_block * MIXED_DEINTERLEAVED_ROWS
+        firsts = [pl.multiple_of(first + part * MIXED_ROWS_APART, MIXED_DEINTERLEAVED_ROWS) for part in range(PACKING)]
+        words = [rows_as_words(self.kv[buffer, pl.ds(first, MIXED_DEINTERLEAVED_ROWS)]) for first in firsts]
+        to = pl.ds(pl.multiple_of(step * MIXED_DEINTERLEAVED_WORDS, MIXED_DEINTERLEAVED_WORDS), MIXED_DEINTERLEAVED_WORDS)
+        for row, part in enumerate(transpose_halves(*words)):
+            self.row_words[row, to] = part
+
+    # ---- Scores `[query rows, tokens]`, as logarithms to base 2; running maxima and sums are the same in every lane.
+
+    def scores_of(self, queries, keys, head):
+        """The scores of some query rows of a KV head against some tokens."""
+        return matmul(queries, keys, 1) * SCORE_SCALE
+
+    def query_positions(self, first_query, first, rows, tokens):
+        """The position of each row's query, relative to token `first`, beside each of `tokens` tokens."""
+        row = rows.start + lax.broadcasted_iota(jnp.int32, (rows.size, LANES), 0)
+        return broadcast_lanes(first_query - first + self.query_of(row), tokens)
+
+    def clear_max(self, head, rows):
+        """Sets the running maxima of some rows of a KV head as they are before a first tile."""
+        self.row_max[head, rows] = jnp.concatenate([self.sink_rows[head]] * (rows.size // MIXED_SINK_ROWS), axis=0)
+
+    def take_output(self, head, rows):
+        """The output of some rows of a KV head, `[rows, HEAD_DIM]`; sets their running maxima for the next block."""
+        out = self.acc[head, rows] / broadcast_lanes(self.sums(head, rows), HEAD_LANES)
+        self.clear_max(head, rows)
+        return unpad_lanes(out).astype(self.out_rows.dtype)
+
+    def at(self, head, rows):
+        """Where some rows of a KV head are in the running state."""
+        return head, rows
+
+    def score(self, buffer, first, tokens, head, rows):
+        """The scores of some rows of a KV head against `tokens` tokens from token `first` of a block on."""
+        return self.scores_of(self.q_rows[head, rows], self.head_keys(buffer, first, tokens, head), head)
+
+    def state_before(self, head, rows, begins):
+        """The running sum and output of some rows of a KV head; if they begin, what the block before left does not count."""
+        old_sum = jnp.where(begins, MIXED_SINK_SUM, self.row_sum[self.at(head, rows)])
+        return old_sum, jnp.where(begins, 0.0, self.acc[self.at(head, rows)])
+
+    # ---- Flash attention of tiles of one KV block.
+
+    def attend_block(self, buffer, block, valid, first_query):
+        """Attends to one KV block: tiles of which some query sees no beginning, full ones, those on the diagonal."""
+        first_query = first_query - block * MIXED_KV_BLOCK
+        count = pl.cdiv(valid, MIXED_TILE)
+        # The window of some query begins in these.
+        begun = jnp.clip(lax.div(first_query + MIXED_WINDOW_OFFSET, MIXED_TILE), 0, count)
+        full = jnp.maximum(jnp.clip(lax.div(first_query + 1, MIXED_TILE), 0, MIXED_TILES) - begun, 0)
+        FullTiles(self, buffer, block == 0, begun, full).run()
+        partial_tile = functools.partial(self.attend_partial_tile, buffer, block, begun, full, valid, first_query)
+        for_each(0, count - full, partial_tile)
+
+    def attend_partial_tile(self, buffer, block, begun, full, valid, first_query, index):
+        begins = (block == 0) & (full + index == 0)
+        tile = jnp.where(index < begun, index, index + full)
+        PartialTile(self, buffer, begins, tile, valid, first_query).run()
+
+    def flash(self, tiles):
+        """Takes the iterations of some tiles: each is the flash steps of some heads against one tile.
+
+        A step is MIXED_STEP_ROWS query rows of one head. An iteration is one piece of code, in which scores are made `lookahead`
+        steps before they are used, the first of the next iteration at its end: so the MXU and the vector units work at once.
+        """
+        self.make_first_scores(tiles)
+        for_each(0, tiles.iterations, functools.partial(self.flash_iteration, tiles))
+
+    def make_first_scores(self, tiles):
+        """The scores that the first iteration finds."""
+        for i in range(tiles.lookahead):
+            self.next_scores[i, :, : tiles.tokens] = self.step_scores(tiles, 0, i)
+
+    def step_scores(self, tiles, iteration, step):
+        """The scores of one step of an iteration."""
+        first, first_head = tiles.tile_of(iteration)
+        head, rows = flash_steps(tiles.heads)[step]
+        return tiles.scores(first, tiles.tokens, first_head + head, rows)
+
+    def flash_iteration(self, tiles, iteration):
+        """One iteration, with the first scores of the next."""
+        first, first_head = tiles.tile_of(iteration)
+        begins = tiles.begins & (first == tiles.tile_of(0)[0])
+        steps = flash_steps(tiles.heads)
+        scores = [self.next_scores[i, :, : tiles.tokens] for i in range(tiles.lookahead)]
+        for i, (head, rows) in enumerate(steps):
+            later = i + tiles.lookahead
+            if later < len(steps):
+                scores.append(self.step_scores(tiles, iteration, later))
+            else:
+                following = jnp.minimum(iteration + 1, tiles.iterations - 1)
+                next_scores = self.step_scores(tiles, following, later - len(steps))
+                self.next_scores[later - len(steps), :, : tiles.tokens] = next_scores
+            self.add_tokens(scores[i], tiles.buffer, first, first_head + head, rows, begins)
+
+    def add_tokens(self, scores, buffer, first, head, rows, begins):
+        """Adds the tokens of some scores to the running softmax of some rows of a head."""
+        tokens = scores.shape[1]
+        old_sum, old_acc = self.state_before(head, rows, begins)
+        old_max = self.row_max[head, rows]
+        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
+        p = jnp.exp2(scores - broadcast_lanes(new_max, tokens))
+        alpha = jnp.exp2(old_max - new_max)
+        self.row_max[head, rows] = new_max
+        self.row_sum[head, rows] = alpha * old_sum + jnp.sum(p, axis=1, keepdims=True)
+        pv = matmul(p.astype(jnp.bfloat16), self.head_values(buffer, first, tokens, head), 0)
+        self.acc[head, rows] = broadcast_lanes(alpha, HEAD_LANES) * old_acc + pv
+
+    def sums(self, head, rows):
+        """The running sums of some rows of a KV head."""
+        return self.row_sum[head, rows]
+
+
+@dataclasses.dataclass
+class FullTiles:
+    """Tiles of a KV block that all queries of the query block see whole: `count` tiles from `first_tile` on.
+
+    `begins`: whether the query block has seen no tile before them.
+    """
+
+    kernel: MixedKernel
+    buffer: jax.Array
+    begins: jax.Array
+    first_tile: jax.Array
+    count: jax.Array
+
+    tokens, heads, lookahead = MIXED_TILE, MIXED_STEP_HEADS, MIXED_SCORE_LOOKAHEAD
+
+    def run(self):
+        for_each(self.first_tile, self.first_tile + self.count, self.take_tile)
+
+    def take_tile(self, tile):
+        """Takes one tile, whose words hold both K and V and must be taken apart."""
+        self.kernel.deinterleave_tile(self.buffer, tile)
+        one = dataclasses.replace(self, begins=self.begins & (tile == self.first_tile), first_tile=tile)
+        one.iterations = MIXED_ITERATIONS
+        self.kernel.flash(one)
+
+    def tile_of(self, iteration):
+        """The first token of an iteration's tile, and the first of its heads."""
+        tile, head = self.first_tile + lax.div(iteration, MIXED_ITERATIONS), lax.rem(iteration, MIXED_ITERATIONS) * MIXED_STEP_HEADS
+        return tile * MIXED_TILE, head
+
+    def scores(self, first, tokens, head, rows):
+        """The scores of some rows against a tile."""
+        return self.kernel.score(self.buffer, first, tokens, head, rows)
+
+
+@dataclasses.dataclass
+class PartialTile:
+    """A tile of which some queries do not see all tokens, as far as there are tokens: a diagonal block at a time.
+
+    `begins`: whether the query block has seen no tile before it.
+    """
+
+    kernel: MixedKernel
+    buffer: jax.Array
+    begins: jax.Array
+    tile: jax.Array
+    valid: jax.Array
+    first_query: jax.Array
+
+    tokens, heads, lookahead = MIXED_DIAGONAL_BLOCK, MIXED_DIAGONAL_HEADS, MIXED_DIAGONAL_LOOKAHEAD
+
+    def run(self):
+        self.kernel.deinterleave_tile(self.buffer, self.tile)
+        self.first_block = self.tile * MIXED_DIAGONAL_BLOCKS
+        blocks = jnp.minimum(MIXED_DIAGONAL_BLOCKS, pl.cdiv(self.valid, MIXED_DIAGONAL_BLOCK) - self.first_block)
+        self.iterations = blocks * MIXED_DIAGONAL_ITERATIONS
+        self.kernel.flash(self)
+
+    def tile_of(self, iteration):
+        """The first token of an iteration's diagonal block, and the first of its heads."""
+        block = self.first_block + lax.div(iteration, MIXED_DIAGONAL_ITERATIONS)
+        return block * MIXED_DIAGONAL_BLOCK, lax.rem(iteration, MIXED_DIAGONAL_ITERATIONS) * MIXED_DIAGONAL_HEADS
+
+    def scores(self, first, tokens, head, rows):
+        """The scores of some rows against a diagonal block, masked where a query does not see a token."""
+        kernel = self.kernel
+        scores = kernel.score(self.buffer, first, tokens, head, rows)
+        query = kernel.query_positions(self.first_query, first, rows, tokens)
+        token = kernel.tokens_in_order(scores.shape, MIXED_TOKEN_AXIS)
+        return jnp.where(visible(token, query), scores, MASKED)
+
+
+def visible(token, query):
+    """Whether a query sees a token."""
+    return (token <= query) & (token > query - WINDOW)
+
+
+def flash_steps(heads):
+    """The head and the rows of each flash step of an iteration."""
+    return [(head, pl.ds(row, MIXED_STEP_ROWS)) for head in range(heads) for row in range(0, MIXED_Q_ROWS, MIXED_STEP_ROWS)]
+
+
+def mixed_kernel(*refs):
+    MixedKernel(*refs).run()
+
+
+def attend_mixed(queries, keys, values, cache, out, kv_lens, page_indices, cu_q_lens, distribution, sinks):
+    """`(out, cache)` of the sequences that are not decode; other rows of `out` stay as they are."""
+    scalars = (kv_lens, page_indices, cu_q_lens, distribution, sinks)
+    arrays = (queries, keys, values, cache, out)
+    smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
+    return pl.pallas_call(
+        mixed_kernel,
+        in_specs=[smem] * len(scalars) + [hbm] * len(arrays),
+        out_specs=[hbm] * 2,
+        out_shape=[
+            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+            jax.ShapeDtypeStruct(cache.shape, cache.dtype),
+        ],
+        input_output_aliases={8: 1, 9: 0},  # results in the memory of operands
+        scratch_shapes=[
+            pltpu.VMEM((MIXED_KV_BUFFERS, MIXED_KV_BLOCK * TOKEN_ROWS, LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((PACKING, MIXED_TILE // PACKING * WORD_ROWS, LANES), jnp.uint32),  # row_words
+            pltpu.VMEM((MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
+            pltpu.VMEM((MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
+            pltpu.VMEM((MIXED_PAGE_BUFFERS, PAGE_ROWS, LANES), jnp.bfloat16),  # page_rows
+            pltpu.VMEM((MIXED_MERGE_TOKENS * WORD_ROWS, LANES), jnp.uint32),  # packed
+            pltpu.VMEM((MIXED_KV_BUFFERS, MIXED_Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in
+            pltpu.VMEM((KV_HEADS, MIXED_Q_ROWS, HEAD_LANES), jnp.bfloat16),  # q_rows
+            pltpu.VMEM((MIXED_SCORE_BUFFERS, MIXED_STEP_ROWS, MIXED_TILE), jnp.float32),  # next_scores
+            pltpu.VMEM((KV_HEADS, MIXED_SINK_ROWS, LANES), jnp.float32),  # sink_rows
+            pltpu.VMEM((KV_HEADS, MIXED_Q_ROWS, LANES), jnp.float32),  # row_max
+            pltpu.VMEM((KV_HEADS, MIXED_Q_ROWS, LANES), jnp.float32),  # row_sum
+            pltpu.VMEM((KV_HEADS, MIXED_Q_ROWS, HEAD_LANES), jnp.float32),  # acc
+            pltpu.VMEM((1, MIXED_Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_rows
+            pltpu.SemaphoreType.DMA((MIXED_KV_BUFFERS,)),  # kv_sem
+            pltpu.SemaphoreType.DMA((MIXED_NEW_BUFFERS,)),  # new_sem
+            pltpu.SemaphoreType.DMA((MIXED_PAGE_BUFFERS,)),  # old_sem
+            pltpu.SemaphoreType.DMA((MIXED_PAGE_BUFFERS,)),  # write_sem
+            pltpu.SemaphoreType.DMA((MIXED_KV_BUFFERS,)),  # q_sem
+            pltpu.SemaphoreType.DMA((1,)),  # out_sem
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True),
+        name="rpa_mixed",
+    )(*scalars, *arrays)
+
+
 def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, sinks):
-    """Attention of any batch: decode rows, then the rest; returns `(out, kv_cache)`, the cache in the donated memory."""
-    rows = cache_rows(kv_cache)
-    out, rows = attend_decode(queries, keys, values, rows, kv_lens, page_indices, distribution, sinks)
-    out, rows = attend_mixed(queries, keys, values, rows, out, kv_lens, page_indices, cu_q_lens, distribution, sinks)
-    return out, rows_cache(rows, kv_cache.shape)
+    """Attention of any batch, decode rows first; returns `(out, kv_cache)`, the cache in the donated argument's memory.
+    """
+    out, cache = attend_decode(queries, keys, values, cache_rows(kv_cache), kv_lens, page_indices, distribution, sinks)
+    out, cache = attend_mixed(queries, keys, values, cache, out, kv_lens, page_indices, cu_q_lens, distribution, sinks)
+    return out, rows_cache(cache, kv_cache.shape)

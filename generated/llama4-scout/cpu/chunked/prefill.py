@@ -9,8 +9,9 @@ What was specialized:
 - these are one device's part of 8: KV heads in 8 parts
 - pages of 128 tokens, 256 a sequence, up to 32 sequences
 - token buckets that use it: 2048
-- causal inside its own chunk of 8192 tokens, nothing fetched before it, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
-- K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
+- causal inside its own chunk of 8192 tokens, nothing fetched before it, cache updated; no window, soft cap, sinks or KV
+  scales in the spec: none is in the code
+- separate K and V in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - only prefill batches: the other kernels are not in this program
 """
 
@@ -21,30 +22,32 @@ Q_HEADS = 5
 KV_HEADS = 1
 GROUP = 5  # query heads that share a KV head
 HEAD_DIM = 128
-DTYPE = jnp.bfloat16
-WORD = jnp.uint16  # an integer as wide as DTYPE
+MAX_SEQS = 32
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 256
-MAX_SEQS = 32
 CHUNK = 512  # new tokens of every sequence
+ATTENTION_CHUNK = 8192  # tokens of each chunk of a sequence: a query sees its own only
+MASKED = -2e+38  # finite, so that a row that is all masked stays a number
+DTYPE = jnp.bfloat16
+WORD = jnp.uint16  # an integer as wide as DTYPE
+KV_PLANES = 2  # rows of a token and head: K and V, or both in one
+TOKEN_AXIS = 2  # of a page, along which its tokens lie
+SM_SCALE = 0.08838834764831845  # the softmax scale
+
 Q_BLOCK = 128  # new tokens that are computed together
 KV_BLOCK = 256  # tokens of KV that they are computed against in a step
 KV_BLOCK_PAGES = 2
-SM_SCALE = 0.08838834764831845
-ATTENTION_CHUNK = 8192  # tokens of each part of a sequence, which sees nothing of those before
-MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
 
 
+# Everything here that only moves data moves words. Integers are moved as they are, but to slice, gather, transpose or
+# update a bfloat16 array XLA for CPU first turns all of it into float32: the whole cache, for one page.
 def as_words(values):
-    """The same bits as integers.
-
-    Everything here that only moves data moves words. Integers are moved as they are, but to slice, gather, transpose
-    or update a bfloat16 array XLA for CPU first turns all of it into float32: the whole cache, for one page.
-    """
+    """The same bits as integers."""
     return lax.bitcast_convert_type(values, WORD)
 
 
 def as_values(words):
+    """The numbers that words are the bits of."""
     return lax.bitcast_convert_type(words, DTYPE)
 
 
@@ -58,46 +61,70 @@ def cache_words(kv_cache, step):
     return as_words(kv_cache), step
 
 
-def new_rows(keys, values):
-    """K and V of the new tokens as words, as they lie in a page: `[2, KV_HEADS, tokens, HEAD_DIM]`."""
-    return jnp.stack([as_words(keys), as_words(values)]).transpose(0, 2, 1, 3)
-
-
 def cdiv(value, by):
     """`value / by` rounded up, of what is not negative."""
     return lax.div(value + (by - 1), by)
 
 
-def fetch_kv(words, page_tables, seqs, firsts, blocks, block_pages, live):
+def split_kv(rows):
+    """K and V out of `rows` `[2, ..., HEAD_DIM]`."""
+    return tuple(rows)
+
+
+def over_page(of_tokens):
+    """`of_tokens` `[PAGE_SIZE]` with the axes of a page."""
+    return of_tokens[:, None]
+
+
+def pad_tokens(rows):
+    """Rows of tokens with PAGE_SIZE more before the first and after the last."""
+    return jnp.pad(rows, ((0, 0), (0, 0), (PAGE_SIZE, PAGE_SIZE), (0, 0)))
+
+
+def new_rows(keys, values):
+    """K and V of the new tokens as words, as they lie in a page: `[2, KV_HEADS, tokens, HEAD_DIM]`."""
+    return jnp.stack([as_words(keys), as_words(values)]).transpose(0, 2, 1, 3)
+
+
+def fetch_kv(words, page_tables, seqs, first_pages, blocks, block_pages, live):
     """K and V of some blocks of `block_pages` pages, each `[len(blocks), KV_HEADS, tokens, HEAD_DIM]`.
 
-    Blocks are counted from page `firsts[n]` of sequence `seqs[n]` on.
-    Block `blocks[n]` of sequence `seqs[n]` has `live[n]` tokens that count. The rest become zero, for they may hold
-    NaN, and 0 * NaN is NaN; page table entries past them may hold anything, and page 0 is read instead.
+    Tokens past the first `live[n]` of block n become zero, because they may hold NaN, and 0 * NaN is NaN.
     """
     page = jnp.arange(block_pages)
-    entry = jnp.minimum(firsts[:, None] + blocks[:, None] * block_pages + page, PAGES_PER_SEQ - 1)
-    ids = page_tables.at[seqs[:, None], entry].get(mode="promise_in_bounds")
-    ids = jnp.where(page * PAGE_SIZE < live[:, None], ids, 0)
+    ids = page_ids(page_tables, seqs, first_pages, blocks, page, live)
     pages = words.at[ids].get(mode="promise_in_bounds")
     position = page[:, None] * PAGE_SIZE + jnp.arange(PAGE_SIZE)
     valid = position < live[:, None, None]
     pages = jnp.where(valid[:, :, None, None, :, None], pages, WORD(0))
     # The barrier keeps the transposition on this side of the cast, in words.
     pages = lax.optimization_barrier(pages.transpose(2, 0, 3, 1, 4, 5))
-    k, v = pages.reshape(2, len(blocks), KV_HEADS, -1, HEAD_DIM)
+    k, v = split_kv(pages.reshape(KV_PLANES, len(blocks), KV_HEADS, -1, HEAD_DIM))
     return as_values(k), as_values(v)
 
 
+def page_ids(page_tables, seqs, first_pages, blocks, page, live):
+    """The ids of the pages of some blocks, `[len(blocks), len(page)]`; `page` counts the pages of a block.
+
+    Blocks are counted from page `first_pages[n]` of sequence `seqs[n]` on.
+
+    Block `blocks[n]` of sequence `seqs[n]` has `live[n]` tokens that count. Page table entries past them may hold
+    anything, and page 0 is read instead.
+    """
+    entry = jnp.minimum(first_pages[:, None] + blocks[:, None] * len(page) + page, PAGES_PER_SEQ - 1)
+    ids = page_tables.at[seqs[:, None], entry].get(mode="promise_in_bounds")
+    return jnp.where(page * PAGE_SIZE < live[:, None], ids, 0)
+
+
 def new_tokens(cu_q_lens, seq):
-    """Where the new tokens of a sequence start in `queries`, and how many they are."""
+    """Where the new tokens of a sequence start in `queries`, and how many there are."""
     return seq * CHUNK, CHUNK
 
 
 def update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, first_seq, end_seq):
     """Writes the new tokens of the sequences [first_seq, end_seq) in place, a page at a time; its other rows stay."""
-    # Padded, for the page of the first token may start before it, and that of the last end after it.
-    rows = jnp.pad(new_rows(keys, values), ((0, 0), (0, 0), (PAGE_SIZE, PAGE_SIZE), (0, 0)))
+    # Padded, because the page of the first token may start before it, and that of the last end after it.
+    rows = pad_tokens(new_rows(keys, values))
 
     def sequence(seq, kv_cache):
         start, count = new_tokens(cu_q_lens, seq)
@@ -108,16 +135,16 @@ def update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, first
             words, index = cache_words(kv_cache, index)
             page_id = page_indices[seq * PAGES_PER_SEQ + index]
             first = index * PAGE_SIZE
-            new = lax.dynamic_slice_in_dim(rows, PAGE_SIZE + start + first - begin, PAGE_SIZE, axis=2)
+            new = lax.dynamic_slice_in_dim(rows, PAGE_SIZE + start + first - begin, PAGE_SIZE, TOKEN_AXIS)
 
             def keep_old():
                 words, _ = cache_words(kv_cache, index)
                 old = lax.dynamic_index_in_dim(words, page_id, keepdims=False)
                 position = first + jnp.arange(PAGE_SIZE)
                 is_new = (position >= begin) & (position < end)
-                return jnp.where(is_new[:, None], new, old)
+                return jnp.where(over_page(is_new), new, old)
 
-            # The read has a branch to itself, for fused with the write it would make a copy of the cache.
+            # The read has a branch to itself, because fused with the write it would make a copy of the cache.
             is_full = (begin <= first) & (first + PAGE_SIZE <= end)
             merged = lax.cond(is_full, lambda: new, keep_old)
             words = lax.dynamic_update_index_in_dim(words, merged, page_id, 0)
@@ -129,10 +156,11 @@ def update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, first
 
 
 def attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, first_seq, end_seq):
-    """Causal attention of the new tokens of the sequences [first_seq, end_seq), by blocks of Q_BLOCK of them.
+    """Attention of the new tokens of the sequences [first_seq, end_seq), by blocks of Q_BLOCK of them.
 
-    `queries` and `out` are words, `[tokens + Q_BLOCK, Q_HEADS, HEAD_DIM]`. The last block of a sequence may run over
-    its end: the sequences that follow write over those rows, and the caller clears what is left past the last.
+    `queries` `[tokens + Q_BLOCK, Q_HEADS, HEAD_DIM]` and `out` `[tokens + Q_BLOCK, Q_HEADS, HEAD_DIM]` are words. The
+    last block of a sequence may run over its end: the sequences that follow write over those rows, and the caller clears
+    what is left past the last.
     """
     page_tables = page_indices.reshape(MAX_SEQS, PAGES_PER_SEQ)
 
@@ -146,7 +174,8 @@ def attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, firs
             q = lax.dynamic_slice_in_dim(queries, row, Q_BLOCK)
             end = jnp.minimum(position + Q_BLOCK, kv_lens[seq])
             attended = attend_block(q, kv_cache, page_tables, seq, position, end)
-            return lax.dynamic_update_slice_in_dim(out, attended, row, 0)
+            out = lax.dynamic_update_slice_in_dim(out, attended, row, 0)
+            return out
 
         return lax.fori_loop(0, cdiv(count, Q_BLOCK), q_block, out)
 
@@ -154,7 +183,10 @@ def attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, firs
 
 
 def attend_block(q, kv_cache, page_tables, seq, position, end):
-    """One query block, its first token at `position`, over the tokens [0, end) of its sequence; words in and out."""
+    """One query block over the tokens [0, end) of its sequence; words in and out.
+
+    Its first query is at `position`, and sees the tokens up to its own.
+    """
     # Tokens are counted from where the chunk of the first query begins.
     first_page = lax.div(position, ATTENTION_CHUNK) * (ATTENTION_CHUNK // PAGE_SIZE)
     position, end = position - first_page * PAGE_SIZE, end - first_page * PAGE_SIZE
@@ -170,18 +202,21 @@ def attend_block(q, kv_cache, page_tables, seq, position, end):
         k, v = fetch_kv(words, page_tables, seq[None], first_page[None], index[None], KV_BLOCK_PAGES, (end - begin)[None])
         scores = jnp.einsum("hrd,htd->hrt", q, k[0], preferred_element_type=jnp.float32)
         token = begin + jnp.arange(KV_BLOCK)
-        visible = (token <= position[:, None]) & (token >= lax.div(position, ATTENTION_CHUNK)[:, None] * ATTENTION_CHUNK)
+        visible = token <= position[:, None]
+        visible &= token >= lax.div(position, ATTENTION_CHUNK)[:, None] * ATTENTION_CHUNK
         scores = jnp.where(visible, scores * SM_SCALE, MASKED)
         new_max = jnp.maximum(row_max, scores.max(axis=-1))
         p = jnp.exp(scores - new_max[..., None])
-        keep = jnp.exp(row_max - new_max)
-        new_sum = row_sum * keep + p.sum(axis=-1)
+        alpha = jnp.exp(row_max - new_max)
+        new_sum = row_sum * alpha + p.sum(axis=-1)
         new_acc = jnp.einsum("hrt,htd->hrd", p.astype(DTYPE), v[0], preferred_element_type=jnp.float32)
-        return new_max, new_sum, acc * keep[..., None] + new_acc
+        return new_max, new_sum, acc * alpha[..., None] + new_acc
 
     shape = (KV_HEADS, rows)
-    state = jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, HEAD_DIM))
-    _, row_sum, acc = lax.fori_loop(0, cdiv(end, KV_BLOCK), kv_block, state)
+    row_max = jnp.full(shape, MASKED)
+    row_sum = jnp.zeros(shape)
+    state = row_max, row_sum, jnp.zeros((*shape, HEAD_DIM))
+    row_max, row_sum, acc = lax.fori_loop(0, cdiv(end, KV_BLOCK), kv_block, state)
     out = as_words((acc / row_sum[..., None]).astype(DTYPE))
     out = out.reshape(KV_HEADS, Q_BLOCK, GROUP, HEAD_DIM).transpose(1, 0, 2, 3)
     return out.reshape(Q_BLOCK, Q_HEADS, HEAD_DIM)
@@ -190,14 +225,15 @@ def attend_block(q, kv_cache, page_tables, seq, position, end):
 def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
     """Attention of a batch of prefill chunks only; returns `(out, kv_cache)`, the cache in the donated memory.
 
-    Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` has nothing to add. Rows past the last
-    sequence are zero in `out`.
+    Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` is not used. Rows past the last sequence
+    are zero in `out`.
     """
     num_seqs = distribution[1]
     kv_cache = update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, 0, num_seqs)
     tokens = len(queries)
     queries = jnp.pad(as_words(queries), ((0, Q_BLOCK), (0, 0), (0, 0)))
-    out = jnp.zeros_like(queries)
+    out = jnp.zeros((*queries.shape[:2], HEAD_DIM), queries.dtype)
     out = attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, 0, num_seqs)
     is_token = jnp.arange(tokens) < num_seqs * CHUNK
-    return as_values(jnp.where(is_token[:, None, None], out[:tokens], WORD(0))), kv_cache
+    out = as_values(jnp.where(is_token[:, None, None], out[:tokens], WORD(0)))
+    return out, kv_cache

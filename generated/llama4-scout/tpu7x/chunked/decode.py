@@ -9,335 +9,519 @@ What was specialized:
 - these are one device's part of 8: KV heads in 8 parts
 - pages of 128 tokens, 256 a sequence, up to 32 sequences
 - token buckets that use it: 64, 2048
-- causal inside its own chunk of 8192 tokens, nothing fetched before it, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
-- K and V apart in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
+- causal inside its own chunk of 8192 tokens, nothing fetched before it, cache updated; no window, soft cap, sinks or KV
+  scales in the spec: none is in the code
+- separate K and V in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - only decode batches: the other kernels are not in this program
-- decode: tiles of 2048 tokens, no longer than the expected lengths, 8 of them a turn, so that one fills the other's waits; fetched 3 turns ahead, so that DMA latency hides
-- VMEM: 35,373,056 bytes counted, 50,331,648 allowed, 67,108,864 there
+- decode: tiles of 2048 tokens, no longer than the expected lengths; waves of 8, so that one fills the other's waits;
+  fetched 3 waves ahead, which hides the latency of DMAs
+- decode, loop: waves of tiles of any sequences; tiles of short sequences hide each other's latency
+- decode, reading K and V: as they lie in the cache, one array for K and one for V of each head; kv_layout separate
+  needs no shuffle before the MXU
+- decode, writing new tokens: halves of the words of a sublane tile; 16-bit elements of two tokens share a word
+- decode, mask: by the length of each sequence; a row has one new token, the last of its sequence
+- VMEM: 35,373,056 bytes counted, 50,331,648 allowed, 67,108,864 available
 """
+
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Ref, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+LANES = 128
+Q_HEADS = 5
 KV_HEADS = 1
 HEAD_DIM = 128
+HEAD_LANES = 128  # of a row of the cache
+MAX_SEQS = 32
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 256
 SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * log2(e): probabilities are powers of two
-ATTENTION_CHUNK = 8192  # tokens of each part of a sequence, which sees nothing of those before
-MASKED = -2e+38  # finite, so that a row with nothing in it yet stays a number
+ATTENTION_CHUNK = 8192  # tokens of each chunk of a sequence: a query sees its own only
+MASKED = -2e+38  # finite, so that a row that is all masked stays a number
+PRECISION = None  # of matmuls: bfloat16 products are exact in float32
+VMEM_LIMIT = 50331648  # bytes
+KV_PLANES = 2  # K and V
+K_PLANE = 0  # where K is among them
+V_PLANE = 1  # where V is
+SUBLANE_TILE = 16  # tokens of the smallest part of the cache that a DMA or store reaches
 
-UNIT = 16  # tokens of the smallest piece of the cache that a DMA or a store reaches
+TILE = 2048  # tokens that are fetched and computed at once, of one sequence
+TILES_PER_WAVE = 8  # which fill the waits of each other
+LOOKAHEAD = 3  # waves from the fetch of one to its softmax
+WAVE_TOKENS = TILES_PER_WAVE * TILE
+WAVE_BUFFERS = LOOKAHEAD + 1  # waves that are fetched or computed
+TILE_BUFFERS = WAVE_BUFFERS * TILES_PER_WAVE
+TILE_PAGES = TILE // PAGE_SIZE
+MAX_ROWS = 32  # sequences of the largest batch
+NO_SEQ = MAX_ROWS  # in place of a sequence where there is no tile
+MAX_TOKENS = MAX_ROWS  # new tokens of the largest batch
+WRITE_BUFFERS = 8  # sequences whose new tokens are on their way to the cache
+QUERIES = Q_HEADS  # of a sequence
+HEAD_SETS = 1
+SET_QUERIES = 5
+SET_ROWS = 8  # rows of these queries, whole registers
+P_ROWS = SET_ROWS  # rows of a set's probabilities in one matmul
+QUERY_ROWS = HEAD_SETS * SET_ROWS
+LOADS = 3  # queries, keys, values
 
 
-def widen(rows, lanes):
-    """Rows that hold one value in all 128 lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
-    return jnp.concatenate([rows] * (lanes // 128), axis=1)
+def for_each(first, end, body):
+    """Runs `body(index)` for each index in [first, end), as one piece of code."""
 
-
-def products(rows, matrix, contracted):
-    """`rows` times `matrix` along its dimension `contracted`, in float32."""
-    dims = (((1,), (contracted,)), ((), ()))
-    return lax.dot_general(rows, matrix, dims, preferred_element_type=jnp.float32)
-
-
-def decode_kernel(
-    # scalars in SMEM
-    kv_lens, page_indices, distribution,
-    # arrays in HBM; the cache is updated in place
-    q_hbm, k_hbm, v_hbm, _cache, out_hbm, cache_hbm,
-    # scratch
-    kv,
-    q_in,
-    new_keys,
-    new_values,
-    unit_out,
-    scores,
-    row_max,
-    row_sum,
-    acc,
-    out_all,
-    tile_seq,
-    tile_first,
-    tile_left,
-    kv_sem,
-    load_sem,
-    unit_sem,
-    out_sem,
-):  # fmt: skip
-    """One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.
-
-    The work is cut into tiles of 2048 tokens of one sequence, and goes by groups of 8 tiles, whatever sequences
-    they are of. A turn of the loop scores the tiles of one group beside weighing those of the group before, so that the
-    MXU need not wait for a softmax. No turn asks where a sequence ends: every tile leaves its sequence's output so far,
-    and the last one stays.
-    """
-    num_seqs = distribution[0]
-
-    # ---- chunks: a sequence begins where its last chunk does; nothing before it is fetched
-
-    def first_token(seq):
-        return lax.div(jnp.maximum(kv_lens[seq] - 1, 0), ATTENTION_CHUNK) * ATTENTION_CHUNK
-
-    # ---- the tiles in flight: whose each is, where it begins, and how many tokens the sequence has from there on
-
-    def slot_of(group, i):
-        return lax.rem(group, 4) * 8 + i
-
-    def no_tile(index, _):
-        tile_seq[index] = 32
-        tile_first[index] = 0
-        tile_left[index] = 0
+    def run(index, _):
+        body(index)
         return 0
 
-    # ---- fetch KV: whole pages, 3 groups ahead
+    lax.fori_loop(first, end, run, 0)
 
-    def page_copy(physical, group, i, page):
-        slot, sem = slot_of(group, i), kv_sem.at[lax.rem(group, 4)]
-        return pltpu.make_async_copy(cache_hbm.at[physical], kv.at[slot, page], sem)
 
-    def fetch(group, seq, first):
-        """Starts the fetch of a group whose first tile is at token `first` of `seq`; returns where the next one begins."""
-        for i in range(8):
-            live, some_seq = seq < num_seqs, jnp.minimum(seq, num_seqs - 1)
-            left = jnp.where(live, kv_lens[some_seq] - first, 0)
-            tile_seq[slot_of(group, i)] = jnp.where(live, seq, 32)
-            tile_first[slot_of(group, i)] = first - first_token(some_seq)
-            tile_left[slot_of(group, i)] = left
-            pages = some_seq * PAGES_PER_SEQ + first // PAGE_SIZE
-            for page in range(16):
-                physical = page_indices[pages + page]  # not under the condition: a load that waits for it costs more
+def broadcast_lanes(rows, lanes):
+    """Rows that hold one value in all LANES lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
+    return jnp.concatenate([rows] * (lanes // LANES), axis=1)
 
-                @pl.when(page * PAGE_SIZE < left)
-                def _():
-                    page_copy(physical, group, i, page).start()
 
-            last = left <= 2048
-            seq = jnp.where(last, seq + 1, seq)
-            first = jnp.where(last, first_token(jnp.minimum(seq, num_seqs - 1)), first + 2048)
-        return seq, first
+def matmul(rows, matrix, contracted):
+    """`rows` times `matrix` along its dimension `contracted`, in float32."""
+    dims = (((1,), (contracted,)), ((), ()))
+    return lax.dot_general(rows, matrix, dims, precision=PRECISION, preferred_element_type=jnp.float32)
 
-    def wait(group):
-        left = tile_left[slot_of(group, 0)]
-        first_slot, sem = slot_of(group, 0), kv_sem.at[lax.rem(group, 4)]
 
-        def wait_for(place):
-            pltpu.make_async_copy(place, place, sem).wait()  # for as many bytes, from anywhere
+class PagedKernel:
+    """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
 
-        @pl.when(left >= 16384)
-        def _():
-            wait_for(kv.at[pl.ds(first_slot, 8)])
+    cleared_planes = (V_PLANE,)
 
-        @pl.when(left < 16384)
-        def _():
-            for i in range(8):
-                wait_tile(tile_left[slot_of(group, i)], first_slot + i, wait_for)
+    def clear_tail(self, buffer, valid):
+        """Zeroes the tokens from `valid` to the end of those that are computed: a probability of 0 does not hide a NaN in V.
 
-    def wait_tile(left, slot, wait_for):
-        def one_page(_, carry):
-            wait_for(kv.at[slot, 0])
-            return carry
+        In K too where `cleared_planes` says so: a masked score does not hide one either.
+        """
+        token = lax.broadcasted_iota(jnp.int32, (SUBLANE_TILE, HEAD_LANES), 0)
+        clear_tile = functools.partial(self.clear_elements, buffer, valid, token)
+        for_each(valid // SUBLANE_TILE, pl.cdiv(valid, self.computed_tokens) * (self.computed_tokens // SUBLANE_TILE), clear_tile)
 
-        @pl.when(left >= 2048)
-        def _():
-            wait_for(kv.at[slot])
+    def clear_elements(self, buffer, valid, token, tile):
+        first = tile * SUBLANE_TILE
+        tokens = pl.ds(pl.multiple_of(lax.rem(first, PAGE_SIZE), SUBLANE_TILE), SUBLANE_TILE)
+        for head in range(KV_HEADS):
+            for plane in self.cleared_planes:
+                old = self.kv[buffer, first // PAGE_SIZE, plane, head, tokens].astype(jnp.float32)
+                kept = jnp.where(first + token < valid, old, 0.0).astype(self.kv.dtype)
+                self.kv[buffer, first // PAGE_SIZE, plane, head, tokens] = kept
 
-        @pl.when(left < 2048)
-        def _():
-            lax.fori_loop(0, pl.cdiv(left, PAGE_SIZE), one_page, 0)
 
-    def arrive(group):
-        """Waits for a group; where a sequence ends, puts the new token in and clears what lies behind."""
-        wait(group)
+@dataclasses.dataclass
+class DecodeKernel(PagedKernel):
+    """One new token for each of the sequences [0, distribution[0]): update its page, attend to all tokens that it sees.
 
-        # Not before all of them are there: the bytes that a wait counts may be another tile's.
-        @pl.when(tile_left[slot_of(group, 0)] <= 16384)
-        def _():
-            for i in range(8):
-                seq, left = tile_seq[slot_of(group, i)], tile_left[slot_of(group, i)]
+    The work is cut into tiles of TILE tokens of one sequence. A wave is TILES_PER_WAVE tiles, of whatever sequences.
+    An iteration computes the scores of one wave beside the softmax and the values of the wave before, so that the MXU
+    need not wait for a softmax. No iteration asks where a sequence ends: every tile leaves its sequence's output so far,
+    and the last one stays.
+    """
 
-                @pl.when((left > 0) & (left <= 2048))
-                def _():
-                    update_cache(seq, slot_of(group, i), left - 1)
-                    clear_tail(slot_of(group, i), left)
+    # Scalars in SMEM.
+    kv_lens: Ref  # int32[MAX_SEQS]
+    page_indices: Ref  # int32[MAX_SEQS * PAGES_PER_SEQ]
+    distribution: Ref  # int32[3]
+    # Arrays in HBM.
+    q_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
+    k_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    v_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    cache_in: Ref  # bfloat16[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: the memory of cache_hbm
+    out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
+    cache_hbm: Ref  # bfloat16[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]
+    # Scratch arrays in VMEM, and semaphores.
+    kv: Ref  # bfloat16[TILE_BUFFERS, TILE_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched tiles
+    q_in: Ref  # bfloat16[MAX_ROWS + 1, Q_HEADS, HEAD_DIM]: queries of every sequence, and of no sequence
+    new_keys: Ref  # bfloat16[MAX_TOKENS, KV_HEADS, HEAD_DIM]: new keys of every sequence
+    new_values: Ref  # bfloat16[MAX_TOKENS, KV_HEADS, HEAD_DIM]: new values of every sequence
+    new_out: Ref  # bfloat16[WRITE_BUFFERS, KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES]: new tokens on their way to the cache
+    scores: Ref  # float32[TILES_PER_WAVE, QUERY_ROWS, TILE]: scores of a wave, for the next iteration
+    row_max: Ref  # float32[QUERY_ROWS, LANES]: running maximum, the same in every lane
+    row_sum: Ref  # float32[QUERY_ROWS, LANES]: running sum, the same in every lane
+    acc: Ref  # float32[QUERY_ROWS, HEAD_LANES]: running output
+    out_all: Ref  # bfloat16[MAX_ROWS + 1, Q_HEADS, HEAD_DIM]: outputs of every sequence, and of no sequence
+    tile_seq: Ref  # int32[TILE_BUFFERS]: the sequence of each tile in flight
+    tile_first: Ref  # int32[TILE_BUFFERS]: its first token
+    tile_left: Ref  # int32[TILE_BUFFERS]: tokens of its sequence from there on
+    kv_sem: Ref  # DMA[WAVE_BUFFERS]: fetches
+    load_sem: Ref  # DMA[LOADS]: queries, keys, values
+    write_sem: Ref  # DMA[WRITE_BUFFERS]: cache writes
+    out_sem: Ref  # DMA[1]: outputs
 
-    # ---- update cache: 16 tokens share a register, so the new one goes out with those around it
+    computed_tokens = TILE
 
-    def unit_copy(seq):
-        slot = lax.rem(seq, 8)
-        position = kv_lens[seq] - 1
-        page = page_indices[seq * PAGES_PER_SEQ + position // PAGE_SIZE]
-        tokens = pl.ds(pl.multiple_of(lax.rem(position, PAGE_SIZE) // UNIT * UNIT, UNIT), UNIT)
-        return pltpu.make_async_copy(unit_out.at[slot], cache_hbm.at[page, :, :, tokens], unit_sem.at[slot])
+    def run(self):
+        self.num_seqs = self.distribution[0]
+        pl.when(self.num_seqs > 0)(self.attend)
 
-    def update_cache(seq, slot, token):
-        write = lax.rem(seq, 8)
-
-        @pl.when(seq >= 8)
-        def _():
-            unit_copy(seq - 8).wait()
-
-        page, in_unit = token // PAGE_SIZE, lax.rem(token, UNIT)
-        tokens = pl.ds(pl.multiple_of(lax.rem(token, PAGE_SIZE) // UNIT * UNIT, UNIT), UNIT)
-        # As words of two tokens, so that the old ones stay bit for bit whatever they are.
-        own_half = jnp.where(in_unit % 2 == 0, jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000))
-        mask = jnp.where(lax.broadcasted_iota(jnp.int32, (UNIT // 2, HEAD_DIM), 0) == in_unit // 2, own_half, jnp.uint32(0))
-        for kind, new in enumerate((new_keys, new_values)):
-            bits = pltpu.bitcast(new[seq].astype(jnp.float32), jnp.uint32)  # a bfloat16 is the high half of a float32
-            both_halves = bits | (bits >> 16)
-            for head in range(KV_HEADS):
-                old = pltpu.bitcast(kv[slot, page, kind, head, tokens], jnp.uint32)
-                rows = pltpu.bitcast((old & ~mask) | (both_halves[head : head + 1] & mask), kv.dtype)
-                kv[slot, page, kind, head, tokens] = rows
-                unit_out[write, kind, head] = rows
-        unit_copy(seq).start()
-
-    def clear_tail(slot, valid):
-        """Zeroes V from token `valid` to the end of those that are computed: a weight of 0 does not hide a NaN."""
-        row = lax.broadcasted_iota(jnp.int32, (UNIT, HEAD_DIM), 0)
-
-        def clear(unit, _):
-            token = unit * UNIT
-            tokens = pl.ds(pl.multiple_of(lax.rem(token, PAGE_SIZE), UNIT), UNIT)
-            for head in range(KV_HEADS):
-                old = kv[slot, token // PAGE_SIZE, 1, head, tokens].astype(jnp.float32)
-                kv[slot, token // PAGE_SIZE, 1, head, tokens] = jnp.where(token + row < valid, old, 0.0).astype(kv.dtype)
-            return 0
-
-        lax.fori_loop(valid // UNIT, pl.cdiv(valid, 2048) * 128, clear, 0)
-
-    # ---- read KV: one head of a tile at a time
-
-    def tile_keys(group, i, head):
-        return kv[slot_of(group, i), :, 0, head].reshape(2048, HEAD_DIM)
-
-    def tile_values(group, i, head):
-        return kv[slot_of(group, i), :, 1, head].reshape(2048, HEAD_DIM)
-
-    def tile_tokens(shape):
-        """The token of each column of a score."""
-        return lax.broadcasted_iota(jnp.int32, shape, 1)
-
-    # ---- one tile: scores of every query head, their softmax, the weighted values. Rows of a product are the queries of
-    # one KV head.
-
-    def score(group, i):
-        queries = q_in[tile_seq[slot_of(group, i)]].astype(jnp.float32)
-        scores = []
-        for part in range(1):
-            rows = queries[part * 5 : (part + 1) * 5]
-            rows = jnp.concatenate([rows, jnp.zeros((8 - rows.shape[0], HEAD_DIM))], axis=0)
-            scores.append(products(rows.astype(jnp.bfloat16), tile_keys(group, i, part), 1))
-        return jnp.concatenate(scores, axis=0)
-
-    def softmax(scores, left):
-        """Weights relative to the tile's own maximum, with that and their sum, the same in every lane."""
-        scores = jnp.where(tile_tokens(scores.shape) < left, scores * SCORE_SCALE, MASKED)
-        top = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), row_max.shape)
-        weights = jnp.exp2(scores - widen(top, 2048))
-        total = jnp.broadcast_to(jnp.sum(weights, axis=1, keepdims=True), row_sum.shape)
-        return weights.astype(jnp.bfloat16), top, total
-
-    def weigh(group, i, weights):
-        parts = []
-        for part in range(1):
-            rows = weights[part * 8 : (part + 1) * 8]
-            parts.append(products(rows, tile_values(group, i, part), 0))
-        return jnp.concatenate(parts, axis=0)
-
-    def merge(group, i, state, top, total, part):
-        """Adds a tile to the running softmax of its sequence and leaves the output that it would be the last of."""
-        old_max, old_sum, old_acc = state
-        begins = tile_first[slot_of(group, i)] == 0
-        old_max = jnp.where(begins, MASKED, old_max)
-        new_max = jnp.maximum(old_max, top)
-        kept, added = jnp.exp2(old_max - new_max), jnp.exp2(top - new_max)
-        new_sum = jnp.where(begins, 0.0, old_sum) * kept + total * added
-        new_acc = jnp.where(begins, 0.0, old_acc) * widen(kept, HEAD_DIM) + part * widen(added, HEAD_DIM)
-        out = new_acc / widen(new_sum, HEAD_DIM)
-        out = jnp.concatenate([out[first : first + rows] for first, rows in [(0, 5)]], axis=0)
-        out_all[tile_seq[slot_of(group, i)]] = out.astype(out_all.dtype)
-        return new_max, new_sum, new_acc
-
-    @pl.when(num_seqs > 0)
-    def _():
-        loads = [
-            pltpu.make_async_copy(source.at[pl.ds(0, 32)], target.at[pl.ds(0, 32)], load_sem.at[i])
-            for i, (source, target) in enumerate([(q_hbm, q_in), (k_hbm, new_keys), (v_hbm, new_values)])
-        ]
+    def attend(self):
+        """Attends to all tokens of all sequences."""
+        loads = self.load_copies()
         for load in loads:
             load.start()
-        # The first turn finds a group before the first, with no tile in it: what that leaves, nobody reads.
-        lax.fori_loop(0, 32, no_tile, 0)
-        ahead = (jnp.int32(0), first_token(0))
-        for group in range(1, 3):
-            ahead = fetch(group, *ahead)
+        # The first iteration finds a wave before the first, with no tile in it: nobody reads what that leaves.
+        for_each(0, TILE_BUFFERS, self.clear_slot)
+        ahead = (jnp.int32(0), self.first_token(0))
+        for wave in range(1, LOOKAHEAD):
+            ahead = self.fetch_wave(wave, *ahead)
         for load in loads:
             load.wait()
+        lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        results = [
+            copy_of_tokens(self.out_all, self.out_hbm, self.out_sem.at[0]),
+        ]
+        for result in results:
+            result.start()
+        for_each(0, jnp.minimum(self.num_seqs, WRITE_BUFFERS), self.drain_write)
+        for result in results:
+            result.wait()
 
-        def turn(carry):
-            group, _, *ahead = carry
-            arrive(group + 1)
-            ahead = fetch(group + 3, *ahead)
-            state = row_max[...], row_sum[...], acc[...]
-            weighted = [softmax(scores[i], tile_left[slot_of(group, i)]) for i in range(8)]
-            for i, (weights, top, total) in enumerate(weighted):
-                scores[i] = score(group + 1, i)
-                state = merge(group, i, state, top, total, weigh(group, i, weights))
-            row_max[...], row_sum[...], acc[...] = state
-            more = tile_left[slot_of(group + 1, 0)] > 0
-            return group + 1, more, *ahead
+    def load_copies(self):
+        """The copies of what the kernel loads at its start, of all sequences."""
+        arrays = [
+            (self.q_hbm, self.q_in),
+            (self.k_hbm, self.new_keys),
+            (self.v_hbm, self.new_values),
+        ]
+        return [copy_of_tokens(source, target, self.load_sem.at[i]) for i, (source, target) in enumerate(arrays)]
 
-        lax.while_loop(lambda carry: carry[1], turn, (jnp.int32(0), jnp.bool_(True), *ahead))
-        out_copy = pltpu.make_async_copy(out_all.at[pl.ds(0, 32)], out_hbm.at[pl.ds(0, 32)], out_sem.at[0])
-        out_copy.start()
+    def iterate(self, carry):
+        """Computes a wave's values and the next wave's scores; fetches a wave LOOKAHEAD waves later."""
+        wave, _, *ahead = carry
+        self.wait_and_patch(wave + 1)
+        ahead = self.fetch_wave(wave + LOOKAHEAD, *ahead)
+        state = self.row_max[...], self.row_sum[...], self.acc[...]
+        softmaxes = [self.softmax(wave, i) for i in range(TILES_PER_WAVE)]
+        self.row_max[...], self.row_sum[...], self.acc[...] = self.compute_tiles(wave, softmaxes, state)
+        more = self.tile_left[self.slot(wave + 1, 0)] > 0
+        return wave + 1, more, *ahead
 
-        def drain(i, _):
-            unit_copy(num_seqs - 1 - i).wait()
-            return 0
+    # ---- the tiles in flight: each one's sequence, its first token, and the tokens that the sequence has from there on
 
-        lax.fori_loop(0, jnp.minimum(num_seqs, 8), drain, 0)
-        out_copy.wait()
+    def slot(self, wave, i):
+        """The buffer of tile `i` of a wave."""
+        return lax.rem(wave, WAVE_BUFFERS) * TILES_PER_WAVE + i
+
+    def clear_slot(self, slot):
+        self.tile_seq[slot] = NO_SEQ
+        self.tile_first[slot] = 0
+        self.tile_left[slot] = 0
+
+    # ---- fetch K and V: whole pages
+
+    def fetch_wave(self, wave, seq, first):
+        """Starts the fetch of a wave whose first tile is at token `first` of `seq`; returns where the next wave begins."""
+        for i in range(TILES_PER_WAVE):
+            live, some_seq = seq < self.num_seqs, jnp.minimum(seq, self.num_seqs - 1)
+            left = jnp.where(live, self.kv_lens[some_seq] - first, 0)
+            self.tile_seq[self.slot(wave, i)] = jnp.where(live, seq, NO_SEQ)
+            self.tile_first[self.slot(wave, i)] = first - self.first_token(some_seq)
+            self.tile_left[self.slot(wave, i)] = left
+            first_entry = some_seq * PAGES_PER_SEQ + first // PAGE_SIZE
+            for page in range(TILE_PAGES):
+                # Not under the condition: a load that waits for it costs more.
+                physical = self.page_indices[first_entry + page]
+                pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
+            last = left <= TILE
+            seq = jnp.where(last, seq + 1, seq)
+            first = jnp.where(last, self.first_token(jnp.minimum(seq, self.num_seqs - 1)), first + TILE)
+        return seq, first
+
+    def fetch_page(self, physical, wave, i, page):
+        slot, sem = self.slot(wave, i), self.kv_sem.at[lax.rem(wave, WAVE_BUFFERS)]
+        pltpu.make_async_copy(self.cache_hbm.at[physical], self.kv.at[slot, page], sem).start()
+
+    def wait_for_wave(self, wave):
+        left = self.tile_left[self.slot(wave, 0)]
+        first_slot, sem = self.slot(wave, 0), self.kv_sem.at[lax.rem(wave, WAVE_BUFFERS)]
+
+        @pl.when(left >= WAVE_TOKENS)
+        def wait_for_full_wave():
+            wait_for_bytes(self.kv.at[pl.ds(first_slot, TILES_PER_WAVE)], sem)
+
+        @pl.when(left < WAVE_TOKENS)
+        def wait_for_tiles():
+            for i in range(TILES_PER_WAVE):
+                self.wait_for_tile(self.tile_left[self.slot(wave, i)], first_slot + i, sem)
+
+    def wait_for_tile(self, left, slot, sem):
+        @pl.when(left >= TILE)
+        def wait_for_full_tile():
+            wait_for_bytes(self.kv.at[slot], sem)
+
+        @pl.when(left < TILE)
+        def wait_for_pages():
+            lax.fori_loop(0, pl.cdiv(left, PAGE_SIZE), functools.partial(self.wait_for_page, slot, sem), 0)
+
+    def wait_for_page(self, slot, sem, _, carry):
+        wait_for_bytes(self.kv.at[slot, 0], sem)
+        return carry
+
+    def wait_and_patch(self, wave):
+        """Waits for a wave; stores the new token and clears what lies behind it where a sequence ends."""
+        self.wait_for_wave(wave)
+
+        # Not before all tiles have arrived: the bytes that a wait counts may be another tile's.
+        @pl.when(self.tile_left[self.slot(wave, 0)] <= WAVE_TOKENS)
+        def patch_tiles():
+            for i in range(TILES_PER_WAVE):
+                self.patch_tile(wave, i)
+
+    def patch_tile(self, wave, i):
+        seq = self.tile_seq[self.slot(wave, i)]
+        left = self.tile_left[self.slot(wave, i)]
+
+        @pl.when((left > 0) & (left <= TILE))
+        def patch_last_tile():
+            self.update_cache(seq, self.slot(wave, i), left)
+            self.clear_tail(self.slot(wave, i), left)
+
+    # ---- queries and outputs: a row of `q_in` and `out_all` is a sequence
+
+    def load_queries(self, wave, i):
+        """The queries of a tile's sequence, float32[Q_HEADS, HEAD_LANES]."""
+        return self.q_in[self.tile_seq[self.slot(wave, i)]].astype(jnp.float32)
+
+    def store_output(self, wave, i, row_max, row_sum, acc):
+        """The output of a tile's sequence, as it is after this tile."""
+        out = without_padding(acc / broadcast_lanes(row_sum, HEAD_LANES))
+        self.out_all[self.tile_seq[self.slot(wave, i)]] = out.astype(self.out_all.dtype)
+
+    # ---- update cache: tokens share a sublane tile, so the new one is written with those around it
+
+    def update_cache(self, seq, slot, left):
+        """Puts the new token into the tile in which its sequence ends after `left` tokens; starts its way to the cache."""
+        token = left - 1
+        buffer = lax.rem(seq, WRITE_BUFFERS)
+
+        @pl.when(seq >= WRITE_BUFFERS)
+        def wait_for_buffer():
+            self.wait_for_writes(seq - WRITE_BUFFERS)
+
+        page, place = token // PAGE_SIZE, lax.rem(token, SUBLANE_TILE)
+        tokens = sublane_tile(token)
+        mask = self.new_token_mask(place)
+        for plane, new in enumerate(self.new_rows(seq)):
+            for head in range(KV_HEADS):
+                rows = self.patched((slot, page, plane, head, tokens), head, new, mask)
+                self.kv[slot, page, plane, head, tokens] = rows
+                self.new_out[buffer, plane, head] = rows
+        self.cache_write(seq).start()
+
+    def cache_write(self, seq):
+        """The copy of the sublane tile with a sequence's new token to the cache."""
+        buffer = lax.rem(seq, WRITE_BUFFERS)
+        position = self.kv_lens[seq] - 1
+        page = self.page_indices[seq * PAGES_PER_SEQ + position // PAGE_SIZE]
+        target = self.cache_hbm.at[page, :, :, sublane_tile(position)]
+        return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
+
+    def wait_for_writes(self, seq):
+        self.cache_write(seq).wait()
+
+    def drain_write(self, i):
+        """Waits for the writes of one of the last sequences."""
+        self.wait_for_writes(self.num_seqs - 1 - i)
+
+    # As words of two tokens, so that the old ones stay bit for bit whatever they are.
+
+    def new_token_mask(self, place):
+        """The bits of a token in the words of its sublane tile."""
+        own_half = jnp.where(place % 2 == 0, jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000))
+        word = lax.broadcasted_iota(jnp.int32, (SUBLANE_TILE // 2, HEAD_LANES), 0)
+        return jnp.where(word == place // 2, own_half, jnp.uint32(0))
+
+    def new_rows(self, seq):
+        """The new token's rows of K, then of V, with its bits in both halves of a word."""
+        for rows in self.new_kv_rows(seq):
+            yield self.in_every_place(rows)
+
+    def new_kv_rows(self, seq):
+        for new in (self.new_keys, self.new_values):
+            yield new[seq].astype(jnp.float32)
+
+    def patched(self, at, head, new, mask):
+        """Rows of a tile in which the new token of a KV head takes its place."""
+        old = pltpu.bitcast(self.kv[at], jnp.uint32)
+        return pltpu.bitcast((old & ~mask) | (new[head : head + 1] & mask), self.kv.dtype)
+
+    def in_every_place(self, rows):
+        """The bits of new rows, in every place of a word."""
+        bits = pltpu.bitcast(rows, jnp.uint32)  # a bfloat16 is the high half of a float32
+        return bits | (bits >> 16)
+
+    # ---- one tile: softmax, and the running softmax of its sequence
+
+    def compute_tiles(self, wave, softmaxes, state):
+        """The values of a wave's tiles, merged one by one, beside the scores of the next wave's."""
+        for i, (p, tile_max, tile_sum) in enumerate(softmaxes):
+            self.scores[i] = self.compute_scores(wave + 1, i)
+            state = self.merge(wave, i, state, tile_max, tile_sum, self.accumulate_pv(wave, i, p))
+        return state
+
+    def softmax(self, wave, i):
+        """Probabilities relative to the tile's own maximum, with that and their sum, the same in every lane."""
+        scores = self.scores[i]
+        scores = jnp.where(self.visible_tokens(wave, i), scores * SCORE_SCALE, MASKED)
+        tile_max = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), self.row_max.shape)
+        p = jnp.exp2(scores - broadcast_lanes(tile_max, TILE))
+        tile_sum = jnp.broadcast_to(jnp.sum(p, axis=1, keepdims=True), self.row_sum.shape)
+        return p.astype(jnp.bfloat16), tile_max, tile_sum
+
+    def visible_tokens(self, wave, i):
+        """Which scores of a tile count: those of the tokens before the end of its sequence."""
+        left = self.tile_left[self.slot(wave, i)]
+        token = lax.broadcasted_iota(jnp.int32, (QUERY_ROWS, TILE), 1)
+        return token < left
+
+    def merge(self, wave, i, state, tile_max, tile_sum, values):
+        """Adds a tile to the running softmax of its sequence and leaves the output that it would be the last of."""
+        old_max, old_sum, old_acc = state
+        begins = self.tile_first[self.slot(wave, i)] == 0
+        old_max = jnp.where(begins, MASKED, old_max)
+        new_max = jnp.maximum(old_max, tile_max)
+        alpha, beta = jnp.exp2(old_max - new_max), jnp.exp2(tile_max - new_max)
+        new_sum = jnp.where(begins, 0.0, old_sum) * alpha + tile_sum * beta
+        new_acc = jnp.where(begins, 0.0, old_acc) * broadcast_lanes(alpha, HEAD_LANES)
+        new_acc = new_acc + values * broadcast_lanes(beta, HEAD_LANES)
+        self.store_output(wave, i, new_max, new_sum, new_acc)
+        return new_max, new_sum, new_acc
+
+    # ---- all heads of a tile
+
+    def compute_scores(self, wave, i):
+        """The scores of a tile, float32[QUERY_ROWS, TILE]."""
+        queries = self.load_queries(wave, i)
+        scores = [self.set_scores(rows, wave, i, index) for index, rows in enumerate(self.query_sets(queries))]
+        return jnp.concatenate(scores, axis=0)
+
+    def accumulate_pv(self, wave, i, p):
+        """The weighted values of a tile, float32[QUERY_ROWS, HEAD_LANES]."""
+        values = []
+        for index in range(HEAD_SETS):
+            values.append(self.set_pv(p[index * P_ROWS : (index + 1) * P_ROWS], wave, i, index))
+        return jnp.concatenate(values, axis=0)
+
+    def query_sets(self, queries):
+        """The queries of each head, with rows of no query up to whole registers."""
+        for index in range(HEAD_SETS):
+            rows = queries[index * SET_QUERIES : (index + 1) * SET_QUERIES]
+            yield jnp.concatenate([rows, jnp.zeros((SET_ROWS - rows.shape[0], HEAD_LANES))], axis=0)
+
+    # ---- one KV head, whose queries are the rows of a matmul
+
+    def set_scores(self, queries, wave, i, head):
+        return self.head_scores(self.rows_of_queries(queries), wave, i, head)
+
+    def set_pv(self, p, wave, i, head):
+        return self.head_pv(p, wave, i, head)
+
+    # ---- one head of a tile
+
+    def head_keys(self, wave, i, head):
+        return self.kv[self.slot(wave, i), :, K_PLANE, head].reshape(TILE, HEAD_LANES)
+
+    def head_values(self, wave, i, head):
+        return self.kv[self.slot(wave, i), :, V_PLANE, head].reshape(TILE, HEAD_LANES)
+
+    def rows_of_queries(self, queries):
+        """The rows of a matmul with a head's keys."""
+        return queries.astype(jnp.bfloat16)
+
+    def head_scores(self, rows, wave, i, head):
+        """The scores of some queries with a head's keys."""
+        return matmul(rows, self.head_keys(wave, i, head), 1)
+
+    def head_pv(self, rows, wave, i, head):
+        """A head's values, weighted by some rows of probabilities."""
+        return matmul(rows, self.head_values(wave, i, head), 0)
+
+    def first_token(self, seq):
+        """Where the chunk of a sequence's first query begins: nothing before it is fetched."""
+        first_query = jnp.maximum(self.kv_lens[seq] - 1, 0)
+        return lax.div(first_query, ATTENTION_CHUNK) * ATTENTION_CHUNK
+
+
+def more_waves(carry):
+    """Whether there are tiles in the wave of the next iteration."""
+    return carry[1]
+
+
+def copy_of_tokens(source, target, sem):
+    """A copy of the rows of all new tokens."""
+    return pltpu.make_async_copy(source.at[pl.ds(0, MAX_TOKENS)], target.at[pl.ds(0, MAX_TOKENS)], sem)
+
+
+def wait_for_bytes(array, sem):
+    """Waits until as many bytes have arrived as an array has, whichever copies brought them."""
+    pltpu.make_async_copy(array, array, sem).wait()
+
+
+def sublane_tile(token):
+    """The tokens of the sublane tile around a token of a sequence, within its page."""
+    first = lax.rem(token, PAGE_SIZE) // SUBLANE_TILE * SUBLANE_TILE
+    return pl.ds(pl.multiple_of(first, SUBLANE_TILE), SUBLANE_TILE)
+
+
+def without_padding(rows):
+    """The rows of a sequence that are a query's."""
+    counts = [min(SET_QUERIES, QUERIES - index * SET_QUERIES) for index in range(HEAD_SETS)]
+    return jnp.concatenate([rows[i * SET_ROWS : i * SET_ROWS + count] for i, count in enumerate(counts)], axis=0)
+
+
+def decode_kernel(*refs):
+    DecodeKernel(*refs).run()
 
 
 def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribution):
-    """`(out, cache)` of the decode sequences; what other rows of `out` hold means nothing."""
+    """`(out, cache)` of the decode sequences; other rows of `out` are undefined."""
+    scalars = (kv_lens, page_indices, distribution)
+    arrays = (queries, keys, values, cache)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         decode_kernel,
-        in_specs=[smem] * 3 + [hbm] * 4,
+        in_specs=[smem] * len(scalars) + [hbm] * len(arrays),
         out_specs=[hbm] * 2,
-        out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), jax.ShapeDtypeStruct(cache.shape, cache.dtype)],
-        input_output_aliases={6: 1},
-        scratch_shapes=[
-            pltpu.VMEM((32, 16, 2, 1, 128, 128), jnp.bfloat16),  # kv: fetched tiles
-            pltpu.VMEM((33, 5, 128), jnp.bfloat16),  # q_in: queries of every sequence, and of none
-            pltpu.VMEM((32, 1, 128), jnp.bfloat16),  # new_keys: new keys of every sequence
-            pltpu.VMEM((32, 1, 128), jnp.bfloat16),  # new_values: new values of every sequence
-            pltpu.VMEM((8, 2, 1, 16, 128), jnp.bfloat16),  # unit_out: new tokens on their way to the cache
-            pltpu.VMEM((8, 8, 2048), jnp.float32),  # scores: scores of a group, from turn to turn
-            pltpu.VMEM((8, 128), jnp.float32),  # row_max: running maximum, the same in every lane
-            pltpu.VMEM((8, 128), jnp.float32),  # row_sum: running sum, the same in every lane
-            pltpu.VMEM((8, 128), jnp.float32),  # acc: running output
-            pltpu.VMEM((33, 5, 128), jnp.bfloat16),  # out_all: outputs of every sequence, and of none
-            pltpu.SMEM((32,), jnp.int32),  # tile_seq: the sequence of each tile in flight
-            pltpu.SMEM((32,), jnp.int32),  # tile_first: its first token
-            pltpu.SMEM((32,), jnp.int32),  # tile_left: tokens of its sequence from there on
-            pltpu.SemaphoreType.DMA((4,)),  # kv_sem: fetches
-            pltpu.SemaphoreType.DMA((3,)),  # load_sem: queries, keys, values
-            pltpu.SemaphoreType.DMA((8,)),  # unit_sem: cache writes
-            pltpu.SemaphoreType.DMA((1,)),  # out_sem: outputs
+        out_shape=[
+            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+            jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=50331648, disable_bounds_checks=True),
+        input_output_aliases={6: 1},  # results in the memory of operands
+        scratch_shapes=[
+            pltpu.VMEM((TILE_BUFFERS, TILE_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((MAX_ROWS + 1, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in
+            pltpu.VMEM((MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
+            pltpu.VMEM((MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
+            pltpu.VMEM((WRITE_BUFFERS, KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES), jnp.bfloat16),  # new_out
+            pltpu.VMEM((TILES_PER_WAVE, QUERY_ROWS, TILE), jnp.float32),  # scores
+            pltpu.VMEM((QUERY_ROWS, LANES), jnp.float32),  # row_max
+            pltpu.VMEM((QUERY_ROWS, LANES), jnp.float32),  # row_sum
+            pltpu.VMEM((QUERY_ROWS, HEAD_LANES), jnp.float32),  # acc
+            pltpu.VMEM((MAX_ROWS + 1, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_all
+            pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_seq
+            pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_first
+            pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_left
+            pltpu.SemaphoreType.DMA((WAVE_BUFFERS,)),  # kv_sem
+            pltpu.SemaphoreType.DMA((LOADS,)),  # load_sem
+            pltpu.SemaphoreType.DMA((WRITE_BUFFERS,)),  # write_sem
+            pltpu.SemaphoreType.DMA((1,)),  # out_sem
+        ],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True),
         name="rpa_decode",
-    )(kv_lens, page_indices, distribution, queries, keys, values, cache)
+    )(*scalars, *arrays)
 
 
 def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
     """Attention of a batch of decode rows only; returns `(out, kv_cache)`, the cache in the donated argument's memory.
 
-    Row s of `queries` is sequence s: with one new token each, `cu_q_lens` has nothing to add.
+    Sequence s has row s of `queries`: `cu_q_lens` is not used.
     """
-    return attend_decode(queries, keys, values, kv_cache, kv_lens, page_indices, distribution)
+    out, cache = attend_decode(queries, keys, values, kv_cache, kv_lens, page_indices, distribution)
+    return out, cache
