@@ -19,6 +19,7 @@ from rpac.cli.common import (
     tuned_of,
     tuned_option,
 )
+from rpac.errors import PlanError
 from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, LatentBlockTiles, XlaTiles, plan_spec
 from rpac.plan.words import decisions
 from rpac.spec import load_spec
@@ -47,22 +48,33 @@ def plan(spec_file: Path, targets: tuple[str, ...], tuned_in: Path | None, as_js
 
     Tiles are in tokens. Decode shows block x buffers or, with separate K/V, tiles per wave x tile x waves. Prefill and mixed
     show queries, then tokens fetched / computed at once x buffers. After the table come the decisions that choose the code of
-    each program.
+    each program. Where a target is refused, the plans of the others are printed nevertheless.
     """
     spec = load_spec(spec_file)
     tuned = tuned_of(tuned_in)
-    plans = [
-        one
-        for part in spec.parts
-        for target in chosen_targets(spec, targets)
-        for one in plan_spec(part, target, tuned=tuned(target))
-    ]
+    plans: list[KernelPlan] = []
+    refused: dict[str, str] = {}
+    for part in spec.parts:
+        for target in chosen_targets(spec, targets):
+            try:
+                plans += plan_spec(part, target, tuned=tuned(target))
+            except PlanError as error:
+                refused[target] = "\n".join(filter(None, (refused.get(target), str(error))))
     if as_json:
-        print_json({"spec": spec.name, "spec_hash": spec.hash, "plans": [one.as_dict() for one in plans]})
-        return
-    click.echo(table(HEADER, [_row(one) for one in plans]))
-    for text, paths in _recipes(plans).items():
-        click.echo(f"\n{', '.join(paths)}:\n{text}")
+        print_json(
+            {
+                "spec": spec.name,
+                "spec_hash": spec.hash,
+                "plans": [one.as_dict() for one in plans],
+                "refused": refused,
+            }
+        )
+    elif plans:
+        click.echo(table(HEADER, [_row(one) for one in plans]))
+        for text, paths in _recipes(plans).items():
+            click.echo(f"\n{', '.join(paths)}:\n{text}")
+    if refused:
+        raise PlanError("\n".join(refused.values()))
 
 
 def _recipes(plans: Sequence[KernelPlan]) -> Mapping[str, Sequence[str]]:

@@ -12,6 +12,7 @@ from rpac.contract.attention import Attention
 from rpac.contract.features import FEATURES
 from rpac.devices.chip import is_tpu
 from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, LatentBlockTiles
+from rpac.plan.buffers import UPDATE_LOOKAHEAD
 from rpac.plan.kernel_plan import RULE
 from rpac.plan.words import decisions
 from rpac.spec import Spec
@@ -80,6 +81,12 @@ def _tile_lines(plan: KernelPlan) -> Iterator[str]:
                 f"decode: tiles of {tiles.tile} tokens, no longer than the expected lengths; waves of {tiles.tiles_per_wave}, so "
                 f"that one fills the other's waits; fetched {tiles.lookahead} waves ahead, which hides the latency of DMAs"
             )
+    lookahead = getattr(plan.block, "update_lookahead", UPDATE_LOOKAHEAD)
+    if lookahead < UPDATE_LOOKAHEAD:
+        yield (
+            f"the cache's update fetches new tokens {lookahead} pages ahead instead of {UPDATE_LOOKAHEAD}: pages are so "
+            "large that no more fit VMEM"
+        )
     match plan.block:
         case BlockTiles() as block:
             yield (

@@ -12,7 +12,7 @@ from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.shared import Call, Operand, model_constants, scratch_of, shared_context
 from rpac.kernels.waves import NAMES, Queries, wave_constants
 from rpac.plan import KernelPlan, LatentBlockTiles, LatentWaves
-from rpac.plan.buffers import NEW_BUFFERS, PAGE_BUFFERS, UPDATE_AHEAD, sublane_tile_tokens
+from rpac.plan.buffers import new_buffers, page_buffers, sublane_tile_tokens
 from rpac.plan.recipe import Recipe
 from rpac.spec import Spec
 
@@ -141,9 +141,9 @@ def _block_constants(spec: Spec, tiles: LatentBlockTiles) -> list[Constant]:
         tile("ROW_STEPS", "Q_ROWS // STEP_ROWS", "flash steps of a query block"),
         tile("DIAGONAL_STEPS", math.gcd(row_steps, DIAGONAL_STEPS), "of them, one piece of code on the diagonal"),
         tile("DIAGONAL_ITERATIONS", "ROW_STEPS // DIAGONAL_STEPS"),
-        tile("PAGE_BUFFERS", PAGE_BUFFERS, "pages under update"),
-        tile("NEW_BUFFERS", NEW_BUFFERS, "pages whose new tokens are fetched or in use"),
-        tile("UPDATE_LOOKAHEAD", UPDATE_AHEAD, "pages that their fetch runs ahead"),
+        tile("PAGE_BUFFERS", page_buffers(tiles.update_lookahead), "pages under update"),
+        tile("NEW_BUFFERS", new_buffers(tiles.update_lookahead), "pages whose new tokens are fetched or in use"),
+        tile("UPDATE_LOOKAHEAD", tiles.update_lookahead, "pages that their fetch runs ahead"),
         tile("NEW_TOKENS", tiles.new_tokens, "tokens of such a fetch"),
         tile("MERGE_TOKENS", tiles.merge_tokens, "new tokens that are put into a page at once"),
     ]

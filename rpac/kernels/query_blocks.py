@@ -12,7 +12,7 @@ from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.shared import CLEARED_AT_ONCE, call_of, model_constants, scratch_of
 from rpac.plan import BlockTiles, KernelPlan, RowDims
-from rpac.plan.buffers import NEW_BUFFERS, PAGE_BUFFERS, UPDATE_AHEAD
+from rpac.plan.buffers import new_buffers, page_buffers
 from rpac.plan.prefill import PACED_ROWS
 from rpac.plan.recipe import BlockRecipe, Recipe
 from rpac.spec import Spec
@@ -165,9 +165,9 @@ def _tile_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe) -> list[
             "sublane tiles that are zeroed at once",
         ),
         tile("CLEARED_PLANES", "range(KV_PLANES)" if recipe.mask == "matmul" else "(V_PLANE,)"),
-        tile("PAGE_BUFFERS", PAGE_BUFFERS, "pages under update"),
-        tile("NEW_BUFFERS", NEW_BUFFERS, "pages whose new tokens are fetched or in use"),
-        tile("UPDATE_LOOKAHEAD", UPDATE_AHEAD, "pages that their fetch runs ahead"),
+        tile("PAGE_BUFFERS", page_buffers(tiles.update_lookahead), "pages under update"),
+        tile("NEW_BUFFERS", new_buffers(tiles.update_lookahead), "pages whose new tokens are fetched or in use"),
+        tile("UPDATE_LOOKAHEAD", tiles.update_lookahead, "pages that their fetch runs ahead"),
         tile("NEW_TOKENS", tiles.new_tokens, "tokens of such a fetch"),
         tile("MERGE_TOKENS", tiles.merge_tokens, "new tokens that are put into a page at once"),
         tile("MERGE_ROWS", "MERGE_TOKENS * TOKEN_ROWS"),

@@ -13,10 +13,10 @@ from rpac.plan.recipe import SPLIT, Read
 from rpac.spec import Spec
 
 MERGE_TOKENS: Final = 16  # new tokens that are put into a page at once
-# Pages under update: new tokens are fetched four steps ahead, and pages written out in four, which hides the latency of DMAs.
-UPDATE_AHEAD: Final = 4
-NEW_BUFFERS: Final = UPDATE_AHEAD + 1
-PAGE_BUFFERS: Final = NEW_BUFFERS + 4
+# Pages whose new tokens are fetched before they are merged, which hides the latency of DMAs. Where pages are so large that no
+# tile fits beside so many, fewer do as well: what hides the latency is the bytes in flight, and each page has more of them.
+UPDATE_LOOKAHEAD: Final = 4
+SHORTER_LOOKAHEADS: Final = tuple(reversed(range(1, UPDATE_LOOKAHEAD)))
 
 _OF_UPDATES: Final = frozenset(
     (
@@ -85,6 +85,16 @@ class Buffer:
 def needed(spec: Spec, *buffers: Buffer) -> tuple[Buffer, ...]:
     """Those scratch arrays of a kernel that a spec has a use for: some serve only the update of the cache."""
     return buffers if spec.model.update_cache else tuple(one for one in buffers if one.name not in _OF_UPDATES)
+
+
+def new_buffers(lookahead: int) -> int:
+    """Pages whose new tokens are fetched or in use, where an update looks so far ahead."""
+    return lookahead + 1
+
+
+def page_buffers(lookahead: int) -> int:
+    """Pages under update: those that are fetched or in use, and as many as are fetched ahead on their way out."""
+    return new_buffers(lookahead) + lookahead
 
 
 def load_sem(spec: Spec) -> tuple[Buffer, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Final, TypeVar
 
 from rpac.plan.decode_blocks import DecodeBlocks
@@ -63,11 +63,15 @@ def decode_tiles_from(data: Mapping[str, Any] | None) -> DecodeBlocks | DecodeWa
 
 
 def tiles_from(kind: type[AnyTiles], data: Mapping[str, Any] | None) -> AnyTiles | None:
-    """The inverse of `asdict` for the tiles of a TPU kernel. Raises ValueError for other fields, or values of others."""
+    """The inverse of `asdict` for the tiles of a TPU kernel. Raises ValueError for other fields, or values of others.
+
+    A field with a default may be missing, as it is in data that was written before the field was there.
+    """
     if data is None:
         return None
     types = {field.name: _TYPES.get(str(field.type), tuple) for field in fields(kind)}
-    if not isinstance(data, Mapping) or sorted(data) != sorted(types):
+    required = {field.name for field in fields(kind) if field.default is MISSING}
+    if not isinstance(data, Mapping) or not required <= set(data) <= set(types):
         raise ValueError(f"found {data!r}; must have the fields {', '.join(types)}")
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
     for name, value in values.items():

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from rpac.contract.arrays import LANES, kv_page_shape, latent_lanes, nbytes
-from rpac.plan.buffers import MERGE_TOKENS, NEW_BUFFERS, PAGE_BUFFERS, Buffer, sublane_tile_tokens
+from rpac.plan.buffers import (
+    MERGE_TOKENS,
+    SHORTER_LOOKAHEADS,
+    UPDATE_LOOKAHEAD,
+    Buffer,
+    new_buffers,
+    page_buffers,
+    sublane_tile_tokens,
+)
 from rpac.plan.decode_waves import DecodeWaves
 from rpac.plan.recipe import BlockRecipe, DecodeRecipe, Recipe
 from rpac.plan.sizes import copy_sizes_of, power_of_two_from, power_of_two_to
@@ -75,7 +83,8 @@ class LatentWaves(DecodeWaves):
 class LatentBlockTiles:
     """Tiles of a prefill or mixed kernel, in tokens: `q_block` new ones, of all heads, against `block` cached ones a step.
 
-    `step_rows` query rows (tokens times heads) are computed at once.
+    `step_rows` query rows (tokens times heads) are computed at once. `update_lookahead`: pages whose new tokens are fetched
+    before they are merged.
     """
 
     q_block: int
@@ -85,18 +94,20 @@ class LatentBlockTiles:
     merge_tokens: int
     new_tokens: int
     copy_sizes: tuple[int, ...]
+    update_lookahead: int = UPDATE_LOOKAHEAD
 
     def scratch(self, spec: Spec, recipe: Recipe) -> tuple[Buffer, ...]:
         """The scratch arrays, in the order of the kernel's parameters."""
         model, page_size = spec.model, spec.serving.page_size
         lanes, rows = latent_lanes(model), self.q_block * model.q_heads
-        new = (NEW_BUFFERS, 2 * page_size + self.new_tokens, 1, lanes)
+        fetched, updated = new_buffers(self.update_lookahead), page_buffers(self.update_lookahead)
+        new = (fetched, 2 * page_size + self.new_tokens, 1, lanes)
         page = kv_page_shape(spec)
         queries = (self.q_block, model.q_heads)
         return (
             Buffer("kv", (self.buffers, self.block // page_size, *page), model.kv_dtype, "fetched blocks"),
             Buffer("new_in", new, model.kv_dtype, "new tokens, around the page they go to"),
-            Buffer("page_rows", (PAGE_BUFFERS, *page), model.kv_dtype, "pages to update"),
+            Buffer("page_rows", (updated, *page), model.kv_dtype, "pages to update"),
             Buffer("merged", (self.merge_tokens, lanes), "float32", "new tokens, side by side"),
             Buffer("q_in", (self.buffers, *queries, model.head_dim), model.q_dtype, "query blocks as they come"),
             Buffer("q_rope_in", (self.buffers, *queries, lanes - model.head_dim), model.q_dtype, "their rotary parts"),
@@ -105,9 +116,9 @@ class LatentBlockTiles:
             Buffer("acc", (rows, model.head_dim), "float32", "running output"),
             Buffer("out_rows", (1, *queries, model.head_dim), model.q_dtype, "an output block on its way out"),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
-            Buffer("new_sem", (NEW_BUFFERS,), "dma", "new tokens"),
-            Buffer("old_sem", (PAGE_BUFFERS,), "dma", "pages that hold old tokens"),
-            Buffer("write_sem", (PAGE_BUFFERS,), "dma", "cache writes"),
+            Buffer("new_sem", (fetched,), "dma", "new tokens"),
+            Buffer("old_sem", (updated,), "dma", "pages that hold old tokens"),
+            Buffer("write_sem", (updated,), "dma", "cache writes"),
             Buffer("q_sem", (self.buffers,), "dma", "query blocks"),
             Buffer("out_sem", (1,), "dma", "output blocks"),
         )
@@ -136,7 +147,15 @@ def decode_choices(spec: Spec, tokens: int) -> Iterator[LatentWaves]:
 
 
 def block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[LatentBlockTiles]:
-    """From large to small; a prefill kernel's query block divides the chunk, so that it has no partial block."""
+    """From large to small, and then again with an update that looks less far ahead."""
+    yield from _block_choices(spec, kind, tokens)
+    for tiles in _block_choices(spec, kind, tokens):
+        for lookahead in SHORTER_LOOKAHEADS:
+            yield replace(tiles, update_lookahead=lookahead)
+
+
+def _block_choices(spec: Spec, kind: str, tokens: int) -> Iterator[LatentBlockTiles]:
+    """A prefill kernel's query block divides the chunk, so that it has no partial block."""
     model, serving = spec.model, spec.serving
     longest = max(power_of_two_from(max(serving.context_lens)), LANES)
     limit = serving.prefill_chunk if kind == "prefill" else min(tokens, serving.prefill_chunk)

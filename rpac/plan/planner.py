@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final, TypeVar
 
-from rpac.contract.arrays import align, extra_specs, metadata_specs
+from rpac.contract.arrays import align, extra_specs, kv_page_shape, metadata_specs, nbytes
 from rpac.devices.chip import Chip, chip, is_tpu
 from rpac.errors import PlanError
 from rpac.plan import portable
@@ -17,6 +17,7 @@ from rpac.plan.kernel_plan import RULE, KernelPlan
 from rpac.plan.latent import LatentBlockTiles
 from rpac.plan.prefill import MIN_Q_BLOCK, BlockTiles
 from rpac.plan.recipe import Recipe
+from rpac.plan.refusal import NoTilesError, advice
 from rpac.plan.sizes import MIB, copy_sizes_of
 from rpac.plan.tuned import Entry, TunedTiles
 from rpac.spec import Spec
@@ -38,11 +39,22 @@ def plan_spec(spec: Spec, target: str, *, tuned: TunedTiles | None = None) -> tu
     """The plans of one target: one for every (case, tiles), holding the token buckets that share them.
 
     A plan has the tiles that `tuned` (the package's own if None) holds for exactly its case, if any. Raises PlanError
-    where the page table does not fit SMEM or no tile fits VMEM; it names the need and the limit.
+    where the page table does not fit SMEM or no tile fits VMEM; it names the need, the limit and what to write.
     """
+    try:
+        return _plans_of(spec, target, TunedTiles.of(target) if tuned is None else tuned)
+    except NoTilesError as error:
+        tpus = dict.fromkeys((target, *filter(is_tpu, spec.targets)))
+
+        def plans(other: Spec) -> list[tuple[KernelPlan, ...]]:
+            return [_plans_of(part, tpu, TunedTiles()) for part in other.parts for tpu in tpus]
+
+        raise PlanError(f"{error}; {advice(spec, plans)}") from error
+
+
+def _plans_of(spec: Spec, target: str, tuned: TunedTiles) -> tuple[KernelPlan, ...]:
     if spec.layers:
         raise ValueError(f"{spec.name} has several kinds of layers; plan each of its parts")
-    tuned = TunedTiles.of(target) if tuned is None else tuned
     device = chip(target) if is_tpu(target) else None
     if device is not None:
         _check_smem(spec, device)
@@ -161,10 +173,12 @@ def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
     decode = block = None
     if kind != "prefill":
         decode = _fit(
-            spec, device, decode_choices(spec, device, kind, tokens), lambda one: make_recipe(spec, one, None)
+            spec, device, "decode", decode_choices(spec, device, kind, tokens), lambda one: make_recipe(spec, one, None)
         )
     if kind != "decode":
-        block = _fit(spec, device, block_choices(spec, device, kind, tokens), lambda one: make_recipe(spec, None, one))
+        block = _fit(
+            spec, device, kind, block_choices(spec, device, kind, tokens), lambda one: make_recipe(spec, None, one)
+        )
     recipe = make_recipe(spec, decode, block)
     need, limit = _vmem_budget(spec, device, recipe, decode, block)
     return KernelPlan(
@@ -184,17 +198,24 @@ def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
 
 
 def _fit(
-    spec: Spec, device: Chip, choices: Iterator[FittedTiles], recipe_of: Callable[[FittedTiles], Recipe]
+    spec: Spec,
+    device: Chip,
+    kernel: str,
+    choices: Iterator[FittedTiles],
+    recipe_of: Callable[[FittedTiles], Recipe],
 ) -> FittedTiles:
-    """The first choice that fits. The last one is the smallest there is."""
+    """The first choice that fits."""
     limit = _vmem_usable(device) - VMEM_HEADROOM
+    needs = []
     for tiles in choices:
-        recipe = recipe_of(tiles)
-        if vmem_need(spec, tiles, recipe) <= limit:
+        needs.append(vmem_need(spec, tiles, recipe_of(tiles)))
+        if needs[-1] <= limit:
             return tiles
-    largest = max(tiles.scratch(spec, recipe), key=lambda buffer: buffer.vmem_bytes)
-    raise PlanError(
-        f"{spec.file}: no tile fits {device.target}: the smallest, {tiles}, needs {vmem_need(spec, tiles, recipe):,} bytes "
-        f"of VMEM and {limit:,} are usable; its largest buffer is {largest.name} {largest.shape} ({largest.note}); "
-        f"lower serving.page_size (now {spec.serving.page_size}), serving.max_num_seqs, or the heads of the shard"
+    model, serving = spec.model, spec.serving
+    layer = f"layers.{spec.layer}: " if spec.layer else ""
+    raise NoTilesError(
+        f"{spec.file}: {layer}no {kernel} kernel fits {device.target}: on each device it needs {min(needs):,} bytes of VMEM "
+        f"or more, and {limit:,} are usable; found {model.q_heads} query heads over {model.kv_heads} KV heads, page_size "
+        f"{serving.page_size} (a page of {nbytes(kv_page_shape(spec), model.kv_dtype):,} bytes) and max_num_seqs "
+        f"{serving.max_num_seqs}"
     )

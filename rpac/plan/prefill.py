@@ -13,14 +13,16 @@ from rpac.devices.chip import Chip
 from rpac.plan.access import read_of, write_of
 from rpac.plan.buffers import (
     MERGE_TOKENS,
-    NEW_BUFFERS,
-    PAGE_BUFFERS,
+    SHORTER_LOOKAHEADS,
+    UPDATE_LOOKAHEAD,
     Buffer,
     RowDims,
     lse_rows,
     lse_sem,
     needed,
+    new_buffers,
     new_dtype,
+    page_buffers,
     sink_rows,
     split_buffers,
     sublane_tile_tokens,
@@ -69,7 +71,7 @@ class BlockTiles:
 
     `step_rows` are query rows (tokens times group) of one flash step; `heads` the KV heads whose steps are one piece of code,
     and `diagonal_heads` those on the diagonal. `spare_mxu_lanes`: the MXU is wider than a head, with room for
-    128 more lanes.
+    128 more lanes. `update_lookahead`: pages whose new tokens are fetched before they are merged.
     """
 
     q_block: int
@@ -83,6 +85,7 @@ class BlockTiles:
     new_tokens: int
     copy_sizes: tuple[int, ...]
     spare_mxu_lanes: bool
+    update_lookahead: int = UPDATE_LOOKAHEAD
 
     @property
     def long(self) -> bool:
@@ -105,7 +108,8 @@ class BlockTiles:
         model, page_size = spec.model, spec.serving.page_size
         rows = RowDims.of(model)
         q_rows = model.group * self.q_block
-        new = (NEW_BUFFERS, 2 * page_size + self.new_tokens, model.kv_heads, model.head_dim)
+        fetched, updated = new_buffers(self.update_lookahead), page_buffers(self.update_lookahead)
+        new = (fetched, 2 * page_size + self.new_tokens, model.kv_heads, model.head_dim)
         queries = (self.q_block, model.q_heads, model.head_dim)
         mask: tuple[Buffer, ...] = ()
         if kernel.mask == "matmul":
@@ -136,12 +140,12 @@ class BlockTiles:
                 shape = (rows.lane_tiles, *shape)
             by_token = (Buffer("by_token", shape, "float32", "a query block by token"),)
         kv: tuple[int, ...] = (self.buffers, self.block * rows.token_rows, LANES)
-        page: tuple[int, ...] = (PAGE_BUFFERS, page_size * rows.token_rows, LANES)
+        page: tuple[int, ...] = (updated, page_size * rows.token_rows, LANES)
         packed = (self.merge_tokens * rows.packed_rows, LANES)
         merged: tuple[Buffer, ...] = (Buffer("packed", packed, word_dtype(model), "new tokens in the cache's form"),)
         if spec.serving.kv_layout == "separate":
             kv = (self.buffers, self.block // page_size, *kv_page_shape(spec))
-            page = (PAGE_BUFFERS, *kv_page_shape(spec))
+            page = (updated, *kv_page_shape(spec))
             merged = ()
             if model.quantized:
                 shape = (self.merge_tokens * align(model.kv_heads, SUBLANES), LANES)
@@ -170,9 +174,9 @@ class BlockTiles:
             *lse_rows(spec, (self.q_block * align(model.q_heads, SUBLANES), LANES)),
             *(log_rows if transposed and spec.serving.log_sum_exp else ()),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
-            Buffer("new_sem", (NEW_BUFFERS,), "dma", "new keys and values"),
-            Buffer("old_sem", (PAGE_BUFFERS,), "dma", "pages that hold old tokens"),
-            Buffer("write_sem", (PAGE_BUFFERS,), "dma", "cache writes"),
+            Buffer("new_sem", (fetched,), "dma", "new keys and values"),
+            Buffer("old_sem", (updated,), "dma", "pages that hold old tokens"),
+            Buffer("write_sem", (updated,), "dma", "cache writes"),
             Buffer("q_sem", (self.buffers,), "dma", "query blocks"),
             Buffer("out_sem", (1,), "dma", "output blocks"),
             *lse_sem(spec, 1),
@@ -323,9 +327,18 @@ def heads_of(model: Attention, steps: int, most: int) -> int:
 
 
 def choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator[BlockTiles]:
-    """From the tiles that keep the chip busy down to the smallest that work; a prefill kernel's query block divides the chunk,
-    so that it has no partial block.
+    """From the tiles that keep the chip busy down to the smallest that work, and then again with an update that looks less
+    far ahead.
     """
+    yield from _choices(spec, device, kind, tokens)
+    if spec.model.update_cache:
+        for tiles in _choices(spec, device, kind, tokens):
+            for lookahead in SHORTER_LOOKAHEADS:
+                yield replace(tiles, update_lookahead=lookahead)
+
+
+def _choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator[BlockTiles]:
+    """A prefill kernel's query block divides the chunk, so that it has no partial block."""
     model, serving, read = spec.model, spec.serving, read_of(spec)
     most = max(power_of_two_from(max(visible_tokens(spec, Q_BLOCKS[0]))), LANES)
     new_tokens = min(tokens, serving.page_size)

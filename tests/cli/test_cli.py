@@ -16,8 +16,8 @@ import rpac as package
 from rpac import build as job
 from rpac.build import GENERATED_MARK
 from rpac.cli import main
-from rpac.errors import TargetError
-from rpac.plan import plan_spec
+from rpac.errors import PlanError, TargetError
+from rpac.plan import KIND_ORDER, plan_spec
 from rpac.plan.words import decisions
 from rpac.spec import load_spec
 
@@ -58,6 +58,57 @@ def test_plan_prints_a_row_a_source(tmp_path: Path) -> None:
         assert word in header
 
 
+LARGE = """\
+name: large
+model: {q_heads: 32, kv_heads: 32, head_dim: 128, q_dtype: bfloat16, kv_dtype: bfloat16}
+serving:
+  page_size: 512
+  max_model_len: 4096
+  max_num_tokens: 512
+  token_buckets: [512]
+  max_num_seqs: 8
+  prefill_chunk: 256
+  context_lens: [1024]
+targets: [tpu7x, v5e, cpu]
+"""  # fits no tpu7x
+
+
+def test_plan_prints_the_other_targets_where_one_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "large.yaml"
+    file.write_text(LARGE)
+    done = rpac("plan", file, cache=tmp_path)
+    assert done.returncode == PlanError.exit_code
+    assert re.match(
+        rf"rpac: PlanError: {file}: no prefill kernel fits tpu7x: .*; write `page_size: 256`\n\Z", done.stderr
+    )
+    _, _, *rows = done.stdout.partition("\n\n")[0].splitlines()
+    assert [row.split()[0] for row in rows] == [
+        f"{target}/{kind}.py" for target in ("v5e", "cpu") for kind in KIND_ORDER
+    ]
+    done = rpac("plan", file, "--json", cache=tmp_path)
+    assert done.returncode == PlanError.exit_code
+    found = json.loads(done.stdout)
+    assert {one["target"] for one in found["plans"]} == {"v5e", "cpu"}
+    assert list(found["refused"]) == ["tpu7x"]
+    assert "no prefill kernel fits tpu7x" in found["refused"]["tpu7x"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["build", "-o", "out"], ["check"], ["predict", "--target", "v5e", "--target", "tpu7x"]],
+    ids=lambda command: command[0],
+)
+def test_a_target_that_is_refused_stops_the_others_before_anything_compiles(command: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "large.yaml"
+    file.write_text(LARGE)
+    done = rpac(command[0], file, *command[1:], cache=tmp_path / "cache", cwd=tmp_path)
+    assert done.returncode == PlanError.exit_code
+    assert "no prefill kernel fits tpu7x" in done.stderr
+    assert "compil" not in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
 def test_plan_shows_the_groups_of_a_decode_kernel_where_k_and_v_lie_apart(tmp_path: Path) -> None:
     text = TINY.read_text().replace("  page_size: 16\n", "  page_size: 16\n  kv_layout: separate\n")
     (tmp_path / "apart.yaml").write_text(text)
@@ -86,7 +137,7 @@ def test_plan_as_json_is_the_plans(tmp_path: Path) -> None:
     data = json.loads(done.stdout)
     spec = load_spec(TINY)
     plans = [plan.as_dict() for target in spec.targets for plan in plan_spec(spec, target)]
-    assert data == {"spec": "tiny", "spec_hash": spec.hash, "plans": json.loads(json.dumps(plans))}
+    assert data == {"spec": "tiny", "spec_hash": spec.hash, "plans": json.loads(json.dumps(plans)), "refused": {}}
     for plan in data["plans"]:
         assert plan["vmem_need"] <= plan["vmem_limit"] <= plan["vmem_bytes"]
         assert plan["smem_need"] <= plan["smem_bytes"]
