@@ -7,11 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_latent as latents
-import test_mutations as tiles
-from test_features import ALL, CHUNKS_ALL, KINDS, LAYOUTS, READ, SLOW, featured
-from test_halves import halved
-from test_halves import small_plan as halves_plan
+from small import ALL_FEATURES, INTERLEAVED, SPECS, featured, latent, pairing, pairs_plan, small_plan
+from test_features import CHUNKS_ALL, KINDS, LAYOUTS, READ, SLOW
 
 from rpac.check import check_neighbors
 from rpac.check.arrays import make_arguments
@@ -28,7 +25,7 @@ MANY = {"max_num_seqs": 6, "max_num_tokens": 64, "token_buckets": (16, 64)}
 QUANTIZED = {"kv_dtype": "int8", "kv_scale": "tensor", "quantize": "kernel"}
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "all": ALL,
+    "all": ALL_FEATURES,
     "chunks and all": CHUNKS_ALL,
     "not causal": {"causal": False, "log_sum_exp": True},
     "read alone": READ,
@@ -42,14 +39,14 @@ FEATURES: dict[str, dict[str, Any]] = {
     "drafts": {"decode_len": 4, "log_sum_exp": True},
     "a tree of drafts": {"decode_len": 4, "tree_mask": True},
 }
-LATENT = latents.latent(**MANY)
+LATENT = latent(**MANY)
 EVERY: dict[str, Spec] = {
     f"{layout}, {name}": featured(replace(spec, serving=replace(spec.serving, **MANY)), features)
-    for layout, spec in tiles.SPECS.items()
+    for layout, spec in SPECS.items()
     for name, features in FEATURES.items()
-} | {"latent": LATENT, "latent, float32": latents.latent(dtype="float32", **MANY)}
+} | {"latent": LATENT, "latent, float32": latent(dtype="float32", **MANY)}
 # Programs of mixed batches have the functions of the others.
-QUICK = {"interleaved, plain", "apart, all", "latent", "interleaved, drafts"}
+QUICK = {"interleaved, plain", "separate, all", "latent", "interleaved, drafts"}
 EVERY_KIND = [
     pytest.param(spec, kind, id=f"{name}, {kind}", marks=[] if kind == "mixed" and name in QUICK else SLOW)
     for name, spec in EVERY.items()
@@ -76,24 +73,27 @@ def test_other_rows_of_a_portable_program_do_not_change(spec: Spec, kind: str) -
     assert failures(spec, plan_of(spec, kind)) == []
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_other_rows_of_a_kernel_do_not_change(layout: str) -> None:
     spec = EVERY[f"{layout}, plain"]
-    assert failures(spec, tiles.small_plan(spec, "decode"), alone=False) == []
+    assert failures(spec, small_plan(spec, "decode"), alone=False) == []
 
 
+@pytest.mark.interpreter
 @SLOW
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("spec", EVERY.values(), ids=EVERY)
 def test_other_rows_of_every_kernel_do_not_change(spec: Spec, kind: str) -> None:
-    plan = plan_of(spec, kind, "tpu7x") if spec.model.rope_dim else tiles.small_plan(spec, kind)
+    plan = plan_of(spec, kind, "tpu7x") if spec.model.rope_dim else small_plan(spec, kind)
     assert failures(spec, plan) == []
 
 
+@pytest.mark.interpreter
 @SLOW
 def test_other_rows_of_a_kernel_of_token_pairs_do_not_change() -> None:
-    spec = halved({"q_heads": 12, "kv_heads": 3})
-    assert failures(spec, halves_plan(spec)) == []
+    spec = pairing(q_heads=12, kv_heads=3)
+    assert failures(spec, pairs_plan(spec)) == []
 
 
 SELECTED = "new_acc += jnp.where(of_row[:, item, ..., None], share, 0)"
@@ -127,7 +127,7 @@ def test_a_product_with_zero_in_place_of_a_selection_is_caught(spec: Spec, kind:
 
 def test_only_what_a_dtype_can_hold_is_poison() -> None:
     def held(**features: Any) -> set[str]:
-        spec = featured(tiles.SPEC, features)
+        spec = featured(INTERLEAVED, features)
         batch = neighbors_of(spec, plan_of(spec, "decode"))
         assert batch is not None
         return {f"{one.value} {one.part}" for poisons in poisons_alone(spec, batch) for one in poisons}
@@ -195,7 +195,7 @@ def test_poison_in_shared_pages_reaches_all_that_read_them_and_no_others() -> No
 
 
 def test_a_cache_that_poison_changes_elsewhere_is_caught() -> None:
-    spec = EVERY["apart, plain"]
+    spec = EVERY["separate, plain"]
     plan = plan_of(spec, "decode")
     batch = CheckBatch("two rows", (1, 1), (40, 50), decodes=2)
     args = make_arguments(spec, batch, plan.tokens[0], batch.pages(spec.serving.page_size), np.random.default_rng(SEED))
