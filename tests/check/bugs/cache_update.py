@@ -71,7 +71,7 @@ HEADS = (
     ),
     Bug("new tokens of the first head for all", "PrefillKernel.merge_tokens", "by_head[head]", "by_head[0]"),
     Bug(
-        "new tokens of another page",
+        "new tokens taken from the next buffer",
         "PrefillKernel.merge_page",
         "lax.rem(step, NEW_BUFFERS)",
         "lax.rem(step + 1, NEW_BUFFERS)",
@@ -98,7 +98,7 @@ BUFFERS = (
         "step > PAGE_BUFFERS",
     ),
     Bug(
-        "the page after loaded in place of each",
+        "each page loaded into the next buffer",
         "PrefillKernel.update_page",
         "step + UPDATE_LOOKAHEAD",
         "step + UPDATE_LOOKAHEAD + 1",
@@ -127,7 +127,12 @@ SUITES = [
         INTERLEAVED,
         prefill,
         BOTH + WORDS,
-        ordinary=("old tokens of a page lost", "no wait for the last cache writes", "no page updated"),
+        ordinary=(
+            "no wait for a page that holds old tokens",
+            "old tokens of a page lost",
+            "no wait for the last cache writes",
+            "no page updated",
+        ),
     ),
     BugSuite(
         "cache update, prefill, separate",

@@ -189,7 +189,13 @@ WORDS = (
 
 prefill, mixed = partial(iterated_plan, kind="prefill"), partial(iterated_plan, kind="mixed")
 SUITES = [
-    BugSuite("iterations, prefill, separate", ITERATED["separate"], prefill, SCORES + PIPELINED + ORDER),
+    BugSuite(
+        "iterations, prefill, separate",
+        ITERATED["separate"],
+        prefill,
+        SCORES + PIPELINED + ORDER,
+        ordinary=("the first diagonal block attended to again",),
+    ),
     BugSuite(
         "iterations, prefill, interleaved",
         ITERATED["interleaved"],

@@ -126,6 +126,8 @@ SUITES = [
         prefill,
         BOTH + WORDS,
         ordinary=(
+            "the next page fetched in place of each",
+            "no wait for queries",
             "K read for V",
             "a token too many seen",
             "the output not rescaled",
@@ -140,6 +142,7 @@ SUITES = [
         prefill,
         BOTH + HEADS,
         ordinary=(
+            "K read for V",
             "what lies behind the last token not cleared",
             "a tile not masked that only begins before the first query",
         ),
@@ -150,7 +153,7 @@ SUITES = [
         INTERLEAVED,
         mixed,
         (*map(in_mixed, BOTH + WORDS), *ROWS),
-        ordinary=("mixed rows left out", "queries and outputs one row early"),
+        ordinary=("mixed rows left out", "queries and outputs one row early", "the output of the decode rows lost"),
     ),
     BugSuite("mixed, separate", SEPARATE, mixed, ROWS),
 ]

@@ -118,7 +118,13 @@ STALE_MAXIMUM = Bug(
 SHARED = (MASKS[0], TRANSPOSES[0])
 prefill = partial(iterated_plan, kind="prefill")
 SUITES = [
-    BugSuite("query rows, prefill, separate", ITERATED["separate"], prefill, MASKS + TRANSPOSES + SORTING + STATE),
+    BugSuite(
+        "query rows, prefill, separate",
+        ITERATED["separate"],
+        prefill,
+        MASKS + TRANSPOSES + SORTING + STATE,
+        ordinary=("the sum kept from the query block before",),
+    ),
     BugSuite(
         "query rows, prefill, interleaved",
         ITERATED["interleaved"],
