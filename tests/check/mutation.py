@@ -7,7 +7,6 @@ has it. Numbers, spaces and comments play no part, because tile numbers have nam
 from __future__ import annotations
 
 import ast
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ HANG = 10.0  # of a run that will not end
 
 @dataclass(frozen=True)
 class Bug:
-    """`where` is a function, with dots: `DecodeKernel.fetch_block` or `DecodeKernel.run.next_step`. In it `found`, an
+    """`where` is a function, with dots: `DecodeKernel.fetch_block` or `DecodeKernel.run.next_step`; empty for all. In it `found`, an
     expression or a statement, becomes `instead`, or is left out where `instead` is empty. It must be found once.
 
     A kernel with a bug that `hangs` may wait forever. `says` is in the notes of the check that catches the bug.
@@ -55,7 +54,7 @@ class Bug:
 
     def _function(self, tree: ast.Module) -> ast.AST:
         node: ast.AST = tree
-        for name in self.where.split("."):
+        for name in filter(None, self.where.split(".")):
             found = [one for one in _definitions(node) if one.name == name]
             assert len(found) == 1, f"{self.name}: found {len(found)} of {name!r} of {self.where}"
             node = found[0]
@@ -112,34 +111,19 @@ def _definitions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.ClassDef]:
             yield from _definitions(child)
 
 
-@dataclass(frozen=True)
-class Mutation:
-    """A bug: what it is, and the edit of the generated text that makes it."""
-
-    bug: str
-    pattern: str  # a regular expression; ^ and $ match at lines
-    replacement: str
-    hangs: bool = False
-
-    def apply(self, source: Source) -> Source:
-        """The source with the bug in its last kernel. Fails where the template no longer has what it edits."""
-        parts = _parts(source.text)
-        edited = [re.subn(self.pattern, self.replacement, part, flags=re.MULTILINE) for part in parts]
-        # The decode kernel of a mixed program stays as it is.
-        texts = [text if index != 1 or len(parts) < 3 else parts[1] for index, (text, _) in enumerate(edited)]
-        count = sum(found for index, (_, found) in enumerate(edited) if index != 1 or len(parts) < 3)
-        assert count == 1, f"{self.bug}: found {count} of {self.pattern!r} in {source.path}"
-        return Source(source.path, "".join(texts))
+# Numbers of tiles that a program's decode kernel has as well: in a mixed program, those of its mixed kernel have a prefix.
+_IN_BOTH_KERNELS = ("KV_BLOCK", "KV_BUFFERS", "PAGE_BUFFERS", "Q_BLOCK", "TILE", "WINDOW_OFFSET")
 
 
-def _parts(text: str) -> list[str]:
-    """What stands before the kernels, then each kernel with what follows it."""
-    return re.split(r"^(?=@dataclasses\.dataclass\nclass \w+Kernel\()", text, flags=re.MULTILINE)
+class _MixedNames(ast.NodeTransformer):
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        return ast.Name(f"MIXED_{node.id}", node.ctx) if node.id in _IN_BOTH_KERNELS else node
 
 
-def dropped(bug: str, statement: str, hangs: bool = False) -> Mutation:
-    """A statement of one line that is not there."""
-    return Mutation(bug, rf"^( *){statement}$", r"\1pass", hangs)
+def in_mixed(bug: Bug) -> Bug:
+    """A bug of a prefill kernel, in a mixed kernel."""
+    found, instead = (ast.unparse(_MixedNames().visit(ast.parse(code))) for code in (bug.found, bug.instead))
+    return replace(bug, where=bug.where.replace("PrefillKernel", "MixedKernel"), found=found, instead=instead)
 
 
 def retiled(
@@ -159,7 +143,7 @@ def retiled(
     return found
 
 
-def check_bug(spec: Spec, plan: KernelPlan, bug: Bug | Mutation) -> None:
+def check_bug(spec: Spec, plan: KernelPlan, bug: Bug) -> None:
     """Fails where no batch shows the bug."""
     time_limit = HANG if bug.hangs else SECONDS
     results = check_source(spec, plan, bug.apply(render(spec, plan)), seed=SEED, time_limit=time_limit)
@@ -167,4 +151,4 @@ def check_bug(spec: Spec, plan: KernelPlan, bug: Bug | Mutation) -> None:
     assert caught is not None, "the bug goes unseen"
     print(caught)
     assert bug.hangs or not any("did not end" in note for note in caught.notes)
-    assert isinstance(bug, Mutation) or bug.says in "\n".join(caught.notes)
+    assert bug.says in "\n".join(caught.notes)

@@ -22,8 +22,49 @@ SPECS = {"interleaved": INTERLEAVED, "separate": SEPARATE}
 SERVED = ("log_sum_exp", "decode_len", "tree_mask")  # features that are fields of `serving`
 # Scores are of the size of 1, so that a cap of 2 is felt. A window longer than a tile, and no multiple of a page.
 ALL_FEATURES: dict[str, Any] = {"soft_cap": 2.0, "sliding_window": 150, "sinks": True, "log_sum_exp": True}
+LONG_CHUNKS: dict[str, Any] = {"attention_chunk": 320}  # more than a block
+LONG_WINDOW: dict[str, Any] = {**ALL_FEATURES, "sliding_window": 300}
 # Sequences of several tiles of 256, and a page table that is no multiple of one.
 SEVERAL_TILES = {"max_model_len": 1088, "context_lens": (300,), "num_pages": 120}
+
+# Sequences whose tiles take several iterations: the last queries see whole tiles beyond the first block.
+_ITERATED = replace(
+    TINY,
+    name="iterated",
+    model=Attention(16, 4, 128, "bfloat16", "bfloat16", 128**-0.5),
+    serving=replace(
+        TINY.serving,
+        page_size=128,
+        max_model_len=1664,
+        max_num_tokens=256,
+        token_buckets=(256,),
+        max_num_seqs=6,
+        prefill_chunk=64,
+        context_lens=(100, 1000),
+    ),
+)
+ITERATED = {layout: replace(_ITERATED, serving=replace(_ITERATED.serving, kv_layout=layout)) for layout in SPECS}
+# Chunks so long that a step can have rows for a transposed matmul.
+TRANSPOSED = {
+    layout: replace(spec, serving=replace(spec.serving, prefill_chunk=128)) for layout, spec in ITERATED.items()
+}
+# Heads that fill a wide MXU. The last queries see whole tiles in two blocks.
+PACED = replace(
+    TINY,
+    name="paced",
+    model=Attention(8, 1, 256, "bfloat16", "bfloat16", 256**-0.5),
+    serving=replace(
+        TINY.serving,
+        kv_layout="separate",
+        page_size=128,
+        max_model_len=3328,
+        max_num_tokens=256,
+        token_buckets=(256,),
+        max_num_seqs=2,
+        prefill_chunk=128,
+        context_lens=(2000,),
+    ),
+)
 
 
 def featured(spec: Spec, features: dict[str, Any], name: str = "featured") -> Spec:
@@ -55,18 +96,40 @@ def plan_of(spec: Spec, kind: str, target: str = "tpu7x") -> KernelPlan:
     return next(plan for plan in plan_spec(spec, target) if plan.kind == kind)
 
 
+def _with_small_decode(spec: Spec, plan: KernelPlan) -> KernelPlan:
+    """The plan with small tiles of its decode kernel, if it has one."""
+    if isinstance(plan.decode, DecodeBlocks):
+        return retiled(spec, plan, decode={"block": 128})
+    if isinstance(plan.decode, DecodeWaves):
+        return retiled(spec, plan, decode={"tile": 128, "tiles_per_wave": 2, "lookahead": 2, "write_buffers": 4})
+    return plan
+
+
 def small_plan(spec: Spec, kind: str) -> KernelPlan:
     """A plan for the largest bucket with tiles so small that a full table is several blocks of several tiles."""
     plan = next(plan for plan in reversed(plan_spec(spec, "tpu7x")) if plan.kind == kind)
-    if isinstance(plan.decode, DecodeBlocks):
-        plan = retiled(spec, plan, decode={"block": 128})
-    if isinstance(plan.decode, DecodeWaves):
-        plan = retiled(spec, plan, decode={"tile": 128, "tiles_per_wave": 2, "lookahead": 2, "write_buffers": 4})
+    plan = _with_small_decode(spec, plan)
     if isinstance(plan.block, BlockTiles):
         tiles = {"q_block": 16, "step_rows": 16 * spec.model.group, "block": 256, "tile": 128}
         if spec is INTERLEAVED:  # else whole registers
             tiles["merge_tokens"] = 4
         plan = retiled(spec, plan, block=tiles)
+    return plan
+
+
+def iterated_plan(spec: Spec, kind: str) -> KernelPlan:
+    """A chunk is two query blocks, these two steps a head, a tile two iterations and two diagonal blocks, a block two tiles."""
+    plan = _with_small_decode(spec, plan_of(spec, kind))
+    assert isinstance(plan.block, BlockTiles)
+    tiles = {"q_block": 32, "step_rows": 64, "heads": 2, "diagonal_heads": 2, "block": 1024, "tile": 512}
+    return retiled(spec, plan, block=tiles)
+
+
+def transposed_plan(spec: Spec, kind: str) -> KernelPlan:
+    """That of `iterated_plan`, with query blocks so long that scores are transposed."""
+    plan = retiled(spec, iterated_plan(spec, kind), block={"q_block": 64, "step_rows": 128})
+    assert plan.recipe.block is not None
+    assert plan.recipe.block.scores == "transposed"
     return plan
 
 

@@ -12,7 +12,11 @@ from rpac.check import check_source
 from rpac.kernels import render
 
 SUITES = all_suites()
-WITHOUT_BUGS = ("decode, blocks",)  # checked as they are in the ordinary run
+WITHOUT_BUGS = (
+    "decode, blocks",
+    "prefill, interleaved",
+    "mixed, interleaved",
+)  # checked as they are in the ordinary run
 
 
 def cases(suite: BugSuite) -> list[object]:

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_block_mutations as turns
 from small import ALL_FEATURES as ALL
-from small import INTERLEAVED, SPECS, featured, small_plan
+from small import INTERLEAVED, ITERATED, SPECS, featured, iterated_plan, small_plan
 
 from rpac.check import CheckBatch, batches_of, check_source
 from rpac.devices.chip import TPU_TARGETS
@@ -129,9 +128,9 @@ def test_kernels_have_them(features: dict[str, Any], layout: str, kind: str) -> 
 @pytest.mark.interpreter
 @SLOW
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_kernels_that_take_turns_and_are_not_causal(layout: str) -> None:
-    spec = featured(turns.SPECS[layout], {"causal": False, "sinks": True})
-    plan = turns.small_plan(spec, "prefill")
+def test_kernels_of_several_iterations_that_are_not_causal(layout: str) -> None:
+    spec = featured(ITERATED[layout], {"causal": False, "sinks": True})
+    plan = iterated_plan(spec, "prefill")
     assert plan.recipe.block.mask == "lengths"
     assert failures(spec, plan) == []
 
@@ -142,12 +141,12 @@ def test_kernels_that_take_turns_and_are_not_causal(layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sight", [{"sliding_window": 300}, {"sliding_window": 7}, {"attention_chunk": 640}], ids=str)
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
-def test_kernels_that_take_turns_have_them(
+def test_kernels_of_several_iterations_have_them(
     soft_cap: float | None, sight: dict[str, int], layout: str, kind: str
 ) -> None:
     """With a soft cap the MXU cannot mask, for what comes after it would undo the mask."""
-    spec = featured(turns.SPECS[layout], {"soft_cap": soft_cap, **sight, "sinks": True, "log_sum_exp": True})
-    plan = turns.small_plan(spec, kind)
+    spec = featured(ITERATED[layout], {"soft_cap": soft_cap, **sight, "sinks": True, "log_sum_exp": True})
+    plan = iterated_plan(spec, kind)
     assert (plan.recipe.block.mask == "matmul") == (soft_cap is None)
     assert failures(spec, plan) == []
 
@@ -174,7 +173,7 @@ def test_a_mixed_program_with_all_compiles(target: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("features", EVERY.values(), ids=EVERY)
 def test_every_program_compiles(features: dict[str, Any], layout: str, target: str) -> None:
-    for spec in (SPECS[layout], turns.SPECS[layout]):
+    for spec in (SPECS[layout], ITERATED[layout]):
         compiled(featured(spec, features), target, tuple(KINDS))
 
 

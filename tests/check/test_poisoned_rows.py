@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small import ALL_FEATURES as ALL
-from small import SPECS, featured, latent, pairing, pairs_plan, small_plan
+from small import ALL_FEATURES, INTERLEAVED, SPECS, featured, latent, pairing, pairs_plan, small_plan
 from test_features import CHUNKS_ALL, KINDS, LAYOUTS, READ, SLOW
 
 from rpac.check import check_neighbors
@@ -26,7 +25,7 @@ MANY = {"max_num_seqs": 6, "max_num_tokens": 64, "token_buckets": (16, 64)}
 QUANTIZED = {"kv_dtype": "int8", "kv_scale": "tensor", "quantize": "kernel"}
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "all": ALL,
+    "all": ALL_FEATURES,
     "chunks and all": CHUNKS_ALL,
     "not causal": {"causal": False, "log_sum_exp": True},
     "read alone": READ,
@@ -74,12 +73,14 @@ def test_other_rows_of_a_portable_program_do_not_change(spec: Spec, kind: str) -
     assert failures(spec, plan_of(spec, kind)) == []
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_other_rows_of_a_kernel_do_not_change(layout: str) -> None:
     spec = EVERY[f"{layout}, plain"]
     assert failures(spec, small_plan(spec, "decode"), alone=False) == []
 
 
+@pytest.mark.interpreter
 @SLOW
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("spec", EVERY.values(), ids=EVERY)
@@ -88,6 +89,7 @@ def test_other_rows_of_every_kernel_do_not_change(spec: Spec, kind: str) -> None
     assert failures(spec, plan) == []
 
 
+@pytest.mark.interpreter
 @SLOW
 def test_other_rows_of_a_kernel_of_token_pairs_do_not_change() -> None:
     spec = pairing(q_heads=12, kv_heads=3)
@@ -125,7 +127,7 @@ def test_a_product_with_zero_in_place_of_a_selection_is_caught(spec: Spec, kind:
 
 def test_only_what_a_dtype_can_hold_is_poison() -> None:
     def held(**features: Any) -> set[str]:
-        spec = featured(SPECS["interleaved"], features)
+        spec = featured(INTERLEAVED, features)
         batch = neighbors_of(spec, plan_of(spec, "decode"))
         assert batch is not None
         return {f"{one.value} {one.part}" for poisons in poisons_alone(spec, batch) for one in poisons}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from mutation import Bug, BugSuite
-from small import ALL_FEATURES, INTERLEAVED, SEPARATE, featured, small_plan
+from small import ALL_FEATURES, INTERLEAVED, LONG_CHUNKS, SEPARATE, featured, small_plan
 
 # What kernels by blocks and by waves do with the same code.
 BOTH = (
@@ -139,7 +139,6 @@ WAVES = (
 )
 
 plan = partial(small_plan, kind="decode")
-LONG_CHUNKS = {"attention_chunk": 320}  # more than a block
 SUITES = [
     BugSuite(
         "decode, blocks, features",
