@@ -27,8 +27,10 @@ HANG = 10.0  # of a run that will not end
 
 @dataclass(frozen=True)
 class Bug:
-    """`where` is a function, with dots: `DecodeKernel.fetch_block` or `DecodeKernel.run.next_step`; empty for all. In it `found`, an
-    expression or a statement, becomes `instead`, or is left out where `instead` is empty. It must be found once.
+    """`where` is a function, with dots: `DecodeKernel.fetch_block` or `DecodeKernel.run.next_step`; empty for all.
+
+    In it `found`, an expression or a statement, becomes `instead`, or is left out where `instead` is empty. It must be
+    found once.
 
     A kernel with a bug that `hangs` may wait forever. `says` is in the notes of the check that catches the bug.
     """
