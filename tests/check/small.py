@@ -59,7 +59,7 @@ def small_plan(spec: Spec, kind: str) -> KernelPlan:
     """A plan for the largest bucket with tiles so small that a full table is several blocks of several tiles."""
     plan = next(plan for plan in reversed(plan_spec(spec, "tpu7x")) if plan.kind == kind)
     if isinstance(plan.decode, DecodeBlocks):
-        plan = retiled(spec, plan, decode={"block": 128})
+        plan = retiled(spec, plan, decode={"block": 128, "buffers": 4})
     if isinstance(plan.decode, DecodeWaves):
         plan = retiled(spec, plan, decode={"tile": 128, "tiles_per_wave": 2, "lookahead": 2, "write_buffers": 4})
     if isinstance(plan.block, BlockTiles):
