@@ -71,7 +71,7 @@ class BugSuite:
     spec: Spec
     make_plan: Callable[[Spec], KernelPlan]
     bugs: tuple[Bug, ...]
-    ordinary: tuple[str, ...] = ()  # names of the bugs that are in the ordinary test run; it is no minutes long
+    ordinary: tuple[str, ...] = ()  # names of the bugs that are not marked slow
 
     def __post_init__(self) -> None:
         names = Counter(bug.name for bug in self.bugs)

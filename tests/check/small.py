@@ -99,7 +99,7 @@ def plan_of(spec: Spec, kind: str, target: str = "tpu7x") -> KernelPlan:
 def _with_small_decode(spec: Spec, plan: KernelPlan) -> KernelPlan:
     """The plan with small tiles of its decode kernel, if it has one."""
     if isinstance(plan.decode, DecodeBlocks):
-        return retiled(spec, plan, decode={"block": 128})
+        return retiled(spec, plan, decode={"block": 128, "buffers": 4})
     if isinstance(plan.decode, DecodeWaves):
         return retiled(spec, plan, decode={"tile": 128, "tiles_per_wave": 2, "lookahead": 2, "write_buffers": 4})
     return plan

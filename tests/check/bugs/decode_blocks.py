@@ -116,17 +116,13 @@ SUITES = [
         plan,
         READING + SOFTMAX + WAITS + UPDATES,
         ordinary=(
-            "K read for V",
             "the next block split over this one",
-            "queries of the wrong heads",
             "the output not rescaled",
             "a token too many seen",
             "what lies behind the last token not cleared",
             "no wait for a full block",
             "no wait for a cache write before its buffer is used again",
-            "no wait for the last outputs",
             "the new token written to the next page",
-            "the new token not attended to",
         ),
     ),
 ]

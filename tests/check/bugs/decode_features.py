@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from mutation import Bug, BugSuite
@@ -145,14 +146,14 @@ SUITES = [
         featured(INTERLEAVED, ALL_FEATURES),
         plan,
         BOTH + BLOCKS,
-        ordinary=("a window one too long", "sinks left out of the sum", "no wait for the last log-sum-exps"),
+        ordinary=("a window one too long", "no wait for the last log-sum-exps"),
     ),
     BugSuite(
         "decode, waves, features",
         featured(SEPARATE, ALL_FEATURES),
         plan,
         BOTH + WAVES,
-        ordinary=("a sequence begins at token 0 only",),
+        ordinary=("a sequence begins at token 0 only", "sinks left out of the sum"),
     ),
     BugSuite(
         "decode, blocks, chunks",
@@ -161,5 +162,11 @@ SUITES = [
         CHUNKS + CHUNKS_OF_BLOCKS,
         ordinary=("tokens counted from the sequence's start",),
     ),
-    BugSuite("decode, waves, chunks", featured(SEPARATE, LONG_CHUNKS), plan, CHUNKS),
+    # By waves, a sequence that ends with its chunk gets no tile, and the write of its new token is waited for forever.
+    BugSuite(
+        "decode, waves, chunks",
+        featured(SEPARATE, LONG_CHUNKS),
+        plan,
+        tuple(replace(bug, hangs=True) for bug in CHUNKS),
+    ),
 ]
