@@ -6,10 +6,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from rpac.kernels.literals import prose
+
 
 @dataclass(frozen=True)
 class Constant:
-    """`NAME = value  # note`. `value` is the text after the equals sign; `note` may be empty.
+    """`NAME = value  # note`. `value` is the text after the equals sign: numbers, or an expression that this package wrote, but
+    never text of a spec. `note` may be empty.
 
     A `tile` constant is of one kernel: in a program of two kernels each has its own, with a prefix.
     """
@@ -20,7 +23,7 @@ class Constant:
     tile: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name} = {self.value}" + (f"  # {self.note}" if self.note else "")
+        return f"{self.name} = {self.value}" + (f"  # {prose(self.note)}" if self.note else "")
 
 
 def number(name: str, value: object, note: str = "") -> Constant:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 from rpac.contract.arrays import LANES, latent_lanes
 from rpac.contract.attention import Attention
 from rpac.contract.features import FEATURES
 from rpac.devices.chip import is_tpu
+from rpac.kernels.literals import prose
 from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, LatentBlockTiles
 from rpac.plan.buffers import UPDATE_LOOKAHEAD
 from rpac.plan.kernel_plan import RULE
@@ -21,12 +21,15 @@ WIDTH: Final = 118  # of a line, without its bullet
 
 
 def header(spec: Spec, plan: KernelPlan) -> dict[str, Any]:
-    """What the header of every source says."""
+    """What the header of every source says.
+
+    It does not name the spec's file, so that a file of another name makes the same sources.
+    """
     of_layer = f", {spec.layer} layers" if spec.layer else ""
     return {
-        "title": f"Ragged paged attention of {spec.name}{of_layer}: {plan.kind} batches on {plan.target}.",
+        "title": prose(f"Ragged paged attention of {spec.name}{of_layer}: {plan.kind} batches on {plan.target}."),
         "spec_hash": spec.hash,
-        "command": f"rpac build {Path(spec.file).name} --target {plan.target}",
+        "command": prose(f"rpac build SPEC --target {plan.target}"),
         "specialized": _specialized(spec, plan),
     }
 
@@ -53,9 +56,9 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
         lines.append(f"only {plan.kind} batches: the other kernels are not in this program")
     lines += _tile_lines(plan)
     lines += [str(one) for one in decisions(plan.recipe, plan.kind) if one.kernel]
-    lines = [_wrapped(line) for line in lines]
+    lines = [_wrapped(prose(line)) for line in lines]
     if plan.origin != RULE:
-        lines.append(plan.origin)
+        lines.append(prose(plan.origin))
     if is_tpu(plan.target):
         lines.append(
             f"VMEM: {plan.vmem_need:,} bytes counted, {plan.vmem_limit:,} allowed, {plan.vmem_bytes:,} available"

@@ -9,6 +9,7 @@ from typing import Any, Final
 from rpac.contract.arrays import latent_lanes, metadata_specs, packing
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, number, tile
+from rpac.kernels.literals import dtype_name
 from rpac.kernels.shared import Call, Operand, model_constants, scratch_of, shared_context
 from rpac.kernels.waves import NAMES, Queries, wave_constants
 from rpac.plan import KernelPlan, LatentBlockTiles, LatentWaves
@@ -45,12 +46,13 @@ def latent_call(spec: Spec, kind: str) -> Call:
     """The call of a kernel. The cache is updated in place; a mixed kernel's output is in the memory of the decode kernel's."""
     model, mixed = spec.model, kind == "mixed"
     batch = [dims for dims in metadata_specs(spec.serving) if mixed or dims.name != "cu_q_lens"]
-    scalars = tuple(Operand(dims.name, dims.name, f"{dims.dtype}[{_SCALARS[dims.name]}]") for dims in batch)
-    out, cache = f"{model.q_dtype}[tokens, Q_HEADS, RANK]", f"{model.kv_dtype}[pages, PAGE_SIZE, ROW_LANES]"
+    scalars = tuple(Operand(dims.name, dims.name, f"{dtype_name(dims.dtype)}[{_SCALARS[dims.name]}]") for dims in batch)
+    q_dtype, kv_dtype = dtype_name(model.q_dtype), dtype_name(model.kv_dtype)
+    out, cache = f"{q_dtype}[tokens, Q_HEADS, RANK]", f"{kv_dtype}[pages, PAGE_SIZE, ROW_LANES]"
     arrays = [
         Operand("q_hbm", "queries", out),
-        Operand("q_rope_hbm", "queries_rope", f"{model.q_dtype}[tokens, Q_HEADS, ROW_LANES - RANK]"),
-        Operand("new_hbm", "new_rows", f"{model.kv_dtype}[tokens, 1, ROW_LANES]"),
+        Operand("q_rope_hbm", "queries_rope", f"{q_dtype}[tokens, Q_HEADS, ROW_LANES - RANK]"),
+        Operand("new_hbm", "new_rows", f"{kv_dtype}[tokens, 1, ROW_LANES]"),
         Operand("cache_in", "cache", f"{cache}: the memory of cache_hbm"),
     ]
     aliases = {len(scalars) + 3: 1}

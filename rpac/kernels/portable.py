@@ -20,6 +20,7 @@ from rpac.contract.attention import Attention
 from rpac.kernels.assemble import Kernel, assembled
 from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.header import header
+from rpac.kernels.literals import dtype
 from rpac.kernels.shared import FLOAT8, model_constants
 from rpac.kernels.slots import environment
 from rpac.plan import KernelPlan, XlaTiles
@@ -194,11 +195,11 @@ def _dtype_constants(model: Attention) -> list[Constant]:
     word = f"jnp.uint{BITS[model.kv_dtype]}"
     if not model.quantized:
         return [
-            number("DTYPE", f"jnp.{model.kv_dtype}"),
+            number("DTYPE", dtype(model.kv_dtype)),
             number("WORD", word, "an integer as wide as DTYPE"),
         ]
     return [
-        number("DTYPE", f"jnp.{model.q_dtype}", "of the queries and of all that is computed"),
+        number("DTYPE", dtype(model.q_dtype), "of the queries and of all that is computed"),
         number("WORD", word, "an integer as wide as KV_DTYPE"),
         number("BITS_PER_BYTE", 8),
     ]

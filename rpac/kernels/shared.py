@@ -23,6 +23,7 @@ from rpac.contract.arrays import (
 from rpac.contract.attention import Attention
 from rpac.contract.features import ARGUMENTS
 from rpac.kernels.constants import Constant, number
+from rpac.kernels.literals import dtype, dtype_name
 from rpac.plan import Buffer, KernelPlan, RowDims
 from rpac.plan.buffers import sublane_tile_tokens
 from rpac.plan.recipe import Recipe, Write
@@ -137,9 +138,9 @@ class Shared:
             layout=spec.serving.kv_layout,
             row="joined" if joins_rows(model) else "padded" if padded else "whole",
             cache_view="packed_lane_tiles" if rows.lane_tiles > 1 and pack > 1 else "rows",
-            q_dtype=f"jnp.{model.q_dtype}",
-            kv_dtype=f"jnp.{model.kv_dtype}",
-            mxu_dtype=f"jnp.{_computed(model)}",
+            q_dtype=dtype(model.q_dtype),
+            kv_dtype=dtype(model.kv_dtype),
+            mxu_dtype=dtype(_computed(model)),
             packing=pack,
             sublane_tile=sublane_tile_tokens(model) if spec.serving.kv_layout == "separate" else rows.sublane_tile,
             padding_rows=_padding_rows(model, rows),
@@ -290,12 +291,12 @@ def _array(spec: Spec, dims: ArrayDims) -> Operand:
     if dims.name == "kv_cache":
         comment = f"{_comment(dims.dtype, spec.serving.kv_layout)}: the memory of cache_hbm"
         return Operand("cache_in", "cache", comment)
-    dtype = "bfloat16" if spec.model.quantized and dims.name in ("keys", "values") else dims.dtype
-    return Operand(_IN_HBM[dims.name], dims.name, _comment(dtype, dims.name))
+    of = "bfloat16" if spec.model.quantized and dims.name in ("keys", "values") else dims.dtype
+    return Operand(_IN_HBM[dims.name], dims.name, _comment(of, dims.name))
 
 
-def _comment(dtype: str, name: str) -> str:
-    return f"{dtype}[{_SHAPES[name]}]"
+def _comment(of: str, name: str) -> str:
+    return f"{dtype_name(of)}[{_SHAPES[name]}]"
 
 
 @dataclass(frozen=True)
@@ -327,13 +328,13 @@ def scratch_of(
         assert found == buffer.shape, f"{buffer.name}: {shape} is {found}, not {buffer.shape}"
         match buffer.dtype:
             case "dma":
-                declaration, dtype = f"pltpu.SemaphoreType.DMA(({shape},))", "DMA"
+                declaration, elements = f"pltpu.SemaphoreType.DMA(({shape},))", "DMA"
             case "smem":
-                declaration, dtype = f"pltpu.SMEM(({shape},), jnp.int32)", "int32"
-            case dtype:
-                declaration = f"pltpu.VMEM(({shape}), jnp.{dtype})"
+                declaration, elements = f"pltpu.SMEM(({shape},), jnp.int32)", "int32"
+            case elements:
+                declaration = f"pltpu.VMEM(({shape}), {dtype(elements)})"
         name = names.get(buffer.name, buffer.name)
-        made.append(Scratch(name, declaration, f"{dtype}[{shape}]: {buffer.note}"))
+        made.append(Scratch(name, declaration, f"{elements}[{shape}]: {buffer.note}"))
     return made
 
 
@@ -406,12 +407,12 @@ def _computed(model: Attention) -> str:
 def _quantized_constants(model: Attention) -> list[Constant]:
     if not model.quantized:
         return []
-    dtype = number("KV_DTYPE", f"jnp.{model.kv_dtype}", "of the cache")
+    of_cache = number("KV_DTYPE", dtype(model.kv_dtype), "of the cache")
     if model.kv_dtype not in FLOAT8:
-        return [dtype, number("KV_SMALLEST", -128), number("KV_LARGEST", 127)]
+        return [of_cache, number("KV_SMALLEST", -128), number("KV_LARGEST", 127)]
     smallest_normal, step, largest = FLOAT8[model.kv_dtype]
     return [
-        dtype,
+        of_cache,
         number("KV_SMALLEST_NORMAL", repr(smallest_normal)),
         number("KV_STEP", repr(step), "between two numbers from 1 on"),
         number("KV_LARGEST", repr(largest)),

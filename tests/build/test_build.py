@@ -164,6 +164,29 @@ def test_a_rebuild_compiles_nothing_and_is_identical(built: Built, cache: Path, 
     assert tree(tmp_path / "tiny.rpac") == first
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        b'a"""\nimport os\nos.abort()\n""".yaml',
+        b"a\\.yaml",
+        b"{{ x }} {% raw %}'.yaml",
+        "\u65e5\u672c\u8a9e.yaml".encode(),
+        b"\xff\xfe.yaml",
+    ],
+    ids=ascii,
+)
+def test_the_name_of_a_specs_file_is_in_no_bundle(
+    built: Built, cache: Path, tmp_path: Path, tree: Tree, name: bytes
+) -> None:
+    copied = tmp_path / os.fsdecode(name)
+    shutil.copy(TINY, copied)
+    wanted = tree(built("cpu"))
+    done = rpac("build", copied, "--target", "cpu", "-o", tmp_path / "out", cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert progress(done.stderr) == ["cached"] * PROGRAMS
+    assert tree(tmp_path / "out" / "tiny.rpac") == wanted
+
+
 def test_neither_the_place_nor_the_users_settings_change_a_bundle(built: Built, tmp_path: Path, tree: Tree) -> None:
     """Built again from nothing: in another folder, from a copy of the spec, in an environment that would show."""
     copied = tmp_path / "elsewhere" / "tiny.yaml"

@@ -1,7 +1,7 @@
 """Ragged paged attention of deepseek-v3: mixed batches on cpu.
 
 Do not edit: made from spec beb302e5bf7ae58bc4f843b176ce5570766fe5e900ecc5ba857bb2b7b12d0229 by
-    rpac build deepseek-v3.yaml --target cpu
+    rpac build SPEC --target cpu
 Change the spec or the templates and run it again.
 
 What was specialized:

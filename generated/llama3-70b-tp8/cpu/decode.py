@@ -1,7 +1,7 @@
 """Ragged paged attention of llama3-70b-tp8: decode batches on cpu.
 
 Do not edit: made from spec a5cc5d5f3cb9ea471348a043ab804f02b5cec644f37d8faee2a518792eefe895 by
-    rpac build llama3-70b-tp8.yaml --target cpu
+    rpac build SPEC --target cpu
 Change the spec or the templates and run it again.
 
 What was specialized:

@@ -1,7 +1,7 @@
 """Ragged paged attention of llama3-8b-separate: mixed batches on cpu.
 
 Do not edit: made from spec d69f518148a4ef2ff712641d26f9755ca8f201ed793daed084ece9bba323a095 by
-    rpac build llama3-8b-separate.yaml --target cpu
+    rpac build SPEC --target cpu
 Change the spec or the templates and run it again.
 
 What was specialized:

@@ -1,7 +1,7 @@
 """Ragged paged attention of llama3-8b-separate: prefill batches on v5e.
 
 Do not edit: made from spec d69f518148a4ef2ff712641d26f9755ca8f201ed793daed084ece9bba323a095 by
-    rpac build llama3-8b-separate.yaml --target v5e
+    rpac build SPEC --target v5e
 Change the spec or the templates and run it again.
 
 What was specialized:

@@ -1,7 +1,7 @@
 """Ragged paged attention of llama3-8b: mixed batches on tpu7x.
 
 Do not edit: made from spec 3a01025e5e4260913d77dc6c14ff4420ca6fada23cde22537a9775b26a4e51e4 by
-    rpac build llama3-8b.yaml --target tpu7x
+    rpac build SPEC --target tpu7x
 Change the spec or the templates and run it again.
 
 What was specialized:

@@ -1,7 +1,7 @@
 """Ragged paged attention of llama3-8b: prefill batches on v6e.
 
 Do not edit: made from spec 3a01025e5e4260913d77dc6c14ff4420ca6fada23cde22537a9775b26a4e51e4 by
-    rpac build llama3-8b.yaml --target v6e
+    rpac build SPEC --target v6e
 Change the spec or the templates and run it again.
 
 What was specialized:

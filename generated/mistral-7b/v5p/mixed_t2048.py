@@ -1,7 +1,7 @@
 """Ragged paged attention of mistral-7b: mixed batches on v5p.
 
 Do not edit: made from spec 7f5bc4968c91a8440db970b6df67d4ec707ff9d7b77799f16f3340227e130ff4 by
-    rpac build mistral-7b.yaml --target v5p
+    rpac build SPEC --target v5p
 Change the spec or the templates and run it again.
 
 What was specialized:

@@ -1,7 +1,7 @@
 """Ragged paged attention of mistral-small: mixed batches on v6e.
 
 Do not edit: made from spec 8aefc169ab6389201a1c1ec6e5ccb942bb906e423df23284bc5613ca72118dc5 by
-    rpac build mistral-small.yaml --target v6e
+    rpac build SPEC --target v6e
 Change the spec or the templates and run it again.
 
 What was specialized:

@@ -1,7 +1,7 @@
 """Ragged paged attention of phi-4: prefill batches on cpu.
 
 Do not edit: made from spec 6c9ead0fbe73954ed70c91929aa3fa38925aacdd71acb3b0610cb6e0a23e369c by
-    rpac build phi-4.yaml --target cpu
+    rpac build SPEC --target cpu
 Change the spec or the templates and run it again.
 
 What was specialized:

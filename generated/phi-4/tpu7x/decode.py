@@ -1,7 +1,7 @@
 """Ragged paged attention of phi-4: decode batches on tpu7x.
 
 Do not edit: made from spec 6c9ead0fbe73954ed70c91929aa3fa38925aacdd71acb3b0610cb6e0a23e369c by
-    rpac build phi-4.yaml --target tpu7x
+    rpac build SPEC --target tpu7x
 Change the spec or the templates and run it again.
 
 What was specialized:

@@ -1,7 +1,7 @@
 """Ragged paged attention of phi-4: prefill batches on v5p.
 
 Do not edit: made from spec 6c9ead0fbe73954ed70c91929aa3fa38925aacdd71acb3b0610cb6e0a23e369c by
-    rpac build phi-4.yaml --target v5p
+    rpac build SPEC --target v5p
 Change the spec or the templates and run it again.
 
 What was specialized:

@@ -1,7 +1,7 @@
 """Ragged paged attention of qwen3-235b: decode batches on v5e.
 
 Do not edit: made from spec 2862edda05c1f77aa460041044178cc7c8e2b6fbc05de76c562f361c75318095 by
-    rpac build qwen3-235b.yaml --target v5e
+    rpac build SPEC --target v5e
 Change the spec or the templates and run it again.
 
 What was specialized:

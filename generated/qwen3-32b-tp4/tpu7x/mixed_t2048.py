@@ -1,7 +1,7 @@
 """Ragged paged attention of qwen3-32b-tp4: mixed batches on tpu7x.
 
 Do not edit: made from spec 52b51eec8e17a736b5d8082899399f480b6f7225d9b72a8208b51bf174547415 by
-    rpac build qwen3-32b-tp4.yaml --target tpu7x
+    rpac build SPEC --target tpu7x
 Change the spec or the templates and run it again.
 
 What was specialized:

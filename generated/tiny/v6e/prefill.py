@@ -1,7 +1,7 @@
 """Ragged paged attention of tiny: prefill batches on v6e.
 
 Do not edit: made from spec 3de066af1377b317d86956a1fbe291a7894ac227d8fccddc375bafff6a375652 by
-    rpac build tiny.yaml --target v6e
+    rpac build SPEC --target v6e
 Change the spec or the templates and run it again.
 
 What was specialized:

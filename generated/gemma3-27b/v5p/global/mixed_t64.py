@@ -1,7 +1,7 @@
 """Ragged paged attention of gemma3-27b, global layers: mixed batches on v5p.
 
 Do not edit: made from spec b1cc74a09f6d0dc624e567640a0d3d747f73f0c0cd802cd95889ebb4d796f8e9 by
-    rpac build gemma3-27b.yaml --target v5p
+    rpac build SPEC --target v5p
 Change the spec or the templates and run it again.
 
 What was specialized:

@@ -1,7 +1,7 @@
 """Ragged paged attention of gpt-oss-120b, full layers: mixed batches on tpu7x.
 
 Do not edit: made from spec 623a068067c941bea572da917de4730a962bd2653c2fc3dc293059a64040709c by
-    rpac build gpt-oss-120b.yaml --target tpu7x
+    rpac build SPEC --target tpu7x
 Change the spec or the templates and run it again.
 
 What was specialized:

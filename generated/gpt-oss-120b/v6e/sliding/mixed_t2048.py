@@ -1,7 +1,7 @@
 """Ragged paged attention of gpt-oss-120b, sliding layers: mixed batches on v6e.
 
 Do not edit: made from spec 623a068067c941bea572da917de4730a962bd2653c2fc3dc293059a64040709c by
-    rpac build gpt-oss-120b.yaml --target v6e
+    rpac build SPEC --target v6e
 Change the spec or the templates and run it again.
 
 What was specialized:

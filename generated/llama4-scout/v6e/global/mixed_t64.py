@@ -1,7 +1,7 @@
 """Ragged paged attention of llama4-scout, global layers: mixed batches on v6e.
 
 Do not edit: made from spec 6285f3168a6b3952fdf6bf2eed5896cd4ba02c84cad325d3c898f8bef0b023f8 by
-    rpac build llama4-scout.yaml --target v6e
+    rpac build SPEC --target v6e
 Change the spec or the templates and run it again.
 
 What was specialized:
