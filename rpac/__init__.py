@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rpac.batch import Batch, Limits
     from rpac.contract.program import Variant
     from rpac.engine import Count, Engine, load, load_layers
+    from rpac.serving.alibi import alibi_slopes
     from rpac.serving.merge import merge, merge_across
 
 _LAZY = {
@@ -49,6 +50,7 @@ _LAZY = {
     "Variant": "rpac.bundle",
     "load": "rpac.engine",
     "load_layers": "rpac.engine",
+    "alibi_slopes": "rpac.serving.alibi",
     "merge": "rpac.serving.merge",
     "merge_across": "rpac.serving.merge",
 }
@@ -73,6 +75,7 @@ __all__ = [
     "SpecError",
     "TargetError",
     "Variant",
+    "alibi_slopes",
     "load",
     "load_layers",
     "merge",

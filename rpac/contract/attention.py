@@ -38,6 +38,8 @@ class Attention:
     each query head has a logit of its own, an argument of every program, that takes part in the softmax and has no value; it
     is neither scaled nor capped. `update_cache`: new keys and values are arguments, written to the cache; else the cache holds
     them already, as in a layer that shares another's. `causal`: a query sees tokens up to its own; else all of its sequence.
+    `alibi`: a score gets the slope of its query head, an argument of every program, times the position of the token minus that
+    of the query, after the cap.
 
     An 8-bit `kv_dtype` may have scales, an argument too, for K and V each: one a KV head (`kv_scale` "head") or one
     ("tensor"); a value is what is stored times its scale. `quantize` says who makes 8 bits of new keys and values: the
@@ -62,6 +64,7 @@ class Attention:
     rope_dim: int | None = None
     attention_chunk: int | None = None
     update_cache: bool = True
+    alibi: bool = False
 
     def first_seen(self, position: int) -> int:
         """The first token that the query at `position` of its sequence sees."""

@@ -39,6 +39,7 @@ def attention_with_lse(
     sliding_window: int | None = None,
     attention_chunk: int | None = None,
     sinks: Array | None = None,
+    alibi_slopes: Array | None = None,
     kv_scales: Array | None = None,
     causal: bool = True,
     kv_heads: int | None = None,
@@ -51,7 +52,8 @@ def attention_with_lse(
     `sliding_window`: the query at position p sees those from p - sliding_window + 1 to p, where the cache may hold anything
     before what the first new token sees. `attention_chunk`: that query sees those from the last multiple of it that is not
     above p on, likewise. `sinks` `[q_heads]` are logits, one a query head, that take part in its softmax
-    and have no value. `kv_scales` `[2]` or `[2, kv_heads]` are what stored K and V are multiplied by; new keys and values
+    and have no value. `alibi_slopes` `[q_heads]`: a score gets its head's slope times the position of the key minus that of
+    the query. `kv_scales` `[2]` or `[2, kv_heads]` are what stored K and V are multiplied by; new keys and values
     of another dtype than the cache's are quantized as they are stored, as `quantized` does. Where not `causal` a query sees
     all of its sequence, what follows it too. `tree` `[rows, new tokens]`: of a decode row s, new token i sees new token j
     where bit j of tree[s, i] is set, and all of the context. `keys` and `values` are None where the cache holds those of the
@@ -111,6 +113,8 @@ def attention_with_lse(
             scores = sm_scale * (queries[start:end, head].astype(np.float64) @ k[:, kv_head].T)
             if soft_cap is not None:
                 scores = soft_cap * np.tanh(scores / soft_cap)
+            if alibi_slopes is not None:
+                scores = scores + np.float64(alibi_slopes[head]) * (kv_positions - q_positions[:, None])
             scores = np.where(visible, scores, -np.inf)
             if sinks is not None:
                 scores = np.insert(scores, len(k), np.float64(sinks[head]), axis=-1)

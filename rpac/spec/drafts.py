@@ -50,6 +50,9 @@ def check_kinds(section: Section, serving: Serving, models: Iterable[Attention])
     if serving.decode_len > 1 and not all(model.causal for model in models):
         allowed = "must be 1 with causal false: a draft is verified from the tokens before it alone"
         section.clash("decode_len", allowed, "remove one of the two")
+    if serving.decode_len > 1 and any(model.alibi for model in models):
+        allowed = "must be 1 with alibi: a bias is counted from the last token of a decode row"
+        section.clash("decode_len", allowed, "remove one of the two")
     if serving.tree_mask and any(model.sliding_window is not None for model in models):
         allowed = (
             "must be left out with sliding_window: a window counts from a draft's depth, which the mask does not hold"

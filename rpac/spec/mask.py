@@ -12,11 +12,14 @@ MIN_ATTENTION_CHUNK: Final = 16  # the shortest block of queries: one lies in tw
 
 
 def check_mask(section: Section, features: Mapping[str, Any]) -> None:
-    """Refuses windows and chunks that exclude each other, or that look back where queries see all of their sequence."""
+    """Refuses windows, chunks and position biases that exclude each other, or look back where a query sees its whole sequence."""
     causal, window, chunk = (features[key] for key in ("causal", "sliding_window", "attention_chunk"))
     if not causal and window is not None:
         allowed = "must be true with sliding_window: a window looks back from a query, not ahead"
         section.clash("causal", allowed, "remove one of the two")
+    if features["alibi"] and not causal:
+        allowed = "must be false with causal false: a bias counts the tokens back from a query"
+        section.clash("alibi", allowed, "remove one of the two")
     if chunk is not None and (not causal or window is not None):
         allowed = "must be left out with sliding_window, and with causal false: a query can have only one mask"
         section.clash("attention_chunk", allowed, "remove one of the two")

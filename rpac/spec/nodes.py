@@ -47,7 +47,6 @@ FOREIGN: Mapping[str, str] = MappingProxyType(
 # What some models' attention has and no kernel of rpac does, by what it is called there.
 ABSENT: Mapping[str, str] = MappingProxyType(
     {
-        "alibi": "biases of the scores by position (ALiBi)",
         "blocksparse_block_size": "block-sparse masks",
         "index_topk": "sparse attention to tokens that an indexer chooses",
         "relative_attention_num_buckets": "learned biases of the scores by position",

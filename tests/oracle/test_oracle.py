@@ -98,6 +98,7 @@ class Call:
         sliding_window: int | None = None,
         attention_chunk: int | None = None,
         sinks: Array | None = None,
+        alibi_slopes: Array | None = None,
         causal: bool = True,
     ) -> Array:
         """The output by the definition, in plain Python floats."""
@@ -113,6 +114,9 @@ class Call:
                     scores = [SM_SCALE * sum(a * b for a, b in zip(query, key, strict=True)) for key in keys]
                     if soft_cap is not None:
                         scores = [soft_cap * math.tanh(score / soft_cap) for score in scores]
+                    if alibi_slopes is not None:
+                        at = row.context_len + step
+                        scores = [s + alibi_slopes[head] * (key - at) for key, s in zip(visible, scores, strict=True)]
                     weights = [math.exp(score) for score in scores]
                     total = sum(weights) + (0 if sinks is None else math.exp(sinks[head]))
                     for position, weight in zip(visible, weights, strict=True):
@@ -176,6 +180,12 @@ FEATURES: dict[str, dict[str, Any]] = {
     "chunks": {"attention_chunk": 7},
     "chunks of a page": {"attention_chunk": 4},
     "sinks": {"sinks": np.array([0.5, -3, 4, -np.inf, 1, 2], F32)},
+    "ALiBi": {"alibi_slopes": np.array([0.5, 0.25, 0.125, 0, 1, 0.0625], F32)},
+    "ALiBi, window and soft cap": {
+        "alibi_slopes": np.array([0.5, 0.25, 0.125, 0, 1, 2], F32),
+        "sliding_window": 6,
+        "soft_cap": 0.7,
+    },
     "not causal": {"causal": False},
     "not causal, soft cap and sinks": {"causal": False, "soft_cap": 0.7, "sinks": np.array([0.5, -3, 4, 0, 1, 2], F32)},
     "all": {"soft_cap": 0.7, "sliding_window": 6, "sinks": np.array([0.5, -3, 4, 0, 1, 2], F32)},
@@ -186,8 +196,9 @@ FEATURES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ["decode", "mixed", "page boundary", "odd kv heads", "bfloat16"])
 def test_output_with_features_is_the_definition(name: str, features: dict[str, Any]) -> None:
     call = CALLS[name]
-    if "sinks" in features:
-        features = features | {"sinks": features["sinks"][: call.q_heads]}
+    features = {
+        name: value[: call.q_heads] if isinstance(value, np.ndarray) else value for name, value in features.items()
+    }
     out, _ = call.run(**features)
     np.testing.assert_allclose(out, call.expected(**features), rtol=1e-6, atol=1e-12)
 
@@ -222,8 +233,9 @@ def test_a_tree_says_what_the_new_tokens_of_decode_rows_see_of_each_other() -> N
 def test_lse_is_the_logarithm_of_what_divides_the_weights(features: dict[str, Any]) -> None:
     """A value that is 1 for one key alone gets its weight; that is exp of the score less lse."""
     call = CALLS["mixed"]
-    if "sinks" in features:
-        features = features | {"sinks": features["sinks"][: call.q_heads]}
+    features = {
+        name: value[: call.q_heads] if isinstance(value, np.ndarray) else value for name, value in features.items()
+    }
     metadata = call.batch.kv_lens, call.batch.page_indices, call.batch.cu_q_lens, call.batch.distribution
     arrays = call.queries, call.keys, call.values, call.cache
     out, _, lse = attention_with_lse(*arrays, *metadata, sm_scale=SM_SCALE, **features)

@@ -121,6 +121,7 @@ ONE_EDIT = {
     "chunk shorter than a page": ("q_heads: 4", "attention_chunk: 8\n  q_heads: 4", "3:20: model.attention_chunk: found 8; must be a multiple of serving.page_size (16), 16 at least: a chunk begins with a page; write 16"),
     "chunk and window": ("q_heads: 4", "attention_chunk: 32\n  sliding_window: 64\n  q_heads: 4", "3:20: model.attention_chunk: found 32; must be left out with sliding_window, and with causal false: a query can have only one mask; remove one of the two"),
     "chunk that looks ahead": ("q_heads: 4", "attention_chunk: 32\n  causal: false\n  q_heads: 4", "3:20: model.attention_chunk: found 32; must be left out with sliding_window, and with causal false: a query can have only one mask; remove one of the two"),
+    "biases that look ahead": ("q_heads: 4", "alibi: true\n  causal: false\n  q_heads: 4", "3:10: model.alibi: found true (a bool); must be false with causal false: a bias counts the tokens back from a query; remove one of the two"),
     "nothing to quantize": ("  kv_dtype: bfloat16", "  kv_dtype: int8\n  quantize: kernel\n  update_cache: false", "8:13: model.quantize: found kernel; must be left out with update_cache false: there is nothing to quantize; remove one of the two"),
     "sinks": ("q_heads: 4", "sinks: yes\n  q_heads: 4", "3:10: model.sinks: found yes (a bool); must be true or false; write one of them, unquoted"),
     "sinks a number": ("q_heads: 4", "sinks: 1\n  q_heads: 4", "3:10: model.sinks: found 1; must be true or false; write one of them, unquoted"),

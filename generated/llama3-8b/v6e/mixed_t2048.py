@@ -26,8 +26,8 @@ What was specialized:
 - mixed, scores: a column for each query; queries fill the width of the MXU, which a head does not
 - mixed, softmax: waits for the scores of later steps, 4 steps' scores kept; otherwise the compiler would make
   probabilities early and spill them
-- mixed, lookahead: scores are made steps before their probabilities: 3 in full tiles, 3 on the diagonal; the MXU works
-  while the vector unit does softmax
+- mixed, lookahead: steps from a score to its probability: 3 in full tiles, 3 on the diagonal; the MXU works while the
+  vector unit does softmax
 - mixed, sorting queries: by transposing parts of registers, 4 KV heads at a time; the queries of a token for these
   heads fill one register
 - mixed, between blocks: each block makes its own first scores; other tiles, or the splitting of words, may come between

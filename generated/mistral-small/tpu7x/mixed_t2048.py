@@ -9,7 +9,7 @@ What was specialized:
 - these are one device's part of 4: KV heads in 4 parts
 - pages of 64 tokens, 256 a sequence, up to 64 sequences
 - token buckets that use it: 2048
-- causal, cache updated; no soft cap, sliding window, sinks or KV scales in the spec: none is in the code
+- causal, cache updated; no soft cap, sliding window, sinks, ALiBi or KV scales in the spec: none is in the code
 - decode: blocks of 1024 tokens, as long as the expected lengths and the registers for scores allow; 10 buffers, so that
   9 blocks in flight hide the latency of DMAs
 - mixed: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512

@@ -8,7 +8,7 @@ What was specialized:
 - 4 query heads over 2 KV heads, head_dim 128, queries bfloat16, KV bfloat16: constants
 - pages of 16 tokens, 32 a sequence, up to 4 sequences
 - token buckets that use it: 32
-- causal, cache updated; no soft cap, sliding window, sinks or KV scales in the spec: none is in the code
+- causal, cache updated; no soft cap, sliding window, sinks, ALiBi or KV scales in the spec: none is in the code
 - decode: blocks of 128 tokens, as long as the expected lengths and the registers for scores allow; 16 buffers, so that
   15 blocks in flight hide the latency of DMAs
 - mixed: blocks of 16 queries against 128 fetched tokens (3 buffers); computes 32 query rows of a head against 128

@@ -28,8 +28,8 @@ What was specialized:
 - mixed, mask: by comparing positions; this works with any mask and needs no MXU lanes
 - mixed, scores: a row for each query; this needs neither MXU lanes to spare nor whole registers of rows
 - mixed, softmax: not paced; this needs no buffers but those of the lookahead, and steps of any length
-- mixed, lookahead: scores are made steps before their probabilities: 1 in full tiles, 1 on the diagonal; the MXU works
-  while the vector unit does softmax
+- mixed, lookahead: steps from a score to its probability: 1 in full tiles, 1 on the diagonal; the MXU works while the
+  vector unit does softmax
 - mixed, sorting queries: by strided loads and stores; the queries of a token for a KV head are no whole part of a
   register
 - mixed, between blocks: each block makes its own first scores; other tiles, or the splitting of words, may come between

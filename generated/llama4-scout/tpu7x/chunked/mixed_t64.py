@@ -10,7 +10,7 @@ What was specialized:
 - pages of 128 tokens, 256 a sequence, up to 32 sequences
 - token buckets that use it: 64
 - causal inside its own chunk of 8192 tokens, nothing fetched before it, cache updated; no soft cap, sliding window,
-  sinks or KV scales in the spec: none is in the code
+  sinks, ALiBi or KV scales in the spec: none is in the code
 - separate K and V in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - decode: tiles of 2048 tokens, no longer than the expected lengths; waves of 4, so that one fills the other's waits;
   fetched 4 waves ahead, which hides the latency of DMAs

@@ -10,7 +10,7 @@ What was specialized:
 - pages of 128 tokens, 256 a sequence, up to 32 sequences
 - token buckets that use it: 2048
 - causal inside its own chunk of 8192 tokens, nothing fetched before it, cache updated; no soft cap, sliding window,
-  sinks or KV scales in the spec: none is in the code
+  sinks, ALiBi or KV scales in the spec: none is in the code
 - separate K and V in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512
