@@ -116,7 +116,9 @@ class Call:
                         scores = [soft_cap * math.tanh(score / soft_cap) for score in scores]
                     if alibi_slopes is not None:
                         at = row.context_len + step
-                        scores = [s + alibi_slopes[head] * (key - at) for key, s in zip(visible, scores, strict=True)]
+                        scores = [
+                            s + float(alibi_slopes[head]) * (key - at) for key, s in zip(visible, scores, strict=True)
+                        ]
                     weights = [math.exp(score) for score in scores]
                     total = sum(weights) + (0 if sinks is None else math.exp(sinks[head]))
                     for position, weight in zip(visible, weights, strict=True):
@@ -249,6 +251,8 @@ def test_lse_is_the_logarithm_of_what_divides_the_weights(features: dict[str, An
                 scores = SM_SCALE * keys @ call.queries[token, head].astype(np.float64)
                 if "soft_cap" in features:
                     scores = features["soft_cap"] * np.tanh(scores / features["soft_cap"])
+                if "alibi_slopes" in features:
+                    scores += features["alibi_slopes"][head].astype(float) * (np.arange(first, end) - (end - 1))
                 sink = features["sinks"][head] if "sinks" in features else -np.inf
                 assert lse[token, head] == pytest.approx(np.logaddexp.reduce([*scores, sink]), rel=1e-6, abs=1e-6)
 
