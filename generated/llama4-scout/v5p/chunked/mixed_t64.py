@@ -57,7 +57,6 @@ HEAD_LANES = 128  # of a row of the cache
 MAX_SEQS = 32
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 256
-DECODE_LEN = 1  # new tokens of a decode row
 SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * log2(e): probabilities are powers of two
 ATTENTION_CHUNK = 8192  # tokens of each chunk of a sequence: a query sees its own only
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
@@ -571,13 +570,6 @@ def sublane_tile(token):
     """The tokens of the sublane tile around a token of a sequence, within its page."""
     first = lax.rem(token, PAGE_SIZE) // SUBLANE_TILE * SUBLANE_TILE
     return pl.ds(pl.multiple_of(first, SUBLANE_TILE), SUBLANE_TILE)
-
-
-def by_token(rows):
-    """Rows by KV head and then by new token as one array for each new token, by query head."""
-    for i in range(DECODE_LEN):
-        firsts = [(head * DECODE_LEN + i) * GROUP for head in range(KV_HEADS)]
-        yield jnp.concatenate([rows[first : first + GROUP] for first in firsts], axis=0)
 
 
 def without_padding(rows):
