@@ -17,6 +17,7 @@ from rpac.batch import Limits
 from rpac.bundle.manifest import ARGS
 from rpac.contract import arrays as layout
 from rpac.contract.attention import Attention
+from rpac.contract.features import features_of
 from rpac.contract.program import Program, Variant
 from rpac.errors import BatchError, SelectionError
 
@@ -100,16 +101,23 @@ class Adapter:
     validate: bool = True
 
     def __post_init__(self) -> None:
+        if self.engine.model.rope_dim is not None:
+            raise SelectionError(
+                f"{self._bundle} has latent attention; must have grouped attention, which is all that this function of "
+                f"{self.peer} computes; call the engine itself, with the arguments of docs/batch-contract.md"
+            )
         if self.engine.kv_layout != "interleaved":
             raise SelectionError(
                 f"{self._bundle} has kv_layout {self.engine.kv_layout}; must be interleaved, as {self.peer} keeps "
                 "K and V in its cache; build with\nserving:\n  kv_layout: interleaved"
             )
-        if self.engine.model.attention_chunk is not None:
-            raise SelectionError(
-                f"{self._bundle} has attention_chunk {self.engine.model.attention_chunk}; must have none, for {self.peer} has no "
-                "argument that asks for it; build without model.attention_chunk"
-            )
+        for feature in features_of("model"):
+            value = getattr(self.engine.model, feature.key)
+            if not feature.servers and value != feature.default:
+                raise SelectionError(
+                    f"{self._bundle} has {feature.key} {value}; must have none, because {self.peer} has no "
+                    f"argument that asks for it; build without model.{feature.key}"
+                )
 
     def require_neutral(self, **given: Any) -> None:
         """Raises SelectionError for the first argument that asks for what no program does."""

@@ -2,6 +2,15 @@
 
 from rpac.check.batches import CheckBatch, batches_of
 from rpac.check.report import CheckReport, CompileResult, Result
-from rpac.check.run import check_source, check_spec
+from rpac.check.run import check_neighbors, check_source, check_spec
 
-__all__ = ["CheckBatch", "CheckReport", "CompileResult", "Result", "batches_of", "check_source", "check_spec"]
+__all__ = [
+    "CheckBatch",
+    "CheckReport",
+    "CompileResult",
+    "Result",
+    "batches_of",
+    "check_neighbors",
+    "check_source",
+    "check_spec",
+]

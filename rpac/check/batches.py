@@ -20,6 +20,7 @@ RANDOM_ROWS = 6
 # The interpreter takes seconds for as many.
 RANDOM_LEN = 1536  # tokens of one row
 RANDOM_NEW = 512  # new tokens of all rows, in a prefill batch
+NEIGHBORS = 6  # rows of the batch in which some hold poison
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,20 @@ class CheckBatch:
 
 def batches_of(spec: Spec, plan: KernelPlan, rng: np.random.Generator, random_batches: int) -> tuple[CheckBatch, ...]:
     """The batches that cover the edges of a plan, and `random_batches` more drawn from `rng`."""
-    makers: dict[str, type[_Batches]] = {"decode": _Decode, "prefill": _Prefill, "mixed": _Mixed}
-    maker = makers[plan.kind](spec, plan)
+    maker = _maker(spec, plan)
     drawn = (maker.random(f"random {index}", rng) for index in range(random_batches))
     return (*maker.edges(), *drawn)
+
+
+def neighbors_of(spec: Spec, plan: KernelPlan) -> CheckBatch | None:
+    """A batch of rows with old tokens, short and long by turns, some of which may hold poison; None where only one row fits."""
+    batch = _maker(spec, plan).neighbors("neighbors")
+    return batch if len(batch.q_lens) > 1 else None
+
+
+def _maker(spec: Spec, plan: KernelPlan) -> _Batches:
+    makers: dict[str, type[_Batches]] = {"decode": _Decode, "prefill": _Prefill, "mixed": _Mixed}
+    return makers[plan.kind](spec, plan)
 
 
 class _Batches(ABC):
@@ -87,6 +98,20 @@ class _Batches(ABC):
     @abstractmethod
     def random(self, name: str, rng: np.random.Generator) -> CheckBatch:
         """A batch of a few rows of any length that the kind allows."""
+
+    @abstractmethod
+    def neighbors(self, name: str) -> CheckBatch:
+        """A batch of as many as NEIGHBORS rows, which have old tokens wherever a row can have some."""
+
+    def short_and_long(self, q_lens: Sequence[int], block: int) -> list[int]:
+        """A length for each of `q_lens`: a page and a little more, or a block and half a page.
+
+        Each of both is before a row of its kind and before one of the other, so that a short row follows a long one in the
+        same buffers.
+        """
+        old = self.page + 1, min(block + self.page // 2, RANDOM_LEN)
+        # Rows 1 and 2 of every four are long. Few rows have the same length.
+        return [min(old[row % 4 in (1, 2)] + row % 3 + q_len, self.max_len) for row, q_len in enumerate(q_lens)]
 
     def length(self, q_len: int, size: int, off: int) -> int | None:
         """The least length that holds `q_len` tokens and lies `off` tokens past a multiple of `size`."""
@@ -187,6 +212,10 @@ class _Decode(_Batches):
         lengths = [max(length - row % 4, self.new) for row in range(count)]
         return self.rows(name, lengths, max(length - 3 - self.new, 0) // self.page)
 
+    def neighbors(self, name: str) -> CheckBatch:
+        count = min(self.max_rows, NEIGHBORS)
+        return self.rows(name, self.short_and_long([self.new] * count, self.decode_block))
+
     def random(self, name: str, rng: np.random.Generator) -> CheckBatch:
         count = int(rng.integers(1, min(self.max_rows, RANDOM_ROWS) + 1))
         return self.rows(name, [self.random_len(rng, self.new) for _ in range(count)])
@@ -214,6 +243,13 @@ class _Prefill(_Batches):
     def rows(self, name: str, kv_lens: Sequence[int], shared_pages: int = 0) -> CheckBatch:
         count = len(kv_lens)
         return CheckBatch(name, (self.chunk,) * count, tuple(kv_lens), 0, count, shared_pages)
+
+    def neighbors(self, name: str) -> CheckBatch:
+        # Another bucket is another program to compile, so the smallest that has room for two.
+        fitting = (bucket for bucket in self.buckets if bucket >= 2 * self.chunk)
+        room = min(next(fitting, self.buckets[-1]), max(RANDOM_NEW, 2 * self.chunk))
+        count = min(room // self.chunk, self.max_seqs, NEIGHBORS)
+        return self.rows(name, self.short_and_long([self.chunk] * count, self.block))
 
     def random(self, name: str, rng: np.random.Generator) -> CheckBatch:
         most = min(self.buckets[0] // self.chunk, self.max_seqs, max(RANDOM_NEW // self.chunk, 1))
@@ -304,6 +340,15 @@ class _Mixed(_Batches):
         rows = [(q_len, max(length - row % 4, q_len)) for row, q_len in enumerate(new)]
         shared = max(length - 3 - max(self.new, 2), 0) // self.page
         return self.mixed(name, rows, decodes=decodes, shared_pages=shared)
+
+    def neighbors(self, name: str) -> CheckBatch:
+        """Decode rows, then as many of a token more where there is room."""
+        count = min(self.max_seqs, self.bucket // self.new, NEIGHBORS)
+        decodes = count - count // 2
+        room = self.bucket - count * self.new
+        q_lens = [self.new + (decodes <= row < decodes + room) for row in range(count)]
+        lengths = self.short_and_long(q_lens, max(self.decode_block, self.block))
+        return self.mixed(name, list(zip(q_lens, lengths, strict=True)), decodes=decodes)
 
     def packed(self, rows: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
         """The rows in order, as few batches of the smallest bucket as that takes."""

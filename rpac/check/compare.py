@@ -44,15 +44,13 @@ def compare(
     tolerance = TOLERANCE[dtype]
     if not error <= tolerance:
         token, head = where
-        row = _row_of(args, token)
-        position = args.kv_lens[row] - args.cu_q_lens[row + 1] + token
-        notes.append(f"attention of query head {head} at row {row}, position {position} is off by {error:.2g}")
-    differs = np.moveaxis(_bits(cache) != _bits(want_cache), TOKEN_AXES[kv_layout], 1)
+        notes.append(f"attention of query head {head} at {place(args, token)} is off by {error:.2g}")
+    differs = np.moveaxis(bits(cache) != bits(want_cache), TOKEN_AXES[kv_layout], 1)
     differs = differs.any(axis=tuple(range(2, differs.ndim)))
     if differs.any():
         page, slot = (int(index[0]) for index in np.nonzero(differs))
-        owner = _owner(args, page, slot, page_size=differs.shape[1])
-        notes.append(f"cache differs in {int(differs.sum())} tokens, first {owner}")
+        first = owner(args, page, slot, page_size=differs.shape[1])
+        notes.append(f"cache differs in {int(differs.sum())} tokens, first {first}")
     return Difference(error, tolerance, not differs.any(), tuple(notes))
 
 
@@ -66,19 +64,27 @@ def lse_notes(args: Arguments, lse: Array | None, want: NDArray[np.float32]) -> 
     if worst <= TOLERANCE[args.queries.dtype.name]:
         return ()
     token, head = np.unravel_index(int(np.where(np.isfinite(errors), errors, np.inf).argmax()), errors.shape)
-    return (f"lse of query head {head} at row {_row_of(args, int(token))} is off by {worst:.2g}",)
+    return (f"lse of query head {head} at row {row_of(args, int(token))} is off by {worst:.2g}",)
 
 
-def _bits(array: Array) -> NDArray[Any]:
+def bits(array: Array) -> NDArray[Any]:
+    """The same bits as integers."""
     return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
 
 
-def _row_of(args: Arguments, token: int) -> int:
+def row_of(args: Arguments, token: int) -> int:
+    """The row of the batch that new token `token` is of."""
     count = int(args.distribution[2])
     return int(np.searchsorted(args.cu_q_lens[: count + 1], token, side="right")) - 1
 
 
-def _owner(args: Arguments, page: int, slot: int, page_size: int) -> str:
+def place(args: Arguments, token: int) -> str:
+    """Where new token `token` is, in words."""
+    row = row_of(args, token)
+    return f"row {row}, position {args.kv_lens[row] - args.cu_q_lens[row + 1] + token}"
+
+
+def owner(args: Arguments, page: int, slot: int, page_size: int) -> str:
     """Whose token a place in the cache is, in words."""
     table = args.page_indices.reshape(len(args.kv_lens), -1)
     for row in range(int(args.distribution[2])):

@@ -15,6 +15,7 @@ from rpac.batch import Limits
 from rpac.bundle import read_manifest, verify_bundle
 from rpac.contract.arrays import cdiv
 from rpac.contract.program import Variant
+from rpac.devices.backends import skip_absent_tpu
 from rpac.devices.client import build_string
 from rpac.engine import CanaryRun, Engine, Event, ProgramReady, load_layers
 from rpac.engine.probe import probe
@@ -112,7 +113,10 @@ def serve_check(
 def _devices(bundle: str | os.PathLike[str]) -> list[jax.Device] | None:
     """Those of all processes, for a mesh that one of several has too few for; else what `load` takes by itself."""
     count = read_manifest(bundle).mesh.devices
-    if count == 1 or jax.process_count() == 1:
+    if count == 1:
+        return None
+    skip_absent_tpu()
+    if jax.process_count() == 1:
         return None
     return list(jax.devices()[:count])
 

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rpac.check.arrays import Arguments, Array, make_arguments
-from rpac.check.batches import CheckBatch, batches_of
+from rpac.check.batches import CheckBatch, batches_of, neighbors_of
 from rpac.check.compare import Difference, compare, lse_notes
-from rpac.check.execute import TIME_LIMIT, Outcome, modes_of, prepare_run
+from rpac.check.execute import TIME_LIMIT, Outcome, Run, modes_of, prepare_run
+from rpac.check.poison import Poisons, poisoned, poisons_at_once, reach
 from rpac.check.report import CheckReport, CompileResult, Result
 from rpac.contract.program import Source
 from rpac.devices.toolchain import prepare
@@ -34,6 +35,7 @@ from rpac.spec import Spec
 RANDOM_BATCHES = 2
 SPARE_PAGES = 2  # of no sequence
 
+Expected = tuple[NDArray[np.float32], Array, NDArray[np.float32] | None]  # out, cache and lse, where there is one
 Compile = Callable[[Sequence[Task]], object]
 Progress = Callable[[Result | CompileResult], None]
 
@@ -110,40 +112,128 @@ def check_source(
 ) -> Iterator[Result]:
     """Runs one source on its batches, or on those given, in every mode that its target has; yields each result at once.
 
-    `targets` is what the results say they are for: the plan's own target if empty. A run in the interpreter that takes
-    longer than `time_limit` seconds fails.
+    Where no batches are given, some rows of one more batch hold poison, as `check_neighbors` says. `targets` is what the
+    results say they are for: the plan's own target if empty. A run in the interpreter that takes longer than `time_limit`
+    seconds fails.
     """
+    neighbors = None
     if batches is None:
         batches = batches_of(spec, plan, np.random.default_rng(seed), random_batches)
-    run = prepare_run(plan, source, time_limit)
-    # One number of pages, for each is another program to compile.
-    pages = max(batch.pages(spec.serving.page_size) for batch in batches) + SPARE_PAGES
+        neighbors = neighbors_of(spec, plan)
+    prepared = _Prepared.of(
+        spec, plan, source, [*batches, *([neighbors] if neighbors else [])], targets, seed, time_limit
+    )
+    modes = modes or modes_of(plan)
     for batch in batches:
-        tokens = next(bucket for bucket in plan.tokens if bucket >= batch.new_tokens)
-        rng = np.random.default_rng([seed, zlib.crc32(batch.name.encode())])
-        args = make_arguments(spec, batch, tokens, pages, rng)
-        kv_layout = spec.serving.kv_layout
-        out, kv_cache, lse = oracle(spec.model, kv_layout, args.of_batch, args.extra)
-        wanted = out, kv_cache, lse if spec.serving.log_sum_exp else None
-        for mode in modes or modes_of(plan):
-            start = time.perf_counter()
-            outcome = run(args, mode)
-            seconds = time.perf_counter() - start
-            found = _judged(args, outcome, *wanted, kv_layout)
-            yield Result(
-                source=source.path,
-                kind=plan.kind,
-                targets=tuple(targets) or (plan.target,),
-                mode=mode,
-                batch=batch.name,
-                tokens=tokens,
-                error=found.error,
-                tolerance=found.tolerance,
-                cache_ok=found.cache_ok,
-                races=outcome.races,
-                notes=found.notes,
-                seconds=seconds,
-            )
+        args = prepared.arguments(batch)
+        wanted = prepared.expected(args)
+        for mode in modes:
+            yield prepared.held_against_oracle(batch, args, wanted, mode)[0]
+    if neighbors is not None:
+        yield from _check_neighbors(prepared, neighbors, modes[0], None)
+
+
+def check_neighbors(
+    spec: Spec, plan: KernelPlan, source: Source, *, poisons: Sequence[Poisons] | None = None, seed: int = 0
+) -> Iterator[Result]:
+    """Runs a batch of several rows against the oracle, then with poison in live rows, once for each of `poisons`: no bit of
+    another row may change.
+
+    Without `poisons` it is one run with several at once, drawn for each source. All are in one mode, the first, because what
+    a row's numbers reach does not depend on when a copy is made. Yields nothing where a batch has room for one row only.
+    """
+    batch = neighbors_of(spec, plan)
+    if batch is not None:
+        prepared = _Prepared.of(spec, plan, source, [batch], (), seed, TIME_LIMIT)
+        yield from _check_neighbors(prepared, batch, modes_of(plan)[0], poisons)
+
+
+def _check_neighbors(
+    prepared: _Prepared, batch: CheckBatch, mode: str, poisons: Sequence[Poisons] | None
+) -> Iterator[Result]:
+    spec = prepared.spec
+    args = prepared.arguments(batch)
+    result, clean = prepared.held_against_oracle(batch, args, prepared.expected(args), mode)
+    yield result
+    if poisons is None:
+        poisons = [poisons_at_once(spec, batch, prepared.drawn(prepared.source.path))]
+    for together in poisons:
+        dirty = poisoned(spec, args, together)
+        outcome, seconds = prepared.timed(dirty, mode)
+        found = reach(spec, args, clean, dirty, [poison.row for poison in together], outcome)
+        name = f"{batch.name}, {', '.join(map(str, together))}"
+        yield prepared.result(replace(batch, name=name), mode, found, outcome, seconds)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A source that is ready to run, on caches of one number of pages, because each is another program to compile."""
+
+    spec: Spec
+    plan: KernelPlan
+    source: Source
+    targets: tuple[str, ...]
+    seed: int
+    run: Run
+    pages: int
+
+    @classmethod
+    def of(
+        cls,
+        spec: Spec,
+        plan: KernelPlan,
+        source: Source,
+        batches: Sequence[CheckBatch],
+        targets: Sequence[str],
+        seed: int,
+        time_limit: float,
+    ) -> _Prepared:
+        """`batches` are all that it will run."""
+        pages = max(batch.pages(spec.serving.page_size) for batch in batches) + SPARE_PAGES
+        run = prepare_run(plan, source, time_limit)
+        return cls(spec, plan, source, tuple(targets) or (plan.target,), seed, run, pages)
+
+    def drawn(self, name: str) -> np.random.Generator:
+        """What the seed draws for a batch or a source of that name."""
+        return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+
+    def bucket(self, batch: CheckBatch) -> int:
+        return next(bucket for bucket in self.plan.tokens if bucket >= batch.new_tokens)
+
+    def arguments(self, batch: CheckBatch) -> Arguments:
+        return make_arguments(self.spec, batch, self.bucket(batch), self.pages, self.drawn(batch.name))
+
+    def expected(self, args: Arguments) -> Expected:
+        out, kv_cache, lse = oracle(self.spec.model, self.spec.serving.kv_layout, args.of_batch, args.extra)
+        return out, kv_cache, lse if self.spec.serving.log_sum_exp else None
+
+    def timed(self, args: Arguments, mode: str) -> tuple[Outcome, float]:
+        start = time.perf_counter()
+        outcome = self.run(args, mode)
+        return outcome, time.perf_counter() - start
+
+    def held_against_oracle(
+        self, batch: CheckBatch, args: Arguments, expected: Expected, mode: str
+    ) -> tuple[Result, Outcome]:
+        outcome, seconds = self.timed(args, mode)
+        found = _judged(args, outcome, *expected, self.spec.serving.kv_layout)
+        return self.result(batch, mode, found, outcome, seconds), outcome
+
+    def result(self, batch: CheckBatch, mode: str, found: Difference, outcome: Outcome, seconds: float) -> Result:
+        return Result(
+            source=self.source.path,
+            kind=self.plan.kind,
+            targets=self.targets,
+            mode=mode,
+            batch=batch.name,
+            tokens=self.bucket(batch),
+            error=found.error,
+            tolerance=found.tolerance,
+            cache_ok=found.cache_ok,
+            races=outcome.races,
+            notes=found.notes,
+            seconds=seconds,
+        )
 
 
 def _judged(

@@ -56,7 +56,9 @@ Values = Flag | Count | Number | Choice
 class Argument:
     """An array that programs take after the batch. `cuts` says how each axis is shared out over a mesh.
 
-    `sample` makes an array of small numbers around zero into values that a caller could pass, for checks and canaries.
+    `constants` is its shape in the constants of a kernel. `query_rows` names the array over whose rows, one for each query,
+    a decode kernel spreads it, with a note; None for an argument that it reads where it needs it. `sample` makes an array of
+    small numbers around zero into values that a caller could pass, for checks and canaries.
     """
 
     name: str
@@ -64,6 +66,8 @@ class Argument:
     dtype: str
     cuts: tuple[Cut, ...]
     spec_lines: str
+    constants: str
+    query_rows: tuple[str, str] | None = None
     sample: Callable[[Any], Any] = lambda numbers: numbers
 
 
@@ -73,7 +77,9 @@ class Feature:
 
     `title` names it in docs/support.md and in errors. `example` are the keys, by section, of a spec that uses it. `words`
     say what the key may be, for docs/support.md; `{0}` is replaced by the values. `off` is the default in words there.
-    `not_latent` says why latent attention goes without it.
+    `not_latent` says why latent attention goes without it. `in_kernel_words` tell the reader of a kernel what it does, with
+    `{0}` for the value; empty where something else in the header says it. `servers`: whether the servers that adapters stand
+    in for can ask for it.
     """
 
     key: str
@@ -85,6 +91,8 @@ class Feature:
     off: str
     not_latent: str
     example: dict[str, dict[str, object]]
+    in_kernel_words: str = ""
+    servers: bool = True
     argument: Argument | None = None
     result: str | None = None
 
@@ -125,6 +133,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
         off="none",
         not_latent="no known model caps the scores of latent attention, so its kernels do not",
         example={"model": {"soft_cap": 30.0}},
+        in_kernel_words="scores capped at {0} (tanh)",
     ),
     Feature(
         "sliding_window", "model", Count(1, MAX_MODEL_LEN, 1024), None,
@@ -133,6 +142,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
         off="none",
         not_latent="no known model has windows with latent attention, so its kernels fetch all tokens",
         example={"model": {"sliding_window": 1024}},
+        in_kernel_words="a window of {0} tokens, nothing fetched before its page",
     ),
     Feature(
         "attention_chunk", "model", Count(1, MAX_MODEL_LEN, 8192), None,
@@ -141,6 +151,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
         off="none",
         not_latent="no known model has chunks with latent attention, so its kernels fetch all tokens",
         example={"model": {"attention_chunk": 1024}},
+        servers=False,
     ),
     Feature(
         "sinks", "model", Flag(), False,
@@ -149,8 +160,15 @@ FEATURES: Final[tuple[Feature, ...]] = (
         off="false",
         not_latent="no known model has sinks with latent attention, so its kernels add none",
         example={"model": {"sinks": "true"}},
+        in_kernel_words="attention sinks, an argument, in the softmax's sum",
         argument=Argument(
-            "sinks", lambda model, serving: (model.q_heads,), "float32", ("q_heads",), "model:\n  sinks: true"
+            "sinks",
+            lambda model, serving: (model.q_heads,),
+            "float32",
+            ("q_heads",),
+            "model:\n  sinks: true",
+            constants="Q_HEADS",
+            query_rows=("sink_rows", "sinks, the same in every lane"),
         ),
     ),
     Feature(
@@ -160,12 +178,14 @@ FEATURES: Final[tuple[Feature, ...]] = (
         off="no scales",
         not_latent="its cache stores values unchanged",
         example={"model": {"kv_dtype": "float8_e5m2", "kv_scale": "tensor"}},
+        in_kernel_words="KV scales, an argument",
         argument=Argument(
             "kv_scales",
             _scales_shape,
             "float32",
             ("", "kv_heads"),
             "model:\n  kv_scale: head",
+            constants="2, KV_HEADS",
             sample=lambda numbers: 1 + abs(numbers) / 4,
         ),
     ),
@@ -223,6 +243,7 @@ FEATURES: Final[tuple[Feature, ...]] = (
             "int32",
             ("replicas",),
             "serving:\n  tree_mask: true\n  decode_len: 4",
+            constants="MAX_SEQS * DECODE_LEN",
         ),
     ),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Final
 from rpac.contract.arrays import packing
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, tile
-from rpac.kernels.shared import CLEARED_AT_ONCE, call_of, model_constants, scratch_of
+from rpac.kernels.shared import CLEARED_AT_ONCE, call_of, model_constants, query_row_shapes, scratch_of
 from rpac.plan import DecodeBlocks, KernelPlan, RowDims
 from rpac.plan.query_rows import head_rows
 from rpac.plan.recipe import Recipe
@@ -29,11 +29,12 @@ _SHAPES: Final = {
     "new_values": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
     "packed": "SUBLANE_TILE * WORD_ROWS, LANES",
     "q_rows": "KV_HEADS * HEAD_QUERY_ROWS, HEADS_PER_MATMUL * HEAD_LANES",
-    "sink_rows": "KV_HEADS * HEAD_QUERY_ROWS, LANES",
+    **query_row_shapes("KV_HEADS * HEAD_QUERY_ROWS"),
     "row_max": "KV_HEADS * HEAD_QUERY_ROWS, LANES",
     "row_sum": "KV_HEADS * HEAD_QUERY_ROWS, LANES",
     "acc": "KV_HEADS * HEAD_QUERY_ROWS, HEAD_LANES",
     "kv_sem": "KV_BUFFERS",
+    "load_sem": "LOADS",
     "unit_sem": "WRITE_BUFFERS",
     "out_sem": "WRITE_BUFFERS",
     "lse_sem": "WRITE_BUFFERS",
@@ -52,7 +53,6 @@ def decode_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "unit_out": f"WRITE_BUFFERS, {'NEW_TILES, ' if several else ''}SUBLANE_TILE_ROWS, LANES",
         "out_rows": f"{tokens}, Q_HEADS, HEAD_DIM",
         "lse_rows": f"{tokens}, PADDED_Q_HEADS, LANES",
-        "load_sem": "3" if spec.model.update_cache else "1",
     }
     context = {
         "call": call,
@@ -78,6 +78,7 @@ def _tile_constants(spec: Spec, tiles: DecodeBlocks, *, shared: bool) -> list[Co
         tile("LOOKAHEAD", "KV_BUFFERS - 1", "iterations that the fetch is ahead"),
         tile("WRITE_BUFFERS", tiles.write_buffers, "sequences whose results may be on their way out"),
         tile("MAX_TOKENS", tiles.max_rows * drafts, "new tokens, loaded all at once"),
+        tile("LOADS", 3 if model.update_cache else 1, "arrays of new tokens"),
         tile("HEAD_QUERY_ROWS", head_rows(spec), "query rows of a KV head, up to whole sublane tiles"),
         tile("HEADS_PER_MATMUL", tiles.heads_per_matmul, "KV heads side by side in a matmul"),
         tile(

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from rpac.contract.arrays import LANES, latent_lanes
 from rpac.contract.attention import Attention
+from rpac.contract.features import FEATURES
 from rpac.devices.chip import is_tpu
 from rpac.kernels.literals import prose
 from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, LatentBlockTiles
@@ -42,7 +43,7 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
         *_draft_lines(spec),
         f"pages of {serving.page_size} tokens, {serving.pages_per_seq} a sequence, up to {serving.max_num_seqs} sequences",
         f"token buckets that use it: {', '.join(map(str, plan.tokens))}",
-        _features(model),
+        _features(spec),
         *_quantization(model),
     ]
     if model.rope_dim is not None:
@@ -102,23 +103,17 @@ def _tile_lines(plan: KernelPlan) -> Iterator[str]:
             )
 
 
-def _features(model: Attention) -> str:
-    used = {
-        "window": model.sliding_window
-        and f"a window of {model.sliding_window} tokens, nothing fetched before its page",
-        "soft cap": model.soft_cap and f"scores capped at {model.soft_cap} (tanh)",
-        "sinks": model.sinks and "attention sinks, an argument, in the softmax's sum",
-        "KV scales": model.kv_scale and "KV scales, an argument",
-    }
-    *names, last = [name for name, text in used.items() if not text] or [""]
+def _features(spec: Spec) -> str:
+    """What a query sees, and which features are in the code or are not."""
+    model = spec.model
+    told = [feature for feature in FEATURES if feature.in_kernel_words]
+    used = [one.in_kernel_words.format(one.value(model, spec.serving)) for one in told if one.used(model, spec.serving)]
+    *names, last = [one.title for one in told if not one.used(model, spec.serving)] or [""]
     unused = f"{', '.join(names)} or {last}" if names else last
     order = "causal" if model.causal else "not causal: each query sees all of its sequence"
     if model.attention_chunk:
         order += f" inside its own chunk of {model.attention_chunk} tokens, nothing fetched before it"
-    given = [
-        f"{order}, {'cache updated' if model.update_cache else 'read-only cache'}",
-        *(text for text in used.values() if text),
-    ]
+    given = [f"{order}, {'cache updated' if model.update_cache else 'read-only cache'}", *used]
     return "; ".join([*given, *([f"no {unused} in the spec: none is in the code"] if unused else [])])
 
 

@@ -95,11 +95,7 @@ def _shapes(spec: Spec, recipe: BlockRecipe) -> dict[str, str]:
     if RowDims.of(spec.model).lane_tiles > 1:
         by_token, by_head = f"LANE_TILES, {by_token}", f"LANE_TILES, {by_head}"
     page = "KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES" if separate else "PAGE_ROWS, LANES"
-    block = (
-        "KV_BLOCK // PAGE_SIZE, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES"
-        if separate
-        else "KV_BLOCK * TOKEN_ROWS, LANES"
-    )
+    block = "BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES" if separate else "KV_BLOCK * TOKEN_ROWS, LANES"
     new = "NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM"
     words = "TILE // PACKING * WORD_ROWS, LANES"
     return {
@@ -116,7 +112,7 @@ def _shapes(spec: Spec, recipe: BlockRecipe) -> dict[str, str]:
         "by_token": by_token,
         "q_rows": "KV_HEADS, Q_ROWS, HEAD_LANES",
         "query_onehot": "STEP_ROWS, LANES",
-        "mask_bias": "DIAGONAL_BLOCKS, Q_ROWS // STEP_ROWS, DIAGONAL_BLOCK, LANES",
+        "mask_bias": "DIAGONAL_BLOCKS, ROW_STEPS, DIAGONAL_BLOCK, LANES",
         "next_scores": f"SCORE_BUFFERS, {step}",
         "step_max": "SCORE_BUFFERS, SUBLANES, STEP_ROWS" if transposed else "SCORE_BUFFERS, STEP_ROWS, LANES",
         "sink_rows": "KV_HEADS, SINK_ROWS, LANES",
@@ -144,11 +140,12 @@ def _tile_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe) -> list[
         tile("Q_BLOCK", tiles.q_block, "query tokens of a query block"),
         tile("Q_ROWS", "GROUP * Q_BLOCK", "their rows of one KV head"),
         tile("KV_BLOCK", tiles.block, "tokens that are fetched at once"),
+        tile("BLOCK_PAGES", "KV_BLOCK // PAGE_SIZE"),
         tile("KV_BUFFERS", tiles.buffers, "KV blocks, and query blocks, in VMEM"),
         tile("FETCH_LOOKAHEAD", "KV_BUFFERS - 1", "steps that the fetch runs ahead"),
         tile("COPY_SIZES", tiles.copy_sizes, "tokens: of these is every copy of a query block"),
         tile("STEP_ROWS", tiles.step_rows, "query rows of a flash step"),
-        tile("ROW_STEPS", "Q_ROWS // STEP_ROWS"),
+        tile("ROW_STEPS", "Q_ROWS // STEP_ROWS", "of a KV head"),
         tile("TILE", tiles.tile, "tokens of a flash step"),
         tile("TILES", "KV_BLOCK // TILE"),
         tile("STEP_HEADS", tiles.heads, "KV heads whose steps are one iteration"),
@@ -180,7 +177,7 @@ def _tile_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe) -> list[
 def _window_constants(model: Attention) -> list[Constant]:
     if model.sliding_window is None:
         return []
-    note = "from a block's first query to where its last one's window begins, and up to a whole tile"
+    note = "from a block's first query to its last one's window, rounded up to a tile"
     return [tile("WINDOW_OFFSET", "Q_BLOCK - WINDOW + TILE - 1", note)]
 
 

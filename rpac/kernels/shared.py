@@ -21,6 +21,7 @@ from rpac.contract.arrays import (
     packing,
 )
 from rpac.contract.attention import Attention
+from rpac.contract.features import ARGUMENTS
 from rpac.kernels.constants import Constant, number
 from rpac.kernels.literals import dtype, dtype_name
 from rpac.plan import Buffer, KernelPlan, RowDims
@@ -45,11 +46,14 @@ _SHAPES: Final = {
     "page_indices": "MAX_SEQS * PAGES_PER_SEQ",
     "cu_q_lens": "MAX_SEQS + 1",
     "distribution": "3",
-    "sinks": "Q_HEADS",
-    "kv_scales": "2, KV_HEADS",
-    "tree": "MAX_SEQS * DECODE_LEN",
+    **{one.name: one.constants for one in ARGUMENTS},
 }
 _IN_HBM: Final = {"queries": "q_hbm", "keys": "k_hbm", "values": "v_hbm", "kv_cache": "cache_in"}
+
+
+def query_row_shapes(rows: str) -> dict[str, str]:
+    """The shapes of the arrays over whose `rows` a decode kernel spreads arguments, in constants."""
+    return {one.query_rows[0]: f"{rows}, LANES" for one in ARGUMENTS if one.query_rows is not None}
 
 
 @dataclass(frozen=True)
@@ -364,12 +368,14 @@ def model_constants(spec: Spec, plan: KernelPlan) -> list[Constant]:
         number(
             "ATTENTION_CHUNK", model.attention_chunk, "tokens of each chunk of a sequence: a query sees its own only"
         ),
-        number("LOG2_E", repr(math.log2(math.e)), "sinks are natural logarithms"),
+        number("LOG2_E", repr(math.log2(math.e)), "from natural logarithms to those of base 2"),
         number("LN_2", repr(math.log(2))),
         number("MASKED", repr(MASKED), "finite, so that a row that is all masked stays a number"),
         number("PRECISION", *_precision(model)),
         *_quantized_constants(model),
         number("VMEM_LIMIT", plan.vmem_limit, "bytes"),
+        number("HALF_BITS", 16, "of a 32-bit word"),
+        number("BYTE_BITS", 8),
         number("PACKING", packing(model.kv_dtype), "elements of the cache in one 32-bit word"),
         *_layout_constants(spec, rows),
     ]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, tile
-from rpac.kernels.shared import Shared, call_of, model_constants, scratch_of
+from rpac.kernels.shared import Shared, call_of, model_constants, query_row_shapes, scratch_of
 from rpac.plan import DecodeWaves, KernelPlan
 from rpac.plan.buffers import sublane_tile_tokens
 from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
@@ -142,7 +142,7 @@ def _shapes(spec: Spec) -> dict[str, str]:
         "unit_out": f"WRITE_BUFFERS, {'NEW_TILES, ' * several}KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES",
         "kv_swapped": "TILES_PER_WAVE, KV_HEADS, PAIR_WORDS, HEAD_LANES",
         "scores": "TILES_PER_WAVE, QUERY_ROWS, TILE",
-        "sink_rows": "QUERY_ROWS, LANES",
+        **query_row_shapes("QUERY_ROWS"),
         "row_max": "QUERY_ROWS, LANES",
         "row_sum": "QUERY_ROWS, LANES",
         "acc": "QUERY_ROWS, HEAD_LANES",

@@ -8,6 +8,7 @@ from typing import Final
 
 from rpac.contract.arrays import LANES, SUBLANES, align, kv_row_shape, nbytes, packing
 from rpac.contract.attention import Attention
+from rpac.contract.features import features_used
 from rpac.plan.recipe import SPLIT, Read
 from rpac.spec import Spec
 
@@ -101,6 +102,12 @@ def load_sem(spec: Spec) -> tuple[Buffer, ...]:
     if spec.model.update_cache:
         return (Buffer("load_sem", (3,), "dma", "queries, keys, values"),)
     return (Buffer("load_sem", (1,), "dma", "queries"),)
+
+
+def query_row_arguments(spec: Spec, shape: tuple[int, ...]) -> tuple[Buffer, ...]:
+    """The arrays over whose rows a decode kernel spreads arguments, one value for each query row."""
+    spread = [one.argument.query_rows for one in features_used(spec.model, spec.serving) if one.argument is not None]
+    return tuple(Buffer(name, shape, "float32", note) for name, note in filter(None, spread))
 
 
 def sink_rows(model: Attention, shape: tuple[int, ...]) -> tuple[Buffer, ...]:

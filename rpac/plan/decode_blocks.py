@@ -18,7 +18,7 @@ from rpac.plan.buffers import (
     lse_sem,
     needed,
     new_dtype,
-    sink_rows,
+    query_row_arguments,
     split_buffers,
     word_dtype,
 )
@@ -80,7 +80,7 @@ class DecodeBlocks:
                 "float32",
                 "queries of one sequence by KV head",
             ),
-            *sink_rows(model, (query_rows, LANES)),
+            *query_row_arguments(spec, (query_rows, LANES)),
             Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (query_rows, head_lanes(model)), "float32", "running output"),

@@ -26,7 +26,7 @@ from rpac.plan.buffers import (
     lse_sem,
     needed,
     new_dtype,
-    sink_rows,
+    query_row_arguments,
     sublane_tile_tokens,
 )
 from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
@@ -96,7 +96,7 @@ class DecodeWaves:
                 "float32",
                 "scores of a wave, for the next iteration",
             ),
-            *sink_rows(model, (query_rows, LANES)),
+            *query_row_arguments(spec, (query_rows, LANES)),
             Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (query_rows, head_lanes(model)), "float32", "running output"),

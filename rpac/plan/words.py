@@ -126,7 +126,7 @@ BLOCK: Final[Mapping[str, Mapping[str | bool, Words]]] = {
     },
     "lookahead": {
         True: Words(
-            "scores are made {0.lookahead[0]} steps before their probabilities, {0.lookahead[1]} on the diagonal",
+            "steps from a score to its probability: {0.lookahead[0]} in full tiles, {0.lookahead[1]} on the diagonal",
             "the MXU works while the vector unit does softmax",
         ),
         False: Words("none", "a step has the rows of all heads, which keep the MXU busy"),

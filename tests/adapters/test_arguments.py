@@ -324,6 +324,16 @@ def test_a_bundle_that_keeps_k_and_v_apart_is_refused_at_once(name: str) -> None
         ADAPTERS[name].make(FakeEngine(kv_layout="separate"))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bundle_of_latent_attention_is_not_told_to_change_its_layout(name: str) -> None:
+    latent = FakeEngine(kv_layout="latent")
+    latent.model = dataclasses.replace(latent.model, kv_heads=1, rope_dim=64)
+    with pytest.raises(
+        SelectionError, match=r"^bundle tiny has latent attention; must have grouped .*; call the engine itself"
+    ):
+        ADAPTERS[name].make(latent)
+
+
 # A key of the spec, and another value of it that a server may have.
 SIZES = [
     ("model", "q_heads", 8),

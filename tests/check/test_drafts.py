@@ -7,16 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_mutations as tiles
-from mutation import Mutation, check_bug, dropped
-from test_features import KINDS, LAYOUTS, SEED, SLOW, compiled, failures, featured
+from small import drafting, small_plan
+from test_features import KINDS, LAYOUTS, SEED, SLOW, compiled, failures
 
 from rpac.check import batches_of
 from rpac.devices.chip import TPU_TARGETS
 from rpac.kernels import render
 from rpac.plan import plan_spec
 from rpac.plan.buffers import sublane_tile_tokens
-from rpac.spec import Spec
 
 FLOAT8 = {"kv_dtype": "float8_e4m3fn", "kv_scale": "head"}
 WITH_TREES: dict[str, dict[str, Any]] = {
@@ -56,10 +54,6 @@ def slow_but(*quick: str) -> list[Any]:
     return [pytest.param(*case.values, id=case.id, marks=[] if case.id in quick else [SLOW]) for case in CASES]
 
 
-def drafting(layout: str, decode_len: int, tree: bool = False, **features: Any) -> Spec:
-    return featured(tiles.SPECS[layout], {**features, "decode_len": decode_len, "tree_mask": tree}, "drafting")
-
-
 @pytest.mark.parametrize(every_case, slow_but(f"interleaved, {WINDOW}"))
 def test_portable_programs_have_them(layout: str, decode_len: int, tree: bool, partners: dict[str, Any]) -> None:
     """Programs of mixed batches, whose decode rows are computed as those of batches of decode rows alone."""
@@ -68,26 +62,28 @@ def test_portable_programs_have_them(layout: str, decode_len: int, tree: bool, p
     assert failures(spec, plan) == []
 
 
-@pytest.mark.parametrize(("layout", "tree"), [("interleaved", False), ("apart", True)])
+@pytest.mark.parametrize(("layout", "tree"), [("interleaved", False), ("separate", True)])
 def test_portable_programs_of_decode_rows_have_them(layout: str, tree: bool) -> None:
     spec = drafting(layout, 4, tree, log_sum_exp=True)
     plan = next(plan for plan in reversed(plan_spec(spec, "cpu")) if plan.kind == "decode")
     assert failures(spec, plan, few=True) == []
 
 
-@pytest.mark.parametrize(every_case, slow_but(f"interleaved, {TREE}", f"apart, {WINDOW}"))
+@pytest.mark.interpreter
+@pytest.mark.parametrize(every_case, slow_but(f"interleaved, {TREE}", f"separate, {WINDOW}"))
 def test_kernels_have_them(layout: str, decode_len: int, tree: bool, partners: dict[str, Any]) -> None:
     spec = drafting(layout, decode_len, tree, **partners)
-    assert failures(spec, tiles.small_plan(spec, "decode"), few=True) == []
+    assert failures(spec, small_plan(spec, "decode"), few=True) == []
 
 
+@pytest.mark.interpreter
 @SLOW
 @pytest.mark.parametrize("kind", ["decode", "mixed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tree", [False, True])
 def test_kernels_have_them_in_every_batch(tree: bool, layout: str, kind: str) -> None:
     spec = drafting(layout, 4, tree)
-    assert failures(spec, tiles.small_plan(spec, kind)) == []
+    assert failures(spec, small_plan(spec, kind)) == []
 
 
 @pytest.mark.parametrize("target", ["tpu7x", "cpu"])
@@ -101,53 +97,8 @@ def test_each_new_token_is_once_the_first_past_a_page_a_unit_and_a_tile(layout: 
         assert {size + new for new in range(5) if size + new >= 4} <= lengths
 
 
-SEPARATE = [
-    Mutation("all new tokens seen by all", r"row < i \* GROUP, 1, 0", "row < i * GROUP, 0, 0"),
-    Mutation("a token short", r"return token < left$", "return token < left - 1"),
-    Mutation("the tile before gets none", r"left < (TILE|BLOCK) \+ DECODE_LEN", r"left <= \1", hangs=True),
-    Mutation("the wave before gets none", r"< WAVE_TOKENS \+ DECODE_LEN", "<= WAVE_TOKENS", hangs=True),
-    dropped("no wait before a buffer is used again", r"self\.wait_for_writes\(seq - WRITE_BUFFERS\)"),
-    dropped("no wait for the last cache writes", r"self\.wait_for_writes\(self\.num_seqs - 1 - i(?:ndex)?\)"),
-    Mutation(
-        "one sublane tile only",
-        r"pl\.cdiv\(end, SUBLANE_TILE\), put_tile",
-        "lax.div(jnp.maximum(first_new, 0), SUBLANE_TILE) + 1, put_tile",
-        hangs=True,
-    ),
-    Mutation("new tokens a row off", r"array\[seq \* DECODE_LEN \+ i\]", "array[seq * DECODE_LEN + i - 1]"),
-]
-INTERLEAVED = [
-    *SEPARATE[:3],
-    *SEPARATE[4:7],
-    Mutation("queries of the first token", r"q_all\[seq \* DECODE_LEN \+ token\]", "q_all[seq * DECODE_LEN]"),
-]
-TREES = [
-    Mutation("the parent's bits", r"tree\[seq \* DECODE_LEN \+ i\]", "tree[seq * DECODE_LEN + max(i - 1, 0)]"),
-    Mutation("the context hidden", r"DECODE_LEN \+ i\] \+ 1", "DECODE_LEN + i]"),
-    Mutation("of another sequence", r"tree\[seq \*", "tree[0 *"),
-]
-
-
-def cases(layout: str, tree: bool, mutations: list[Mutation]) -> list[Any]:
-    return [pytest.param(layout, tree, one, id=f"{layout}: {one.bug}", marks=SLOW) for one in mutations]
-
-
-@pytest.mark.parametrize(
-    ("layout", "tree", "mutation"),
-    [
-        pytest.param("apart", False, SEPARATE[0], id=f"apart: {SEPARATE[0].bug}"),
-        *cases("apart", False, SEPARATE[1:]),
-        *cases("interleaved", False, INTERLEAVED),
-        *cases("interleaved", True, TREES),
-    ],
-)
-def test_a_bug_is_caught(layout: str, tree: bool, mutation: Mutation) -> None:
-    spec = drafting(layout, 4, tree)
-    check_bug(spec, tiles.small_plan(spec, "decode"), mutation)
-
-
 @pytest.mark.compile
-@pytest.mark.parametrize(("target", "layout"), [("tpu7x", "apart"), ("v5e", "interleaved")])
+@pytest.mark.parametrize(("target", "layout"), [("tpu7x", "separate"), ("v5e", "interleaved")])
 def test_a_mixed_program_compiles(target: str, layout: str) -> None:
     compiled(drafting(layout, 4, True, **WITH_TREES["soft cap, sinks and lse"]), target, ("mixed",))
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-import test_block_mutations as turns
-import test_mutations as tiles
+from small import ALL_FEATURES as ALL
+from small import INTERLEAVED, ITERATED, SPECS, featured, iterated_plan, small_plan
 
 from rpac.check import CheckBatch, batches_of, check_source
 from rpac.devices.chip import TPU_TARGETS
@@ -21,22 +20,20 @@ from rpac.spec import Spec
 SEED = 0
 SLOW = pytest.mark.slow
 KINDS = ["decode", "prefill", "mixed"]
-LAYOUTS = ["interleaved", "apart"]
+LAYOUTS = ["interleaved", "separate"]
 
-# Scores are of the size of 1, so that a cap of 2 is felt. A window longer than a tile, and no multiple of a page.
 ALONE: dict[str, dict[str, Any]] = {
     "soft cap": {"soft_cap": 2.0},
     "window": {"sliding_window": 150},
     "sinks": {"sinks": True},
     "lse": {"log_sum_exp": True},
 }
-SERVED = ("log_sum_exp", "decode_len", "tree_mask")
 TOGETHER = {
     " and ".join(names): {key: value for name in names for key, value in ALONE[name].items()}
     for count in (2, 3, 4)
     for names in itertools.combinations(ALONE, count)
 }
-ALL = TOGETHER["soft cap and window and sinks and lse"]
+assert TOGETHER["soft cap and window and sinks and lse"] == ALL
 NARROW = {**ALL, "sliding_window": 3}
 AHEAD: dict[str, Any] = {"causal": False, "soft_cap": 2.0, "sinks": True, "log_sum_exp": True}
 BOTH_WAYS = {"not causal": {"causal": False}, "not causal and all": AHEAD}
@@ -56,13 +53,6 @@ EVERY = {
     "narrow window": {"sliding_window": 3},
     "narrow window and all": NARROW,
 }
-
-
-def featured(spec: Spec, features: dict[str, Any], name: str = "featured") -> Spec:
-    """A spec with features of the model, and of how it is served."""
-    served = {key: value for key, value in features.items() if key in SERVED}
-    model = {key: value for key, value in features.items() if key not in SERVED}
-    return replace(spec, name=name, model=replace(spec.model, **model), serving=replace(spec.serving, **served))
 
 
 def failures(spec: Spec, plan: KernelPlan, few: bool = False) -> list[Any]:
@@ -91,66 +81,72 @@ def is_quick(features: dict[str, Any], kind: str) -> bool:
     ],
 )
 def test_portable_programs_have_them(features: dict[str, Any], layout: str, kind: str) -> None:
-    spec = featured(tiles.SPECS[layout], features)
+    spec = featured(SPECS[layout], features)
     plan = next(plan for plan in reversed(plan_spec(spec, "cpu")) if plan.kind == kind)
     assert failures(spec, plan) == []
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_kernels_have_them_all_at_once(layout: str, kind: str) -> None:
-    spec = featured(tiles.SPECS[layout], ALL)
-    assert failures(spec, tiles.small_plan(spec, kind), few=True) == []
+    spec = featured(SPECS[layout], ALL)
+    assert failures(spec, small_plan(spec, kind), few=True) == []
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("features", "layout", "kind"),
     [
-        pytest.param(CHUNKS, "apart", "prefill", id="chunks"),
+        pytest.param(CHUNKS, "separate", "prefill", id="chunks"),
         pytest.param(READ, "interleaved", "decode", id="read alone"),
     ],
 )
 def test_kernels_see_their_own_chunk_and_leave_the_cache_alone(
     features: dict[str, Any], layout: str, kind: str
 ) -> None:
-    spec = featured(tiles.SPECS[layout], features)
-    assert failures(spec, tiles.small_plan(spec, kind), few=True) == []
+    spec = featured(SPECS[layout], features)
+    assert failures(spec, small_plan(spec, kind), few=True) == []
 
 
+@pytest.mark.interpreter
 def test_a_kernel_that_is_not_causal_sees_ahead() -> None:
-    spec = featured(tiles.SPEC, {"causal": False})
-    assert failures(spec, tiles.small_plan(spec, "prefill"), few=True) == []
+    spec = featured(INTERLEAVED, {"causal": False})
+    assert failures(spec, small_plan(spec, "prefill"), few=True) == []
 
 
+@pytest.mark.interpreter
 @SLOW
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("features", EVERY.values(), ids=EVERY)
 def test_kernels_have_them(features: dict[str, Any], layout: str, kind: str) -> None:
-    spec = featured(tiles.SPECS[layout], features)
-    assert failures(spec, tiles.small_plan(spec, kind)) == []
+    spec = featured(SPECS[layout], features)
+    assert failures(spec, small_plan(spec, kind)) == []
 
 
+@pytest.mark.interpreter
 @SLOW
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_kernels_that_take_turns_and_are_not_causal(layout: str) -> None:
-    spec = featured(turns.SPECS[layout], {"causal": False, "sinks": True})
-    plan = turns.small_plan(spec, "prefill")
+def test_kernels_of_several_iterations_that_are_not_causal(layout: str) -> None:
+    spec = featured(ITERATED[layout], {"causal": False, "sinks": True})
+    plan = iterated_plan(spec, "prefill")
     assert plan.recipe.block.mask == "lengths"
     assert failures(spec, plan) == []
 
 
+@pytest.mark.interpreter
 @SLOW
 @pytest.mark.parametrize("kind", ["prefill", "mixed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sight", [{"sliding_window": 300}, {"sliding_window": 7}, {"attention_chunk": 640}], ids=str)
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
-def test_kernels_that_take_turns_have_them(
+def test_kernels_of_several_iterations_have_them(
     soft_cap: float | None, sight: dict[str, int], layout: str, kind: str
 ) -> None:
     """With a soft cap the MXU cannot mask, for what comes after it would undo the mask."""
-    spec = featured(turns.SPECS[layout], {"soft_cap": soft_cap, **sight, "sinks": True, "log_sum_exp": True})
-    plan = turns.small_plan(spec, kind)
+    spec = featured(ITERATED[layout], {"soft_cap": soft_cap, **sight, "sinks": True, "log_sum_exp": True})
+    plan = iterated_plan(spec, kind)
     assert (plan.recipe.block.mask == "matmul") == (soft_cap is None)
     assert failures(spec, plan) == []
 
@@ -168,7 +164,7 @@ def compiled(spec: Spec, target: str, kinds: tuple[str, ...]) -> None:
     list(zip(TPU_TARGETS, itertools.cycle(LAYOUTS), strict=False)),
 )
 def test_a_mixed_program_with_all_compiles(target: str, layout: str) -> None:
-    compiled(featured(tiles.SPECS[layout], ALL), target, ("mixed",))
+    compiled(featured(SPECS[layout], ALL), target, ("mixed",))
 
 
 @SLOW
@@ -177,7 +173,7 @@ def test_a_mixed_program_with_all_compiles(target: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("features", EVERY.values(), ids=EVERY)
 def test_every_program_compiles(features: dict[str, Any], layout: str, target: str) -> None:
-    for spec in (tiles.SPECS[layout], turns.SPECS[layout]):
+    for spec in (SPECS[layout], ITERATED[layout]):
         compiled(featured(spec, features), target, tuple(KINDS))
 
 
@@ -185,7 +181,7 @@ def test_every_program_compiles(features: dict[str, Any], layout: str, target: s
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_hold_the_edges_of_the_window(kind: str, target: str) -> None:
     window, page = 150, 16
-    spec = featured(tiles.SPEC, {"sliding_window": window})
+    spec = featured(INTERLEAVED, {"sliding_window": window})
     plan = next(plan for plan in reversed(plan_spec(spec, target)) if plan.kind == kind)
     rows = {
         row
@@ -207,7 +203,7 @@ def test_a_kernel_holds_no_trace_of_a_feature_that_it_does_not_use() -> None:
     }
     for target, layout, kind in itertools.product(("tpu7x", "cpu"), LAYOUTS, KINDS):
         for name, features in {**ALONE, "chunks": CHUNKS, "read alone": READ}.items():
-            spec = featured(tiles.SPECS[layout], features, "spec")
+            spec = featured(SPECS[layout], features, "spec")
             plan = next(plan for plan in plan_spec(spec, target) if plan.kind == kind)
             text = render(spec, plan).body
             for key, traces in words.items():

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-import test_halves as pairs
-import test_tied as wide
-import test_turned as narrow
 from mutation import retiled
-from test_features import SLOW, failures, featured
+from small import PACED, TRANSPOSED, featured, pairing, pairs_plan, plan_of, transposed_plan
+from test_features import SLOW, failures
 
 from rpac.kernels import render
 from rpac.plan import KernelPlan
@@ -42,36 +40,38 @@ def with_override(spec: Spec, plan: KernelPlan, override: Override) -> KernelPla
     return found
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("features", [{}, pytest.param(LSE, marks=SLOW)], ids=str)
 @pytest.mark.parametrize("wanted", BLOCKS, ids=str)
 def test_other_recipes_of_a_prefill_kernel_agree_with_the_oracle(
     wanted: Mapping[str, str | bool], features: dict[str, Any]
 ) -> None:
-    spec = featured(narrow.APART, features)
-    plan = with_override(spec, narrow.small_plan(spec, "prefill"), Override(block=wanted))
+    spec = featured(TRANSPOSED["separate"], features)
+    plan = with_override(spec, transposed_plan(spec, "prefill"), Override(block=wanted))
     assert failures(spec, plan, few=True) == []
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize(
     "wanted", [{"paced": False, "pipelined": False}, pytest.param({"paced": False}, marks=SLOW)], ids=str
 )
 def test_a_kernel_with_long_steps_agrees_with_the_oracle_without_pacing(wanted: Mapping[str, str | bool]) -> None:
-    (plan,) = wide.plans(wide.WIDE, "tpu7x", "prefill")
-    plan = with_override(wide.WIDE, plan, Override(block=wanted))
-    assert failures(wide.WIDE, plan, few=True) == []
+    plan = with_override(PACED, plan_of(PACED, "prefill"), Override(block=wanted))
+    assert failures(PACED, plan, few=True) == []
 
 
+@pytest.mark.interpreter
 def test_a_decode_kernel_need_not_read_token_pairs() -> None:
-    spec = pairs.halved({})
-    plan = with_override(spec, pairs.small_plan(spec), Override(decode={"read": "separate"}))
+    spec = pairing()
+    plan = with_override(spec, pairs_plan(spec), Override(decode={"read": "separate"}))
     assert failures(spec, plan, few=True) == []
 
 
 @pytest.mark.parametrize("wanted", [{"mask": "lengths"}, {"paced": False}, {"scores": "columns"}], ids=str)
 def test_what_tiles_do_not_allow_is_refused_with_what_they_do(wanted: Mapping[str, str | bool]) -> None:
-    plan = narrow.small_plan(narrow.APART, "prefill")
+    plan = transposed_plan(TRANSPOSED["separate"], "prefill")
     assert plan.block is not None
     (name,) = wanted
-    options = options_of(narrow.APART, plan.block, {})[name]  # type: ignore[arg-type]
+    options = options_of(TRANSPOSED["separate"], plan.block, {})[name]  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"recipe: {name}: found .*must be {' or '.join(map(repr, options))}"):
-        retiled(narrow.APART, plan, override=Override(block=wanted))
+        retiled(TRANSPOSED["separate"], plan, override=Override(block=wanted))

@@ -59,32 +59,32 @@ SHAPES = [
 ]
 
 
-def apart(q_heads: int, kv_heads: int, head_dim: int = 128, dtype: str = "bfloat16", **serving: object) -> Spec:
-    """Likewise, with K and V apart. A page table is no multiple of a tile, and longer than the fetch runs ahead."""
+def separate(q_heads: int, kv_heads: int, head_dim: int = 128, dtype: str = "bfloat16", **serving: object) -> Spec:
+    """As `shaped`, with separate K and V. A page table is no multiple of a tile, and longer than the fetch runs ahead."""
     page_size = serving.setdefault("page_size", 64)
     assert isinstance(page_size, int)
     long = {"max_model_len": 1024 + max(page_size, 32), "max_num_seqs": 6}
     return shaped(q_heads, kv_heads, head_dim, dtype, kv_layout="separate", **{**long, **serving})
 
 
-APART_FEW = [apart(12, 3)]  # two KV heads share the rows of a product, the third has half of them
-APART = [
-    *APART_FEW,
-    apart(3, 1, dtype="float32"),  # rows of a product that are no query's
-    apart(1, 1),
-    apart(8, 8),  # group 1
-    apart(9, 3, page_size=16),
-    apart(10, 2),  # group 5
-    apart(8, 1),  # a set for each head
-    apart(32, 2),  # the largest group
-    apart(4, 2, head_dim=256),
-    apart(3, 1, head_dim=256, dtype="float32"),
-    apart(4, 2, page_size=256, prefill_chunk=32),
-    apart(8, 2, page_size=16, token_buckets=(1, 32)),
-    apart(4, 2, page_size=16, max_model_len=48, context_lens=(48,)),  # shorter than a tile
-    apart(4, 2, max_num_seqs=32),  # more sequences than there are buffers for their new tokens
-    apart(4, 2, dtype="float32", page_size=8),
-    apart(4, 2, page_size=512, max_model_len=1024),
+SEPARATE_FEW = [separate(12, 3)]  # two KV heads share the rows of a product, the third has half of them
+SEPARATE = [
+    *SEPARATE_FEW,
+    separate(3, 1, dtype="float32"),  # rows of a product that are no query's
+    separate(1, 1),
+    separate(8, 8),  # group 1
+    separate(9, 3, page_size=16),
+    separate(10, 2),  # group 5
+    separate(8, 1),  # a set for each head
+    separate(32, 2),  # the largest group
+    separate(4, 2, head_dim=256),
+    separate(3, 1, head_dim=256, dtype="float32"),
+    separate(4, 2, page_size=256, prefill_chunk=32),
+    separate(8, 2, page_size=16, token_buckets=(1, 32)),
+    separate(4, 2, page_size=16, max_model_len=48, context_lens=(48,)),  # shorter than a tile
+    separate(4, 2, max_num_seqs=32),  # more sequences than there are buffers for their new tokens
+    separate(4, 2, dtype="float32", page_size=8),
+    separate(4, 2, page_size=512, max_model_len=1024),
 ]
 
 PADDED_FEW = [shaped(6, 3, head_dim=64), shaped(4, 2, head_dim=80)]
@@ -99,22 +99,22 @@ PADDED = [
     shaped(4, 2, head_dim=112),
     shaped(4, 2, head_dim=192),
     shaped(4, 2, head_dim=192, dtype="float32"),
-    apart(6, 3, head_dim=64, **SHORT),
-    apart(16, 4, head_dim=96, **SHORT),
-    apart(4, 2, head_dim=64, dtype="float32", **SHORT),
+    separate(6, 3, head_dim=64, **SHORT),
+    separate(16, 4, head_dim=96, **SHORT),
+    separate(4, 2, head_dim=64, dtype="float32", **SHORT),
 ]
 EIGHT_BITS_FEW = [quantized(shaped(6, 3), "float8_e4m3fn", "head", "kernel")]
-EIGHT_BITS_APART = quantized(apart(4, 2, **SHORT), "int8", "head", "kernel")
+EIGHT_BITS_SEPARATE = quantized(separate(4, 2, **SHORT), "int8", "head", "kernel")
 EIGHT_BITS = [
     *EIGHT_BITS_FEW,
     quantized(shaped(4, 2), "float8_e5m2", None, "caller"),
     quantized(shaped(16, 4), "int8", "head", "caller"),
     quantized(shaped(6, 3, head_dim=64), "int8", "tensor", "kernel"),
-    quantized(apart(4, 2, head_dim=192, **SHORT), "int8", "head", "kernel"),
+    quantized(separate(4, 2, head_dim=192, **SHORT), "int8", "head", "kernel"),
     quantized(shaped(4, 2, head_dim=80, dtype="float32"), "float8_e4m3fn", "head", "kernel"),
-    EIGHT_BITS_APART,
-    quantized(apart(4, 2, head_dim=64, **SHORT), "float8_e4m3fn", "tensor", "caller"),
-    quantized(apart(4, 2, head_dim=80, **SHORT), "float8_e5m2", "head", "kernel"),
+    EIGHT_BITS_SEPARATE,
+    quantized(separate(4, 2, head_dim=64, **SHORT), "float8_e4m3fn", "tensor", "caller"),
+    quantized(separate(4, 2, head_dim=80, **SHORT), "float8_e5m2", "head", "kernel"),
 ]
 
 
@@ -129,7 +129,7 @@ EXCHANGED = [
     *EXCHANGED_FEW,
     *(
         of_pieces(make, q_heads, kv_heads, **shape)
-        for make in (shaped, apart)
+        for make in (shaped, separate)
         for q_heads, kv_heads, shape in (
             (16, 8, {}),  # eight heads
             (32, 8, {}),  # four, in two registers
@@ -145,7 +145,7 @@ EXCHANGED = [
 
 def named(spec: Spec) -> str:
     serving = spec.serving
-    layout = f"-apart{serving.max_model_len}x{serving.max_num_seqs}" if serving.kv_layout == "separate" else ""
+    layout = f"-separate{serving.max_model_len}x{serving.max_num_seqs}" if serving.kv_layout == "separate" else ""
     return f"{spec.name}-page{serving.page_size}-bucket{serving.token_buckets[0]}{layout}"
 
 
@@ -155,12 +155,12 @@ def params(specs: list[Spec], few: list[Spec]) -> list[object]:
 
 
 each_shape = pytest.mark.parametrize("spec", params(SHAPES, FEW))
-each_shape_apart = pytest.mark.parametrize("spec", params(APART, APART_FEW))
+each_separate_shape = pytest.mark.parametrize("spec", params(SEPARATE, SEPARATE_FEW))
 each_exchange = pytest.mark.parametrize("spec", params(EXCHANGED, EXCHANGED_FEW))
 each_new_shape = pytest.mark.parametrize("spec", params([*PADDED, *EIGHT_BITS], [PADDED_FEW[0], *EIGHT_BITS_FEW]))
 each_portable_shape = pytest.mark.parametrize(
     "spec",
-    params([*SHAPES, *APART, *PADDED, *EIGHT_BITS], [*FEW, APART_FEW[0], *PADDED_FEW, *EIGHT_BITS_FEW]),
+    params([*SHAPES, *SEPARATE, *PADDED, *EIGHT_BITS], [*FEW, SEPARATE_FEW[0], *PADDED_FEW, *EIGHT_BITS_FEW]),
 )
 
 
@@ -182,6 +182,7 @@ def test_portable_programs_agree_with_the_oracle(spec: Spec, kind: str) -> None:
     check(spec, "cpu", kind)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("kind", ["decode", "prefill", pytest.param("mixed", marks=SLOW)])
 @each_shape
 def test_kernels_agree_with_the_oracle_in_the_interpreter(spec: Spec, kind: str) -> None:
@@ -189,6 +190,7 @@ def test_kernels_agree_with_the_oracle_in_the_interpreter(spec: Spec, kind: str)
     check(spec, "tpu7x", kind)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("kind", ["decode", pytest.param("prefill", marks=SLOW), pytest.param("mixed", marks=SLOW)])
 @each_new_shape
 def test_kernels_of_padded_joined_and_quantized_rows_agree_with_the_oracle_in_the_interpreter(
@@ -204,21 +206,24 @@ def few_at_once(spec: Spec, plan: KernelPlan) -> KernelPlan:
     return plan
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("kind", ["decode", pytest.param("prefill", marks=SLOW), pytest.param("mixed", marks=SLOW)])
-@each_shape_apart
-def test_kernels_of_k_and_v_apart_agree_with_the_oracle_in_the_interpreter(spec: Spec, kind: str) -> None:
+@each_separate_shape
+def test_kernels_of_separate_k_and_v_agree_with_the_oracle_in_the_interpreter(spec: Spec, kind: str) -> None:
     check(spec, "tpu7x", kind, few_at_once)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("kind", ["prefill", pytest.param("mixed", marks=SLOW)])
 @each_exchange
 def test_kernels_that_exchange_rows_agree_with_the_oracle_in_the_interpreter(spec: Spec, kind: str) -> None:
     check(spec, "tpu7x", kind)
 
 
+@pytest.mark.interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prefill", "mixed"])
-@pytest.mark.parametrize("make", [shaped, apart])
+@pytest.mark.parametrize("make", [shaped, separate])
 def test_kernels_that_exchange_rows_for_a_narrow_mxu_agree_with_the_oracle(
     make: Callable[..., Spec], kind: str
 ) -> None:
@@ -226,16 +231,19 @@ def test_kernels_that_exchange_rows_for_a_narrow_mxu_agree_with_the_oracle(
     check(of_pieces(make, 16, 4), "v5e", kind)
 
 
-def test_prefill_puts_new_tokens_of_8_bits_into_pages_with_k_and_v_apart() -> None:
-    check(EIGHT_BITS_APART, "tpu7x", "prefill")
+@pytest.mark.interpreter
+def test_prefill_puts_new_tokens_of_8_bits_into_pages_of_separate_k_and_v() -> None:
+    check(EIGHT_BITS_SEPARATE, "tpu7x", "prefill")
 
 
+@pytest.mark.interpreter
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [APART_FEW[0], apart(4, 2, page_size=16)], ids=named)
+@pytest.mark.parametrize("spec", [SEPARATE_FEW[0], separate(4, 2, page_size=16)], ids=named)
 def test_groups_of_as_many_tiles_as_planned_agree_with_the_oracle(spec: Spec) -> None:
     check(spec, "tpu7x", "decode")
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("spec", [shaped(4, 2), pytest.param(shaped(9, 3), marks=SLOW)], ids=lambda spec: spec.name)
 def test_decode_kernels_of_a_narrow_mxu_agree_with_the_oracle(spec: Spec) -> None:
     check(spec, "v5p", "decode")
@@ -249,9 +257,9 @@ def test_kernels_of_odd_shapes_compile(target: str) -> None:
 
 @pytest.mark.compile
 @pytest.mark.parametrize("target", ["tpu7x", "v5e"])
-def test_kernels_of_odd_shapes_with_k_and_v_apart_compile(target: str) -> None:
+def test_kernels_of_odd_shapes_with_separate_k_and_v_compile(target: str) -> None:
     """A mixed program has both kernels."""
-    compile_all([*APART_FEW, EIGHT_BITS_APART], target, kinds=("mixed",))
+    compile_all([*SEPARATE_FEW, EIGHT_BITS_SEPARATE], target, kinds=("mixed",))
 
 
 @pytest.mark.compile
@@ -264,7 +272,7 @@ def test_kernels_of_padded_joined_and_quantized_rows_compile(target: str) -> Non
 @pytest.mark.compile
 @pytest.mark.parametrize("target", ["tpu7x", "v6e", "v5p", "v5e"])
 def test_kernels_of_every_shape_compile(target: str) -> None:
-    compile_all([*SHAPES, *APART, *PADDED, *EIGHT_BITS], target)
+    compile_all([*SHAPES, *SEPARATE, *PADDED, *EIGHT_BITS], target)
 
 
 def compile_all(specs: list[Spec], target: str, kinds: tuple[str, ...] = KIND_ORDER) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mutation import Mutation, retiled
+from mutation import Bug, retiled
 
 from rpac.check import check_source
 from rpac.contract.attention import Attention
@@ -46,7 +46,7 @@ def test_an_update_that_looks_less_far_ahead_agrees_with_the_oracle(spec: Spec, 
 
 def test_a_ring_that_is_one_page_too_short_is_caught() -> None:
     """The batches update more pages than the shortest ring holds, or the test above would show nothing."""
-    fewer = Mutation("one buffer of new tokens too few", r"^NEW_BUFFERS = 2\b", "NEW_BUFFERS = 1")
+    fewer = Bug("one buffer of new tokens too few", "", "NEW_BUFFERS = 2", "NEW_BUFFERS = 1")
     plan = looking_ahead(TINY, "prefill", 1)
     source = fewer.apply(render(TINY, plan))
     results = check_source(TINY, plan, source, seed=0, random_batches=1)

@@ -85,7 +85,9 @@ def test_a_batch_in_place_of_its_arrays(engine: Engine, rows: int) -> None:
     engine(*arrays, *batch.metadata)
 
 
-@pytest.mark.parametrize("value", [[3, 4, 0, 0], "1234", None, object(), [[1], [2, 3]]], ids=str)
+@pytest.mark.parametrize(
+    "value", [[3, 4, 0, 0], "1234", None, object(), [[1], [2, 3]]], ids=lambda value: type(value).__name__
+)
 def test_metadata_that_is_no_array(engine: Engine, value: Any) -> None:
     args = decode_args(engine)
     args["kv_lens"] = value

@@ -15,7 +15,7 @@ from rpac.bundle import read_manifest
 from rpac.check.deployment import serve_check
 from rpac.contract import arrays as layout
 from rpac.errors import SpecError
-from rpac.oracle.canary import Call, make_call
+from rpac.oracle.canary import ProbeCall, make_call
 from rpac.oracle.expected import oracle
 from rpac.oracle.tolerance import attention_error
 from rpac.spec import load_spec, parse_spec
@@ -67,7 +67,7 @@ def test_each_kind_of_layer_is_served_as_the_oracle_says(bundle: Path) -> None:
     assert serve_check(bundle, "cpu", seed=1).exit_code == 0
 
 
-def serve_without_the_first_page(engines: dict[str, Engine], call: Call, wanted: np.ndarray) -> None:
+def serve_without_the_first_page(engines: dict[str, Engine], call: ProbeCall, wanted: np.ndarray) -> None:
     """A page before the window of its row is another's by now: what it holds, and its entry, change nothing."""
     local = engines["local"]
     cache = np.zeros(local.new_cache().shape, np.float32)

@@ -19,7 +19,10 @@ SMALL = Path(__file__).with_name("small.yaml")
 def test_a_bundle_for_this_cpu_compiles_nothing_and_answers_like_the_oracle(small: Path, tmp_path: Path) -> None:
     done = rpac("build", SMALL, "--this-cpu", "-o", tmp_path, "--json", cache=small.parent / "cache")
     assert done.returncode == 0, done.stderr
-    assert [line.split(": ")[-1] for line in done.stderr.splitlines()] == ["cached"] * 3 + ["compiled for this CPU"] * 3
+    ends = [line.split(": ")[-1] for line in done.stderr.splitlines()]
+    assert [end for end in ends if end in ("cached", "compiled", "compiled for this CPU")] == ["cached"] * 3 + [
+        "compiled for this CPU"
+    ] * 3
     assert all(variant["executable_bytes"] > 0 for variant in json.loads(done.stdout)["variants"])
     target = verify_bundle(tmp_path / "small.rpac").targets["cpu"]
     assert host.cpu_name() in target.toolchain["cpu_build"]

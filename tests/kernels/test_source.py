@@ -209,5 +209,5 @@ def test_every_buffer_of_a_plan_is_declared_and_a_parameter_once() -> None:
 
 
 def test_templates_are_found_beside_the_package_in_a_checkout() -> None:
-    assert (templates_dir() / "pallas_tpu" / "decode.py.jinja").is_file()
+    assert (templates_dir() / "pallas_tpu" / "program.py.jinja").is_file()
     assert (templates_dir() / "xla" / "skeletons" / "decode.py.jinja").is_file()

@@ -9,7 +9,7 @@ What was specialized:
 - these are one device's part of 8: KV heads in 8 parts
 - pages of 128 tokens, 64 a sequence, up to 64 sequences
 - token buckets that use it: 1024, 2048
-- causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
+- causal, cache updated; no soft cap, sliding window, sinks, ALiBi or KV scales in the spec: none is in the code
 - only prefill batches: the other kernels are not in this program
 """
 

@@ -9,7 +9,7 @@ What was specialized:
 - these are one device's part of 8: KV heads in 8 parts
 - pages of 128 tokens, 64 a sequence, up to 64 sequences
 - token buckets that use it: 1024, 2048
-- causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
+- causal, cache updated; no soft cap, sliding window, sinks, ALiBi or KV scales in the spec: none is in the code
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512
   tokens at once
@@ -21,8 +21,8 @@ What was specialized:
 - prefill, scores: a column for each query; queries fill the width of the MXU, which a head does not
 - prefill, softmax: waits for the scores of later steps, 8 steps' scores kept; otherwise the compiler would make
   probabilities early and spill them
-- prefill, lookahead: scores are made 3 steps before their probabilities, 6 on the diagonal; the MXU works while the
-  vector unit does softmax
+- prefill, lookahead: scores are made steps before their probabilities: 3 in full tiles, 6 on the diagonal; the MXU
+  works while the vector unit does softmax
 - prefill, sorting queries: by transposing parts of registers, 1 KV heads at a time; the queries of a token for these
   heads fill one register
 - prefill, between blocks: each block makes its own first scores; other tiles, or the splitting of words, may come
@@ -57,6 +57,7 @@ SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * l
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 PRECISION = None  # of matmuls: bfloat16 products are exact in float32
 VMEM_LIMIT = 25165824  # bytes
+HALF_BITS = 16  # of a 32-bit word
 PACKING = 2  # elements of the cache in one 32-bit word
 TOKEN_ROWS = 2  # rows of one token in the cache
 WORD_ROWS = 1  # the same rows as 32-bit words
@@ -69,10 +70,11 @@ TRANSPOSED_HEADS = 1  # KV heads whose queries of one token fill a register
 Q_BLOCK = 256  # query tokens of a query block
 Q_ROWS = GROUP * Q_BLOCK  # their rows of one KV head
 KV_BLOCK = 1024  # tokens that are fetched at once
+BLOCK_PAGES = KV_BLOCK // PAGE_SIZE
 KV_BUFFERS = 3  # KV blocks, and query blocks, in VMEM
 FETCH_LOOKAHEAD = KV_BUFFERS - 1  # steps that the fetch runs ahead
 STEP_ROWS = 256  # query rows of a flash step
-ROW_STEPS = Q_ROWS // STEP_ROWS
+ROW_STEPS = Q_ROWS // STEP_ROWS  # of a KV head
 TILE = 512  # tokens of a flash step
 TILES = KV_BLOCK // TILE
 STEP_HEADS = 1  # KV heads whose steps are one iteration
@@ -197,7 +199,7 @@ def pack_token(keys, values, packed, token):
     """Lays one token's new keys and values `[KV_HEADS, HEAD_DIM]` into 32-bit words: K in the low half, V in the high."""
     # A bfloat16 is the high half of a float32.
     keys, values = (pltpu.bitcast(rows, jnp.uint32) for rows in float_rows(keys, values))
-    words = (keys >> 16) | values
+    words = (keys >> HALF_BITS) | values
     for tile in range(LANE_TILES):
         lanes = slice(tile * LANES, (tile + 1) * LANES)
         packed[pl.ds(token * WORD_ROWS + tile, KV_HEADS, stride=LANE_TILES)] = words[:, lanes]
@@ -296,7 +298,7 @@ class PrefillKernel(PagedKernel):
     q_in: Ref  # bfloat16[KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM]: query blocks as they come
     q_rows: Ref  # bfloat16[KV_HEADS, Q_ROWS, HEAD_LANES]: a query block by KV head
     query_onehot: Ref  # bfloat16[STEP_ROWS, LANES]: 1 where a lane is the row's query
-    mask_bias: Ref  # bfloat16[DIAGONAL_BLOCKS, Q_ROWS // STEP_ROWS, DIAGONAL_BLOCK, LANES]: 0, or what masks a score, by token and query
+    mask_bias: Ref  # bfloat16[DIAGONAL_BLOCKS, ROW_STEPS, DIAGONAL_BLOCK, LANES]: 0, or what masks a score, by token and query
     next_scores: Ref  # float32[SCORE_BUFFERS, TILE, STEP_ROWS]: scores of the next steps
     step_max: Ref  # float32[SCORE_BUFFERS, SUBLANES, STEP_ROWS]: largest score of each row
     row_max: Ref  # float32[KV_HEADS, SUBLANES, Q_ROWS]: running maximum
@@ -310,12 +312,11 @@ class PrefillKernel(PagedKernel):
     q_sem: Ref  # DMA[KV_BUFFERS]: query blocks
     out_sem: Ref  # DMA[1]: output blocks
 
-    block_pages = KV_BLOCK // PAGE_SIZE
+    block_pages = BLOCK_PAGES
     computed_tokens = DIAGONAL_BLOCK
     cleared_tiles = CLEARED_TILES
 
     def run(self):
-        """Attention of all sequences of the kernel, whose new tokens may have to get into the cache first."""
         self.first_seq, self.end_seq = self.sequences()
         pl.when(self.first_seq < self.end_seq)(self.attend)
 
@@ -334,7 +335,7 @@ class PrefillKernel(PagedKernel):
             fetched = self.fetch_ahead(step, *fetched)
         state = (jnp.int32(0), start, fetched, start[:2])
         _, _, _, sent, *_ = lax.while_loop(self.has_work, self.step, state)
-        self.for_copies(*sent, self.out_copy, wait_copy)
+        self.wait_output(sent)
 
     def has_work(self, carry):
         """Whether there is a step to take."""
@@ -622,7 +623,8 @@ class PrefillKernel(PagedKernel):
         A word of either holds two tokens of a diagonal block: token t in its low half, t + TOKENS_APART in its high one.
         """
         half = jnp.uint32(0xFFFF)
-        for_each(0, DIAGONAL_BLOCKS * DEINTERLEAVE_STEPS, functools.partial(self.deinterleave_rows, buffer, tile, half))
+        deinterleave_rows = functools.partial(self.deinterleave_rows, buffer, tile, half)
+        for_each(0, DIAGONAL_BLOCKS * DEINTERLEAVE_STEPS, deinterleave_rows)
 
     def deinterleave_rows(self, buffer, tile, half, step):
         """DEINTERLEAVED_ROWS rows of either half: few enough to stay in registers."""
@@ -780,8 +782,9 @@ class FullTiles:
 
     def tile_of(self, iteration):
         """The first token of an iteration's tile, and the first of its heads."""
-        tile, head = self.first_tile + lax.div(iteration, ITERATIONS), lax.rem(iteration, ITERATIONS) * STEP_HEADS
-        return tile * TILE, head
+        tile = self.first_tile + lax.div(iteration, ITERATIONS)
+        first_head = lax.rem(iteration, ITERATIONS) * STEP_HEADS
+        return tile * TILE, first_head
 
     def scores(self, first, tokens, head, rows):
         """The scores of some rows against a tile."""
@@ -902,7 +905,7 @@ def attend_prefill(queries, keys, values, cache, kv_lens, page_indices, distribu
             pltpu.VMEM((KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in
             pltpu.VMEM((KV_HEADS, Q_ROWS, HEAD_LANES), jnp.bfloat16),  # q_rows
             pltpu.VMEM((STEP_ROWS, LANES), jnp.bfloat16),  # query_onehot
-            pltpu.VMEM((DIAGONAL_BLOCKS, Q_ROWS // STEP_ROWS, DIAGONAL_BLOCK, LANES), jnp.bfloat16),  # mask_bias
+            pltpu.VMEM((DIAGONAL_BLOCKS, ROW_STEPS, DIAGONAL_BLOCK, LANES), jnp.bfloat16),  # mask_bias
             pltpu.VMEM((SCORE_BUFFERS, TILE, STEP_ROWS), jnp.float32),  # next_scores
             pltpu.VMEM((SCORE_BUFFERS, SUBLANES, STEP_ROWS), jnp.float32),  # step_max
             pltpu.VMEM((KV_HEADS, SUBLANES, Q_ROWS), jnp.float32),  # row_max

@@ -8,7 +8,7 @@ What was specialized:
 - 32 query heads over 8 KV heads, head_dim 128, queries bfloat16, KV bfloat16: constants
 - pages of 128 tokens, 64 a sequence, up to 64 sequences
 - token buckets that use it: 64
-- causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
+- causal, cache updated; no soft cap, sliding window, sinks, ALiBi or KV scales in the spec: none is in the code
 - separate K and V in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - decode: tiles of 256 tokens, no longer than the expected lengths; waves of 4, so that one fills the other's waits;
   fetched 4 waves ahead, which hides the latency of DMAs
@@ -27,8 +27,8 @@ What was specialized:
 - mixed, scores: a column for each query; queries fill the width of the MXU, which a head does not
 - mixed, softmax: waits for the scores of later steps, 8 steps' scores kept; otherwise the compiler would make
   probabilities early and spill them
-- mixed, lookahead: scores are made 3 steps before their probabilities, 6 on the diagonal; the MXU works while the
-  vector unit does softmax
+- mixed, lookahead: scores are made steps before their probabilities: 3 in full tiles, 6 on the diagonal; the MXU works
+  while the vector unit does softmax
 - mixed, sorting queries: by transposing parts of registers, 4 KV heads at a time; the queries of a token for these
   heads fill one register
 - mixed, between blocks: the last tile of a block makes the first scores of the next block; the MXU does not wait there
@@ -92,11 +92,12 @@ DECODE_LOADS = 3  # queries, keys, values
 MIXED_Q_BLOCK = 32  # query tokens of a query block
 MIXED_Q_ROWS = GROUP * MIXED_Q_BLOCK  # their rows of one KV head
 MIXED_KV_BLOCK = 2048  # tokens that are fetched at once
+MIXED_BLOCK_PAGES = MIXED_KV_BLOCK // PAGE_SIZE
 MIXED_KV_BUFFERS = 3  # KV blocks, and query blocks, in VMEM
 MIXED_FETCH_LOOKAHEAD = MIXED_KV_BUFFERS - 1  # steps that the fetch runs ahead
 MIXED_COPY_SIZES = (32, 16, 8, 4, 2, 1)  # tokens: of these is every copy of a query block
 MIXED_STEP_ROWS = 128  # query rows of a flash step
-MIXED_ROW_STEPS = MIXED_Q_ROWS // MIXED_STEP_ROWS
+MIXED_ROW_STEPS = MIXED_Q_ROWS // MIXED_STEP_ROWS  # of a KV head
 MIXED_TILE = 512  # tokens of a flash step
 MIXED_TILES = MIXED_KV_BLOCK // MIXED_TILE
 MIXED_STEP_HEADS = 8  # KV heads whose steps are one iteration
@@ -667,14 +668,14 @@ class MixedKernel(PagedKernel):
     out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
     cache_hbm: Ref  # bfloat16[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]
     # Scratch arrays in VMEM, and semaphores.
-    kv: Ref  # bfloat16[MIXED_KV_BUFFERS, MIXED_KV_BLOCK // PAGE_SIZE, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched blocks
+    kv: Ref  # bfloat16[MIXED_KV_BUFFERS, MIXED_BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched blocks
     new_keys: Ref  # bfloat16[MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, KV_HEADS, HEAD_DIM]: new keys, around the page they go to
     new_values: Ref  # bfloat16[MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, KV_HEADS, HEAD_DIM]: new values, around the page they go to
     page_rows: Ref  # bfloat16[MIXED_PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: pages to update
     q_in: Ref  # bfloat16[MIXED_KV_BUFFERS, MIXED_Q_BLOCK, Q_HEADS, HEAD_DIM]: query blocks as they come
     q_rows: Ref  # bfloat16[KV_HEADS, MIXED_Q_ROWS, HEAD_LANES]: a query block by KV head
     query_onehot: Ref  # bfloat16[MIXED_STEP_ROWS, LANES]: 1 where a lane is the row's query
-    mask_bias: Ref  # bfloat16[MIXED_DIAGONAL_BLOCKS, MIXED_Q_ROWS // MIXED_STEP_ROWS, MIXED_DIAGONAL_BLOCK, LANES]: 0, or what masks a score, by token and query
+    mask_bias: Ref  # bfloat16[MIXED_DIAGONAL_BLOCKS, MIXED_ROW_STEPS, MIXED_DIAGONAL_BLOCK, LANES]: 0, or what masks a score, by token and query
     next_scores: Ref  # float32[MIXED_SCORE_BUFFERS, MIXED_TILE, MIXED_STEP_ROWS]: scores of the next steps
     step_max: Ref  # float32[MIXED_SCORE_BUFFERS, SUBLANES, MIXED_STEP_ROWS]: largest score of each row
     row_max: Ref  # float32[KV_HEADS, SUBLANES, MIXED_Q_ROWS]: running maximum
@@ -688,12 +689,11 @@ class MixedKernel(PagedKernel):
     q_sem: Ref  # DMA[MIXED_KV_BUFFERS]: query blocks
     out_sem: Ref  # DMA[1]: output blocks
 
-    block_pages = MIXED_KV_BLOCK // PAGE_SIZE
+    block_pages = MIXED_BLOCK_PAGES
     computed_tokens = MIXED_DIAGONAL_BLOCK
     cleared_planes = MIXED_CLEARED_PLANES
 
     def run(self):
-        """Attention of all sequences of the kernel, whose new tokens may have to get into the cache first."""
         self.first_seq, self.end_seq = self.sequences()
         pl.when(self.first_seq < self.end_seq)(self.attend)
 
@@ -712,7 +712,7 @@ class MixedKernel(PagedKernel):
             fetched = self.fetch_ahead(step, *fetched)
         state = (jnp.int32(0), start, fetched, start[:2], jnp.bool_(False))
         _, _, _, sent, *_ = lax.while_loop(self.has_work, self.step, state)
-        self.for_copies(*sent, self.out_copy, wait_copy)
+        self.wait_output(sent)
 
     def has_work(self, carry):
         """Whether there is a step to take."""
@@ -1173,8 +1173,9 @@ class FullTiles:
 
     def tile_of(self, iteration):
         """The first token of an iteration's tile, and the first of its heads."""
-        tile, head = self.first_tile + lax.div(iteration, MIXED_ITERATIONS), lax.rem(iteration, MIXED_ITERATIONS) * MIXED_STEP_HEADS
-        return tile * MIXED_TILE, head
+        tile = self.first_tile + lax.div(iteration, MIXED_ITERATIONS)
+        first_head = lax.rem(iteration, MIXED_ITERATIONS) * MIXED_STEP_HEADS
+        return tile * MIXED_TILE, first_head
 
     def start(self, make_first_scores):
         """Makes the scores that the first iteration finds, unless they are made."""
@@ -1189,8 +1190,8 @@ class FullTiles:
         """The scores of some rows against a tile."""
         beyond = first >= MIXED_KV_BLOCK  # in the next block
         buffer = jnp.where(beyond, lax.rem(self.buffer + 1, MIXED_KV_BUFFERS), self.buffer)
-        first = jnp.where(beyond, first - MIXED_KV_BLOCK, first)
-        return self.kernel.score(buffer, first, tokens, head, rows)
+        place = jnp.where(beyond, first - MIXED_KV_BLOCK, first)
+        return self.kernel.score(buffer, place, tokens, head, rows)
 
 
 @dataclasses.dataclass
@@ -1281,7 +1282,7 @@ def probabilities(scores, row_max):
 
 
 def transpose_heads(parts):
-    """A register has TRANSPOSED_HEADS KV heads of one token, or as many tokens of one KV head, and `parts` has as many registers."""
+    """Transposes TRANSPOSED_HEADS registers of as many KV heads of one token to registers of tokens of one KV head, or back."""
     sublane = lax.broadcasted_iota(jnp.int32, parts[0].shape, 1)
     for apart in TRANSPOSE_DISTANCES:
         low = sublane & (apart * HEAD_SUBLANES) == 0
@@ -1312,14 +1313,14 @@ def attend_mixed(queries, keys, values, cache, out, kv_lens, page_indices, cu_q_
         ],
         input_output_aliases={7: 1, 8: 0},  # results in the memory of operands
         scratch_shapes=[
-            pltpu.VMEM((MIXED_KV_BUFFERS, MIXED_KV_BLOCK // PAGE_SIZE, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((MIXED_KV_BUFFERS, MIXED_BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # kv
             pltpu.VMEM((MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
             pltpu.VMEM((MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
             pltpu.VMEM((MIXED_PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # page_rows
             pltpu.VMEM((MIXED_KV_BUFFERS, MIXED_Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in
             pltpu.VMEM((KV_HEADS, MIXED_Q_ROWS, HEAD_LANES), jnp.bfloat16),  # q_rows
             pltpu.VMEM((MIXED_STEP_ROWS, LANES), jnp.bfloat16),  # query_onehot
-            pltpu.VMEM((MIXED_DIAGONAL_BLOCKS, MIXED_Q_ROWS // MIXED_STEP_ROWS, MIXED_DIAGONAL_BLOCK, LANES), jnp.bfloat16),  # mask_bias
+            pltpu.VMEM((MIXED_DIAGONAL_BLOCKS, MIXED_ROW_STEPS, MIXED_DIAGONAL_BLOCK, LANES), jnp.bfloat16),  # mask_bias
             pltpu.VMEM((MIXED_SCORE_BUFFERS, MIXED_TILE, MIXED_STEP_ROWS), jnp.float32),  # next_scores
             pltpu.VMEM((MIXED_SCORE_BUFFERS, SUBLANES, MIXED_STEP_ROWS), jnp.float32),  # step_max
             pltpu.VMEM((KV_HEADS, SUBLANES, MIXED_Q_ROWS), jnp.float32),  # row_max

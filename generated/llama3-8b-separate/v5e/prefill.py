@@ -8,7 +8,7 @@ What was specialized:
 - 32 query heads over 8 KV heads, head_dim 128, queries bfloat16, KV bfloat16: constants
 - pages of 128 tokens, 64 a sequence, up to 64 sequences
 - token buckets that use it: 1024, 2048
-- causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
+- causal, cache updated; no soft cap, sliding window, sinks, ALiBi or KV scales in the spec: none is in the code
 - separate K and V in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512
@@ -20,8 +20,8 @@ What was specialized:
 - prefill, mask: by comparing positions; this works with any mask and needs no MXU lanes
 - prefill, scores: a row for each query; this needs neither MXU lanes to spare nor whole registers of rows
 - prefill, softmax: not paced; this needs no buffers but those of the lookahead, and steps of any length
-- prefill, lookahead: scores are made 3 steps before their probabilities, 3 on the diagonal; the MXU works while the
-  vector unit does softmax
+- prefill, lookahead: scores are made steps before their probabilities: 3 in full tiles, 3 on the diagonal; the MXU
+  works while the vector unit does softmax
 - prefill, sorting queries: by transposing parts of registers, 4 KV heads at a time; the queries of a token for these
   heads fill one register
 - prefill, between blocks: the last tile of a block makes the first scores of the next block; the MXU does not wait
@@ -67,10 +67,11 @@ REGISTER_ROWS = 16  # rows of queries in a register
 Q_BLOCK = 256  # query tokens of a query block
 Q_ROWS = GROUP * Q_BLOCK  # their rows of one KV head
 KV_BLOCK = 2048  # tokens that are fetched at once
+BLOCK_PAGES = KV_BLOCK // PAGE_SIZE
 KV_BUFFERS = 3  # KV blocks, and query blocks, in VMEM
 FETCH_LOOKAHEAD = KV_BUFFERS - 1  # steps that the fetch runs ahead
 STEP_ROWS = 256  # query rows of a flash step
-ROW_STEPS = Q_ROWS // STEP_ROWS
+ROW_STEPS = Q_ROWS // STEP_ROWS  # of a KV head
 TILE = 512  # tokens of a flash step
 TILES = KV_BLOCK // TILE
 STEP_HEADS = 4  # KV heads whose steps are one iteration
@@ -208,7 +209,7 @@ class PrefillKernel(PagedKernel):
     out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
     cache_hbm: Ref  # bfloat16[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]
     # Scratch arrays in VMEM, and semaphores.
-    kv: Ref  # bfloat16[KV_BUFFERS, KV_BLOCK // PAGE_SIZE, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched blocks
+    kv: Ref  # bfloat16[KV_BUFFERS, BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched blocks
     new_keys: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new keys, around the page they go to
     new_values: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new values, around the page they go to
     page_rows: Ref  # bfloat16[PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: pages to update
@@ -226,12 +227,11 @@ class PrefillKernel(PagedKernel):
     q_sem: Ref  # DMA[KV_BUFFERS]: query blocks
     out_sem: Ref  # DMA[1]: output blocks
 
-    block_pages = KV_BLOCK // PAGE_SIZE
+    block_pages = BLOCK_PAGES
     computed_tokens = DIAGONAL_BLOCK
     cleared_planes = CLEARED_PLANES
 
     def run(self):
-        """Attention of all sequences of the kernel, whose new tokens may have to get into the cache first."""
         self.first_seq, self.end_seq = self.sequences()
         pl.when(self.first_seq < self.end_seq)(self.attend)
 
@@ -248,7 +248,7 @@ class PrefillKernel(PagedKernel):
             fetched = self.fetch_ahead(step, *fetched)
         state = (jnp.int32(0), start, fetched, start[:2], jnp.bool_(False))
         _, _, _, sent, *_ = lax.while_loop(self.has_work, self.step, state)
-        self.for_copies(*sent, self.out_copy, wait_copy)
+        self.wait_output(sent)
 
     def has_work(self, carry):
         """Whether there is a step to take."""
@@ -682,8 +682,9 @@ class FullTiles:
 
     def tile_of(self, iteration):
         """The first token of an iteration's tile, and the first of its heads."""
-        tile, head = self.first_tile + lax.div(iteration, ITERATIONS), lax.rem(iteration, ITERATIONS) * STEP_HEADS
-        return tile * TILE, head
+        tile = self.first_tile + lax.div(iteration, ITERATIONS)
+        first_head = lax.rem(iteration, ITERATIONS) * STEP_HEADS
+        return tile * TILE, first_head
 
     def start(self, make_first_scores):
         """Makes the scores that the first iteration finds, unless they are made."""
@@ -698,8 +699,8 @@ class FullTiles:
         """The scores of some rows against a tile."""
         beyond = first >= KV_BLOCK  # in the next block
         buffer = jnp.where(beyond, lax.rem(self.buffer + 1, KV_BUFFERS), self.buffer)
-        first = jnp.where(beyond, first - KV_BLOCK, first)
-        return self.kernel.score(buffer, first, tokens, head, rows)
+        place = jnp.where(beyond, first - KV_BLOCK, first)
+        return self.kernel.score(buffer, place, tokens, head, rows)
 
 
 @dataclasses.dataclass
@@ -757,7 +758,7 @@ def flash_steps(heads):
 
 
 def transpose_heads(parts):
-    """A register has TRANSPOSED_HEADS KV heads of one token, or as many tokens of one KV head, and `parts` has as many registers."""
+    """Transposes TRANSPOSED_HEADS registers of as many KV heads of one token to registers of tokens of one KV head, or back."""
     sublane = lax.broadcasted_iota(jnp.int32, parts[0].shape, 1)
     for apart in TRANSPOSE_DISTANCES:
         low = sublane & (apart * HEAD_SUBLANES) == 0
@@ -788,7 +789,7 @@ def attend_prefill(queries, keys, values, cache, kv_lens, page_indices, distribu
         ],
         input_output_aliases={6: 1},  # results in the memory of operands
         scratch_shapes=[
-            pltpu.VMEM((KV_BUFFERS, KV_BLOCK // PAGE_SIZE, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((KV_BUFFERS, BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # kv
             pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
             pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
             pltpu.VMEM((PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # page_rows

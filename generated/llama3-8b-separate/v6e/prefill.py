@@ -8,7 +8,7 @@ What was specialized:
 - 32 query heads over 8 KV heads, head_dim 128, queries bfloat16, KV bfloat16: constants
 - pages of 128 tokens, 64 a sequence, up to 64 sequences
 - token buckets that use it: 1024, 2048
-- causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
+- causal, cache updated; no soft cap, sliding window, sinks, ALiBi or KV scales in the spec: none is in the code
 - separate K and V in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512
@@ -21,8 +21,8 @@ What was specialized:
 - prefill, scores: a column for each query; queries fill the width of the MXU, which a head does not
 - prefill, softmax: waits for the scores of later steps, 8 steps' scores kept; otherwise the compiler would make
   probabilities early and spill them
-- prefill, lookahead: scores are made 3 steps before their probabilities, 6 on the diagonal; the MXU works while the
-  vector unit does softmax
+- prefill, lookahead: scores are made steps before their probabilities: 3 in full tiles, 6 on the diagonal; the MXU
+  works while the vector unit does softmax
 - prefill, sorting queries: by transposing parts of registers, 4 KV heads at a time; the queries of a token for these
   heads fill one register
 - prefill, between blocks: the last tile of a block makes the first scores of the next block; the MXU does not wait
@@ -70,10 +70,11 @@ REGISTER_ROWS = 16  # rows of queries in a register
 Q_BLOCK = 256  # query tokens of a query block
 Q_ROWS = GROUP * Q_BLOCK  # their rows of one KV head
 KV_BLOCK = 1024  # tokens that are fetched at once
+BLOCK_PAGES = KV_BLOCK // PAGE_SIZE
 KV_BUFFERS = 3  # KV blocks, and query blocks, in VMEM
 FETCH_LOOKAHEAD = KV_BUFFERS - 1  # steps that the fetch runs ahead
 STEP_ROWS = 256  # query rows of a flash step
-ROW_STEPS = Q_ROWS // STEP_ROWS
+ROW_STEPS = Q_ROWS // STEP_ROWS  # of a KV head
 TILE = 512  # tokens of a flash step
 TILES = KV_BLOCK // TILE
 STEP_HEADS = 8  # KV heads whose steps are one iteration
@@ -230,14 +231,14 @@ class PrefillKernel(PagedKernel):
     out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
     cache_hbm: Ref  # bfloat16[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]
     # Scratch arrays in VMEM, and semaphores.
-    kv: Ref  # bfloat16[KV_BUFFERS, KV_BLOCK // PAGE_SIZE, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched blocks
+    kv: Ref  # bfloat16[KV_BUFFERS, BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched blocks
     new_keys: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new keys, around the page they go to
     new_values: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new values, around the page they go to
     page_rows: Ref  # bfloat16[PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: pages to update
     q_in: Ref  # bfloat16[KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM]: query blocks as they come
     q_rows: Ref  # bfloat16[KV_HEADS, Q_ROWS, HEAD_LANES]: a query block by KV head
     query_onehot: Ref  # bfloat16[STEP_ROWS, LANES]: 1 where a lane is the row's query
-    mask_bias: Ref  # bfloat16[DIAGONAL_BLOCKS, Q_ROWS // STEP_ROWS, DIAGONAL_BLOCK, LANES]: 0, or what masks a score, by token and query
+    mask_bias: Ref  # bfloat16[DIAGONAL_BLOCKS, ROW_STEPS, DIAGONAL_BLOCK, LANES]: 0, or what masks a score, by token and query
     next_scores: Ref  # float32[SCORE_BUFFERS, TILE, STEP_ROWS]: scores of the next steps
     step_max: Ref  # float32[SCORE_BUFFERS, SUBLANES, STEP_ROWS]: largest score of each row
     row_max: Ref  # float32[KV_HEADS, SUBLANES, Q_ROWS]: running maximum
@@ -251,12 +252,11 @@ class PrefillKernel(PagedKernel):
     q_sem: Ref  # DMA[KV_BUFFERS]: query blocks
     out_sem: Ref  # DMA[1]: output blocks
 
-    block_pages = KV_BLOCK // PAGE_SIZE
+    block_pages = BLOCK_PAGES
     computed_tokens = DIAGONAL_BLOCK
     cleared_planes = CLEARED_PLANES
 
     def run(self):
-        """Attention of all sequences of the kernel, whose new tokens may have to get into the cache first."""
         self.first_seq, self.end_seq = self.sequences()
         pl.when(self.first_seq < self.end_seq)(self.attend)
 
@@ -275,7 +275,7 @@ class PrefillKernel(PagedKernel):
             fetched = self.fetch_ahead(step, *fetched)
         state = (jnp.int32(0), start, fetched, start[:2], jnp.bool_(False))
         _, _, _, sent, *_ = lax.while_loop(self.has_work, self.step, state)
-        self.for_copies(*sent, self.out_copy, wait_copy)
+        self.wait_output(sent)
 
     def has_work(self, carry):
         """Whether there is a step to take."""
@@ -726,8 +726,9 @@ class FullTiles:
 
     def tile_of(self, iteration):
         """The first token of an iteration's tile, and the first of its heads."""
-        tile, head = self.first_tile + lax.div(iteration, ITERATIONS), lax.rem(iteration, ITERATIONS) * STEP_HEADS
-        return tile * TILE, head
+        tile = self.first_tile + lax.div(iteration, ITERATIONS)
+        first_head = lax.rem(iteration, ITERATIONS) * STEP_HEADS
+        return tile * TILE, first_head
 
     def start(self, make_first_scores):
         """Makes the scores that the first iteration finds, unless they are made."""
@@ -742,8 +743,8 @@ class FullTiles:
         """The scores of some rows against a tile."""
         beyond = first >= KV_BLOCK  # in the next block
         buffer = jnp.where(beyond, lax.rem(self.buffer + 1, KV_BUFFERS), self.buffer)
-        first = jnp.where(beyond, first - KV_BLOCK, first)
-        return self.kernel.score(buffer, first, tokens, head, rows)
+        place = jnp.where(beyond, first - KV_BLOCK, first)
+        return self.kernel.score(buffer, place, tokens, head, rows)
 
 
 @dataclasses.dataclass
@@ -834,7 +835,7 @@ def probabilities(scores, row_max):
 
 
 def transpose_heads(parts):
-    """A register has TRANSPOSED_HEADS KV heads of one token, or as many tokens of one KV head, and `parts` has as many registers."""
+    """Transposes TRANSPOSED_HEADS registers of as many KV heads of one token to registers of tokens of one KV head, or back."""
     sublane = lax.broadcasted_iota(jnp.int32, parts[0].shape, 1)
     for apart in TRANSPOSE_DISTANCES:
         low = sublane & (apart * HEAD_SUBLANES) == 0
@@ -865,14 +866,14 @@ def attend_prefill(queries, keys, values, cache, kv_lens, page_indices, distribu
         ],
         input_output_aliases={6: 1},  # results in the memory of operands
         scratch_shapes=[
-            pltpu.VMEM((KV_BUFFERS, KV_BLOCK // PAGE_SIZE, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((KV_BUFFERS, BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # kv
             pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
             pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
             pltpu.VMEM((PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # page_rows
             pltpu.VMEM((KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in
             pltpu.VMEM((KV_HEADS, Q_ROWS, HEAD_LANES), jnp.bfloat16),  # q_rows
             pltpu.VMEM((STEP_ROWS, LANES), jnp.bfloat16),  # query_onehot
-            pltpu.VMEM((DIAGONAL_BLOCKS, Q_ROWS // STEP_ROWS, DIAGONAL_BLOCK, LANES), jnp.bfloat16),  # mask_bias
+            pltpu.VMEM((DIAGONAL_BLOCKS, ROW_STEPS, DIAGONAL_BLOCK, LANES), jnp.bfloat16),  # mask_bias
             pltpu.VMEM((SCORE_BUFFERS, TILE, STEP_ROWS), jnp.float32),  # next_scores
             pltpu.VMEM((SCORE_BUFFERS, SUBLANES, STEP_ROWS), jnp.float32),  # step_max
             pltpu.VMEM((KV_HEADS, SUBLANES, Q_ROWS), jnp.float32),  # row_max

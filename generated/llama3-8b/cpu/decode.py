@@ -8,7 +8,7 @@ What was specialized:
 - 32 query heads over 8 KV heads, head_dim 128, queries bfloat16, KV bfloat16: constants
 - pages of 128 tokens, 64 a sequence, up to 64 sequences
 - token buckets that use it: 64, 256, 1024, 2048
-- causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
+- causal, cache updated; no soft cap, sliding window, sinks, ALiBi or KV scales in the spec: none is in the code
 - only decode batches: the other kernels are not in this program
 """
 
@@ -195,9 +195,14 @@ def merge_items(state, seq, is_item, item_max, item_sum, item_acc):
     of_row = of_row[:, :, None, None]
     new_max = jnp.maximum(old_max, jnp.where(of_row, item_max, MASKED).max(axis=1))
     alpha = jnp.exp(old_max - new_max)
-    beta = jnp.where(of_row, jnp.exp(item_max - new_max[:, None]), 0)
-    new_sum = old_sum * alpha + (beta * item_sum).sum(axis=1)
-    new_acc = old_acc * alpha[..., None] + (beta[..., None] * item_acc).sum(axis=1)
+    beta = jnp.exp(item_max - new_max[:, None])
+    # Selected, because an item of another sequence may hold NaN, and 0 * NaN is NaN.
+    new_sum = old_sum * alpha + jnp.where(of_row, beta * item_sum, 0).sum(axis=1)
+    new_acc = old_acc * alpha[..., None]
+    # Unrolled, because XLA for CPU takes longer for a select within a reduction.
+    for item in range(DECODE_ITEMS):
+        share = beta[:, item, ..., None] * item_acc[item]
+        new_acc += jnp.where(of_row[:, item, ..., None], share, 0)
     return (
         lax.dynamic_update_slice_in_dim(row_max, new_max, first, 0),
         lax.dynamic_update_slice_in_dim(row_sum, new_sum, first, 0),

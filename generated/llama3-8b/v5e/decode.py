@@ -8,7 +8,7 @@ What was specialized:
 - 32 query heads over 8 KV heads, head_dim 128, queries bfloat16, KV bfloat16: constants
 - pages of 128 tokens, 64 a sequence, up to 64 sequences
 - token buckets that use it: 64, 256, 1024, 2048
-- causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
+- causal, cache updated; no soft cap, sliding window, sinks, ALiBi or KV scales in the spec: none is in the code
 - only decode batches: the other kernels are not in this program
 - decode: blocks of 1024 tokens, as long as the expected lengths and the registers for scores allow; 4 buffers, so that
   3 blocks in flight hide the latency of DMAs
@@ -43,6 +43,7 @@ SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * l
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 PRECISION = None  # of matmuls: bfloat16 products are exact in float32
 VMEM_LIMIT = 41943040  # bytes
+HALF_BITS = 16  # of a 32-bit word
 PACKING = 2  # elements of the cache in one 32-bit word
 TOKEN_ROWS = 16  # rows of one token in the cache
 WORD_ROWS = 8  # the same rows as 32-bit words
@@ -56,6 +57,7 @@ KV_BUFFERS = 4  # blocks in VMEM: one that is computed, the others on their way
 LOOKAHEAD = KV_BUFFERS - 1  # iterations that the fetch is ahead
 WRITE_BUFFERS = 4  # sequences whose results may be on their way out
 MAX_TOKENS = 64  # new tokens, loaded all at once
+LOADS = 3  # arrays of new tokens
 HEAD_QUERY_ROWS = 8  # query rows of a KV head, up to whole sublane tiles
 HEADS_PER_MATMUL = 1  # KV heads side by side in a matmul
 CLEARED_TILES = 16  # sublane tiles that are cleared at once
@@ -126,7 +128,7 @@ def pack_token(keys, values, packed, token):
     """Lays one token's new keys and values `[KV_HEADS, HEAD_DIM]` into 32-bit words: K in the low half, V in the high."""
     # A bfloat16 is the high half of a float32.
     keys, values = (pltpu.bitcast(rows, jnp.uint32) for rows in float_rows(keys, values))
-    words = (keys >> 16) | values
+    words = (keys >> HALF_BITS) | values
     for tile in range(LANE_TILES):
         lanes = slice(tile * LANES, (tile + 1) * LANES)
         packed[pl.ds(token * WORD_ROWS + tile, KV_HEADS, stride=LANE_TILES)] = words[:, lanes]
@@ -224,7 +226,7 @@ class DecodeKernel(PagedKernel):
     acc: Ref  # float32[KV_HEADS * HEAD_QUERY_ROWS, HEAD_LANES]: running output
     out_rows: Ref  # bfloat16[WRITE_BUFFERS, Q_HEADS, HEAD_DIM]: outputs on their way out
     kv_sem: Ref  # DMA[KV_BUFFERS]: fetches
-    load_sem: Ref  # DMA[3]: queries, keys, values
+    load_sem: Ref  # DMA[LOADS]: queries, keys, values
     write_sem: Ref  # DMA[WRITE_BUFFERS]: cache writes
     out_sem: Ref  # DMA[WRITE_BUFFERS]: outputs
 
@@ -487,8 +489,8 @@ class Deinterleave:
             low = rows_as_words(kernel.kv[self.buffer, pl.ds(first, SPLIT_ROWS)])
             high = rows_as_words(kernel.kv[self.buffer, pl.ds(PART_ROWS + first, SPLIT_ROWS)])
             words = pl.ds(step * SPLIT_WORDS, SPLIT_WORDS)
-            kernel.k_words[self.half, words] = (low & jnp.uint32(0xFFFF)) | (high << 16)
-            kernel.v_words[self.half, words] = (low >> 16) | (high & jnp.uint32(0xFFFF0000))
+            kernel.k_words[self.half, words] = (low & jnp.uint32(0xFFFF)) | (high << HALF_BITS)
+            kernel.v_words[self.half, words] = (low >> HALF_BITS) | (high & jnp.uint32(0xFFFF0000))
         self.done += steps
 
     def finish(self):
@@ -544,7 +546,7 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
             pltpu.VMEM((KV_HEADS * HEAD_QUERY_ROWS, HEAD_LANES), jnp.float32),  # acc
             pltpu.VMEM((WRITE_BUFFERS, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_rows
             pltpu.SemaphoreType.DMA((KV_BUFFERS,)),  # kv_sem
-            pltpu.SemaphoreType.DMA((3,)),  # load_sem
+            pltpu.SemaphoreType.DMA((LOADS,)),  # load_sem
             pltpu.SemaphoreType.DMA((WRITE_BUFFERS,)),  # write_sem
             pltpu.SemaphoreType.DMA((WRITE_BUFFERS,)),  # out_sem
         ],

@@ -9,7 +9,7 @@ What was specialized:
 - these are one device's part of 4: KV heads in 4 parts
 - pages of 64 tokens, 256 a sequence, up to 64 sequences
 - token buckets that use it: 2048
-- causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
+- causal, cache updated; no soft cap, sliding window, sinks or KV scales in the spec: none is in the code
 - only prefill batches: the other kernels are not in this program
 """
 

@@ -9,7 +9,7 @@ What was specialized:
 - these are one device's part of 4: KV heads in 4 parts
 - pages of 64 tokens, 256 a sequence, up to 64 sequences
 - token buckets that use it: 64
-- causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
+- causal, cache updated; no soft cap, sliding window, sinks or KV scales in the spec: none is in the code
 - decode: blocks of 1024 tokens, as long as the expected lengths and the registers for scores allow; 10 buffers, so that
   9 blocks in flight hide the latency of DMAs
 - mixed: blocks of 64 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512
@@ -26,7 +26,7 @@ What was specialized:
 - mixed, mask: by comparing positions; this works with any mask and needs no MXU lanes
 - mixed, scores: a row for each query; this needs neither MXU lanes to spare nor whole registers of rows
 - mixed, softmax: not paced; this needs no buffers but those of the lookahead, and steps of any length
-- mixed, lookahead: scores are made 1 steps before their probabilities, 1 on the diagonal; the MXU works while the
+- mixed, lookahead: steps from a score to its probability: 1 in full tiles, 1 on the diagonal; the MXU works while the
   vector unit does softmax
 - mixed, sorting queries: by strided loads and stores; the queries of a token for a KV head are no whole part of a
   register
@@ -60,6 +60,7 @@ SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * l
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 PRECISION = None  # of matmuls: bfloat16 products are exact in float32
 VMEM_LIMIT = 25165824  # bytes
+HALF_BITS = 16  # of a 32-bit word
 PACKING = 2  # elements of the cache in one 32-bit word
 TOKEN_ROWS = 4  # rows of one token in the cache
 WORD_ROWS = 2  # the same rows as 32-bit words
@@ -73,6 +74,7 @@ DECODE_KV_BUFFERS = 10  # blocks in VMEM: one that is computed, the others on th
 DECODE_LOOKAHEAD = DECODE_KV_BUFFERS - 1  # iterations that the fetch is ahead
 DECODE_WRITE_BUFFERS = 4  # sequences whose results may be on their way out
 DECODE_MAX_TOKENS = 64  # new tokens, loaded all at once
+DECODE_LOADS = 3  # arrays of new tokens
 DECODE_HEAD_QUERY_ROWS = 8  # query rows of a KV head, up to whole sublane tiles
 DECODE_HEADS_PER_MATMUL = 2  # KV heads side by side in a matmul
 DECODE_CLEARED_TILES = 16  # sublane tiles that are cleared at once
@@ -86,11 +88,12 @@ DECODE_SPLIT_STEPS_PER_MATMUL = 4  # so that the split ends with the block
 MIXED_Q_BLOCK = 64  # query tokens of a query block
 MIXED_Q_ROWS = GROUP * MIXED_Q_BLOCK  # their rows of one KV head
 MIXED_KV_BLOCK = 1024  # tokens that are fetched at once
+MIXED_BLOCK_PAGES = MIXED_KV_BLOCK // PAGE_SIZE
 MIXED_KV_BUFFERS = 3  # KV blocks, and query blocks, in VMEM
 MIXED_FETCH_LOOKAHEAD = MIXED_KV_BUFFERS - 1  # steps that the fetch runs ahead
 MIXED_COPY_SIZES = (64, 32, 16, 8, 4, 2, 1)  # tokens: of these is every copy of a query block
 MIXED_STEP_ROWS = 256  # query rows of a flash step
-MIXED_ROW_STEPS = MIXED_Q_ROWS // MIXED_STEP_ROWS
+MIXED_ROW_STEPS = MIXED_Q_ROWS // MIXED_STEP_ROWS  # of a KV head
 MIXED_TILE = 512  # tokens of a flash step
 MIXED_TILES = MIXED_KV_BLOCK // MIXED_TILE
 MIXED_STEP_HEADS = 2  # KV heads whose steps are one iteration
@@ -193,7 +196,7 @@ def pack_token(keys, values, packed, token):
     """Lays one token's new keys and values `[KV_HEADS, HEAD_DIM]` into 32-bit words: K in the low half, V in the high."""
     # A bfloat16 is the high half of a float32.
     keys, values = (pltpu.bitcast(rows, jnp.uint32) for rows in float_rows(keys, values))
-    words = (keys >> 16) | values
+    words = (keys >> HALF_BITS) | values
     for tile in range(LANE_TILES):
         lanes = slice(tile * LANES, (tile + 1) * LANES)
         packed[pl.ds(token * WORD_ROWS + tile, KV_HEADS, stride=LANE_TILES)] = words[:, lanes]
@@ -299,7 +302,7 @@ class DecodeKernel(PagedKernel):
     acc: Ref  # float32[KV_HEADS * DECODE_HEAD_QUERY_ROWS, HEAD_LANES]: running output
     out_rows: Ref  # bfloat16[DECODE_WRITE_BUFFERS, Q_HEADS, HEAD_DIM]: outputs on their way out
     kv_sem: Ref  # DMA[DECODE_KV_BUFFERS]: fetches
-    load_sem: Ref  # DMA[3]: queries, keys, values
+    load_sem: Ref  # DMA[DECODE_LOADS]: queries, keys, values
     write_sem: Ref  # DMA[DECODE_WRITE_BUFFERS]: cache writes
     out_sem: Ref  # DMA[DECODE_WRITE_BUFFERS]: outputs
 
@@ -569,8 +572,8 @@ class Deinterleave:
             low = rows_as_words(kernel.kv[self.buffer, pl.ds(first, DECODE_SPLIT_ROWS)])
             high = rows_as_words(kernel.kv[self.buffer, pl.ds(DECODE_PART_ROWS + first, DECODE_SPLIT_ROWS)])
             words = pl.ds(step * DECODE_SPLIT_WORDS, DECODE_SPLIT_WORDS)
-            kernel.k_words[self.half, words] = (low & jnp.uint32(0xFFFF)) | (high << 16)
-            kernel.v_words[self.half, words] = (low >> 16) | (high & jnp.uint32(0xFFFF0000))
+            kernel.k_words[self.half, words] = (low & jnp.uint32(0xFFFF)) | (high << HALF_BITS)
+            kernel.v_words[self.half, words] = (low >> HALF_BITS) | (high & jnp.uint32(0xFFFF0000))
         self.done += steps
 
     def finish(self):
@@ -626,7 +629,7 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
             pltpu.VMEM((KV_HEADS * DECODE_HEAD_QUERY_ROWS, HEAD_LANES), jnp.float32),  # acc
             pltpu.VMEM((DECODE_WRITE_BUFFERS, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_rows
             pltpu.SemaphoreType.DMA((DECODE_KV_BUFFERS,)),  # kv_sem
-            pltpu.SemaphoreType.DMA((3,)),  # load_sem
+            pltpu.SemaphoreType.DMA((DECODE_LOADS,)),  # load_sem
             pltpu.SemaphoreType.DMA((DECODE_WRITE_BUFFERS,)),  # write_sem
             pltpu.SemaphoreType.DMA((DECODE_WRITE_BUFFERS,)),  # out_sem
         ],
@@ -678,12 +681,11 @@ class MixedKernel(PagedKernel):
     q_sem: Ref  # DMA[MIXED_KV_BUFFERS]: query blocks
     out_sem: Ref  # DMA[1]: output blocks
 
-    block_pages = MIXED_KV_BLOCK // PAGE_SIZE
+    block_pages = MIXED_BLOCK_PAGES
     computed_tokens = MIXED_DIAGONAL_BLOCK
     cleared_tiles = MIXED_CLEARED_TILES
 
     def run(self):
-        """Attention of all sequences of the kernel, whose new tokens may have to get into the cache first."""
         self.first_seq, self.end_seq = self.sequences()
         pl.when(self.first_seq < self.end_seq)(self.attend)
 
@@ -700,7 +702,7 @@ class MixedKernel(PagedKernel):
             fetched = self.fetch_ahead(step, *fetched)
         state = (jnp.int32(0), start, fetched, start[:2])
         _, _, _, sent, *_ = lax.while_loop(self.has_work, self.step, state)
-        self.for_copies(*sent, self.out_copy, wait_copy)
+        self.wait_output(sent)
 
     def has_work(self, carry):
         """Whether there is a step to take."""
@@ -1014,7 +1016,8 @@ class MixedKernel(PagedKernel):
         A word of either holds two tokens of a diagonal block: token t in its low half, t + MIXED_TOKENS_APART in its high one.
         """
         half = jnp.uint32(0xFFFF)
-        for_each(0, MIXED_DIAGONAL_BLOCKS * MIXED_DEINTERLEAVE_STEPS, functools.partial(self.deinterleave_rows, buffer, tile, half))
+        deinterleave_rows = functools.partial(self.deinterleave_rows, buffer, tile, half)
+        for_each(0, MIXED_DIAGONAL_BLOCKS * MIXED_DEINTERLEAVE_STEPS, deinterleave_rows)
 
     def deinterleave_rows(self, buffer, tile, half, step):
         """MIXED_DEINTERLEAVED_ROWS rows of either half: few enough to stay in registers."""
@@ -1152,8 +1155,9 @@ class FullTiles:
 
     def tile_of(self, iteration):
         """The first token of an iteration's tile, and the first of its heads."""
-        tile, head = self.first_tile + lax.div(iteration, MIXED_ITERATIONS), lax.rem(iteration, MIXED_ITERATIONS) * MIXED_STEP_HEADS
-        return tile * MIXED_TILE, head
+        tile = self.first_tile + lax.div(iteration, MIXED_ITERATIONS)
+        first_head = lax.rem(iteration, MIXED_ITERATIONS) * MIXED_STEP_HEADS
+        return tile * MIXED_TILE, first_head
 
     def scores(self, first, tokens, head, rows):
         """The scores of some rows against a tile."""

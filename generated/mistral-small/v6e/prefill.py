@@ -9,7 +9,7 @@ What was specialized:
 - these are one device's part of 4: KV heads in 4 parts
 - pages of 64 tokens, 256 a sequence, up to 64 sequences
 - token buckets that use it: 2048
-- causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
+- causal, cache updated; no soft cap, sliding window, sinks or KV scales in the spec: none is in the code
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512
   tokens at once
@@ -20,7 +20,7 @@ What was specialized:
 - prefill, mask: by comparing positions; this works with any mask and needs no MXU lanes
 - prefill, scores: a row for each query; this needs neither MXU lanes to spare nor whole registers of rows
 - prefill, softmax: not paced; this needs no buffers but those of the lookahead, and steps of any length
-- prefill, lookahead: scores are made 3 steps before their probabilities, 3 on the diagonal; the MXU works while the
+- prefill, lookahead: steps from a score to its probability: 3 in full tiles, 3 on the diagonal; the MXU works while the
   vector unit does softmax
 - prefill, sorting queries: by strided loads and stores; the queries of a token for a KV head are no whole part of a
   register
@@ -56,6 +56,7 @@ SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * l
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 PRECISION = None  # of matmuls: bfloat16 products are exact in float32
 VMEM_LIMIT = 33554432  # bytes
+HALF_BITS = 16  # of a 32-bit word
 PACKING = 2  # elements of the cache in one 32-bit word
 TOKEN_ROWS = 4  # rows of one token in the cache
 WORD_ROWS = 2  # the same rows as 32-bit words
@@ -66,10 +67,11 @@ SUBLANE_TILE_ROWS = 16  # its rows
 Q_BLOCK = 256  # query tokens of a query block
 Q_ROWS = GROUP * Q_BLOCK  # their rows of one KV head
 KV_BLOCK = 1024  # tokens that are fetched at once
+BLOCK_PAGES = KV_BLOCK // PAGE_SIZE
 KV_BUFFERS = 3  # KV blocks, and query blocks, in VMEM
 FETCH_LOOKAHEAD = KV_BUFFERS - 1  # steps that the fetch runs ahead
 STEP_ROWS = 256  # query rows of a flash step
-ROW_STEPS = Q_ROWS // STEP_ROWS
+ROW_STEPS = Q_ROWS // STEP_ROWS  # of a KV head
 TILE = 512  # tokens of a flash step
 TILES = KV_BLOCK // TILE
 STEP_HEADS = 2  # KV heads whose steps are one iteration
@@ -172,7 +174,7 @@ def pack_token(keys, values, packed, token):
     """Lays one token's new keys and values `[KV_HEADS, HEAD_DIM]` into 32-bit words: K in the low half, V in the high."""
     # A bfloat16 is the high half of a float32.
     keys, values = (pltpu.bitcast(rows, jnp.uint32) for rows in float_rows(keys, values))
-    words = (keys >> 16) | values
+    words = (keys >> HALF_BITS) | values
     for tile in range(LANE_TILES):
         lanes = slice(tile * LANES, (tile + 1) * LANES)
         packed[pl.ds(token * WORD_ROWS + tile, KV_HEADS, stride=LANE_TILES)] = words[:, lanes]
@@ -283,12 +285,11 @@ class PrefillKernel(PagedKernel):
     q_sem: Ref  # DMA[KV_BUFFERS]: query blocks
     out_sem: Ref  # DMA[1]: output blocks
 
-    block_pages = KV_BLOCK // PAGE_SIZE
+    block_pages = BLOCK_PAGES
     computed_tokens = DIAGONAL_BLOCK
     cleared_tiles = CLEARED_TILES
 
     def run(self):
-        """Attention of all sequences of the kernel, whose new tokens may have to get into the cache first."""
         self.first_seq, self.end_seq = self.sequences()
         pl.when(self.first_seq < self.end_seq)(self.attend)
 
@@ -305,7 +306,7 @@ class PrefillKernel(PagedKernel):
             fetched = self.fetch_ahead(step, *fetched)
         state = (jnp.int32(0), start, fetched, start[:2])
         _, _, _, sent, *_ = lax.while_loop(self.has_work, self.step, state)
-        self.for_copies(*sent, self.out_copy, wait_copy)
+        self.wait_output(sent)
 
     def has_work(self, carry):
         """Whether there is a step to take."""
@@ -609,7 +610,8 @@ class PrefillKernel(PagedKernel):
         A word of either holds two tokens of a diagonal block: token t in its low half, t + TOKENS_APART in its high one.
         """
         half = jnp.uint32(0xFFFF)
-        for_each(0, DIAGONAL_BLOCKS * DEINTERLEAVE_STEPS, functools.partial(self.deinterleave_rows, buffer, tile, half))
+        deinterleave_rows = functools.partial(self.deinterleave_rows, buffer, tile, half)
+        for_each(0, DIAGONAL_BLOCKS * DEINTERLEAVE_STEPS, deinterleave_rows)
 
     def deinterleave_rows(self, buffer, tile, half, step):
         """DEINTERLEAVED_ROWS rows of either half: few enough to stay in registers."""
@@ -747,8 +749,9 @@ class FullTiles:
 
     def tile_of(self, iteration):
         """The first token of an iteration's tile, and the first of its heads."""
-        tile, head = self.first_tile + lax.div(iteration, ITERATIONS), lax.rem(iteration, ITERATIONS) * STEP_HEADS
-        return tile * TILE, head
+        tile = self.first_tile + lax.div(iteration, ITERATIONS)
+        first_head = lax.rem(iteration, ITERATIONS) * STEP_HEADS
+        return tile * TILE, first_head
 
     def scores(self, first, tokens, head, rows):
         """The scores of some rows against a tile."""

@@ -9,7 +9,7 @@ What was specialized:
 - these are one device's part of 8: KV heads in 4 parts, 2 copies of each that share its queries
 - pages of 128 tokens, 128 a sequence, up to 64 sequences
 - token buckets that use it: 2048
-- causal, cache updated; KV scales, an argument; no window, soft cap or sinks in the spec: none is in the code
+- causal, cache updated; KV scales, an argument; no soft cap, sliding window or sinks in the spec: none is in the code
 - KV of 8 bits, a scale of K and of V for each KV head; this program quantizes new keys and values
 - separate K and V in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - only prefill batches: the other kernels are not in this program

@@ -9,7 +9,7 @@ What was specialized:
 - these are one device's part of 8: KV heads in 4 parts, 2 copies of each that share its queries
 - pages of 128 tokens, 128 a sequence, up to 64 sequences
 - token buckets that use it: 64, 2048
-- causal, cache updated; KV scales, an argument; no window, soft cap or sinks in the spec: none is in the code
+- causal, cache updated; KV scales, an argument; no soft cap, sliding window or sinks in the spec: none is in the code
 - KV of 8 bits, a scale of K and of V for each KV head; this program quantizes new keys and values
 - separate K and V in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - only decode batches: the other kernels are not in this program
@@ -49,6 +49,8 @@ KV_STEP = 0.125  # between two numbers from 1 on
 KV_LARGEST = 448.0
 EXPONENT_BITS = 0x7F800000  # of a float32
 VMEM_LIMIT = 33554432  # bytes
+BYTE_BITS = 8
+PACKING = 4  # elements of the cache in one 32-bit word
 KV_PLANES = 2  # K and V
 K_PLANE = 0  # where K is among them
 V_PLANE = 1  # where V is
@@ -99,10 +101,11 @@ def bytes_of(new):
 
 
 def bytes_below(limit, first, tokens):
-    """The bits of the tokens below `limit` in words of four of `tokens` tokens from `first` on."""
-    below = jnp.clip(limit - first - 4 * lax.broadcasted_iota(jnp.int32, (tokens // 4, HEAD_LANES), 0), 0, 4)
-    some = jnp.left_shift(jnp.uint32(1), (below * 8).astype(jnp.uint32)) - jnp.uint32(1)
-    return jnp.where(below == 4, jnp.uint32(0xFFFFFFFF), some)
+    """The bits of the tokens below `limit` in words of PACKING of `tokens` tokens from `first` on."""
+    shape = (tokens // PACKING, HEAD_LANES)
+    below = jnp.clip(limit - first - PACKING * lax.broadcasted_iota(jnp.int32, shape, 0), 0, PACKING)
+    some = jnp.left_shift(jnp.uint32(1), (below * BYTE_BITS).astype(jnp.uint32)) - jnp.uint32(1)
+    return jnp.where(below == PACKING, jnp.uint32(0xFFFFFFFF), some)
 
 
 def bytes_as_integers(new):

@@ -9,7 +9,7 @@ What was specialized:
 - these are one device's part of 8: KV heads in 4 parts, 2 copies of each that share its queries
 - pages of 128 tokens, 128 a sequence, up to 64 sequences
 - token buckets that use it: 64
-- causal, cache updated; KV scales, an argument; no window, soft cap or sinks in the spec: none is in the code
+- causal, cache updated; KV scales, an argument; no soft cap, sliding window or sinks in the spec: none is in the code
 - KV of 8 bits, a scale of K and of V for each KV head; this program quantizes new keys and values
 - separate K and V in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - decode: tiles of 2048 tokens, no longer than the expected lengths; waves of 4, so that one fills the other's waits;
@@ -28,7 +28,7 @@ What was specialized:
 - mixed, mask: by comparing positions; this works with any mask and needs no MXU lanes
 - mixed, scores: a row for each query; this needs neither MXU lanes to spare nor whole registers of rows
 - mixed, softmax: not paced; this needs no buffers but those of the lookahead, and steps of any length
-- mixed, lookahead: scores are made 1 steps before their probabilities, 1 on the diagonal; the MXU works while the
+- mixed, lookahead: steps from a score to its probability: 1 in full tiles, 1 on the diagonal; the MXU works while the
   vector unit does softmax
 - mixed, sorting queries: by transposing parts of registers, 1 KV heads at a time; the queries of a token for these
   heads fill one register
@@ -66,6 +66,8 @@ KV_STEP = 0.125  # between two numbers from 1 on
 KV_LARGEST = 448.0
 EXPONENT_BITS = 0x7F800000  # of a float32
 VMEM_LIMIT = 25165824  # bytes
+BYTE_BITS = 8
+PACKING = 4  # elements of the cache in one 32-bit word
 KV_PLANES = 2  # K and V
 K_PLANE = 0  # where K is among them
 V_PLANE = 1  # where V is
@@ -91,11 +93,12 @@ DECODE_LOADS = 3  # queries, keys, values
 MIXED_Q_BLOCK = 64  # query tokens of a query block
 MIXED_Q_ROWS = GROUP * MIXED_Q_BLOCK  # their rows of one KV head
 MIXED_KV_BLOCK = 2048  # tokens that are fetched at once
+MIXED_BLOCK_PAGES = MIXED_KV_BLOCK // PAGE_SIZE
 MIXED_KV_BUFFERS = 3  # KV blocks, and query blocks, in VMEM
 MIXED_FETCH_LOOKAHEAD = MIXED_KV_BUFFERS - 1  # steps that the fetch runs ahead
 MIXED_COPY_SIZES = (64, 32, 16, 8, 4, 2, 1)  # tokens: of these is every copy of a query block
 MIXED_STEP_ROWS = 256  # query rows of a flash step
-MIXED_ROW_STEPS = MIXED_Q_ROWS // MIXED_STEP_ROWS
+MIXED_ROW_STEPS = MIXED_Q_ROWS // MIXED_STEP_ROWS  # of a KV head
 MIXED_TILE = 512  # tokens of a flash step
 MIXED_TILES = MIXED_KV_BLOCK // MIXED_TILE
 MIXED_STEP_HEADS = 1  # KV heads whose steps are one iteration
@@ -157,10 +160,11 @@ def bytes_of(new):
 
 
 def bytes_below(limit, first, tokens):
-    """The bits of the tokens below `limit` in words of four of `tokens` tokens from `first` on."""
-    below = jnp.clip(limit - first - 4 * lax.broadcasted_iota(jnp.int32, (tokens // 4, HEAD_LANES), 0), 0, 4)
-    some = jnp.left_shift(jnp.uint32(1), (below * 8).astype(jnp.uint32)) - jnp.uint32(1)
-    return jnp.where(below == 4, jnp.uint32(0xFFFFFFFF), some)
+    """The bits of the tokens below `limit` in words of PACKING of `tokens` tokens from `first` on."""
+    shape = (tokens // PACKING, HEAD_LANES)
+    below = jnp.clip(limit - first - PACKING * lax.broadcasted_iota(jnp.int32, shape, 0), 0, PACKING)
+    some = jnp.left_shift(jnp.uint32(1), (below * BYTE_BITS).astype(jnp.uint32)) - jnp.uint32(1)
+    return jnp.where(below == PACKING, jnp.uint32(0xFFFFFFFF), some)
 
 
 def bytes_as_integers(new):
@@ -652,7 +656,7 @@ class MixedKernel(PagedKernel):
     out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
     cache_hbm: Ref  # float8_e4m3fn[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]
     # Scratch arrays in VMEM, and semaphores.
-    kv: Ref  # float8_e4m3fn[MIXED_KV_BUFFERS, MIXED_KV_BLOCK // PAGE_SIZE, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched blocks
+    kv: Ref  # float8_e4m3fn[MIXED_KV_BUFFERS, MIXED_BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched blocks
     new_keys: Ref  # bfloat16[MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, KV_HEADS, HEAD_DIM]: new keys, around the page they go to
     new_values: Ref  # bfloat16[MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, KV_HEADS, HEAD_DIM]: new values, around the page they go to
     page_rows: Ref  # float8_e4m3fn[MIXED_PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: pages to update
@@ -671,12 +675,11 @@ class MixedKernel(PagedKernel):
     q_sem: Ref  # DMA[MIXED_KV_BUFFERS]: query blocks
     out_sem: Ref  # DMA[1]: output blocks
 
-    block_pages = MIXED_KV_BLOCK // PAGE_SIZE
+    block_pages = MIXED_BLOCK_PAGES
     computed_tokens = MIXED_DIAGONAL_BLOCK
     cleared_planes = MIXED_CLEARED_PLANES
 
     def run(self):
-        """Attention of all sequences of the kernel, whose new tokens may have to get into the cache first."""
         self.first_seq, self.end_seq = self.sequences()
         pl.when(self.first_seq < self.end_seq)(self.attend)
 
@@ -693,7 +696,7 @@ class MixedKernel(PagedKernel):
             fetched = self.fetch_ahead(step, *fetched)
         state = (jnp.int32(0), start, fetched, start[:2], jnp.bool_(False))
         _, _, _, sent, *_ = lax.while_loop(self.has_work, self.step, state)
-        self.for_copies(*sent, self.out_copy, wait_copy)
+        self.wait_output(sent)
 
     def has_work(self, carry):
         """Whether there is a step to take."""
@@ -867,7 +870,7 @@ class MixedKernel(PagedKernel):
     def merge_tokens(self, buffer, new_buffer, first, end, index):
         """Puts new tokens into MIXED_MERGE_TOKENS tokens of a page, where they lie in `[first, end)`.
 
-        They are put in as words of four tokens, so that the old ones stay bit for bit whatever they are.
+        They are put in as words of PACKING tokens, so that the old ones stay bit for bit whatever they are.
         """
         start = pl.multiple_of(index * MIXED_MERGE_TOKENS, MIXED_MERGE_TOKENS)
         tokens = pl.ds(start, MIXED_MERGE_TOKENS)
@@ -887,14 +890,15 @@ class MixedKernel(PagedKernel):
         return (self.new_keys, self.new_values)[plane][buffer, PAGE_SIZE + start + i].astype(jnp.float32)
 
     def words_of_head(self, head):
-        """One head's new rows as words of four tokens."""
-        words, *others = [bytes_of(self.every_fourth_row(i, head)) for i in range(4)]
+        """One head's new rows as words of PACKING tokens."""
+        words, *others = [bytes_of(self.rows_of_head_from(i, head)) for i in range(PACKING)]
         for place, part in enumerate(others, 1):
             words = words | (part << 8 * place)
         return words
 
-    def every_fourth_row(self, first, head):
-        strided = pl.ds(first * PADDED_KV_HEADS + head, MIXED_MERGE_TOKENS // 4, stride=4 * PADDED_KV_HEADS)
+    def rows_of_head_from(self, token, head):
+        """One head's new rows, of every PACKING-th token from `token` on."""
+        strided = pl.ds(token * PADDED_KV_HEADS + head, MIXED_MERGE_TOKENS // PACKING, stride=PACKING * PADDED_KV_HEADS)
         return load_rows(self.by_head, strided)
 
     def wait_next_block(self, end, seq, block, step):
@@ -1146,8 +1150,9 @@ class FullTiles:
 
     def tile_of(self, iteration):
         """The first token of an iteration's tile, and the first of its heads."""
-        tile, head = self.first_tile + lax.div(iteration, MIXED_ITERATIONS), lax.rem(iteration, MIXED_ITERATIONS) * MIXED_STEP_HEADS
-        return tile * MIXED_TILE, head
+        tile = self.first_tile + lax.div(iteration, MIXED_ITERATIONS)
+        first_head = lax.rem(iteration, MIXED_ITERATIONS) * MIXED_STEP_HEADS
+        return tile * MIXED_TILE, first_head
 
     def start(self, make_first_scores):
         """Makes the scores that the first iteration finds, unless they are made."""
@@ -1162,8 +1167,8 @@ class FullTiles:
         """The scores of some rows against a tile."""
         beyond = first >= MIXED_KV_BLOCK  # in the next block
         buffer = jnp.where(beyond, lax.rem(self.buffer + 1, MIXED_KV_BUFFERS), self.buffer)
-        first = jnp.where(beyond, first - MIXED_KV_BLOCK, first)
-        return self.kernel.score(buffer, first, tokens, head, rows)
+        place = jnp.where(beyond, first - MIXED_KV_BLOCK, first)
+        return self.kernel.score(buffer, place, tokens, head, rows)
 
 
 @dataclasses.dataclass
@@ -1249,7 +1254,7 @@ def attend_mixed(queries, keys, values, cache, out, kv_lens, page_indices, cu_q_
         ],
         input_output_aliases={8: 1, 9: 0},  # results in the memory of operands
         scratch_shapes=[
-            pltpu.VMEM((MIXED_KV_BUFFERS, MIXED_KV_BLOCK // PAGE_SIZE, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.float8_e4m3fn),  # kv
+            pltpu.VMEM((MIXED_KV_BUFFERS, MIXED_BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.float8_e4m3fn),  # kv
             pltpu.VMEM((MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
             pltpu.VMEM((MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
             pltpu.VMEM((MIXED_PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.float8_e4m3fn),  # page_rows

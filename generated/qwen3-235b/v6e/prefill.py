@@ -9,7 +9,7 @@ What was specialized:
 - these are one device's part of 8: KV heads in 4 parts, 2 copies of each that share its queries
 - pages of 128 tokens, 128 a sequence, up to 64 sequences
 - token buckets that use it: 2048
-- causal, cache updated; KV scales, an argument; no window, soft cap or sinks in the spec: none is in the code
+- causal, cache updated; KV scales, an argument; no soft cap, sliding window or sinks in the spec: none is in the code
 - KV of 8 bits, a scale of K and of V for each KV head; this program quantizes new keys and values
 - separate K and V in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - only prefill batches: the other kernels are not in this program
@@ -23,7 +23,7 @@ What was specialized:
 - prefill, scores: a column for each query; queries fill the width of the MXU, which a head does not
 - prefill, softmax: waits for the scores of later steps, 8 steps' scores kept; otherwise the compiler would make
   probabilities early and spill them
-- prefill, lookahead: scores are made 3 steps before their probabilities, 6 on the diagonal; the MXU works while the
+- prefill, lookahead: steps from a score to its probability: 3 in full tiles, 6 on the diagonal; the MXU works while the
   vector unit does softmax
 - prefill, sorting queries: by transposing parts of registers, 1 KV heads at a time; the queries of a token for these
   heads fill one register
@@ -64,6 +64,8 @@ KV_STEP = 0.125  # between two numbers from 1 on
 KV_LARGEST = 448.0
 EXPONENT_BITS = 0x7F800000  # of a float32
 VMEM_LIMIT = 25165824  # bytes
+BYTE_BITS = 8
+PACKING = 4  # elements of the cache in one 32-bit word
 KV_PLANES = 2  # K and V
 K_PLANE = 0  # where K is among them
 V_PLANE = 1  # where V is
@@ -74,10 +76,11 @@ TRANSPOSED_HEADS = 1  # KV heads whose queries of one token fill a register
 Q_BLOCK = 256  # query tokens of a query block
 Q_ROWS = GROUP * Q_BLOCK  # their rows of one KV head
 KV_BLOCK = 2048  # tokens that are fetched at once
+BLOCK_PAGES = KV_BLOCK // PAGE_SIZE
 KV_BUFFERS = 3  # KV blocks, and query blocks, in VMEM
 FETCH_LOOKAHEAD = KV_BUFFERS - 1  # steps that the fetch runs ahead
 STEP_ROWS = 256  # query rows of a flash step
-ROW_STEPS = Q_ROWS // STEP_ROWS
+ROW_STEPS = Q_ROWS // STEP_ROWS  # of a KV head
 TILE = 512  # tokens of a flash step
 TILES = KV_BLOCK // TILE
 STEP_HEADS = 1  # KV heads whose steps are one iteration
@@ -158,10 +161,11 @@ def bytes_of(new):
 
 
 def bytes_below(limit, first, tokens):
-    """The bits of the tokens below `limit` in words of four of `tokens` tokens from `first` on."""
-    below = jnp.clip(limit - first - 4 * lax.broadcasted_iota(jnp.int32, (tokens // 4, HEAD_LANES), 0), 0, 4)
-    some = jnp.left_shift(jnp.uint32(1), (below * 8).astype(jnp.uint32)) - jnp.uint32(1)
-    return jnp.where(below == 4, jnp.uint32(0xFFFFFFFF), some)
+    """The bits of the tokens below `limit` in words of PACKING of `tokens` tokens from `first` on."""
+    shape = (tokens // PACKING, HEAD_LANES)
+    below = jnp.clip(limit - first - PACKING * lax.broadcasted_iota(jnp.int32, shape, 0), 0, PACKING)
+    some = jnp.left_shift(jnp.uint32(1), (below * BYTE_BITS).astype(jnp.uint32)) - jnp.uint32(1)
+    return jnp.where(below == PACKING, jnp.uint32(0xFFFFFFFF), some)
 
 
 def bytes_as_integers(new):
@@ -267,7 +271,7 @@ class PrefillKernel(PagedKernel):
     out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
     cache_hbm: Ref  # float8_e4m3fn[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]
     # Scratch arrays in VMEM, and semaphores.
-    kv: Ref  # float8_e4m3fn[KV_BUFFERS, KV_BLOCK // PAGE_SIZE, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched blocks
+    kv: Ref  # float8_e4m3fn[KV_BUFFERS, BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched blocks
     new_keys: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new keys, around the page they go to
     new_values: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new values, around the page they go to
     page_rows: Ref  # float8_e4m3fn[PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: pages to update
@@ -275,7 +279,7 @@ class PrefillKernel(PagedKernel):
     q_in: Ref  # bfloat16[KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM]: query blocks as they come
     q_rows: Ref  # bfloat16[KV_HEADS, Q_ROWS, HEAD_LANES]: a query block by KV head
     query_onehot: Ref  # bfloat16[STEP_ROWS, LANES]: 1 where a lane is the row's query
-    mask_bias: Ref  # bfloat16[DIAGONAL_BLOCKS, Q_ROWS // STEP_ROWS, DIAGONAL_BLOCK, LANES]: 0, or what masks a score, by token and query
+    mask_bias: Ref  # bfloat16[DIAGONAL_BLOCKS, ROW_STEPS, DIAGONAL_BLOCK, LANES]: 0, or what masks a score, by token and query
     next_scores: Ref  # float32[SCORE_BUFFERS, TILE, STEP_ROWS]: scores of the next steps
     step_max: Ref  # float32[SCORE_BUFFERS, SUBLANES, STEP_ROWS]: largest score of each row
     row_max: Ref  # float32[KV_HEADS, SUBLANES, Q_ROWS]: running maximum
@@ -289,12 +293,11 @@ class PrefillKernel(PagedKernel):
     q_sem: Ref  # DMA[KV_BUFFERS]: query blocks
     out_sem: Ref  # DMA[1]: output blocks
 
-    block_pages = KV_BLOCK // PAGE_SIZE
+    block_pages = BLOCK_PAGES
     computed_tokens = DIAGONAL_BLOCK
     cleared_planes = CLEARED_PLANES
 
     def run(self):
-        """Attention of all sequences of the kernel, whose new tokens may have to get into the cache first."""
         self.first_seq, self.end_seq = self.sequences()
         pl.when(self.first_seq < self.end_seq)(self.attend)
 
@@ -313,7 +316,7 @@ class PrefillKernel(PagedKernel):
             fetched = self.fetch_ahead(step, *fetched)
         state = (jnp.int32(0), start, fetched, start[:2], jnp.bool_(False))
         _, _, _, sent, *_ = lax.while_loop(self.has_work, self.step, state)
-        self.for_copies(*sent, self.out_copy, wait_copy)
+        self.wait_output(sent)
 
     def has_work(self, carry):
         """Whether there is a step to take."""
@@ -477,7 +480,7 @@ class PrefillKernel(PagedKernel):
     def merge_tokens(self, buffer, new_buffer, first, end, index):
         """Puts new tokens into MERGE_TOKENS tokens of a page, where they lie in `[first, end)`.
 
-        They are put in as words of four tokens, so that the old ones stay bit for bit whatever they are.
+        They are put in as words of PACKING tokens, so that the old ones stay bit for bit whatever they are.
         """
         start = pl.multiple_of(index * MERGE_TOKENS, MERGE_TOKENS)
         tokens = pl.ds(start, MERGE_TOKENS)
@@ -497,14 +500,15 @@ class PrefillKernel(PagedKernel):
         return (self.new_keys, self.new_values)[plane][buffer, PAGE_SIZE + start + i].astype(jnp.float32)
 
     def words_of_head(self, head):
-        """One head's new rows as words of four tokens."""
-        words, *others = [bytes_of(self.every_fourth_row(i, head)) for i in range(4)]
+        """One head's new rows as words of PACKING tokens."""
+        words, *others = [bytes_of(self.rows_of_head_from(i, head)) for i in range(PACKING)]
         for place, part in enumerate(others, 1):
             words = words | (part << 8 * place)
         return words
 
-    def every_fourth_row(self, first, head):
-        strided = pl.ds(first * PADDED_KV_HEADS + head, MERGE_TOKENS // 4, stride=4 * PADDED_KV_HEADS)
+    def rows_of_head_from(self, token, head):
+        """One head's new rows, of every PACKING-th token from `token` on."""
+        strided = pl.ds(token * PADDED_KV_HEADS + head, MERGE_TOKENS // PACKING, stride=PACKING * PADDED_KV_HEADS)
         return load_rows(self.by_head, strided)
 
     def wait_next_block(self, end, seq, block, step):
@@ -769,8 +773,9 @@ class FullTiles:
 
     def tile_of(self, iteration):
         """The first token of an iteration's tile, and the first of its heads."""
-        tile, head = self.first_tile + lax.div(iteration, ITERATIONS), lax.rem(iteration, ITERATIONS) * STEP_HEADS
-        return tile * TILE, head
+        tile = self.first_tile + lax.div(iteration, ITERATIONS)
+        first_head = lax.rem(iteration, ITERATIONS) * STEP_HEADS
+        return tile * TILE, first_head
 
     def start(self, make_first_scores):
         """Makes the scores that the first iteration finds, unless they are made."""
@@ -785,8 +790,8 @@ class FullTiles:
         """The scores of some rows against a tile."""
         beyond = first >= KV_BLOCK  # in the next block
         buffer = jnp.where(beyond, lax.rem(self.buffer + 1, KV_BUFFERS), self.buffer)
-        first = jnp.where(beyond, first - KV_BLOCK, first)
-        return self.kernel.score(buffer, first, tokens, head, rows)
+        place = jnp.where(beyond, first - KV_BLOCK, first)
+        return self.kernel.score(buffer, place, tokens, head, rows)
 
 
 @dataclasses.dataclass
@@ -905,7 +910,7 @@ def attend_prefill(queries, keys, values, cache, kv_lens, page_indices, distribu
         ],
         input_output_aliases={7: 1},  # results in the memory of operands
         scratch_shapes=[
-            pltpu.VMEM((KV_BUFFERS, KV_BLOCK // PAGE_SIZE, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.float8_e4m3fn),  # kv
+            pltpu.VMEM((KV_BUFFERS, BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.float8_e4m3fn),  # kv
             pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
             pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
             pltpu.VMEM((PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.float8_e4m3fn),  # page_rows
@@ -913,7 +918,7 @@ def attend_prefill(queries, keys, values, cache, kv_lens, page_indices, distribu
             pltpu.VMEM((KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in
             pltpu.VMEM((KV_HEADS, Q_ROWS, HEAD_LANES), jnp.bfloat16),  # q_rows
             pltpu.VMEM((STEP_ROWS, LANES), jnp.bfloat16),  # query_onehot
-            pltpu.VMEM((DIAGONAL_BLOCKS, Q_ROWS // STEP_ROWS, DIAGONAL_BLOCK, LANES), jnp.bfloat16),  # mask_bias
+            pltpu.VMEM((DIAGONAL_BLOCKS, ROW_STEPS, DIAGONAL_BLOCK, LANES), jnp.bfloat16),  # mask_bias
             pltpu.VMEM((SCORE_BUFFERS, TILE, STEP_ROWS), jnp.float32),  # next_scores
             pltpu.VMEM((SCORE_BUFFERS, SUBLANES, STEP_ROWS), jnp.float32),  # step_max
             pltpu.VMEM((KV_HEADS, SUBLANES, Q_ROWS), jnp.float32),  # row_max

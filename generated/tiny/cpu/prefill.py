@@ -8,7 +8,7 @@ What was specialized:
 - 4 query heads over 2 KV heads, head_dim 128, queries bfloat16, KV bfloat16: constants
 - pages of 16 tokens, 32 a sequence, up to 4 sequences
 - token buckets that use it: 32
-- causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
+- causal, cache updated; no soft cap, sliding window, sinks or KV scales in the spec: none is in the code
 - only prefill batches: the other kernels are not in this program
 """
 

@@ -9,7 +9,7 @@ What was specialized:
 - these are one device's part of 8: KV heads in 8 parts
 - pages of 128 tokens, 128 a sequence, up to 64 sequences
 - token buckets that use it: 64, 2048
-- causal, cache updated; no window, soft cap, sinks or KV scales in the spec: none is in the code
+- causal, cache updated; no soft cap, sliding window, sinks, ALiBi or KV scales in the spec: none is in the code
 - separate K and V in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - only decode batches: the other kernels are not in this program
 - decode: tiles of 1024 tokens, no longer than the expected lengths; waves of 8, so that one fills the other's waits;

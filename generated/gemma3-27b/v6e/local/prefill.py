@@ -9,8 +9,8 @@ What was specialized:
 - these are one device's part of 8: KV heads in 8 parts
 - pages of 128 tokens, 128 a sequence, up to 64 sequences
 - token buckets that use it: 2048
-- causal, cache updated; a window of 1024 tokens, nothing fetched before its page; no soft cap, sinks or KV scales in
-  the spec: none is in the code
+- causal, cache updated; a window of 1024 tokens, nothing fetched before its page; no soft cap, sinks, ALiBi or KV
+  scales in the spec: none is in the code
 - separate K and V in the cache, pages of [2, KV heads, tokens, head_dim] (kv_layout separate)
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512
@@ -22,8 +22,8 @@ What was specialized:
 - prefill, mask: by comparing positions; this works with any mask and needs no MXU lanes
 - prefill, scores: a row for each query; this needs neither MXU lanes to spare nor whole registers of rows
 - prefill, softmax: not paced; this needs no buffers but those of the lookahead, and steps of any length
-- prefill, lookahead: scores are made 2 steps before their probabilities, 2 on the diagonal; the MXU works while the
-  vector unit does softmax
+- prefill, lookahead: scores are made steps before their probabilities: 2 in full tiles, 2 on the diagonal; the MXU
+  works while the vector unit does softmax
 - prefill, sorting queries: by strided loads and stores; the queries of a token for a KV head are no whole part of a
   register
 - prefill, between blocks: each block makes its own first scores; other tiles, or the splitting of words, may come
@@ -66,10 +66,11 @@ SUBLANE_TILE = 16  # tokens of the smallest part of the cache that a DMA or stor
 Q_BLOCK = 256  # query tokens of a query block
 Q_ROWS = GROUP * Q_BLOCK  # their rows of one KV head
 KV_BLOCK = 2048  # tokens that are fetched at once
+BLOCK_PAGES = KV_BLOCK // PAGE_SIZE
 KV_BUFFERS = 3  # KV blocks, and query blocks, in VMEM
 FETCH_LOOKAHEAD = KV_BUFFERS - 1  # steps that the fetch runs ahead
 STEP_ROWS = 256  # query rows of a flash step
-ROW_STEPS = Q_ROWS // STEP_ROWS
+ROW_STEPS = Q_ROWS // STEP_ROWS  # of a KV head
 TILE = 512  # tokens of a flash step
 TILES = KV_BLOCK // TILE
 STEP_HEADS = 2  # KV heads whose steps are one iteration
@@ -82,7 +83,7 @@ SCORE_LOOKAHEAD = 2  # flash steps that scores are made ahead
 DIAGONAL_LOOKAHEAD = 2
 SCORE_BUFFERS = SCORE_LOOKAHEAD
 TOKEN_AXIS = 1  # of scores
-WINDOW_OFFSET = Q_BLOCK - WINDOW + TILE - 1  # from a block's first query to where its last one's window begins, and up to a whole tile
+WINDOW_OFFSET = Q_BLOCK - WINDOW + TILE - 1  # from a block's first query to its last one's window, rounded up to a tile
 SORT_TOKENS = 16  # tokens of a query block that are sorted at once
 SORT_STEPS = Q_BLOCK // SORT_TOKENS
 CLEARED_PLANES = (V_PLANE,)
@@ -204,7 +205,7 @@ class PrefillKernel(PagedKernel):
     out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
     cache_hbm: Ref  # bfloat16[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]
     # Scratch arrays in VMEM, and semaphores.
-    kv: Ref  # bfloat16[KV_BUFFERS, KV_BLOCK // PAGE_SIZE, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched blocks
+    kv: Ref  # bfloat16[KV_BUFFERS, BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched blocks
     new_keys: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new keys, around the page they go to
     new_values: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new values, around the page they go to
     page_rows: Ref  # bfloat16[PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: pages to update
@@ -223,12 +224,11 @@ class PrefillKernel(PagedKernel):
     q_sem: Ref  # DMA[KV_BUFFERS]: query blocks
     out_sem: Ref  # DMA[1]: output blocks
 
-    block_pages = KV_BLOCK // PAGE_SIZE
+    block_pages = BLOCK_PAGES
     computed_tokens = DIAGONAL_BLOCK
     cleared_planes = CLEARED_PLANES
 
     def run(self):
-        """Attention of all sequences of the kernel, whose new tokens may have to get into the cache first."""
         self.first_seq, self.end_seq = self.sequences()
         pl.when(self.first_seq < self.end_seq)(self.attend)
 
@@ -245,7 +245,7 @@ class PrefillKernel(PagedKernel):
             fetched = self.fetch_ahead(step, *fetched)
         state = (jnp.int32(0), start, fetched, start[:2])
         _, _, _, sent, *_ = lax.while_loop(self.has_work, self.step, state)
-        self.for_copies(*sent, self.out_copy, wait_copy)
+        self.wait_output(sent)
 
     def has_work(self, carry):
         """Whether there is a step to take."""
@@ -688,8 +688,9 @@ class FullTiles:
 
     def tile_of(self, iteration):
         """The first token of an iteration's tile, and the first of its heads."""
-        tile, head = self.first_tile + lax.div(iteration, ITERATIONS), lax.rem(iteration, ITERATIONS) * STEP_HEADS
-        return tile * TILE, head
+        tile = self.first_tile + lax.div(iteration, ITERATIONS)
+        first_head = lax.rem(iteration, ITERATIONS) * STEP_HEADS
+        return tile * TILE, first_head
 
     def scores(self, first, tokens, head, rows):
         """The scores of some rows against a tile."""
@@ -776,7 +777,7 @@ def attend_prefill(queries, keys, values, cache, kv_lens, page_indices, distribu
         ],
         input_output_aliases={6: 1},  # results in the memory of operands
         scratch_shapes=[
-            pltpu.VMEM((KV_BUFFERS, KV_BLOCK // PAGE_SIZE, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((KV_BUFFERS, BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # kv
             pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
             pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
             pltpu.VMEM((PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # page_rows

@@ -9,8 +9,8 @@ What was specialized:
 - these are one device's part of 8: KV heads in 8 parts
 - pages of 128 tokens, 128 a sequence, up to 64 sequences
 - token buckets that use it: 2048
-- causal, cache updated; attention sinks, an argument, in the softmax's sum; no window, soft cap or KV scales in the
-  spec: none is in the code
+- causal, cache updated; attention sinks, an argument, in the softmax's sum; no soft cap, sliding window, ALiBi or KV
+  scales in the spec: none is in the code
 - only prefill batches: the other kernels are not in this program
 """
 

@@ -10,7 +10,7 @@ What was specialized:
 - pages of 128 tokens, 128 a sequence, up to 64 sequences
 - token buckets that use it: 2048
 - causal, cache updated; a window of 128 tokens, nothing fetched before its page; attention sinks, an argument, in the
-  softmax's sum; no soft cap or KV scales in the spec: none is in the code
+  softmax's sum; no soft cap, ALiBi or KV scales in the spec: none is in the code
 - only prefill batches: the other kernels are not in this program
 """
 

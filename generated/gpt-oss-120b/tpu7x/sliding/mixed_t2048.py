@@ -10,7 +10,7 @@ What was specialized:
 - pages of 128 tokens, 128 a sequence, up to 64 sequences
 - token buckets that use it: 2048
 - causal, cache updated; a window of 128 tokens, nothing fetched before its page; attention sinks, an argument, in the
-  softmax's sum; no soft cap or KV scales in the spec: none is in the code
+  softmax's sum; no soft cap, ALiBi or KV scales in the spec: none is in the code
 - decode: blocks of 128 tokens, as long as the expected lengths and the registers for scores allow; 16 buffers, so that
   15 blocks in flight hide the latency of DMAs
 - mixed: blocks of 256 queries against 512 fetched tokens (3 buffers); computes 256 query rows of a head against 512
@@ -30,8 +30,8 @@ What was specialized:
 - mixed, scores: a column for each query; queries fill the width of the MXU, which a head does not
 - mixed, softmax: waits for the scores of later steps, 8 steps' scores kept; otherwise the compiler would make
   probabilities early and spill them
-- mixed, lookahead: scores are made 3 steps before their probabilities, 6 on the diagonal; the MXU works while the
-  vector unit does softmax
+- mixed, lookahead: scores are made steps before their probabilities: 3 in full tiles, 6 on the diagonal; the MXU works
+  while the vector unit does softmax
 - mixed, sorting queries: by transposing parts of registers, 1 KV heads at a time; the queries of a token for these
   heads fill one register
 - mixed, between blocks: each block makes its own first scores; other tiles, or the splitting of words, may come between
@@ -61,10 +61,11 @@ PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 128
 SCORE_SCALE = 0.18033688011112042  # 0.125 (the softmax scale) * log2(e): probabilities are powers of two
 WINDOW = 128  # tokens that a query sees, itself the last of them
-LOG2_E = 1.4426950408889634  # sinks are natural logarithms
+LOG2_E = 1.4426950408889634  # from natural logarithms to those of base 2
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 PRECISION = None  # of matmuls: bfloat16 products are exact in float32
 VMEM_LIMIT = 25165824  # bytes
+HALF_BITS = 16  # of a 32-bit word
 PACKING = 2  # elements of the cache in one 32-bit word
 HEAD_ROWS = 1  # rows of one head of a token
 VALUES_ROW = 0  # the first of them that is V
@@ -83,6 +84,7 @@ DECODE_KV_BUFFERS = 16  # blocks in VMEM: one that is computed, the others on th
 DECODE_LOOKAHEAD = DECODE_KV_BUFFERS - 1  # iterations that the fetch is ahead
 DECODE_WRITE_BUFFERS = 4  # sequences whose results may be on their way out
 DECODE_MAX_TOKENS = 64  # new tokens, loaded all at once
+DECODE_LOADS = 3  # arrays of new tokens
 DECODE_HEAD_QUERY_ROWS = 8  # query rows of a KV head, up to whole sublane tiles
 DECODE_HEADS_PER_MATMUL = 1  # KV heads side by side in a matmul
 DECODE_CLEARED_TILES = 16  # sublane tiles that are cleared at once
@@ -96,11 +98,12 @@ DECODE_SPLIT_STEPS_PER_MATMUL = 1  # so that the split ends with the block
 MIXED_Q_BLOCK = 256  # query tokens of a query block
 MIXED_Q_ROWS = GROUP * MIXED_Q_BLOCK  # their rows of one KV head
 MIXED_KV_BLOCK = 512  # tokens that are fetched at once
+MIXED_BLOCK_PAGES = MIXED_KV_BLOCK // PAGE_SIZE
 MIXED_KV_BUFFERS = 3  # KV blocks, and query blocks, in VMEM
 MIXED_FETCH_LOOKAHEAD = MIXED_KV_BUFFERS - 1  # steps that the fetch runs ahead
 MIXED_COPY_SIZES = (256, 128, 64, 32, 16, 8, 4, 2, 1)  # tokens: of these is every copy of a query block
 MIXED_STEP_ROWS = 256  # query rows of a flash step
-MIXED_ROW_STEPS = MIXED_Q_ROWS // MIXED_STEP_ROWS
+MIXED_ROW_STEPS = MIXED_Q_ROWS // MIXED_STEP_ROWS  # of a KV head
 MIXED_TILE = 512  # tokens of a flash step
 MIXED_TILES = MIXED_KV_BLOCK // MIXED_TILE
 MIXED_STEP_HEADS = 1  # KV heads whose steps are one iteration
@@ -119,7 +122,7 @@ MIXED_TOKEN_AXIS = 0  # of scores
 MIXED_VALUE_ROWS = HEAD_DIM
 MIXED_SINK_SUM = 1.0  # what a sink adds to a sum, in every lane
 MIXED_SINK_ROWS = 8
-MIXED_WINDOW_OFFSET = MIXED_Q_BLOCK - WINDOW + MIXED_TILE - 1  # from a block's first query to where its last one's window begins, and up to a whole tile
+MIXED_WINDOW_OFFSET = MIXED_Q_BLOCK - WINDOW + MIXED_TILE - 1  # from a block's first query to its last one's window, rounded up to a tile
 MIXED_SORT_TOKENS = 16  # tokens of a query block that are sorted at once
 MIXED_SORT_STEPS = MIXED_Q_BLOCK // MIXED_SORT_TOKENS
 MIXED_SORT_ROWS = MIXED_SORT_TOKENS * GROUP
@@ -234,7 +237,7 @@ def rows_of_tile(index):
 
 def transpose_halves(low, high):
     """Words of two rows of one token each, of two tokens, as words of two tokens of one row each."""
-    return (low & jnp.uint32(0xFFFF)) | (high << 16), (low >> 16) | (high & jnp.uint32(0xFFFF0000))
+    return (low & jnp.uint32(0xFFFF)) | (high << HALF_BITS), (low >> HALF_BITS) | (high & jnp.uint32(0xFFFF0000))
 
 
 def cache_rows(kv_cache):
@@ -358,7 +361,7 @@ class DecodeKernel(PagedKernel):
     acc: Ref  # float32[KV_HEADS * DECODE_HEAD_QUERY_ROWS, HEAD_LANES]: running output
     out_rows: Ref  # bfloat16[DECODE_WRITE_BUFFERS, Q_HEADS, HEAD_DIM]: outputs on their way out
     kv_sem: Ref  # DMA[DECODE_KV_BUFFERS]: fetches
-    load_sem: Ref  # DMA[3]: queries, keys, values
+    load_sem: Ref  # DMA[DECODE_LOADS]: queries, keys, values
     write_sem: Ref  # DMA[DECODE_WRITE_BUFFERS]: cache writes
     out_sem: Ref  # DMA[DECODE_WRITE_BUFFERS]: outputs
 
@@ -511,7 +514,7 @@ class DecodeKernel(PagedKernel):
     def limits(self, seq, block, kv_len):
         """The end of the block's tokens that are seen, and the first of them."""
         end = jnp.minimum(kv_len - block * DECODE_BLOCK, DECODE_BLOCK)
-        return (end, kv_len - WINDOW - block * DECODE_BLOCK)
+        return (end, kv_len - WINDOW - block * DECODE_BLOCK,)
 
     def visible_tokens(self, shape, end, first):
         """Which scores count."""
@@ -701,7 +704,7 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
             pltpu.VMEM((KV_HEADS * DECODE_HEAD_QUERY_ROWS, HEAD_LANES), jnp.float32),  # acc
             pltpu.VMEM((DECODE_WRITE_BUFFERS, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_rows
             pltpu.SemaphoreType.DMA((DECODE_KV_BUFFERS,)),  # kv_sem
-            pltpu.SemaphoreType.DMA((3,)),  # load_sem
+            pltpu.SemaphoreType.DMA((DECODE_LOADS,)),  # load_sem
             pltpu.SemaphoreType.DMA((DECODE_WRITE_BUFFERS,)),  # write_sem
             pltpu.SemaphoreType.DMA((DECODE_WRITE_BUFFERS,)),  # out_sem
         ],
@@ -741,7 +744,7 @@ class MixedKernel(PagedKernel):
     q_in: Ref  # bfloat16[MIXED_KV_BUFFERS, MIXED_Q_BLOCK, Q_HEADS, HEAD_DIM]: query blocks as they come
     q_rows: Ref  # bfloat16[KV_HEADS, MIXED_Q_ROWS, HEAD_LANES]: a query block by KV head
     query_onehot: Ref  # bfloat16[MIXED_STEP_ROWS, LANES]: 1 where a lane is the row's query
-    mask_bias: Ref  # bfloat16[MIXED_DIAGONAL_BLOCKS, MIXED_Q_ROWS // MIXED_STEP_ROWS, MIXED_DIAGONAL_BLOCK, LANES]: 0, or what masks a score, by token and query
+    mask_bias: Ref  # bfloat16[MIXED_DIAGONAL_BLOCKS, MIXED_ROW_STEPS, MIXED_DIAGONAL_BLOCK, LANES]: 0, or what masks a score, by token and query
     next_scores: Ref  # float32[MIXED_SCORE_BUFFERS, MIXED_TILE, MIXED_STEP_ROWS]: scores of the next steps
     step_max: Ref  # float32[MIXED_SCORE_BUFFERS, SUBLANES, MIXED_STEP_ROWS]: largest score of each row
     sink_rows: Ref  # float32[KV_HEADS, MIXED_SINK_ROWS, LANES]: sinks, the same in every lane
@@ -756,12 +759,11 @@ class MixedKernel(PagedKernel):
     q_sem: Ref  # DMA[MIXED_KV_BUFFERS]: query blocks
     out_sem: Ref  # DMA[1]: output blocks
 
-    block_pages = MIXED_KV_BLOCK // PAGE_SIZE
+    block_pages = MIXED_BLOCK_PAGES
     computed_tokens = MIXED_DIAGONAL_BLOCK
     cleared_tiles = MIXED_CLEARED_TILES
 
     def run(self):
-        """Attention of all sequences of the kernel, whose new tokens may have to get into the cache first."""
         self.first_seq, self.end_seq = self.sequences()
         pl.when(self.first_seq < self.end_seq)(self.attend)
 
@@ -780,7 +782,7 @@ class MixedKernel(PagedKernel):
             fetched = self.fetch_ahead(step, *fetched)
         state = (jnp.int32(0), start, fetched, start[:2])
         _, _, _, sent, *_ = lax.while_loop(self.has_work, self.step, state)
-        self.for_copies(*sent, self.out_copy, wait_copy)
+        self.wait_output(sent)
 
     def has_work(self, carry):
         """Whether there is a step to take."""
@@ -1080,7 +1082,7 @@ class MixedKernel(PagedKernel):
     # ---- Reading of one head's K and V: `tokens` tokens, from token `first` of a block on.
 
     def head_rows_of(self, first, tokens, row):
-        """`[tokens, HEAD_LANES]` of one row of each token out of the tile that was taken apart last, in the order of `tokens_in_order`."""
+        """`[tokens, HEAD_LANES]` of one row of each token of the tile that was taken apart last, as `tokens_in_order` has them."""
         place, word = lax.rem(row, PACKING), lax.div(row, PACKING)
         start = lax.div(lax.rem(first, MIXED_TILE), PACKING) * WORD_ROWS + word
         words = self.row_words[place, pl.ds(start, tokens // PACKING, stride=WORD_ROWS), :]
@@ -1264,8 +1266,9 @@ class FullTiles:
 
     def tile_of(self, iteration):
         """The first token of an iteration's tile, and the first of its heads."""
-        tile, head = self.first_tile + lax.div(iteration, MIXED_ITERATIONS), lax.rem(iteration, MIXED_ITERATIONS) * MIXED_STEP_HEADS
-        return tile * MIXED_TILE, head
+        tile = self.first_tile + lax.div(iteration, MIXED_ITERATIONS)
+        first_head = lax.rem(iteration, MIXED_ITERATIONS) * MIXED_STEP_HEADS
+        return tile * MIXED_TILE, first_head
 
     def scores(self, first, tokens, head, rows):
         """The scores of some rows against a tile."""
@@ -1380,7 +1383,7 @@ def attend_mixed(queries, keys, values, cache, out, kv_lens, page_indices, cu_q_
             pltpu.VMEM((MIXED_KV_BUFFERS, MIXED_Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in
             pltpu.VMEM((KV_HEADS, MIXED_Q_ROWS, HEAD_LANES), jnp.bfloat16),  # q_rows
             pltpu.VMEM((MIXED_STEP_ROWS, LANES), jnp.bfloat16),  # query_onehot
-            pltpu.VMEM((MIXED_DIAGONAL_BLOCKS, MIXED_Q_ROWS // MIXED_STEP_ROWS, MIXED_DIAGONAL_BLOCK, LANES), jnp.bfloat16),  # mask_bias
+            pltpu.VMEM((MIXED_DIAGONAL_BLOCKS, MIXED_ROW_STEPS, MIXED_DIAGONAL_BLOCK, LANES), jnp.bfloat16),  # mask_bias
             pltpu.VMEM((MIXED_SCORE_BUFFERS, MIXED_TILE, MIXED_STEP_ROWS), jnp.float32),  # next_scores
             pltpu.VMEM((MIXED_SCORE_BUFFERS, SUBLANES, MIXED_STEP_ROWS), jnp.float32),  # step_max
             pltpu.VMEM((KV_HEADS, MIXED_SINK_ROWS, LANES), jnp.float32),  # sink_rows

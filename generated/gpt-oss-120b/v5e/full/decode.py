@@ -9,8 +9,8 @@ What was specialized:
 - these are one device's part of 8: KV heads in 8 parts
 - pages of 128 tokens, 128 a sequence, up to 64 sequences
 - token buckets that use it: 64, 2048
-- causal, cache updated; attention sinks, an argument, in the softmax's sum; no window, soft cap or KV scales in the
-  spec: none is in the code
+- causal, cache updated; attention sinks, an argument, in the softmax's sum; no soft cap, sliding window, ALiBi or KV
+  scales in the spec: none is in the code
 - only decode batches: the other kernels are not in this program
 - decode: blocks of 1024 tokens, as long as the expected lengths and the registers for scores allow; 16 buffers, so that
   15 blocks in flight hide the latency of DMAs
@@ -42,10 +42,11 @@ MAX_SEQS = 64
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 128
 SCORE_SCALE = 0.18033688011112042  # 0.125 (the softmax scale) * log2(e): probabilities are powers of two
-LOG2_E = 1.4426950408889634  # sinks are natural logarithms
+LOG2_E = 1.4426950408889634  # from natural logarithms to those of base 2
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 PRECISION = None  # of matmuls: bfloat16 products are exact in float32
 VMEM_LIMIT = 25165824  # bytes
+HALF_BITS = 16  # of a 32-bit word
 PACKING = 2  # elements of the cache in one 32-bit word
 HEAD_ROWS = 1  # rows of one head of a token
 VALUES_ROW = 0  # the first of them that is V
@@ -62,6 +63,7 @@ KV_BUFFERS = 16  # blocks in VMEM: one that is computed, the others on their way
 LOOKAHEAD = KV_BUFFERS - 1  # iterations that the fetch is ahead
 WRITE_BUFFERS = 4  # sequences whose results may be on their way out
 MAX_TOKENS = 64  # new tokens, loaded all at once
+LOADS = 3  # arrays of new tokens
 HEAD_QUERY_ROWS = 8  # query rows of a KV head, up to whole sublane tiles
 HEADS_PER_MATMUL = 1  # KV heads side by side in a matmul
 CLEARED_TILES = 16  # sublane tiles that are cleared at once
@@ -137,7 +139,7 @@ def rows_of_tile(index):
 
 def transpose_halves(low, high):
     """Words of two rows of one token each, of two tokens, as words of two tokens of one row each."""
-    return (low & jnp.uint32(0xFFFF)) | (high << 16), (low >> 16) | (high & jnp.uint32(0xFFFF0000))
+    return (low & jnp.uint32(0xFFFF)) | (high << HALF_BITS), (low >> HALF_BITS) | (high & jnp.uint32(0xFFFF0000))
 
 
 def cache_rows(kv_cache):
@@ -261,7 +263,7 @@ class DecodeKernel(PagedKernel):
     acc: Ref  # float32[KV_HEADS * HEAD_QUERY_ROWS, HEAD_LANES]: running output
     out_rows: Ref  # bfloat16[WRITE_BUFFERS, Q_HEADS, HEAD_DIM]: outputs on their way out
     kv_sem: Ref  # DMA[KV_BUFFERS]: fetches
-    load_sem: Ref  # DMA[3]: queries, keys, values
+    load_sem: Ref  # DMA[LOADS]: queries, keys, values
     write_sem: Ref  # DMA[WRITE_BUFFERS]: cache writes
     out_sem: Ref  # DMA[WRITE_BUFFERS]: outputs
 
@@ -592,7 +594,7 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
             pltpu.VMEM((KV_HEADS * HEAD_QUERY_ROWS, HEAD_LANES), jnp.float32),  # acc
             pltpu.VMEM((WRITE_BUFFERS, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_rows
             pltpu.SemaphoreType.DMA((KV_BUFFERS,)),  # kv_sem
-            pltpu.SemaphoreType.DMA((3,)),  # load_sem
+            pltpu.SemaphoreType.DMA((LOADS,)),  # load_sem
             pltpu.SemaphoreType.DMA((WRITE_BUFFERS,)),  # write_sem
             pltpu.SemaphoreType.DMA((WRITE_BUFFERS,)),  # out_sem
         ],

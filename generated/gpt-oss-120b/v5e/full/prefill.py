@@ -9,8 +9,8 @@ What was specialized:
 - these are one device's part of 8: KV heads in 8 parts
 - pages of 128 tokens, 128 a sequence, up to 64 sequences
 - token buckets that use it: 2048
-- causal, cache updated; attention sinks, an argument, in the softmax's sum; no window, soft cap or KV scales in the
-  spec: none is in the code
+- causal, cache updated; attention sinks, an argument, in the softmax's sum; no soft cap, sliding window, ALiBi or KV
+  scales in the spec: none is in the code
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512
   tokens at once
@@ -22,8 +22,8 @@ What was specialized:
 - prefill, mask: by comparing positions; this works with any mask and needs no MXU lanes
 - prefill, scores: a row for each query; this needs neither MXU lanes to spare nor whole registers of rows
 - prefill, softmax: not paced; this needs no buffers but those of the lookahead, and steps of any length
-- prefill, lookahead: scores are made 3 steps before their probabilities, 3 on the diagonal; the MXU works while the
-  vector unit does softmax
+- prefill, lookahead: scores are made steps before their probabilities: 3 in full tiles, 3 on the diagonal; the MXU
+  works while the vector unit does softmax
 - prefill, sorting queries: by transposing parts of registers, 1 KV heads at a time; the queries of a token for these
   heads fill one register
 - prefill, between blocks: each block makes its own first scores; other tiles, or the splitting of words, may come
@@ -53,10 +53,11 @@ PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 128
 CHUNK = 512  # new tokens of every sequence
 SCORE_SCALE = 0.18033688011112042  # 0.125 (the softmax scale) * log2(e): probabilities are powers of two
-LOG2_E = 1.4426950408889634  # sinks are natural logarithms
+LOG2_E = 1.4426950408889634  # from natural logarithms to those of base 2
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 PRECISION = None  # of matmuls: bfloat16 products are exact in float32
 VMEM_LIMIT = 25165824  # bytes
+HALF_BITS = 16  # of a 32-bit word
 PACKING = 2  # elements of the cache in one 32-bit word
 PADDING_ROWS = 1  # rows of a token that hold zeros
 TOKEN_ROWS = 2  # rows of one token in the cache
@@ -69,10 +70,11 @@ TRANSPOSED_HEADS = 1  # KV heads whose queries of one token fill a register
 Q_BLOCK = 256  # query tokens of a query block
 Q_ROWS = GROUP * Q_BLOCK  # their rows of one KV head
 KV_BLOCK = 1024  # tokens that are fetched at once
+BLOCK_PAGES = KV_BLOCK // PAGE_SIZE
 KV_BUFFERS = 3  # KV blocks, and query blocks, in VMEM
 FETCH_LOOKAHEAD = KV_BUFFERS - 1  # steps that the fetch runs ahead
 STEP_ROWS = 256  # query rows of a flash step
-ROW_STEPS = Q_ROWS // STEP_ROWS
+ROW_STEPS = Q_ROWS // STEP_ROWS  # of a KV head
 TILE = 512  # tokens of a flash step
 TILES = KV_BLOCK // TILE
 STEP_HEADS = 1  # KV heads whose steps are one iteration
@@ -181,7 +183,7 @@ def rows_of_tile(index):
 
 def transpose_halves(low, high):
     """Words of two rows of one token each, of two tokens, as words of two tokens of one row each."""
-    return (low & jnp.uint32(0xFFFF)) | (high << 16), (low >> 16) | (high & jnp.uint32(0xFFFF0000))
+    return (low & jnp.uint32(0xFFFF)) | (high << HALF_BITS), (low >> HALF_BITS) | (high & jnp.uint32(0xFFFF0000))
 
 
 def cache_rows(kv_cache):
@@ -309,12 +311,11 @@ class PrefillKernel(PagedKernel):
     q_sem: Ref  # DMA[KV_BUFFERS]: query blocks
     out_sem: Ref  # DMA[1]: output blocks
 
-    block_pages = KV_BLOCK // PAGE_SIZE
+    block_pages = BLOCK_PAGES
     computed_tokens = DIAGONAL_BLOCK
     cleared_tiles = CLEARED_TILES
 
     def run(self):
-        """Attention of all sequences of the kernel, whose new tokens may have to get into the cache first."""
         self.first_seq, self.end_seq = self.sequences()
         pl.when(self.first_seq < self.end_seq)(self.attend)
 
@@ -331,7 +332,7 @@ class PrefillKernel(PagedKernel):
             fetched = self.fetch_ahead(step, *fetched)
         state = (jnp.int32(0), start, fetched, start[:2])
         _, _, _, sent, *_ = lax.while_loop(self.has_work, self.step, state)
-        self.for_copies(*sent, self.out_copy, wait_copy)
+        self.wait_output(sent)
 
     def has_work(self, carry):
         """Whether there is a step to take."""
@@ -605,7 +606,7 @@ class PrefillKernel(PagedKernel):
     # ---- Reading of one head's K and V: `tokens` tokens, from token `first` of a block on.
 
     def head_rows_of(self, first, tokens, row):
-        """`[tokens, HEAD_LANES]` of one row of each token out of the tile that was taken apart last, in the order of `tokens_in_order`."""
+        """`[tokens, HEAD_LANES]` of one row of each token of the tile that was taken apart last, as `tokens_in_order` has them."""
         place, word = lax.rem(row, PACKING), lax.div(row, PACKING)
         start = lax.div(lax.rem(first, TILE), PACKING) * WORD_ROWS + word
         words = self.row_words[place, pl.ds(start, tokens // PACKING, stride=WORD_ROWS), :]
@@ -766,8 +767,9 @@ class FullTiles:
 
     def tile_of(self, iteration):
         """The first token of an iteration's tile, and the first of its heads."""
-        tile, head = self.first_tile + lax.div(iteration, ITERATIONS), lax.rem(iteration, ITERATIONS) * STEP_HEADS
-        return tile * TILE, head
+        tile = self.first_tile + lax.div(iteration, ITERATIONS)
+        first_head = lax.rem(iteration, ITERATIONS) * STEP_HEADS
+        return tile * TILE, first_head
 
     def scores(self, first, tokens, head, rows):
         """The scores of some rows against a tile."""

@@ -1,0 +1,352 @@
+"""Bugs of decode kernels by waves of tiles: separate K and V."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from mutation import Bug, BugSuite
+from small import SEPARATE, small_plan
+
+FETCHES = (
+    Bug(
+        "the next page fetched in place of each",
+        "DecodeKernel.fetch_wave",
+        "self.page_indices[first_entry + page]",
+        "self.page_indices[first_entry + page + 1]",
+    ),
+    Bug(
+        "a last page of one token not fetched",
+        "DecodeKernel.fetch_wave",
+        "page * PAGE_SIZE < left",
+        "page * PAGE_SIZE < left - 1",
+        hangs=True,
+    ),
+    Bug(
+        "a page behind the last token fetched",
+        "DecodeKernel.fetch_wave",
+        "page * PAGE_SIZE < left",
+        "page * PAGE_SIZE <= left",
+    ),
+    Bug(
+        "a wave fetched over the one before it",
+        "DecodeKernel.iterate",
+        "self.fetch_wave(wave + LOOKAHEAD, *ahead)",
+        "self.fetch_wave(wave + LOOKAHEAD + 1, *ahead)",
+        hangs=True,
+    ),
+    Bug(
+        "a wave fetched over the next one",
+        "DecodeKernel.iterate",
+        "self.fetch_wave(wave + LOOKAHEAD, *ahead)",
+        "self.fetch_wave(wave + 1, *ahead)",
+        hangs=True,
+    ),
+    Bug(
+        "a wave too few fetched at first",
+        "DecodeKernel.attend",
+        "range(1, LOOKAHEAD)",
+        "range(1, LOOKAHEAD - 1)",
+        hangs=True,
+    ),
+    Bug(
+        "tiles of the wave before the first not cleared",
+        "DecodeKernel.attend",
+        "for_each(0, TILE_BUFFERS, self.clear_slot)",
+    ),
+    Bug("an empty tile after a full last one", "DecodeKernel.fetch_wave", "left <= TILE", "left < TILE"),
+    Bug(
+        "a last tile of one token left out",
+        "DecodeKernel.fetch_wave",
+        "left <= TILE",
+        "left <= TILE + 1",
+        hangs=True,
+    ),
+    Bug(
+        "the last wave left out",
+        "DecodeKernel.iterate",
+        "self.tile_left[self.slot(wave + 1, 0)]",
+        "self.tile_left[self.slot(wave + 2, 0)]",
+    ),
+)
+WAITS = (
+    Bug(
+        "no wait for a page of a partial tile",
+        "DecodeKernel.wait_for_page",
+        "wait_for_bytes(self.kv.at[slot, 0], sem)",
+    ),
+    Bug(
+        "no wait for the tiles of a partial wave",
+        "DecodeKernel.wait_for_wave.wait_for_tiles",
+        "self.wait_for_tile(self.tile_left[self.slot(wave, i)], first_slot + i, sem)",
+    ),
+    Bug(
+        "no wait for a full wave",
+        "DecodeKernel.wait_for_wave.wait_for_full_wave",
+        "wait_for_bytes(self.kv.at[pl.ds(first_slot, TILES_PER_WAVE)], sem)",
+    ),
+    Bug(
+        "no wait for a full tile of a partial wave",
+        "DecodeKernel.wait_for_tile.wait_for_full_tile",
+        "wait_for_bytes(self.kv.at[slot], sem)",
+    ),
+    Bug(
+        "no wait for a partial page",
+        "DecodeKernel.wait_for_tile.wait_for_pages",
+        "pl.cdiv(left, PAGE_SIZE)",
+        "left // PAGE_SIZE",
+    ),
+    Bug(
+        "no wave waited for or patched",
+        "DecodeKernel.iterate",
+        "self.wait_and_patch(wave + 1)",
+        hangs=True,
+    ),
+    Bug(
+        "a wave waited for and patched an iteration late",
+        "DecodeKernel.iterate",
+        "self.wait_and_patch(wave + 1)",
+        "self.wait_and_patch(wave)",
+    ),
+    Bug(
+        "the next wave's semaphore waited on",
+        "DecodeKernel.wait_for_wave",
+        "lax.rem(wave, WAVE_BUFFERS)",
+        "lax.rem(wave + 1, WAVE_BUFFERS)",
+        hangs=True,
+    ),
+    Bug("no wait for queries, keys and values", "DecodeKernel.attend", "load.wait()"),
+    Bug(
+        "no wait for a cache write before its buffer is used again",
+        "DecodeKernel.update_cache.wait_for_buffer",
+        "self.wait_for_writes(seq - WRITE_BUFFERS)",
+    ),
+    Bug("no wait for the last cache writes", "DecodeKernel.drain_write", "self.wait_for_writes(self.num_seqs - 1 - i)"),
+    Bug("no wait for the outputs", "DecodeKernel.attend", "result.wait()"),
+)
+ENDS = (
+    Bug(
+        "a sequence that ends with a wave's last tile not patched",
+        "DecodeKernel.wait_and_patch",
+        "self.tile_left[self.slot(wave, 0)] <= WAVE_TOKENS",
+        "self.tile_left[self.slot(wave, 0)] < WAVE_TOKENS",
+    ),
+    Bug(
+        "a sequence that ends with a full tile not patched",
+        "DecodeKernel.patch_tile",
+        "left <= TILE",
+        "left < TILE",
+        hangs=True,
+    ),
+    Bug(
+        "tiles of no sequence patched",
+        "DecodeKernel.patch_tile",
+        "(left > 0) & (left <= TILE)",
+        "left <= TILE",
+    ),
+    Bug(
+        "what lies behind the last token not cleared",
+        "DecodeKernel.patch_tile.patch_last_tile",
+        "self.clear_tail(self.slot(wave, i), left)",
+    ),
+    Bug(
+        "the last token of V cleared",
+        "PagedKernel.clear_elements",
+        "first + token < valid",
+        "first + token < valid - 1",
+    ),
+    Bug(
+        "a token of V behind the last one not cleared",
+        "PagedKernel.clear_elements",
+        "first + token < valid",
+        "first + token <= valid",
+    ),
+    Bug(
+        "V cleared to the end of its page only", "DecodeKernel", "computed_tokens = TILE", "computed_tokens = PAGE_SIZE"
+    ),
+)
+SOFTMAX = (
+    Bug("a token too many seen", "DecodeKernel.visible_tokens", "token < left", "token < left + 1"),
+    Bug("the last token not seen", "DecodeKernel.visible_tokens", "token < left", "token < left - 1"),
+    Bug(
+        "a tile masked by the lengths of the next wave",
+        "DecodeKernel.visible_tokens",
+        "self.slot(wave, i)",
+        "self.slot(wave + 1, i)",
+    ),
+    Bug(
+        "the sum of the sequence before added",
+        "DecodeKernel.merge",
+        "jnp.where(begins, 0.0, old_sum)",
+        "old_sum",
+    ),
+    Bug(
+        "the output of the sequence before added",
+        "DecodeKernel.merge",
+        "jnp.where(begins, 0.0, old_acc)",
+        "old_acc",
+    ),
+    Bug(
+        "the maximum of the sequence before kept",
+        "DecodeKernel.merge",
+        "old_max = jnp.where(begins, MASKED, old_max)",
+    ),
+    Bug(
+        "no tile begins a sequence",
+        "DecodeKernel.merge",
+        "self.tile_first[self.slot(wave, i)] == 0",
+        "self.tile_first[self.slot(wave, i)] < 0",
+    ),
+    Bug(
+        "every tile begins a sequence",
+        "DecodeKernel.merge",
+        "self.tile_first[self.slot(wave, i)] == 0",
+        "self.tile_first[self.slot(wave, i)] >= 0",
+    ),
+    Bug(
+        "the sum not rescaled",
+        "DecodeKernel.merge",
+        "jnp.where(begins, 0.0, old_sum) * alpha",
+        "jnp.where(begins, 0.0, old_sum)",
+    ),
+    Bug("the sum of a tile not rescaled", "DecodeKernel.merge", "tile_sum * beta", "tile_sum"),
+    Bug(
+        "the output not rescaled",
+        "DecodeKernel.merge",
+        "jnp.where(begins, 0.0, old_acc) * broadcast_lanes(alpha, HEAD_LANES)",
+        "jnp.where(begins, 0.0, old_acc)",
+    ),
+    Bug(
+        "the output of a tile not rescaled",
+        "DecodeKernel.merge",
+        "values * broadcast_lanes(beta, HEAD_LANES)",
+        "values",
+    ),
+    Bug(
+        "a tile merged as one of the next wave",
+        "DecodeKernel.compute_tiles",
+        "self.merge(wave, i, state, tile_max, tile_sum, self.accumulate_pv(wave, i, p))",
+        "self.merge(wave + 1, i, state, tile_max, tile_sum, self.accumulate_pv(wave, i, p))",
+    ),
+    Bug(
+        "the running softmax not kept for the next iteration",
+        "DecodeKernel.iterate",
+        "self.row_max[...], self.row_sum[...], self.acc[...] = self.compute_tiles(wave, softmaxes, state)",
+        "self.compute_tiles(wave, softmaxes, state)",
+    ),
+)
+HEADS = (
+    Bug(
+        "values of the next wave",
+        "DecodeKernel.compute_tiles",
+        "self.accumulate_pv(wave, i, p)",
+        "self.accumulate_pv(wave + 1, i, p)",
+    ),
+    Bug(
+        "scores of this wave in place of the next",
+        "DecodeKernel.compute_tiles",
+        "self.compute_scores(wave + 1, i)",
+        "self.compute_scores(wave, i)",
+    ),
+    Bug("K read for V", "DecodeKernel.head_values", "V_PLANE", "K_PLANE"),
+    Bug(
+        "the first row of each head taken from the head before",
+        "select_own_rows",
+        "row >= i * HEAD_QUERY_ROWS",
+        "row > i * HEAD_QUERY_ROWS",
+    ),
+    Bug(
+        "the last row of each head taken from the next head",
+        "select_own_rows",
+        "row >= i * HEAD_QUERY_ROWS",
+        "row >= i * HEAD_QUERY_ROWS - 1",
+    ),
+    Bug(
+        "outputs of a wave's first tile only",
+        "DecodeKernel.store_output",
+        "self.out_all[self.tile_seq[self.slot(wave, i)]] = out.astype(self.out_all.dtype)",
+        "if i == 0: self.out_all[self.tile_seq[self.slot(wave, i)]] = out.astype(self.out_all.dtype)",
+    ),
+)
+UPDATES = (
+    Bug(
+        "the new token a row too far",
+        "DecodeKernel.update_cache",
+        "lax.rem(token, SUBLANE_TILE)",
+        "lax.rem(token + 1, SUBLANE_TILE)",
+    ),
+    Bug(
+        "the new token written to the next page",
+        "DecodeKernel.cache_write",
+        "position // PAGE_SIZE",
+        "(position + 1) // PAGE_SIZE",
+    ),
+    Bug(
+        "the new token written to the sublane tile before",
+        "DecodeKernel.cache_write",
+        "self.kv_lens[seq] - 1",
+        "jnp.maximum(self.kv_lens[seq] - 1 - SUBLANE_TILE, 0)",
+    ),
+    Bug("the new token behind its place", "DecodeKernel.update_cache", "left - 1", "left"),
+    Bug(
+        "the new value for K too",
+        "DecodeKernel.new_kv_rows",
+        "(self.new_keys, self.new_values)",
+        "(self.new_values, self.new_values)",
+    ),
+    Bug("the first head's new token for all", "DecodeKernel.patched", "new[head : head + 1]", "new[0:1]"),
+    Bug(
+        "the new token neither attended to nor written",
+        "DecodeKernel.patch_tile.patch_last_tile",
+        "self.update_cache(seq, self.slot(wave, i), left)",
+        hangs=True,
+    ),
+    Bug(
+        "the new token not attended to",
+        "DecodeKernel.update_cache",
+        "self.kv[slot, page, plane, head, tokens] = rows",
+    ),
+    Bug(
+        "something else written in place of the new token",
+        "DecodeKernel.update_cache",
+        "self.new_out[buffer, plane, head] = rows",
+    ),
+    Bug("the new token not written", "DecodeKernel.update_cache", "self.cache_write(seq).start()", hangs=True),
+)
+
+# A page table that ends within a tile.
+PAST_THE_END = (
+    Bug(
+        "the page table read past its end",
+        "DecodeKernel.fetch_wave",
+        "jnp.minimum(first_entry + page, LAST_ENTRY)",
+        "first_entry + page",
+        says="Out-of-bounds read",
+    ),
+)
+
+plan = partial(small_plan, kind="decode")
+SUITES = [
+    BugSuite(
+        "decode, waves",
+        SEPARATE,
+        plan,
+        FETCHES + WAITS + ENDS + SOFTMAX + HEADS + UPDATES,
+        ordinary=(
+            "a wave waited for and patched an iteration late",
+            "no wait for a page of a partial tile",
+            "tiles of no sequence patched",
+            "a token too many seen",
+            "the sum of the sequence before added",
+            "the output of a tile not rescaled",
+            "the last row of each head taken from the next head",
+            "the new token a row too far",
+        ),
+    ),
+    BugSuite(
+        "decode, waves, a page table that ends within a tile",
+        replace(SEPARATE, serving=replace(SEPARATE.serving, max_model_len=9 * SEPARATE.serving.page_size)),
+        plan,
+        PAST_THE_END,
+    ),
+]

@@ -1,0 +1,79 @@
+"""Bugs of kernels of latent attention."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from mutation import Bug, BugSuite
+from small import latent, plan_of
+
+# More sequences than a kernel has buffers for new tokens on their way.
+SPEC = latent(page_size=64, max_num_seqs=12, max_num_tokens=64, token_buckets=(16, 64))
+DECODE = (
+    Bug(
+        "other lanes of the latent vector taken for the values",
+        "DecodeKernel.accumulate_pv",
+        "self.kv[self.slot(wave, i), :, :, :RANK]",
+        "self.kv[self.slot(wave, i), :, :, 64 : 64 + RANK]",
+    ),
+    Bug(
+        "scores without the rotary part",
+        "DecodeKernel.compute_scores",
+        "[self.q_in[seq], self.q_rope_in[seq]]",
+        "[self.q_in[seq], 0 * self.q_rope_in[seq]]",
+    ),
+    Bug(
+        "what lies behind the last token not cleared",
+        "DecodeKernel.patch_tile",
+        "self.clear_tail(self.slot(wave, i), left)",
+    ),
+    Bug("the new token not attended to", "DecodeKernel.update_cache", "self.kv[slot, page, tokens] = rows"),
+    Bug(
+        "no wait for a cache write before its buffer is used again",
+        "DecodeKernel.update_cache.wait_for_buffer",
+        "self.wait_for_writes(seq - WRITE_BUFFERS)",
+    ),
+)
+PREFILL = (
+    Bug("the next token seen", "PrefillKernel.masked_score", "token <= query", "token <= query + 1"),
+    Bug(
+        "rows taken for those of the wrong query",
+        "PrefillKernel.masked_score",
+        "row // Q_HEADS",
+        "row // (Q_HEADS * 2)",
+    ),
+    Bug(
+        "a block on the diagonal not masked",
+        "PrefillKernel.attend_block",
+        "first_query >= KV_BLOCK - 1",
+        "first_query >= KV_BLOCK - 2",
+    ),
+    Bug(
+        "the output not rescaled",
+        "PrefillKernel.accumulate_pv",
+        "broadcast_lanes(alpha, RANK) * self.acc[rows]",
+        "self.acc[rows]",
+    ),
+    Bug(
+        "new tokens a row late",
+        "PrefillKernel.merge_tokens",
+        "self.new_in[new_buffer, PAGE_SIZE + start + i]",
+        "self.new_in[new_buffer, PAGE_SIZE + start + i - 1]",
+    ),
+    Bug(
+        "what lies behind the last token not cleared",
+        "PrefillKernel.step.clear_last_block",
+        "self.clear_tail(buffer, end - block * KV_BLOCK)",
+    ),
+    Bug(
+        "the running softmax not cleared for the next query block",
+        "PrefillKernel.store_output",
+        "self.clear_rows(rows)",
+    ),
+)
+SUITES = [
+    BugSuite(
+        "latent decode", SPEC, partial(plan_of, kind="decode"), DECODE, ordinary=("scores without the rotary part",)
+    ),
+    BugSuite("latent prefill", SPEC, partial(plan_of, kind="prefill"), PREFILL, ordinary=("the next token seen",)),
+]
