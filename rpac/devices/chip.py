@@ -1,4 +1,4 @@
-"""Facts of each TPU target, read from JAX's own tables. No tuning lives here.
+"""Facts of each TPU target: most are read from JAX's own tables. No tuning lives here.
 
 A *device* is what JAX calls one: a TensorCore on tpu7x, v6e and v5e, both TensorCores of a chip on v5p (megacore).
 """
@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from rpac.errors import TargetError
 
+GIB = 1 << 30
+
 
 class _Entry(NamedTuple):
     device_kind: str
@@ -17,15 +19,22 @@ class _Entry(NamedTuple):
     devices: int
     chip_version: str
     cores: int
+    hbm_gib: float
+    usable_hbm_gib: float
 
 
 # The smallest topologies of each generation that libtpu describes without a TPU, the first of so many devices, each next of
 # twice as many. What the first makes for one device is for any slice.
+#
+# HBM of a device, in GiB: as https://cloud.google.com/tpu/docs publishes it for a chip (v5e 16, v5p 95, v6e 32, TPU7x 192, of
+# which each TensorCore has half). Then what a program may use of it: XLA keeps the rest to itself. libtpu 0.0.42.1 refuses a
+# larger program because it "exceeds available HBM (15.75G)", or 31.25G for v6e and 94.75G for TPU7x. For v5p it says 95.74G,
+# which is more than is published.
 _ENTRIES = {
-    "tpu7x": _Entry("TPU7x", ("tpu7x:2x2x1", "tpu7x:2x2x2", "tpu7x:2x2x4"), 8, "7x", 1),
-    "v6e": _Entry("TPU v6 lite", ("v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8"), 4, "v6e", 1),
-    "v5p": _Entry("TPU v5", ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4"), 4, "v5p", 2),
-    "v5e": _Entry("TPU v5 lite", ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8"), 4, "v5e", 1),
+    "tpu7x": _Entry("TPU7x", ("tpu7x:2x2x1", "tpu7x:2x2x2", "tpu7x:2x2x4"), 8, "7x", 1, 96, 94.75),
+    "v6e": _Entry("TPU v6 lite", ("v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8"), 4, "v6e", 1, 32, 31.25),
+    "v5p": _Entry("TPU v5", ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4"), 4, "v5p", 2, 95, 95),
+    "v5e": _Entry("TPU v5 lite", ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8"), 4, "v5e", 1, 16, 15.75),
 }
 
 TPU_TARGETS = tuple(_ENTRIES)
@@ -35,7 +44,8 @@ TPU_TARGETS = tuple(_ENTRIES)
 class Chip:
     """One device of a target. Memory in bytes, bandwidth in bytes/s, peak in flop/s (a multiply-add is two).
 
-    VMEM, SMEM and the MXUs are counted in one core; HBM and the peak in the whole device.
+    VMEM, SMEM and the MXUs are counted in one core; HBM and the peak in the whole device. `usable_hbm_bytes`: of HBM, what a
+    program may use.
     """
 
     target: str
@@ -50,6 +60,7 @@ class Chip:
     vmem_bytes: int
     smem_bytes: int
     hbm_bytes: int
+    usable_hbm_bytes: int
     hbm_bandwidth: int
     peak_bf16_flops: int
 
@@ -100,7 +111,8 @@ def chip(target: str) -> Chip:
         mxus=core.num_mxus,
         vmem_bytes=core.vmem_capacity_bytes,
         smem_bytes=core.smem_capacity_bytes,
-        hbm_bytes=core.num_cores * core.hbm_capacity_bytes,
+        hbm_bytes=int(entry.hbm_gib * GIB),
+        usable_hbm_bytes=int(entry.usable_hbm_gib * GIB),
         hbm_bandwidth=core.num_cores * core.mem_bw_bytes_per_second,
         peak_bf16_flops=core.num_cores * core.bf16_ops_per_second,
     )

@@ -10,6 +10,7 @@ from rpac.contract.arrays import align, extra_specs, kv_page_shape, metadata_spe
 from rpac.devices.chip import Chip, chip, is_tpu
 from rpac.errors import PlanError
 from rpac.plan import portable
+from rpac.plan.cache_memory import check_hbm
 from rpac.plan.decode_blocks import DecodeBlocks
 from rpac.plan.decode_waves import DecodeWaves
 from rpac.plan.families import RULES, Override, Tiles, block_choices, decode_choices, is_legal, make_recipe, vmem_need
@@ -39,10 +40,11 @@ def plan_spec(spec: Spec, target: str, *, tuned: TunedTiles | None = None) -> tu
     """The plans of one target: one for every (case, tiles), holding the token buckets that share them.
 
     A plan has the tiles that `tuned` (the package's own if None) holds for exactly its case, if any. Raises PlanError
-    where the page table does not fit SMEM or no tile fits VMEM; it names the need, the limit and what to write.
+    where the page table does not fit SMEM, no tile fits VMEM, or one layer's cache does not fit HBM; it names the need, the
+    limit and what to write.
     """
     try:
-        return _plans_of(spec, target, TunedTiles.of(target) if tuned is None else tuned)
+        found = _plans_of(spec, target, TunedTiles.of(target) if tuned is None else tuned)
     except NoTilesError as error:
         tpus = dict.fromkeys((target, *filter(is_tpu, spec.targets)))
 
@@ -50,6 +52,9 @@ def plan_spec(spec: Spec, target: str, *, tuned: TunedTiles | None = None) -> tu
             return [_plans_of(part, tpu, TunedTiles()) for part in other.parts for tpu in tpus]
 
         raise PlanError(f"{error}; {advice(spec, plans)}") from error
+    if is_tpu(target):
+        check_hbm(spec, chip(target))
+    return found
 
 
 def _plans_of(spec: Spec, target: str, tuned: TunedTiles) -> tuple[KernelPlan, ...]:

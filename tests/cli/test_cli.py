@@ -18,6 +18,7 @@ from rpac.build import GENERATED_MARK
 from rpac.cli import main
 from rpac.errors import PlanError, TargetError
 from rpac.plan import KIND_ORDER, plan_spec
+from rpac.plan.cache_memory import CacheMemory
 from rpac.plan.words import decisions
 from rpac.spec import load_spec
 
@@ -109,6 +110,38 @@ def test_a_target_that_is_refused_stops_the_others_before_anything_compiles(comm
     assert not (tmp_path / "out").exists()
 
 
+def test_plan_shows_what_the_cache_takes_of_hbm(tmp_path: Path) -> None:
+    text = (
+        TINY.read_text().replace("kv_heads: 2", "kv_heads: 1").replace("kv_dtype: bfloat16", "kv_dtype: float8_e4m3fn")
+    )
+    (tmp_path / "one.yaml").write_text(text.replace("page_size: 16", "page_size: 32"))
+    done = rpac("plan", tmp_path / "one.yaml", "--target", "v5e", "--target", "cpu", cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    _, memory, notes, *_ = done.stdout.split("\n\n")
+    header, _, *rows = memory.splitlines()
+    assert header.split("  ")[0] == "target"
+    assert [" ".join(row.split()) for row in rows] == [
+        "v5e 5 4 / 1 16 KiB 50% 64 1.00 MiB 0.0% 15.75 GiB",
+        "cpu 5 4 / 1 16 KiB 50% 64 1.00 MiB - -",
+    ]
+    assert notes.splitlines() == [
+        "The cache is that of one layer: each layer of a model has one, and its weights need room too.",
+        "50% of the cache is padding, because a token's rows (2 of float8_e4m3fn) fill whole words of 4: "
+        "`kv_layout: separate` takes 8,192 bytes less a page.",
+    ]
+
+
+@pytest.mark.parametrize("command", ["plan", "build"])
+def test_a_cache_larger_than_hbm_is_refused_before_anything_compiles(command: str, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(TINY.read_text().replace("serving:\n", "serving:\n  num_pages: 10000000\n"))
+    done = rpac(command, file, "--target", "v5e", cache=tmp_path / "cache", cwd=tmp_path)
+    assert done.returncode == PlanError.exit_code
+    assert "serving.num_pages: found 10000000, so that one layer's cache takes 163,840,000,000 bytes" in done.stderr
+    assert "compil" not in done.stderr
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_plan_shows_the_groups_of_a_decode_kernel_where_k_and_v_lie_apart(tmp_path: Path) -> None:
     text = TINY.read_text().replace("  page_size: 16\n", "  page_size: 16\n  kv_layout: separate\n")
     (tmp_path / "apart.yaml").write_text(text)
@@ -122,7 +155,7 @@ def test_plan_shows_the_groups_of_a_decode_kernel_where_k_and_v_lie_apart(tmp_pa
 
 def test_plan_tells_the_recipe_of_each_program_in_words(tmp_path: Path) -> None:
     done = rpac("plan", TINY, "--target", "tpu7x", "--target", "cpu", cache=tmp_path)
-    _, *recipes = done.stdout.split("\n\n")
+    _, _, _, *recipes = done.stdout.split("\n\n")  # tables of tiles and of memory, and what the latter does not say
     paths = [path for recipe in recipes for path in recipe.partition(":\n")[0].split(", ")]
     plans = [plan for target in ("tpu7x", "cpu") for plan in plan_spec(load_spec(TINY), target)]
     assert sorted(paths) == sorted(plan.path for plan in plans)
@@ -137,7 +170,14 @@ def test_plan_as_json_is_the_plans(tmp_path: Path) -> None:
     data = json.loads(done.stdout)
     spec = load_spec(TINY)
     plans = [plan.as_dict() for target in spec.targets for plan in plan_spec(spec, target)]
-    assert data == {"spec": "tiny", "spec_hash": spec.hash, "plans": json.loads(json.dumps(plans)), "refused": {}}
+    memory = [{**CacheMemory.of(spec, target).as_dict(), "programs": 5} for target in spec.targets]
+    assert data == {
+        "spec": "tiny",
+        "spec_hash": spec.hash,
+        "plans": json.loads(json.dumps(plans)),
+        "memory": memory,
+        "refused": {},
+    }
     for plan in data["plans"]:
         assert plan["vmem_need"] <= plan["vmem_limit"] <= plan["vmem_bytes"]
         assert plan["smem_need"] <= plan["smem_bytes"]

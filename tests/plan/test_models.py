@@ -49,6 +49,7 @@ SERVING = {
     "max_num_seqs": 64,
     "prefill_chunk": 256,
     "context_lens": [1024, 2048],
+    "num_pages": 2048,
 }
 
 

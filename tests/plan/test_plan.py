@@ -66,7 +66,7 @@ def specs(draw: st.DrawFn) -> Spec:
     seqs, lens = draw(st.integers(1, min(64, buckets[-1] // new))), tuple(sorted(lengths))
     tree = new > 1 and draw(st.booleans())
     serving = Serving(
-        page, max_len, buckets[-1], buckets, seqs, chunk, lens, 4096, layout, decode_len=new, tree_mask=tree
+        page, max_len, buckets[-1], buckets, seqs, chunk, lens, 512, layout, decode_len=new, tree_mask=tree
     )
     return Spec("any", model, serving, (*TPU_TARGETS, "cpu"), source="", file="any.yaml")
 

@@ -73,7 +73,10 @@ def test_an_update_looks_less_far_ahead_rather_than_making_blocks_of_queries_sho
         (text_of("32/32x128", 512, num_pages=100), "page_size: 256` and `num_pages: 200"),
         (text_of("64/64x256", 256, "separate", max_num_seqs=8), "page_size: 32"),
         (text_of("128/128x256", 8, max_num_seqs=8), "parallel: {tensor: 2}"),
-        (text_of("64/64x256", 8, dtype="float32", more="parallel: {tensor: 1, data: 2}\n"), "tensor: 2, data: 2}"),
+        (
+            text_of("64/64x256", 8, dtype="float32", more="parallel: {tensor: 1, data: 2}\n", num_pages=1024),
+            "tensor: 2, data: 2}",
+        ),
         (text_of("128/8x256", 64, "separate", max_num_seqs=512), "max_num_seqs: 256"),
     ],
 )
