@@ -26,6 +26,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "8 bits": {"kv_dtype": "float8_e4m3fn", "kv_scale": "head", "quantize": "kernel"},
 }
 QUICK = ("window, soft cap, sinks and lse", "a head for each query")
+CASES = [pytest.param(value, id=name, marks=[] if name in QUICK else SLOW) for name, value in FEATURES.items()]
 
 
 def biased(layout: str, features: dict[str, Any]) -> Spec:
@@ -37,7 +38,7 @@ def plan_of(spec: Spec, target: str, kind: str) -> KernelPlan:
 
 
 @pytest.mark.parametrize("layout", SPECS)
-@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+@pytest.mark.parametrize("features", CASES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_portable_programs_agree_with_the_oracle(kind: str, features: dict[str, Any], layout: str) -> None:
     spec = biased(layout, features)
@@ -46,9 +47,7 @@ def test_portable_programs_agree_with_the_oracle(kind: str, features: dict[str, 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("layout", SPECS)
-@pytest.mark.parametrize(
-    "features", [pytest.param(value, id=name, marks=[] if name in QUICK else SLOW) for name, value in FEATURES.items()]
-)
+@pytest.mark.parametrize("features", CASES)
 def test_mixed_kernels_agree_with_the_oracle(features: dict[str, Any], layout: str) -> None:
     spec = biased(layout, features)
     assert failures(spec, small_plan(spec, "mixed"), few=True) == []
