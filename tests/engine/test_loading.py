@@ -7,6 +7,7 @@ import itertools
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -114,14 +115,20 @@ class StandInTpu:
     device_kind = "TPU v6 lite"
     platform = "tpu"
     id = 3
+    process_index = 0
 
     def __init__(self, build: str) -> None:
         self.platform_version = f"PJRT C API\nTFRT TPU v6 lite\n{build}"
         self.handed: list[Any] = []
 
     @property
-    def client(self) -> StandInTpu:
-        return self
+    def client(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            platform=self.platform,
+            platform_version=self.platform_version,
+            process_index=lambda: self.process_index,
+            deserialize_executable=self.deserialize_executable,
+        )
 
     def deserialize_executable(self, *args: Any) -> None:
         self.handed.append(args)
