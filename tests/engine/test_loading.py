@@ -7,7 +7,6 @@ import itertools
 import logging
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -109,6 +108,18 @@ print(json.dumps(placed))
     assert python(code, str(bundle), str(native_bundle), XLA_FLAGS=flags) == [[2, 2], wrong, [2, 2], wrong]
 
 
+class StandInClient:
+    """The client of a TPU: programs go to it, and it tells the process."""
+
+    def __init__(self, tpu: StandInTpu) -> None:
+        self.platform = tpu.platform
+        self.platform_version = tpu.platform_version
+        self.deserialize_executable = tpu.deserialize_executable
+
+    def process_index(self) -> int:
+        return StandInTpu.process_index
+
+
 class StandInTpu:
     """A TPU as far as an engine looks at one; its client keeps what it is handed."""
 
@@ -122,13 +133,8 @@ class StandInTpu:
         self.handed: list[Any] = []
 
     @property
-    def client(self) -> SimpleNamespace:
-        return SimpleNamespace(
-            platform=self.platform,
-            platform_version=self.platform_version,
-            process_index=lambda: self.process_index,
-            deserialize_executable=self.deserialize_executable,
-        )
+    def client(self) -> StandInClient:
+        return StandInClient(self)
 
     def deserialize_executable(self, *args: Any) -> None:
         self.handed.append(args)
