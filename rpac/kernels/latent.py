@@ -10,6 +10,7 @@ from rpac.contract.arrays import latent_lanes, metadata_specs, packing
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.literals import dtype_name
+from rpac.kernels.semaphores import BLOCK_SHAPES, WAVE_SHAPES
 from rpac.kernels.shared import Call, Operand, model_constants, scratch_of, shared_context
 from rpac.kernels.waves import NAMES, Queries, wave_constants
 from rpac.plan import KernelPlan, LatentBlockTiles, LatentWaves
@@ -163,13 +164,7 @@ _DECODE_SHAPES: Final[Mapping[str, str]] = {
     "row_sum": "Q_HEADS, LANES",
     "acc": "Q_HEADS, RANK",
     "out_all": "MAX_ROWS + 1, Q_HEADS, RANK",
-    "tile_seq": "TILE_BUFFERS",
-    "tile_first": "TILE_BUFFERS",
-    "tile_left": "TILE_BUFFERS",
-    "kv_sem": "WAVE_BUFFERS",
-    "load_sem": "LOADS",
-    "unit_sem": "WRITE_BUFFERS",
-    "out_sem": "1",
+    **WAVE_SHAPES,
 }
 _BLOCK_SHAPES: Final[Mapping[str, str]] = {
     "kv": "KV_BUFFERS, KV_BLOCK // PAGE_SIZE, PAGE_SIZE, ROW_LANES",
@@ -182,10 +177,5 @@ _BLOCK_SHAPES: Final[Mapping[str, str]] = {
     "row_sum": "Q_ROWS, LANES",
     "acc": "Q_ROWS, RANK",
     "out_rows": "1, Q_BLOCK, Q_HEADS, RANK",
-    "kv_sem": "KV_BUFFERS",
-    "new_sem": "NEW_BUFFERS",
-    "old_sem": "PAGE_BUFFERS",
-    "write_sem": "PAGE_BUFFERS",
-    "q_sem": "KV_BUFFERS",
-    "out_sem": "1",
+    **BLOCK_SHAPES,
 }

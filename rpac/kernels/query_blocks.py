@@ -10,6 +10,7 @@ from rpac.contract.arrays import LANES, SUBLANES, align, joins_rows, packing
 from rpac.contract.attention import Attention
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, number, tile
+from rpac.kernels.semaphores import BLOCK_SHAPES
 from rpac.kernels.shared import CLEARED_AT_ONCE, call_of, model_constants, scratch_of
 from rpac.plan import BlockTiles, KernelPlan, RowDims
 from rpac.plan.buffers import new_buffers, page_buffers
@@ -122,12 +123,7 @@ def _shapes(spec: Spec, recipe: BlockRecipe) -> dict[str, str]:
         "out_rows": "1, Q_BLOCK, Q_HEADS, HEAD_DIM",
         "lse_rows": "Q_BLOCK * PADDED_Q_HEADS, LANES",
         "log_rows": "Q_ROWS, LANES",
-        "kv_sem": "KV_BUFFERS",
-        "new_sem": "NEW_BUFFERS",
-        "old_sem": "PAGE_BUFFERS",
-        "write_sem": "PAGE_BUFFERS",
-        "q_sem": "KV_BUFFERS",
-        "out_sem": "1",
+        **BLOCK_SHAPES,
         "lse_sem": "1",
     }
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, tile
+from rpac.kernels.semaphores import WAVE_SHAPES
 from rpac.kernels.shared import Shared, call_of, model_constants, query_row_shapes, scratch_of
 from rpac.plan import DecodeWaves, KernelPlan
 from rpac.plan.buffers import sublane_tile_tokens
@@ -148,13 +149,7 @@ def _shapes(spec: Spec) -> dict[str, str]:
         "acc": "QUERY_ROWS, HEAD_LANES",
         "out_all": f"{rows}, Q_HEADS, HEAD_DIM",
         "lse_rows": f"{rows}, PADDED_Q_HEADS, LANES",
-        "tile_seq": "TILE_BUFFERS",
-        "tile_first": "TILE_BUFFERS",
-        "tile_left": "TILE_BUFFERS",
-        "kv_sem": "WAVE_BUFFERS",
-        "load_sem": "LOADS",
-        "unit_sem": "WRITE_BUFFERS",
-        "out_sem": "1",
+        **WAVE_SHAPES,
         "lse_sem": "1",
     }
 
