@@ -22,6 +22,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
@@ -66,7 +67,9 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="say where each finding is")
     options = parser.parse_args()
     files = sorted(file for path in options.paths for file in (path.rglob("*.py") if path.is_dir() else [path]))
-    found = {_shown(file): measures(file.read_text()) for file in files}
+    with ProcessPoolExecutor() as pool:
+        every = pool.map(measures, [file.read_text() for file in files], chunksize=8)
+        found = dict(zip(map(_shown, files), every, strict=True))
     rows = [(name, *map(one.count, COLUMNS)) for name, one in found.items()]
     most = [max(values, default=0) for values in zip(*(row[1:] for row in rows), strict=True)]
     print(tabulate([*rows, ("most", *most)], headers=("program", *COLUMNS)))
@@ -98,7 +101,7 @@ def measures(text: str) -> Measures:
     return Measures(
         longest=max((_lines(node) for node in functions), default=0),
         closures=max((tuple(_closures(pruned(text, name))) for name in kernels or [ENTRY]), key=len),
-        integers=tuple(_integers(tree, text)),
+        integers=tuple(_integers(tree, text.splitlines())),
         twice=(*_same_bodies(functions), *_same_names(tree)),
         residue=tuple(_residue(tree, text)),
         refs=tuple(_refs_without_shape(tree, kernels, text.splitlines())),
@@ -145,12 +148,12 @@ def _closures(text: str) -> Iterator[str]:
     return inside(ast.parse(text), "")
 
 
-def _integers(tree: ast.Module, text: str) -> Iterator[str]:
+def _integers(tree: ast.Module, lines: list[str]) -> Iterator[str]:
     """Integers above 2 in functions and classes that are neither numbers of axes nor masks of bits."""
 
     def inside(node: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Constant) and type(node.value) is int and node.value > 2:
-            written = ast.get_source_segment(text, node) or ""
+            written = lines[node.lineno - 1][node.col_offset : node.end_col_offset]
             if not written.startswith("0x"):
                 yield f"line {node.lineno}: {written}"
         if isinstance(node, ast.keyword) and node.arg in AXES:

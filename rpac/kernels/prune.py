@@ -17,9 +17,9 @@ def pruned(text: str, entry: str = ENTRY) -> str:
     definitions = dict(_definitions(tree))
     reached: set[Definition] = set()
     names = {entry}
-    waiting = [node for node in definitions if node.name in names]
     rest = [node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    waiting += [node for node in definitions if node.name in set(_names(rest, definitions))]
+    called = {entry, *_names(rest, definitions)}
+    waiting = [node for node in definitions if node.name in called]
     while waiting:
         node = waiting.pop()
         if node in reached:
