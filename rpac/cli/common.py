@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,34 @@ jobs_option = click.option(
     "--jobs", type=click.IntRange(1), help="Number of compiling processes. Default: one for each core."
 )
 cache_option = click.option("--no-cache", is_flag=True, help="Compile everything again, and cache nothing.")
+
+any_compiler_option = click.option(
+    "--any-compiler", is_flag=True, help="Also read schedules of a libtpu that nobody has verified."
+)
+
+
+def batch_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds `--decode`, `--prefill` and `--mixed`, the values of `rpac.predict.Asked.of`."""
+    options = (
+        click.option(
+            "--decode", multiple=True, metavar="NxC", help="N decode rows of C tokens, the new ones included."
+        ),
+        click.option(
+            "--prefill",
+            multiple=True,
+            metavar="NxQ/C",
+            help="N sequences of C tokens each, of which the last Q are new.",
+        ),
+        click.option(
+            "--mixed",
+            type=click.Path(path_type=Path),
+            help="File of JSON lines with q_lens and kv_lens, one batch each.",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
 
 tuned_option = click.option(
     "--tuned",
