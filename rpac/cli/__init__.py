@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from rpac._version import __version__
+from rpac.cli.bench import bench_command
 from rpac.cli.buckets import buckets
 from rpac.cli.build import build, generate
 from rpac.cli.check import check
@@ -52,7 +53,8 @@ def main() -> None:
 
 
 COMMANDS = (
-    plan, buckets, build, check, inspect, generate, predict_command, serve_check_command, support_command, tune_command
+    plan, buckets, build, check, inspect, generate, predict_command, serve_check_command, bench_command, support_command,
+    tune_command,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)
