@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rpac.batch import Limits
+from rpac.batch import Batch, Limits
 from rpac.batch.select import select
 from rpac.contract.arrays import cdiv
+from rpac.contract.kind import Int32s
 from rpac.contract.program import Variant
 from rpac.errors import BatchError
+from rpac.oracle.canary import spread_batch
 from rpac.predict import Workload
 
 MIXED_DECODES = 4  # of the token bucket of a mixed batch, one part in so many is decode rows
@@ -25,6 +27,16 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.layer} {self.variant}, {self.workload.label}".strip()
+
+
+def batch_of(limits: Limits, case: Case) -> tuple[Batch, Int32s]:
+    """The batch of a case, and the pages that it uses: the same on every machine.
+
+    Raises BatchError where it breaks the contract or needs more pages than the cache has.
+    """
+    workload = case.workload
+    context = [kv - q for q, kv in zip(workload.q_lens, workload.kv_lens, strict=True)]
+    return spread_batch(case.variant.kind, limits, workload.q_lens, context)
 
 
 def cases_of_programs(

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from rpac.batch import Batch, Limits
-from rpac.bench.batches import Case
+from rpac.batch import Batch
+from rpac.bench.batches import Case, batch_of
 from rpac.contract.arrays import index_of
 from rpac.contract.kind import Int32s
 from rpac.engine import Engine
@@ -36,13 +36,6 @@ class Inputs:
     held: Array
     places: NDArray[np.int64]
     extra: Mapping[str, Array]
-
-
-def batch_of(limits: Limits, case: Case) -> tuple[Batch, Int32s]:
-    """The batch of a case, and the pages that it uses. Raises BatchError where it breaks the contract."""
-    workload = case.workload
-    context = [kv - q for q, kv in zip(workload.q_lens, workload.kv_lens, strict=True)]
-    return canary.spread_batch(case.variant.kind, limits, workload.q_lens, context)
 
 
 def make_inputs(engine: Engine, case: Case, seed: int) -> Inputs:

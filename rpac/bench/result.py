@@ -9,9 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from rpac.bench.batches import Case
 from rpac.bench.time import Spread
+from rpac.contract.kind import Kind
+from rpac.contract.program import Variant
 from rpac.errors import BatchError
 from rpac.files.publish import publish_file, refuse_foreign_file
+from rpac.predict import Workload
 
 FORMAT = "rpac bench"
 SCHEMA = 1
@@ -70,8 +74,14 @@ class Entry:
     not_predicted: str = ""
 
     @property
+    def case(self) -> Case:
+        """The program and the batch, for `batches.batch_of`."""
+        workload = Workload(self.label, self.q_lens, self.kv_lens)
+        return Case(self.layer, Variant(cast(Kind, self.kind), self.tokens), workload)
+
+    @property
     def program(self) -> str:
-        return f"{self.layer} {self.kind}/{self.tokens}".strip()
+        return f"{self.layer} {self.case.variant}".strip()
 
 
 @dataclass(frozen=True)

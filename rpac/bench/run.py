@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 
 from rpac._version import __version__
-from rpac.bench.batches import Case, cases_asked, cases_of_programs
-from rpac.bench.inputs import Calls, batch_of, make_inputs
+from rpac.bench.batches import Case, batch_of, cases_asked, cases_of_programs
+from rpac.bench.inputs import Calls, make_inputs
 from rpac.bench.machine import machine
 from rpac.bench.profile import NoDeviceTime, profiled
 from rpac.bench.result import Bench, Entry, Predicted, Timing
@@ -85,9 +85,11 @@ def bench(
         progress(f"{case}: {1e6 * entry.timing.spread.median:.1f} us, by {entry.timing.method}")
         found = replace(found, entries=(*found.entries, entry))
         keep(found)
-    programs = cache(lambda layer: _programs(path, first.target, layer, options, store, progress))
+    programs = cache(
+        lambda layer: programs_of(path, first.target, store, progress, any_compiler=options.any_compiler, layer=layer)
+    )
     for index, case in enumerate(cases):
-        entry = _with_prediction(engines[case.layer], case, found.entries[index], programs)
+        entry = _with_prediction(path, engines[case.layer], found.entries[index], programs)
         found = replace(found, entries=(*found.entries[:index], entry, *found.entries[index + 1 :]))
         keep(found)
     found = replace(found, complete=True)
@@ -104,10 +106,6 @@ def _bundle(manifest: Manifest, target: str) -> dict[str, object]:
         "target": target,
         "toolchain": dict(built.toolchain),
     }
-
-
-def _programs(path: Path, target: str, layer: str, options: Options, store: Store, progress: Progress) -> Programs:
-    return programs_of(path, target, store, progress, any_compiler=options.any_compiler, layer=layer)
 
 
 def _opened(path: Path, options: Options) -> dict[str, Engine]:
@@ -183,15 +181,17 @@ def timed(calls: Timed, seconds: float, count: int | None, profile: bool) -> Tim
     return Timing("fences", between_fences(calls, fenced), fenced.calls_each, why)
 
 
-def _with_prediction(engine: Engine, case: Case, entry: Entry, programs: Callable[[str], Programs]) -> Entry:
+def _with_prediction(path: Path, engine: Engine, entry: Entry, programs: Callable[[str], Programs]) -> Entry:
     """The entry with the prediction of its batch, or with the reason why there is none."""
     if not is_tpu(engine.target):
         return replace(entry, not_predicted=f"the target {engine.target} has no schedule to predict from")
+    case = entry.case
     try:
         batch, _ = batch_of(engine.limits, case)
         report = predict_on(programs(case.layer), case.variant, batch, case.workload).report
     except RpacError as error:  # whatever is wrong with a prediction, what was measured stands
-        return replace(entry, not_predicted=str(error))
+        # Without the path: the file is sent to others.
+        return replace(entry, not_predicted=str(error).removeprefix(f"{path}: "))
     kernels = {kernel.name: kernel.seconds for kernel in report.kernels}
     predicted = Predicted(report.seconds, report.kernel_seconds, kernels, report.compiler, asdict(report.model))
     return replace(entry, predicted=predicted, not_predicted="")

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from rpac.batch import Batch
 from rpac.bench.batches import Case
 from rpac.bench.inputs import Calls, Inputs
 from rpac.check.arrays import Arguments, Array
 from rpac.check.compare import Difference, compare, lse_notes
 from rpac.contract.arrays import cdiv
-from rpac.contract.kind import Int32s
 from rpac.engine import Engine
 from rpac.errors import CheckError
 from rpac.oracle.expected import oracle
 
 MOST_ROWS = 4
-MOST_TOKENS = 16384  # of all rows looked at, unless one has more; the oracle takes a second for as many
+# Of all rows looked at together, unless each row alone has more. The oracle takes some seconds for as many.
+MOST_TOKENS = 1 << 15
+MOST_PAIRS = 1 << 24  # of a query and a token
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Checked:
 
 def verify(engine: Engine, case: Case, inputs: Inputs) -> Checked:
     """Runs a case once. Raises CheckError where the output of a row, or its pages of the cache, are not the oracle's."""
-    rows = rows_to_look_at(inputs.batch.kv_lens[: len(inputs.batch)])
+    rows = rows_to_look_at(inputs.batch)
     args, pages = part_of(engine, inputs, rows)
     want_out, want_cache, want_lse = oracle(engine.model, engine.kv_layout, args.of_batch, args.extra)
     calls = Calls(engine, case, inputs)
@@ -63,15 +66,17 @@ def verify(engine: Engine, case: Case, inputs: Inputs) -> Checked:
     return Checked(worst.error, worst.tolerance, tuple(rows))
 
 
-def rows_to_look_at(kv_lens: Int32s) -> list[int]:
-    """Up to MOST_ROWS rows, spread from the first to the last, of MOST_TOKENS tokens at most; at least one."""
-    spread = np.unique(np.linspace(0, len(kv_lens) - 1, MOST_ROWS).round().astype(int)).tolist()
-    chosen, left = [], MOST_TOKENS
+def rows_to_look_at(batch: Batch) -> list[int]:
+    """Up to MOST_ROWS rows, spread from the first to the last, as far as the oracle's time allows; at least one."""
+    views = list(batch)
+    spread = np.unique(np.linspace(0, len(views) - 1, MOST_ROWS).round().astype(int)).tolist()
+    chosen, tokens, pairs = [], 0, 0
     for row in spread:
-        if kv_lens[row] <= left:
+        view = views[row]
+        if tokens + view.kv_len <= MOST_TOKENS and pairs + view.q_len * view.kv_len <= MOST_PAIRS:
             chosen.append(row)
-            left -= int(kv_lens[row])
-    return chosen or [int(np.argmin(kv_lens))]
+            tokens, pairs = tokens + view.kv_len, pairs + view.q_len * view.kv_len
+    return chosen or [min(views, key=lambda view: view.q_len * view.kv_len).row]
 
 
 def part_of(engine: Engine, inputs: Inputs, rows: list[int]) -> tuple[Arguments, NDArray[np.int32]]:
@@ -105,7 +110,7 @@ def part_of(engine: Engine, inputs: Inputs, rows: list[int]) -> tuple[Arguments,
     return args, pages
 
 
-def _refuse(engine: Engine, case: Case, rows: list[int], notes: list[str]) -> None:
+def _refuse(engine: Engine, case: Case, rows: list[int], notes: list[str]) -> NoReturn:
     raise CheckError(
         f"program {case} on {engine.placement}, rows {' '.join(map(str, rows))}: {'; '.join(notes)}; "
         "must be the oracle's; nothing was timed; do not serve with this bundle here; `rpac serve-check` looks at every program"

@@ -6,8 +6,7 @@ import pytest
 from command import TINY
 
 from rpac.batch import Limits
-from rpac.bench.batches import Case, cases_asked, cases_of_programs
-from rpac.bench.inputs import batch_of
+from rpac.bench.batches import Case, batch_of, cases_asked, cases_of_programs
 from rpac.contract.kind import KINDS
 from rpac.contract.program import Variant
 from rpac.errors import BatchError, SelectionError

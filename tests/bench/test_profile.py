@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from jax.profiler import ProfileData
 
-from rpac.bench.profile import DeviceTimes, NoDeviceTime, device_times
+from rpac.bench.profile import DeviceTimes, NoDeviceTime, device_times, profiled
 
 HERE = Path(__file__).parent
 
@@ -65,3 +66,19 @@ def test_times_without_operations_are_times() -> None:
     found = device_times(trace(('name: "XLA Ops"', 'name: "Other"')), 3)
     assert isinstance(found, DeviceTimes)
     assert found.operations == {}
+
+
+def test_the_profiler_of_this_machine_is_asked_and_knows_no_device() -> None:
+    class Adds:
+        array = jnp.zeros(8)
+
+        def __call__(self) -> None:
+            self.array = self.array + 1
+
+        def wait(self) -> None:
+            self.array.block_until_ready()
+
+    adds = Adds()
+    with pytest.raises(NoDeviceTime, match="the profile has no device with a line of XLA Modules"):
+        profiled(adds, 3)
+    assert adds.array.tolist() == [3.0] * 8

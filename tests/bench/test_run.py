@@ -207,7 +207,7 @@ def test_a_program_that_cannot_be_predicted_is_timed_and_the_reason_stated(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def predict_on(*_: object) -> Any:
-        raise ScheduleError("an instruction that nobody knows")
+        raise ScheduleError(f"{bundle}: an instruction that nobody knows")
 
     on_tpu(monkeypatch, predict_on)
     found = run(bundle)

@@ -8,25 +8,33 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rpac.batch import Limits
 from rpac.bench import verify as module
 from rpac.bench.batches import Case, cases_of_programs
 from rpac.bench.inputs import Calls, make_inputs
 from rpac.bench.verify import rows_to_look_at, verify
 from rpac.engine import Engine, load
 from rpac.errors import CheckError
+from rpac.predict import Workload
 
 
 @pytest.mark.parametrize(
-    ("kv_lens", "rows"),
+    ("q_lens", "kv_lens", "rows"),
     [
-        ([5], [0]),
-        ([5] * 64, [0, 21, 42, 63]),
-        ([9000, 9000, 100], [0, 2]),
-        ([20000, 18000], [1]),  # more than is looked at, but one row at least
+        ([1], [5], [0]),
+        ([1] * 64, [5] * 64, [0, 21, 42, 63]),
+        ([1] * 3, [20000, 20000, 100], [0, 2]),
+        ([1] * 2, [50000, 40000], [1]),  # more than is looked at, but one row at least
+        ([1, 2000, 2000, 2000], [100, 5000, 5000, 5000], [0, 1]),
+        ([2000], [20000], [0]),
     ],
 )
-def test_rows_from_the_first_to_the_last_are_looked_at(kv_lens: list[int], rows: list[int]) -> None:
-    assert rows_to_look_at(np.array(kv_lens, np.int32)) == rows
+def test_rows_from_the_first_to_the_last_are_looked_at(q_lens: list[int], kv_lens: list[int], rows: list[int]) -> None:
+    limits = Limits(
+        page_size=128, pages_per_seq=512, max_num_seqs=64, num_pages=2048, prefill_chunk=512, token_buckets=(8192,)
+    )
+    batch = Workload("", tuple(q_lens), tuple(kv_lens)).batch(limits)
+    assert rows_to_look_at(batch) == rows
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +49,10 @@ def cases(engine: Engine) -> list[Case]:
 def test_every_kind_of_program_is_right(engine: Engine) -> None:
     assert {case.variant.kind for case in cases(engine)} == {"decode", "prefill", "mixed"}
     for case in cases(engine):
-        found = verify(engine, case, make_inputs(engine, case, 3))
+        inputs = make_inputs(engine, case, 3)
+        found = verify(engine, case, inputs)
         assert found.error <= found.tolerance
-        assert found.rows == tuple(rows_to_look_at(np.array(case.workload.kv_lens)))
+        assert found.rows == tuple(rows_to_look_at(inputs.batch))
 
 
 def test_another_seed_is_another_call(engine: Engine) -> None:
