@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
 from rpac.batch import Batch
 from rpac.bench.batches import Case, batch_of
-from rpac.contract.arrays import index_of
+from rpac.contract.arrays import ArrayDims, index_of
 from rpac.contract.kind import Int32s
+from rpac.devices.placement import Placement
 from rpac.engine import Engine
 from rpac.engine.probe import filled_cache
 from rpac.oracle import canary
@@ -49,6 +51,16 @@ def make_inputs(engine: Engine, case: Case, seed: int) -> Inputs:
     return Inputs(batch, canary.new_tokens(dims, batch, seed), pages, held, places, canary.extras(dims, seed))
 
 
+def make_cache(placement: Placement, dims: ArrayDims, inputs: Inputs) -> jax.Array:
+    """A cache that holds what `inputs` say, the same on each device."""
+    if placement.devices[0].platform != "cpu":
+        return filled_cache(placement, dims, inputs.pages, inputs.held, inputs.places)
+    # On the host itself: XLA takes minutes there for a cache of bfloat16, whose elements it converts one by one.
+    whole = np.zeros(dims.shape, dims.dtype)
+    whole[inputs.pages] = inputs.held[inputs.places]
+    return placement.joiner(dims)([jnp.array(whole, device=device) for device in placement.local])
+
+
 class Calls:
     """Calls of a program on one set of inputs, one after the other. The cache that a call donates is the next one's.
 
@@ -72,7 +84,7 @@ class Calls:
             name: jax.device_put(engine.placement.repeat(args[name], array), engine.sharding(name))
             for name, array in given.items()
         }
-        self.kv_cache = filled_cache(engine.placement, args["kv_cache"], inputs.pages, inputs.held, inputs.places)
+        self.kv_cache = make_cache(engine.placement, args["kv_cache"], inputs)
 
     def __call__(self) -> tuple[jax.Array, ...]:
         """Starts a call, and returns what it will have made without the cache, which is `kv_cache`."""

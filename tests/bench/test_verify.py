@@ -11,9 +11,10 @@ import pytest
 from rpac.batch import Limits
 from rpac.bench import verify as module
 from rpac.bench.batches import Case, cases_of_programs
-from rpac.bench.inputs import Calls, make_inputs
+from rpac.bench.inputs import Calls, make_cache, make_inputs
 from rpac.bench.verify import rows_to_look_at, verify
 from rpac.engine import Engine, load
+from rpac.engine.probe import filled_cache
 from rpac.errors import CheckError
 from rpac.predict import Workload
 
@@ -62,6 +63,14 @@ def test_another_seed_is_another_call(engine: Engine) -> None:
         assert np.array_equal(getattr(one, name), getattr(same, name))
     assert not np.array_equal(one.held, other.held)
     assert not np.array_equal(one.by_token["queries"], other.by_token["queries"])
+
+
+def test_a_cache_that_is_made_on_the_host_is_the_one_that_a_device_makes(engine: Engine) -> None:
+    case = cases(engine)[0]
+    inputs = make_inputs(engine, case, 3)
+    dims = next(dims for dims in engine.programs[case.variant].args if dims.name == "kv_cache")
+    of_device = filled_cache(engine.placement, dims, inputs.pages, inputs.held, inputs.places)
+    assert np.array_equal(make_cache(engine.placement, dims, inputs), of_device)
 
 
 class Off(Calls):
