@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from rpac.bench.verify import Checked, verify
 from rpac.bundle import Manifest, digest, verify_bundle
 from rpac.devices.chip import is_tpu
 from rpac.engine import Engine, load_layers
-from rpac.errors import BatchError, RpacError, TargetError
+from rpac.errors import BatchError, CheckError, RpacError, TargetError
 from rpac.files.store import Store
 from rpac.predict import Asked, Programs, needed_work, predict_on, programs_of
 from rpac.spec import load_spec
@@ -59,8 +60,8 @@ def bench(
 
     `keep` is called with all that is known after each time and each prediction, so that nothing is lost where the run ends
     early. Schedules are cached in `store`. Raises BundleError; TargetError where the bundle has nothing for this device;
-    BatchError or SelectionError for a batch that the bundle does not take; and, before anything is timed, CheckError where a
-    program's output is not the oracle's.
+    BatchError or SelectionError for a batch that the bundle does not take; before anything is timed, CheckError where a
+    program's output is not the oracle's; and CheckError where the runtime fails on a program.
     """
     manifest = verify_bundle(path)
     engines = _opened(path, options)
@@ -140,15 +141,18 @@ def _cases(path: Path, engines: Mapping[str, Engine], options: Options) -> list[
 def _checked(engine: Engine, case: Case, options: Options, progress: Progress) -> Checked | None:
     if not options.check:
         return None
-    found = verify(engine, case, make_inputs(engine, case, options.seed))
+    with _of_runtime(engine, case):
+        found = verify(engine, case, make_inputs(engine, case, options.seed))
     progress(f"{case}: {len(found.rows)} rows are the oracle's, error {found.error:.2g} of {found.tolerance:.2g}")
     return found
 
 
 def _timed(engine: Engine, case: Case, checked: Checked | None, options: Options) -> Entry:
     workload, variant = case.workload, case.variant
-    calls = Calls(engine, case, make_inputs(engine, case, options.seed))
     needed = needed_work(engine.model, workload)
+    with _of_runtime(engine, case):
+        calls = Calls(engine, case, make_inputs(engine, case, options.seed))
+        timing = timed(calls, options.seconds, options.calls, engine.device.platform != "cpu")
     return Entry(
         layer=case.layer,
         kind=variant.kind,
@@ -161,9 +165,21 @@ def _timed(engine: Engine, case: Case, checked: Checked | None, options: Options
         needed_bytes=needed.bytes,
         needed_flops=needed.flops,
         check=None if checked is None else asdict(checked),
-        timing=timed(calls, options.seconds, options.calls, engine.device.platform != "cpu"),
+        timing=timing,
         not_predicted=YET,
     )
+
+
+@contextmanager
+def _of_runtime(engine: Engine, case: Case) -> Iterator[None]:
+    """Turns what the runtime says of a program, such as that its memory does not hold the cache, into a CheckError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        raise CheckError(
+            f"program {case} on {engine.placement}: the runtime raised {error}; must run; leave it out with --kind, name a "
+            "smaller batch, or build with a smaller `num_pages` if the device's memory does not hold the cache"
+        ) from error
 
 
 def timed(calls: Timed, seconds: float, count: int | None, profile: bool) -> Timing:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 
 import rpac.bench.run as module
@@ -171,6 +172,27 @@ def test_a_file_of_a_run_without_checks_says_so(
     main(["bench", str(bundle), "--kind", "prefill", "--no-check", "-o", str(out), "--no-cache"], standalone_mode=False)
     assert "; no output was checked.\n" in capsys.readouterr().out
     assert [one.check for one in read(out).entries] == [None, None]
+
+
+def test_what_the_runtime_says_of_a_program_is_reported_and_what_was_timed_is_kept(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([FIXED])
+
+    def timed(*_: object) -> Timing:
+        try:
+            return next(times)
+        except StopIteration:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED") from None
+
+    monkeypatch.setattr(module, "timed", timed)
+    out = tmp_path / "bench.json"
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", str(bundle), "--no-check", "--no-cache", "-o", str(out)])
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert "rpac: CheckError: program decode/8, decode 4x100 on cpu:0: the runtime raised RESOURCE_EXHAUSTED; " in said
+    assert len(read(out).entries) == 1
 
 
 def on_tpu(monkeypatch: pytest.MonkeyPatch, predict_on: Callable[..., Any]) -> None:
