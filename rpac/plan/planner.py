@@ -83,6 +83,8 @@ def _with_tuned(spec: Spec, plan: KernelPlan, tuned: TunedTiles) -> KernelPlan:
     if entry is None:
         return _interpolated(spec, plan, tuned.nearest(spec, plan))
     try:
+        if not _are_legal(spec, plan, *entry.tiles):
+            raise ValueError("they do not go together for this case")
         found = with_tiles(spec, plan, *entry.tiles, entry.override)
     except ValueError as error:
         raise entry.stale(error) from error
@@ -101,14 +103,19 @@ def _interpolated(spec: Spec, plan: KernelPlan, entry: Entry | None) -> KernelPl
     if block is not None and isinstance(plan.block, BlockTiles):
         sizes = copy_sizes_of(plan.kind, block.q_block, plan.tokens[0])
         block = replace(block, new_tokens=plan.block.new_tokens, copy_sizes=sizes)
-    legal = all(is_legal(spec, plan.kind, plan.tokens, tiles) for tiles in (decode, block) if tiles is not None)
     try:
+        legal = _are_legal(spec, plan, decode, block)
         found = with_tiles(spec, plan, decode, block, entry.override) if legal else None
     except ValueError:  # the recipe is not for these tiles
         found = None
     if found is None:
         return replace(plan, origin=f"{RULE}: the nearest tuned tiles do not fit this case")
     return replace(found, origin=entry.interpolated)
+
+
+def _are_legal(spec: Spec, plan: KernelPlan, *kernels: Tiles | None) -> bool:
+    """Whether the kernels of a plan work with these tiles."""
+    return all(is_legal(spec, plan.kind, plan.tokens, tiles) for tiles in kernels if tiles is not None)
 
 
 def with_tiles(
