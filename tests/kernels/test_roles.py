@@ -31,13 +31,13 @@ def asked(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("role", ROLES, ids=lambda role: "-".join(role.parts[-3::2]))
 def test_the_ways_to_play_a_role_define_the_same_functions(role: Path) -> None:
-    """As far as templates outside name them, where no template outside has a function of that name."""
+    """As far as templates outside name them, where what has a function of that name is a way to play another role."""
     ways = {path.name: included(path) for path in sorted(role.glob("*.jinja"))}
     family = role.parent.parent
     others = {*family.rglob("*.jinja"), *(templates_dir() / "common").rglob("*.jinja")}.difference(*ways.values())
     if family.name == "common":
         others |= set(templates_dir().rglob("*.jinja")).difference(*ways.values())
-    names = set().union(*map(asked, others)) - defined(others)
+    names = set().union(*map(asked, others)) - defined(path for path in others if path.parent not in ROLES)
     used = {name: defined(paths) & names for name, paths in ways.items()}
     assert len(ways) > 1, "a role with one way is none"
     assert len(set(map(frozenset, used.values()))) == 1, used
