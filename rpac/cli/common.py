@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,28 @@ jobs_option = click.option(
     "--jobs", type=click.IntRange(1), help="Number of compiling processes. Default: one for each core."
 )
 cache_option = click.option("--no-cache", is_flag=True, help="Compile everything again, and cache nothing.")
+
+_BATCH_OPTIONS = (
+    click.option(
+        "--decode", multiple=True, metavar="NxC", help="N decode rows of C tokens each, the new ones included."
+    ),
+    click.option(
+        "--prefill", multiple=True, metavar="NxQ/C", help="N sequences of C tokens each, of which the last Q are new."
+    ),
+    click.option(
+        "--mixed",
+        type=click.Path(path_type=Path),
+        help="File of JSON lines with q_lens and kv_lens, one batch each.",
+    ),
+)
+
+
+def batch_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options `decode`, `prefill` and `mixed`, which say batches by their lengths."""
+    for option in reversed(_BATCH_OPTIONS):
+        function = option(function)
+    return function
+
 
 tuned_option = click.option(
     "--tuned",

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import click
 
-from rpac.cli.common import command, json_option, print_json, size, store_of, table, tuned_of, tuned_option
+from rpac.cli.common import (
+    batch_options,
+    command,
+    json_option,
+    print_json,
+    size,
+    store_of,
+    table,
+    tuned_of,
+    tuned_option,
+)
 from rpac.devices.chip import TPU_TARGETS
 from rpac.errors import BatchError
 from rpac.files.store import Store
@@ -46,13 +56,7 @@ TOP_SLOTS = 4
     type=click.Choice(TPU_TARGETS),
     help="TPU to predict for; repeat to compare several.",
 )
-@click.option("--decode", multiple=True, metavar="NxC", help="N decode rows of C tokens each, the new ones included.")
-@click.option(
-    "--prefill", multiple=True, metavar="NxQ/C", help="N sequences of C tokens each, of which the last Q are new."
-)
-@click.option(
-    "--mixed", type=click.Path(path_type=Path), help="File of JSON lines with q_lens and kv_lens, one batch each."
-)
+@batch_options
 @click.option(
     "--emit", "emit_to", type=click.Path(path_type=Path), help="Write the schedules and their operands to this folder."
 )

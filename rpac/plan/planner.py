@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Final, TypeVar
 
 from rpac.contract.arrays import align, extra_specs, kv_page_shape, metadata_specs, nbytes
+from rpac.contract.kind import Kind
 from rpac.devices.chip import Chip, chip, is_tpu
 from rpac.errors import PlanError
 from rpac.plan import portable
@@ -23,7 +24,7 @@ from rpac.plan.sizes import MIB, copy_sizes_of
 from rpac.plan.tuned import Entry, TunedTiles
 from rpac.spec import Spec
 
-KIND_ORDER: Final = ("decode", "prefill", "mixed")
+KIND_ORDER: Final[tuple[Kind, ...]] = ("decode", "prefill", "mixed")
 SMEM_RESERVE: Final = 64 << 10  # for what the compiler keeps there itself
 VMEM_HEADROOM: Final = 8 * MIB  # above what we count, for values that the compiler spills
 INT32_BYTES: Final = 4
@@ -31,7 +32,7 @@ INT32_BYTES: Final = 4
 FittedTiles = TypeVar("FittedTiles", bound=Tiles)
 
 
-def kinds_of(spec: Spec, tokens: int) -> tuple[str, ...]:
+def kinds_of(spec: Spec, tokens: int) -> tuple[Kind, ...]:
     """The distributions that a token bucket can hold: a prefill-only batch needs room for one chunk."""
     return tuple(kind for kind in KIND_ORDER if kind != "prefill" or tokens >= spec.serving.prefill_chunk)
 
