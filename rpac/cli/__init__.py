@@ -11,6 +11,7 @@ from rpac._version import __version__
 from rpac.cli.buckets import buckets
 from rpac.cli.build import build, generate
 from rpac.cli.check import check
+from rpac.cli.diff import diff_command
 from rpac.cli.explain import explain_command
 from rpac.cli.inspect import inspect
 from rpac.cli.plan import plan
@@ -55,7 +56,7 @@ def main() -> None:
 
 
 COMMANDS = (
-    plan, buckets, build, check, explain_command, generate, inspect, predict_command, serve_check_command,
+    plan, buckets, build, check, diff_command, explain_command, generate, inspect, predict_command, serve_check_command,
     show_config_command, specs_command, support_command, tune_command,
 )  # fmt: skip
 for command in COMMANDS:
