@@ -1,18 +1,16 @@
-"""What the commands share: options, progress lines and tables."""
+"""What the commands share: options, the folders that they use, JSON and sizes."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-from tabulate import tabulate
 
 from rpac.errors import PlanError
 from rpac.files.store import Store, default_cache_dir
@@ -139,34 +137,6 @@ def cache_of(no_cache: bool) -> Cache:
 
 def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, sort_keys=True))
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in plain text."""
-    return tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True)
-
-
-class Lines:
-    """Progress as lines on stderr, with the seconds since the command began. Once `total` is set, they count what is done."""
-
-    def __init__(self) -> None:
-        self.total: int | None = None
-        self._done = 0
-        self._start = time.monotonic()
-
-    def say(self, what: str) -> None:
-        """Prints a line. May be called from any thread."""
-        count = "" if self.total is None else f"[{self._done:3}/{self.total}] "
-        click.echo(f"{count}{self.seconds:6.1f} s  {what}", err=True)
-
-    def done(self, what: str) -> None:
-        """Counts one of `total` as done, and prints a line."""
-        self._done += 1
-        self.say(what)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._start
 
 
 def size(count: int) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import click
 
-from rpac.cli.common import command, json_option, print_json, store_of, table, target_option, tuned_of, tuned_option
+from rpac.cli.common import command, json_option, print_json, store_of, target_option, tuned_of, tuned_option
+from rpac.cli.terminal import table
 from rpac.devices.chip import TPU_TARGETS
 from rpac.diff import Change, Difference, KernelChange, difference, side_of
 from rpac.errors import CheckError

@@ -10,7 +10,8 @@ import click
 
 from rpac.batch import Limits
 from rpac.bundle import read_manifest
-from rpac.cli.common import batch_options, command, json_option, print_json, table
+from rpac.cli.common import batch_options, command, json_option, print_json
+from rpac.cli.terminal import table
 from rpac.contract.program import Variant
 from rpac.errors import BatchError, SelectionError, TargetError
 from rpac.plan.planner import kinds_of

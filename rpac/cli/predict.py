@@ -9,17 +9,8 @@ from pathlib import Path
 
 import click
 
-from rpac.cli.common import (
-    batch_options,
-    command,
-    json_option,
-    print_json,
-    size,
-    store_of,
-    table,
-    tuned_of,
-    tuned_option,
-)
+from rpac.cli.common import batch_options, command, json_option, print_json, size, store_of, tuned_of, tuned_option
+from rpac.cli.terminal import table
 from rpac.devices.chip import TPU_TARGETS
 from rpac.errors import BatchError
 from rpac.files.store import Store

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 import click
 
 from rpac._version import __version__
-from rpac.cli.common import command, json_option, print_json, table, tuned_folder
+from rpac.cli.common import command, json_option, print_json, tuned_folder
+from rpac.cli.terminal import table
 from rpac.devices.host import cpu_name
 from rpac.devices.toolchain import SETTINGS
 from rpac.errors import RpacError

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from rpac.cli.common import command, json_option, print_json, table
+from rpac.cli.common import command, json_option, print_json
+from rpac.cli.terminal import table
 from rpac.spec import Spec, load_spec
 from rpac.spec.shipped import copy_spec, shipped_specs
 
