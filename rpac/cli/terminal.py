@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 
 import click
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
@@ -21,12 +20,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table as text. In a terminal, cells that are too long for it are wrapped."""
     if not sys.stdout.isatty():
         return tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True)
-    made = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False)
-    for name in header:
-        made.add_column(Text(name), overflow="fold")
+    width = shutil.get_terminal_size().columns
+    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for index, name in enumerate(header):
+        cells = [name, *(str(row[index]) for row in rows)]
+        whole = index == 0 and max(map(len, cells)) <= width // 3  # what names a row is read first
+        made.add_column(Text(name), overflow="fold", no_wrap=whole)
     for row in rows:
         made.add_row(*(Text(str(cell)) for cell in row))
-    console = Console(file=io.StringIO(), force_terminal=True, width=shutil.get_terminal_size().columns)
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
     with console.capture() as captured:
         console.print(made)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
