@@ -16,7 +16,7 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 NEWEST := .venv-newest
 
 .PHONY: demo test test-newest test-slow test-adapters lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-chunks bench-scheduling \
-	same calibrate build-all serve-demo clean
+	same calibrate release build-all serve-demo clean
 
 demo: $(VENV)/ready
 	$(BIN)/rpac build specs/llama3-8b.yaml --target tpu7x --target cpu
@@ -96,6 +96,14 @@ bench-scheduling: $(VENV)/ready
 # Compares the programs of this checkout with those of an earlier one: make same OTHER=../rpac-before
 same: $(VENV)/ready
 	$(BIN)/python benchmarks/same.py $(OTHER) --schedules
+
+# The source archive and the wheel in dist/, checked in an environment that has nothing else.
+release: $(VENV)/ready
+	rm -rf dist build/release
+	$(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install -q dist/*.whl
+	cd build/release && bin/rpac specs tiny && bin/rpac build tiny.yaml --target cpu && bin/rpac inspect build/tiny.rpac
 
 calibrate: $(VENV)/ready
 	$(BIN)/python benchmarks/calibrate.py

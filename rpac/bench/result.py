@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rpac.bench.batches import Case
 from rpac.bench.time import Spread
@@ -16,6 +16,9 @@ from rpac.contract.program import Variant
 from rpac.errors import BatchError
 from rpac.files.publish import publish_file, refuse_foreign_file
 from rpac.predict import Workload
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FORMAT = "rpac bench"
 SCHEMA = 1
@@ -142,8 +145,7 @@ def read(path: str | os.PathLike[str]) -> Bench:
             f"({data.get('rpac')}), or time the bundle again"
         )
     try:
-        known = {name: data[name] for name in Bench.__dataclass_fields__ if name != "entries"}
-        return Bench(**known, entries=tuple(map(_read_entry, data["entries"])))
+        return Bench(**{**_fields(Bench, data), "entries": tuple(map(_read_entry, data["entries"]))})
     except (KeyError, TypeError, AttributeError) as error:
         raise BatchError(
             f"{os.fspath(path)}: its fields are not those of schema {SCHEMA} ({type(error).__name__}: {error}); give the file "
@@ -158,14 +160,19 @@ def _entry(one: Entry) -> dict[str, Any]:
 
 
 def _read_entry(data: Mapping[str, Any]) -> Entry:
-    timing = {name: value for name, value in data["timing"].items() if name != "spread"}
+    timing = _fields(Timing, data["timing"])
     lists = {name: tuple(data[name]) for name in ("q_lens", "kv_lens")}
     predicted = data["predicted"]
     return Entry(
         **{
-            **data,
+            **_fields(Entry, data),
             **lists,
             "timing": Timing(**{**timing, "seconds": tuple(timing["seconds"])}),
-            "predicted": None if predicted is None else Predicted(**cast(dict[str, Any], predicted)),
+            "predicted": None if predicted is None else Predicted(**_fields(Predicted, predicted)),
         }
     )
+
+
+def _fields(of: type[DataclassInstance], data: Mapping[str, Any]) -> dict[str, Any]:
+    """What `data` has for the fields of a dataclass; what a later version added is left out."""
+    return {one.name: data[one.name] for one in fields(of)}

@@ -11,15 +11,14 @@ import click
 from rpac.bench.result import check_output, write
 from rpac.cli.common import (
     Amount,
-    Lines,
     any_compiler_option,
     batch_options,
     command,
     json_option,
     kind_option,
     store_of,
-    table,
 )
+from rpac.cli.terminal import Lines, table
 from rpac.predict import Asked
 from rpac.spec import TARGETS
 

@@ -9,7 +9,6 @@ import click
 from rpac import build as job
 from rpac.cli.common import (
     Amount,
-    Lines,
     cache_of,
     cache_option,
     command,
@@ -18,11 +17,11 @@ from rpac.cli.common import (
     print_json,
     size,
     spec_argument,
-    table,
     target_option,
     tuned_of,
     tuned_option,
 )
+from rpac.cli.terminal import Lines, table
 from rpac.contract.program import Lowered
 from rpac.errors import TargetError
 from rpac.lower.pool import COMPILING

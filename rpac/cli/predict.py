@@ -17,10 +17,10 @@ from rpac.cli.common import (
     print_json,
     size,
     store_of,
-    table,
     tuned_of,
     tuned_option,
 )
+from rpac.cli.terminal import table
 from rpac.devices.chip import TPU_TARGETS
 from rpac.errors import BatchError
 from rpac.files.store import Store

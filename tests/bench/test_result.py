@@ -40,7 +40,7 @@ BENCH = Bench(
 
 
 def test_the_format_is_as_it_was() -> None:
-    """Whoever reads files of this schema reads this one. A change to it is another schema."""
+    """Whoever reads files of this schema reads this one. New fields may come; a change to one of these is another schema."""
     assert BENCH.to_json() == GOLDEN.read_text()
 
 
@@ -50,6 +50,13 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert found.to_json() == BENCH.to_json()
     assert found.entries[0].timing == BENCH.entries[0].timing
     assert found.entries[0].predicted == BENCH.entries[0].predicted
+
+
+def test_fields_that_a_later_version_added_are_passed_over(tmp_path: Path) -> None:
+    data = {**BENCH.as_dict(), "weather": "fine"}
+    data["entries"][0]["timing"]["mood"] = data["entries"][0]["color"] = "blue"
+    (tmp_path / "bench.json").write_text(json.dumps(data))
+    assert read(tmp_path / "bench.json").to_json() == BENCH.to_json()
 
 
 def test_a_file_is_replaced_by_the_next_run(tmp_path: Path) -> None:
