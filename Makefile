@@ -81,7 +81,7 @@ bench-cpu: $(VENV)/ready
 # On a machine with a GPU, with a CUDA build of jax beside rpac there.
 bench-gpu: $(VENV)/ready
 	$(BIN)/rpac build benchmarks/gpu.yaml --target gpu
-	$(BIN)/python benchmarks/gpu.py build/gpu.rpac
+	$(BIN)/rpac bench build/gpu.rpac -o build/bench-gpu.json
 
 bench-peers: $(VENV)/ready
 	$(BIN)/python benchmarks/peers.py

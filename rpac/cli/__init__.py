@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from rpac._version import __version__
+from rpac.cli.bench import bench_command
 from rpac.cli.buckets import buckets
 from rpac.cli.build import build, generate
 from rpac.cli.check import check
@@ -56,8 +57,8 @@ def main() -> None:
 
 
 COMMANDS = (
-    plan, buckets, build, check, diff_command, explain_command, generate, inspect, predict_command, serve_check_command,
-    show_config_command, specs_command, support_command, tune_command,
+    plan, buckets, build, check, bench_command, diff_command, explain_command, generate, inspect, predict_command,
+    serve_check_command, show_config_command, specs_command, support_command, tune_command,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

@@ -15,7 +15,7 @@ from rpac.cli.terminal import table
 from rpac.contract.program import Variant
 from rpac.errors import BatchError, SelectionError, TargetError
 from rpac.plan.planner import kinds_of
-from rpac.predict import parse_decode, parse_prefill, read_trace
+from rpac.predict import Asked
 from rpac.spec import TARGETS, load_spec
 from rpac.traffic.explain import Explanation, explain
 
@@ -36,11 +36,11 @@ def explain_command(
     """
     if not (decode or prefill or mixed):
         raise BatchError("found no batch; give at least one of --decode 64x1024, --prefill 4x512/4096 and --mixed FILE")
-    others = [*map(parse_prefill, prefill), *(read_trace(mixed) if mixed is not None else ())]
+    asked = Asked.of(decode, prefill, mixed)
     found = [
         (layer, explain(built, limits, one))
         for layer, built, limits in _parts(path, target)
-        for one in [*(parse_decode(text, limits.decode_len) for text in decode), *others]
+        for one in asked.workloads(limits.decode_len)
     ]
     if as_json:
         print_json({"batches": [{"layer": layer, **one.as_dict()} for layer, one in found]})

@@ -9,13 +9,24 @@ from pathlib import Path
 
 import click
 
-from rpac.cli.common import batch_options, command, json_option, print_json, size, store_of, tuned_of, tuned_option
+from rpac.cli.common import (
+    any_compiler_option,
+    batch_options,
+    command,
+    json_option,
+    print_json,
+    size,
+    store_of,
+    tuned_of,
+    tuned_option,
+)
 from rpac.cli.terminal import table
 from rpac.devices.chip import TPU_TARGETS
 from rpac.errors import BatchError
 from rpac.files.store import Store
 from rpac.plan.tuned import Tuned
 from rpac.predict import (
+    Asked,
     Prediction,
     Programs,
     check_emit,
@@ -24,11 +35,8 @@ from rpac.predict import (
     emit,
     expected,
     layers_in,
-    parse_decode,
-    parse_prefill,
     predict,
     programs_of,
-    read_trace,
 )
 from rpac.schedule.report import DEFINITIONS, CallReport, KernelReport
 
@@ -53,7 +61,7 @@ TOP_SLOTS = 4
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Plot MBU and MFU against context length in this file.")
 @click.option("--detail", is_flag=True, help="Show waits, loops, slots, spills and XLA operations of each batch.")
-@click.option("--any-compiler", is_flag=True, help="Also read schedules of a libtpu that nobody has verified.")
+@any_compiler_option
 @click.option("--no-cache", is_flag=True, help="Compile again for the schedules, and cache none.")
 @tuned_option
 @json_option
@@ -75,9 +83,7 @@ def predict_command(
 
     Without any batches, predict those that the spec expects.
     """
-    others = [*map(parse_prefill, prefill), *(read_trace(mixed) if mixed is not None else ())]
-    for text in decode:
-        parse_decode(text)  # refused before anything is compiled
+    asked = Asked.of(decode, prefill, mixed)  # refused before anything is compiled
     if plot is not None:
         check_plot(plot)
     if emit_to is not None:
@@ -92,8 +98,7 @@ def predict_command(
             [_programs(path, target, layer, store, any_compiler, tuned) for path, layer in chosen],
             [path for path, _ in chosen],
         )
-        for workload in [*(parse_decode(text, programs.limits.decode_len) for text in decode), *others]
-        or expected(programs.limits, programs.context_lens)
+        for workload in asked.workloads(programs.limits.decode_len) or expected(programs.limits, programs.context_lens)
     ]
     if emit_to is not None and len(pairs) != 1:
         raise BatchError(
