@@ -3,7 +3,8 @@
     python compile_experimental.py '{"kernel": "batched_rpa", "target": "tpu7x", "q_heads": 32, ...}'
 
 `kernel` is `batched_rpa` or `stacked_rpa` (of the `tpu-inference` package), or `tokamax`. The call is the public one, with
-its own choice of blocks; `blocks`, where the request has them, are tokamax's for decode and for prefill.
+its own choice of blocks unless the request has `blocks` for decode and for prefill. Queries and cache are donated, unless
+`donate` says otherwise.
 """
 
 from __future__ import annotations
@@ -58,11 +59,11 @@ def main(request: dict[str, object]) -> None:
         device.shape(seqs + 1, dtype=jnp.int32),
         device.shape(3, dtype=jnp.int32),
     ]
-    blocks = {
-        f"{mode}_block_sizes": wrapper.configs.BlockSizes(**sizes) for mode, sizes in request.get("blocks", {}).items()
-    }
-    call = functools.partial(wrapper.ragged_paged_attention, sm_scale=head_dim**-0.5, **blocks)
-    device.compile(call, arguments, donate=(0, 3))
+    chosen = request.get("blocks", {})
+    blocks = {f"{mode}_block_sizes": wrapper.configs.BlockSizes(*sizes) for mode, sizes in chosen.items()}
+    scale = request.get("sm_scale", head_dim**-0.5)
+    call = functools.partial(wrapper.ragged_paged_attention, sm_scale=scale, **blocks)
+    device.compile(call, arguments, donate=tuple(request.get("donate", (0, 3))))
 
 
 if __name__ == "__main__":

@@ -168,6 +168,8 @@ def _dynamic_slice(array: Integers, starts: Sequence[Integers], to: Array) -> In
 
 def _bitcast(array: Integers, source: Array, to: Array) -> Integers | None:
     """The same memory with another type: each element is the one at its place."""
+    if source.count == to.count == 1 and source.dtype == to.dtype:
+        return _shaped([array], lambda one: one.reshape(to.dims))
     before, after = places(source), places(to)
     if before is None or after is None or array.values.itemsize != np.dtype(_DTYPES[to.dtype]).itemsize:
         return None

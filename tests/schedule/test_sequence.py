@@ -173,7 +173,9 @@ def conditional(predicate: str, branches: str) -> str:
             "%first = s32[1]{0} slice(%p), slice={[0:1]}",
             "%index = s32[] reshape(%first)",
             "%zero = s32[] constant(0)",
-            "%is = pred[] compare(%index, %zero), direction=GT",
+            "%zeros = s32[1]{0} broadcast(%zero), dimensions={}",
+            "%some = pred[1]{0:T(512)(128)(4,1)} compare(%first, %zeros), direction=GT",
+            "%is = pred[]{:T(512)} bitcast(%some)",
             "%unknown = pred[] rng(%zero), distribution=rng_uniform",
             f"ROOT %c = s32[4]{{0}} conditional(%{predicate}, %p, %q), {branches}",
         )
