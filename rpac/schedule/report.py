@@ -206,7 +206,7 @@ class Call:
 
     def operands(self, parameters: Mapping[int, Words]) -> dict[str, dict[int, Words]]:
         """Kernel name -> its int32 operands by index, as far as they follow from the call's int32 parameters, its
-        constants, and what the scalars of earlier kernels write. Of a kernel in a loop, those of its first turn.
+        constants, and what the scalars of earlier kernels write. Of a kernel in a loop, those of its first iteration.
 
         Raises ScheduleError as `predict`.
         """

@@ -1,7 +1,7 @@
 """Computes the integers that XLA's operations around a kernel make of the call's own: lengths, offsets, conditions.
 
 An operation that is not known here makes values that are not known, which is an error only where a kernel, a loop or a
-conditional turns on them.
+conditional depends on them.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from rpac.schedule.scalars import Value, computed, decided, evaluate, from_words
 Kernel = Callable[[Operation, dict[int, Words]], Mapping[int, Words]]
 """Runs one kernel: from its int32 operands by index, as far as they are known, to what its scalars write, by result."""
 
-_MOST_TURNS: Final = 1 << 16
+_MOST_ITERATIONS: Final = 1 << 16
 _MOST_FLOATS: Final = 1 << 16
 """Floats that a kernel can hold as scalars: more do not fit into SMEM."""
 
@@ -64,7 +64,7 @@ class _Run:
         operands: dict[int, Words] = {}
         for index, (name, value) in enumerate(zip(operation.inputs, inputs, strict=True)):
             array = self.module[name].shapes[0]
-            # No schedule turns on a float: a scale is only multiplied by.
+            # No schedule depends on a float: a scale is only multiplied by.
             floats = array.dtype == "f32" and array.count <= _MOST_FLOATS
             words = [0] * array.count if floats else to_words(value, array)
             if words is not None:
@@ -81,7 +81,7 @@ class _Run:
         (condition,), (body,) = called.get("condition", ("",)), called.get("body", ("",))
         if not (condition and body):
             raise ScheduleError(f"%{operation.name}: a loop without condition and body; another compiler version?")
-        for _ in range(_MOST_TURNS):
+        for _ in range(_MOST_ITERATIONS):
             goes_on = decided(computed(self.module, condition, [state]))
             if goes_on is None:
                 raise ScheduleError(
@@ -91,7 +91,7 @@ class _Run:
             if not goes_on:
                 return state
             state = self.computation(body, {0: state})
-        raise ScheduleError(f"%{operation.name}: a loop of kernels that still runs after {_MOST_TURNS} turns")
+        raise ScheduleError(f"%{operation.name}: a loop of kernels that still runs after {_MOST_ITERATIONS} iterations")
 
     def _conditional(self, operation: Operation, inputs: Sequence[Value]) -> Value:
         called = operation.called

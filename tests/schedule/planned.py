@@ -30,12 +30,12 @@ PLAN = 3 * PIECE
 """Words of a plan: in its pieces the number of steps, the pages, and the places."""
 
 
-def _plan_kernel(counts, table, turn, plan, staged, done) -> None:
-    """Each piece of the plan goes out by a small DMA of its own. Later turns take other pages."""
+def _plan_kernel(counts, table, iteration, plan, staged, done) -> None:
+    """Each piece of the plan goes out by a small DMA of its own. Later iterations take other pages."""
 
     def of_sequence(seq, steps):
         def of_page(page, steps):
-            staged[PIECE + steps] = (table[seq * PAGES_PER_SEQ + page] + turn[0]) % PAGES
+            staged[PIECE + steps] = (table[seq * PAGES_PER_SEQ + page] + iteration[0]) % PAGES
             staged[2 * PIECE + steps] = seq * PAGES_PER_SEQ + page
             return steps + 1
 
@@ -70,8 +70,8 @@ def _in_hbm(array):
     return pltpu.with_memory_space_constraint(array, pltpu.HBM)
 
 
-def planned(ends, table, turns, cache, interpret: Any = False):
-    """Copies pages of `cache` [PAGES, PAGE_ROWS, 128] f32 to their places, `turns` [1] times.
+def planned(ends, table, iterations, cache, interpret: Any = False):
+    """Copies pages of `cache` [PAGES, PAGE_ROWS, 128] f32 to their places, `iterations` [1] times.
 
     `ends` [SEQS + 1]: the pages of all sequences before each of them and after the last; `table` as `gather`'s.
     """
@@ -81,7 +81,7 @@ def planned(ends, table, turns, cache, interpret: Any = False):
     cache = place(cache)
 
     def one(state):
-        turn, out = state
+        iteration, out = state
         plan = pl.pallas_call(
             _plan_kernel,
             name="plan",
@@ -94,7 +94,7 @@ def planned(ends, table, turns, cache, interpret: Any = False):
             ),
             out_shape=jax.ShapeDtypeStruct((PLAN,), jnp.int32) if interpret else pltpu.HBM((PLAN,), jnp.int32),
             interpret=interpret,
-        )(counts, table, turn[None])
+        )(counts, table, iteration[None])
         out = pl.pallas_call(
             _move_kernel,
             name="move",
@@ -109,10 +109,10 @@ def planned(ends, table, turns, cache, interpret: Any = False):
             input_output_aliases={2: 0},
             interpret=interpret,
         )(plan, cache, place(out))
-        return turn + 1, out
+        return iteration + 1, out
 
     def work(out):
-        return lax.while_loop(lambda state: state[0] < turns[0], one, (jnp.int32(0), out))[1]
+        return lax.while_loop(lambda state: state[0] < iterations[0], one, (jnp.int32(0), out))[1]
 
     out = jnp.zeros((PLACES, PAGE_ROWS, 128), jnp.float32)
     return lax.cond(ends[SEQS] > ends[0], work, lambda out: out, out)

@@ -243,12 +243,12 @@ def test_a_loop_runs_its_kernels_as_often_as_its_condition_says() -> None:
     assert "k" not in [name for name, _ in ran(loop("constant(0)"), {0: [1, 2, 3, 4]})]
 
 
-def test_a_loop_can_turn_on_what_its_kernels_write() -> None:
+def test_a_loop_can_depend_on_what_its_kernels_write() -> None:
     found = ran(loop("reshape(%l)"), {0: [0, 0, 0, 5]}, {"k": {0: [7, 0, 0, 2]}})
     assert [operands for name, operands in found if name == "k"] == [{0: [0, 0, 0, 5]}, {0: [7, 0, 0, 2]}]
 
 
-def test_a_loop_whose_turns_are_not_known_is_refused() -> None:
+def test_a_loop_whose_iterations_are_not_known_is_refused() -> None:
     with pytest.raises(ScheduleError, match="%w1: how often this loop runs its kernels follows neither"):
         ran(loop("rng(%i), distribution=rng_uniform"), {0: [1, 2, 3, 4]})
     with pytest.raises(ScheduleError, match="how often"):  # the kernel writes its words by vectors
@@ -256,8 +256,8 @@ def test_a_loop_whose_turns_are_not_known_is_refused() -> None:
 
 
 def test_a_loop_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rpac.schedule.sequence._MOST_TURNS", 100)
-    with pytest.raises(ScheduleError, match="still runs after 100 turns"):
+    monkeypatch.setattr("rpac.schedule.sequence._MOST_ITERATIONS", 100)
+    with pytest.raises(ScheduleError, match="still runs after 100 iterations"):
         ran(loop("constant(1000)"), {0: [1, 2, 3, 4]})
 
 
