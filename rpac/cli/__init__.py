@@ -11,6 +11,7 @@ from rpac._version import __version__
 from rpac.cli.buckets import buckets
 from rpac.cli.build import build, generate
 from rpac.cli.check import check
+from rpac.cli.init import init_command
 from rpac.cli.inspect import inspect
 from rpac.cli.plan import plan
 from rpac.cli.predict import predict_command
@@ -52,7 +53,8 @@ def main() -> None:
 
 
 COMMANDS = (
-    plan, buckets, build, check, inspect, generate, predict_command, serve_check_command, support_command, tune_command
+    init_command, plan, buckets, build, check, inspect, generate, predict_command, serve_check_command, support_command,
+    tune_command,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)
