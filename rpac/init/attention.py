@@ -17,7 +17,7 @@ from rpac.spec.parse import HEAD_DIMS
 # What the configs of different models call the same thing; the first that has a value counts.
 Q_HEADS: Final = (
     "decoder_attention_heads", "decoder_num_attention_heads", "num_decoder_attention_heads", "num_attention_heads", "n_head",
-    "n_heads", "num_heads", "attention_heads",
+    "n_heads", "num_heads", "attention_heads", "num_query_heads",
 )  # fmt: skip
 KV_HEADS: Final = (
     "decoder_num_key_value_heads", "num_key_value_heads", "n_head_kv", "num_kv_heads", "kv_n_heads", "attn_config.kv_n_heads",
@@ -95,6 +95,7 @@ def describe(root: Config) -> Description:
     if not known:
         notes.append(_unknown(config, model_type))
     crossed = _is_crossed(root, config, family)
+    _q_heads(config)  # before all else: without it, it is no model's config
     layers = read_layers(config, family, crossed)
     if not layers.kinds:
         config.refuse(LISTS, "must have layers with attention", "serve this model without rpac")

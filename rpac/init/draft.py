@@ -18,7 +18,7 @@ from rpac.init.memory import Budget, weights_of
 from rpac.init.servers import Request, Wanted, wanted
 from rpac.init.write import spec_name
 from rpac.plan import plan_spec
-from rpac.plan.cache_memory import padding_reason, page_bytes
+from rpac.plan.cache_memory import check_hbm, padding_reason, page_bytes
 from rpac.plan.tuned import TunedTiles
 from rpac.spec import Spec, parse_spec
 from rpac.spec.latent import HEADS_STEP
@@ -57,7 +57,9 @@ def make_draft(model_path: Path, request: Request, command: str) -> Draft:
     first = f"Made by `{command}` from {config.name} ({config.model_type or 'no model_type'}). Behind each value: why."
     text = composer.document(sizes, (first, *budget.lines(), *notes)).text()
     try:
-        spec = _planned(text, request.chip)
+        spec = parse_spec(text, FILE)
+        for part in spec.parts:
+            check_hbm(part, chip(request.chip))  # all else is planned, and no tile follows from the number of pages
     except (SpecError, PlanError) as error:
         raise _explained(model, error) from error
     return Draft(text, spec, budget, notes)

@@ -73,14 +73,20 @@ class Layers:
 
     kinds: tuple[Kind, ...]
     states: int
-    count: Found | None
+    count: Found
     why: str
 
 
 def read_layers(config: Config, family: Family, crossed: bool) -> Layers:
     """The kinds of a model's layers, in the order of their first layers; `crossed`: its decoder attends to an encoder."""
     count = config.integer(*LAYERS, high=MAX_LAYERS)
-    types, why = _types(config, family, None if count is None else count.value)
+    if count is None:
+        listed = config.entries(*LISTS)
+        if listed is None or not listed.value:
+            fix = "check that it is a whole config.json, or write the spec by hand"
+            config.refuse(LAYERS, f"must be given, or one of {', '.join(LAYERS[1:4])}", fix)
+        count = Found(len(listed.value), listed.why)
+    types, why = _types(config, family, count.value)
     overrides = _per_layer(config, len(types))
     shared = config.integer("num_kv_shared_layers", low=0, high=len(types))
     first_shared = len(types) - (shared.value if shared else 0)
@@ -108,19 +114,19 @@ def read_layers(config: Config, family: Family, crossed: bool) -> Layers:
     return Layers(_named(kinds), types.count("state"), count, why)
 
 
-def _types(config: Config, family: Family, count: int | None) -> tuple[list[str], str]:
+def _types(config: Config, family: Family, count: int) -> tuple[list[str], str]:
     """The type of each layer, and where that comes from."""
     listed = config.entries(*LISTS)
     if listed is not None and listed.value:
         names = listed.value
-        if config.name_of(*LISTS) == "block_types" and count is not None:  # it is repeated
+        if config.name_of(*LISTS) == "block_types":  # it is repeated
             names = (names * count)[:count]
         return [_type(config, word, family) for word in names], listed.why
     for read in (_no_rope, _pattern_of_flags, _periodic_attention, _hybrid_pattern, _linear_config, _interval):
-        types = read(config, count or 1)
+        types = read(config, count)
         if types is not None:
             return types
-    return _windows(config, family, count or 1)
+    return _windows(config, family, count)
 
 
 def _type(config: Config, word: Any, family: Family) -> str:

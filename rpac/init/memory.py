@@ -98,7 +98,7 @@ def parameters(model: Description) -> int | None:
     """The parameters of a decoder, estimated from its config.json: embeddings, attention and MLPs. None where keys miss."""
     config = model.config
     vocab, hidden, layers = config.integer("vocab_size"), config.integer(*WIDTH), model.layers.count
-    if vocab is None or hidden is None or layers is None:
+    if vocab is None or hidden is None:
         return None
     width = hidden.value
     tied = config.flag("tie_word_embeddings")
