@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import click
+from click.core import ParameterSource
 
 from rpac.cli.common import Amount, command
 from rpac.devices.chip import TPU_TARGETS
@@ -76,7 +76,7 @@ def init_command(
     server = SERVERS[like]
     request = Request(server, chip, devices, _given(server, flags), dtype, kv_cache_dtype)
     _refuse_existing(output, force)
-    draft = make_draft(model, request, _command_line())
+    draft = make_draft(model, request, _command_line(click.get_current_context()))
     for line in (*draft.budget.lines(), *draft.notes):
         click.echo(f"rpac init: {line}", err=True)
     if output is None:
@@ -97,9 +97,14 @@ def _given(server: Server, flags: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _command_line() -> str:
+def _command_line(ctx: click.Context) -> str:
     """What was written, without where it is written to."""
-    return shlex.join(["rpac", *sys.argv[1:]])
+    words = ["rpac", "init", str(ctx.params["model"])]
+    for param in ctx.command.params:
+        given = param.name and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE
+        if given and isinstance(param, click.Option) and param.name not in ("output", "force"):
+            words += [param.opts[0], str(ctx.params[param.name])]
+    return shlex.join(words)
 
 
 def _refuse_existing(output: Path | None, force: bool) -> None:

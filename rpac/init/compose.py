@@ -9,9 +9,9 @@ from typing import Final
 from rpac.contract.attention import QUANTIZED
 from rpac.contract.mesh import Mesh
 from rpac.init.attention import Description
-from rpac.init.config import Found, refuse
+from rpac.init.config import Found
 from rpac.init.layers import Kind
-from rpac.init.servers import FLAGS, Request, Wanted
+from rpac.init.servers import Request, Wanted
 from rpac.init.write import Document, Layer
 from rpac.spec.parse import MAX_BYTES_DIM
 
@@ -103,9 +103,6 @@ class Composer:
         kv_dtype = self.settings.kv_dtype
         dtypes = {"q_dtype": self.settings.q_dtype, "kv_dtype": kv_dtype}
         if kv_dtype.value in QUANTIZED:
-            if self.model.is_latent:
-                allowed = "must be auto with latent attention: rpac's kernels store its cache as it is"
-                refuse(FLAGS, "--kv-cache-dtype", self.request.kv_cache_dtype, allowed, "leave it out")
             dtypes["kv_scale"] = Found("tensor", f"{self.request.server.title} has one k_scale and one v_scale a layer")
         keys: dict[str, Found] = {}
         for name, found in self.model.keys.items():

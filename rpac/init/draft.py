@@ -122,8 +122,9 @@ def _first_that_plans(composer: Composer) -> tuple[Sizes, Spec]:
     """The first sizes that plan, as near to the server's as can be."""
     first: SpecError | PlanError | None = None
     for sizes in _tries(composer.settings):
+        text = composer.document(sizes).text()
         try:
-            return sizes, _planned(composer.document(sizes).text(), composer.request.chip)
+            return sizes, _planned(text, composer.request.chip)
         except (SpecError, PlanError) as error:
             first = first or error
     assert first is not None

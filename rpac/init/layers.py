@@ -210,7 +210,7 @@ def _windows(config: Config, family: Family, count: int) -> tuple[list[str], str
         start = first.value if first else 0
         return [local if layer >= start else "full" for layer in range(count)], first.why if first else window.why
     pattern = config.get(*PERIOD)
-    if pattern is not None and isinstance(pattern.value, str):  # EXAONE writes LLLG
+    if pattern is not None and isinstance(pattern.value, str) and pattern.value:  # EXAONE writes LLLG
         letters = pattern.value
         return ["full" if letters[layer % len(letters)] == "G" else local for layer in range(count)], pattern.why
     period = config.integer(*PERIOD, high=MAX_LAYERS) if family.period or pattern else None
@@ -261,7 +261,7 @@ def _per_layer(config: Config, count: int) -> dict[int, dict[str, Found]]:
     for key in part.given() if part is not None else ():
         assert part is not None
         one = part.part(key)
-        if one is None or not key.isdigit():
+        if one is None or not key.isdecimal() or len(key) > 9:
             continue
         for theirs, ours in PER_LAYER.items():
             value = one.integer(theirs)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from rpac.contract.attention import QUANTIZED
 from rpac.contract.features import MAX_MODEL_LEN
 from rpac.init.attention import Description
 from rpac.init.config import Found, refuse, shown
@@ -158,7 +159,7 @@ def wanted(request: Request, model: Description) -> Wanted:
         request.value("num_pages"),
         request.value("num_tokens"),
         q_dtype,
-        _kv_dtype(request, q_dtype),
+        _kv_dtype(request, model, q_dtype),
         frozenset(request.given),
     )
 
@@ -270,7 +271,7 @@ def _q_dtype(request: Request, model: Description) -> Found:
     )
 
 
-def _kv_dtype(request: Request, q_dtype: Found) -> Found:
+def _kv_dtype(request: Request, model: Description, q_dtype: Found) -> Found:
     word = request.kv_cache_dtype
     server = request.server
     if word == "auto":
@@ -278,6 +279,9 @@ def _kv_dtype(request: Request, q_dtype: Found) -> Found:
     if word not in server.kv_dtypes:
         allowed = f"must be auto or one of {', '.join(server.kv_dtypes)} with --like {server.name}"
         refuse(FLAGS, "--kv-cache-dtype", shown(word), allowed, "write one of them")
+    if model.is_latent and server.kv_dtypes[word] in QUANTIZED:
+        allowed = "must be auto with latent attention: rpac's kernels store its cache as it is"
+        refuse(FLAGS, "--kv-cache-dtype", word, allowed, "leave it out")
     if server is VLLM and word == "fp8" and request.chip == "v6e":
         return Found("float8_e5m2", "--kv-cache-dtype fp8, which vLLM takes as fp8_e5m2 on v6e")
     return Found(server.kv_dtypes[word], f"--kv-cache-dtype {word}")
