@@ -54,7 +54,7 @@ def make_draft(model_path: Path, request: Request, command: str) -> Draft:
     sizes = replace(sizes, num_pages=Found(budget.num_pages, budget.num_pages_why))
     notes = (*composer.notes(sizes), *_padding(spec))
     config = model.config
-    first = f"Made by `{command}` from {config.name} ({config.model_type or 'no model_type'}). Behind each value: why."
+    first = f"Made by `{command}` from {config.name} ({config.model_type or 'no model_type'})."
     text = composer.document(sizes, (first, *budget.lines(), *notes)).text()
     try:
         spec = parse_spec(text, FILE)

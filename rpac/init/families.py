@@ -53,9 +53,10 @@ def _heads(q_heads: int, kv_heads: int, head_dim: int | None = None, **more: Any
 _ALL: Final = ("full", "sliding", "chunked")
 _STATE: Final = "layers without attention over a cache of keys and values"
 
+_TIED: Final = {"tie_word_embeddings": True}
 _GEMMA3: Final = _heads(
     8, 4, 256, hidden_size=2304, num_hidden_layers=26, sliding_window=4096, query_pre_attn_scalar=256,
-    max_position_embeddings=131072, vocab_size=262208, intermediate_size=9216, hidden_activation="gelu_pytorch_tanh",
+    max_position_embeddings=131072, vocab_size=262208, intermediate_size=9216, hidden_activation="gelu_pytorch_tanh", **_TIED,
 )  # fmt: skip
 _GEMMA4: Final = Family(
     _heads(8, 4, 256, hidden_size=2304, num_hidden_layers=30, sliding_window=512, global_head_dim=512),
@@ -65,11 +66,11 @@ _UNGATED: Final = {"hidden_act": "gelu"}
 
 FAMILIES: Final[Mapping[str, Family]] = {
     # Gemma
-    **dict.fromkeys(("gemma", "vaultgemma"), Family(_heads(16, 16, 256, hidden_size=3072, max_position_embeddings=8192))),
+    **dict.fromkeys(("gemma", "vaultgemma"), Family(_heads(16, 16, 256, hidden_size=3072, max_position_embeddings=8192, **_TIED))),
     "gemma2": Family(
         _heads(
             8, 4, 256, hidden_size=2304, num_hidden_layers=26, sliding_window=4096, query_pre_attn_scalar=256,
-            attn_logit_softcapping=50.0, max_position_embeddings=8192,
+            attn_logit_softcapping=50.0, max_position_embeddings=8192, **_TIED,
         ),
         period=2,
     ),
@@ -125,7 +126,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "dia_decoder": Family(_heads(16, 4, 128), 1.0, "its class scales no score"),
     # Older names
     **dict.fromkeys(
-        ("gpt2", "gpt-sw3", "openai-gpt"), Family({"n_head": 12, "n_embd": 768, "n_layer": 12, "activation_function": "gelu"})
+        ("gpt2", "gpt-sw3", "openai-gpt"), Family({"n_head": 12, "n_embd": 768, "n_layer": 12, "activation_function": "gelu", **_TIED})
     ),
     "gpt_bigcode": Family({"multi_query": True, "activation_function": "gelu"}),
     **dict.fromkeys(("gptj", "codegen"), Family({"n_head": 16, "n_embd": 4096, "activation_function": "gelu"})),
@@ -134,7 +135,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     ))),
     "baichuan": Family(alibi_unless=("hidden_size", 4096)),
     **dict.fromkeys(("zamba", "zamba2"), Family(scale_dims=0.5)),
-    "bloom": Family({"alibi": True, **_UNGATED}),
+    "bloom": Family({"alibi": True, **_UNGATED, **_TIED}),
     "mpt": Family({"attn_config.alibi": False, **_UNGATED}),
     "dbrx": Family({"attn_config.kv_n_heads": 1}),
     "jais": Family({"alibi": True, **_UNGATED}),

@@ -217,7 +217,7 @@ def _windows(config: Config, family: Family, count: int) -> tuple[list[str], str
     every = period.value if period else family.period
     if every is None:
         return [local] * count, window.why
-    why = period.why if period else f"its class, {config.model_type}: each {every}th layer is full"
+    why = period.why if period else f"its class, {config.model_type}: one layer in {every} is full"
     return ["full" if (layer + 1) % every == 0 else local for layer in range(count)], why
 
 
