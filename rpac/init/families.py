@@ -66,14 +66,14 @@ _UNGATED: Final = {"hidden_act": "gelu"}
 
 FAMILIES: Final[Mapping[str, Family]] = {
     # Gemma
-    **dict.fromkeys(("gemma", "vaultgemma"), Family(_heads(16, 16, 256, hidden_size=3072, max_position_embeddings=8192, **_TIED))),
-    "gemma2": Family(
+    "gemma": Family(_heads(16, 16, 256, hidden_size=3072, max_position_embeddings=8192, **_TIED)),
+    **dict.fromkeys(("gemma2", "vaultgemma"), Family(
         _heads(
             8, 4, 256, hidden_size=2304, num_hidden_layers=26, sliding_window=4096, query_pre_attn_scalar=256,
             attn_logit_softcapping=50.0, max_position_embeddings=8192, **_TIED,
         ),
         period=2,
-    ),
+    )),
     **dict.fromkeys(("gemma3", "gemma3_text", "shieldgemma2"), Family(_GEMMA3, period=6)),
     **dict.fromkeys(
         ("gemma3n", "gemma3n_text"),
@@ -126,7 +126,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "dia_decoder": Family(_heads(16, 4, 128), 1.0, "its class scales no score"),
     # Older names
     **dict.fromkeys(
-        ("gpt2", "gpt-sw3", "openai-gpt"), Family({"n_head": 12, "n_embd": 768, "n_layer": 12, "activation_function": "gelu", **_TIED})
+        ("gpt2", "gpt-sw3", "openai-gpt"),
+        Family({"n_head": 12, "n_embd": 768, "n_layer": 12, "activation_function": "gelu", **_TIED}),
     ),
     "gpt_bigcode": Family({"multi_query": True, "activation_function": "gelu"}),
     **dict.fromkeys(("gptj", "codegen"), Family({"n_head": 16, "n_embd": 4096, "activation_function": "gelu"})),

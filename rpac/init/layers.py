@@ -11,6 +11,7 @@ from rpac.init.families import Family
 
 LAYERS: Final = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "decoder_num_hidden_layers", "num_decoder_layers",
+    "layers",
 )  # fmt: skip
 WINDOW: Final = (
     "sliding_window", "sliding_window_size", "attention_window_size", "window_size", "attn_config.sliding_window_size",
