@@ -44,7 +44,7 @@ def shown(value: Any) -> str:
 
 
 class Config:
-    """One mapping of a config.json. Keys may have dots: `attn_config.alibi`. A key that is null counts as left out.
+    """One mapping of a config.json. Keys may have dots: `attn_config.alibi`. A key that is null has no value, and no default.
 
     `path` is where the mapping is in the file. `defaults` are what the model's class takes for keys that are left out, and
     `model_type` says whose defaults they are.
@@ -89,7 +89,7 @@ class Config:
                 return Found(value, f"{self.name}: {self.where(name)} {_brief(value)}")
         for name in names:
             value = self._defaults.get(name)
-            if value is not None:
+            if value is not None and name not in self._values:
                 return Found(value, f"{name} {_brief(value)}, the default of model_type {self.model_type}")
         return None
 

@@ -50,6 +50,19 @@ def _heads(q_heads: int, kv_heads: int, head_dim: int | None = None, **more: Any
     }
 
 
+def _sizes(width: int, heads: int, layers: int, inner: int, vocab: int, length: int, **more: Any) -> dict[str, Any]:
+    """The defaults of a class, in the order of most config.json."""
+    return {
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "intermediate_size": inner,
+        "vocab_size": vocab,
+        "max_position_embeddings": length,
+        **more,
+    }
+
+
 _ALL: Final = ("full", "sliding", "chunked")
 _STATE: Final = "layers without attention over a cache of keys and values"
 
@@ -174,6 +187,20 @@ FAMILIES: Final[Mapping[str, Family]] = {
 }  # fmt: skip
 
 # These do what their keys say, by the names that most families use.
+# What the classes take for keys that a part of a larger config leaves out: hubs write of such parts only what differs.
+_OF_PARTS: Final[Mapping[str, Defaults]] = {
+    "llama": _sizes(4096, 32, 32, 11008, 32000, 2048),
+    "mistral": _sizes(4096, 32, 32, 14336, 32000, 131072, num_key_value_heads=8, sliding_window=4096),
+    "qwen2": _sizes(4096, 32, 32, 22016, 151936, 32768),
+    "qwen3": _sizes(4096, 32, 32, 22016, 151936, 32768, num_key_value_heads=32, head_dim=128),
+    **dict.fromkeys(
+        ("qwen2_vl_text", "qwen2_5_vl_text"), _sizes(8192, 64, 80, 29568, 152064, 32768, num_key_value_heads=8)
+    ),
+    "qwen3_vl_text": _sizes(4096, 32, 32, 22016, 151936, 128000, num_key_value_heads=32, head_dim=128),
+    "cohere2": _sizes(8192, 64, 40, 22528, 256000, 8192, num_key_value_heads=64, head_dim=128, **_TIED),
+    "opt": _sizes(768, 12, 12, 3072, 50272, 2048, activation_function="relu", **_TIED),
+}
+
 _NAMES: Final = """
     apertus apertus1p5_text arcee aria_text axk1 bailing_hybrid bailing_moe bamba bart beam bigbird_pegasus biogpt bitnet
     blenderbot blenderbot-small blip_text_model blip_2_qformer canary_decoder chameleon chatglm cohere cohere_asr
@@ -219,3 +246,9 @@ def family_of(model_type: str) -> tuple[Family, bool]:
     """The row of a model type, and whether rpac knows it."""
     known = FAMILIES.get(model_type)
     return (known or UNKNOWN, known is not None or model_type in PLAIN)
+
+
+def defaults_of(model_type: str, part: bool) -> Defaults:
+    """What a class takes for keys that are left out; `part`: of a config in a larger one."""
+    family, _ = family_of(model_type)
+    return {**(_OF_PARTS.get(model_type, {}) if part else {}), **family.defaults}

@@ -8,22 +8,8 @@ from typing import Any, Final
 
 from rpac.init.config import Config, Found, shown
 from rpac.init.families import Family
+from rpac.init.names import CHUNK, LAYERS, LISTS, OF_KIND, PER_LAYER, PERIOD, WINDOW
 
-LAYERS: Final = (
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "decoder_num_hidden_layers", "num_decoder_layers",
-    "layers",
-)  # fmt: skip
-WINDOW: Final = (
-    "sliding_window", "sliding_window_size", "attention_window_size", "window_size", "attn_config.sliding_window_size",
-)  # fmt: skip
-CHUNK: Final = "attention_chunk_size"
-LISTS: Final = ("layer_types", "layers_block_type", "attention_layers", "block_types")
-PERIOD: Final = (
-    "sliding_window_pattern",
-    "_sliding_window_pattern",
-    "global_attn_every_n_layers",
-    "no_rope_layer_interval",
-)
 MAX_LAYERS: Final = 4096
 NO_WINDOW: Final = (0, -1)  # what some configs write where there is none
 
@@ -36,22 +22,6 @@ WORDS: Final[Mapping[str, str]] = {
         ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "mlp", "moe", "gated_deltanet"), "state"
     ),
 }
-
-# Keys that replace those of the model in one kind of layers: key of a spec, then names in config.json.
-OF_KIND: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
-    "sliding": {
-        "q_heads": ("swa_num_attention_heads", "num_sliding_attention_heads"),
-        "kv_heads": ("swa_num_key_value_heads",),
-        "head_dim": ("swa_head_dim",),
-    },
-    "full": {"kv_heads": ("num_global_key_value_heads",), "head_dim": ("global_head_dim",)},
-    "cross": {
-        "q_heads": ("cross_num_attention_heads",),
-        "kv_heads": ("cross_num_key_value_heads",),
-        "head_dim": ("cross_head_dim",),
-    },
-}
-PER_LAYER: Final = {"num_attention_heads": "q_heads", "num_key_value_heads": "kv_heads", "head_dim": "head_dim"}
 
 
 @dataclass(frozen=True)
@@ -210,11 +180,12 @@ def _windows(config: Config, family: Family, count: int) -> tuple[list[str], str
         first = config.integer("max_window_layers", low=0, high=MAX_LAYERS)
         start = first.value if first else 0
         return [local if layer >= start else "full" for layer in range(count)], first.why if first else window.why
-    pattern = config.get(*PERIOD)
+    names = PERIOD[local]
+    pattern = config.get(*names)
     if pattern is not None and isinstance(pattern.value, str) and pattern.value:  # EXAONE writes LLLG
         letters = pattern.value
         return ["full" if letters[layer % len(letters)] == "G" else local for layer in range(count)], pattern.why
-    period = config.integer(*PERIOD, high=MAX_LAYERS) if family.period or pattern else None
+    period = config.integer(*names, high=MAX_LAYERS) if family.period or pattern else None
     every = period.value if period else family.period
     if every is None:
         return [local] * count, window.why

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from rpac.init.attention import HEAD_DIM, WIDTH, Description
+from rpac.init.attention import Description
 from rpac.init.config import Config, Found
+from rpac.init.names import HEAD_DIM, WIDTH
 
 BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 MLP: Final = (
@@ -83,7 +84,7 @@ def weights_of(model: Description, index: Found | None, shares: int) -> tuple[in
     count = parameters(model)
     if count is None:
         return None, "config.json does not say enough to count its parameters, and no index of weights is beside it"
-    width, why = _weight_bytes(model.config)
+    width, why = _weight_bytes(model.root)
     return int(count * width) // shares, f"{count / 1e9:.2f} billion parameters counted from config.json, {why}{over}"
 
 

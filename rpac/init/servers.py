@@ -263,7 +263,8 @@ def _refuse_devices(request: Request, devices: int, allowed: str) -> None:
 def _q_dtype(request: Request, model: Description) -> Found:
     if request.dtype != "auto":
         return Found(DTYPE_WORDS[request.dtype], f"--dtype {request.dtype}")
-    found = model.config.get("torch_dtype", "dtype")
+    names = ("torch_dtype", "dtype")
+    found = model.config.get(*names) or model.root.get(*names)
     if found is None or found.value == DTYPES[0]:
         return Found(DTYPES[0], "no dtype in config.json" if found is None else found.why)
     return Found(
