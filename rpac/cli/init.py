@@ -19,7 +19,16 @@ from rpac.init.servers import DTYPE_WORDS, SERVERS, Flag, Request, Server
 from rpac.spec.parse import MAX_DEVICES
 
 DEFAULT_CHIP: Final = "v6e"
-_Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+_SUFFIXES: Final = {"k": 10**3, "m": 10**6, "K": 1 << 10, "M": 1 << 20}
+
+
+class Count(click.IntRange):
+    """An integer, or one with a suffix as vLLM takes it: 32k is 32,000, and 32K is 32,768."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and value[-1:] in _SUFFIXES and value[:-1].isdecimal() and len(value) < 10:
+            value = int(value[:-1]) * _SUFFIXES[value[-1]]
+        return super().convert(value, param, ctx)
 
 
 def _parameter(server: Server, flag: Flag) -> str:
@@ -31,7 +40,7 @@ def _server_options(run: Callable[..., None]) -> Callable[..., None]:
     for server in reversed(list(SERVERS.values())):
         for flag in reversed(server.flags):
             least = -1 if flag.name == "--chunked-prefill-size" else 1
-            kind = click.IntRange(least, int(flag.most)) if flag.type is int else Amount(0, flag.most, min_open=True)
+            kind = Count(least, int(flag.most)) if flag.type is int else Amount(0, flag.most, min_open=True)
             words = f"{server.title}: {flag.help}"
             run = click.option(*flag.names, _parameter(server, flag), type=kind, help=words)(run)
     return run

@@ -60,8 +60,8 @@ def padded(config: Config, names: tuple[str, ...], value: int, lengths: tuple[in
     """The shortest length of a kernel that holds `value`."""
     length = next((one for one in lengths if one >= value), None)
     if length is None:
-        allowed = f"must be at most {lengths[-1]} for rpac's {what}"
-        fix = "serve this model without rpac, which has no kernels for longer heads"
+        allowed = f"must be at most {lengths[-1]}, the longest {what} that rpac has kernels for"
+        fix = "serve this model without rpac"
         config.refuse(names, allowed, fix, str(value))
     return length
 

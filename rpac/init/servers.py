@@ -70,7 +70,7 @@ VLLM: Final = Server(
         ("memory", ("--gpu-memory-utilization",), float, 1.0, "Share of HBM to use."),
         ("num_pages", ("--num-gpu-blocks-override",), int, 1 << 31, "Pages of the cache."),
     ),
-    {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"},
+    {"bfloat16": "bfloat16", "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"},
     0.9,
     "rpac.adapters.tpu_inference",
 )

@@ -72,11 +72,18 @@ def test_flags_of_another_server_are_refused(model: Path) -> None:
     )
 
 
+def test_numbers_may_be_written_as_vllm_takes_them(model: Path) -> None:
+    assert "max_model_len: 32768 " in run(model, "--max-model-len", "32K").output
+    assert "max_num_tokens: 2000 " in run(model, "--max-num-batched-tokens", "2k").output
+    assert "'32x' is not a valid integer" in run(model, "--max-model-len", "32x").output
+    assert "is not in the range" in run(model, "--max-model-len", "2M").output
+
+
 def test_a_refusal_names_file_key_and_fix(model: Path) -> None:
     (model / "config.json").write_text(json.dumps({**CONFIG, "head_dim": 512}))
     done = run(model)
     assert done.exit_code == 2
     assert done.output == (
-        f"rpac: ModelError: {model / 'config.json'}: head_dim: found 512; must be at most 256 for rpac's head_dim; serve this "
-        "model without rpac, which has no kernels for longer heads\n"
+        f"rpac: ModelError: {model / 'config.json'}: head_dim: found 512; must be at most 256, the longest head_dim that "
+        "rpac has kernels for; serve this model without rpac\n"
     )

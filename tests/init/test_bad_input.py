@@ -132,7 +132,7 @@ def test_a_value_that_no_spec_can_say(changes: dict[str, Any], message: str, tmp
         (request(max_num_seqs=512, max_num_tokens=256), "the command line: --max-num-seqs: found 512; must be at most"),
         (request(devices=8, tensor=3), "the command line: --devices: found 8; must be a multiple of 3"),
         (request(devices=8, tensor=2, data=2), "the command line: --devices: found 8; must be 4: --tensor-parallel-size 2"),
-        (request(kv="int4"), "the command line: --kv-cache-dtype: found int4; must be auto or one of fp8, fp8_e4m3"),
+        (request(kv="int4"), "the command line: --kv-cache-dtype: found int4; must be auto or one of bfloat16, fp8"),
         (request("sglang", kv="fp8"), "the command line: --kv-cache-dtype: found fp8; must be auto or one of fp8_e4m3"),
         (request(num_pages=3), "serving.num_pages: found 3; must be at least"),
         (request(num_pages=10**6), "serving.num_pages: found 1000000, so that one layer's cache takes"),
