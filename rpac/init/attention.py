@@ -134,4 +134,4 @@ def _length(config: Config) -> Found | None:
     original, factor = part.integer("original_max_position_embeddings"), part.number("factor")
     if original is None or factor is None or original.value * factor.value <= length.value:
         return length
-    return Found(int(original.value * factor.value), f"{original.why} x factor {factor.value:g}")
+    return original.made(int(original.value * factor.value), f"{original.why} x factor {factor.value:g}")

@@ -27,10 +27,15 @@ TEXT_PARTS: Final = (
 
 @dataclass(frozen=True)
 class Found:
-    """A value, and in words where it comes from."""
+    """A value, in words where it comes from, and the key of config.json that it follows from, if one does."""
 
     value: Any
     why: str
+    key: str = ""
+
+    def made(self, value: Any, why: str | None = None) -> Found:
+        """Another value that follows from the same key."""
+        return Found(value, self.why if why is None else why, self.key)
 
 
 def refuse(file: str, where: str, found: str, allowed: str, fix: str) -> NoReturn:
@@ -86,11 +91,13 @@ class Config:
         for name in names:
             value = self._lookup(name)
             if value is not None:
-                return Found(value, f"{self.name}: {self.where(name)} {_brief(value)}")
+                where = self.where(name)
+                return Found(value, f"{self.name}: {where} {_brief(value)}", where)
         for name in names:
             value = self._defaults.get(name)
             if value is not None and name not in self._values:
-                return Found(value, f"{name} {_brief(value)}, the default of model_type {self.model_type}")
+                why = f"{name} {_brief(value)}, the default of model_type {self.model_type}"
+                return Found(value, why, self.where(name))
         return None
 
     def name_of(self, *names: str) -> str:

@@ -110,12 +110,7 @@ def _group(q_heads: int, kv_heads: int, tensor: int) -> int:
 
 
 def _refuse_key(model: Description, found: Found, allowed: str, fix: str) -> None:
-    refuse(model.config.file, _key_of(found), str(found.value), allowed, fix)
-
-
-def _key_of(found: Found) -> str:
-    """The key of config.json that a value comes from, out of its words."""
-    return found.why.partition(": ")[2].split(" ")[0] or found.why.split(" ")[0]
+    refuse(model.config.file, found.key, str(found.value), allowed, fix)
 
 
 def _first_that_plans(composer: Composer) -> tuple[Sizes, Spec]:
@@ -141,11 +136,8 @@ def _tries(settings: Wanted) -> Iterator[Sizes]:
     ]  # fmt: skip
     number = seqs.value
     while number:
-        tried = (
-            seqs
-            if number == seqs.value
-            else Found(number, f"{seqs.value} fit VMEM or SMEM at no page size ({seqs.why})")
-        )
+        fewer = Found(number, f"{seqs.value} fit VMEM or SMEM at no page size ({seqs.why})")
+        tried = seqs if number == seqs.value else fewer
         yield Sizes(page, tried)
         for size in others:
             yield Sizes(Found(size, f"with {page.value} it does not plan ({page.why})"), tried)
@@ -169,7 +161,7 @@ def _explained(model: Description, error: SpecError | PlanError) -> SpecError | 
     key = problem.where.rpartition(".")[2]
     of_layers = {name: one for kind in model.kinds for name, one in kind.own.items()}
     found = of_layers.get(key) or model.keys.get(key)
-    where = problem.where if found is None else f"{_key_of(found)} ({problem.where})"
+    where = f"{found.key} ({problem.where})" if found is not None and found.key else problem.where
     return ModelError([Problem(file, None, None, where, problem.found, problem.allowed, problem.fix)])
 
 

@@ -8,7 +8,7 @@ from rpac.init.config import Config, Found
 from rpac.init.families import Family
 from rpac.init.heads import padded, read_head_dim, read_kv_heads, read_q_heads
 from rpac.init.layers import Layers
-from rpac.init.names import HEAD_DIM, SCALE, SOFT_CAP, WINDOW
+from rpac.init.names import SCALE, SOFT_CAP, WINDOW
 from rpac.spec.parse import HEAD_DIMS
 
 
@@ -18,17 +18,17 @@ def read_grouped(config: Config, family: Family, layers: Layers, notes: list[str
     yield "q_heads", q_heads
     yield "kv_heads", read_kv_heads(config, q_heads)
     head_dim = read_head_dim(config, q_heads.value)
-    length, why = head_dim.value, head_dim.why
+    length = head_dim
     value_dim = config.integer("v_head_dim")
-    if value_dim is not None and value_dim.value > length:
-        length, why = value_dim.value, f"{value_dim.why}, the longer of keys and values"
-    rows = padded(config, HEAD_DIM, length, HEAD_DIMS, "head_dim")
-    if rows != length:
-        notes.append(f"head_dim is {length}, and rpac has kernels for {rows}: pad queries, keys and values with zeros.")
-        why = f"{why}, padded to a length that rpac has"
-    yield "head_dim", Found(rows, why)
+    if value_dim is not None and value_dim.value > length.value:
+        length = value_dim.made(value_dim.value, f"{value_dim.why}, the longer of keys and values")
+    rows = padded(config, length, HEAD_DIMS, "head_dim")
+    if rows is not length:
+        what = f"head_dim is {length.value}, and rpac has kernels for {rows.value}"
+        notes.append(f"{what}: pad queries, keys and values with zeros.")
+    yield "head_dim", rows
     scale = _scale(config, family, head_dim.value)
-    if scale.value != rows**-0.5:
+    if scale.value != rows.value**-0.5:
         yield "sm_scale", scale
     by_layer = config.flag("scale_attn_by_inverse_layer_idx")
     if by_layer is not None and by_layer.value:
@@ -40,11 +40,9 @@ def read_grouped(config: Config, family: Family, layers: Layers, notes: list[str
     if alibi is not None:
         yield "alibi", alibi
     if not _is_causal(config, family, notes):
-        why = (
-            f"its class, {config.model_type}, is an encoder"
-            if family.encoder
-            else f"{config.name}: bidirectional attention"
-        )
+        why = f"{config.name}: bidirectional attention"
+        if family.encoder:
+            why = f"its class, {config.model_type}, is an encoder"
         for kind in layers.kinds:
             if kind.type == "sliding":
                 allowed = "must be left out of a model that sees ahead: rpac's windows look back from a query"
@@ -57,16 +55,16 @@ def _scale(config: Config, family: Family, head_dim: int) -> Found:
         return Found(family.sm_scale, f"model_type {config.model_type}: {family.scale_why}")
     scalar = config.number("query_pre_attn_scalar")
     if scalar is not None:
-        return Found(scalar.value**-0.5, f"{scalar.why} ** -0.5")
+        return scalar.made(scalar.value**-0.5, f"{scalar.why} ** -0.5")
     given = config.number(*SCALE)
     if given is not None:
-        return Found(float(given.value), given.why)
+        return given.made(float(given.value))
     by_dim = config.flag("scale_qk_dot_by_d", "mup_scale_qk_dot_by_d")
     if by_dim is not None and by_dim.value:
-        return Found(1.0 / head_dim, f"{by_dim.why}: 1 / head_dim")
+        return by_dim.made(1.0 / head_dim, f"{by_dim.why}: 1 / head_dim")
     weights = config.flag("scale_attn_weights")
     if weights is not None and not weights.value:
-        return Found(1.0, weights.why)
+        return weights.made(1.0)
     times = "" if family.scale_dims == 1.0 else f" * {family.scale_dims:g}"
     return Found((head_dim * family.scale_dims) ** -0.5, f"({head_dim}{times}) ** -0.5, head_dim before padding")
 
@@ -74,17 +72,16 @@ def _scale(config: Config, family: Family, head_dim: int) -> Found:
 def _alibi(config: Config, family: Family) -> Found | None:
     flag = config.flag("alibi", "attn_config.alibi")
     if flag is not None:
-        return Found(True, flag.why) if flag.value else None
+        return flag if flag.value else None
     kind = config.get("position_embedding_type")
     if kind is not None and kind.value == "alibi":
-        return Found(True, kind.why)
+        return kind.made(True)
     if family.alibi_unless is not None:
         key, value = family.alibi_unless
         found = config.get(key)
         if found is not None and found.value != value:
-            return Found(
-                True, f"model_type {config.model_type}: all but the one with {key} {value} have ALiBi; {found.why}"
-            )
+            why = f"model_type {config.model_type}: all but the one with {key} {value} have ALiBi; {found.why}"
+            return found.made(True, why)
     return None
 
 

@@ -26,13 +26,14 @@ def read_kv_heads(config: Config, q_heads: Found) -> Found:
     multi_query = config.flag("multi_query")
     new = config.flag("new_decoder_architecture")  # Falcon: then multi_query does not count
     if multi_query is not None and multi_query.value and not (new is not None and new.value):
-        return Found(1, multi_query.why)
+        return multi_query.made(1)
     attn_type = config.get("attn_config.attn_type")
     if attn_type is not None and attn_type.value == "multiquery_attention":
-        return Found(1, attn_type.why)
+        return attn_type.made(1)
     found = config.integer(*KV_HEADS, high=1024)
     if found is None:
-        return Found(q_heads.value, f"as many as query heads, for no key gives fewer ({_either(KV_HEADS[1:3])}, ...)")
+        why = f"as many as query heads, for no key gives fewer ({_either(KV_HEADS[1:3])}, ...)"
+        return q_heads.made(q_heads.value, why)
     if q_heads.value % found.value:
         allowed = f"must divide the {q_heads.value} query heads ({q_heads.why})"
         config.refuse(KV_HEADS, allowed, "correct the file, or write the spec by hand")
@@ -53,17 +54,18 @@ def read_head_dim(config: Config, q_heads: int) -> Found:
     if width.value % q_heads:
         allowed = f"must be a multiple of the {q_heads} query heads where no head_dim is given"
         config.refuse(WIDTH, allowed, "correct the file, or write the spec by hand")
-    return Found(width.value // q_heads, f"{width.why} / {q_heads} heads")
+    return width.made(width.value // q_heads, f"{width.why} / {q_heads} heads")
 
 
-def padded(config: Config, names: tuple[str, ...], value: int, lengths: tuple[int, ...], what: str) -> int:
-    """The shortest length of a kernel that holds `value`."""
-    length = next((one for one in lengths if one >= value), None)
+def padded(config: Config, found: Found, lengths: tuple[int, ...], what: str) -> Found:
+    """The shortest length of a kernel that holds one of the model; `found` itself where it is one."""
+    if found.value in lengths:
+        return found
+    length = next((one for one in lengths if one >= found.value), None)
     if length is None:
         allowed = f"must be at most {lengths[-1]}, the longest {what} that rpac has kernels for"
-        fix = "serve this model without rpac"
-        config.refuse(names, allowed, fix, str(value))
-    return length
+        refuse(config.file, found.key, str(found.value), allowed, "serve this model without rpac")
+    return found.made(length, f"{found.why}, padded to a length that rpac has")
 
 
 def _either(names: tuple[str, ...]) -> str:

@@ -37,13 +37,11 @@ def read_latent(config: Config, layers: Layers, notes: list[str]) -> Iterator[tu
         if found is None:
             config.refuse(name, "must be given beside kv_lora_rank", "correct the file, or write the spec by hand")
         lengths[key] = found.value
-        length = padded(config, (name,), found.value, choices, key)
-        why = found.why if length == found.value else f"{found.why}, padded to a length that rpac has"
-        if length != found.value:
-            notes.append(
-                f"{name} is {found.value}, and rpac has kernels for {length}: pad that part of queries and keys."
-            )
-        yield key, Found(length, why)
+        length = padded(config, found, choices, key)
+        if length is not found:
+            what = f"{name} is {found.value}, and rpac has kernels for {length.value}"
+            notes.append(f"{what}: pad that part of queries and keys with zeros.")
+        yield key, length
     nope = config.integer("qk_nope_head_dim")
     if nope is None:
         config.refuse(

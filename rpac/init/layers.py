@@ -26,16 +26,12 @@ WORDS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of attention layers. `type`: full, sliding, chunked, cross or self. `keys` replace those of the model."""
+    """One kind of attention layers. `type`: full, sliding, chunked, cross or self. `own` keys replace those of the model."""
 
     name: str
     type: str
     count: int
-    keys: tuple[tuple[str, Found], ...]
-
-    @property
-    def own(self) -> dict[str, Found]:
-        return dict(self.keys)
+    own: Mapping[str, Found]
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ def read_layers(config: Config, family: Family, crossed: bool) -> Layers:
         if listed is None or not listed.value:
             fix = "check that it is a whole config.json, or write the spec by hand"
             config.refuse(LAYERS, f"must be given, or one of {', '.join(LAYERS[1:4])}", fix)
-        count = Found(len(listed.value), listed.why)
+        count = listed.made(len(listed.value))
     types, why = _types(config, family, count.value)
     overrides = _per_layer(config, len(types))
     shared = config.integer("num_kv_shared_layers", low=0, high=len(types))
@@ -77,7 +73,7 @@ def read_layers(config: Config, family: Family, crossed: bool) -> Layers:
             keys["sinks"] = Found(True, f"its class, {config.model_type}, has a sink for each head")
         if is_shared:
             assert shared is not None
-            keys["update_cache"] = Found(False, f"{shared.why}: they read the cache of an earlier layer")
+            keys["update_cache"] = shared.made(False, f"{shared.why}: they read the cache of an earlier layer")
         name = f"{kind}-shared" if is_shared else kind
         kinds.append((name, kind, len(layers), keys))
     if crossed:
@@ -228,7 +224,7 @@ def _per_layer(config: Config, count: int) -> dict[int, dict[str, Found]]:
         for layer, heads in enumerate(listed.value):
             if not isinstance(heads, int) or isinstance(heads, bool):
                 config.refuse("num_attention_heads_per_layer", "must be integers", "correct the file")
-            found.setdefault(layer, {})["q_heads"] = Found(heads, listed.why)
+            found.setdefault(layer, {})["q_heads"] = listed.made(heads)
     part = config.part("per_layer_config")
     for key in part.given() if part is not None else ():
         assert part is not None
@@ -266,5 +262,5 @@ def _named(kinds: Sequence[tuple[str, str, int, Mapping[str, Found]]]) -> tuple[
     for name, kind, count, keys in kinds:
         names[name] = names.get(name, 0) + 1
         unique = name if names[name] == 1 else f"{name}-{names[name]}"
-        named.append(Kind(unique, kind, count, tuple(keys.items())))
+        named.append(Kind(unique, kind, count, keys))
     return tuple(named)
