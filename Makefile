@@ -15,7 +15,7 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow test-adapters lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-chunks bench-scheduling \
+.PHONY: demo test test-newest test-slow test-adapters test-init lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-chunks bench-scheduling \
 	same calibrate release build-all serve-demo clean
 
 demo: $(VENV)/ready
@@ -45,6 +45,10 @@ test-slow: $(VENV)/ready
 # The adapters beside the packages that they stand in for, in environments under build/adapters.
 test-adapters: $(VENV)/ready
 	NEWEST_PYTHON="$(NEWEST_PYTHON)" $(BIN)/python -m pytest -m slow -rA tests/adapters
+
+# `rpac init` on every decoder of the transformers package, in an environment under build/init.
+test-init: $(VENV)/ready
+	NEWEST_PYTHON="$(NEWEST_PYTHON)" $(BIN)/python -m pytest -m slow -rA tests/init
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

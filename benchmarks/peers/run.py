@@ -120,7 +120,9 @@ class Bench:
         self.store.keep_result(key, result)
         return result
 
-    def _make_call(self, compiled: str, environment_name: str, script: str, request: str, target: str) -> Call:
+    def _make_call(
+        self, compiled: str, environment_name: environment.Environment, script: str, request: str, target: str
+    ) -> Call:
         command = [self._python(environment_name), str(HERE / script), request]
         return Call(self.store.dump(compiled, command, target), any_compiler=True)
 
@@ -151,15 +153,15 @@ class Bench:
         path = spec_of(self.folder, page_size, chunk, kv_layout)
         return programs_of(path, target, ProgramStore(default_cache_dir()), progress)
 
-    def _packages(self, name: str) -> list[str]:
-        compiler = environment.COMPILER if name == "measured" else environment.PINNED
-        return [*compiler, *environment.PEERS]
+    def _packages(self, name: environment.Environment) -> list[str]:
+        compiler, packages = environment.ENVIRONMENTS[name]
+        return [*compiler, *packages]
 
-    def _python(self, name: str) -> str:
+    def _python(self, name: environment.Environment) -> str:
         if name not in self._pythons:
-            compiler = environment.COMPILER if name == "measured" else environment.PINNED
-            progress(f"making the peers' environment {name}: {' '.join(compiler)}")
-            self._pythons[name] = environment.ensure(self.folder.parent / f"peers-{name}", compiler)
+            compiler, packages = environment.ENVIRONMENTS[name]
+            progress(f"making the peers' environment {name}: {' '.join((*compiler, *packages))}")
+            self._pythons[name] = environment.ensure(self.folder.parent / f"peers-{name}", compiler, packages)
         return self._pythons[name]
 
 

@@ -14,6 +14,7 @@ from rpac.cli.build import build, generate
 from rpac.cli.check import check
 from rpac.cli.diff import diff_command
 from rpac.cli.explain import explain_command
+from rpac.cli.init import init_command
 from rpac.cli.inspect import inspect
 from rpac.cli.plan import plan
 from rpac.cli.predict import predict_command
@@ -57,8 +58,8 @@ def main() -> None:
 
 
 COMMANDS = (
-    plan, bench_command, buckets, build, check, diff_command, explain_command, generate, inspect, predict_command,
-    serve_check_command, show_config_command, specs_command, support_command, tune_command,
+    init_command, plan, buckets, build, check, bench_command, diff_command, explain_command, generate, inspect,
+    predict_command, serve_check_command, show_config_command, specs_command, support_command, tune_command,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

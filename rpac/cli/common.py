@@ -62,24 +62,26 @@ any_compiler_option = click.option(
     "--any-compiler", is_flag=True, help="Also read schedules of a libtpu that nobody has verified."
 )
 
-_BATCH_OPTIONS = (
-    click.option(
-        "--decode", multiple=True, metavar="NxC", help="N decode rows of C tokens each, the new ones included."
-    ),
-    click.option(
-        "--prefill", multiple=True, metavar="NxQ/C", help="N sequences of C tokens each, of which the last Q are new."
-    ),
-    click.option(
-        "--mixed",
-        type=click.Path(path_type=Path),
-        help="File of JSON lines with q_lens and kv_lens, one batch each.",
-    ),
-)
-
 
 def batch_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options `decode`, `prefill` and `mixed`, which say batches by their lengths: for `rpac.predict.Asked.of`."""
-    for option in reversed(_BATCH_OPTIONS):
+    """Adds `--decode`, `--prefill` and `--mixed`, the values of `rpac.predict.Asked.of`."""
+    options = (
+        click.option(
+            "--decode", multiple=True, metavar="NxC", help="N decode rows of C tokens, the new ones included."
+        ),
+        click.option(
+            "--prefill",
+            multiple=True,
+            metavar="NxQ/C",
+            help="N sequences of C tokens each, of which the last Q are new.",
+        ),
+        click.option(
+            "--mixed",
+            type=click.Path(path_type=Path),
+            help="File of JSON lines with q_lens and kv_lens, one batch each.",
+        ),
+    )
+    for option in reversed(options):
         function = option(function)
     return function
 

@@ -1,6 +1,7 @@
 """Predicts what a kernel does on a TPU from the compiler's own final schedule and a batch's scalar operands.
 
-    dump.py (compilers.py) -> parse.py -> program.py -> walk.py (over memory.py, hbm.py) -> loops.py, report.py
+    dump.py (compilers.py) -> parse.py -> program.py -> walk.py (over memory.py, hbm.py) -> loops.py: one kernel
+                           -> hlo.py -> scalars.py (layout.py) -> sequence.py -> report.py: the call around them
 
 `Call(dump).predict(parameters, work)` times a whole call; `walk(schedule, operands, model)` one kernel. Never needed by
 a serving process.

@@ -122,3 +122,28 @@ def test_results_that_nobody_asks_for_are_dropped(tmp_path):
     again.drop_unasked()
     kept = module("store").Store(tmp_path / "results.json", tmp_path)
     assert (kept.result("a"), kept.result("b")) == (result(5), None)
+
+
+def test_kernels_of_batched_rpas_design_are_compiled_in_one_place_with_blocks_for_the_batch():
+    cases, contenders, environment = module("cases"), module("contenders"), module("environment")
+    decode, prefill = (next(case for case in cases.CASES if case.kind == kind) for kind in ("decode", "prefill"))
+    peers = {one.name: one for one in contenders.CONTENDERS}
+    for name, choices in (("batched_rpa", 2), ("tokamax", 2), ("stacked_rpa", 1)):
+        assert "one target" in peers[name].compiles("v6e", 128, decode)
+        for case, mode in ((decode, "decode"), (prefill, "prefill")):
+            found = peers[name].compiles("tpu7x", 128, case)
+            assert len(found) == choices and found[0].choice == "its own" and "blocks" not in found[0].request
+            assert all(list(one.request["blocks"]) == [mode] for one in found[1:])
+            assert {one.environment for one in found} <= set(environment.ENVIRONMENTS)
+
+
+def test_tokamaxs_points_are_whole_batches_of_their_shapes():
+    points = importlib.import_module("published_tokamax").POINTS
+    assert len({point.label for point in points}) == len(points)
+    for point in points:
+        request, parameters = point.shape.request, point.shape.parameters
+        assert parameters[6][-1] == request["tokens"]
+        assert len(parameters[5]) == request["pages"] == request["max_seqs"] * request["max_model_len"] // 256
+        assert set(parameters[5]) == set(range(request["pages"]))
+        assert parameters[7][2] == len(parameters[4]) == request["max_seqs"]
+        assert all(len(blocks) == 5 for blocks in request["blocks"].values())
