@@ -44,8 +44,8 @@ class Description:
 def describe(root: Config) -> Description:
     """The attention that a config.json says. Raises ModelError for what rpac has no kernels for, by the model's key."""
     part = text_part(root)
-    model_type = _model_type(part) or _model_type(root)
-    whole, _ = family_of(_model_type(root))
+    model_type = part.word("model_type") or root.word("model_type")
+    whole, _ = family_of(root.word("model_type"))
     if whole.missing:
         _refuse_missing(root, whole)
     family, known = family_of(model_type)
@@ -88,12 +88,7 @@ def _has_heads(config: Config) -> bool:
 
 
 def _is_known(config: Config) -> bool:
-    return family_of(_model_type(config))[1]
-
-
-def _model_type(config: Config) -> str:
-    found = config.get("model_type")
-    return found.value if found is not None and isinstance(found.value, str) else ""
+    return family_of(config.word("model_type"))[1]
 
 
 def _refuse_missing(config: Config, family: Family) -> None:

@@ -125,6 +125,11 @@ class Config:
         """`true` or `false`. Raises ModelError for anything else."""
         return self._typed(names, lambda value: isinstance(value, bool), "must be true or false")
 
+    def word(self, *names: str) -> str:
+        """A text; empty where there is none, or something else."""
+        found = self.get(*names)
+        return found.value if found is not None and isinstance(found.value, str) else ""
+
     def entries(self, *names: str) -> Found | None:
         """A list, one entry a layer as a rule. Raises ModelError for anything else."""
         return self._typed(names, lambda value: isinstance(value, list), "must be a list")

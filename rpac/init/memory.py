@@ -89,10 +89,9 @@ def weights_of(model: Description, index: Found | None, shares: int) -> tuple[in
 
 
 def _weight_bytes(config: Config) -> tuple[float, str]:
-    method = config.get("quantization_config.quant_method")
-    if method is not None and method.value in QUANTIZED_BYTES:
-        return QUANTIZED_BYTES[str(method.value)], f"{QUANTIZED_BYTES[str(method.value)]:g} bytes each ({method.value})"
-    return 2, "2 bytes each"
+    method = config.word("quantization_config.quant_method")
+    width = QUANTIZED_BYTES.get(method)
+    return (2, "2 bytes each") if width is None else (width, f"{width:g} bytes each ({method})")
 
 
 def parameters(model: Description) -> int | None:
@@ -105,8 +104,7 @@ def parameters(model: Description) -> int | None:
     tied = config.flag("tie_word_embeddings")
     total = vocab.value * width * (1 if tied is not None and tied.value else 2)
     per_layer = _attention(model, width)
-    activation = config.get(*ACTIVATION)
-    matrices = 2 if activation is not None and activation.value in UNGATED else 3
+    matrices = 2 if config.word(*ACTIVATION) in UNGATED else 3
     inner = _size(config, MLP)
     dense = matrices * width * (inner or 4 * width)
     experts = config.integer(*EXPERTS, low=0)

@@ -234,6 +234,8 @@ def _power_of_two(value: int) -> int:
 def _devices(request: Request, model: Description) -> tuple[Found, Found]:
     """Devices that share the heads, and replicas."""
     tensor, data, devices = request.value("tensor"), request.value("data"), request.devices
+    if tensor is not None and data is not None and tensor.value * data.value > MAX_DEVICES:
+        request.refuse("data", f"must be at most {MAX_DEVICES} devices with {tensor.why}", "lower one of them")
     if devices is None:
         none = Found(1, "one device")
         return tensor or none, data or none
