@@ -92,7 +92,7 @@ SGLANG: Final = Server(
     "rpac.adapters.sglang_jax",
 )
 SERVERS: Final[Mapping[str, Server]] = {server.name: server for server in (VLLM, SGLANG)}
-# The model's dtype, as both servers name it. float16 becomes bfloat16: neither runs it on TPU.
+# The model's dtype, as both servers name it. float16 becomes bfloat16, because neither server runs it on TPU.
 DTYPE_WORDS: Final = {
     "bfloat16": "bfloat16", "float16": "bfloat16", "half": "bfloat16", "float32": "float32", "float": "float32",
 }  # fmt: skip
@@ -253,7 +253,7 @@ def _devices(request: Request, model: Description) -> tuple[Found, Found]:
         return (tensor, rest) if tensor is not None else (rest, one)
     if model.is_latent:  # as both servers do: the cache is not split by heads
         return Found(1, asked), Found(
-            devices, f"{asked}: each device serves sequences of its own, for MLA has no KV heads to split"
+            devices, f"{asked}: each device serves its own sequences, because MLA has no KV heads to split"
         )
     return Found(devices, asked), Found(1, asked)
 
