@@ -75,7 +75,7 @@ def read_layers(config: Config, family: Family, crossed: bool) -> Layers:
             assert shared is not None
             keys["update_cache"] = shared.made(False, f"{shared.why}: they read the cache of an earlier layer")
         name = f"{kind}-shared" if is_shared else kind
-        kinds.append((name, kind, len(layers), keys))
+        kinds.append((name, kind, len(layers) * family.attentions, keys))
     if crossed:
         kinds = _with_cross(config, kinds)
     return Layers(_named(kinds), types.count("state"), count, why)

@@ -143,6 +143,13 @@ def test_the_sizes_of_the_files_stand_in_for_an_index(tmp_path: Path) -> None:
     assert made(tmp_path, max_model_len=8192).budget.weights == 5 << 30
 
 
+def test_a_layer_of_two_attentions_has_two_caches(tmp_path: Path) -> None:
+    draft = made(
+        tmp_path, devices=8, chip="tpu7x", config={**LATENT, "model_type": "longcat_flash", "num_attention_heads": 64}
+    )
+    assert draft.budget.cached_layers == 2 * 61
+
+
 def test_layers_that_share_a_cache_take_none(tmp_path: Path) -> None:
     config = {**LLAMA, "num_kv_shared_layers": 16}
     draft = made(tmp_path, devices=8, config=config, max_model_len=8192)
