@@ -204,7 +204,8 @@ def _read_json(path: Path, most: int) -> Any:
             data = stream.read(most + 1)
     except (OSError, ValueError) as error:
         found = f"a file that cannot be read ({getattr(error, 'strerror', None) or error})"
-        refuse(file, "", found, "must be a folder with config.json, or that file", "check the path")
+        fix = "check the path, or download the model: rpac uses no network"
+        refuse(file, "", found, "must be a folder with config.json, or that file", fix)
     if len(data) > most:
         refuse(
             file, "", f"more than {most} bytes", "must be a JSON file of a model hub", "check that it is the right file"

@@ -168,7 +168,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "longcat_flash": Family(attentions=2),
     # Some layers keep a state
     "jamba": Family({"attn_layer_period": 8, "attn_layer_offset": 4}),
-    **dict.fromkeys(("recurrent_gemma",), Family({"attention_window_size": 2048}, words={"attention": "sliding"})),
+    "recurrent_gemma": Family({"attention_window_size": 2048}, words={"attention": "sliding"}),
     # Encoders
     **dict.fromkeys(
         ("bert", "bert-generation", "camembert", "data2vec-text", "distilbert", "electra", "ernie", "eurobert", "megatron-bert",
@@ -179,7 +179,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     # What rpac has not
     "reformer": Family(missing="attention to tokens in the same hash bucket (LSH)"),
     "xlnet": Family(missing="two streams of queries with relative positions (Transformer-XL)"),
-    "xlm": Family({"causal": False, **_UNGATED}, encoder=True),
+    "xlm": Family({**_UNGATED}, encoder=True),
     "prophetnet": Family(missing="several streams of queries with learned biases of the scores by position"),
     "diffllama": Family(missing="differential attention, the difference of two softmaxes"),
     "doge": Family(missing="masks that follow from the values (dynamic mask attention)"),
@@ -197,7 +197,6 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "minimax_m3_vl_text": Family(missing="sparse attention to blocks that an indexer chooses"),
 }  # fmt: skip
 
-# These do what their keys say, by the names that most families use.
 # What the classes take for keys that a part of a larger config leaves out: hubs write of such parts only what differs.
 _OF_PARTS: Final[Mapping[str, Defaults]] = {
     "llama": _sizes(4096, 32, 32, 11008, 32000, 2048),
@@ -212,6 +211,7 @@ _OF_PARTS: Final[Mapping[str, Defaults]] = {
     "opt": _sizes(768, 12, 12, 3072, 50272, 2048, activation_function="relu", **_TIED),
 }
 
+# These do what their keys say, by the names that most families use.
 _NAMES: Final = """
     apertus apertus1p5_text arcee aria_text axk1 bailing_hybrid bailing_moe bamba bart beam bigbird_pegasus biogpt bitnet
     blenderbot blenderbot-small blip_text_model blip_2_qformer canary_decoder chameleon chatglm cohere cohere_asr
