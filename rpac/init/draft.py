@@ -170,7 +170,7 @@ def _budget(composer: Composer, spec: Spec, index: Found | None) -> Budget:
     settings, serving, target = composer.settings, spec.serving, composer.request.chip
     # Latent attention has a replica on each device, but the rest of the model, most of it experts, is shared by all.
     shares = settings.tensor.value * (settings.data.value if composer.model.is_latent else 1)
-    weights, why = weights_of(composer.model, index, shares)
+    weights, why = weights_of(composer.model, index, shares, settings.q_dtype.value)
     parts = {part.layer: part for part in spec.parts}
     kinds = composer.kinds(serving.max_model_len).items()
     layers = [(parts[name], count) for name, (kind, count) in kinds if _has_cache(kind)]

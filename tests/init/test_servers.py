@@ -137,6 +137,15 @@ def test_the_cache_takes_what_the_weights_leave(tmp_path: Path) -> None:
     assert all(line in draft.text.replace("\n#  ", "") for line in budget.lines())
 
 
+def test_weights_take_the_dtype_that_the_server_computes_in(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {"total_size": 16 << 30}}))
+    config = {**LLAMA, "torch_dtype": "float32"}
+    assert made(tmp_path, config=config, max_model_len=8192).budget.weights == 8 << 30
+    assert made(tmp_path, config=config, max_model_len=8192, dtype="float32").budget.weights == 16 << 30
+    quantized = {**config, "quantization_config": {"quant_method": "fp8"}}
+    assert made(tmp_path, config=quantized, max_model_len=8192).budget.weights == 16 << 30
+
+
 def test_the_sizes_of_the_files_stand_in_for_an_index(tmp_path: Path) -> None:
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(5 << 30)
