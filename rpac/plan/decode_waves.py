@@ -18,7 +18,7 @@ from rpac.contract.arrays import (
     nbytes,
     packing,
 )
-from rpac.plan.access import decode_mask_of, write_of
+from rpac.plan.access import decode_mask_of, kv_matmul_options, write_of
 from rpac.plan.buffers import (
     Buffer,
     load_sem,
@@ -126,7 +126,13 @@ def recipe(spec: Spec, tiles: DecodeWaves, chooser: Chooser) -> DecodeRecipe:
     """
     pairs = joins_rows(spec.model) and tiles.tile % (2 * LANES) == 0
     options: tuple[Read, ...] = ("token_pairs", "separate") if pairs else ("separate",)
-    return DecodeRecipe("waves", chooser.choose("read", *options), write_of(spec), decode_mask_of(spec))
+    return DecodeRecipe(
+        "waves",
+        chooser.choose("read", *options),
+        write_of(spec),
+        decode_mask_of(spec),
+        chooser.choose("kv_matmul", *kv_matmul_options(spec, chooser.target)),
+    )
 
 
 def is_legal(spec: Spec, tiles: DecodeWaves) -> bool:
