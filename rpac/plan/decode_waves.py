@@ -30,11 +30,11 @@ from rpac.plan.buffers import (
     sublane_tile_tokens,
 )
 from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
-from rpac.plan.recipe import Chooser, DecodeRecipe, Read, Recipe
+from rpac.plan.recipe import Chooser, DecodeRecipe, Fetch, Read, Recipe
 from rpac.plan.sizes import IN_FLIGHT_BYTES, MIB, power_of_two_from, power_of_two_to, visible_tokens
 from rpac.spec import Spec
 
-WRITE_BUFFERS: Final = 8  # outputs and cache rows on their way: as many sequences as a wave may end
+WRITE_BUFFERS: Final = 16  # outputs and cache rows on their way: as many sequences as a wave may end
 TILE_BYTES: Final = MIB  # K and V of one tile: long enough that its DMA hides what it costs by itself
 WAVE_BYTES: Final = 8 * MIB  # fetched in a few times the DMA's latency
 MOST_TILES: Final[Mapping[str, int]] = {"decode": 6, "mixed": 4}  # of a wave: more are little faster, and each is code
@@ -126,13 +126,23 @@ def recipe(spec: Spec, tiles: DecodeWaves, chooser: Chooser) -> DecodeRecipe:
     """
     pairs = joins_rows(spec.model) and tiles.tile % (2 * LANES) == 0
     options: tuple[Read, ...] = ("token_pairs", "separate") if pairs else ("separate",)
+    read = chooser.choose("read", *options)
     return DecodeRecipe(
         "waves",
-        chooser.choose("read", *options),
+        read,
         write_of(spec),
         decode_mask_of(spec),
         chooser.choose("kv_matmul", *kv_matmul_options(spec, chooser.target)),
+        chooser.choose("fetch", *_fetch_options(spec, read)),
     )
+
+
+def _fetch_options(spec: Spec, read: Read) -> tuple[Fetch, ...]:
+    """Where fetches may start. In between they need no time of their own: the MXU takes K and V meanwhile.
+
+    Token pairs have an order of their own.
+    """
+    return ("before",) if read == "token_pairs" else ("between", "before")
 
 
 def is_legal(spec: Spec, tiles: DecodeWaves) -> bool:

@@ -18,6 +18,8 @@ Write = Literal[
 """How new tokens get into the cache's rows."""
 KvMatmul = Literal["as_stored", "int8_parts", "converted"]
 """How K and V of the cache go into matmuls with rows of queries and of probabilities."""
+Fetch = Literal["before", "between"]
+"""Where an iteration of a decode kernel starts its fetches: before it computes tiles, or in between."""
 DecodeMask = Literal["lengths", "drafts", "tree"]
 """What hides a score in a decode row: the sequence's end, or the place of a draft among the new tokens."""
 BlockMask = Literal["compare", "matmul", "lengths"]
@@ -31,7 +33,7 @@ SPLIT: Final[tuple[Read, ...]] = ("split_words", "split_rows")
 Option = TypeVar("Option", bound="str | bool")
 Wanted = Mapping[str, "str | bool"]
 """Decisions of one kernel that are not left to the rule, by name: those of `BLOCK_OPTIONS` or `DECODE_OPTIONS`."""
-DECODE_OPTIONS: Final = ("read", "kv_matmul")
+DECODE_OPTIONS: Final = ("read", "kv_matmul", "fetch")
 BLOCK_OPTIONS: Final = ("scores", "paced", "mask", "pipelined")
 """The decisions for which some tiles leave more than one option; in this order each may depend on those before it."""
 
@@ -54,7 +56,7 @@ class DecodeRecipe:
     """`skeleton`: blocks of one sequence, or waves of tiles of any. `mask`: what hides a score from a row's query.
 
     `kv_matmul`: the MXU takes K and V as they are stored, or after a conversion to the queries' dtype; or it takes 8-bit
-    integers as they are, beside rows that are split into parts of 8 bits.
+    integers as they are, beside rows that are split into parts of 8 bits. `fetch`: before tiles are computed, or in between.
     """
 
     skeleton: Literal["blocks", "waves"]
@@ -62,6 +64,7 @@ class DecodeRecipe:
     write: Write
     mask: DecodeMask
     kv_matmul: KvMatmul
+    fetch: Fetch = "before"
 
     @property
     def splits_words(self) -> bool:
