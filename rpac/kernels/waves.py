@@ -114,6 +114,7 @@ def wave_constants(spec: Spec, tiles: DecodeWaves) -> list[Constant]:
         tile("NO_SEQ", "MAX_ROWS", "in place of a sequence where there is no tile"),
         tile("MAX_TOKENS", "MAX_ROWS * DECODE_LEN" if several else "MAX_ROWS", "new tokens of the largest batch"),
         tile("WRITE_BUFFERS", tiles.write_buffers, "sequences whose new tokens are on their way to the cache"),
+        tile("TILES_LOADED", tiles.tiles_loaded(spec), "whose loads may be early: those after them wait for the MXU"),
         tile("LAST_ENTRY", "MAX_SEQS * PAGES_PER_SEQ - 1", "of the page tables"),
     ]
 

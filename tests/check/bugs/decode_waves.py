@@ -172,6 +172,16 @@ ENDS = (
         "first + token <= valid",
     ),
     Bug(
+        "sublane tiles behind the last token not cleared where one is cleared at a time",
+        "PagedKernel.clear_tail",
+        "for_each(first, wide * several, functools.partial(self.clear_tiles, buffer, 1))",
+    ),
+    Bug(
+        "sublane tiles behind the last token not cleared where several are cleared at a time",
+        "PagedKernel.clear_tail",
+        "for_each(wide, quotient(end, several), functools.partial(self.clear_tiles, buffer, several))",
+    ),
+    Bug(
         "V cleared to the end of its page only", "DecodeKernel", "computed_tokens = TILE", "computed_tokens = PAGE_SIZE"
     ),
 )
@@ -351,6 +361,7 @@ SUITES = [
             "a wave waited for and patched an iteration late",
             "no wait for a partial page",
             "scores kept in a tile that is fetched",
+            "sublane tiles behind the last token not cleared where several are cleared at a time",
             "tiles of no sequence patched",
             "a token too many seen",
             "the sum of the sequence before added",
