@@ -47,7 +47,7 @@ def row(point: Point, model: Model, cache: Path, python: str) -> Row:
 
 def table(rows: Iterable[Row]) -> list[str]:
     """The rows of docs/calibration.md."""
-    heads = ("point", "measured, us", "predicted, us", "error", "of it kernels, us", "copy of the cache, us", "blocks")
+    heads = ("point", "measured, us", "predicted, us", "error", "kernels, us", "copy of the cache, us", "blocks")
     lines = [f"| {' | '.join(heads)} |", "|---|--:|--:|--:|--:|--:|---|"]
     for one in rows:
         shape = one.point.shape
