@@ -83,9 +83,10 @@ def main() -> None:
         kept[target] = walk_target(target, [p for p in points if p.target == target], predictor, old)
         results.write(kept)
     if options.bench:
+        measured = [one for file in options.bench for one in bench.read(file)]
         for point in points:
             show(kept[point.target].row(point))
-        print("\n".join(page.bench_table(one for file in options.bench for one in bench.read(file))))
+        print("\n".join(page.bench_table(measured)))
     else:
         PAGE.write_text(page.document(points, kept))
 
