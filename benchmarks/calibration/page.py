@@ -103,6 +103,7 @@ def document(points: Sequence[Point], results: Mapping[str, TargetResults]) -> s
         "worst_decode_unknown": worst(unknown),
         "worst_prefill_unknown": worst(of("paper", "mixed", "tpu7x")),
         "worst_held_decode": worst(of("flywheel", "decode", "tpu7x")),
+        "v6e_held_out_count": str(sum(not row.point.fit for row in v6e)),
         "v6e_within_5": within(v6e, 0.05),
         "v6e_worst": worst(v6e),
         "v6e_early_within_12": within(of("sglang-early", "decode", "v6e"), 0.12),

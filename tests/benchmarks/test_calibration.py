@@ -130,3 +130,14 @@ def test_a_file_that_is_no_bench_is_refused(tmp_path, change):
     path = bench_file(tmp_path, **change)
     with pytest.raises(SystemExit, match="not a file that rpac bench wrote"):
         module("calibration.bench").read(path)
+
+
+def test_a_bench_is_printed_beside_the_points_and_changes_no_page(tmp_path, monkeypatch, capsys):
+    calibrate = module("calibrate")
+    monkeypatch.setattr(calibrate, "PAGE", tmp_path / "calibration.md")
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", "--bench", str(bench_file(tmp_path))])
+    calibrate.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert sum("held out" in line or "in the fit" in line for line in printed) > 60
+    assert any(line.startswith("| TPU7x, tiny 0123456789ab") for line in printed)
+    assert not calibrate.PAGE.exists()
