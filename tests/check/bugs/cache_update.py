@@ -129,9 +129,7 @@ SUITES = [
         BOTH + WORDS,
         ordinary=(
             "no wait for a page that holds old tokens",
-            "old tokens of a page lost",
             "no wait for the last cache writes",
-            "no page updated",
         ),
     ),
     BugSuite(
