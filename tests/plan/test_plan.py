@@ -35,7 +35,7 @@ from rpac.plan import (
     plan_spec,
 )
 from rpac.plan.buffers import sublane_tile_tokens
-from rpac.plan.decode_waves import WAVE_BYTES
+from rpac.plan.decode_waves import LEAST_TILE_BYTES, WAVE_BYTES
 from rpac.plan.families import vmem_need
 from rpac.plan.planner import SMEM_RESERVE, VMEM_HEADROOM, smem_need
 from rpac.plan.query_rows import Sets
@@ -169,7 +169,10 @@ def test_tiles_of_a_wave_are_whole_pages_and_registers_and_no_longer_than_needed
         assert tiles.tile % serving.page_size == 0
         assert tiles.tile % LANES == 0
         assert tiles.tile % sublane_tile_tokens(model) == 0, "its tail is cleared by sublane tiles"
-        needed = (serving.page_size, LANES, power_of_two_from(min(serving.context_lens)))
+        shortest, longest = [power_of_two_from(of(serving.context_lens)) for of in (min, max)]
+        token_bytes = 2 * model.kv_heads * model.head_dim * np.dtype(model.kv_dtype).itemsize
+        few_bytes = min(longest, power_of_two_to(LEAST_TILE_BYTES // token_bytes))
+        needed = (serving.page_size, LANES, shortest, few_bytes)
         assert tiles.tile <= max(needed), "a tile is computed whole, however short the sequence"
         assert tiles.tile // 2 < max(needed)
         assert {tiles.max_rows} == sequences(spec, plan)
@@ -394,3 +397,36 @@ def test_new_tokens_of_a_decode_row_take_rows_of_a_matmul_as_heads_of_a_group_do
 def test_a_tree_takes_its_part_of_smem() -> None:
     drafting = replace(TINY, serving=replace(TINY.serving, decode_len=4, tree_mask=True))
     assert smem_need(drafting) == smem_need(TINY) + 4 * TINY.serving.max_num_seqs * 4
+
+
+def decode_plan(target: str, **changes: object) -> KernelPlan:
+    """Of a spec with separate K and V."""
+    served = {key: changes.pop(key) for key in ("context_lens", "max_model_len") if key in changes}
+    serving = replace(TINY.serving, kv_layout="separate", page_size=128, num_pages=1024, **served)  # type: ignore[arg-type]
+    spec = replace(TINY, model=replace(TINY.model, **changes), serving=serving)  # type: ignore[arg-type]
+    return next(plan for plan in plan_spec(spec, target, tuned=TunedTiles()) if plan.kind == "decode")
+
+
+@pytest.mark.parametrize("target", TPU_TARGETS)
+def test_the_mxu_takes_8_bits_as_they_are_stored_where_it_has_such_a_product(target: str) -> None:
+    def way(kv_dtype: str, q_dtype: str = "bfloat16") -> str:
+        recipe = decode_plan(target, kv_dtype=kv_dtype, q_dtype=q_dtype).recipe.decode
+        assert recipe is not None
+        return recipe.kv_matmul
+
+    assert way("bfloat16") == way("float8_e4m3fn") == way("float8_e5m2") == "as_stored"
+    assert way("int8") == ("converted" if target == "tpu7x" else "int8_parts")
+    assert way("float8_e4m3fn", "float32") == way("int8", "float32") == "converted"
+
+
+def test_a_tile_of_few_heads_is_long_even_where_some_sequences_are_short() -> None:
+    def tile(**changes: object) -> int:
+        decode = decode_plan("tpu7x", q_heads=8, max_model_len=4096, **changes).decode
+        assert isinstance(decode, DecodeWaves)
+        return decode.tile
+
+    assert tile(kv_heads=8, context_lens=(256, 4096)) == 256
+    assert tile(kv_heads=1, context_lens=(256, 4096)) == 1024
+    assert tile(kv_heads=1, context_lens=(256, 512)) == 512
+    assert tile(kv_heads=1, context_lens=(256,)) == 256
+    assert tile(kv_heads=1, context_lens=(256, 4096), kv_dtype="int8") == 2048
