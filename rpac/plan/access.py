@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from rpac.contract.arrays import joins_rows, packing
+from typing import Final
+
+from rpac.contract.arrays import LANES, head_lanes, joins_rows, packing
 from rpac.plan.recipe import DecodeMask, Read, Write
 from rpac.spec import Spec
+
+MOST_ALL_HEADS_ROWS: Final = 64
 
 
 def read_of(spec: Spec) -> Read:
@@ -19,6 +23,18 @@ def read_of(spec: Spec) -> Read:
     if packing(model.kv_dtype) == 1:
         return "strided"
     return "split_rows" if joins_rows(model) or model.quantized else "split_words"
+
+
+def reads_all_heads(spec: Spec) -> bool:
+    """Whether a decode kernel can take interleaved K and V of all heads as they lie, and gains by it.
+
+    A word must hold a K and its V, and a row of registers a whole head. Query rows cost vector work in proportion to the
+    bytes that are fetched beside it: with more rows than `MOST_ALL_HEADS_ROWS` it would take longer than the fetch.
+    """
+    model = spec.model
+    of_words = packing(model.kv_dtype) == 2 and not joins_rows(model) and head_lanes(model) == LANES
+    rows = model.q_heads * spec.serving.decode_len
+    return spec.serving.kv_layout == "interleaved" and of_words and rows <= MOST_ALL_HEADS_ROWS
 
 
 def write_of(spec: Spec) -> Write:

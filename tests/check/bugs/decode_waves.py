@@ -1,4 +1,4 @@
-"""Bugs of decode kernels by waves of tiles: separate K and V."""
+"""Bugs of decode kernels by waves of tiles."""
 
 from __future__ import annotations
 
@@ -71,14 +71,16 @@ FETCHES = (
 )
 WAITS = (
     Bug(
-        "no wait for a page of a partial tile",
-        "DecodeKernel.wait_for_page",
-        "wait_for_bytes(self.kv.at[slot, 0], sem)",
+        "no wait for the pages of a partial wave",
+        "DecodeKernel.wait_for_wave.wait_for_pages",
+        "pl.when(pages & (1 << digit) != 0)(functools.partial(wait_for_bytes, as_large, sem))",
     ),
     Bug(
-        "no wait for the tiles of a partial wave",
-        "DecodeKernel.wait_for_wave.wait_for_tiles",
-        "self.wait_for_tile(self.tile_left[self.slot(wave, i)], first_slot + i, sem)",
+        "no wait for a single page of a partial wave",
+        "DecodeKernel.wait_for_wave.wait_for_pages",
+        "pages & (1 << digit) != 0",
+        "pages & (2 << digit) != 0",
+        hangs=True,
     ),
     Bug(
         "no wait for a full wave",
@@ -86,15 +88,23 @@ WAITS = (
         "wait_for_bytes(self.kv.at[pl.ds(first_slot, TILES_PER_WAVE)], sem)",
     ),
     Bug(
-        "no wait for a full tile of a partial wave",
-        "DecodeKernel.wait_for_tile.wait_for_full_tile",
-        "wait_for_bytes(self.kv.at[slot], sem)",
+        "no wait for as many pages as a wave has",
+        "DecodeKernel.wait_for_wave.wait_for_pages",
+        "(TILES_PER_WAVE * TILE_PAGES).bit_length()",
+        "(TILES_PER_WAVE * TILE_PAGES).bit_length() - 1",
+    ),
+    Bug(
+        "pages behind a tile waited for",
+        "DecodeKernel.wait_for_wave.wait_for_pages",
+        "jnp.clip(self.tile_left[self.slot(wave, i)], 0, TILE)",
+        "jnp.maximum(self.tile_left[self.slot(wave, i)], 0)",
+        hangs=True,
     ),
     Bug(
         "no wait for a partial page",
-        "DecodeKernel.wait_for_tile.wait_for_pages",
-        "pl.cdiv(left, PAGE_SIZE)",
-        "left // PAGE_SIZE",
+        "DecodeKernel.wait_for_wave.wait_for_pages",
+        "some + (PAGE_SIZE - 1)",
+        "some",
     ),
     Bug(
         "no wave waited for or patched",
@@ -231,8 +241,8 @@ SOFTMAX = (
     Bug(
         "the running softmax not kept for the next iteration",
         "DecodeKernel.iterate",
-        "self.row_max[...], self.row_sum[...], self.acc[...] = self.compute_tiles(wave, softmaxes, state)",
-        "self.compute_tiles(wave, softmaxes, state)",
+        "self.row_max[...], self.row_sum[...], self.acc[...] = self.compute_tiles(wave, state)",
+        "self.compute_tiles(wave, state)",
     ),
 )
 HEADS = (
@@ -245,8 +255,8 @@ HEADS = (
     Bug(
         "scores of this wave in place of the next",
         "DecodeKernel.compute_tiles",
-        "self.compute_scores(wave + 1, i)",
-        "self.compute_scores(wave, i)",
+        "self.keep_scores(wave + 1, i)",
+        "self.keep_scores(wave, i)",
     ),
     Bug("K read for V", "DecodeKernel.head_values", "V_PLANE", "K_PLANE"),
     Bug(
@@ -334,7 +344,7 @@ SUITES = [
         FETCHES + WAITS + ENDS + SOFTMAX + HEADS + UPDATES,
         ordinary=(
             "a wave waited for and patched an iteration late",
-            "no wait for a page of a partial tile",
+            "no wait for a partial page",
             "tiles of no sequence patched",
             "a token too many seen",
             "the sum of the sequence before added",
