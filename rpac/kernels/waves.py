@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from rpac.contract.arrays import joins_rows
+from rpac.contract.attention import Attention
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, tile
 from rpac.kernels.semaphores import WAVE_SHAPES
 from rpac.kernels.shared import CLEARED_AT_ONCE, Shared, call_of, model_constants, query_row_shapes, scratch_of
 from rpac.plan import DecodeWaves, KernelPlan, RowDims
-from rpac.plan.buffers import sublane_tile_tokens
+from rpac.plan.buffers import all_heads_rows, sublane_tile_tokens
 from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
 from rpac.plan.recipe import Recipe
 from rpac.spec import Spec
@@ -72,6 +74,7 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "updates": _updates(spec, recipe),
         "attention": "all_heads" if recipe.decode.read == "all_heads" else "grouped",
         "columns": _columns(recipe),
+        "tile_rows": _tile_rows(spec.model),
         "order": "paced"
         if recipe.decode.read == "all_heads"
         else "values_first"
@@ -105,6 +108,13 @@ def _updates(spec: Spec, recipe: Recipe) -> list[str]:
     if spec.serving.kv_layout == "interleaved":
         return [f"packed_write/{new_tokens}"]
     return [f"wave_store/{new_tokens}", f"wave_write/{recipe.decode.write}"]
+
+
+def _tile_rows(model: Attention) -> str:
+    """How rows of K and V of all heads lie where they are interleaved: in words, joined, or that with padding in each word."""
+    if not joins_rows(model):
+        return "words"
+    return "joined" if model.kv_heads > 1 else "padded_joined"
 
 
 def _columns(recipe: Recipe) -> str:
@@ -149,7 +159,8 @@ def _own_constants(spec: Spec, tiles: DecodeWaves, recipe: Recipe) -> list[Const
         tile("HEAD_QUERY_ROWS", query_rows, "of them those of one KV head"),
         tile("QUERY_ROWS", "HEAD_SETS * SET_ROWS"),
         tile("NO_TOKEN", 1 << 30, "a number that no token of a sequence has"),
-        tile("COLUMNS", "TILE * WORD_ROWS", "rows of K, and of V, of all heads of a tile"),
+        tile("TOKEN_COLUMNS", all_heads_rows(spec.model), "rows of K of one token, all heads"),
+        tile("COLUMNS", "TILE * TOKEN_COLUMNS", "rows of K, and of V, of all heads of a tile"),
         tile(
             "CLEARED_TILES",
             math.gcd(tiles.tile // RowDims.of(spec.model).sublane_tile, CLEARED_AT_ONCE),

@@ -28,11 +28,11 @@ def read_of(spec: Spec) -> Read:
 def reads_all_heads(spec: Spec) -> bool:
     """Whether a decode kernel can take interleaved K and V of all heads as they lie, and gains by it.
 
-    A word must hold a K and its V, and a row of registers a whole head. Query rows cost vector work in proportion to the
+    A word must hold a K and its V, or a row of registers both; and a row of registers a whole head. Query rows cost vector work in proportion to the
     bytes that are fetched beside it: with more rows than `MOST_ALL_HEADS_ROWS` it would take longer than the fetch.
     """
     model = spec.model
-    of_words = packing(model.kv_dtype) == 2 and not joins_rows(model) and head_lanes(model) == LANES
+    of_words = packing(model.kv_dtype) == 2 and head_lanes(model) == LANES
     rows = model.q_heads * spec.serving.decode_len
     return spec.serving.kv_layout == "interleaved" and of_words and rows <= MOST_ALL_HEADS_ROWS
 

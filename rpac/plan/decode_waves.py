@@ -22,6 +22,7 @@ from rpac.plan.access import decode_mask_of, reads_all_heads, write_of
 from rpac.plan.buffers import (
     Buffer,
     RowDims,
+    all_heads_rows,
     load_sem,
     lse_rows,
     lse_sem,
@@ -113,7 +114,7 @@ class DecodeWaves:
     def columns(self, spec: Spec, recipe: Recipe) -> int:
         """Scores of a query row in a tile: one for each token, or for each token and KV head."""
         assert recipe.decode is not None
-        return self.tile * (RowDims.of(spec.model).packed_rows if recipe.decode.read == "all_heads" else 1)
+        return self.tile * (all_heads_rows(spec.model) if recipe.decode.read == "all_heads" else 1)
 
     def _query_rows(self, spec: Spec, recipe: Recipe) -> int:
         assert recipe.decode is not None
@@ -131,7 +132,7 @@ class DecodeWaves:
             unit: tuple[int, ...] = (*tiles, rows.sublane_tile_rows, LANES)
             packed = (rows.sublane_tile * rows.packed_rows, LANES)
             query_rows = Sets.of(spec, read).rows
-            scores = query_rows, self.tile * rows.packed_rows
+            scores = query_rows, self.tile * all_heads_rows(model)
             tile_max = self.tiles_per_wave, query_rows, LANES
             others = [
                 Buffer("packed", packed, word_dtype(model), "a new token in the cache's form"),

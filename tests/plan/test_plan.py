@@ -181,7 +181,7 @@ def test_all_heads_are_read_at_once_where_words_hold_k_and_v_of_whole_heads_and_
     assert read(q_heads=128, kv_heads=8) == "split_words", "so many rows of scores take longer than the fetch"
     assert read(decode_len=8, q_heads=32, kv_heads=8) == "split_words"
     assert read(head_dim=256) == "split_words", "a head is two rows of registers"
-    assert read(head_dim=64) == "split_rows", "a word holds rows of two heads"
+    assert read(head_dim=64) == "all_heads", "a row that holds K and V is taken as both"
     assert read(kv_dtype="float8_e4m3fn") == "split_rows", "a word holds four rows"
     assert read(q_dtype="float32", kv_dtype="float32") == "strided"
 

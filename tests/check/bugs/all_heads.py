@@ -12,8 +12,8 @@ HEADS = (
     Bug(
         "the heads of other queries seen",
         "DecodeKernel.load_column_tokens",
-        "lax.rem(row, WORD_ROWS) == lax.div(query, HEAD_QUERY_ROWS)",
-        "row >= 0",
+        "head == lax.div(query, HEAD_QUERY_ROWS)",
+        "head >= 0",
     ),
     Bug(
         "the last query of each head given to the next",
@@ -23,11 +23,11 @@ HEADS = (
     ),
     Bug(
         "the halves of a tile not put together",
-        "DecodeKernel.load_column_tokens",
+        "DecodeKernel.place_of_column",
         "(column & 1) * (COLUMNS // 2) + (column >> 1)",
         "column",
     ),
-    Bug("K read for V", "DecodeKernel.accumulate_pv", "self.tile_rows(wave, i, 1)", "self.tile_rows(wave, i, 0)"),
+    Bug("K read for V", "DecodeKernel.accumulate_pv", "self.tile_values(wave, i)", "self.tile_keys(wave, i)"),
     Bug(
         "K of this wave in place of the next",
         "DecodeKernel.compute_tiles",
