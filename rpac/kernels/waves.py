@@ -154,7 +154,9 @@ def _own_constants(spec: Spec, tiles: DecodeWaves, recipe: Recipe) -> list[Const
     sets, updates = Sets.of(spec, recipe.decode.read), spec.model.update_cache
     pairs = recipe.decode.read == "token_pairs"
     query_rows = sets.queries if recipe.decode.read == "all_heads" else sets.rows // sets.heads
-    new_tiles = sublane_tiles_by_sequence(spec, 1, sublane_tile_tokens(spec.model))[-1]
+    apart = spec.serving.kv_layout == "separate"
+    tile_tokens = sublane_tile_tokens(spec.model) if apart else RowDims.of(spec.model).sublane_tile
+    new_tiles = sublane_tiles_by_sequence(spec, 1, tile_tokens)[-1]
     return [
         tile("QUERIES", "Q_HEADS * DECODE_LEN" if spec.serving.decode_len > 1 else "Q_HEADS", "of a sequence"),
         tile("HEADS_PER_SET", sets.heads, "KV heads whose queries are the rows of one matmul: they fill a register"),

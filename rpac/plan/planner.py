@@ -83,7 +83,8 @@ def _with_tuned(spec: Spec, plan: KernelPlan, tuned: TunedTiles) -> KernelPlan:
     entry = tuned.find(spec, plan)
     if entry is None:
         return _interpolated(spec, plan, tuned.nearest(spec, plan))
-    decode, block = _of_own_loop(plan, *entry.tiles)
+    entry_decode, entry_block = entry.tiles
+    decode, block = _of_own_loop(plan, entry_decode, entry_block)
     if decode is None and block is None:
         return replace(plan, origin=f"{RULE}: the tuned tiles are of another decode loop")
     try:
@@ -92,7 +93,8 @@ def _with_tuned(spec: Spec, plan: KernelPlan, tuned: TunedTiles) -> KernelPlan:
         raise entry.stale(error) from error
     if found is None:
         return replace(plan, origin=f"{RULE}: the tuned tiles do not fit VMEM")
-    return replace(found, origin=entry.origin)
+    rules = "" if decode is entry_decode else "; decode by the rule, whose loop is another"
+    return replace(found, origin=f"{entry.origin}{rules}")
 
 
 def _of_own_loop(plan: KernelPlan, decode: AnyDecode, block: BlockTiles | None) -> tuple[AnyDecode, BlockTiles | None]:
