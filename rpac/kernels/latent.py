@@ -83,10 +83,11 @@ def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "loads": _LOADS,
         "queries": Queries("own", "none", pairs=False),
         "value_lanes": "RANK",
-        "store": "latent",
-        "write": f"latent_write/{_words(spec)}",
+        "updates": ["wave_store/latent", f"latent_write/{_words(spec)}"],
         "attention": "latent",
+        "columns": "TILE",
         "order": "one_by_one",
+        "softmax": "whole",
         "tiles_fit": spec.serving.pages_per_seq * spec.serving.page_size % tiles.tile == 0,
     }
     return Kernel("skeletons/decode_waves.py.jinja", context, constants, "DECODE_")

@@ -158,6 +158,10 @@ class Shared:
         """Where page `page` of a block is in a buffer."""
         return "pl.ds(page * PAGE_ROWS, PAGE_ROWS)" if self.layout == "interleaved" else "page"
 
+    def first_pages(self, count: str) -> str:
+        """Where the first pages of a block are."""
+        return f"pl.ds(0, {count} * PAGE_ROWS)" if self.layout == "interleaved" else f"pl.ds(0, {count})"
+
     @property
     def to_mxu(self) -> str:
         """What follows keys or values on their way to the MXU."""
@@ -193,9 +197,10 @@ def shared_context(
     """The context of every template of a program, but for headers.
 
     `local` stands among the features for what a sliding window and attention chunks have in common: queries that do not
-    see their sequence from its start.
+    see their sequence from its start. `all_heads` stands there for what a decode kernel has that reads K and V so.
     """
-    features = (*recipe.features, "local") if spec.model.late else recipe.features
+    all_heads = recipe.decode is not None and recipe.decode.read == "all_heads"
+    features = (*recipe.features, *["local"] * spec.model.late, *["all_heads"] * all_heads)
     return {
         "kind": plan.kind,
         "features": features,

@@ -1,4 +1,4 @@
-"""What the template of a decode kernel by waves of tiles shows where K and V lie separately."""
+"""What the template of a decode kernel by waves of tiles shows."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from rpac.contract.arrays import joins_rows
+from rpac.contract.attention import Attention
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, tile
 from rpac.kernels.semaphores import WAVE_SHAPES
-from rpac.kernels.shared import Shared, call_of, model_constants, query_row_shapes, scratch_of
-from rpac.plan import DecodeWaves, KernelPlan
-from rpac.plan.buffers import sublane_tile_tokens
+from rpac.kernels.shared import CLEARED_AT_ONCE, Shared, call_of, model_constants, query_row_shapes, scratch_of
+from rpac.plan import DecodeWaves, KernelPlan, RowDims
+from rpac.plan.buffers import all_heads_rows, sublane_tile_tokens
 from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
 from rpac.plan.recipe import DecodeRecipe, Recipe
 from rpac.spec import Spec
 
 NAMES = {"unit_out": "new_out", "unit_sem": "write_sem"}  # of scratch arrays, other than in the plan
+ORDERS = {"token_pairs": "values_first", "all_heads": "paced"}  # of the work of an iteration, by how K and V are read
 LOADS_OF_NEW = (("q_hbm", "q_in"), ("k_hbm", "new_keys"), ("v_hbm", "new_values"))
 
 
@@ -35,13 +38,14 @@ class Queries:
     @classmethod
     def of(cls, spec: Spec, recipe: Recipe) -> Queries:
         """Those of a spec."""
-        sets = Sets.of(spec)
+        assert recipe.decode is not None
+        sets = Sets.of(spec, recipe.decode.read)
         shared = sets.heads > 1
         padding: Literal["last", "each"] = "last" if shared else "each"
         return cls(
             heads="shared" if shared else "own",
             padding=padding if sets.padded(spec.model) else "none",
-            pairs=recipe.decode is not None and recipe.decode.read == "token_pairs",
+            pairs=recipe.decode.read == "token_pairs",
         )
 
     def drop(self, rows: str) -> str:
@@ -57,20 +61,22 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     """The kernel of a plan."""
     tiles = plan.decode
     assert isinstance(tiles, DecodeWaves) and recipe.decode is not None
-    constants = [*model_constants(spec, plan), *wave_constants(spec, tiles), *_own_constants(spec, recipe)]
+    constants = [*model_constants(spec, plan), *wave_constants(spec, tiles), *_own_constants(spec, tiles, recipe)]
     context = {
         "kernel_class": "DecodeKernel",
         "call": call_of(spec, "decode"),
-        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _shapes(spec), constants, NAMES),
+        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _shapes(spec, recipe), constants, NAMES),
         "summary": _summary(spec),
         "patches": _patches(spec),
         "loads": LOADS_OF_NEW if spec.model.update_cache else LOADS_OF_NEW[:1],
         "queries": Queries.of(spec, recipe),
         "value_lanes": "HEAD_LANES",
-        "store": Shared.of(spec, recipe).new_tokens,
-        "write": f"wave_write/{recipe.decode.write}",
-        "attention": "grouped",
+        "updates": _updates(spec, recipe),
+        "attention": "all_heads" if recipe.decode.read == "all_heads" else "grouped",
+        "columns": _columns(recipe),
+        "tile_rows": _tile_rows(spec.model),
         "order": _order(recipe.decode),
+        "softmax": "masked_first" if recipe.decode.read == "all_heads" else "whole",
         "tiles_fit": _tiles_fit(spec, tiles),
     }
     return Kernel("skeletons/decode_waves.py.jinja", context, constants, "DECODE_")
@@ -78,6 +84,8 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
 
 def _order(recipe: DecodeRecipe) -> str:
     """The part that computes the tiles of a wave."""
+    if recipe.read == "all_heads":
+        return "paced"
     if recipe.read == "token_pairs":
         return "values_first"
     return "fetch_between" if recipe.fetch == "between" else "one_by_one"
@@ -96,6 +104,27 @@ def _patches(spec: Spec) -> str:
     if spec.serving.decode_len > 1:
         return "stores the new tokens and clears what lies behind them"
     return "stores the new token and clears what lies behind it"
+
+
+def _updates(spec: Spec, recipe: Recipe) -> list[str]:
+    """The parts that write new tokens to the cache."""
+    assert recipe.decode is not None
+    new_tokens = Shared.of(spec, recipe).new_tokens
+    if spec.serving.kv_layout == "interleaved":
+        return [f"packed_write/{new_tokens}"]
+    return [f"wave_store/{new_tokens}", f"wave_write/{recipe.decode.write}"]
+
+
+def _tile_rows(model: Attention) -> str:
+    """How rows of K and V of all heads lie where they are interleaved: in words, joined, or that with padding in each word."""
+    if not joins_rows(model):
+        return "words"
+    return "joined" if model.kv_heads > 1 else "padded_joined"
+
+
+def _columns(recipe: Recipe) -> str:
+    """The scores of a query row in a tile."""
+    return "COLUMNS" if recipe.decode is not None and recipe.decode.read == "all_heads" else "TILE"
 
 
 def wave_constants(spec: Spec, tiles: DecodeWaves) -> list[Constant]:
@@ -119,11 +148,15 @@ def wave_constants(spec: Spec, tiles: DecodeWaves) -> list[Constant]:
     ]
 
 
-def _own_constants(spec: Spec, recipe: Recipe) -> list[Constant]:
+def _own_constants(spec: Spec, tiles: DecodeWaves, recipe: Recipe) -> list[Constant]:
     """Those of heads, and of new tokens in the cache."""
-    sets, updates = Sets.of(spec), spec.model.update_cache
-    pairs = recipe.decode is not None and recipe.decode.read == "token_pairs"
-    new_tiles = sublane_tiles_by_sequence(spec, 1, sublane_tile_tokens(spec.model))[-1]
+    assert recipe.decode is not None
+    sets, updates = Sets.of(spec, recipe.decode.read), spec.model.update_cache
+    pairs = recipe.decode.read == "token_pairs"
+    query_rows = sets.queries if recipe.decode.read == "all_heads" else sets.rows // sets.heads
+    apart = spec.serving.kv_layout == "separate"
+    tile_tokens = sublane_tile_tokens(spec.model) if apart else RowDims.of(spec.model).sublane_tile
+    new_tiles = sublane_tiles_by_sequence(spec, 1, tile_tokens)[-1]
     return [
         tile("QUERIES", "Q_HEADS * DECODE_LEN" if spec.serving.decode_len > 1 else "Q_HEADS", "of a sequence"),
         tile("HEADS_PER_SET", sets.heads, "KV heads whose queries are the rows of one matmul: they fill a register"),
@@ -131,27 +164,44 @@ def _own_constants(spec: Spec, recipe: Recipe) -> list[Constant]:
         tile("SET_QUERIES", sets.heads * sets.queries),
         tile("SET_ROWS", sets.rows, "rows of these queries, whole registers"),
         tile("P_ROWS", "2 * SET_ROWS" if pairs else "SET_ROWS", "rows of a set's probabilities in one matmul"),
-        tile("HEAD_QUERY_ROWS", sets.rows // sets.heads, "of them those of one KV head"),
+        tile("HEAD_QUERY_ROWS", query_rows, "of them those of one KV head"),
         tile("QUERY_ROWS", "HEAD_SETS * SET_ROWS"),
+        tile("NO_TOKEN", 1 << 30, "a number that no token of a sequence has"),
+        tile("TOKEN_COLUMNS", all_heads_rows(spec.model), "rows of K of one token, all heads"),
+        tile("COLUMNS", "TILE * TOKEN_COLUMNS", "rows of K, and of V, of all heads of a tile"),
+        tile(
+            "CLEARED_TILES",
+            math.gcd(tiles.tile // RowDims.of(spec.model).sublane_tile, CLEARED_AT_ONCE),
+            "sublane tiles that are cleared at once",
+        ),
         tile("PAIR_WORDS", "TILE // (2 * PACKING)", "words of the rows of half a tile"),
         tile("NEW_TILES", new_tiles, "sublane tiles that a sequence's new tokens may lie in"),
         tile("LOADS", 3 if updates else 1, "queries, keys, values" if updates else "queries"),
     ]
 
 
-def _shapes(spec: Spec) -> dict[str, str]:
+def _shapes(spec: Spec, recipe: Recipe) -> dict[str, str]:
     """The shapes of scratch arrays, in constants."""
     several = spec.serving.decode_len > 1
     rows = "(MAX_ROWS + 1) * DECODE_LEN" if several else "MAX_ROWS + 1"
+    new_tiles = "NEW_TILES, " * several
+    if spec.serving.kv_layout == "interleaved":
+        kv, new_out = "TILE_BUFFERS, TILE * TOKEN_ROWS, LANES", f"WRITE_BUFFERS, {new_tiles}SUBLANE_TILE_ROWS, LANES"
+    else:
+        kv = "TILE_BUFFERS, TILE_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES"
+        new_out = f"WRITE_BUFFERS, {new_tiles}KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES"
     return {
-        "kv": "TILE_BUFFERS, TILE_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES",
+        "kv": kv,
         "q_in": f"{rows}, Q_HEADS, HEAD_DIM",
         "new_keys": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
         "new_values": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
-        "unit_out": f"WRITE_BUFFERS, {'NEW_TILES, ' * several}KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES",
+        "unit_out": new_out,
+        "packed": "SUBLANE_TILE * WORD_ROWS, LANES",
+        "column_token": "QUERY_ROWS, COLUMNS",
         "kv_swapped": "TILES_PER_WAVE, KV_HEADS, PAIR_WORDS, HEAD_LANES",
-        "scores": "TILES_PER_WAVE, QUERY_ROWS, TILE",
+        "scores": f"TILES_PER_WAVE, QUERY_ROWS, {_columns(recipe)}",
         **query_row_shapes("QUERY_ROWS"),
+        "tile_max": "TILES_PER_WAVE, QUERY_ROWS, LANES",
         "row_max": "QUERY_ROWS, LANES",
         "row_sum": "QUERY_ROWS, LANES",
         "acc": "QUERY_ROWS, HEAD_LANES",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from rpac.contract.arrays import joins_rows, packing
+from rpac.contract.arrays import LANES, head_lanes, joins_rows, packing
 from rpac.plan.recipe import DecodeMask, KvMatmul, Read, Write
 from rpac.spec import Spec
 
 INT8_MXU: Final = ("v6e", "v5p", "v5e")  # targets whose MXU takes 8-bit integers
+MOST_ALL_HEADS_ROWS: Final = 40  # with 64, 64 x 4096 takes 394 us on TPU7x, by blocks 377
 
 
 def read_of(spec: Spec) -> Read:
@@ -39,6 +40,19 @@ def kv_matmul_options(spec: Spec, target: str) -> tuple[KvMatmul, ...]:
     if model.kv_dtype != "int8":
         return "as_stored", "converted"
     return ("int8_parts", "converted") if target in INT8_MXU else ("converted",)
+
+
+def reads_all_heads(spec: Spec) -> bool:
+    """Whether a decode kernel can take interleaved K and V of all heads as they lie, and gains by it.
+
+    Each word must hold a K and its V, or each row of registers both, and a row of registers a whole head. Query rows cost
+    vector work in proportion to the bytes that are fetched beside it: with more than `MOST_ALL_HEADS_ROWS` it would take
+    longer than the fetch.
+    """
+    model = spec.model
+    of_words = packing(model.kv_dtype) == 2 and head_lanes(model) == LANES
+    rows = model.q_heads * spec.serving.decode_len
+    return spec.serving.kv_layout == "interleaved" and of_words and rows <= MOST_ALL_HEADS_ROWS
 
 
 def write_of(spec: Spec) -> Write:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from rpac.contract.arrays import LANES, SUBLANES, align, kv_row_shape, nbytes, packing
+from rpac.contract.arrays import LANES, SUBLANES, align, joins_rows, kv_row_shape, nbytes, packing
 from rpac.contract.attention import Attention
 from rpac.contract.features import features_used
 from rpac.plan.recipe import SPLIT, Read
@@ -60,6 +60,14 @@ class RowDims:
     def sublane_tile_rows(self) -> int:
         """Rows of these tokens."""
         return self.sublane_tile * self.token_rows
+
+
+def all_heads_rows(model: Attention) -> int:
+    """Rows of K of one token, where those of all heads are read in the order of the cache.
+
+    Padding is among them where K and V share rows, and words hold such rows of two heads.
+    """
+    return RowDims.of(model).token_rows if joins_rows(model) and model.kv_heads > 1 else model.kv_heads
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Decode by waves of tiles of any sequences, where K and V are separate: tiles, recipe, and the choice among them."""
+"""Decode by waves of tiles of any sequences: tiles, recipe, and the choice among them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from rpac.contract.arrays import (
     nbytes,
     packing,
 )
-from rpac.plan.access import decode_mask_of, kv_matmul_options, write_of
+from rpac.plan.access import decode_mask_of, kv_matmul_options, reads_all_heads, write_of
 from rpac.plan.buffers import (
     Buffer,
+    RowDims,
+    all_heads_rows,
     load_sem,
     lse_rows,
     lse_sem,
@@ -27,6 +29,7 @@ from rpac.plan.buffers import (
     new_dtype,
     query_row_arguments,
     sublane_tile_tokens,
+    word_dtype,
 )
 from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
 from rpac.plan.recipe import Chooser, DecodeRecipe, Fetch, Read, Recipe
@@ -46,7 +49,7 @@ MORE_TILES: Final = 8
 
 @dataclass(frozen=True)
 class DecodeWaves:
-    """Tiles of a decode kernel where K and V are separate: a wave has `tiles_per_wave` tiles of `tile` tokens, of any
+    """Tiles of a decode kernel by waves: a wave has `tiles_per_wave` tiles of `tile` tokens, of any
     sequences, and is fetched `lookahead` waves before it is computed.
 
     `write_buffers`: sequences whose new tokens are on their way to the cache; `max_rows`: those of the largest batch, whose
@@ -71,33 +74,24 @@ class DecodeWaves:
     def scratch(self, spec: Spec, recipe: Recipe) -> tuple[Buffer, ...]:
         """The scratch arrays, in the order of the kernel's parameters."""
         assert recipe.decode is not None
-        model, page_size = spec.model, spec.serving.page_size
+        model = spec.model
         drafts = spec.serving.decode_len
-        sets = Sets.of(spec)
-        query_rows = sets.count * sets.rows
+        query_rows = self._query_rows(spec, recipe)
         new = (self.max_rows * drafts, model.kv_heads, model.head_dim)
         queries = ((self.max_rows + 1) * drafts, model.q_heads, model.head_dim)
         buffers = self.wave_buffers * self.tiles_per_wave
-        kv = (buffers, self.tile // page_size, *kv_page_shape(spec))
-        kinds, heads, _, lanes = kv_page_shape(spec)
-        tokens = sublane_tile_tokens(model)
-        unit = (*sublane_tiles_by_sequence(spec, self.write_buffers, tokens), kinds, heads, tokens, lanes)
-        swapped: tuple[Buffer, ...] = ()
-        if recipe.decode.read == "token_pairs":
-            words = self.tile // 2 // packing(model.kv_dtype)
-            shape = (self.tiles_per_wave, heads, words, lanes)
-            swapped = (Buffer("kv_swapped", shape, "uint32", "second halves of a wave's tiles, K and V swapped"),)
+        kv, unit, *others = self._of_cache(spec, recipe.decode.read)
         return needed(
             spec,
-            Buffer("kv", kv, model.kv_dtype, "fetched tiles"),
+            kv,
             Buffer("q_in", queries, model.q_dtype, "queries of every sequence, and of no sequence"),
             Buffer("new_keys", new, new_dtype(model), "new keys of every sequence"),
             Buffer("new_values", new, new_dtype(model), "new values of every sequence"),
-            Buffer("unit_out", unit, model.kv_dtype, "new tokens on their way to the cache"),
-            *swapped,
+            unit,
+            *others,
             Buffer(
                 "scores",
-                (self.tiles_per_wave, query_rows, self.tile),
+                (self.tiles_per_wave, query_rows, self.columns(spec, recipe)),
                 "float32",
                 "scores of a wave, for the next iteration",
             ),
@@ -119,8 +113,50 @@ class DecodeWaves:
 
     def temporaries(self, spec: Spec, recipe: Recipe) -> int:
         """Bytes of the values of one iteration that registers cannot hold: probabilities, and scores on their way."""
-        sets = Sets.of(spec)
-        return 2 * self.tiles_per_wave * nbytes((sets.count * sets.rows, self.tile), "float32")
+        scores = (self._query_rows(spec, recipe), self.columns(spec, recipe))
+        return 2 * self.tiles_per_wave * nbytes(scores, "float32")
+
+    def columns(self, spec: Spec, recipe: Recipe) -> int:
+        """Scores of a query row in a tile: one for each token, or for each token and KV head."""
+        assert recipe.decode is not None
+        return self.tile * (all_heads_rows(spec.model) if recipe.decode.read == "all_heads" else 1)
+
+    def _query_rows(self, spec: Spec, recipe: Recipe) -> int:
+        assert recipe.decode is not None
+        sets = Sets.of(spec, recipe.decode.read)
+        return sets.count * sets.rows
+
+    def _of_cache(self, spec: Spec, read: Read) -> tuple[Buffer, ...]:
+        """Fetched tiles, new tokens on their way to the cache, and what only one way to read has."""
+        model = spec.model
+        buffers = self.wave_buffers * self.tiles_per_wave
+        if spec.serving.kv_layout == "interleaved":
+            rows = RowDims.of(model)
+            kv: tuple[int, ...] = (buffers, self.tile * rows.token_rows, LANES)
+            tiles = sublane_tiles_by_sequence(spec, self.write_buffers, rows.sublane_tile)
+            unit: tuple[int, ...] = (*tiles, rows.sublane_tile_rows, LANES)
+            packed = (rows.sublane_tile * rows.packed_rows, LANES)
+            query_rows = Sets.of(spec, read).rows
+            scores = query_rows, self.tile * all_heads_rows(model)
+            tile_max = self.tiles_per_wave, query_rows, LANES
+            others = [
+                Buffer("packed", packed, word_dtype(model), "a new token in the cache's form"),
+                Buffer("tile_max", tile_max, "float32", "the largest score of each tile, the same in every lane"),
+                Buffer("column_token", scores, "int32", "the token of each score of a query with its own KV head"),
+            ]
+        else:
+            kinds, heads, _, lanes = kv_page_shape(spec)
+            kv = (buffers, self.tile // spec.serving.page_size, *kv_page_shape(spec))
+            tokens = sublane_tile_tokens(model)
+            unit = (*sublane_tiles_by_sequence(spec, self.write_buffers, tokens), kinds, heads, tokens, lanes)
+            words = (self.tiles_per_wave, heads, self.tile // 2 // packing(model.kv_dtype), lanes)
+            swapped = Buffer("kv_swapped", words, "uint32", "second halves of a wave's tiles, K and V swapped")
+            others = [swapped] if read == "token_pairs" else []
+        return (
+            Buffer("kv", kv, model.kv_dtype, "fetched tiles"),
+            Buffer("unit_out", unit, model.kv_dtype, "new tokens on their way to the cache"),
+            *others,
+        )
 
 
 def recipe(spec: Spec, tiles: DecodeWaves, chooser: Chooser) -> DecodeRecipe:
@@ -131,6 +167,8 @@ def recipe(spec: Spec, tiles: DecodeWaves, chooser: Chooser) -> DecodeRecipe:
     """
     pairs = joins_rows(spec.model) and tiles.tile % (2 * LANES) == 0
     options: tuple[Read, ...] = ("token_pairs", "separate") if pairs else ("separate",)
+    if spec.serving.kv_layout == "interleaved":
+        options = ("all_heads",)
     read = chooser.choose("read", *options)
     return DecodeRecipe(
         "waves",
@@ -138,21 +176,23 @@ def recipe(spec: Spec, tiles: DecodeWaves, chooser: Chooser) -> DecodeRecipe:
         write_of(spec),
         decode_mask_of(spec),
         chooser.choose("kv_matmul", *kv_matmul_options(spec, chooser.target)),
-        chooser.choose("fetch", *_fetch_options(spec, read)),
+        chooser.choose("fetch", *_fetch_options(read)),
     )
 
 
-def _fetch_options(spec: Spec, read: Read) -> tuple[Fetch, ...]:
+def _fetch_options(read: Read) -> tuple[Fetch, ...]:
     """Where fetches may start. In between they need no time of their own: the MXU takes K and V meanwhile.
 
-    Token pairs have an order of their own.
+    Only where K and V are read as they lie: other ways have an order of their own.
     """
-    return ("before",) if read == "token_pairs" else ("between", "before")
+    return ("between", "before") if read == "separate" else ("before",)
 
 
 def is_legal(spec: Spec, tiles: DecodeWaves) -> bool:
     """Whether the kernel works with these tiles at all."""
-    return tiles.tile % spec.serving.page_size == 0
+    pages = tiles.tile // spec.serving.page_size
+    whole_pages = tiles.tile % spec.serving.page_size == 0 and pages & (pages - 1) == 0  # waits count in powers of two
+    return whole_pages and (spec.serving.kv_layout != "interleaved" or reads_all_heads(spec))
 
 
 def is_short(kind: str, tiles: DecodeWaves) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
@@ -9,6 +10,7 @@ from typing import Any, Final, TypeAlias
 from rpac.contract.features import features_in_kernels
 from rpac.devices.chip import Chip
 from rpac.plan import decode_blocks, decode_waves, latent, prefill
+from rpac.plan.access import reads_all_heads
 from rpac.plan.decode_blocks import DecodeBlocks
 from rpac.plan.decode_waves import DecodeWaves
 from rpac.plan.kernel_plan import KernelPlan
@@ -144,9 +146,11 @@ def decode_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator
     """Tiles of a decode kernel from large to small."""
     if spec.model.rope_dim is not None:
         return latent.decode_choices(spec, tokens)
+    waves = decode_waves.choices(spec, kind, tokens)
+    blocks = decode_blocks.choices(spec, device, tokens)
     if spec.serving.kv_layout == "separate":
-        return decode_waves.choices(spec, kind, tokens)
-    return decode_blocks.choices(spec, device, tokens)
+        return waves
+    return itertools.chain(waves, blocks) if reads_all_heads(spec) else blocks
 
 
 def block_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator[BlockTiles | LatentBlockTiles]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 from rpac.contract.arrays import align, extra_specs, kv_page_shape, metadata_specs, nbytes
 from rpac.contract.kind import Kind
@@ -29,6 +29,7 @@ SMEM_RESERVE: Final = 64 << 10  # for what the compiler keeps there itself
 VMEM_HEADROOM: Final = 8 * MIB  # above what we count, for values that the compiler spills
 INT32_BYTES: Final = 4
 
+AnyDecode: TypeAlias = DecodeBlocks | DecodeWaves | None
 FittedTiles = TypeVar("FittedTiles", bound=Tiles)
 
 
@@ -83,22 +84,37 @@ def _with_tuned(spec: Spec, plan: KernelPlan, tuned: TunedTiles) -> KernelPlan:
     entry = tuned.find(spec, plan)
     if entry is None:
         return _interpolated(spec, plan, tuned.nearest(spec, plan))
+    entry_decode, entry_block = entry.tiles
+    decode, block = _of_own_loop(plan, entry_decode, entry_block)
+    if decode is None and block is None:
+        return replace(plan, origin=f"{RULE}: the tuned tiles are of another decode loop")
     try:
-        if not _are_legal(spec, plan, *entry.tiles):
+        if not _are_legal(spec, plan, decode, block):
             raise ValueError("they do not go together for this case")
-        found = with_tiles(spec, plan, *entry.tiles, entry.override)
+        found = with_tiles(spec, plan, decode, block, entry.override)
     except ValueError as error:
         raise entry.stale(error) from error
     if found is None:
         return replace(plan, origin=f"{RULE}: the tuned tiles do not fit VMEM")
-    return replace(found, origin=entry.origin)
+    rules = "" if decode is entry_decode else "; decode by the rule, whose loop is another"
+    return replace(found, origin=f"{entry.origin}{rules}")
+
+
+def _of_own_loop(plan: KernelPlan, decode: AnyDecode, block: BlockTiles | None) -> tuple[AnyDecode, BlockTiles | None]:
+    """Tuned tiles. Where those of decode are of another loop than the rule's, the rule's in a mixed program, else none."""
+    if decode is None or type(decode) is type(plan.decode):
+        return decode, block
+    own = plan.decode if isinstance(plan.decode, DecodeBlocks | DecodeWaves) else None
+    return (None, None) if block is None else (own, block)
 
 
 def _interpolated(spec: Spec, plan: KernelPlan, entry: Entry | None) -> KernelPlan:
     """The plan with the tiles of the nearest case, as far as its own buckets do not decide them."""
     if entry is None:
         return plan
-    decode, block = entry.tiles
+    decode, block = _of_own_loop(plan, *entry.tiles)
+    if decode is None and block is None:
+        return plan
     if decode is not None and isinstance(plan.decode, DecodeBlocks | DecodeWaves):
         decode = replace(decode, max_rows=plan.decode.max_rows)
     if block is not None and isinstance(plan.block, BlockTiles):

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 
 from rpac.contract.arrays import SUBLANES, align, cdiv
 from rpac.contract.attention import Attention
+from rpac.plan.recipe import Read
 from rpac.spec import Spec
 
 
 @dataclass(frozen=True)
 class Sets:
-    """How query rows are put together for matmuls with one KV head each: `heads` KV heads share `rows` rows.
+    """How query rows are put together for matmuls: `heads` KV heads share `rows` rows.
 
-    Fewer rows than the registers' 8 cost as much as 8, so heads of few queries share them; `count` sets hold all heads.
-    `queries` are those of one KV head, of all new tokens of a sequence.
+    Where a matmul is with one KV head, fewer rows than the registers' 8 cost as much as 8, so heads of few queries share
+    them; `count` sets hold all heads. Where it is with all KV heads, there is one set. `queries` are those of one KV head,
+    of all new tokens of a sequence.
     """
 
     heads: int
@@ -23,9 +25,11 @@ class Sets:
     queries: int
 
     @classmethod
-    def of(cls, spec: Spec) -> Sets:
-        """The sets of a model's heads."""
+    def of(cls, spec: Spec, read: Read) -> Sets:
+        """The sets of a model's heads, where K and V are read so."""
         queries = head_queries(spec)
+        if read == "all_heads":
+            return cls(spec.model.kv_heads, align(spec.model.kv_heads * queries, SUBLANES), 1, queries)
         heads = SUBLANES // queries if SUBLANES % queries == 0 else 1
         return cls(heads, align(queries, SUBLANES), cdiv(spec.model.kv_heads, heads), queries)
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar
 
-Read = Literal["separate", "token_pairs", "split_words", "split_rows", "strided", "latent"]
-"""How a kernel takes one head's K and V out of the cache."""
+Read = Literal["separate", "token_pairs", "split_words", "split_rows", "strided", "all_heads", "latent"]
+"""How a kernel takes K and V out of the cache: those of one head at a time, or of all heads."""
 Write = Literal[
     "none", "bytes", "halves", "words", "packed_bytes", "packed_joined", "packed_halves", "packed_words", "latent"
 ]

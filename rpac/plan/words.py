@@ -67,6 +67,10 @@ _READ: Final[Mapping[str | bool, Words]] = {
     "strided": Words(
         "by strided loads", "elements of 32 bits share no words, so that one row in several is K of one head"
     ),
+    "all_heads": Words(
+        "all heads at once, in the order of the cache; 32-bit words are split into K and V in registers",
+        "a mask leaves each query the scores of its own KV head, so that no row has to be moved or stored",
+    ),
     "latent": Words(
         "one row of a token for all query heads", "the latent vector is part of every key and is every value"
     ),
@@ -88,7 +92,8 @@ _WRITE: Final[Mapping[str | bool, Words]] = {
 DECODE: Final[Mapping[str, Mapping[str | bool, Words]]] = {
     "skeleton": {
         "blocks": Words(
-            "blocks of one sequence", "waves of interleaved tiles, each split into K and V, would spill registers"
+            "blocks of one sequence",
+            "waves of interleaved tiles would spill registers, with words split one head at a time",
         ),
         "waves": Words("waves of tiles of any sequences", "tiles of short sequences hide each other's latency"),
     },

@@ -9,8 +9,10 @@ from typing import Any
 from mutation import retiled
 
 from rpac.contract.attention import Attention
-from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, plan_spec
+from rpac.devices.chip import chip
+from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, decode_blocks, plan_spec
 from rpac.plan.families import Override
+from rpac.plan.planner import with_tiles
 from rpac.plan.recipe import KvMatmul
 from rpac.spec import Spec, load_spec
 
@@ -125,6 +127,15 @@ def small_plan(spec: Spec, kind: str) -> KernelPlan:
             tiles["merge_tokens"] = 4
         plan = retiled(spec, plan, block=tiles)
     return plan
+
+
+def blocks_plan(spec: Spec) -> KernelPlan:
+    """That of `small_plan` for decode batches, by blocks of one sequence, which the rule takes for other heads than these."""
+    plan = small_plan(spec, "decode")
+    blocks = next(decode_blocks.choices(spec, chip("tpu7x"), plan.tokens[-1]))
+    found = with_tiles(spec, plan, replace(blocks, block=128, buffers=4), None)
+    assert found is not None
+    return found
 
 
 def iterated_plan(spec: Spec, kind: str) -> KernelPlan:

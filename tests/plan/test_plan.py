@@ -6,16 +6,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rpac.contract.arrays import LANES
+from rpac.contract.arrays import LANES, kv_page_shape
 from rpac.contract.attention import Attention, Serving
 from rpac.contract.features import FEATURES
 from rpac.devices.chip import TPU_TARGETS, chip
@@ -31,16 +31,18 @@ from rpac.plan import (
     Recipe,
     RowDims,
     XlaTiles,
+    decode_blocks,
     kinds_of,
     plan_spec,
 )
+from rpac.plan.access import reads_all_heads
 from rpac.plan.buffers import sublane_tile_tokens
-from rpac.plan.decode_waves import WAVE_BYTES
+from rpac.plan.decode_waves import LEAST_TILE_BYTES, WAVE_BYTES
 from rpac.plan.families import vmem_need
 from rpac.plan.planner import SMEM_RESERVE, VMEM_HEADROOM, smem_need
 from rpac.plan.query_rows import Sets
 from rpac.plan.sizes import IN_FLIGHT_BYTES, power_of_two_from, power_of_two_to
-from rpac.plan.tuned import TunedTiles
+from rpac.plan.tuned import Entry, TunedTiles, key_of
 from rpac.plan.words import BLOCK, DECODE, TITLES, decisions
 from rpac.spec import Spec, load_spec
 
@@ -153,10 +155,54 @@ def test_decode_tiles_are_whole_pages_and_registers_and_few_enough_to_wait_for(s
 
 
 @given(specs(), st.sampled_from(TPU_TARGETS))
-def test_decode_tiles_are_of_the_layout_that_the_cache_has(spec: Spec, target: str) -> None:
-    wanted = DecodeWaves if spec.serving.kv_layout == "separate" else DecodeBlocks
+def test_decode_goes_by_waves_where_k_and_v_are_separate_or_are_read_as_they_lie(spec: Spec, target: str) -> None:
+    waves = spec.serving.kv_layout == "separate" or reads_all_heads(spec)
     for plan in plans_of(spec, target):
-        assert plan.decode is None or type(plan.decode) is wanted
+        if plan.decode is None:
+            continue
+        assert plan.recipe.decode is not None
+        assert isinstance(plan.decode, DecodeWaves) == (plan.recipe.decode.skeleton == "waves")
+        assert waves or isinstance(plan.decode, DecodeBlocks)
+        if spec.serving.kv_layout == "interleaved":
+            assert isinstance(plan.decode, DecodeWaves) == (plan.recipe.decode.read == "all_heads")
+
+
+def test_all_heads_are_read_at_once_where_words_hold_k_and_v_of_whole_heads_and_queries_are_few() -> None:
+    def read(decode_len: int = 1, **model: Any) -> str:
+        spec = replace(TINY, model=replace(TINY.model, **model), serving=replace(TINY.serving, decode_len=decode_len))
+        recipe = next(plan.recipe for plan in plan_spec(spec, "tpu7x", tuned=TunedTiles()) if plan.kind == "decode")
+        assert recipe.decode is not None
+        return recipe.decode.read
+
+    assert read() == "all_heads"
+    assert read(q_heads=32, kv_heads=8) == "all_heads"
+    assert read(q_heads=10, kv_heads=1, head_dim=80) == "all_heads"
+    assert read(decode_len=4) == "all_heads"
+    assert read(q_heads=40, kv_heads=10) == "all_heads"
+    assert read(q_heads=64, kv_heads=8) == "split_words", "so many rows of scores take longer than the fetch"
+    assert read(decode_len=8, q_heads=32, kv_heads=8) == "split_words"
+    assert read(head_dim=256) == "split_words", "a head is two rows of registers"
+    assert read(head_dim=64) == "all_heads", "a row that holds K and V is taken as both"
+    assert read(kv_dtype="float8_e4m3fn") == "split_rows", "a word holds four rows"
+    assert read(q_dtype="float32", kv_dtype="float32") == "strided"
+
+
+def test_tuned_tiles_of_another_decode_loop_are_left_alone() -> None:
+    decode, mixed = (next(one for one in plan_spec(TINY, "tpu7x") if one.kind == kind) for kind in ("decode", "mixed"))
+    blocks = next(decode_blocks.choices(TINY, chip("tpu7x"), TINY.serving.token_buckets[-1]))
+    evidence = {"score": 0.5, "seed": 0, "complete": True, "toolchain": {"libtpu": "1"}}
+    for plan in (decode, mixed):
+        block = asdict(replace(plan.block, tile=128)) if isinstance(plan.block, BlockTiles) else None
+        data = {"decode": asdict(blocks), "block": block}
+        entry = Entry(key_of(TINY, plan.kind, plan.tokens), data, evidence, "tuned.json: entries[0]")
+        found = next(
+            one
+            for one in plan_spec(TINY, "tpu7x", tuned=TunedTiles([entry]))
+            if one.tokens == plan.tokens and one.kind == plan.kind
+        )
+        assert found.decode == plan.decode
+        rules = f"{entry.origin}; decode by the rule, whose loop is another"
+        assert found.origin == ("rule: the tuned tiles are of another decode loop" if block is None else rules)
 
 
 @given(specs(), st.sampled_from(TPU_TARGETS))
@@ -168,8 +214,13 @@ def test_tiles_of_a_wave_are_whole_pages_and_registers_and_no_longer_than_needed
             continue
         assert tiles.tile % serving.page_size == 0
         assert tiles.tile % LANES == 0
-        assert tiles.tile % sublane_tile_tokens(model) == 0, "its tail is cleared by sublane tiles"
-        needed = (serving.page_size, LANES, power_of_two_from(min(serving.context_lens)))
+        apart = serving.kv_layout == "separate"
+        cleared = sublane_tile_tokens(model) if apart else RowDims.of(model).sublane_tile
+        assert tiles.tile % cleared == 0, "its tail is cleared by sublane tiles"
+        shortest, longest = [power_of_two_from(of(serving.context_lens)) for of in (min, max)]
+        token_bytes = math.prod(kv_page_shape(spec)) // serving.page_size * np.dtype(model.kv_dtype).itemsize
+        few_bytes = min(longest, power_of_two_to(LEAST_TILE_BYTES // token_bytes))
+        needed = (serving.page_size, LANES, shortest, few_bytes)
         assert tiles.tile <= max(needed), "a tile is computed whole, however short the sequence"
         assert tiles.tile // 2 < max(needed)
         assert {tiles.max_rows} == sequences(spec, plan)
@@ -227,7 +278,7 @@ def test_heads_share_the_rows_of_a_matmul_where_their_groups_fill_a_register(
     q_heads: int, kv_heads: int, wanted: tuple[int, ...], padded: bool
 ) -> None:
     model = Attention(q_heads, kv_heads, 128, "bfloat16", "bfloat16", 1.0)
-    sets = Sets.of(replace(TINY, model=model))
+    sets = Sets.of(replace(TINY, model=model), "separate")
     assert (sets.heads, sets.rows, sets.count) == wanted
     assert sets.padded(model) == padded
     assert sets.heads * model.group <= sets.rows
@@ -385,7 +436,7 @@ def test_every_value_of_every_decision_has_words(recipe: type, table: Mapping[st
 def test_new_tokens_of_a_decode_row_take_rows_of_a_matmul_as_heads_of_a_group_do() -> None:
     def sets_of(q_heads: int, decode_len: int) -> Sets:
         model = replace(TINY.model, q_heads=q_heads, kv_heads=4)
-        return Sets.of(replace(TINY, model=model, serving=replace(TINY.serving, decode_len=decode_len)))
+        return Sets.of(replace(TINY, model=model, serving=replace(TINY.serving, decode_len=decode_len)), "separate")
 
     for group, new in ((1, 2), (2, 2), (4, 2), (8, 2), (4, 4), (3, 5)):
         assert sets_of(4 * group, new) == sets_of(4 * group * new, 1)
@@ -394,3 +445,36 @@ def test_new_tokens_of_a_decode_row_take_rows_of_a_matmul_as_heads_of_a_group_do
 def test_a_tree_takes_its_part_of_smem() -> None:
     drafting = replace(TINY, serving=replace(TINY.serving, decode_len=4, tree_mask=True))
     assert smem_need(drafting) == smem_need(TINY) + 4 * TINY.serving.max_num_seqs * 4
+
+
+def decode_plan(target: str, **changes: object) -> KernelPlan:
+    """Of a spec with separate K and V."""
+    served = {key: changes.pop(key) for key in ("context_lens", "max_model_len") if key in changes}
+    serving = replace(TINY.serving, kv_layout="separate", page_size=128, num_pages=1024, **served)  # type: ignore[arg-type]
+    spec = replace(TINY, model=replace(TINY.model, **changes), serving=serving)  # type: ignore[arg-type]
+    return next(plan for plan in plan_spec(spec, target, tuned=TunedTiles()) if plan.kind == "decode")
+
+
+@pytest.mark.parametrize("target", TPU_TARGETS)
+def test_the_mxu_takes_8_bits_as_they_are_stored_where_it_has_such_a_product(target: str) -> None:
+    def way(kv_dtype: str, q_dtype: str = "bfloat16") -> str:
+        recipe = decode_plan(target, kv_dtype=kv_dtype, q_dtype=q_dtype).recipe.decode
+        assert recipe is not None
+        return recipe.kv_matmul
+
+    assert way("bfloat16") == way("float8_e4m3fn") == way("float8_e5m2") == "as_stored"
+    assert way("int8") == ("converted" if target == "tpu7x" else "int8_parts")
+    assert way("float8_e4m3fn", "float32") == way("int8", "float32") == "converted"
+
+
+def test_a_tile_of_few_heads_is_long_even_where_some_sequences_are_short() -> None:
+    def tile(**changes: object) -> int:
+        decode = decode_plan("tpu7x", q_heads=8, max_model_len=4096, **changes).decode
+        assert isinstance(decode, DecodeWaves)
+        return decode.tile
+
+    assert tile(kv_heads=8, context_lens=(256, 4096)) == 256
+    assert tile(kv_heads=1, context_lens=(256, 4096)) == 1024
+    assert tile(kv_heads=1, context_lens=(256, 512)) == 512
+    assert tile(kv_heads=1, context_lens=(256,)) == 256
+    assert tile(kv_heads=1, context_lens=(256, 4096), kv_dtype="int8") == 2048

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from mutation import Bug, BugSuite
-from small import INTERLEAVED, small_plan
+from small import INTERLEAVED, blocks_plan
 
 READING = (
     Bug(
@@ -91,8 +89,8 @@ UPDATES = (
     Bug(
         "the new token written to the next page",
         "DecodeKernel.cache_write",
-        "position // PAGE_SIZE",
-        "(position + 1) // PAGE_SIZE",
+        "quotient(position, PAGE_SIZE)",
+        "quotient(position + 1, PAGE_SIZE)",
     ),
     Bug(
         "the new token written where the one before it is",
@@ -108,12 +106,11 @@ UPDATES = (
     Bug("the new token not written", "DecodeKernel.update_cache", "self.cache_write(seq).start()", hangs=True),
 )
 
-plan = partial(small_plan, kind="decode")
 SUITES = [
     BugSuite(
         "decode, blocks",
         INTERLEAVED,
-        plan,
+        blocks_plan,
         READING + SOFTMAX + WAITS + UPDATES,
         ordinary=(
             "the next block split over this one",

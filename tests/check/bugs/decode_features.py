@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 from mutation import Bug, BugSuite
-from small import ALL_FEATURES, INTERLEAVED, LONG_CHUNKS, SEPARATE, featured, small_plan
+from small import ALL_FEATURES, INTERLEAVED, LONG_CHUNKS, SEPARATE, blocks_plan, featured, small_plan
 
 # What kernels by blocks and by waves do with the same code.
 BOTH = (
@@ -144,7 +144,7 @@ SUITES = [
     BugSuite(
         "decode, blocks, features",
         featured(INTERLEAVED, ALL_FEATURES),
-        plan,
+        blocks_plan,
         BOTH + BLOCKS,
         ordinary=("a window one too long", "no wait for the last log-sum-exps"),
     ),
@@ -158,7 +158,7 @@ SUITES = [
     BugSuite(
         "decode, blocks, chunks",
         featured(INTERLEAVED, LONG_CHUNKS),
-        plan,
+        blocks_plan,
         CHUNKS + CHUNKS_OF_BLOCKS,
         ordinary=("tokens counted from the sequence's start",),
     ),

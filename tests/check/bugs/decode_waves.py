@@ -1,4 +1,4 @@
-"""Bugs of decode kernels by waves of tiles: separate K and V."""
+"""Bugs of decode kernels by waves of tiles."""
 
 from __future__ import annotations
 
@@ -270,8 +270,8 @@ HEADS = (
     Bug(
         "scores of this wave in place of the next",
         "DecodeKernel.compute_tiles",
-        "self.compute_scores(wave + 1, i)",
-        "self.compute_scores(wave, i)",
+        "self.keep_scores(wave + 1, i)",
+        "self.keep_scores(wave, i)",
     ),
     Bug("K read for V", "DecodeKernel.head_values", "V_PLANE", "K_PLANE"),
     Bug(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from mutation import Bug, BugSuite
-from small import drafting, small_plan
+from small import blocks_plan, drafting, small_plan
 
 SHARED = (
     Bug("each new token sees those after it", "DecodeKernel.visible_tokens", "row < i * GROUP", "row < 0"),
@@ -84,7 +84,7 @@ TREES = (
 )
 plan = partial(small_plan, kind="decode")
 SUITES = [
-    BugSuite("drafts, blocks", drafting("interleaved", 4), plan, SHARED + BLOCKS),
+    BugSuite("drafts, blocks", drafting("interleaved", 4), blocks_plan, SHARED + BLOCKS),
     BugSuite(
         "drafts, waves",
         drafting("separate", 4),
@@ -95,7 +95,7 @@ SUITES = [
     BugSuite(
         "drafts, blocks, a tree",
         drafting("interleaved", 4, tree=True),
-        plan,
+        blocks_plan,
         TREES,
         ordinary=("each new token sees what the one before it does",),
     ),

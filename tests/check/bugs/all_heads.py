@@ -1,0 +1,115 @@
+"""Bugs of decode kernels that take interleaved K and V of all heads as they lie."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from mutation import Bug, BugSuite
+from small import ALL_FEATURES, INTERLEAVED, featured, small_plan
+
+HEADS = (
+    Bug("which token a score is of not said", "DecodeKernel.attend", "self.load_column_tokens()"),
+    Bug(
+        "the heads of other queries seen",
+        "DecodeKernel.load_column_tokens",
+        "head == lax.div(query, HEAD_QUERY_ROWS)",
+        "head >= 0",
+    ),
+    Bug(
+        "the last query of each head given to the next",
+        "DecodeKernel.load_column_tokens",
+        "lax.div(query, HEAD_QUERY_ROWS)",
+        "lax.div(query + 1, HEAD_QUERY_ROWS)",
+    ),
+    Bug(
+        "the halves of a tile not put together",
+        "DecodeKernel.place_of_column",
+        "(column & 1) * (COLUMNS // 2) + (column >> 1)",
+        "column",
+    ),
+    Bug("K read for V", "DecodeKernel.accumulate_pv", "self.tile_values(wave, i)", "self.tile_keys(wave, i)"),
+    Bug(
+        "K of this wave in place of the next",
+        "DecodeKernel.compute_tiles",
+        "self.keep_scores(wave + 1, i)",
+        "self.keep_scores(wave, i)",
+    ),
+    Bug(
+        "scores masked by the lengths of the wave before",
+        "DecodeKernel.keep_scores",
+        "self.visible_tokens(wave, i)",
+        "self.visible_tokens(wave - 1, i)",
+    ),
+)
+SOFTMAX = (
+    Bug(
+        "the largest score not kept",
+        "DecodeKernel.keep_scores",
+        "self.tile_max[i] = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), self.row_max.shape)",
+    ),
+    Bug(
+        "probabilities of a wave's first tile for all",
+        "DecodeKernel.compute_tiles",
+        "softmax = self.softmax(wave, i + 1, paced_by(self.tile_max[i + 1], made))",
+    ),
+    Bug("what is waited for taken for a maximum", "paced_by", "waits < -jnp.inf", "waits > -jnp.inf"),
+    Bug("a token too many seen", "DecodeKernel.visible_tokens", "token < left", "token < left + 1"),
+    Bug("the last token not seen", "DecodeKernel.visible_tokens", "token < left", "token < left - 1"),
+    Bug(
+        "what lies behind the last token not cleared",
+        "DecodeKernel.patch_tile.patch_last_tile",
+        "self.clear_tail(self.slot(wave, i), left)",
+    ),
+)
+UPDATES = (
+    Bug("the new token behind its place", "DecodeKernel.update_cache", "left - 1", "left"),
+    Bug(
+        "the new token written to the next page",
+        "DecodeKernel.cache_write",
+        "quotient(position, PAGE_SIZE)",
+        "quotient(position + 1, PAGE_SIZE)",
+    ),
+    Bug(
+        "the new token written where the one before it is",
+        "DecodeKernel.cache_write",
+        "self.kv_lens[seq] - 1",
+        "jnp.maximum(self.kv_lens[seq] - 2, 0)",
+    ),
+    Bug(
+        "the new token not attended to",
+        "DecodeKernel.update_cache",
+        "self.kv[buffer, rows] = words_as_rows(words)",
+    ),
+    Bug(
+        "no wait for a cache write before its buffer is used again",
+        "DecodeKernel.update_cache.wait_for_buffer",
+        "self.wait_for_writes(seq - WRITE_BUFFERS)",
+    ),
+)
+FEATURES = (
+    Bug("a window one too long", "DecodeKernel.visible_tokens", "token >= left - WINDOW", "token >= left - WINDOW - 1"),
+    Bug("a window one too short", "DecodeKernel.visible_tokens", "token >= left - WINDOW", "token > left - WINDOW"),
+    Bug(
+        "scores not capped",
+        "DecodeKernel.keep_scores",
+        "cap_scores(scores * SCORE_SCALE)",
+        "SOFT_CAP * SCORE_SCALE * scores",
+    ),
+)
+
+plan = partial(small_plan, kind="decode")
+SUITES = [
+    BugSuite(
+        "decode, all heads",
+        INTERLEAVED,
+        plan,
+        HEADS + SOFTMAX + UPDATES,
+        ordinary=(
+            "the last query of each head given to the next",
+            "the halves of a tile not put together",
+            "scores masked by the lengths of the wave before",
+            "what lies behind the last token not cleared",
+        ),
+    ),
+    BugSuite("decode, all heads, features", featured(INTERLEAVED, ALL_FEATURES), plan, FEATURES),
+]
