@@ -325,10 +325,6 @@ class DecodeKernel(PagedKernel):
     def wait_for_writes(self, seq):
         self.cache_write(seq).wait()
 
-    def drain_write(self, i):
-        """Waits for the writes of one of the last sequences."""
-        self.wait_for_writes(self.num_seqs - 1 - i)
-
     def patched(self, at, seq, place):
         """Rows of a tile in which a sequence's new token takes its place.
 
@@ -342,6 +338,10 @@ class DecodeKernel(PagedKernel):
         old = pltpu.bitcast(self.kv[at], jnp.uint32)
         return pltpu.bitcast((old & ~mask) | (both_halves & mask), self.kv.dtype)
 
+    def drain_write(self, i):
+        """Waits for the writes of one of the last sequences."""
+        self.wait_for_writes(self.num_seqs - 1 - i)
+
     # ---- one tile: softmax, and the running softmax of its sequence
 
     def compute_tiles(self, wave, state, ahead):
@@ -349,9 +349,13 @@ class DecodeKernel(PagedKernel):
         ahead = self.fetch_wave(wave + LOOKAHEAD, *ahead)
         softmaxes = [self.softmax(wave, i) for i in range(TILES_PER_WAVE)]
         for i, (p, tile_max, tile_sum) in enumerate(softmaxes):
-            self.scores[i] = self.compute_scores(wave + 1, i)
+            self.keep_scores(wave + 1, i)
             state = self.merge(wave, i, state, tile_max, tile_sum, self.accumulate_pv(wave, i, p))
         return state, ahead
+
+    def keep_scores(self, wave, i):
+        """Makes the scores of a tile, for the next iteration."""
+        self.scores[i] = self.compute_scores(wave, i)
 
     def softmax(self, wave, i):
         """Probabilities relative to the tile's own maximum, with that and their sum, the same in every lane."""
@@ -365,7 +369,7 @@ class DecodeKernel(PagedKernel):
     def visible_tokens(self, wave, i):
         """Which scores of a tile count: those of the tokens before the end of its sequence."""
         left = self.tile_left[self.slot(wave, i)]
-        token = lax.broadcasted_iota(jnp.int32, (QUERY_ROWS, TILE), 1)
+        token = self.token_of_column(QUERY_ROWS)
         return token < left
 
     def merge(self, wave, i, state, tile_max, tile_sum, values):
@@ -392,6 +396,10 @@ class DecodeKernel(PagedKernel):
     def accumulate_pv(self, wave, i, p):
         """The weighted values of a tile, float32[Q_HEADS, RANK]."""
         return matmul_values(p, self.kv[self.slot(wave, i), :, :, :RANK].reshape(TILE, RANK))
+
+    def token_of_column(self, rows):
+        """The token of each score of some query rows, int32[rows, TILE]."""
+        return lax.broadcasted_iota(jnp.int32, (rows, TILE), 1)
 
 
 def more_waves(carry):

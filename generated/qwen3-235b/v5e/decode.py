@@ -396,10 +396,6 @@ class DecodeKernel(PagedKernel):
     def wait_for_writes(self, seq):
         self.cache_write(seq).wait()
 
-    def drain_write(self, i):
-        """Waits for the writes of one of the last sequences."""
-        self.wait_for_writes(self.num_seqs - 1 - i)
-
     # As words of four tokens, so that the old ones stay bit for bit whatever they are.
 
     def new_token_mask(self, place):
@@ -419,13 +415,17 @@ class DecodeKernel(PagedKernel):
         old = pltpu.bitcast(self.kv[at], jnp.uint32)
         return pltpu.bitcast((old & ~mask) | (new[head : head + 1] & mask), self.kv.dtype)
 
+    def drain_write(self, i):
+        """Waits for the writes of one of the last sequences."""
+        self.wait_for_writes(self.num_seqs - 1 - i)
+
     # ---- one tile: softmax, and the running softmax of its sequence
 
     def compute_tiles(self, wave, state, ahead):
         """The values of a wave's tiles, merged one by one, beside the scores of the next wave's; fetches in between."""
         softmaxes = [self.softmax(wave, i) for i in range(TILES_PER_WAVE)]
         for i, (p, tile_max, tile_sum) in enumerate(softmaxes):
-            self.scores[i] = self.compute_scores(wave + 1, i)
+            self.keep_scores(wave + 1, i)
             state = self.merge(wave, i, state, tile_max, tile_sum, self.accumulate_pv(wave, i, p))
             if i >= TILES_LOADED:
                 self.wait_for_scores(wave, i - TILES_LOADED)
@@ -443,6 +443,10 @@ class DecodeKernel(PagedKernel):
         page = self.kv.at[self.slot(wave, i), 0, K_PLANE, 0]
         page[pl.ds(0, SUBLANES * PACKING), pl.ds(0, LANES)] = pltpu.bitcast(made, self.kv.dtype)
 
+    def keep_scores(self, wave, i):
+        """Makes the scores of a tile, for the next iteration."""
+        self.scores[i] = self.compute_scores(wave, i)
+
     def softmax(self, wave, i):
         """Probabilities relative to the tile's own maximum, with that and their sum, the same in every lane."""
         scores = self.scores[i]
@@ -455,7 +459,7 @@ class DecodeKernel(PagedKernel):
     def visible_tokens(self, wave, i):
         """Which scores of a tile count: those of the tokens before the end of its sequence."""
         left = self.tile_left[self.slot(wave, i)]
-        token = lax.broadcasted_iota(jnp.int32, (QUERY_ROWS, TILE), 1)
+        token = self.token_of_column(QUERY_ROWS)
         return token < left
 
     def merge(self, wave, i, state, tile_max, tile_sum, values):
@@ -485,6 +489,10 @@ class DecodeKernel(PagedKernel):
         for index in range(HEAD_SETS):
             values.append(self.set_pv(p[index * P_ROWS : (index + 1) * P_ROWS], wave, i, index))
         return jnp.concatenate(values, axis=0)
+
+    def token_of_column(self, rows):
+        """The token of each score of some query rows, int32[rows, TILE]."""
+        return lax.broadcasted_iota(jnp.int32, (rows, TILE), 1)
 
     def query_sets(self, queries):
         """The queries of each set of heads."""
