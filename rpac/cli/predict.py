@@ -194,7 +194,7 @@ def _kernel_lines(kernel: KernelReport) -> list[str]:
     lines = [
         f"  {kernel.name}: {_us(kernel.seconds)} us = {_us(kernel.compute_seconds)} compute + {_us(kernel.stall_seconds)} "
         f"stalls; HBM channel busy {_us(kernel.dma_seconds)} us",
-        f"    {kernel.bundles} bundles, {kernel.dmas} DMAs, reads {_size(kernel.read_bytes)}, writes "
+        f"    {kernel.instructions} instructions, {kernel.dmas} DMAs, reads {_size(kernel.read_bytes)}, writes "
         f"{_size(kernel.written_bytes)}; spills: {spills.vector_stores} vector stores, {spills.vector_fills} fills, "
         f"{spills.scalar_stores} scalar stores, {spills.scalar_fills} fills",
     ]
@@ -202,14 +202,15 @@ def _kernel_lines(kernel: KernelReport) -> list[str]:
         if wait.stall_seconds > 0:
             around = "outside of all loops" if wait.loop is None else f"in the loop at {wait.loop}"
             lines.append(
-                f"    wait at bundle {wait.bundle}, {around}, on {wait.semaphore}: {wait.count} times, "
+                f"    wait at instruction {wait.instruction}, {around}, on {wait.semaphore}: {wait.count} times, "
                 f"{_us(wait.stall_seconds)} us stalled"
             )
-    turned = [loop for loop in kernel.loops if loop.turns]
-    for loop in sorted(turned, key=lambda loop: -(loop.compute_seconds + loop.stall_seconds))[:TOP]:
+    iterated = [loop for loop in kernel.loops if loop.iterations]
+    for loop in sorted(iterated, key=lambda loop: -(loop.compute_seconds + loop.stall_seconds))[:TOP]:
         lines.append(
-            f"    loop at bundles {loop.first_bundle}-{loop.last_bundle}, depth {loop.depth}: {loop.turns} turns, "
-            f"{_us(loop.compute_seconds)} us, {_us(loop.stall_seconds)} us stalled; {_slots(loop.utilization)}"
+            f"    loop at instructions {loop.first_instruction}-{loop.last_instruction}, depth {loop.depth}: "
+            f"{loop.iterations} iterations, {_us(loop.compute_seconds)} us, {_us(loop.stall_seconds)} us stalled; "
+            f"{_slots(loop.utilization)}"
         )
     return lines
 

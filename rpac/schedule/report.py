@@ -31,10 +31,10 @@ DEFINITIONS = {
     "needed_flops": "4 x head_dim x q_heads for each pair of a query and a token that it may attend to; of latent attention "
     "2 x (2 x kv_lora_rank + rope_dim) x q_heads",
     "moved_bytes": "what DMAs between HBM and the core move, with what XLA's operations read and write",
-    "compute_seconds": "bundles issued, empty ones included, over the clock",
+    "compute_seconds": "instructions issued, empty ones included, over the clock",
     "stall_seconds": "what waits add to them; the two make up a kernel's seconds",
     "dma_seconds": "how long the HBM channel was busy; overlaps both",
-    "utilization": "share of a slot's capacity that the bundles issued in a loop used, as the compiler counts it",
+    "utilization": "share of a slot's capacity that the instructions issued in a loop used, as the compiler counts it",
 }
 
 
@@ -96,11 +96,11 @@ def _seen(tokens: int, window: int, chunk: int) -> int:
 class WaitReport:
     """One wait of a kernel: where, on what, how often, and how long it stalled in all.
 
-    line: of the schedule's text. loop: first bundle of the innermost loop around it, None outside of all. semaphore: the
+    line: of the schedule's text. loop: first instruction of the innermost loop around it, None outside of all. semaphore: the
     first that it waited on; a wait in a loop goes through those of several buffers.
     """
 
-    bundle: int
+    instruction: int
     line: int
     loop: int | None
     semaphore: str
@@ -112,10 +112,10 @@ class WaitReport:
 class LoopReport:
     """One loop of a kernel, without the loops inside it. Utilization by slot, None where the dump does not say."""
 
-    first_bundle: int
-    last_bundle: int
+    first_instruction: int
+    last_instruction: int
     depth: int
-    turns: int
+    iterations: int
     compute_seconds: float
     stall_seconds: float
     utilization: dict[str, float] | None
@@ -123,7 +123,7 @@ class LoopReport:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """One kernel. seconds = compute_seconds (bundles issued) + stall_seconds; the channel's dma_seconds overlap both."""
+    """One kernel. seconds = compute_seconds (instructions issued) + stall_seconds; the channel's dma_seconds overlap both."""
 
     name: str
     seconds: float
@@ -133,7 +133,7 @@ class KernelReport:
     dmas: int
     read_bytes: int
     written_bytes: int
-    bundles: int
+    instructions: int
     spills: Spills
     waits: tuple[WaitReport, ...]
     loops: tuple[LoopReport, ...]
@@ -271,7 +271,7 @@ class Call:
             dmas=done.dmas,
             read_bytes=done.read_bytes,
             written_bytes=done.written_bytes,
-            bundles=len(done.schedule.bundles),
+            instructions=len(done.schedule.bundles),
             spills=done.schedule.spills,
             waits=tuple(
                 WaitReport(w.bundle, w.line, loop_around(loops, w.bundle), w.semaphore, w.count, w.stalled * second)
@@ -282,7 +282,7 @@ class Call:
                     loop.first,
                     loop.last,
                     loop.depth,
-                    loop.turns,
+                    loop.iterations,
                     loop.issued * second,
                     loop.stalled * second,
                     dict(loop.utilization) if loop.utilization else None,
@@ -308,7 +308,7 @@ class Call:
             try:
                 seconds = walk(self._program(operation.name), {}, self.model).cycles / self.model.clock_hz
             except ScheduleError as error:
-                # It is a DMA, runs on another core, or turns on what only XLA knows: its bytes bound it from below.
+                # It is a DMA, runs on another core, or depends on what only XLA knows: its bytes bound it from below.
                 seconds, timed_by, reason = (read + written) / self.model.hbm_bytes_per_s, "bytes", str(error)
             self._xla[operation.name] = XlaReport(
                 operation.name, operation.opcode, seconds, read, written, timed_by, reason

@@ -1,7 +1,7 @@
-"""Executes a schedule's scalar program with a batch's scalar operands and times it: bundles, DMAs, waits.
+"""Executes a schedule's scalar program with a batch's scalar operands and times it: instructions, DMAs, waits.
 
-One bundle is one cycle. A DMA goes through the HBM model; a `dma.done.wait` stalls until its semaphore has what it asks
-for. Vector work only takes its bundles: the schedule already holds its latencies as empty ones.
+One VLIW instruction is one cycle. A DMA goes through the HBM model; a `dma.done.wait` stalls until its semaphore has
+what it asks for. Vector work only takes its instructions: the schedule already holds its latencies as empty ones.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class Walk:
-    """A finished walk. Cycles are of the model's clock; `executed[i]` counts how often bundle i was issued."""
+    """A finished walk. Cycles are of the model's clock; `executed[i]` counts how often VLIW instruction i was issued."""
 
     schedule: Schedule
     cycles: float
@@ -107,7 +107,7 @@ class _Walker:
                     raise ScheduleError(f"still running after {cycle:.3g} cycles; a loop's bound may be wrong")
         except ScheduleError as error:
             raise ScheduleError(
-                f"{self.schedule.name}: walking the bundles from {bundle:#x} on, at cycle {cycle:.0f}: {error}"
+                f"{self.schedule.name}: walking the instructions from {bundle:#x} on, at cycle {cycle:.0f}: {error}"
             ) from None
         executed = self._executed()
         issued = sum(executed)
@@ -157,7 +157,7 @@ class _Walker:
 
     def _place(self, site: int) -> str:
         bundle, instruction = self.program.sites[site]
-        return f"{self.schedule.name}:{instruction.line}: {instruction} in bundle {bundle:#x}"
+        return f"{self.schedule.name}:{instruction.line}: {instruction} in instruction {bundle:#x}"
 
     def _known(self, value: Value, site: int, what: str) -> int:
         if isinstance(value, Unknown):
