@@ -17,7 +17,7 @@ from tabulate import tabulate
 from rpac.devices.chip import TPU_TARGETS
 from rpac.files.store import Store, default_cache_dir
 from rpac.predict import parse_prefill, predict, programs_of
-from rpac.schedule.report import KernelReport
+from rpac.schedule.call_report import KernelReport
 from rpac.spec import load_spec
 
 SPEC = Path(__file__).with_name("d256.yaml")

@@ -16,7 +16,6 @@ from rpac.cli.common import (
     jobs_option,
     json_option,
     print_json,
-    size,
     spec_argument,
     table,
     target_option,
@@ -24,6 +23,7 @@ from rpac.cli.common import (
     tuned_option,
 )
 from rpac.contract.program import Lowered
+from rpac.contract.units import size
 from rpac.errors import TargetError
 from rpac.lower.pool import COMPILING
 from rpac.spec import load_spec

@@ -12,13 +12,13 @@ from rpac.cli.common import (
     command,
     json_option,
     print_json,
-    size,
     spec_argument,
     table,
     target_option,
     tuned_of,
     tuned_option,
 )
+from rpac.contract.units import size
 from rpac.errors import PlanError
 from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, LatentBlockTiles, XlaTiles, plan_spec
 from rpac.plan.cache_memory import CacheMemory, padding_bytes, padding_reason, page_bytes

@@ -8,14 +8,29 @@ a serving process.
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rpac.schedule.call_report import CallReport
 from rpac.schedule.compilers import check_compiler
 from rpac.schedule.dump import Dump, collect, dump_command, dump_export
 from rpac.schedule.model import Model, model_of
 from rpac.schedule.parse import Schedule, parse_schedule
-from rpac.schedule.report import Call, CallReport, Work, attention_work
+from rpac.schedule.report import Call, Work, attention_work
 from rpac.schedule.walk import Walk, walk
 
+if TYPE_CHECKING:
+    from rpac.schedule.function import CompiledFunction, compile_function, predict
+
 __all__ = [
-    "Call", "CallReport", "Dump", "Model", "Schedule", "Walk", "Work", "attention_work", "check_compiler", "collect",
-    "dump_command", "dump_export", "model_of", "parse_schedule", "walk",
+    "Call", "CallReport", "CompiledFunction", "Dump", "Model", "Schedule", "Walk", "Work", "attention_work", "check_compiler",
+    "collect", "compile_function", "dump_command", "dump_export", "model_of", "parse_schedule", "predict", "walk",
 ]  # fmt: skip
+
+_NEED_JAX = ("CompiledFunction", "compile_function", "predict")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEED_JAX:
+        raise AttributeError(f"module 'rpac.schedule' has no attribute {name!r}")
+    return getattr(importlib.import_module("rpac.schedule.function"), name)

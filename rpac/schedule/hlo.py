@@ -16,7 +16,7 @@ _DEFINITION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (.*)$")
 _SHAPE = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 _OPCODE = re.compile(r" ([\w-]+)\(")
 _REFERENCE = re.compile(r"%([^\s,()]+)")
-_BITS: Final = {
+BITS: Final = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32, "u32": 32,
     "f32": 32, "s64": 64, "u64": 64, "f64": 64, "f8e4m3fn": 8, "f8e5m2": 8, "f8e4m3b11fnuz": 8,
 }  # fmt: skip
@@ -25,17 +25,23 @@ _FREE: Final = frozenset(
 )
 _SAME: Final = frozenset({"bitcast", "copy", "reshape", "copy-start", "copy-done", "opt-barrier"})
 KERNEL: Final = "tpu_custom_call"
+MAX_SCALARS: Final = 1 << 18
+"""Elements of a scalar operand: SMEM has 1 MiB."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One HLO operation. `shapes` has one entry for each result: dtype, dims, bytes in HBM (0 where it is in VMEM)."""
+    """One HLO operation. `shapes` has one entry for each result: dtype, dims, bytes in HBM (0 where it is in VMEM).
+
+    layouts: of each result, its order of dimensions and its tiles, as `layout.words` takes them.
+    """
 
     name: str
     opcode: str
     inputs: tuple[str, ...]
     shapes: tuple[tuple[str, tuple[int, ...], int], ...]
     attributes: str
+    layouts: tuple[str, ...] = ()
 
     @property
     def is_kernel(self) -> bool:
@@ -89,7 +95,8 @@ class Module:
         for n in dims:
             count *= n
         if dtype == "f32":
-            return [0] * count  # a scale is multiplied by: nothing that takes time turns on it
+            # A scale is multiplied by: nothing that takes time depends on it. What is larger than SMEM is data.
+            return [0] * count if count <= MAX_SCALARS else None
         if dtype != "s32":
             return None
         text = operation.attributes
@@ -120,7 +127,7 @@ def parse_module(text: str, name: str = "hlo") -> Module:
         raise ScheduleError(f"{name}: no ENTRY computation; the file is truncated or of another compiler version")
     operations = []
     for line in lines:
-        if line.startswith("}"):
+        if line.rstrip() == "}":  # the metadata of a kernel has lines of its own, which begin with one too
             break
         match = _DEFINITION.match(line)
         if match:
@@ -141,8 +148,10 @@ def _operation(name: str, text: str, where: str) -> Operation:
     if match is None:
         raise ScheduleError(f"{where}: cannot read operation %{name} = {text[:80]!r}; another compiler version?")
     arguments, attributes = _split_call(text[match.end() :])
-    shapes = tuple(_shape(*found) for found in _SHAPE.findall(text[: match.start()]))
-    return Operation(name, match[1], tuple(_REFERENCE.findall(arguments)), shapes, f"{arguments}){attributes}")
+    types = _SHAPE.findall(text[: match.start()])
+    shapes = tuple(_shape(*found) for found in types)
+    layouts = tuple(f"{order}:{layout}" for _, _, order, layout in types)
+    return Operation(name, match[1], tuple(_REFERENCE.findall(arguments)), shapes, f"{arguments}){attributes}", layouts)
 
 
 def _split_call(text: str) -> tuple[str, str]:
@@ -171,4 +180,4 @@ def _shape(dtype: str, dims: str, order: str, layout: str) -> tuple[str, tuple[i
     count = 1
     for n in ordered:
         count *= n
-    return dtype, sizes, count * _BITS.get(dtype, 0) // 8
+    return dtype, sizes, count * BITS.get(dtype, 0) // 8

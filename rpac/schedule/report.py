@@ -8,34 +8,24 @@ flop/s); a multiply-add is two flops. Both are given over the whole call, and ov
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rpac.devices.chip import chip
 from rpac.errors import ScheduleError
+from rpac.schedule.call_report import CallReport, KernelReport, LoopReport, WaitReport, XlaReport
 from rpac.schedule.compilers import check_compiler, is_verified
 from rpac.schedule.dump import Dump
-from rpac.schedule.hlo import Module, Operation, parse_module
+from rpac.schedule.hlo import BITS, Module, Operation, parse_module
+from rpac.schedule.layout import words
 from rpac.schedule.loops import loop_around, loops_of
 from rpac.schedule.model import Model, model_of
-from rpac.schedule.parse import Spills, parse_schedule
+from rpac.schedule.parse import parse_schedule
 from rpac.schedule.program import Program, translate
 from rpac.schedule.walk import Walk, walk
-
-DEFINITIONS = {
-    "seconds": "the whole call, XLA's operations included, one after another",
-    "kernel_seconds": "the Pallas kernels of the call",
-    "mbu": "needed_bytes / (seconds x the chip's peak HBM bytes/s)",
-    "mfu": "needed_flops / (seconds x the chip's peak bf16 flop/s); a multiply-add is two flops",
-    "needed_bytes": "cached K and V read once, new K and V read and written once, queries read, output written",
-    "needed_flops": "4 x head_dim x q_heads for each pair of a query and a token that it may attend to; of latent attention "
-    "2 x (2 x kv_lora_rank + rope_dim) x q_heads",
-    "moved_bytes": "what DMAs between HBM and the core move, with what XLA's operations read and write",
-    "compute_seconds": "instructions issued, empty ones included, over the clock",
-    "stall_seconds": "what waits add to them; the two make up a kernel's seconds",
-    "dma_seconds": "how long the HBM channel was busy; overlaps both",
-    "utilization": "share of a slot's capacity that the instructions issued in a loop used, as the compiler counts it",
-}
 
 
 @dataclass(frozen=True)
@@ -93,94 +83,11 @@ def _seen(tokens: int, window: int, chunk: int) -> int:
 
 
 @dataclass(frozen=True)
-class WaitReport:
-    """One wait of a kernel: where, on what, how often, and how long it stalled in all.
+class KernelOperands:
+    """A kernel of a function: the shapes of all its operands, and the integers among them that are known, by index."""
 
-    line: of the schedule's text. loop: first instruction of the innermost loop around it, None outside of all. semaphore: the
-    first that it waited on; a wait in a loop goes through those of several buffers.
-    """
-
-    instruction: int
-    line: int
-    loop: int | None
-    semaphore: str
-    count: int
-    stall_seconds: float
-
-
-@dataclass(frozen=True)
-class LoopReport:
-    """One loop of a kernel, without the loops inside it. Utilization by slot, None where the dump does not say."""
-
-    first_instruction: int
-    last_instruction: int
-    depth: int
-    iterations: int
-    compute_seconds: float
-    stall_seconds: float
-    utilization: dict[str, float] | None
-
-
-@dataclass(frozen=True)
-class KernelReport:
-    """One kernel. seconds = compute_seconds (instructions issued) + stall_seconds; the channel's dma_seconds overlap both."""
-
-    name: str
-    seconds: float
-    compute_seconds: float
-    stall_seconds: float
-    dma_seconds: float
-    dmas: int
-    read_bytes: int
-    written_bytes: int
-    instructions: int
-    spills: Spills
-    waits: tuple[WaitReport, ...]
-    loops: tuple[LoopReport, ...]
-
-
-@dataclass(frozen=True)
-class XlaReport:
-    """One operation of XLA around the kernels.
-
-    timed_by: `schedule` (walked) or `bytes` (over the HBM bandwidth). reason: why it was not walked, or empty.
-    """
-
-    name: str
-    opcode: str
-    seconds: float
-    read_bytes: int
-    written_bytes: int
-    timed_by: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class CallReport:
-    """The prediction for one call and batch. Times in seconds, sizes in bytes; see DEFINITIONS.
-
-    compiler: libtpu's version; compiler_verified: whether the reading of its schedules is.
-    """
-
-    target: str
-    compiler: str
-    compiler_verified: bool
-    seconds: float
-    kernel_seconds: float
-    mbu: float | None
-    mfu: float | None
-    kernel_mbu: float | None
-    kernel_mfu: float | None
-    needed_bytes: int | None
-    needed_flops: int | None
-    moved_bytes: int
-    kernels: tuple[KernelReport, ...]
-    xla: tuple[XlaReport, ...]
-    model: Model
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, with the definitions of its fields under `definitions`."""
-        return {**asdict(self), "definitions": DEFINITIONS}
+    shapes: tuple[tuple[int, ...], ...]
+    known: Mapping[int, NDArray[np.integer[Any]]]
 
 
 class Call:
@@ -202,21 +109,40 @@ class Call:
         if not self.kernels:
             raise ScheduleError("the dumped call holds no Pallas kernel; nothing to predict")
 
-    def operands(self, parameters: Mapping[int, Sequence[int]]) -> dict[str, dict[int, list[int]]]:
-        """Kernel name -> its int32 operands by index, as far as the call's int32 parameters and constants give them."""
-        return {kernel.name: self.module.scalars(kernel, parameters) for kernel in self.kernels}
+    def operands(
+        self, parameters: Mapping[int, Sequence[int]], traced: Sequence[KernelOperands] = ()
+    ) -> dict[str, dict[int, Sequence[int]]]:
+        """Kernel name -> its scalar operands by index, as they lie in memory.
+
+        As far as the call's int32 parameters and constants give them, and what the traced function's kernels are known to
+        take.
+        """
+        found = {}
+        for kernel in self.kernels:
+            values: dict[int, Sequence[int]] = {**self.module.scalars(kernel, parameters)}
+            values |= _traced_operands(self.module, kernel, traced)
+            found[kernel.name] = {
+                index: _in_memory(self.module[kernel.inputs[index]], of) for index, of in values.items()
+            }
+        return found
 
     def walk_kernel(self, name: str, operands: Mapping[int, Sequence[int]], *, trace: bool = False) -> Walk:
         """Walks one kernel of the call. Raises ScheduleError as `walk`."""
         return walk(self._program(name), operands, self.model, trace=trace)
 
-    def predict(self, parameters: Mapping[int, Sequence[int]], work: Work | None = None) -> CallReport:
+    def predict(
+        self,
+        parameters: Mapping[int, Sequence[int]],
+        work: Work | None = None,
+        traced: Sequence[KernelOperands] = (),
+    ) -> CallReport:
         """Times the call for one batch.
 
-        `parameters`: the call's int32 arguments, flattened, by parameter number. Raises ScheduleError where a kernel
-        needs a scalar that they and the call's constants do not give, and as `walk`.
+        `parameters`: the call's int32 arguments, flattened, by parameter number. `traced`: what the kernels of the
+        function are known to take, as `kernel_operands` finds it. Raises ScheduleError where a kernel needs a scalar that
+        these and the call's constants do not give, and as `walk`.
         """
-        operands = self.operands(parameters)
+        operands = self.operands(parameters, traced)
         kernels = tuple(self._kernel(kernel, operands[kernel.name]) for kernel in self.kernels)
         xla = tuple(self._operation(o) for o in self.module.operations if not (o.is_kernel or o.is_free))
         kernel_seconds = sum(kernel.seconds for kernel in kernels)
@@ -314,3 +240,21 @@ class Call:
                 operation.name, operation.opcode, seconds, read, written, timed_by, reason
             )
         return self._xla[operation.name]
+
+
+def _traced_operands(module: Module, kernel: Operation, traced: Sequence[KernelOperands]) -> dict[int, list[int]]:
+    """What the traced kernels of a kernel's shapes take, by operand, where all of those take the same."""
+    shapes = tuple(module[name].shapes[0][1] for name in kernel.inputs)
+    same = [one.known for one in traced if one.shapes == shapes]
+    return {
+        index: value.reshape(-1).tolist()
+        for index, value in (same[0] if same else {}).items()
+        if all(index in other and np.array_equal(other[index], value) for other in same)
+    }
+
+
+def _in_memory(operand: Operation, values: Sequence[int]) -> Sequence[int]:
+    dtype, dims, _ = operand.shapes[0]
+    if dtype.startswith("f"):
+        return values  # zeros, wherever they lie
+    return words(values, dims, operand.layouts[0], BITS[dtype] // 8)

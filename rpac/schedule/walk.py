@@ -13,6 +13,7 @@ from typing import Any
 from rpac.errors import ScheduleError
 from rpac.schedule.hbm import Channel, Semaphore
 from rpac.schedule.isa import GRANULE_BYTES
+from rpac.schedule.layout import Image
 from rpac.schedule.memory import Smem, Unknown, Value
 from rpac.schedule.model import Model
 from rpac.schedule.parse import Schedule
@@ -72,7 +73,8 @@ def walk(
 ) -> Walk:
     """Runs a kernel's schedule with its scalar operands.
 
-    `operands`: int32 values by operand index, flattened; those that the scalar program does not read may be missing.
+    `operands`: int32 values by operand index, flattened, or an `Image` of an operand's memory; those that the scalar program
+    does not read may be missing.
     `trace`: also record every transfer. Raises ScheduleError where an operand is missing or has another length than the
     schedule says, where control flow needs a value that is not known (it names it), where a wait is never satisfied,
     where a check in the kernel fails, and past `max_cycles`.
@@ -287,7 +289,7 @@ def _check_operands(schedule: Schedule, operands: Mapping[int, Sequence[int]]) -
         size = 1
         for n in shapes[index]:
             size *= n
-        if len(values) != size:
+        if len(values) != size and not isinstance(values, Image):
             raise ScheduleError(
                 f"{schedule.name}: operand {index} has {len(values)} values; the kernel takes {list(shapes[index])}, so {size}"
             )
