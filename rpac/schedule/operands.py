@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from rpac.schedule.hlo import MAX_SCALARS
 from rpac.schedule.report import KernelOperands
 
+Shapes = tuple[tuple[int, ...], ...]
+
 _KERNEL: Final = "pallas_call"
 _CALLS: Final = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 _CALL_PRIMITIVES: Final = frozenset(
@@ -38,7 +40,7 @@ def kernel_operands(traced: core.ClosedJaxpr, values: Mapping[int, NDArray[Any]]
 
     Kernels inside of loops and conditionals are left out.
     """
-    shapes: list[tuple[tuple[int, ...], ...]] = []
+    kernels: list[tuple[str, Shapes]] = []
     numbers = sorted(values)
 
     def known_operands(*given: jax.Array) -> list[dict[int, jax.Array]]:
@@ -46,21 +48,21 @@ def kernel_operands(traced: core.ClosedJaxpr, values: Mapping[int, NDArray[Any]]
         arguments: list[Any] = [None] * len(traced.jaxpr.invars)
         for number, value in zip(numbers, given, strict=True):
             arguments[number] = value
-        _Follower(shapes, found).run(traced.jaxpr, traced.consts, arguments)
+        _Follower(kernels, found).run(traced.jaxpr, traced.consts, arguments)
         return found
 
     found = jax.jit(known_operands)(*(values[number] for number in numbers))
     return tuple(
-        KernelOperands(shape, {index: np.asarray(value) for index, value in known.items()})
-        for shape, known in zip(shapes, found, strict=True)
+        KernelOperands(name, shapes, {index: np.asarray(value) for index, value in known.items()})
+        for (name, shapes), known in zip(kernels, found, strict=True)
     )
 
 
 class _Follower:
     """Runs the equations of a jaxpr whose inputs are all known; a value that is not is None."""
 
-    def __init__(self, shapes: list[tuple[tuple[int, ...], ...]], found: list[dict[int, Any]]) -> None:
-        self.shapes = shapes
+    def __init__(self, kernels: list[tuple[str, Shapes]], found: list[dict[int, Any]]) -> None:
+        self.kernels = kernels
         self.found = found
 
     def run(self, jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
@@ -92,7 +94,7 @@ class _Follower:
 
     def _kernel(self, equation: core.JaxprEqn, inputs: Sequence[Any]) -> None:
         shapes = [atom.aval for atom in equation.invars]
-        self.shapes.append(tuple(aval.shape for aval in shapes))
+        self.kernels.append((equation.params.get("name") or "", tuple(aval.shape for aval in shapes)))
         self.found.append(
             {
                 index: value

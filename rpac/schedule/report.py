@@ -84,8 +84,9 @@ def _seen(tokens: int, window: int, chunk: int) -> int:
 
 @dataclass(frozen=True)
 class KernelOperands:
-    """A kernel of a function: the shapes of all its operands, and the integers among them that are known, by index."""
+    """A kernel of a function: its name if it has one, the shapes of all its operands, and the integers known among them."""
 
+    name: str
     shapes: tuple[tuple[int, ...], ...]
     known: Mapping[int, NDArray[np.integer[Any]]]
 
@@ -243,9 +244,10 @@ class Call:
 
 
 def _traced_operands(module: Module, kernel: Operation, traced: Sequence[KernelOperands]) -> dict[int, list[int]]:
-    """What the traced kernels of a kernel's shapes take, by operand, where all of those take the same."""
+    """What the traced kernel of a kernel's name and shapes takes, by operand; of several, where all of them take the same."""
     shapes = tuple(module[name].shapes[0][1] for name in kernel.inputs)
-    same = [one.known for one in traced if one.shapes == shapes]
+    stem = kernel.name.rpartition(".")[0]
+    same = [one.known for one in traced if one.shapes == shapes and one.name in ("", stem)]
     return {
         index: value.reshape(-1).tolist()
         for index, value in (same[0] if same else {}).items()

@@ -31,7 +31,7 @@ def copy_rows(table: jax.Array, rows: jax.Array) -> jax.Array:
     def kernel(table: Any, source: Any, out: Any) -> None:
         out[...] = source[...]
 
-    return pl.pallas_call(kernel, out_shape=ROWS, grid_spec=grid)(table, rows)
+    return pl.pallas_call(kernel, out_shape=ROWS, grid_spec=grid, name="copy_rows")(table, rows)
 
 
 def operands(function: Callable[..., Any], values: dict[int, list[int]]) -> tuple[KernelOperands, ...]:
@@ -70,6 +70,11 @@ def test_kernels_are_found_inside_of_calls() -> None:
     first, second = operands(lambda lengths, rows: copy_rows(lengths, inner(lengths, rows)), {0: [0, 1, 1, 0]})
     assert first.known[0].tolist() == [0, 2, 2, 0]
     assert second.known[0].tolist() == [0, 1, 1, 0]
+
+
+def test_a_kernel_goes_by_its_name() -> None:
+    [found] = operands(lambda lengths, rows: copy_rows(lengths, rows), {})
+    assert found.name == "copy_rows"
 
 
 def test_loops_of_xla_are_computed_where_no_kernel_is_in_them() -> None:
