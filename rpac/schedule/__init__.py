@@ -1,9 +1,10 @@
 """Predicts what a kernel does on a TPU from the compiler's own final schedule and a batch's scalar operands.
 
-    dump.py (compilers.py) -> parse.py -> program.py -> walk.py (over memory.py, hbm.py) -> loops.py, report.py
+    function.py -> dump.py (compilers.py) -> parse.py -> program.py -> walk.py (over memory.py, hbm.py)
+        -> loops.py, report.py (over hlo.py, layout.py, operands.py) -> call_report.py
 
-`Call(dump).predict(parameters, work)` times a whole call; `walk(schedule, operands, model)` one kernel. Never needed by
-a serving process.
+`predict(function, *shapes, target=...)` times any jitted function with Pallas kernels. `Call(dump).predict(parameters, work)`
+times a whole call that is compiled already; `walk(schedule, operands, model)` one kernel. Never needed by a serving process.
 """
 
 from __future__ import annotations

@@ -140,8 +140,9 @@ def test_a_result_of_an_earlier_kernel_is_shown_with_a_mark(tmp_path):
 def test_cells_that_nobody_ran_are_named_apart_from_refusals():
     document = module("document")
     found = section({"rpac": result(100), "a": result(0, "not run yet"), "b": result(0, "too large")})
-    case = module("cases").CASES[0].label
-    assert document.not_run([found], "not run yet") == [f"- 32/8 heads, tpu7x, pages of 128: a ({case})"]
+    assert document.not_run([found], "not run yet") == ["- 32/8 heads, tpu7x, pages of 128: a"]
+    none = section({"a": result(0, "not run yet")})
+    assert document.not_run([none], "not run yet") == ["- 32/8 heads, tpu7x, pages of 128: everything"]
     assert document.refusals([found], "not run yet") == [
         "- **b** (32/8 heads, tpu7x, pages of 128: every batch): too large"
     ]

@@ -27,6 +27,12 @@ def branch_to(lines: list[str | int], label: int = 1) -> list[str | int]:
 
 
 @each_target
+def test_a_phi_of_vectors_is_a_vector_instruction(target: str) -> None:
+    """MLA v2 of tpu-inference has one in each loop that carries a vector: its own cycle, and no effect on scalars."""
+    assert run(target, "%v2_v1 = vphi %v1_v0, %v3_v1", "%v3_v1 = vadd.f32 %v2_v1, %v2_v1").cycles == 2
+
+
+@each_target
 def test_a_bundle_takes_a_cycle_empty_or_full(target: str) -> None:
     done = run(
         target, "%1 = vst [vmem:[#allocation2] sm:$0xff] /*vst_source=*/%v1_v0", 7, "%v2_v1 = vadd.f32 %v1_v0, %v1_v0"
