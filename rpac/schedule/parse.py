@@ -8,6 +8,7 @@ everything that moves scalars, DMAs, semaphores or the program counter becomes a
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rpac.errors import ScheduleError
@@ -81,7 +82,10 @@ class Spills:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A kernel's final schedule for one target. `slots[i]` counts SLOTS in VLIW instruction i, where the dump says so."""
+    """A kernel's final schedule for one target. `slots[i]` counts SLOTS in VLIW instruction i, where the dump says so.
+
+    cores: 2 where the grid is split over both cores of a device, which begin with a barrier.
+    """
 
     name: str
     target: str
@@ -90,6 +94,7 @@ class Schedule:
     spills: Spills
     slots: tuple[tuple[int, ...], ...] | None = None
     slot_capacity: tuple[int, ...] | None = None
+    cores: int = 1
 
     @property
     def generation(self) -> isa.Generation:
@@ -110,6 +115,8 @@ _BRANCH = re.compile(r"target bundleno = (\d+)")
 _OPERAND = re.compile(r"\[shape: (\w+)\[([\d,]*)\].*?index: (\d+), kind: (\w+)")
 _ALLOCATION = re.compile(r"#\w+")
 _SPILLS = tuple(re.compile(rf"\b{opcode} \[[^\]]*_spill\]") for opcode in ("vst", "vld", "sst", "sld"))
+_PUSHED = re.compile(r"= vpush\.ccrf %(v\w+)")
+_POPPED = re.compile(r"%(v\w+) = vpop\.ccrf\b")
 _THREAD = re.compile(r"\[thread:[^\]]*\]\s*")
 
 
@@ -129,7 +136,9 @@ def parse_schedule(text: str, target: str, name: str = "schedule", utilization: 
     operands: list[Operand] = []
     opcodes: set[str] = set()
     number = 0
-    for line in _strip_comments(text).split("\n"):
+    plain = _strip_comments(text)
+    barriers = _barriers(plain)
+    for line in plain.split("\n"):
         number += 1
         match = _BUNDLE.match(line)
         if match is None:
@@ -144,7 +153,7 @@ def parse_schedule(text: str, target: str, name: str = "schedule", utilization: 
             raise ScheduleError(
                 f"{name}:{number}: found instruction {match[1]}, expected {len(bundles):#x}; lines are missing: dump it again"
             )
-        bundles.append(Bundle(number, match[2], _bundle(match[3], number, name, operands, opcodes)))
+        bundles.append(Bundle(number, match[2], _bundle(match[3], number, name, operands, opcodes, barriers)))
         number += line.count("\v")
     _check_whole(text, bundles, name)
     _check_generation(opcodes, operands, generation, bundles, name)
@@ -155,7 +164,7 @@ def parse_schedule(text: str, target: str, name: str = "schedule", utilization: 
         )
     spills = Spills(*(len(pattern.findall(text)) for pattern in _SPILLS))
     in_order = tuple(sorted(operands, key=lambda operand: operand.index))
-    return Schedule(name, target, tuple(bundles), in_order, spills, slots, capacity)
+    return Schedule(name, target, tuple(bundles), in_order, spills, slots, capacity, 2 if barriers else 1)
 
 
 def parse_utilization(text: str, name: str) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
@@ -192,7 +201,25 @@ def _strip_comments(text: str) -> str:
     return text
 
 
-def _bundle(body: str, line: int, name: str, operands: list[Operand], opcodes: set[str]) -> tuple[Instruction, ...]:
+def _barriers(text: str) -> dict[str, int]:
+    """Scalar registers that hold what the other core pushed -> what that is.
+
+    Both cores run one program, so it is what this core pushed: `vpush.ccrf` of a constant, and then `vpop.ccrf`, which
+    reaches a scalar through a `vpush` and an `spop`. What each core does after the barrier, it does alone.
+    """
+    found = {}
+    for pushed, popped in zip(_PUSHED.findall(text), _POPPED.findall(text), strict=False):
+        constant = re.search(rf"%{pushed} = vmov (\d+)\b", text)
+        queue = re.search(rf"%(\d+) = vpush %{popped}\b", text)
+        scalar = re.search(rf"%(s\w+) = spop %{queue[1]}\b", text) if queue else None
+        if constant and scalar:
+            found[scalar[1]] = (int(constant[1]) + 2**31) % 2**32 - 2**31
+    return found
+
+
+def _bundle(
+    body: str, line: int, name: str, operands: list[Operand], opcodes: set[str], barriers: Mapping[str, int]
+) -> tuple[Instruction, ...]:
     instructions = []
     for text in body.split(";;"):
         text = text.strip()
@@ -210,6 +237,9 @@ def _bundle(body: str, line: int, name: str, operands: list[Operand], opcodes: s
                 f"{name}:{line}: unknown instruction {opcode!r} in {text[:100]!r}; this compiler emits what this version of "
                 "rpac cannot time: use the libtpu that it was written for, or report the instruction"
             )
+        if match[1] in barriers:
+            instructions.append(Instruction("smov", match[1], (barriers[match[1]],), None, None, None, "", line))
+            continue
         instruction, operand = _scalar(opcode, match[1] or "", match[3], line, name)
         if operand is not None:
             operands.append(operand)

@@ -196,8 +196,8 @@ class Call:
             stall_seconds=done.stalled * second,
             dma_seconds=done.dma_busy * second,
             dmas=done.dmas,
-            read_bytes=done.read_bytes,
-            written_bytes=done.written_bytes,
+            read_bytes=done.read_bytes * done.schedule.cores,
+            written_bytes=done.written_bytes * done.schedule.cores,
             instructions=len(done.schedule.bundles),
             spills=done.schedule.spills,
             waits=tuple(

@@ -90,7 +90,9 @@ class _Walker:
         self.layout = program.layout
         _check_operands(program.schedule, operands)
         self.smem = Smem(program.layout, operands, program.schedule.name)
-        self.channel = Channel(model.bytes_per_cycle, model.cycles(model.latency_s), model.cycles(model.setup_s))
+        # Where the other core does its half at the same time, each has half of the channel.
+        share = model.bytes_per_cycle / program.schedule.cores
+        self.channel = Channel(share, model.cycles(model.latency_s), model.cycles(model.setup_s))
         self.local_latency = model.cycles(model.local_latency_s)
         self.semaphores: dict[int, Semaphore] = {}
         self.waits: dict[int, list[float]] = {}

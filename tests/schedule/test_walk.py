@@ -290,3 +290,36 @@ def copy_in(target: str, granules: int, predicate: str = "", semaphore: int = 0)
 def wait(granules: int, semaphore: int = 0) -> str:
     place = f"#allocation5 + ${semaphore:#x}" if semaphore else "#allocation5"
     return f"%10 = dma.done.wait [{place}], {granules}"
+
+
+def megacore(cookie: int, popped: str = "%v8_v1 = vpop.ccrf") -> list[str | int]:
+    """How a kernel whose grid is split over both cores of v5p begins: each checks what the other one pushed."""
+    return [
+        f"%v1_v0 = vmov {cookie} /* materialized constant */",
+        "%7 = vpush.ccrf %v1_v0",
+        popped,
+        "%22 = vpush %v8_v1",
+        "%s9_s1 = spop %22",
+        f"%p1_p0 = scmp.ne.s32.totalorder %s9_s1, {cookie}",
+        "%18 = shalt.err (%p1_p0) /* scheckeq: BarrierMegacore */",
+    ]
+
+
+@pytest.mark.parametrize("cookie", [7, 199067321, 4294967290])
+def test_both_cores_of_v5p_pass_the_barrier_that_they_begin_with(cookie: int) -> None:
+    done = run("v5p", *megacore(cookie))
+    assert done.schedule.cores == 2
+    assert done.cycles == 7
+
+
+def test_a_core_has_half_of_the_channel_where_the_other_one_works_too() -> None:
+    transfer = [operand(0), *copy_in("v5p", 64), wait(64)]
+    alone = run("v5p", *transfer)
+    both = run("v5p", *megacore(7), *transfer)
+    assert both.dma_busy == 2 * alone.dma_busy
+    assert both.read_bytes == alone.read_bytes  # of this core
+
+
+def test_what_comes_from_another_vector_is_no_barrier() -> None:
+    with pytest.raises(ScheduleError, match="s9_s1 = spop in instruction 0x4 comes out of a vector"):
+        run("v5p", *megacore(7, "%v8_v1 = vadd.s32 %v1_v0, %v1_v0"))
