@@ -118,7 +118,7 @@ def _command_line(ctx: click.Context) -> str:
 
 def _refuse_existing(output: Path | None, force: bool) -> None:
     if output is not None and not force and os.path.lexists(output):
-        raise OutputError(f"{output}: there is a file; nothing was written; name another with -o, or write --force")
+        raise OutputError(f"{output}: the file exists; nothing was written; name another file with -o, or add --force")
 
 
 def _write(output: Path, text: str, force: bool) -> None:

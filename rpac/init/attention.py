@@ -44,8 +44,8 @@ class Description:
 def describe(root: Config) -> Description:
     """The attention that a config.json says. Raises ModelError for what rpac has no kernels for, by the model's key."""
     part = text_part(root)
-    model_type = _model_type(part) or _model_type(root)
-    whole, _ = family_of(_model_type(root))
+    model_type = part.word("model_type") or root.word("model_type")
+    whole, _ = family_of(root.word("model_type"))
     if whole.missing:
         _refuse_missing(root, whole)
     family, known = family_of(model_type)
@@ -63,7 +63,7 @@ def describe(root: Config) -> Description:
     layers = read_layers(config, family, crossed)
     if not layers.kinds:
         config.refuse(LISTS, "must have layers with attention", "serve this model without rpac")
-    latent = config.get("kv_lora_rank") is not None
+    latent = _is_latent(config)
     keys = dict(read_latent(config, layers, notes) if latent else read_grouped(config, family, layers, notes))
     if layers.states:
         notes.append(
@@ -88,12 +88,7 @@ def _has_heads(config: Config) -> bool:
 
 
 def _is_known(config: Config) -> bool:
-    return family_of(_model_type(config))[1]
-
-
-def _model_type(config: Config) -> str:
-    found = config.get("model_type")
-    return found.value if found is not None and isinstance(found.value, str) else ""
+    return family_of(config.word("model_type"))[1]
 
 
 def _refuse_missing(config: Config, family: Family) -> None:
@@ -116,6 +111,12 @@ def _unknown(config: Config, model_type: str) -> str:
     name = f"model_type {model_type}" if model_type else "a config without model_type"
     left = f"; not read: {', '.join(unread[:12])}" if unread else ""
     return f"rpac does not know {name}: the lines follow from keys that other models have. Compare with its code{left}."
+
+
+def _is_latent(config: Config) -> bool:
+    """Whether the cache holds one vector a token; small DeepSeek models have the keys and not the attention."""
+    used = config.flag("use_mla")
+    return config.get("kv_lora_rank") is not None and (used is None or bool(used.value))
 
 
 def _is_crossed(root: Config, config: Config, family: Family) -> bool:

@@ -43,7 +43,7 @@ class Composer:
     command: str
 
     def document(self, sizes: Sizes, head: tuple[str, ...] = ()) -> Document:
-        """The spec with some sizes. Without `num_pages` the cache holds one sequence, for a look whether it plans."""
+        """The spec with some sizes. Without `num_pages` the cache holds one sequence, which shows whether it plans."""
         length = self.length(sizes.page_size.value)
         kinds = self.kinds(length.value)
         model = self._model()

@@ -125,6 +125,11 @@ class Config:
         """`true` or `false`. Raises ModelError for anything else."""
         return self._typed(names, lambda value: isinstance(value, bool), "must be true or false")
 
+    def word(self, *names: str) -> str:
+        """A text; empty where there is none, or something else."""
+        found = self.get(*names)
+        return found.value if found is not None and isinstance(found.value, str) else ""
+
     def entries(self, *names: str) -> Found | None:
         """A list, one entry a layer as a rule. Raises ModelError for anything else."""
         return self._typed(names, lambda value: isinstance(value, list), "must be a list")
@@ -199,7 +204,8 @@ def _read_json(path: Path, most: int) -> Any:
             data = stream.read(most + 1)
     except (OSError, ValueError) as error:
         found = f"a file that cannot be read ({getattr(error, 'strerror', None) or error})"
-        refuse(file, "", found, "must be a folder with config.json, or that file", "check the path")
+        fix = "check the path, or download the model: rpac uses no network"
+        refuse(file, "", found, "must be a folder with config.json, or that file", fix)
     if len(data) > most:
         refuse(
             file, "", f"more than {most} bytes", "must be a JSON file of a model hub", "check that it is the right file"

@@ -127,8 +127,8 @@ def _first_that_plans(composer: Composer) -> tuple[Sizes, Spec]:
 
 
 def _tries(settings: Wanted) -> Iterator[Sizes]:
-    """The server's page size, then larger ones, which SMEM asks for, then smaller ones, which VMEM does; then likewise with
-    half as many sequences. What a flag says stays.
+    """The server's page size, then larger ones, which take less SMEM, then smaller ones, which take less VMEM. Then the same
+    with half as many sequences, and so on. What a flag says stays.
     """
     page, seqs = settings.page_size, settings.max_num_seqs
     others = [] if "page_size" in settings.fixed else [
@@ -170,7 +170,7 @@ def _budget(composer: Composer, spec: Spec, index: Found | None) -> Budget:
     settings, serving, target = composer.settings, spec.serving, composer.request.chip
     # Latent attention has a replica on each device, but the rest of the model, most of it experts, is shared by all.
     shares = settings.tensor.value * (settings.data.value if composer.model.is_latent else 1)
-    weights, why = weights_of(composer.model, index, shares)
+    weights, why = weights_of(composer.model, index, shares, settings.q_dtype.value)
     parts = {part.layer: part for part in spec.parts}
     kinds = composer.kinds(serving.max_model_len).items()
     layers = [(parts[name], count) for name, (kind, count) in kinds if _has_cache(kind)]
@@ -186,7 +186,7 @@ def _budget(composer: Composer, spec: Spec, index: Found | None) -> Budget:
         return replace(budget, num_pages=pages, num_pages_why=settings.num_tokens.why)
     share, reason = 1.0, "all that fits beside the weights"
     if weights is None:
-        share, reason = UNKNOWN_SHARE, "half of HBM, for the weights are unknown: correct it"
+        share, reason = UNKNOWN_SHARE, "half of what is left of HBM, because the weights are unknown: correct it"
     most = min(int(budget.left * share) // page, MAX_SLOTS // serving.page_size)
     if most < serving.pages_per_seq:
         _refuse_memory(composer, budget, most, serving.pages_per_seq, (weights or 0) * shares)

@@ -18,12 +18,18 @@ Defaults = Mapping[str, Any]
 class Family:
     """One row.
 
-    `defaults`: what the class takes for keys that are left out. `sm_scale`: a scale that no key gives; `scale_why` says why.
-    `scale_dims`: the scale is (head_dim times that) ** -0.5. `alibi_unless`: has ALiBi unless a key has a value.
-    `period`: of so many layers in a row the last one has no window, where `layer_types` does not say otherwise. `late`: only
-    layers from `max_window_layers` on have one. `sinks`: the kinds of layers that have them. `encoder`: sees ahead unless
-    `is_decoder`. `words`: what entries of `layer_types` mean, where that differs from `rpac.init.layers`. `missing`: what it
-    needs and no kernel of rpac has. `notes`: what is left to the caller.
+    defaults      what the class takes for keys that are left out
+    sm_scale      a scale that no key gives; `scale_why` says why
+    scale_dims    the scale is (head_dim times that) ** -0.5
+    alibi_unless  has ALiBi unless a key has a value
+    period        of so many layers in a row the last one has no window, where `layer_types` does not say otherwise
+    late          only layers from `max_window_layers` on have a window
+    attentions    how many a layer has, each with a cache of its own
+    sinks         the types of layers that have them
+    encoder       sees ahead unless `is_decoder`
+    words         what entries of `layer_types` mean, where that differs from `rpac.init.layers`
+    missing       what it needs and no kernel of rpac has
+    notes         what is left to the caller
     """
 
     defaults: Defaults = field(default_factory=dict)
@@ -33,6 +39,7 @@ class Family:
     alibi_unless: tuple[str, Any] | None = None
     period: int | None = None
     late: bool = False
+    attentions: int = 1
     sinks: tuple[str, ...] = ()
     encoder: bool = False
     words: Mapping[str, str] = field(default_factory=dict)
@@ -149,15 +156,19 @@ FAMILIES: Final[Mapping[str, Family]] = {
     ))),
     "baichuan": Family(alibi_unless=("hidden_size", 4096)),
     **dict.fromkeys(("zamba", "zamba2"), Family(scale_dims=0.5)),
+    "jetmoe": Family(
+        notes=("Its query heads repeat the KV heads in turn: put those of one KV head side by side before the call.",)
+    ),
     "bloom": Family({"alibi": True, **_UNGATED, **_TIED}),
     "mpt": Family({"attn_config.alibi": False, **_UNGATED}),
     "dbrx": Family({"attn_config.kv_n_heads": 1}),
     "jais": Family({"alibi": True, **_UNGATED}),
     # Caches of one vector a token
     "deepseek_v2": Family({"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}),
+    "longcat_flash": Family(attentions=2),
     # Some layers keep a state
     "jamba": Family({"attn_layer_period": 8, "attn_layer_offset": 4}),
-    **dict.fromkeys(("recurrent_gemma",), Family({"attention_window_size": 2048}, words={"attention": "sliding"})),
+    "recurrent_gemma": Family({"attention_window_size": 2048}, words={"attention": "sliding"}),
     # Encoders
     **dict.fromkeys(
         ("bert", "bert-generation", "camembert", "data2vec-text", "distilbert", "electra", "ernie", "eurobert", "megatron-bert",
@@ -168,7 +179,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     # What rpac has not
     "reformer": Family(missing="attention to tokens in the same hash bucket (LSH)"),
     "xlnet": Family(missing="two streams of queries with relative positions (Transformer-XL)"),
-    "xlm": Family({"causal": False, **_UNGATED}, encoder=True),
+    "xlm": Family({**_UNGATED}, encoder=True),
     "prophetnet": Family(missing="several streams of queries with learned biases of the scores by position"),
     "diffllama": Family(missing="differential attention, the difference of two softmaxes"),
     "doge": Family(missing="masks that follow from the values (dynamic mask attention)"),
@@ -186,7 +197,6 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "minimax_m3_vl_text": Family(missing="sparse attention to blocks that an indexer chooses"),
 }  # fmt: skip
 
-# These do what their keys say, by the names that most families use.
 # What the classes take for keys that a part of a larger config leaves out: hubs write of such parts only what differs.
 _OF_PARTS: Final[Mapping[str, Defaults]] = {
     "llama": _sizes(4096, 32, 32, 11008, 32000, 2048),
@@ -201,6 +211,7 @@ _OF_PARTS: Final[Mapping[str, Defaults]] = {
     "opt": _sizes(768, 12, 12, 3072, 50272, 2048, activation_function="relu", **_TIED),
 }
 
+# These do what their keys say, by the names that most families use.
 _NAMES: Final = """
     apertus apertus1p5_text arcee aria_text axk1 bailing_hybrid bailing_moe bamba bart beam bigbird_pegasus biogpt bitnet
     blenderbot blenderbot-small blip_text_model blip_2_qformer canary_decoder chameleon chatglm cohere cohere_asr
@@ -208,8 +219,8 @@ _NAMES: Final = """
     ernie4_5 ernie4_5_moe ernie4_5_vl_moe_text evolla exaone falcon_h1 flex_olmo florence2 fsmt fuyu git glm glm4 glm46v_text
     glm4_moe glm4_moe_lite glm4v_moe_text glm4v_text glm_ocr_text gpt_neox gpt_neox_japanese granite granitemoe granitemoehybrid
     granitemoeshared grok grok-1 grok-2 helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax idefics internlm internlm2 internlm3
-    iquestcoder jais2 jetmoe kimi_k2 kimi_linear kosmos_2_5_text_model kosmos_2_text_model kyutai_speech_to_text laguna
-    lara_mini led lfm2 lfm2_moe lfm3 lfm3_text llama longcat_flash m2m_100 marian mbart mellum minicpm minicpm3 minimax
+    iquestcoder jais2 kimi_k2 kimi_linear kosmos_2_5_text_model kosmos_2_text_model kyutai_speech_to_text laguna
+    lara_mini led lfm2 lfm2_moe lfm3 lfm3_text llama m2m_100 marian mbart mellum minicpm minicpm3 minimax
     minimax_m1 minimax_m2 minimax_text_01 ministral ministral3 mistral mistral4 mixtral mllama_text_model modernbert-decoder
     molmo2_text moonshine moshi musicgen_decoder musicgen_melody_decoder mvp nanochat nemotron nemotron-nas nemotron_h
     nllb-moe olmo olmo2 olmo_hybrid olmoe opt orion paddleocr_vl_text pegasus pegasus_x persimmon phi phi3 phi4_multimodal

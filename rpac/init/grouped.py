@@ -19,7 +19,7 @@ def read_grouped(config: Config, family: Family, layers: Layers, notes: list[str
     yield "kv_heads", read_kv_heads(config, q_heads)
     head_dim = read_head_dim(config, q_heads.value)
     length = head_dim
-    value_dim = config.integer("v_head_dim")
+    value_dim = config.integer("v_head_dim", low=0)
     if value_dim is not None and value_dim.value > length.value:
         length = value_dim.made(value_dim.value, f"{value_dim.why}, the longer of keys and values")
     rows = padded(config, length, HEAD_DIMS, "head_dim")

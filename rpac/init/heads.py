@@ -32,7 +32,7 @@ def read_kv_heads(config: Config, q_heads: Found) -> Found:
         return attn_type.made(1)
     found = config.integer(*KV_HEADS, high=1024)
     if found is None:
-        why = f"as many as query heads, for no key gives fewer ({_either(KV_HEADS[1:3])}, ...)"
+        why = f"as many as query heads, because no key gives fewer ({_either(KV_HEADS[1:3])}, ...)"
         return q_heads.made(q_heads.value, why)
     if q_heads.value % found.value:
         allowed = f"must divide the {q_heads.value} query heads ({q_heads.why})"

@@ -75,7 +75,7 @@ def read_layers(config: Config, family: Family, crossed: bool) -> Layers:
             assert shared is not None
             keys["update_cache"] = shared.made(False, f"{shared.why}: they read the cache of an earlier layer")
         name = f"{kind}-shared" if is_shared else kind
-        kinds.append((name, kind, len(layers), keys))
+        kinds.append((name, kind, len(layers) * family.attentions, keys))
     if crossed:
         kinds = _with_cross(config, kinds)
     return Layers(_named(kinds), types.count("state"), count, why)
@@ -150,7 +150,7 @@ def _hybrid_pattern(config: Config, count: int) -> tuple[list[str], str] | None:
 
 
 def _linear_config(config: Config, count: int) -> tuple[list[str], str] | None:
-    """Bailing: the last of so many layers has softmax attention."""
+    """Bailing: the last of so many layers has softmax attention, under another name."""
     group = config.integer("layer_group_size", high=MAX_LAYERS)
     if group is None:
         return None
@@ -158,7 +158,7 @@ def _linear_config(config: Config, count: int) -> tuple[list[str], str] | None:
 
 
 def _interval(config: Config, count: int) -> tuple[list[str], str] | None:
-    """Qwen3 Next: likewise."""
+    """Qwen3 Next: the last of so many layers has softmax attention."""
     interval = config.integer("full_attention_interval", high=MAX_LAYERS)
     if interval is None:
         return None

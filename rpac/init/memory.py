@@ -12,14 +12,8 @@ from rpac.init.names import HEAD_DIM, WIDTH
 
 BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 MLP: Final = (
-    "intermediate_size",
-    "ffn_dim",
-    "decoder_ffn_dim",
-    "n_inner",
-    "d_ff",
-    "ffn_hidden_size",
-    "ffn_config.ffn_hidden_size",
-)
+    "intermediate_size", "ffn_dim", "decoder_ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "ffn_config.ffn_hidden_size",
+)  # fmt: skip
 EXPERTS: Final = (
     "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "ffn_config.moe_num_experts",
 )  # fmt: skip
@@ -76,23 +70,25 @@ def _gib(count: int) -> str:
     return f"{count / (1 << 30):.2f} GiB"
 
 
-def weights_of(model: Description, index: Found | None, shares: int) -> tuple[int | None, str]:
-    """Bytes of the weights on one device, of `shares` that share them evenly, and where they come from."""
+def weights_of(model: Description, index: Found | None, shares: int, q_dtype: str) -> tuple[int | None, str]:
+    """Bytes of the weights on one device, of `shares` that share them evenly, and where they come from.
+
+    `q_dtype` is what the server computes in, and so what it keeps weights in that are not quantized.
+    """
     over = f" / {shares} devices" if shares > 1 else ""
+    method = model.root.word("quantization_config.quant_method")
     if index is not None:
-        return -(-index.value // shares), index.why + over
+        stored = BYTES.get(model.root.word("torch_dtype", "dtype") or model.config.word("torch_dtype", "dtype"))
+        if method or stored is None or stored == BYTES[q_dtype]:
+            return -(-index.value // shares), index.why + over
+        kept = f", {BYTES[q_dtype]} bytes of each {stored} in {q_dtype}"
+        return -(-index.value * BYTES[q_dtype] // stored // shares), index.why + kept + over
     count = parameters(model)
     if count is None:
         return None, "config.json does not say enough to count its parameters, and no index of weights is beside it"
-    width, why = _weight_bytes(model.root)
+    width = QUANTIZED_BYTES.get(method, BYTES[q_dtype])
+    why = f"{width:g} bytes each{f' ({method})' if method in QUANTIZED_BYTES else ''}"
     return int(count * width) // shares, f"{count / 1e9:.2f} billion parameters counted from config.json, {why}{over}"
-
-
-def _weight_bytes(config: Config) -> tuple[float, str]:
-    method = config.get("quantization_config.quant_method")
-    if method is not None and method.value in QUANTIZED_BYTES:
-        return QUANTIZED_BYTES[str(method.value)], f"{QUANTIZED_BYTES[str(method.value)]:g} bytes each ({method.value})"
-    return 2, "2 bytes each"
 
 
 def parameters(model: Description) -> int | None:
@@ -105,8 +101,7 @@ def parameters(model: Description) -> int | None:
     tied = config.flag("tie_word_embeddings")
     total = vocab.value * width * (1 if tied is not None and tied.value else 2)
     per_layer = _attention(model, width)
-    activation = config.get(*ACTIVATION)
-    matrices = 2 if activation is not None and activation.value in UNGATED else 3
+    matrices = 2 if config.word(*ACTIVATION) in UNGATED else 3
     inner = _size(config, MLP)
     dense = matrices * width * (inner or 4 * width)
     experts = config.integer(*EXPERTS, low=0)

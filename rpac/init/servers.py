@@ -92,7 +92,7 @@ SGLANG: Final = Server(
     "rpac.adapters.sglang_jax",
 )
 SERVERS: Final[Mapping[str, Server]] = {server.name: server for server in (VLLM, SGLANG)}
-# The model's dtype, as both servers name it. float16 becomes bfloat16: neither runs it on TPU.
+# The model's dtype, as both servers name it. float16 becomes bfloat16, because rpac has no kernels for it.
 DTYPE_WORDS: Final = {
     "bfloat16": "bfloat16", "float16": "bfloat16", "half": "bfloat16", "float32": "float32", "float": "float32",
 }  # fmt: skip
@@ -234,6 +234,8 @@ def _power_of_two(value: int) -> int:
 def _devices(request: Request, model: Description) -> tuple[Found, Found]:
     """Devices that share the heads, and replicas."""
     tensor, data, devices = request.value("tensor"), request.value("data"), request.devices
+    if tensor is not None and data is not None and tensor.value * data.value > MAX_DEVICES:
+        request.refuse("data", f"must be at most {MAX_DEVICES} devices with {tensor.why}", "lower one of them")
     if devices is None:
         none = Found(1, "one device")
         return tensor or none, data or none
@@ -249,9 +251,9 @@ def _devices(request: Request, model: Description) -> tuple[Found, Found]:
             _refuse_devices(request, devices, f"must be a multiple of {one.value} ({one.why})")
         rest = Found(devices // one.value, f"{asked} / {one.value}")
         return (tensor, rest) if tensor is not None else (rest, one)
-    if model.is_latent:  # as both servers do: the cache is not split by heads
+    if model.is_latent:  # as tpu-inference's enable_dp_attention
         return Found(1, asked), Found(
-            devices, f"{asked}: each device serves sequences of its own, for MLA has no KV heads to split"
+            devices, f"{asked}: each device serves its own sequences, because MLA has no KV heads to split"
         )
     return Found(devices, asked), Found(1, asked)
 
@@ -262,14 +264,14 @@ def _refuse_devices(request: Request, devices: int, allowed: str) -> None:
 
 def _q_dtype(request: Request, model: Description) -> Found:
     if request.dtype != "auto":
-        return Found(DTYPE_WORDS[request.dtype], f"--dtype {request.dtype}")
+        dtype = DTYPE_WORDS[request.dtype]
+        other = "; rpac has no kernels for float16" if request.dtype in ("float16", "half") else ""
+        return Found(dtype, f"--dtype {request.dtype}{other}")
     names = ("torch_dtype", "dtype")
     found = model.config.get(*names) or model.root.get(*names)
     if found is None or found.value == DTYPES[0]:
         return Found(DTYPES[0], "no dtype in config.json" if found is None else found.why)
-    return Found(
-        DTYPES[0], f"{found.why}; {request.server.title} computes in bfloat16 on TPU unless --dtype says otherwise"
-    )
+    return Found(DTYPES[0], f"{found.why}, in bfloat16 on a TPU unless --dtype says otherwise")
 
 
 def _kv_dtype(request: Request, model: Description, q_dtype: Found) -> Found:

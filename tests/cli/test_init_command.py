@@ -48,7 +48,7 @@ def test_it_overwrites_nothing_unless_told_to(model: Path, tmp_path: Path) -> No
     assert load_spec(out).model.head_dim == 64
     refused = run(model, "--max-model-len", 4096, "-o", out)
     assert refused.exit_code == 5
-    assert "there is a file; nothing was written" in refused.output
+    assert "the file exists; nothing was written" in refused.output
     assert out.read_text() == first
     assert run(model, "--max-model-len", 4096, "-o", out, "--force").exit_code == 0
     assert load_spec(out).serving.max_model_len == 4096

@@ -132,6 +132,7 @@ def test_a_value_that_no_spec_can_say(changes: dict[str, Any], message: str, tmp
         (request(max_num_seqs=512, max_num_tokens=256), "the command line: --max-num-seqs: found 512; must be at most"),
         (request(devices=8, tensor=3), "the command line: --devices: found 8; must be a multiple of 3"),
         (request(devices=8, tensor=2, data=2), "the command line: --devices: found 8; must be 4: --tensor-parallel-size 2"),
+        (request(tensor=8, data=8), "the command line: --data-parallel-size: found 8; must be at most 32 devices with"),
         (request(kv="int4"), "the command line: --kv-cache-dtype: found int4; must be auto or one of bfloat16, fp8"),
         (request("sglang", kv="fp8"), "the command line: --kv-cache-dtype: found fp8; must be auto or one of fp8_e4m3"),
         (request(num_pages=3), "serving.num_pages: found 3; must be at least"),
@@ -169,6 +170,14 @@ def test_a_sequence_that_does_not_fit_names_the_devices_and_the_length(tmp_path:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 91_500_000_000}}))
     fix = refusal(tmp_path, max_position_embeddings=1 << 20).rpartition("; ")[2]
     assert fix.startswith("write `--devices 2`, or write `--max-model-len ")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_act": {}}, {"quantization_config": {"quant_method": []}}, {"torch_dtype": 3}]
+)
+def test_an_odd_value_that_attention_does_not_follow_from(changes: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**GOOD, **changes}))
+    assert make_draft(tmp_path, request(), "rpac init").spec.model.q_heads == 16
 
 
 def test_an_unknown_model_type_is_derived_from_its_keys_and_says_so(tmp_path: Path) -> None:

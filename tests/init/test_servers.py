@@ -137,10 +137,26 @@ def test_the_cache_takes_what_the_weights_leave(tmp_path: Path) -> None:
     assert all(line in draft.text.replace("\n#  ", "") for line in budget.lines())
 
 
+def test_weights_take_the_dtype_that_the_server_computes_in(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {"total_size": 16 << 30}}))
+    config = {**LLAMA, "torch_dtype": "float32"}
+    assert made(tmp_path, config=config, max_model_len=8192).budget.weights == 8 << 30
+    assert made(tmp_path, config=config, max_model_len=8192, dtype="float32").budget.weights == 16 << 30
+    quantized = {**config, "quantization_config": {"quant_method": "fp8"}}
+    assert made(tmp_path, config=quantized, max_model_len=8192).budget.weights == 16 << 30
+
+
 def test_the_sizes_of_the_files_stand_in_for_an_index(tmp_path: Path) -> None:
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.truncate(5 << 30)
     assert made(tmp_path, max_model_len=8192).budget.weights == 5 << 30
+
+
+def test_a_layer_of_two_attentions_has_two_caches(tmp_path: Path) -> None:
+    draft = made(
+        tmp_path, devices=8, chip="tpu7x", config={**LATENT, "model_type": "longcat_flash", "num_attention_heads": 64}
+    )
+    assert draft.budget.cached_layers == 2 * 61
 
 
 def test_layers_that_share_a_cache_take_none(tmp_path: Path) -> None:
