@@ -15,8 +15,8 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow test-adapters lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-kernels bench-chunks bench-scheduling \
-	same calibrate build-all serve-demo clean
+.PHONY: demo test test-newest test-slow test-adapters test-init lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-kernels bench-chunks bench-scheduling \
+	same calibrate release build-all serve-demo clean
 
 demo: $(VENV)/ready
 	$(BIN)/rpac build specs/llama3-8b.yaml --target tpu7x --target cpu
@@ -45,6 +45,10 @@ test-slow: $(VENV)/ready
 # The adapters beside the packages that they stand in for, in environments under build/adapters.
 test-adapters: $(VENV)/ready
 	NEWEST_PYTHON="$(NEWEST_PYTHON)" $(BIN)/python -m pytest -m slow -rA tests/adapters
+
+# `rpac init` on every decoder of the transformers package, in an environment under build/init.
+test-init: $(VENV)/ready
+	NEWEST_PYTHON="$(NEWEST_PYTHON)" $(BIN)/python -m pytest -m slow -rA tests/init
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -81,7 +85,7 @@ bench-cpu: $(VENV)/ready
 # On a machine with a GPU, with a CUDA build of jax beside rpac there.
 bench-gpu: $(VENV)/ready
 	$(BIN)/rpac build benchmarks/gpu.yaml --target gpu
-	$(BIN)/python benchmarks/gpu.py build/gpu.rpac
+	$(BIN)/rpac bench build/gpu.rpac -o build/bench-gpu.json
 
 bench-peers: $(VENV)/ready
 	$(BIN)/python benchmarks/peers.py
@@ -104,6 +108,14 @@ bench-scheduling: $(VENV)/ready
 # Compares the programs of this checkout with those of an earlier one: make same OTHER=../rpac-before
 same: $(VENV)/ready
 	$(BIN)/python benchmarks/same.py $(OTHER) --schedules
+
+# The source archive and the wheel in dist/, checked in an environment that has nothing else.
+release: $(VENV)/ready
+	rm -rf dist build/release
+	$(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install -q dist/*.whl
+	cd build/release && bin/rpac specs tiny && bin/rpac build tiny.yaml --target cpu && bin/rpac inspect build/tiny.rpac
 
 calibrate: $(VENV)/ready
 	$(BIN)/python benchmarks/calibrate.py

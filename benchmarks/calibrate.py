@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import calibrate_tokamax
 from peers import environment
 from published import POINTS, Point
 from rpa_v3 import Config, dump, parameters
@@ -133,7 +134,11 @@ def witnesses(predictor: Predictor) -> list[str]:
 
 
 def document(
-    rows: Sequence[Row], model: Model, fitted: tuple[Model, float] | None, witness_lines: Sequence[str]
+    rows: Sequence[Row],
+    model: Model,
+    fitted: tuple[Model, float] | None,
+    witness_lines: Sequence[str],
+    tokamax_lines: Sequence[str],
 ) -> str:
     """docs/calibration.md."""
 
@@ -169,6 +174,7 @@ def document(
         "paper_decode": "\n".join(group("paper", "decode")),
         "paper_prefill": "\n".join(group("paper", "mixed")),
         "witnesses": "\n".join(witness_lines),
+        "tokamax": "\n".join(tokamax_lines),
     }
     return template.format(**fields)
 
@@ -191,7 +197,8 @@ def main() -> None:
         )
         rows.append(row)
     fitted = None if options.skip_fit else fit(predictor, model)
-    text = document(rows, model, fitted, witnesses(predictor))
+    tokamax = calibrate_tokamax.table(calibrate_tokamax.rows(model, options.cache))
+    text = document(rows, model, fitted, witnesses(predictor), tokamax)
     (ROOT / "docs" / "calibration.md").write_text(text)
 
 

@@ -98,7 +98,7 @@ def document(found: Sequence[Section]) -> str:
         "refusals": "\n".join(refusals(found, NOT_RUN)),
         "compiler": " ".join(environment.COMPILER),
         "pinned": " ".join(environment.PINNED),
-        "packages": " and ".join(environment.PEERS),
+        "packages": ", ".join((*environment.PEERS, *environment.TOKAMAX)),
         "ours": ", ".join(f"{name} {version}" for name, version in toolchain().items() if name in ("jax", "libtpu")),
     }
     return TEMPLATE.read_text().format(**fields)

@@ -3,6 +3,7 @@
     RpacError               the base; catch it to catch them all
     ├── CheckError       1  a generated kernel differs from the oracle
     ├── SpecError        2  the spec file breaks its rules; carries every problem found
+    │   └── ModelError   2  a model's config that no spec can be made of
     ├── BatchError       2  metadata or arrays break the batch contract
     ├── SelectionError   2  a sound batch outside what was built; names the spec lines that would add it
     ├── PageError        2  pages of the cache that are not the caller's to use
@@ -65,6 +66,10 @@ class SpecError(RpacError):
     def __reduce__(self) -> tuple[type[SpecError], tuple[tuple[Problem, ...]]]:
         # The default would rebuild it from the message; builds raise it across processes.
         return type(self), (self.problems,)
+
+
+class ModelError(SpecError):
+    """A model's config, or what a server would do with it, that no spec can be made of."""
 
 
 class BatchError(RpacError):

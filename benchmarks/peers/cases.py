@@ -88,7 +88,7 @@ Place = tuple[str, int]
 """Target and page size."""
 
 RPA_V3 = ("RPA v3, default", "RPA v3, best")
-ALL_PEERS = (*RPA_V3, "JAX v2", "flywheel-tpu", "batched_rpa", "stacked_rpa")
+ALL_PEERS = (*RPA_V3, "JAX v2", "flywheel-tpu", "batched_rpa", "stacked_rpa", "tokamax")
 BOTH_LAYOUTS = ("rpac", "rpac, separate")
 SHARD_CASES = (
     *(_decode(f"decode {MAX_SEQS} x {n}", (n,) * MAX_SEQS) for n in (1024, 4096)),

@@ -1,8 +1,10 @@
-"""Compiles an experimental kernel of the `tpu-inference` package for one target, in the environment that it pins.
+"""Compiles a kernel of the design of `batched_rpa` for one target, in the environment that its package pins.
 
     python compile_experimental.py '{"kernel": "batched_rpa", "target": "tpu7x", "q_heads": 32, ...}'
 
-`kernel` is `batched_rpa` or `stacked_rpa`; the call is the public one, with its own choice of blocks.
+`kernel` is `batched_rpa` or `stacked_rpa` (of the `tpu-inference` package), or `tokamax`. The call is the public one, with
+its own choice of blocks unless the request has `blocks` for decode and for prefill. Queries and cache are donated, unless
+`donate` says otherwise.
 """
 
 from __future__ import annotations
@@ -19,17 +21,24 @@ import jax.numpy as jnp
 from abstract_tpu import Device, bare_package
 from jax.experimental import pallas as pl
 
+WRAPPERS = {
+    "batched_rpa": ("tpu_inference", "tpu_inference.kernels.experimental.batched_rpa.wrapper"),
+    "stacked_rpa": ("tpu_inference", "tpu_inference.kernels.experimental.stacked_rpa.wrapper"),
+    "tokamax": ("tokamax", "tokamax._src.ops.batched_rpa.kernel.wrapper"),
+}
 
-def load_wrapper(name: str) -> types.ModuleType:
+
+def load_wrapper(kernel: str) -> types.ModuleType:
     """The kernel's public module."""
-    bare_package("tpu_inference")
+    package, module = WRAPPERS[kernel]
+    bare_package(package)
     logger = types.ModuleType("tpu_inference.logger")  # the package's own wants vLLM
     logger.init_logger = logging.getLogger
     sys.modules["tpu_inference.logger"] = logger
     # A kernel's metadata breaks the lines of the HLO text that a walk reads.
     plain = pl.pallas_call
     pl.pallas_call = lambda *arguments, metadata=None, **options: plain(*arguments, **options)
-    return importlib.import_module(f"tpu_inference.kernels.experimental.{name}.wrapper")
+    return importlib.import_module(module)
 
 
 def main(request: dict[str, object]) -> None:
@@ -50,8 +59,11 @@ def main(request: dict[str, object]) -> None:
         device.shape(seqs + 1, dtype=jnp.int32),
         device.shape(3, dtype=jnp.int32),
     ]
-    call = functools.partial(wrapper.ragged_paged_attention, sm_scale=head_dim**-0.5)
-    device.compile(call, arguments, donate=(0, 3))
+    chosen = request.get("blocks", {})
+    blocks = {f"{mode}_block_sizes": wrapper.configs.BlockSizes(*sizes) for mode, sizes in chosen.items()}
+    scale = request.get("sm_scale", head_dim**-0.5)
+    call = functools.partial(wrapper.ragged_paged_attention, sm_scale=scale, **blocks)
+    device.compile(call, arguments, donate=tuple(request.get("donate", (0, 3))))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from peers.cases import MAX_MODEL_LEN, Case, Heads, Place
+from peers.environment import Environment
 from rpac.batch import Batch
 
 Parameters = dict[int, list[int]]
@@ -23,7 +24,7 @@ class Compile:
 
     choice: str
     script: str
-    environment: Literal["measured", "pinned"]
+    environment: Environment
     request: dict[str, Any]
     follow: bool = False
 
@@ -221,17 +222,31 @@ def flywheel_blocks_before(ends: Sequence[int]) -> list[int]:
     return before
 
 
-EXPERIMENTAL_PLACE = ("tpu7x", 128)
+SCHEDULED_PLACE = ("tpu7x", 128)
+# Of decode: KV tokens fetched and computed, sequences at once, buffers. Of the others: queries fetched, queries computed,
+# and then the same. The first is the kernel's own choice.
+Blocks = tuple[int, int, int, int, int]
+SCHEDULED_DECODE: tuple[Blocks | None, ...] = (None, (1, 1, 1024, 4, 2))
+SCHEDULED_PREFILL: tuple[Blocks | None, ...] = (None, (256, 64, 512, 1, 2))
 
 
-def experimental(kernel: str) -> Callable[[Heads, Place, Case], tuple[Compile, ...] | str]:
-    """Compiled in one place only: each compile takes minutes, and the walk stops for the same reason everywhere."""
+def scheduled(
+    kernel: str, where: Environment, sweeps: bool
+) -> Callable[[Heads, Place, Case], tuple[Compile, ...] | str]:
+    """A kernel of the design of batched_rpa. Compiled in one place only: each compile takes minutes."""
 
     def compiles(heads: Heads, place: Place, case: Case) -> tuple[Compile, ...] | str:
-        if place != EXPERIMENTAL_PLACE:
-            return "not tried here, because it could not be walked where it was tried."
-        request = {"kernel": kernel, **shapes(heads, place, case)}
-        return (Compile("its own", "compile_experimental.py", "pinned", request),)
+        if place != SCHEDULED_PLACE:
+            return "is compared on one target and page size only, because each of its compiles takes minutes."
+        found = []
+        mode, choices = ("decode", SCHEDULED_DECODE) if case.kind == "decode" else ("prefill", SCHEDULED_PREFILL)
+        for blocks in choices if sweeps else (None,):
+            request: dict[str, Any] = {"kernel": kernel, **shapes(heads, place, case)}
+            if blocks is not None:
+                request["blocks"] = {mode: blocks}
+            name = "its own" if blocks is None else ", ".join(map(str, blocks[2:] if mode == "decode" else blocks))
+            found.append(Compile(name, "compile_experimental.py", where, request))
+        return tuple(found)
 
     return compiles
 
@@ -284,16 +299,25 @@ CONTENDERS = (
     ),
     Contender(
         "batched_rpa",
-        "an experimental kernel in tpu-inference, with the jax that it pins. One kernel writes a schedule to HBM, and the "
-        "attention kernels read it. So what they do depends on data that is not an argument, and it cannot be walked.",
-        experimental("batched_rpa"),
+        "an experimental kernel in tpu-inference, with the jax that it pins. A first kernel writes a schedule to HBM, and the "
+        "attention kernel reads it. For each batch, the better of its own blocks and one other choice (decode: KV tokens, "
+        f"sequences at once, buffers: {', '.join(map(str, SCHEDULED_DECODE[1][2:]))}; the others: queries fetched, queries "
+        f"computed, and then the same: {', '.join(map(str, SCHEDULED_PREFILL[1]))}).",
+        scheduled("batched_rpa", "pinned", sweeps=True),
         contract_parameters,
     ),
     Contender(
         "stacked_rpa",
-        "an experimental kernel in tpu-inference, with the jax that it pins. It is built in the same way as batched_rpa, and "
-        "each of its kernels runs inside a conditional.",
-        experimental("stacked_rpa"),
+        "an experimental kernel in tpu-inference, with the jax that it pins and its own blocks. It is built in the same way "
+        "as batched_rpa. Each of its kernels runs inside a conditional.",
+        scheduled("stacked_rpa", "pinned", sweeps=False),
+        contract_parameters,
+    ),
+    Contender(
+        "tokamax",
+        "the batched RPA of tokamax 0.0.17, with the jax that its benchmarks pin. It is the same design as batched_rpa, and "
+        "gets the same choices of blocks.",
+        scheduled("tokamax", "tokamax", sweeps=True),
         contract_parameters,
     ),
 )

@@ -1,7 +1,7 @@
 """The peers' own environments: a jax, and their packages without dependencies.
 
-`COMPILER` is the jax that RPA v3 was measured with, `PINNED` the one that tpu-inference asks for: its experimental
-kernels use internals of jax and compile with no other.
+`COMPILER` is the jax that RPA v3 was measured with, `PINNED` the one that tpu-inference asks for, and tokamax for its
+benchmarks: their kernels of the design of batched_rpa use internals of jax and compile with no other.
 """
 
 from __future__ import annotations
@@ -12,10 +12,20 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 COMPILER = ("jax==0.11.0", "jaxlib==0.11.0", "libtpu==0.0.44")
 PINNED = ("jax==0.11.2", "jaxlib==0.11.2", "libtpu==0.0.48")
 PEERS = ("tpu-inference==0.32.0", "flywheel-tpu==0.3.0")
+TOKAMAX = ("tokamax==0.0.17",)
+
+Environment = Literal["measured", "pinned", "tokamax"]
+ENVIRONMENTS: dict[Environment, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "measured": (COMPILER, PEERS),
+    "pinned": (PINNED, PEERS),
+    "tokamax": (PINNED, TOKAMAX),
+}
+"""The compiler and the packages of each."""
 
 
 def ensure(folder: Path, compiler: Sequence[str] = COMPILER, peers: Sequence[str] = PEERS) -> str:

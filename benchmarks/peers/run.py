@@ -124,10 +124,8 @@ class Bench:
         request = json.dumps(one.request, sort_keys=True)
         compiled = digest(script, request, self._packages(one.environment))
         parameters = contender.parameters(batch, case)
-        name, key = (
-            name_of(heads, place, contender.name, case, one.choice),
-            digest(compiled, sorted(parameters.items()), self._walker),
-        )
+        name = name_of(heads, place, contender.name, case, one.choice)
+        key = digest(compiled, sorted(parameters.items()), self._walker)
         kept = self.store.result(name, key)
         if not may_run or (kept is not None and not kept.earlier):
             return kept or Result(one.choice, error=NOT_RUN)
@@ -144,7 +142,9 @@ class Bench:
         self.store.keep_result(name, key, result)
         return result
 
-    def _make_call(self, compiled: str, environment_name: str, script: str, request: str, target: str) -> Call:
+    def _make_call(
+        self, compiled: str, environment_name: environment.Environment, script: str, request: str, target: str
+    ) -> Call:
         command = [self._python(environment_name), str(HERE / script), request]
         return Call(self.store.dump(compiled, command, target), any_compiler=True)
 
@@ -192,15 +192,15 @@ class Bench:
     def _make_programs(self, path: Path, target: str) -> Programs:
         return programs_of(path, target, ProgramStore(default_cache_dir()), progress)
 
-    def _packages(self, name: str) -> list[str]:
-        compiler = environment.COMPILER if name == "measured" else environment.PINNED
-        return [*compiler, *environment.PEERS]
+    def _packages(self, name: environment.Environment) -> list[str]:
+        compiler, packages = environment.ENVIRONMENTS[name]
+        return [*compiler, *packages]
 
-    def _python(self, name: str) -> str:
+    def _python(self, name: environment.Environment) -> str:
         if name not in self._pythons:
-            compiler = environment.COMPILER if name == "measured" else environment.PINNED
-            progress(f"making the peers' environment {name}: {' '.join(compiler)}")
-            self._pythons[name] = environment.ensure(self.folder.parent / f"peers-{name}", compiler)
+            compiler, packages = environment.ENVIRONMENTS[name]
+            progress(f"making the peers' environment {name}: {' '.join((*compiler, *packages))}")
+            self._pythons[name] = environment.ensure(self.folder.parent / f"peers-{name}", compiler, packages)
         return self._pythons[name]
 
 

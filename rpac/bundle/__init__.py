@@ -10,7 +10,7 @@ Reading goes: size limits, manifest, hash of the bytes that are used. Whether th
 is the engine's.
 """
 
-from rpac.bundle.manifest import Manifest, Target
+from rpac.bundle.manifest import Manifest, Target, digest
 from rpac.bundle.read import LoadedTarget, describe, read_manifest, read_target, verify_bundle
 from rpac.bundle.write import is_bundle, stage_bundle, write_bundle
 from rpac.contract.program import Content, Program, Variant
@@ -23,6 +23,7 @@ __all__ = [
     "Target",
     "Variant",
     "describe",
+    "digest",
     "is_bundle",
     "read_manifest",
     "read_target",

@@ -140,9 +140,17 @@ def _program_data(program: Program) -> dict[str, Any]:
     }
 
 
+def digest(manifest: Manifest) -> str:
+    """The sha256 that `manifest.json` holds of itself, 64 hex digits. It covers the hash of every file of the bundle."""
+    return _digest(as_data(manifest))
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical(data)).hexdigest()
+
+
 def _seal(data: Mapping[str, Any]) -> bytes:
-    digest = hashlib.sha256(_canonical(data)).hexdigest()
-    return _canonical({**data, "digest": digest})
+    return _canonical({**data, "digest": _digest(data)})
 
 
 def _canonical(data: Mapping[str, Any]) -> bytes:

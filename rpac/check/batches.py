@@ -72,7 +72,7 @@ def _maker(spec: Spec, plan: KernelPlan) -> _Batches:
 
 
 class _Batches(ABC):
-    """The sizes that a plan turns on, in tokens, and batches around them."""
+    """The sizes, in tokens, where a plan changes what it does, and batches around them."""
 
     def __init__(self, spec: Spec, plan: KernelPlan) -> None:
         self.page = spec.serving.page_size

@@ -8,13 +8,19 @@ from typing import Any
 import click
 
 from rpac._version import __version__
+from rpac.cli.bench import bench_command
 from rpac.cli.buckets import buckets
 from rpac.cli.build import build, generate
 from rpac.cli.check import check
+from rpac.cli.diff import diff_command
+from rpac.cli.explain import explain_command
+from rpac.cli.init import init_command
 from rpac.cli.inspect import inspect
 from rpac.cli.plan import plan
 from rpac.cli.predict import predict_command
 from rpac.cli.serve_check import serve_check_command
+from rpac.cli.show_config import show_config_command
+from rpac.cli.specs import specs_command
 from rpac.cli.streams import INTERRUPTED, checked_streams
 from rpac.cli.support import support_command
 from rpac.cli.tune import tune_command
@@ -52,7 +58,8 @@ def main() -> None:
 
 
 COMMANDS = (
-    plan, buckets, build, check, inspect, generate, predict_command, serve_check_command, support_command, tune_command
+    init_command, plan, buckets, build, check, bench_command, diff_command, explain_command, generate, inspect,
+    predict_command, serve_check_command, show_config_command, specs_command, support_command, tune_command,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

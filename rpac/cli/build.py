@@ -9,7 +9,6 @@ import click
 from rpac import build as job
 from rpac.cli.common import (
     Amount,
-    Lines,
     cache_of,
     cache_option,
     command,
@@ -17,11 +16,11 @@ from rpac.cli.common import (
     json_option,
     print_json,
     spec_argument,
-    table,
     target_option,
     tuned_of,
     tuned_option,
 )
+from rpac.cli.terminal import Lines, table
 from rpac.contract.program import Lowered
 from rpac.contract.units import size
 from rpac.errors import TargetError

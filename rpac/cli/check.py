@@ -10,7 +10,6 @@ import click
 
 from rpac.build import chosen_targets
 from rpac.cli.common import (
-    Lines,
     cache_of,
     cache_option,
     command,
@@ -22,6 +21,7 @@ from rpac.cli.common import (
     tuned_of,
     tuned_option,
 )
+from rpac.cli.terminal import Lines
 from rpac.devices.toolchain import prepare
 from rpac.errors import CheckError
 from rpac.lower import lower_all

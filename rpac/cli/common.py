@@ -1,18 +1,16 @@
-"""What the commands share: options, progress lines and tables."""
+"""What the commands share: options, the folders that they use, JSON and sizes."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-from tabulate import tabulate
 
 from rpac.errors import PlanError
 from rpac.files.store import Store, default_cache_dir
@@ -59,6 +57,34 @@ jobs_option = click.option(
     "--jobs", type=click.IntRange(1), help="Number of compiling processes. Default: one for each core."
 )
 cache_option = click.option("--no-cache", is_flag=True, help="Compile everything again, and cache nothing.")
+
+any_compiler_option = click.option(
+    "--any-compiler", is_flag=True, help="Also read schedules of a libtpu that nobody has verified."
+)
+
+
+def batch_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds `--decode`, `--prefill` and `--mixed`, the values of `rpac.predict.Asked.of`."""
+    options = (
+        click.option(
+            "--decode", multiple=True, metavar="NxC", help="N decode rows of C tokens, the new ones included."
+        ),
+        click.option(
+            "--prefill",
+            multiple=True,
+            metavar="NxQ/C",
+            help="N sequences of C tokens each, of which the last Q are new.",
+        ),
+        click.option(
+            "--mixed",
+            type=click.Path(path_type=Path),
+            help="File of JSON lines with q_lens and kv_lens, one batch each.",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
 
 tuned_option = click.option(
     "--tuned",
@@ -117,31 +143,3 @@ def cache_of(no_cache: bool) -> Cache:
 
 def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, sort_keys=True))
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in plain text."""
-    return tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True)
-
-
-class Lines:
-    """Progress as lines on stderr, with the seconds since the command began. Once `total` is set, they count what is done."""
-
-    def __init__(self) -> None:
-        self.total: int | None = None
-        self._done = 0
-        self._start = time.monotonic()
-
-    def say(self, what: str) -> None:
-        """Prints a line. May be called from any thread."""
-        count = "" if self.total is None else f"[{self._done:3}/{self.total}] "
-        click.echo(f"{count}{self.seconds:6.1f} s  {what}", err=True)
-
-    def done(self, what: str) -> None:
-        """Counts one of `total` as done, and prints a line."""
-        self._done += 1
-        self.say(what)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._start

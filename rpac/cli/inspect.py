@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from rpac.bundle import describe, verify_bundle
-from rpac.cli.common import command, json_option, print_json, table
+from rpac.cli.common import command, json_option, print_json
+from rpac.cli.terminal import table
 from rpac.contract.mesh import Mesh
 from rpac.contract.units import size
 

@@ -9,13 +9,24 @@ from pathlib import Path
 
 import click
 
-from rpac.cli.common import command, json_option, print_json, store_of, table, tuned_of, tuned_option
+from rpac.cli.common import (
+    any_compiler_option,
+    batch_options,
+    command,
+    json_option,
+    print_json,
+    store_of,
+    tuned_of,
+    tuned_option,
+)
+from rpac.cli.terminal import table
 from rpac.contract.units import traffic
 from rpac.devices.chip import TPU_TARGETS
 from rpac.errors import BatchError
 from rpac.files.store import Store
 from rpac.plan.tuned import Tuned
 from rpac.predict import (
+    Asked,
     Prediction,
     Programs,
     check_emit,
@@ -24,11 +35,8 @@ from rpac.predict import (
     emit,
     expected,
     layers_in,
-    parse_decode,
-    parse_prefill,
     predict,
     programs_of,
-    read_trace,
 )
 from rpac.schedule.call_report import DEFINITIONS, micros, share
 
@@ -45,19 +53,13 @@ HEADER = ("batch", "name", "program", "us", "MBU", "MFU", "kernels us", "compute
     type=click.Choice(TPU_TARGETS),
     help="TPU to predict for; repeat to compare several.",
 )
-@click.option("--decode", multiple=True, metavar="NxC", help="N decode rows of C tokens each, the new ones included.")
-@click.option(
-    "--prefill", multiple=True, metavar="NxQ/C", help="N sequences of C tokens each, of which the last Q are new."
-)
-@click.option(
-    "--mixed", type=click.Path(path_type=Path), help="File of JSON lines with q_lens and kv_lens, one batch each."
-)
+@batch_options
 @click.option(
     "--emit", "emit_to", type=click.Path(path_type=Path), help="Write the schedules and their operands to this folder."
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Plot MBU and MFU against context length in this file.")
 @click.option("--detail", is_flag=True, help="Show waits, loops, slots, spills and XLA operations of each batch.")
-@click.option("--any-compiler", is_flag=True, help="Also read schedules of a libtpu that nobody has verified.")
+@any_compiler_option
 @click.option("--no-cache", is_flag=True, help="Compile again for the schedules, and cache none.")
 @tuned_option
 @json_option
@@ -79,9 +81,7 @@ def predict_command(
 
     Without any batches, predict those that the spec expects.
     """
-    others = [*map(parse_prefill, prefill), *(read_trace(mixed) if mixed is not None else ())]
-    for text in decode:
-        parse_decode(text)  # refused before anything is compiled
+    asked = Asked.of(decode, prefill, mixed)  # refused before anything is compiled
     if plot is not None:
         check_plot(plot)
     if emit_to is not None:
@@ -96,8 +96,7 @@ def predict_command(
             [_programs(path, target, layer, store, any_compiler, tuned) for path, layer in chosen],
             [path for path, _ in chosen],
         )
-        for workload in [*(parse_decode(text, programs.limits.decode_len) for text in decode), *others]
-        or expected(programs.limits, programs.context_lens)
+        for workload in asked.workloads(programs.limits.decode_len) or expected(programs.limits, programs.context_lens)
     ]
     if emit_to is not None and len(pairs) != 1:
         raise BatchError(

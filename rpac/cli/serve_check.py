@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rpac.cli.common import command, json_option, print_json, table
+from rpac.cli.common import command, json_option, print_json
+from rpac.cli.terminal import table
 from rpac.spec import TARGETS
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from rpac.cli.common import (
     print_json,
     spec_argument,
     store_of,
-    table,
     target_option,
     tuned_folder,
 )
+from rpac.cli.terminal import table
 from rpac.devices.chip import is_tpu
 from rpac.errors import CheckError
 from rpac.spec import load_spec

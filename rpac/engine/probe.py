@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from numpy.typing import NDArray
 
+from rpac.contract.arrays import ArrayDims
 from rpac.contract.program import Program
 from rpac.devices.placement import Placement
 from rpac.engine.runtime import Run
@@ -68,10 +69,7 @@ def probe(run: Run, call: ProbeCall, program: Program, placement: Placement) -> 
     size = max(1 << (used_pages - 1).bit_length(), LEAST_PAGES) if used_pages else 0
     padded = np.resize(np.arange(used_pages), size)
     pages = [jax.device_put(call.pages[padded], device) for device in placement.local]
-    held = [jax.device_put(call.held[padded], device) for device in placement.local]
-    make = jax.jit(_cache, static_argnums=2)
-    parts = [make(*one, cache_dims.shape[0]) for one in zip(pages, held, strict=True)]
-    kv_cache = placement.joiner(cache_dims)(parts)
+    kv_cache = filled_cache(placement, cache_dims, call.pages[padded], call.held[padded], np.arange(size))
     batch = call.batch
     given = {
         **call.by_token,
@@ -99,9 +97,24 @@ def _part(call: ProbeCall, out: NDArray[Any], lse: NDArray[Any] | None, after: j
     return Part(out, lse, np.asarray(after)[: len(call.pages)], tuple(np.flatnonzero(strays).tolist()))
 
 
-def _cache(pages: jax.Array, held: jax.Array, count: int) -> jax.Array:
+def filled_cache(
+    placement: Placement, dims: ArrayDims, pages: NDArray[Any], held: NDArray[Any], places: NDArray[Any]
+) -> jax.Array:
+    """A cache that is zero but for `pages`, of which the i-th holds `held[places[i]]`; the same on each device of this process.
+
+    Compiled once for each number of pages, and of pages held.
+    """
+    make = jax.jit(_cache, static_argnums=3)
+    parts = [
+        make(*(jax.device_put(array, device) for array in (pages, held, places)), dims.shape[0])
+        for device in placement.local
+    ]
+    return placement.joiner(dims)(parts)
+
+
+def _cache(pages: jax.Array, held: jax.Array, places: jax.Array, count: int) -> jax.Array:
     def write(index: jax.Array, kv_cache: jax.Array) -> jax.Array:
-        return lax.dynamic_update_index_in_dim(kv_cache, held[index], pages[index], 0)
+        return lax.dynamic_update_index_in_dim(kv_cache, held[places[index]], pages[index], 0)
 
     # Page by page, because a scatter of them all would take a second cache.
     return lax.fori_loop(0, len(pages), write, jnp.zeros((count, *held.shape[1:]), held.dtype))

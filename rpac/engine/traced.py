@@ -40,7 +40,7 @@ def run_selected(
     safe = jnp.where(found, distribution, 0)
     first = KINDS.index(next(iter(programs)))
     chosen = jnp.where(found, wanted, first)
-    results = (queries, kv_cache, *more)  # of the results' shapes; one program takes its turn and replaces them
+    results = (queries, kv_cache, *more)  # of the results' shapes; the program that runs replaces them
     for kind, program in programs.items():
 
         def body(_: jax.Array, results: Any, program: Traceable = program) -> Any:
@@ -48,8 +48,8 @@ def run_selected(
             return program(*(changed.get(name, arg) for name, arg in zip(names, args, strict=True)))
 
         # Not lax.switch: XLA for cpu copies the whole cache into each branch. A loop's state stays in place everywhere.
-        turns = (chosen == KINDS.index(kind)).astype(jnp.int32)
-        results = lax.fori_loop(0, turns, body, results)
+        iterations = (chosen == KINDS.index(kind)).astype(jnp.int32)
+        results = lax.fori_loop(0, iterations, body, results)
     return tuple(
         one if index == KV_CACHE_RESULT else jnp.where(found, one, jnp.nan) for index, one in enumerate(results)
     )

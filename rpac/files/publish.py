@@ -1,6 +1,6 @@
-"""Publishes output folders whole: the one place that puts a folder where others read it.
+"""Publishes output whole: the one place that puts a folder, or a file that stands alone, where others read it.
 
-Invariant: whoever opens `FINAL` finds the whole old folder or the whole new one, whatever happens to the writer.
+Invariant: whoever opens `FINAL` finds all of the old output or all of the new one, whatever happens to the writer.
 
 - Beside FINAL lie, while someone writes, `.NAME.lock` (flock: one writer at a time, and the kernel lets go of it when
   its owner dies), `.NAME.stage` (the new folder) and, where the file system cannot exchange two folders in one step,
@@ -78,6 +78,31 @@ def publish(final: str | os.PathLike[str], owned: Callable[[Path], bool], wait_s
         finally:
             with _reported(final):
                 _recover(final, stage.path)
+
+
+def publish_file(
+    final: str | os.PathLike[str], data: bytes, owned: Callable[[Path], bool], wait_s: float = 0.0
+) -> None:
+    """Makes `data` the content of the file `final`. A file there is replaced if `owned` says that it is ours to replace.
+
+    `wait_s` is how long to wait, in seconds, for another writer. Raises OutputError, and then `final` is as it was.
+    """
+    final = Path(os.path.realpath(final))
+    with _reported(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(final, wait_s):
+        stage = _beside(final, "stage")
+        refuse_foreign_file(final, owned)
+        try:
+            with _reported(final):
+                with stage.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                stage.replace(final)
+                _sync(final.parent)
+        finally:
+            stage.unlink(missing_ok=True)
 
 
 def _beside(final: Path, role: str) -> Path:
@@ -170,6 +195,17 @@ def refuse_foreign(final: Path, owned: Callable[[Path], bool]) -> None:
     raise OutputError(
         f"{final}: found {found}; must be absent, empty or an earlier output; nothing was published; remove it or choose "
         "another folder"
+    )
+
+
+def refuse_foreign_file(final: Path, owned: Callable[[Path], bool]) -> None:
+    """Raises OutputError where `publish_file` would not replace what is at `final`: for commands that work long before it."""
+    if not final.exists() or (final.is_file() and owned(final)):
+        return
+    found = "a folder" if final.is_dir() else "a file that this command did not make"
+    raise OutputError(
+        f"{final}: found {found}; must be absent or an earlier output; nothing was published; remove it or choose another "
+        "name"
     )
 
 

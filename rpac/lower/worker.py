@@ -72,7 +72,7 @@ def lowered_text(task: Task) -> str:
 
 
 def compile_for_cpu(task: Task, data: bytes) -> tuple[bytes, str]:
-    """An exported program of the cpu target as an executable for the CPU of this machine, and what that turns on."""
+    """An exported program of the cpu target as an executable for the CPU of this machine, and the build of XLA that made it."""
     exported = export.deserialize(bytearray(data))
     compiled = _as_program(exported.call, task).lower(*exported.in_avals).compile()
     return compiled.runtime_executable().serialize(), build_string(jax.local_devices(backend="cpu")[0].client)

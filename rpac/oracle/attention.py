@@ -49,9 +49,9 @@ def attention_with_lse(
 
     Arguments are those of a program, as numpy arrays, of a batch that `validate` accepts; `kv_layout` says how K and V
     lie in `kv_cache`, as `split_kv` has it. `soft_cap`: a score s becomes soft_cap * tanh(s / soft_cap).
-    `sliding_window`: the query at position p sees those from p - sliding_window + 1 to p, where the cache may hold anything
-    before what the first new token sees. `attention_chunk`: that query sees those from the last multiple of it that is not
-    above p on, likewise. `sinks` `[q_heads]` are logits, one a query head, that take part in its softmax
+    `sliding_window`: the query at position p sees those from p - sliding_window + 1 to p. `attention_chunk`: that query sees
+    those from the last multiple of it that is not above p, to p. With both, the cache may hold anything before what the
+    first new token sees. `sinks` `[q_heads]` are logits, one a query head, that take part in its softmax
     and have no value. `alibi_slopes` `[q_heads]`: a score gets its head's slope times the position of the key minus that of
     the query. `kv_scales` `[2]` or `[2, kv_heads]` are what stored K and V are multiplied by; new keys and values
     of another dtype than the cache's are quantized as they are stored, as `quantized` does. Where not `causal` a query sees
@@ -62,7 +62,7 @@ def attention_with_lse(
     Returns the output `[tokens, q_heads, head_dim]` in float32, zero in the rows past the last sequence, and a new cache
     in the cache's dtype: each new token's K and V as given, zeros in its padding, every other bit as it was. The caller
     rounds the output to its dtype. Third, the natural logarithm of each softmax's denominator, `[tokens, q_heads]` in
-    float32, likewise zero.
+    float32, zero in the same rows.
     """
     _, q_heads, head_dim = queries.shape
     kv_heads = kv_heads if keys is None else keys.shape[1]

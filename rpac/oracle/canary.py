@@ -94,6 +94,28 @@ def make_call(
 
     `dims` are the program's arguments. Raises BatchError where the rows break the contract or need more pages than the cache has.
     """
+    batch, pages = spread_batch(kind, limits, q_lens, context_lens)
+    cache = layout.index_of(dims, "kv_cache")
+    by_token = new_tokens(dims, batch, seed)
+    updates = len(by_token) > 1  # the new tokens come with the queries; else the cache holds them
+    held = np.zeros((len(pages), *dims[cache].shape[1:]), dims[cache].dtype)
+    held_tokens = np.moveaxis(held, layout.TOKEN_AXES[kv_layout], 1)  # a view
+    contents = numbers(held_tokens.shape, seed, cache + 1)
+    places = {page: place for place, page in enumerate(pages.tolist())}
+    for row in batch:
+        old = np.arange(row.context_len if updates else row.kv_len)
+        at = np.array([places[page] for page in row.pages], np.int64)[old // limits.page_size], old % limits.page_size
+        held_tokens[at] = contents[at]
+    return ProbeCall(batch, by_token, pages, held, extras(dims, seed))
+
+
+def spread_batch(
+    kind: Kind, limits: Limits, q_lens: Sequence[int], context_lens: Sequence[int]
+) -> tuple[Batch, Int32s]:
+    """The batch of these rows for a program of this kind, and the pages that it uses, which are spread over the whole cache.
+
+    Raises BatchError where the rows break the contract or need more pages than the cache has.
+    """
     counts = [layout.cdiv(q + context, limits.page_size) for q, context in zip(q_lens, context_lens, strict=True)]
     used = sum(counts)
     # From the last page down: an address that overflows does so at the end of the cache.
@@ -101,28 +123,28 @@ def make_call(
     pages = [last - index * last // max(used - 1, 1) for index in range(used)]
     ends = np.cumsum([0, *counts]).tolist()
     tables = [pages[start:end] for start, end in itertools.pairwise(ends)]
-    batch = _as_kind(kind, Batch.build(limits, q_lens, context_lens, tables))
-    cache = layout.index_of(dims, "kv_cache")
-    by_token = {one.name: np.zeros(one.shape, one.dtype) for one in dims[:cache]}
+    return _as_kind(kind, Batch.build(limits, q_lens, context_lens, tables)), np.array(pages, np.int32)
+
+
+def new_tokens(dims: Sequence[layout.ArrayDims], batch: Batch, seed: int) -> dict[str, Array]:
+    """The arguments before the cache of a program with arguments `dims`, by name, in order; zeros past the new tokens."""
+    by_token = {one.name: np.zeros(one.shape, one.dtype) for one in dims[: layout.index_of(dims, "kv_cache")]}
     for stream, array in enumerate(by_token.values(), start=1):
         new = array[: batch.num_tokens]
-        new[:] = _numbers(new.shape, seed, stream)
-    updates = len(by_token) > 1  # the new tokens come with the queries; else the cache holds them
-    held = np.zeros((used, *dims[cache].shape[1:]), dims[cache].dtype)
-    held_tokens = np.moveaxis(held, layout.TOKEN_AXES[kv_layout], 1)  # a view
-    contents = _numbers(held_tokens.shape, seed, cache + 1)
-    places = {page: place for place, page in enumerate(pages)}
-    for row in batch:
-        old = np.arange(row.context_len if updates else row.kv_len)
-        at = np.array([places[page] for page in row.pages], np.int64)[old // limits.page_size], old % limits.page_size
-        held_tokens[at] = contents[at]
+        new[:] = numbers(new.shape, seed, stream)
+    return by_token
+
+
+def extras(dims: Sequence[layout.ArrayDims], seed: int) -> dict[str, Array]:
+    """The arguments after the batch's of a program with arguments `dims`, by name, in order."""
+    first = layout.index_of(dims, "kv_cache") + 2
     more = dims[layout.index_of(dims, "distribution") + 1 :]
     extra: dict[str, Array] = {
-        one.name: SAMPLES[one.name](_numbers(one.shape, seed, cache + 2 + i)) for i, one in enumerate(more)
+        one.name: SAMPLES[one.name](numbers(one.shape, seed, first + i)) for i, one in enumerate(more)
     }
     if "tree" in extra:
         extra["tree"] = _tree(extra["tree"])
-    return ProbeCall(batch, by_token, np.array(pages, np.int32), held, extra)
+    return extra
 
 
 def canary(kind: Kind, dims: Sequence[layout.ArrayDims], limits: Limits, kv_layout: str) -> ProbeCall:
@@ -205,7 +227,7 @@ def _tree(numbers: NDArray[np.float32]) -> Int32s:
     return bits
 
 
-def _numbers(shape: tuple[int, ...], seed: int, stream: int) -> NDArray[np.float32]:
+def numbers(shape: tuple[int, ...], seed: int, stream: int) -> NDArray[np.float32]:
     """Quarters from -2 to 1.75, exact in every dtype with four significant bits: splitmix64 of the index."""
     mixed = np.arange(math.prod(shape), dtype=np.uint64)
     mixed += np.uint64((seed << 40) + (stream << 36))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Final, TypeVar
 
 from rpac.contract.arrays import align, extra_specs, kv_page_shape, metadata_specs, nbytes
+from rpac.contract.kind import Kind
 from rpac.devices.chip import Chip, chip, is_tpu
 from rpac.errors import PlanError
 from rpac.plan import portable
@@ -23,7 +24,7 @@ from rpac.plan.sizes import MIB, copy_sizes_of
 from rpac.plan.tuned import Entry, TunedTiles
 from rpac.spec import Spec
 
-KIND_ORDER: Final = ("decode", "prefill", "mixed")
+KIND_ORDER: Final[tuple[Kind, ...]] = ("decode", "prefill", "mixed")
 SMEM_RESERVE: Final = 64 << 10  # for what the compiler keeps there itself
 VMEM_HEADROOM: Final = 8 * MIB  # above what we count, for values that the compiler spills
 INT32_BYTES: Final = 4
@@ -31,7 +32,7 @@ INT32_BYTES: Final = 4
 FittedTiles = TypeVar("FittedTiles", bound=Tiles)
 
 
-def kinds_of(spec: Spec, tokens: int) -> tuple[str, ...]:
+def kinds_of(spec: Spec, tokens: int) -> tuple[Kind, ...]:
     """The distributions that a token bucket can hold: a prefill-only batch needs room for one chunk."""
     return tuple(kind for kind in KIND_ORDER if kind != "prefill" or tokens >= spec.serving.prefill_chunk)
 
@@ -83,6 +84,8 @@ def _with_tuned(spec: Spec, plan: KernelPlan, tuned: TunedTiles) -> KernelPlan:
     if entry is None:
         return _interpolated(spec, plan, tuned.nearest(spec, plan))
     try:
+        if not _are_legal(spec, plan, *entry.tiles):
+            raise ValueError("they do not go together for this case")
         found = with_tiles(spec, plan, *entry.tiles, entry.override)
     except ValueError as error:
         raise entry.stale(error) from error
@@ -101,14 +104,19 @@ def _interpolated(spec: Spec, plan: KernelPlan, entry: Entry | None) -> KernelPl
     if block is not None and isinstance(plan.block, BlockTiles):
         sizes = copy_sizes_of(plan.kind, block.q_block, plan.tokens[0])
         block = replace(block, new_tokens=plan.block.new_tokens, copy_sizes=sizes)
-    legal = all(is_legal(spec, plan.kind, plan.tokens, tiles) for tiles in (decode, block) if tiles is not None)
     try:
+        legal = _are_legal(spec, plan, decode, block)
         found = with_tiles(spec, plan, decode, block, entry.override) if legal else None
     except ValueError:  # the recipe is not for these tiles
         found = None
     if found is None:
         return replace(plan, origin=f"{RULE}: the nearest tuned tiles do not fit this case")
     return replace(found, origin=entry.interpolated)
+
+
+def _are_legal(spec: Spec, plan: KernelPlan, *kernels: Tiles | None) -> bool:
+    """Whether the kernels of a plan work with these tiles."""
+    return all(is_legal(spec, plan.kind, plan.tokens, tiles) for tiles in kernels if tiles is not None)
 
 
 def with_tiles(

@@ -1,12 +1,13 @@
 """What a built program will do on a TPU: batches in words, the program that each selects, its schedule, the walk."""
 
-from rpac.predict.batches import expected, parse_decode, parse_prefill
+from rpac.predict.batches import Asked, expected, parse_decode, parse_prefill
 from rpac.predict.plot import check_plot, draw
 from rpac.predict.programs import Programs, layers_in, programs_of
-from rpac.predict.run import Prediction, check_emit, emit, predict
+from rpac.predict.run import Prediction, check_emit, emit, needed_work, predict, predict_on
 from rpac.traffic.trace import Workload, read_trace
 
 __all__ = [
+    "Asked",
     "Prediction",
     "Programs",
     "Workload",
@@ -16,9 +17,11 @@ __all__ = [
     "emit",
     "expected",
     "layers_in",
+    "needed_work",
     "parse_decode",
     "parse_prefill",
     "predict",
+    "predict_on",
     "programs_of",
     "read_trace",
 ]

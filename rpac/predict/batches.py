@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from rpac.batch import Limits
 from rpac.errors import BatchError
-from rpac.traffic.trace import Workload
+from rpac.traffic.trace import Workload, read_trace
 
 _DECODE = re.compile(r"(\d+)x(\d+)", re.ASCII)
 _PREFILL = re.compile(r"(\d+)x(\d+)/(\d+)", re.ASCII)
@@ -44,6 +46,26 @@ def _rows(option: str, text: str, digits: str) -> int:
     if int(digits) > MAX_ROWS:
         raise BatchError(f"{option}: found {text!r}, {digits} sequences; must be at most {MAX_ROWS}")
     return int(digits)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The batches that a command line names: `--decode` in its notation, because a bundle says how long its decode rows are."""
+
+    decode: tuple[str, ...] = ()
+    others: tuple[Workload, ...] = ()
+
+    @classmethod
+    def of(cls, decode: Iterable[str], prefill: Iterable[str], mixed: Path | None) -> Asked:
+        """From the values of the options; `mixed` is a trace. Raises BatchError for the first that is none."""
+        decode, others = tuple(decode), tuple(map(parse_prefill, prefill))
+        for text in decode:
+            parse_decode(text)
+        return cls(decode, others if mixed is None else (*others, *read_trace(mixed)))
+
+    def workloads(self, decode_len: int) -> list[Workload]:
+        """For programs whose decode rows have `decode_len` new tokens, decode batches first."""
+        return [*(parse_decode(text, decode_len) for text in self.decode), *self.others]
 
 
 def expected(limits: Limits, context_lens: tuple[int, ...]) -> Iterator[Workload]:

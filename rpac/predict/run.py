@@ -11,11 +11,12 @@ from typing import Any
 from rpac.batch import Batch
 from rpac.batch.select import select
 from rpac.contract.arrays import BITS, ArrayDims, index_of
+from rpac.contract.attention import Attention
 from rpac.contract.program import Variant
 from rpac.errors import OutputError
 from rpac.files.publish import listing, publish
 from rpac.predict.programs import Programs
-from rpac.schedule import CallReport, attention_work
+from rpac.schedule import CallReport, Work, attention_work
 from rpac.traffic.trace import Workload
 
 OPERANDS = "operands.json"
@@ -42,9 +43,22 @@ class Prediction:
 
 def predict(programs: Programs, workload: Workload) -> Prediction:
     """Raises BatchError or SelectionError for a batch that the programs do not take, ScheduleError from the walk."""
-    variant, scalars = _selected(programs, workload)
-    model = programs.model
-    work = attention_work(
+    batch, variant = _selected(programs, workload)
+    return predict_on(programs, variant, batch, workload)
+
+
+def predict_on(programs: Programs, variant: Variant, batch: Batch, workload: Workload) -> Prediction:
+    """The prediction for a program that need not be the one that the batch selects. `batch` is the metadata of `workload`.
+
+    Raises ScheduleError from the walk.
+    """
+    report = programs.call(variant).predict(_scalars(programs, variant, batch), needed_work(programs.model, workload))
+    return Prediction(programs.name, workload, variant, report)
+
+
+def needed_work(model: Attention, workload: Workload) -> Work:
+    """The bytes and flops that a batch needs, whatever computes it."""
+    return attention_work(
         workload.kv_lens,
         workload.q_lens,
         model.q_heads,
@@ -58,7 +72,6 @@ def predict(programs: Programs, workload: Workload) -> Prediction:
         model.attention_chunk,
         model.update_cache,
     )
-    return Prediction(programs.name, workload, variant, programs.call(variant).predict(scalars, work))
 
 
 def check_emit(folder: Path) -> None:
@@ -82,9 +95,9 @@ def emit(programs: Programs, workload: Workload, folder: Path) -> list[str]:
     `operands.json`: {"NAME.txt": {"0": [int32, ...], ...}}. Raises OutputError, and then nothing is there; otherwise as
     `predict`.
     """
-    variant, scalars = _selected(programs, workload)
+    batch, variant = _selected(programs, workload)
     call = programs.call(variant)
-    operands = call.operands(scalars)
+    operands = call.operands(_scalars(programs, variant, batch))
     with publish(folder, lambda path: not _others(path)) as stage:
         for name in operands:
             stage.write(f"{name}.txt", call.dump.schedules[name].encode())
@@ -114,13 +127,17 @@ def _others(folder: Path) -> list[str]:
     return sorted(names - written)
 
 
-def _selected(programs: Programs, workload: Workload) -> tuple[Variant, dict[int, list[int]]]:
+def _selected(programs: Programs, workload: Workload) -> tuple[Batch, Variant]:
     batch = workload.batch(programs.limits)
-    variant = select(programs.tasks, programs.limits, batch.tokens, batch.distribution)
+    return batch, select(programs.tasks, programs.limits, batch.tokens, batch.distribution)
+
+
+def _scalars(programs: Programs, variant: Variant, batch: Batch) -> dict[int, list[int]]:
+    """What a program is given of a batch, by parameter number."""
     scalars = scalars_of(batch, programs.tasks[variant].args)
     names = [dims.name for dims in programs.tasks[variant].args]
     if "tree" in names:
         # Of drafts in a row, as the needed flops are counted too: what a tree says does not change what a kernel does.
         chain = [(2 << token) - 1 for token in range(batch.limits.decode_len)]
         scalars[names.index("tree")] = chain * batch.limits.max_num_seqs
-    return variant, scalars
+    return scalars

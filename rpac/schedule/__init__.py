@@ -1,7 +1,8 @@
 """Predicts what a kernel does on a TPU from the compiler's own final schedule and a batch's scalar operands.
 
-    function.py -> dump.py (compilers.py) -> parse.py -> program.py -> walk.py (over memory.py, hbm.py)
-        -> loops.py, report.py (over hlo.py, layout.py, operands.py) -> call_report.py
+    function.py -> dump.py (compilers.py): what the compiler leaves of a call
+    parse.py -> program.py -> walk.py (over memory.py, hbm.py) -> loops.py: one kernel
+        -> hlo.py -> scalars.py (layout.py), operands.py -> sequence.py -> report.py, call_report.py: the call around them
 
 `predict(function, *shapes, target=...)` times any jitted function with Pallas kernels. `Call(dump).predict(parameters, work)`
 times a whole call that is compiled already; `walk(schedule, operands, model)` one kernel. Never needed by a serving process.

@@ -20,6 +20,7 @@ from rpac.devices.jax_compat import target_mesh
 from rpac.errors import ScheduleError
 from rpac.schedule.call_report import CallReport
 from rpac.schedule.dump import dump_export
+from rpac.schedule.memory import Words
 from rpac.schedule.operands import kernel_operands
 from rpac.schedule.report import Call, KernelOperands, Work
 
@@ -96,7 +97,7 @@ class CompiledFunction:
         parameters, traced = self._scalars(scalars)
         return self.call.predict(parameters, work, traced)
 
-    def operands(self, scalars: Scalars | None = None) -> dict[str, dict[int, Sequence[int]]]:
+    def operands(self, scalars: Scalars | None = None) -> dict[str, dict[int, Words]]:
         """Kernel name -> its scalar operands by index, as they lie in memory; what cannot be known is missing."""
         return self.call.operands(*self._scalars(scalars))
 

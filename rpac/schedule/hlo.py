@@ -1,21 +1,26 @@
-"""Reads the scheduled HLO module of a call: its operations in order, their bytes in HBM, and constant scalars.
-
-Only the entry computation is read. A kernel inside a conditional or a loop is refused: nobody could say how often it runs.
-"""
+"""Reads the scheduled HLO module of a call: its computations, their operations in order, and their bytes in HBM."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from rpac.errors import ScheduleError
 
-_DEFINITION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (.*)$")
+_DEFINITION = re.compile(r"^\s*(ROOT )?%(\S+) = (.*)$")
 _SHAPE = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 _OPCODE = re.compile(r" ([\w-]+)\(")
-_REFERENCE = re.compile(r"%([^\s,()]+)")
+_TILES = re.compile(r"T(\([\d,]+\))+")
+_TILE = re.compile(r"\(([\d,]+)\)")
+_REFERENCE = re.compile(r"%([^\s,(){}]+)")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?(\S+).*\{\s*$")
+_CALLED = re.compile(
+    r"\b(calls|condition|body|to_apply|true_computation|false_computation|branch_computations|called_computations)"
+    r"=(\{[^}]*\}|%[\w.\-]+)"
+)
 BITS: Final = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32, "u32": 32,
     "f32": 32, "s64": 64, "u64": 64, "f64": 64, "f8e4m3fn": 8, "f8e5m2": 8, "f8e4m3b11fnuz": 8,
@@ -23,25 +28,43 @@ BITS: Final = {
 _FREE: Final = frozenset(
     {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all", "partition-id"}
 )
-_SAME: Final = frozenset({"bitcast", "copy", "reshape", "copy-start", "copy-done", "opt-barrier"})
 KERNEL: Final = "tpu_custom_call"
-MAX_SCALARS: Final = 1 << 18
-"""Elements of a scalar operand: SMEM has 1 MiB."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """The type of one result. bytes: in HBM, 0 where it is in VMEM.
+
+    order: its dimensions, minor first. tiles: those of its layout, outer first, each with the minor dimension last.
+    """
+
+    dtype: str
+    dims: tuple[int, ...]
+    bytes: int
+    order: tuple[int, ...]
+    tiles: tuple[tuple[int, ...], ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def is_scalars(self) -> bool:
+        """Whether a kernel's scalar program can work with its elements."""
+        return self.dtype in ("s32", "u32")
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One HLO operation. `shapes` has one entry for each result: dtype, dims, bytes in HBM (0 where it is in VMEM).
-
-    layouts: of each result, its order of dimensions and its tiles, as `layout.words` takes them.
-    """
+    """One HLO operation. `shapes` has one entry for each array in its results; arguments and attributes are text."""
 
     name: str
     opcode: str
     inputs: tuple[str, ...]
-    shapes: tuple[tuple[str, tuple[int, ...], int], ...]
+    shapes: tuple[Array, ...]
+    is_tuple: bool
+    arguments: str
     attributes: str
-    layouts: tuple[str, ...] = ()
 
     @property
     def is_kernel(self) -> bool:
@@ -51,94 +74,83 @@ class Operation:
     def is_free(self) -> bool:
         return self.opcode in _FREE
 
+    @property
+    def called(self) -> dict[str, tuple[str, ...]]:
+        """The computations that it runs, by attribute."""
+        return {name: tuple(_REFERENCE.findall(text)) for name, text in _CALLED.findall(self.attributes)}
+
+
+@dataclass(frozen=True)
+class Computation:
+    """Operations in the order they run, and which of them gives the result."""
+
+    operations: tuple[Operation, ...]
+    root: str
+
 
 @dataclass(frozen=True)
 class Module:
-    """The entry computation's operations in the order they run."""
+    """The computations of a module; the one named `entry` is the call."""
 
-    operations: tuple[Operation, ...]
+    computations: Mapping[str, Computation]
+    entry: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_by_name", {operation.name: operation for operation in self.operations})
+        by_name = {operation.name: operation for of in self.computations.values() for operation in of.operations}
+        object.__setattr__(self, "_by_name", by_name)
 
     def __getitem__(self, name: str) -> Operation:
         by_name: dict[str, Operation] = self._by_name  # type: ignore[attr-defined]
         return by_name[name]
 
+    @property
+    def kernels(self) -> tuple[Operation, ...]:
+        """The Pallas kernels of all computations, those of the entry computation last, as the text has them."""
+        return tuple(o for computation in self.computations.values() for o in computation.operations if o.is_kernel)
+
+    def holds_kernel(self, computation: str) -> bool:
+        """Whether a kernel is in a computation, or in one that its operations run."""
+        return any(
+            o.is_kernel or any(self.holds_kernel(name) for names in o.called.values() for name in names)
+            for o in self.computations[computation].operations
+        )
+
     def traffic(self, operation: Operation) -> tuple[int, int]:
         """(bytes read, bytes written) in HBM by an operation that touches all of its inputs and results.
 
-        The whole of an asynchronous operation is counted at its start, whose results repeat its inputs.
+        The whole of an asynchronous operation is counted where it gets its inputs, at its start or at an update; the
+        results there repeat the inputs.
         """
-        if operation.opcode.endswith("-done"):
+        late = operation.opcode.endswith("-update") and not self[operation.inputs[0]].inputs
+        if operation.opcode.endswith(("-done", "-update")) and not late:
             return 0, 0
-        read = sum(size for name in operation.inputs for _, _, size in self[name].shapes)
-        results = sum(size for _, _, size in operation.shapes)
-        return read, results - read if operation.opcode.endswith("-start") else results
-
-    def scalars(self, operation: Operation, parameters: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
-        """The scalar operands of a kernel, by index: int32 ones whose values follow from the call's parameters or from
-        constants, and lists of float32, all zero, for no schedule turns on a float.
-        """
-        found = {}
-        for index, name in enumerate(operation.inputs):
-            dtype, dims, _ = self[name].shapes[0]
-            values = [0] * dims[0] if dtype == "f32" and len(dims) == 1 else self._values(name, parameters)
-            if values is not None:
-                found[index] = values
-        return found
-
-    def _values(self, name: str, parameters: Mapping[int, Sequence[int]]) -> list[int] | None:
-        operation = self[name]
-        dtype, dims, _ = operation.shapes[0]
-        count = 1
-        for n in dims:
-            count *= n
-        if dtype == "f32":
-            # A scale is multiplied by: nothing that takes time depends on it. What is larger than SMEM is data.
-            return [0] * count if count <= MAX_SCALARS else None
-        if dtype != "s32":
-            return None
-        text = operation.attributes
-        if operation.opcode == "parameter":
-            values = parameters.get(int(text.split(")")[0]))
-            return None if values is None else list(values)
-        if operation.opcode == "constant":
-            numbers = [int(n) for n in re.findall(r"-?\d+", text.split(")")[0])]
-            return numbers if len(numbers) == count else numbers * count if len(numbers) == 1 else None
-        if operation.opcode in _SAME or operation.opcode == "broadcast":
-            values = self._values(operation.inputs[0], parameters)
-            if values is None or len(values) == count:
-                return values
-            return values * count if len(values) == 1 else None
-        return None
+        read = sum(array.bytes for name in operation.inputs for array in self[name].shapes)
+        results = sum(array.bytes for array in operation.shapes)
+        return read, results - read if late or operation.opcode.endswith("-start") else results
 
 
 def parse_module(text: str, name: str = "hlo") -> Module:
-    """Reads a `*-TLP-hlo.txt`. Raises ScheduleError where it has no entry computation, or a kernel outside of it."""
-    lines = iter(text.split("\n"))
-    outside = []
-    for line in lines:
-        if line.startswith("ENTRY "):
-            break
-        if KERNEL in line:
-            outside.append(line.strip()[:60])
-    else:
-        raise ScheduleError(f"{name}: no ENTRY computation; the file is truncated or of another compiler version")
-    operations = []
-    for line in lines:
-        if line.rstrip() == "}":  # the metadata of a kernel has lines of its own, which begin with one too
-            break
+    """Reads a `*-TLP-hlo.txt`. Raises ScheduleError where it has no entry computation, or one that never ends."""
+    computations: dict[str, Computation] = {}
+    entry, inside, root = None, None, ""
+    operations: list[Operation] = []
+    for line in text.split("\n"):
         match = _DEFINITION.match(line)
-        if match:
-            operations.append(_operation(match[1], match[2], name))
-    else:
-        raise ScheduleError(f"{name}: the ENTRY computation never ends; the file is truncated")
-    if outside:
-        raise ScheduleError(
-            f"{name}: a kernel runs inside a conditional or loop ({outside[0]} ...); it cannot be timed"
-        )
-    return Module(tuple(operations))
+        if inside is None:
+            started = _COMPUTATION.match(line)
+            if started:
+                inside, operations = started[2], []
+                entry = inside if started[1] else entry
+        elif line.rstrip() == "}":  # the metadata of a kernel has lines of its own, which begin with one too
+            computations[inside], inside = Computation(tuple(operations), root), None
+        elif match:
+            operations.append(_operation(match[2], match[3], name))
+            root = match[2] if match[1] else root
+    if entry is None:
+        raise ScheduleError(f"{name}: no ENTRY computation; the file is truncated or of another compiler version")
+    if inside is not None:
+        raise ScheduleError(f"{name}: the computation %{inside} never ends; the file is truncated")
+    return Module(computations, entry)
 
 
 def _operation(name: str, text: str, where: str) -> Operation:
@@ -148,10 +160,10 @@ def _operation(name: str, text: str, where: str) -> Operation:
     if match is None:
         raise ScheduleError(f"{where}: cannot read operation %{name} = {text[:80]!r}; another compiler version?")
     arguments, attributes = _split_call(text[match.end() :])
-    types = _SHAPE.findall(text[: match.start()])
-    shapes = tuple(_shape(*found) for found in types)
-    layouts = tuple(f"{order}:{layout}" for _, _, order, layout in types)
-    return Operation(name, match[1], tuple(_REFERENCE.findall(arguments)), shapes, f"{arguments}){attributes}", layouts)
+    shapes = tuple(_shape(*found) for found in _SHAPE.findall(text[: match.start()]))
+    return Operation(
+        name, match[1], tuple(_REFERENCE.findall(arguments)), shapes, text[0] == "(", arguments, attributes
+    )
 
 
 def _split_call(text: str) -> tuple[str, str]:
@@ -164,20 +176,17 @@ def _split_call(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def _shape(dtype: str, dims: str, order: str, layout: str) -> tuple[str, tuple[int, ...], int]:
-    """Dtype, dims and bytes in HBM, padding by tiles included; 0 bytes in another memory space (`S(1)` is VMEM)."""
+def _shape(dtype: str, dims: str, order: str, layout: str) -> Array:
+    """Bytes include padding by tiles; those of another memory space (`S(1)` is VMEM) do not count."""
     sizes = tuple(int(n.lstrip("<=")) for n in dims.split(",") if n)
-    if "S(" in layout:
-        return dtype, sizes, 0
-    ordered = [sizes[int(i)] for i in order.split(",") if i] if order else list(reversed(sizes))
-    tile = re.search(r"T\(([\d,]+)\)", layout)
-    if tile:
-        for place, step in enumerate(reversed([int(n) for n in tile[1].split(",")])):
-            if place < len(ordered):
-                ordered[place] = -(-ordered[place] // step) * step
-            elif step > 1:
-                ordered.append(step)
-    count = 1
-    for n in ordered:
-        count *= n
-    return dtype, sizes, count * BITS.get(dtype, 0) // 8
+    minor_first = tuple(int(i) for i in order.split(",") if i) if order else tuple(reversed(range(len(sizes))))
+    found = _TILES.search(layout)
+    tiles = tuple(tuple(map(int, text.split(","))) for text in _TILE.findall(found[0])) if found else ()
+    ordered = [sizes[i] for i in minor_first]
+    for place, step in enumerate(reversed(tiles[0] if tiles else ())):
+        if place < len(ordered):
+            ordered[place] = -(-ordered[place] // step) * step
+        elif step > 1:
+            ordered.append(step)
+    size = 0 if "S(" in layout else math.prod(ordered) * BITS.get(dtype, 0) // 8
+    return Array(dtype, sizes, size, minor_first, tiles)

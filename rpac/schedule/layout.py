@@ -1,53 +1,64 @@
-"""Arrays as they lie in memory: XLA's layouts, for scalar operands that a kernel copies to SMEM."""
+"""Where the elements of an array lie in memory, by the layout that XLA chose."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
+
+from rpac.schedule.hlo import BITS, Array
 
 WORD_BYTES: Final = 4
-_TILES = re.compile(r"T((?:\([\d,]+\))+)")
 _PADDING: Final = -1
 
+Indices = np.ndarray[Any, Any]
 
-class Image(list[int]):
+
+class Image(list[int | None]):
     """The 32-bit words of an array as they lie in memory, with the padding of its tiles, which reads as 0."""
 
 
-def words(values: Sequence[int], dims: Sequence[int], layout: str, itemsize: int) -> Sequence[int]:
-    """An array's 32-bit words. `values`: flattened, the last dimension first to vary.
+def places(array: Array) -> Indices:
+    """The place of each element in memory, counted in elements with padding, in the shape of the array."""
+    order = _in_memory(array)
+    found = np.empty(array.count, np.int64)
+    held = np.flatnonzero(order != _PADDING)
+    found[order[held]] = held
+    return found.reshape(array.dims)
 
-    `layout`: as XLA writes it, such as `1,0:T(8,128)(4,1)`: dimensions from the one that varies first, then tiles, of which
-    each applies to the last dimensions that the one before left. `itemsize`: bytes of an element, 1, 2 or 4. The values
-    themselves where they lie like that and are words; otherwise an `Image`.
+
+def is_linear(array: Array) -> bool:
+    """Whether elements lie in memory in the order of their indices, with nothing between them."""
+    return bool((places(array).reshape(-1) == np.arange(array.count)).all())
+
+
+def words(values: Sequence[int], array: Array) -> Sequence[int | None]:
+    """An array's 32-bit words. `values`: its integers of 8, 16 or 32 bits, flattened, the last dimension first to vary.
+
+    The values themselves where they lie like that and are words; otherwise an `Image`.
     """
-    places = _places(dims, layout)
-    if itemsize == WORD_BYTES and places[: len(values)] == list(range(len(values))):
+    itemsize = BITS[array.dtype] // 8
+    if itemsize == WORD_BYTES and is_linear(array):
         return values
-    elements = [0 if place == _PADDING else values[place] for place in places]
+    elements = [0 if place == _PADDING else values[place] for place in _in_memory(array).tolist()]
     count = WORD_BYTES // itemsize
-    return Image(_word(group, itemsize) for group in _groups(elements, count))
+    return Image(_word(elements[first : first + count], itemsize) for first in range(0, len(elements), count))
 
 
-def _places(dims: Sequence[int], layout: str) -> list[int]:
-    """For each element in memory its index in the flattened array."""
-    order, _, tiling = layout.partition(":")
-    array = np.arange(math.prod(dims)).reshape(dims)
-    if order:
-        array = array.transpose([int(dim) for dim in reversed(order.split(","))])
-    tiles = _TILES.match(tiling)
-    for tile in re.findall(r"[\d,]+", tiles[1]) if tiles else ():
-        array = _tiled(array, [int(size) for size in tile.split(",")])
-    return [int(place) for place in array.reshape(-1)]
+def _in_memory(array: Array) -> Indices:
+    """For each place in memory the index of the element there, flattened, or _PADDING."""
+    found = np.arange(array.count).reshape(array.dims).transpose(array.order[::-1])
+    for tile in array.tiles:
+        found = _tiled(found, tile)
+    return found.reshape(-1)
 
 
-def _tiled(array: NDArray[np.int_], tile: Sequence[int]) -> NDArray[np.int_]:
-    """[..., n] -> [..., ceil(n / tile), tile] for all dimensions of a tile at once: first which tile, then where in it."""
+def _tiled(array: Indices, tile: Sequence[int]) -> Indices:
+    """[..., n] -> [..., ceil(n / tile), tile] for all dimensions of a tile at once: first which tile, then where in it.
+
+    A tile applies to the last dimensions that the one before left.
+    """
     array = array.reshape((1,) * (len(tile) - array.ndim) + array.shape)
     kept = array.ndim - len(tile)
     padding = [(0, 0)] * kept + [(0, -n % t) for n, t in zip(array.shape[kept:], tile, strict=True)]
@@ -56,10 +67,6 @@ def _tiled(array: NDArray[np.int_], tile: Sequence[int]) -> NDArray[np.int_]:
     outer = [kept + 2 * i for i in range(len(tile))]
     order = [*range(kept), *outer, *(place + 1 for place in outer)]
     return array.reshape(*array.shape[:kept], *split).transpose(order)
-
-
-def _groups(elements: Sequence[int], count: int) -> Iterator[Sequence[int]]:
-    return (elements[first : first + count] for first in range(0, len(elements), count))
 
 
 def _word(elements: Sequence[int], itemsize: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -15,6 +16,7 @@ _OPERAND_BITS: Final = 40
 _VMEM_POINTER_GRANULES: Final = 16
 """A VMEM operand's address counts 512-byte rows, and is shifted to granules before use."""
 
+GRANULE_WORDS: Final = GRANULE_BYTES // 4
 _SPILL_WORDS: Final = 64
 _ALLOCATION_WORDS: Final = 1 << 18
 """Room for an allocation in the walk's own numbering: all of SMEM in words, or 128 MiB of VMEM in rows."""
@@ -58,6 +60,9 @@ class Unknown:
 
 Value = int | bool | Unknown
 
+Words = Sequence[int | None]
+"""An int32 array, flattened; None where a word is not known."""
+
 
 class Layout:
     """Numbers for a schedule's allocations and operands, so that pointers are plain integers."""
@@ -80,11 +85,12 @@ class Layout:
             self._next += _SPILL_WORDS if name.endswith("_spill") else _ALLOCATION_WORDS
         return self._bases[name]
 
-    def pointer(self, operand: Operand, operands: Mapping[int, Sequence[int]]) -> Value:
+    def pointer(self, operand: Operand, operands: Mapping[int, Words]) -> Value:
         """What the register that names an operand holds at entry: its address, or the value of a scalar."""
         if operand.space == "register":
-            value = operands.get(operand.index)
-            return int(value[0]) if value else Unknown(f"operand {operand.index}, a scalar {operand.dtype}, is missing")
+            value = (operands.get(operand.index) or [None])[0]
+            missing = f"operand {operand.index}, a scalar {operand.dtype}, is missing"
+            return Unknown(missing) if value is None else int(value)
         unit = {"hbm": self._hbm_unit, "vmem": _VMEM_POINTER_GRANULES}.get(operand.space, 1)
         return (operand.index + 1 << _OPERAND_BITS) // unit
 
@@ -106,13 +112,82 @@ class Layout:
         return f"{address:#x}"
 
 
+class Contents:
+    """The 32-bit words in HBM and VMEM that a scalar program can read: those of operands, as the call gives them and as
+    the kernel's scalars write them, and those that scalars write to scratch memory, such as spilled registers.
+    """
+
+    def __init__(self, layout: Layout, operands: Mapping[int, Words], name: str) -> None:
+        self._layout = layout
+        self._given = sorted(operands)
+        self._name = name
+        self._words: dict[int, list[Value | None]] = {
+            layout.operands[index].memory: list(values) for index, values in operands.items()
+        }
+        self._scratch: dict[tuple[str, int], Sequence[Value | None]] = {}
+
+    def read(self, space: str, address: int, count: int) -> list[Value | None]:
+        """`count` words from an address on. Raises ScheduleError for an operand whose values nobody gave."""
+        found = self._layout.operand(address)
+        if found is None:
+            nothing = (None,) * GRANULE_WORDS
+            granules = range(address, address + count // GRANULE_WORDS)
+            return [word for granule in granules for word in self._scratch.get((space, granule), nothing)]
+        operand, offset = found
+        words = self._words.get(operand.memory)
+        if words is None:
+            if operand.kind == "output":
+                return [None] * count
+            raise ScheduleError(
+                f"{self._name}: the scalar program reads operand {operand.index} ({operand.dtype}{list(operand.shape)}), "
+                f"which is missing; given: {self._given or 'none'}; pass its values"
+            )
+        first = offset // 4
+        read = words[first : first + count]
+        return read + [None] * (count - len(read))
+
+    def write(self, space: str, address: int, words: Sequence[Value | None] | int) -> None:
+        """Words that a DMA writes from an address on, or how many where they are data that the walk does not have."""
+        found = self._layout.operand(address)
+        if found is None:
+            self._write_scratch(space, address, words)
+            return
+        operand, offset = found
+        if isinstance(words, int):
+            if operand.memory not in self._words:
+                return
+            words = [None] * words
+        held = self._words.setdefault(operand.memory, [])
+        first = offset // 4
+        held.extend([None] * (first + len(words) - len(held)))
+        held[first : first + len(words)] = words
+
+    def _write_scratch(self, space: str, address: int, words: Sequence[Value | None] | int) -> None:
+        if not isinstance(words, int):
+            for i in range(0, len(words), GRANULE_WORDS):
+                self._scratch[space, address + i // GRANULE_WORDS] = words[i : i + GRANULE_WORDS]
+        elif self._scratch:
+            for granule in range(address, address + words // GRANULE_WORDS):
+                self._scratch.pop((space, granule), None)
+
+    def written(self) -> dict[int, Words]:
+        """What the kernel's outputs hold, by the call's result; those that scalars never wrote are left out."""
+        found: dict[int, Words] = {}
+        for operand in self._layout.operands.values():
+            held = self._words.get(operand.memory)
+            if operand.kind == "output" and held is not None:
+                words = [None if value is None or isinstance(value, Unknown) else int(value) for value in held]
+                size = math.prod(operand.shape)
+                found[operand.result] = words[:size] + [None] * (size - len(words))
+        return found
+
+
 class Smem:
     """Scalar memory: words written so far, by address."""
 
-    def __init__(self, layout: Layout, operands: Mapping[int, Sequence[int]], name: str) -> None:
+    def __init__(self, layout: Layout, name: str) -> None:
         self.words: dict[int, Value] = {}
         self._layout = layout
-        self._operands = operands
         self._name = name
 
     def load(self, address: int | Unknown, line: int) -> Value:
@@ -124,18 +199,15 @@ class Smem:
             return Unknown(f"{self._name}:{line} reads smem[{self._layout.describe(address)}], which was never written")
         return value
 
-    def copy_in(self, source: int, granules: int, destination: int) -> None:
-        """A DMA of an operand's int32 words into SMEM. Raises ScheduleError where the operand's values are missing."""
-        found = self._layout.operand(source)
-        if found is None:
-            raise ScheduleError(f"{self._name}: a DMA fills SMEM from memory that holds no operand; cannot walk it")
-        operand, offset = found
-        values = self._operands.get(operand.index)
-        if values is None:
-            raise ScheduleError(
-                f"{self._name}: the scalar program reads operand {operand.index} ({operand.dtype}{list(operand.shape)}), "
-                f"which is missing; given: {sorted(self._operands) or 'none'}; pass its values"
-            )
-        first = offset // 4
-        for i, value in enumerate(values[first : first + granules * GRANULE_BYTES // 4]):
-            self.words[destination + i] = value
+    def read(self, address: int, count: int) -> list[Value | None]:
+        """`count` words from an address on; None where nothing was ever written."""
+        get = self.words.get
+        return [get(place) for place in range(address, address + count)]
+
+    def fill(self, address: int, words: Sequence[Value | None]) -> None:
+        """What a DMA brings. A word that is not known is as good as never written."""
+        for place, value in enumerate(words, address):
+            if value is None:
+                self.words.pop(place, None)
+            else:
+                self.words[place] = value

@@ -14,8 +14,10 @@ import numpy as np
 from jax.extend import core
 from numpy.typing import NDArray
 
-from rpac.schedule.hlo import MAX_SCALARS
 from rpac.schedule.report import KernelOperands
+
+_MOST: Final = 1 << 18
+"""Elements of a scalar operand: SMEM has 1 MiB."""
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -99,6 +101,6 @@ class _Follower:
             {
                 index: value
                 for index, (aval, value) in enumerate(zip(shapes, inputs, strict=True))
-                if value is not None and aval.dtype.kind in "iu" and aval.size <= MAX_SCALARS
+                if value is not None and aval.dtype.kind in "iu" and aval.size <= _MOST
             }
         )

@@ -61,13 +61,24 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Operand:
-    """An operand of the kernel: its index, where it lives, its dtype and shape as the compiler wrote them."""
+    """An operand of the kernel: its index, where it lives, its dtype and shape as the compiler wrote them.
+
+    kind: `input` or `output`. result: of an output, which of the call's results it is. aliases: operands that may be the
+    same memory, this one included; empty where there are no others.
+    """
 
     index: int
     space: str
     dtype: str
     shape: tuple[int, ...]
     kind: str
+    result: int = 0
+    aliases: tuple[int, ...] = ()
+
+    @property
+    def memory(self) -> int:
+        """The operand that names this one's memory: the first of its aliases."""
+        return min(self.aliases, default=self.index)
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,10 @@ _REGION = re.compile(r"(Start|End) region (\d+)")
 _INSTRUCTION = re.compile(r"(?:%([\w.]+) = )?([\w.\-]+(?:<no memory space>)?)(?:\[\d+\][\w.]*)?\s*(.*)$")
 _PREDICATE = re.compile(r"\((!?)%(p\w+)(?:, ([^)]+))?\),?\s*")
 _BRANCH = re.compile(r"target bundleno = (\d+)")
-_OPERAND = re.compile(r"\[shape: (\w+)\[([\d,]*)\].*?index: (\d+), kind: (\w+)")
+_OPERAND = re.compile(
+    r"\[shape: (\w+)\[([\d,]*)\].*?index: (\d+), kind: (\w+)"
+    r"(?:, shape index: \{(\d*)[\d,]*\})?(?:, may-alias: \{([\d,]+)\})?"
+)
 _ALLOCATION = re.compile(r"#\w+")
 _SPILLS = tuple(re.compile(rf"\b{opcode} \[[^\]]*_spill\]") for opcode in ("vst", "vld", "sst", "sld"))
 _PUSHED = re.compile(r"= vpush\.ccrf %(v\w+)")
@@ -260,7 +274,8 @@ def _scalar(opcode: str, dest: str, rest: str, line: int, name: str) -> tuple[In
                 f"{name}:{line}: operand {rest[:80]!r} has no shape and index; another compiler version?"
             )
         shape = tuple(int(n) for n in found[2].split(",") if n)
-        operand = Operand(int(found[3]), isa.OPERANDS[opcode], found[1], shape, found[4])
+        aliases = tuple(int(n) for n in (found[6] or "").split(",") if n)
+        operand = Operand(int(found[3]), isa.OPERANDS[opcode], found[1], shape, found[4], int(found[5] or 0), aliases)
         return Instruction(opcode, dest, (operand.index,), None, None, None, "", line), operand
     rest, _, note = rest.rstrip().partition("@")
     target = None

@@ -19,12 +19,14 @@ from rpac.errors import ScheduleError
 from rpac.schedule.call_report import CallReport, KernelReport, LoopReport, WaitReport, XlaReport
 from rpac.schedule.compilers import check_compiler, is_verified
 from rpac.schedule.dump import Dump
-from rpac.schedule.hlo import BITS, Module, Operation, parse_module
+from rpac.schedule.hlo import Module, Operation, parse_module
 from rpac.schedule.layout import words
 from rpac.schedule.loops import loop_around, loops_of
+from rpac.schedule.memory import Words
 from rpac.schedule.model import Model, model_of
 from rpac.schedule.parse import parse_schedule
 from rpac.schedule.program import Program, translate
+from rpac.schedule.sequence import run
 from rpac.schedule.walk import Walk, walk
 
 
@@ -106,46 +108,53 @@ class Call:
         self.module: Module = parse_module(dump.hlo)
         self._programs: dict[str, Program] = {}
         self._xla: dict[str, XlaReport] = {}
-        self.kernels = tuple(o for o in self.module.operations if o.is_kernel)
+        self.kernels = self.module.kernels
         if not self.kernels:
             raise ScheduleError("the dumped call holds no Pallas kernel; nothing to predict")
 
     def operands(
-        self, parameters: Mapping[int, Sequence[int]], traced: Sequence[KernelOperands] = ()
-    ) -> dict[str, dict[int, Sequence[int]]]:
-        """Kernel name -> its scalar operands by index, as they lie in memory.
+        self, parameters: Mapping[int, Words], traced: Sequence[KernelOperands] = ()
+    ) -> dict[str, dict[int, Words]]:
+        """Kernel name -> its scalar operands by index, as far as they follow from the call's int32 parameters, its
+        constants, what the scalars of earlier kernels write, and what the function's kernels are known to take. Of a kernel
+        in a loop, those of its first iteration.
 
-        As far as the call's int32 parameters and constants give them, and what the traced function's kernels are known to
-        take.
+        Raises ScheduleError as `predict`.
         """
-        found = {}
-        for kernel in self.kernels:
-            values: dict[int, Sequence[int]] = {**self.module.scalars(kernel, parameters)}
-            values |= _traced_operands(self.module, kernel, traced)
-            found[kernel.name] = {
-                index: _in_memory(self.module[kernel.inputs[index]], of) for index, of in values.items()
-            }
+        found: dict[str, dict[int, Words]] = {}
+
+        def kernel(operation: Operation, operands: dict[int, Words]) -> Mapping[int, Words]:
+            operands = self._with_traced(operation, operands, traced)
+            found.setdefault(operation.name, operands)
+            writes = any(array.is_scalars for array in operation.shapes)
+            return self._walk(operation, operands).written if writes else {}
+
+        run(self.module, parameters, kernel, lambda operation: None)
         return found
 
-    def walk_kernel(self, name: str, operands: Mapping[int, Sequence[int]], *, trace: bool = False) -> Walk:
+    def walk_kernel(self, name: str, operands: Mapping[int, Words], *, trace: bool = False) -> Walk:
         """Walks one kernel of the call. Raises ScheduleError as `walk`."""
         return walk(self._program(name), operands, self.model, trace=trace)
 
     def predict(
-        self,
-        parameters: Mapping[int, Sequence[int]],
-        work: Work | None = None,
-        traced: Sequence[KernelOperands] = (),
+        self, parameters: Mapping[int, Words], work: Work | None = None, traced: Sequence[KernelOperands] = ()
     ) -> CallReport:
         """Times the call for one batch.
 
         `parameters`: the call's int32 arguments, flattened, by parameter number. `traced`: what the kernels of the
-        function are known to take, as `kernel_operands` finds it. Raises ScheduleError where a kernel needs a scalar that
-        these and the call's constants do not give, and as `walk`.
+        function are known to take, as `kernel_operands` finds it. What runs more than once is reported each time. Raises
+        ScheduleError where a kernel, or a loop or conditional around one, needs a scalar that follows
+        neither from them, nor from the call's constants, nor from what earlier kernels write, and as `walk`.
         """
-        operands = self.operands(parameters, traced)
-        kernels = tuple(self._kernel(kernel, operands[kernel.name]) for kernel in self.kernels)
-        xla = tuple(self._operation(o) for o in self.module.operations if not (o.is_kernel or o.is_free))
+        kernels: list[KernelReport] = []
+        xla: list[XlaReport] = []
+
+        def kernel(operation: Operation, operands: dict[int, Words]) -> Mapping[int, Words]:
+            done = self._walk(operation, self._with_traced(operation, operands, traced))
+            kernels.append(self._kernel(operation.name, done))
+            return done.written
+
+        run(self.module, parameters, kernel, lambda operation: xla.append(self._operation(operation)))
         kernel_seconds = sum(kernel.seconds for kernel in kernels)
         seconds = kernel_seconds + sum(operation.seconds for operation in xla)
         moved = sum(k.read_bytes + k.written_bytes for k in kernels) + sum(x.read_bytes + x.written_bytes for x in xla)
@@ -161,13 +170,13 @@ class Call:
             kernel_seconds=kernel_seconds,
             mbu=None if by_bytes is None else by_bytes / seconds,
             mfu=None if by_flops is None else by_flops / seconds,
-            kernel_mbu=None if by_bytes is None else by_bytes / kernel_seconds,
-            kernel_mfu=None if by_flops is None else by_flops / kernel_seconds,
+            kernel_mbu=None if by_bytes is None or not kernels else by_bytes / kernel_seconds,
+            kernel_mfu=None if by_flops is None or not kernels else by_flops / kernel_seconds,
             needed_bytes=work.bytes if work else None,
             needed_flops=work.flops if work else None,
             moved_bytes=moved,
-            kernels=kernels,
-            xla=xla,
+            kernels=tuple(kernels),
+            xla=tuple(xla),
             model=self.model,
         )
 
@@ -182,15 +191,36 @@ class Call:
             self._programs[name] = translate(schedule)
         return self._programs[name]
 
-    def _kernel(self, kernel: Operation, operands: Mapping[int, Sequence[int]]) -> KernelReport:
+    def _with_traced(
+        self, kernel: Operation, operands: dict[int, Words], traced: Sequence[KernelOperands]
+    ) -> dict[int, Words]:
+        """Also what a traced kernel of its name and shapes takes; of several such kernels, what all of them take.
+
+        What follows from the compiled call itself comes first. A kernel in a loop is no traced one.
+        """
+        if all(one is not kernel for one in self.module.computations[self.module.entry].operations):
+            return operands
+        arrays = [self.module[name].shapes[0] for name in kernel.inputs]
+        shapes, stem = tuple(array.dims for array in arrays), kernel.name.rpartition(".")[0]
+        same = [one.known for one in traced if one.shapes == shapes and one.name in ("", stem)]
+        found: dict[int, Words] = {
+            index: words(value.reshape(-1).tolist(), arrays[index])
+            for index, value in (same[0] if same else {}).items()
+            if all(index in other and np.array_equal(other[index], value) for other in same)
+        }
+        return {**operands, **found, **{index: values for index, values in operands.items() if None not in values}}
+
+    def _walk(self, kernel: Operation, operands: Mapping[int, Words]) -> Walk:
         try:
-            done = self.walk_kernel(kernel.name, operands)
+            return self.walk_kernel(kernel.name, operands)
         except ScheduleError as error:
             raise ScheduleError(f"{error}{self._computed(kernel, operands)}") from None
+
+    def _kernel(self, name: str, done: Walk) -> KernelReport:
         loops = loops_of(done)
         second = 1 / self.model.clock_hz
         return KernelReport(
-            name=kernel.name,
+            name=name,
             seconds=done.cycles * second,
             compute_seconds=done.issued * second,
             stall_seconds=done.stalled * second,
@@ -218,12 +248,12 @@ class Call:
             ),
         )
 
-    def _computed(self, kernel: Operation, operands: Mapping[int, Sequence[int]]) -> str:
+    def _computed(self, kernel: Operation, operands: Mapping[int, Words]) -> str:
         """Which scalar operands the call's own operations compute, for the report of a walk that failed."""
         names = [
             f"operand {index} is %{name}, a {self.module[name].opcode}"
             for index, name in enumerate(kernel.inputs)
-            if index not in operands and self.module[name].shapes[0][0] == "s32"
+            if index not in operands and self.module[name].shapes[0].is_scalars
         ]
         return f"; not followed from the call's parameters: {'; '.join(names)}" if names else ""
 
@@ -241,22 +271,3 @@ class Call:
                 operation.name, operation.opcode, seconds, read, written, timed_by, reason
             )
         return self._xla[operation.name]
-
-
-def _traced_operands(module: Module, kernel: Operation, traced: Sequence[KernelOperands]) -> dict[int, list[int]]:
-    """What the traced kernel of a kernel's name and shapes takes, by operand; of several, where all of them take the same."""
-    shapes = tuple(module[name].shapes[0][1] for name in kernel.inputs)
-    stem = kernel.name.rpartition(".")[0]
-    same = [one.known for one in traced if one.shapes == shapes and one.name in ("", stem)]
-    return {
-        index: value.reshape(-1).tolist()
-        for index, value in (same[0] if same else {}).items()
-        if all(index in other and np.array_equal(other[index], value) for other in same)
-    }
-
-
-def _in_memory(operand: Operation, values: Sequence[int]) -> Sequence[int]:
-    dtype, dims, _ = operand.shapes[0]
-    if dtype.startswith("f"):
-        return values  # zeros, wherever they lie
-    return words(values, dims, operand.layouts[0], BITS[dtype] // 8)

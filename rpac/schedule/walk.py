@@ -6,7 +6,7 @@ what it asks for. Vector work only takes its instructions: the schedule already 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from rpac.errors import ScheduleError
 from rpac.schedule.hbm import Channel, Semaphore
 from rpac.schedule.isa import GRANULE_BYTES
 from rpac.schedule.layout import Image
-from rpac.schedule.memory import Smem, Unknown, Value
+from rpac.schedule.memory import GRANULE_WORDS, Contents, Smem, Unknown, Value, Words
 from rpac.schedule.model import Model
 from rpac.schedule.parse import Schedule
 from rpac.schedule.program import Program, translate
@@ -48,7 +48,10 @@ class Wait:
 
 @dataclass(frozen=True)
 class Walk:
-    """A finished walk. Cycles are of the model's clock; `executed[i]` counts how often VLIW instruction i was issued."""
+    """A finished walk. Cycles are of the model's clock; `executed[i]` counts how often VLIW instruction i was issued.
+
+    written: the int32 words that the scalar program's DMAs left in the kernel's results, by result.
+    """
 
     schedule: Schedule
     cycles: float
@@ -61,11 +64,12 @@ class Walk:
     waits: tuple[Wait, ...]
     executed: tuple[int, ...]
     transfers: tuple[Transfer, ...]
+    written: Mapping[int, Words]
 
 
 def walk(
     schedule: Schedule | Program,
-    operands: Mapping[int, Sequence[int]],
+    operands: Mapping[int, Words],
     model: Model,
     *,
     trace: bool = False,
@@ -74,7 +78,7 @@ def walk(
     """Runs a kernel's schedule with its scalar operands.
 
     `operands`: int32 values by operand index, flattened, or an `Image` of an operand's memory; those that the scalar program
-    does not read may be missing.
+    does not read may be missing, and a word that is not known is None.
     `trace`: also record every transfer. Raises ScheduleError where an operand is missing or has another length than the
     schedule says, where control flow needs a value that is not known (it names it), where a wait is never satisfied,
     where a check in the kernel fails, and past `max_cycles`.
@@ -84,12 +88,13 @@ def walk(
 
 
 class _Walker:
-    def __init__(self, program: Program, operands: Mapping[int, Sequence[int]], model: Model, trace: bool) -> None:
+    def __init__(self, program: Program, operands: Mapping[int, Words], model: Model, trace: bool) -> None:
         self.program = program
         self.schedule = program.schedule
         self.layout = program.layout
         _check_operands(program.schedule, operands)
-        self.smem = Smem(program.layout, operands, program.schedule.name)
+        self.smem = Smem(program.layout, program.schedule.name)
+        self.contents = Contents(program.layout, operands, program.schedule.name)
         # Where the other core does its half at the same time, each has half of the channel.
         share = model.bytes_per_cycle / program.schedule.cores
         self.channel = Channel(share, model.cycles(model.latency_s), model.cycles(model.setup_s))
@@ -127,6 +132,7 @@ class _Walker:
             waits=self._waits(),
             executed=executed,
             transfers=tuple(self.transfers or ()),
+            written=self.contents.written(),
         )
 
     def _functions(self) -> dict[int, Callable[[float], tuple[int, float]]]:
@@ -198,11 +204,20 @@ class _Walker:
         through_hbm = size_bytes * ((read is not None) + (written is not None))
         done = self.channel.start(cycle, through_hbm) if through_hbm else cycle + self.local_latency
         semaphore.expect(done, granules)
-        if opcode.endswith("to_smem"):
-            self.smem.copy_in(start, granules, end)
+        self._carry(opcode, start, end, granules * GRANULE_WORDS)
         if self.transfers is not None:
             operand, offset = written or read or (None, 0)
             self.transfers.append(Transfer(cycle, done, opcode, operand, offset, size_bytes, written is not None))
+
+    def _carry(self, opcode: str, source: int, destination: int, words: int) -> None:
+        """Moves the scalars that a DMA carries; what comes out of vectors is not known."""
+        from_space, _, to_space = opcode.removeprefix("dma.").partition("_to_")
+        if to_space == "smem":
+            self.smem.fill(destination, self.contents.read(from_space, source, words))
+        elif from_space == "smem":
+            self.contents.write(to_space, destination, self.smem.read(source, words))
+        else:
+            self.contents.write(to_space, destination, words)
 
     def _hbm_end(self, address: int, opcode: str, mark: str) -> tuple[int | None, int] | None:
         """(operand, offset) where this end of a DMA is in HBM, else None."""
@@ -283,7 +298,7 @@ def divrem(a: Value, b: Value, which: str) -> list[Value]:
     return [(x + _H & _M) - _H for x in results]
 
 
-def _check_operands(schedule: Schedule, operands: Mapping[int, Sequence[int]]) -> None:
+def _check_operands(schedule: Schedule, operands: Mapping[int, Words]) -> None:
     shapes = {operand.index: operand.shape for operand in schedule.operands}
     for index, values in operands.items():
         if index not in shapes:

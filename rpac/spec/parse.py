@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,11 +81,14 @@ SM_SCALES = (1e-6, 1e6)
 
 
 def load_spec(path: str | os.PathLike[str]) -> Spec:
-    """The spec in the file at `path`. Raises SpecError with every problem of the file, or why it cannot be read."""
-    report = Report(os.fspath(path))
+    """The spec in the file at `path`, or on standard input where `path` is "-".
+
+    Raises SpecError with every problem of the file, or why it cannot be read.
+    """
+    is_stdin = os.fspath(path) == "-"
+    report = Report("<stdin>" if is_stdin else os.fspath(path))
     try:
-        with Path(path).open("rb") as file:
-            data = file.read(MAX_SIZE + 1)
+        data = _stdin() if is_stdin else _head(Path(path))
     except OSError as error:
         found = f"a file that cannot be read ({error.strerror})"
         report.at(None, None, "", found, "must be a readable YAML file", "check the path")
@@ -99,6 +104,17 @@ def load_spec(path: str | os.PathLike[str]) -> Spec:
         report.at(line, column, "", f"byte {data[error.start]:#04x}", "must be UTF-8", "save the file as UTF-8")
         raise SpecError(report.problems) from error
     return parse_spec(text, report.file)
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(MAX_SIZE + 1)
+
+
+@functools.cache
+def _stdin() -> bytes:
+    """Standard input, which can be read only once."""
+    return sys.stdin.buffer.read(MAX_SIZE + 1)
 
 
 def parse_spec(text: str, file: str) -> Spec:

@@ -61,7 +61,7 @@ class Choice:
 
     buckets: tuple[int, ...]
     padding: float
-    padding_of: Mapping[str, float | None]
+    padding_of: Mapping[Kind, float | None]
     programs: int
     seconds: float  # of a build from nothing, about, on two cores
     nbytes: int  # of the programs in the bundle, about

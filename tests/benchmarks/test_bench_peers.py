@@ -166,3 +166,28 @@ def test_what_others_measured_stands_beside_the_batch_that_it_is_of():
         found = document.Section(heads, *one.place, (case,), names, results)
         lines = document.shards([found], cases.MEASURED)
         assert any(one.peer in line and f"{one.seconds * 1e6:,.0f} us" in line for line in lines)
+
+
+def test_kernels_of_batched_rpas_design_are_compiled_in_one_place_with_blocks_for_the_batch():
+    cases, contenders, environment = module("cases"), module("contenders"), module("environment")
+    decode, prefill = (next(case for case in cases.CASES if case.kind == kind) for kind in ("decode", "prefill"))
+    peers = {one.name: one for one in contenders.CONTENDERS}
+    for name, choices in (("batched_rpa", 2), ("tokamax", 2), ("stacked_rpa", 1)):
+        assert "one target" in peers[name].compiles(cases.LLAMA_8B, ("v6e", 128), decode)
+        for case, mode in ((decode, "decode"), (prefill, "prefill")):
+            found = peers[name].compiles(cases.LLAMA_8B, ("tpu7x", 128), case)
+            assert len(found) == choices and found[0].choice == "its own" and "blocks" not in found[0].request
+            assert all(list(one.request["blocks"]) == [mode] for one in found[1:])
+            assert {one.environment for one in found} <= set(environment.ENVIRONMENTS)
+
+
+def test_tokamaxs_points_are_whole_batches_of_their_shapes():
+    points = importlib.import_module("published_tokamax").POINTS
+    assert len({point.label for point in points}) == len(points)
+    for point in points:
+        request, parameters = point.shape.request, point.shape.parameters
+        assert parameters[6][-1] == request["tokens"]
+        assert len(parameters[5]) == request["pages"] == request["max_seqs"] * request["max_model_len"] // 256
+        assert set(parameters[5]) == set(range(request["pages"]))
+        assert parameters[7][2] == len(parameters[4]) == request["max_seqs"]
+        assert all(len(blocks) == 5 for blocks in request["blocks"].values())

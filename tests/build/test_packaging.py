@@ -55,20 +55,37 @@ def away(installed: Path, folder: Path) -> dict[str, Any]:
     return {"cwd": folder, "env": env}
 
 
-def test_the_wheel_holds_the_package_its_data_and_the_templates_alone(wheel: Path) -> None:
+def test_the_wheel_holds_the_package_its_data_the_templates_and_the_specs_alone(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rpac").rglob("*.py")}
     templates = {f"rpac/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "templates").rglob("*.jinja")}
     tuned = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rpac" / "tuned").glob("*.json")}
+    specs = {f"rpac/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "specs").glob("*.yaml")}
     assert templates
-    assert names == sources | templates | tuned
+    assert names == sources | templates | tuned | specs | {"rpac/py.typed"}
+
+
+def test_the_wheel_says_what_it_is(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as opened:
+        (metadata,) = [name for name in opened.namelist() if name.endswith(".dist-info/METADATA")]
+        text = opened.read(metadata).decode()
+        (license_file,) = [name for name in opened.namelist() if name.endswith("/LICENSE")]
+        assert opened.read(license_file) == (ROOT / "LICENSE").read_bytes()
+    assert "License-Expression: Apache-2.0\n" in text
+    assert "Classifier: Typing :: Typed\n" in text
+
+
+def test_an_installed_wheel_lists_its_specs(installed: Path, tmp_path: Path) -> None:
+    options = away(installed, tmp_path)
+    python("-m", "rpac.cli", "specs", "llama3-8b", **options)
+    assert (tmp_path / "llama3-8b.yaml").read_bytes() == (ROOT / "specs" / "llama3-8b.yaml").read_bytes()
 
 
 def test_the_source_archive_makes_the_wheel(archives: Path) -> None:
     (archive,) = archives.glob("rpac-*.tar.gz")
     with tarfile.open(archive) as opened:
         names = {name.split("/", 1)[1] for name in opened.getnames()}
-    assert {"pyproject.toml", "README.md", "specs/tiny.yaml", "templates/xla/skeletons/decode.py.jinja"} <= names
+    assert {"pyproject.toml", "README.md", "LICENSE", "specs/tiny.yaml", "templates/xla/skeletons/decode.py.jinja"} <= names
     assert not [name for name in names if name.startswith((".venv", "build/", "generated/"))]
 
 

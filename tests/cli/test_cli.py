@@ -34,7 +34,7 @@ def test_help_lists_the_commands_and_the_exit_codes(tmp_path: Path) -> None:
             assert word in done.stdout
 
 
-@pytest.mark.parametrize("command", ["plan", "build", "inspect", "generate", "tune"])
+@pytest.mark.parametrize("command", ["plan", "build", "inspect", "generate", "tune", "bench"])
 def test_every_command_explains_itself(command: str, tmp_path: Path) -> None:
     done = rpac(command, "--help", cache=tmp_path)
     assert done.returncode == 0

@@ -18,9 +18,9 @@ PACKAGE = Path(rpac.__file__).parent
 ORDER = [
     "errors", "_version",
     "contract", "spec", "batch", "files", "devices", "serving",
-    "plan", "traffic", "kernels", "oracle",
+    "plan", "init", "traffic", "kernels", "oracle",
     "lower", "bundle", "schedule", "engine", "adapters",
-    "check", "build", "predict", "tune", "cli",
+    "check", "build", "diff", "predict", "tune", "bench", "cli",
 ]  # fmt: skip
 
 # May be imported where it is needed, because it imports nothing but `errors`: `rpac.__version__` is there.
@@ -97,7 +97,7 @@ def test_nobody_knows_the_command_line() -> None:
     assert [part for part in parts() if part != "cli" and "cli" in edges(part)] == []
 
 
-@pytest.mark.parametrize("part", ["contract", "spec", "batch", "serving", "traffic", "kernels"])
+@pytest.mark.parametrize("part", ["contract", "spec", "batch", "serving", "init", "traffic", "kernels"])
 def test_the_first_stages_need_no_jax(part: str) -> None:
     code = f"import sys, rpac.{part}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,7 +7,8 @@ An HTML comment on the line above a block says where its content comes from:
     <!-- excerpt: specs/llama3-8b.yaml -->                               a whole file
     <!-- excerpt: generated/llama3-8b/tpu7x/decode.py flash_step -->      one function of a Python file
 
-The commands of a page run one after the other in one empty folder, beside a copy of specs/. A command is `rpac ...` or
+The commands of a page run one after the other in one empty folder, beside copies of specs/ and of models/, which is in this
+folder. A command is `rpac ...` or
 `python FILE ...`, where FILE is a script in this folder.
 
 In a block, a line that is only `...` stands for any number of lines, and `...` inside a line for any text. Where numbers
@@ -70,6 +71,7 @@ def samples(page: Path) -> list[Sample]:
 def found(samples: list[Sample], folder: Path, cache: Path) -> Iterator[str]:
     """What the source of each sample of one page says now. Commands run in `folder`, which is empty."""
     shutil.copytree(ROOT / "specs", folder / "specs")
+    shutil.copytree(HERE / "models", folder / "models")
     for sample in samples:
         yield excerpt(sample.source) if sample.kind == "excerpt" else run(sample.source, folder, cache)
 

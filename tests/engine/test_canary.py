@@ -165,5 +165,5 @@ def test_a_write_to_a_page_of_no_row_is_found(small: Path) -> None:
 
 def test_the_cache_of_a_canary_is_all_the_memory_that_it_takes() -> None:
     pages, held = jax.ShapeDtypeStruct((64,), np.int32), jax.ShapeDtypeStruct((64, 16, 2, 2, 128), "bfloat16")
-    memory = jax.jit(_cache, static_argnums=2).lower(pages, held, 4096).compile().memory_analysis()
+    memory = jax.jit(_cache, static_argnums=3).lower(pages, held, pages, 4096).compile().memory_analysis()
     assert memory.temp_size_in_bytes < memory.output_size_in_bytes / 8

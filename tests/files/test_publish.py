@@ -15,7 +15,7 @@ import pytest
 
 from rpac.errors import OutputError
 from rpac.files import publish as publishing
-from rpac.files.publish import Stage, publish
+from rpac.files.publish import Stage, publish, publish_file
 
 # Publishes one file of argv[2] at argv[1]; runs argv[3] in the middle of it.
 WRITER = """
@@ -293,3 +293,59 @@ def test_publishing_waits_no_longer_than_it_is_told(final: Path) -> None:
         put(final, "new", wait_s=0.2)
     assert 0.2 <= time.monotonic() - start < 5
     kill(process)
+
+
+def file_of(final: Path, text: str) -> None:
+    publish_file(final, text.encode(), ours)
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    final = tmp_path / "a" / "file"
+    for text in ("old", "new"):
+        file_of(final, text)
+        assert final.read_text() == text
+        assert [path.name for path in final.parent.iterdir()] == ["file"]
+
+
+# Publishes argv[2] in the file argv[1], and dies before it is renamed.
+DYING = """
+import os, signal, sys
+from pathlib import Path
+from rpac.files.publish import publish_file
+Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+publish_file(sys.argv[1], sys.argv[2].encode(), lambda path: True)
+"""
+
+
+def test_a_writer_of_a_file_that_dies_leaves_the_old_one_and_is_in_nobodys_way(tmp_path: Path) -> None:
+    final = tmp_path / "file"
+    file_of(final, "old")
+    done = subprocess.run([sys.executable, "-c", DYING, str(final), "new"], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert final.read_text() == "old"
+    file_of(final, "newer")
+    assert final.read_text() == "newer"
+    assert list(tmp_path.iterdir()) == [final]
+
+
+def test_a_file_that_cannot_be_written_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / "file"
+    file_of(final, "old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"file: cannot be written \(No space left on device\); .* free some space"):
+        file_of(final, "new")
+    assert final.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [final]
+
+
+@pytest.mark.parametrize("found", ["a folder", "a file that this command did not make"])
+def test_a_file_does_not_replace_what_is_not_ours(tmp_path: Path, found: str) -> None:
+    final = tmp_path / "file"
+    final.mkdir() if found == "a folder" else final.write_text("notes")
+    with pytest.raises(OutputError, match=f"found {found}; must be absent or an earlier output"):
+        publish_file(final, b"new", lambda path: False)
+    assert final.is_dir() or final.read_text() == "notes"

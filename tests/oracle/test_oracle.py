@@ -3,167 +3,17 @@
 from __future__ import annotations
 
 import ast
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from random_calls import CALLS, F32, LIMITS, SM_SCALE, Call, bits, every_call, first_seen
 
-from rpac.batch import Batch, Limits
+from rpac.batch import Batch
 from rpac.oracle import attention as reference
-from rpac.oracle.attention import attention_with_lse, quantized, ragged_paged_attention, split_kv
-
-Array = NDArray[Any]
-
-SM_SCALE = 0.25
-LIMITS = Limits(page_size=4, pages_per_seq=6, max_num_seqs=5, num_pages=40, prefill_chunk=3, token_buckets=(8, 16))
-BF16 = np.dtype(ml_dtypes.bfloat16)
-F32 = np.dtype(np.float32)
-
-
-@dataclass
-class Call:
-    """A random call, and the K and V of every sequence as plain arrays `[kv_len, kv_heads, head_dim]`."""
-
-    q_lens: list[int]
-    context_lens: list[int]
-    seed: int = 0
-    q_heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 16
-    lanes: int = 16
-    dtype: Any = F32
-    limits: Limits = LIMITS
-    batch: Batch = field(init=False)
-
-    def __post_init__(self) -> None:
-        rng = np.random.default_rng(self.seed)
-        pages = iter(rng.permutation(LIMITS.num_pages).tolist())
-        needs = [-(-(q + c) // LIMITS.page_size) for q, c in zip(self.q_lens, self.context_lens, strict=True)]
-        tables = [[next(pages) for _ in range(need)] for need in needs]
-        self.batch = Batch.build(self.limits, self.q_lens, self.context_lens, tables)
-        tokens = self.batch.tokens
-
-        def random(*shape: int) -> Array:
-            return rng.standard_normal(shape).astype(self.dtype)
-
-        packing = 4 // self.dtype.itemsize
-        self.queries = random(tokens, self.q_heads, self.head_dim)
-        self.keys = random(tokens, self.kv_heads, self.head_dim)
-        self.values = random(tokens, self.kv_heads, self.head_dim)
-        # Whatever the batch does not fill is poison.
-        words = -(-2 * self.kv_heads // packing)
-        self.cache = np.full((LIMITS.num_pages, LIMITS.page_size, words, packing, self.lanes), np.nan, self.dtype)
-        self.k = [random(row.kv_len, self.kv_heads, self.head_dim) for row in self.batch]
-        self.v = [random(row.kv_len, self.kv_heads, self.head_dim) for row in self.batch]
-        for row in self.batch:
-            new = slice(row.queries.start, row.queries.stop)
-            self.k[row.row][row.context_len :] = self.keys[new]
-            self.v[row.row][row.context_len :] = self.values[new]
-            self.put(self.cache, row.row, range(row.context_len))
-
-    def put(self, cache: Array, row: int, positions: range) -> None:
-        """Writes K0, V0, K1, V1, ... of some positions of a row, element by element, and zeros in what is left over."""
-        view = list(self.batch)[row]
-        packing = cache.shape[3]
-        for position in positions:
-            page, slot = view.pages[position // LIMITS.page_size], position % LIMITS.page_size
-            cache[page, slot] = 0
-            for head in range(self.kv_heads):
-                for which, source in enumerate((self.k, self.v)):
-                    word, part = divmod(2 * head + which, packing)
-                    cache[page, slot, word, part, : self.head_dim] = source[row][position, head]
-
-    def run(self, **changes: Any) -> tuple[Array, Array]:
-        print(f"seed {self.seed}")
-        arguments = {
-            "queries": self.queries,
-            "keys": self.keys,
-            "values": self.values,
-            "kv_cache": self.cache,
-            "kv_lens": self.batch.kv_lens,
-            "page_indices": self.batch.page_indices,
-            "cu_q_lens": self.batch.cu_q_lens,
-            "distribution": self.batch.distribution,
-        }
-        return ragged_paged_attention(**(arguments | changes), sm_scale=SM_SCALE)
-
-    def expected(
-        self,
-        soft_cap: float | None = None,
-        sliding_window: int | None = None,
-        attention_chunk: int | None = None,
-        sinks: Array | None = None,
-        alibi_slopes: Array | None = None,
-        causal: bool = True,
-    ) -> Array:
-        """The output by the definition, in plain Python floats."""
-        out = np.zeros(self.queries.shape)
-        for row in self.batch:
-            for step, token in enumerate(row.queries):
-                for head in range(self.q_heads):
-                    kv_head = head // (self.q_heads // self.kv_heads)
-                    query = [float(x) for x in self.queries[token, head]]
-                    end = row.context_len + step + 1 if causal else row.kv_len
-                    visible = range(first_seen(end, sliding_window, attention_chunk), end)
-                    keys = [[float(x) for x in self.k[row.row][position, kv_head]] for position in visible]
-                    scores = [SM_SCALE * sum(a * b for a, b in zip(query, key, strict=True)) for key in keys]
-                    if soft_cap is not None:
-                        scores = [soft_cap * math.tanh(score / soft_cap) for score in scores]
-                    if alibi_slopes is not None:
-                        at = row.context_len + step
-                        scores = [
-                            s + float(alibi_slopes[head]) * (key - at) for key, s in zip(visible, scores, strict=True)
-                        ]
-                    weights = [math.exp(score) for score in scores]
-                    total = sum(weights) + (0 if sinks is None else math.exp(sinks[head]))
-                    for position, weight in zip(visible, weights, strict=True):
-                        out[token, head] += weight / total * self.v[row.row][position, kv_head].astype(float)
-        return out
-
-
-def first_seen(end: int, sliding_window: int | None, attention_chunk: int | None) -> int:
-    """The first token that the query at position `end` - 1 sees."""
-    if attention_chunk is not None:
-        return next(token for token in range(end) if token // attention_chunk == (end - 1) // attention_chunk)
-    return 0 if sliding_window is None else max(end - sliding_window, 0)
-
-
-def separated(cache: Array, kv_heads: int) -> Array:
-    """An interleaved cache with K and V apart, element by element: `[pages, 2, kv_heads, page_size, lanes]`."""
-    pages, page_size, _, packing, lanes = cache.shape
-    found = np.empty((pages, 2, kv_heads, page_size, lanes), cache.dtype)
-    for head in range(kv_heads):
-        for which in range(2):
-            word, part = divmod(2 * head + which, packing)
-            found[:, which, head] = cache[:, :, word, part]
-    return found
-
-
-def bits(array: Array) -> Array:
-    return np.ascontiguousarray(array).view(np.uint8)
-
-
-CALLS = {
-    "empty": Call([], []),
-    "one token, no context": Call([1], [0]),
-    "decode": Call([1, 1, 1], [6, 0, 20], seed=1),
-    "prefill": Call([3, 3], [0, 9], seed=2),
-    "mixed": Call([1, 3, 5, 2], [11, 4, 0, 7], seed=3),
-    "every row": Call([1, 1, 1, 1, 1], [3, 4, 5, 22, 23], seed=4),
-    "page boundary": Call([4, 5, 3, 4], [4, 3, 4, 5], seed=5),
-    "one kv head": Call([1, 3], [5, 2], seed=6, kv_heads=1),
-    "as many kv heads": Call([1, 3], [5, 2], seed=7, kv_heads=4),
-    "odd kv heads": Call([1, 3], [5, 2], seed=8, q_heads=6, kv_heads=3),
-    "bfloat16": Call([1, 3, 5, 2], [11, 4, 0, 7], seed=9, dtype=BF16),
-    "bfloat16, one kv head": Call([1, 3], [5, 2], seed=10, kv_heads=1, dtype=BF16),
-    "padded lanes": Call([1, 3], [5, 2], seed=11, lanes=24, dtype=BF16),
-}
-every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+from rpac.oracle.attention import attention_with_lse
 
 
 @every_call
@@ -271,42 +121,6 @@ def test_what_no_query_sees_may_be_anything(sight: dict[str, int]) -> None:
 
 
 @every_call
-def test_without_new_tokens_the_cache_is_read_as_it_is(call: Call) -> None:
-    out, cache = call.run()
-    again, same = call.run(keys=None, values=None, kv_heads=call.kv_heads, kv_cache=cache)
-    np.testing.assert_array_equal(again, out)
-    assert same.tobytes() == cache.tobytes()
-
-
-@every_call
-def test_new_tokens_are_in_the_cache_and_every_other_bit_is_as_it_was(call: Call) -> None:
-    expected = call.cache.copy()
-    for row in call.batch:
-        call.put(expected, row.row, range(row.context_len, row.kv_len))
-    before = call.cache.copy()
-    _, cache = call.run()
-    assert cache.dtype == call.dtype
-    np.testing.assert_array_equal(bits(cache), bits(expected))
-    np.testing.assert_array_equal(bits(call.cache), bits(before))
-
-
-@every_call
-def test_with_k_and_v_apart_everything_is_the_same_and_so_is_the_cache_but_for_its_order(call: Call) -> None:
-    want_out, want_cache = call.run()
-    given = separated(call.cache, call.kv_heads)
-    before = given.copy()
-    out, cache = call.run(kv_cache=given, kv_layout="separate")
-    np.testing.assert_array_equal(out, want_out)
-    np.testing.assert_array_equal(bits(cache), bits(separated(want_cache, call.kv_heads)))
-    np.testing.assert_array_equal(bits(given), bits(before))
-
-
-def test_a_layout_that_there_is_not_is_refused() -> None:
-    with pytest.raises(ValueError, match="kv_layout is 'seperate'; must be 'interleaved' or 'separate'"):
-        CALLS["decode"].run(kv_layout="seperate")
-
-
-@every_call
 def test_padding_rows_of_the_output_are_zero(call: Call) -> None:
     out, _ = call.run()
     assert not out[call.batch.num_tokens :].any()
@@ -393,64 +207,6 @@ def test_a_prefix_may_be_shared() -> None:
     want, _ = alone.run()
     np.testing.assert_array_equal(out[0], want[0])
     np.testing.assert_array_equal(out[1], want[0])
-
-
-def test_k_and_v_alternate_in_the_cache() -> None:
-    cache = np.arange(2 * 4 * 3 * 2 * 8).reshape(2, 4, 3, 2, 8)
-    k, v = split_kv(cache, kv_heads=3, head_dim=8)
-    assert k.shape == v.shape == (2, 4, 3, 8)
-    np.testing.assert_array_equal(k, cache[:, :, :, 0])
-    np.testing.assert_array_equal(v, cache[:, :, :, 1])
-
-
-def test_padding_of_words_and_lanes_is_left_out() -> None:
-    cache = np.arange(2 * 4 * 2 * 4 * 8).reshape(2, 4, 2, 4, 8)
-    k, v = split_kv(cache, kv_heads=3, head_dim=5)
-    assert k.shape == v.shape == (2, 4, 3, 5)
-    np.testing.assert_array_equal(k[0, 0, 2], cache[0, 0, 1, 0, :5])
-    np.testing.assert_array_equal(v[0, 0, 2], cache[0, 0, 1, 1, :5])
-
-
-def test_apart_k_is_first_and_lanes_of_padding_are_left_out() -> None:
-    cache = np.arange(2 * 2 * 3 * 4 * 8).reshape(2, 2, 3, 4, 8)
-    k, v = split_kv(cache, kv_heads=3, head_dim=5, kv_layout="separate")
-    assert k.shape == v.shape == (2, 4, 3, 5)
-    np.testing.assert_array_equal(k[1, 3, 2], cache[1, 0, 2, 3, :5])
-    np.testing.assert_array_equal(v[1, 3, 2], cache[1, 1, 2, 3, :5])
-
-
-def test_joined_k_and_v_are_the_halves_of_a_row() -> None:
-    cache = np.arange(2 * 4 * 2 * 2 * 128).reshape(2, 4, 2, 2, 128)
-    k, v = split_kv(cache, kv_heads=3, head_dim=64)
-    assert k.shape == v.shape == (2, 4, 3, 64)
-    np.testing.assert_array_equal(k[1, 2, 2], cache[1, 2, 1, 0, :64])
-    np.testing.assert_array_equal(v[1, 2, 2], cache[1, 2, 1, 0, 64:])
-
-
-def test_joined_k_and_v_apart_are_the_halves_of_a_row() -> None:
-    cache = np.arange(2 * 1 * 3 * 4 * 128).reshape(2, 1, 3, 4, 128)
-    k, v = split_kv(cache, kv_heads=3, head_dim=64, kv_layout="separate")
-    assert k.shape == v.shape == (2, 4, 3, 64)
-    np.testing.assert_array_equal(k[1, 3, 2], cache[1, 0, 2, 3, :64])
-    np.testing.assert_array_equal(v[1, 3, 2], cache[1, 0, 2, 3, 64:])
-
-
-@pytest.mark.parametrize(
-    "dtype, numbers, codes",
-    [
-        ("int8", [0.5, 1.5, 2.5, -0.5, -1.5, 127.4, 400, -400], [0, 2, 2, 0, -2, 127, 127, -128]),
-        ("float8_e4m3fn", [1.0625, 1.1875, 2.0**-10, 3 * 2.0**-10, 460, -1e6], [1, 1.25, 0, 2.0**-8, 448, -448]),
-        ("float8_e5m2", [1.125, 1.375, 2.0**-17, 3 * 2.0**-17, 1e6, -1e6], [1, 1.5, 0, 2.0**-15, 57344, -57344]),
-    ],
-)
-def test_numbers_are_quantized_to_the_nearest_and_of_two_to_the_even_one(
-    dtype: str, numbers: list[float], codes: list[float]
-) -> None:
-    scale = np.float32(4)
-    new = np.array(numbers, np.float32).reshape(1, 1, -1) * scale
-    found = quantized(new, scale.reshape(1), np.dtype(dtype))
-    assert found.dtype.name == dtype
-    assert found.astype(np.float32).ravel().tolist() == codes
 
 
 def test_the_oracle_shares_no_code_with_what_it_judges() -> None:

@@ -13,7 +13,18 @@ from command import TINY
 
 from rpac.errors import BundleError, OutputError, ScheduleError, TargetError
 from rpac.files.store import Store
-from rpac.predict import Programs, Workload, check_emit, emit, parse_decode, parse_prefill, predict, programs_of
+from rpac.oracle.canary import spread_batch
+from rpac.predict import (
+    Programs,
+    Workload,
+    check_emit,
+    emit,
+    parse_decode,
+    parse_prefill,
+    predict,
+    predict_on,
+    programs_of,
+)
 from rpac.predict.run import OPERANDS
 from rpac.schedule import model_of, parse_schedule, walk
 from rpac.spec import load_spec
@@ -46,6 +57,15 @@ def replay(folder: Path, target: str) -> dict[str, float]:
         done = walk(schedule, {int(index): values for index, values in operands.items()}, model)
         seconds[name] = done.cycles / model.clock_hz
     return seconds
+
+
+@pytest.mark.compile
+def test_a_program_can_be_named_and_where_its_pages_lie_changes_nothing(programs: Built) -> None:
+    found = predict(programs("tpu7x"), DECODE)
+    context = [kv_len - q_len for q_len, kv_len in zip(DECODE.q_lens, DECODE.kv_lens, strict=True)]
+    spread_out, pages = spread_batch("decode", programs("tpu7x").limits, DECODE.q_lens, context)
+    assert pages.tolist() != list(range(len(pages)))
+    assert predict_on(programs("tpu7x"), found.variant, spread_out, DECODE) == found
 
 
 @pytest.mark.compile

@@ -14,7 +14,6 @@ from .gather import PAGE_BYTES, SEQS
 from .test_fixtures import LENS, TABLE, load
 
 HEAD = "HloModule m\n\nENTRY %main (a: s32[4]) -> s32[4] {\n"
-KERNEL = 'custom-call(%arg, %c, %b), custom_call_target="tpu_custom_call", operand_layout_constraints={}'
 
 
 def module(*lines: str) -> str:
@@ -48,27 +47,16 @@ def test_an_asynchronous_operation_is_counted_once() -> None:
     assert sum(found.traffic(found["s"])) == 1024
 
 
-def test_scalars_of_a_kernel_follow_from_parameters_and_constants() -> None:
+def test_an_asynchronous_operation_that_gets_its_inputs_late_is_counted_where_it_does() -> None:
     found = parse_module(
         module(
-            "%p = s32[4]{0:T(128)} parameter(5)",
-            "%arg = s32[4]{0:T(128)} copy(%p)",
-            "%one = s32[]{:T(128)} constant(-1)",
-            "%c = s32[3]{0:T(128)} broadcast(%one), dimensions={}",
-            "%b = s32[2]{0:T(128)} constant({7, 8})",
-            f"ROOT %k = s32[4]{{0:T(128)}} {KERNEL}",
+            "%a = f32[128]{0:T(128)} parameter(0)",
+            "%s = ((), (), s32[]{:S(2)}) call-start()",
+            "%u = ((f32[128]{0:T(128)}), f32[128]{0:T(128)}) call-update(%s, %a)",
+            "%d = f32[128]{0:T(128)} call-done(%u)",
         )
     )
-    kernel = found["k"]
-    assert kernel.is_kernel
-    assert found.scalars(kernel, {5: [1, 2, 3, 4]}) == {0: [1, 2, 3, 4], 1: [-1, -1, -1], 2: [7, 8]}
-    assert found.scalars(kernel, {}) == {1: [-1, -1, -1], 2: [7, 8]}
-
-
-def test_a_kernel_in_a_branch_or_loop_is_refused() -> None:
-    text = f"%inner {{\n  ROOT %k = s32[4]{{0}} {KERNEL}\n}}\n" + module("%a = s32[4]{0} parameter(0)")
-    with pytest.raises(ScheduleError, match="inside a conditional or loop"):
-        parse_module(text)
+    assert [found.traffic(found[name]) for name in "sud"] == [(0, 0), (512, 512), (0, 0)]
 
 
 @pytest.mark.parametrize("text", ["", "HloModule m\n", HEAD, HEAD + "  %a = nonsense\n}\n"])

@@ -356,6 +356,10 @@ TILES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda tiles: tiles.update(decode=None),
         r"tiles\.decode: must be null for prefill batches, and only there",
     ),
+    "a block of half a page": (
+        lambda tiles: tiles["decode"].update(block=SPEC.serving.page_size // 2),
+        "they do not go together for this case",
+    ),
 }
 
 

@@ -1059,10 +1059,10 @@ class MixedKernel(PagedKernel):
         """Attends to one KV block: the tiles that all queries see whole, then those that some see in part."""
         first_query = first_query - block * MIXED_KV_BLOCK
         full = jnp.clip(lax.div(first_query + 1, MIXED_TILE), 0, MIXED_TILES)
-        goes_on = ~last & (full == MIXED_TILES)
-        FullTiles(self, buffer, block == 0, 0, full, scored, goes_on, wait_for_next).run()
+        scores_next_block = ~last & (full == MIXED_TILES)
+        FullTiles(self, buffer, block == 0, 0, full, scored, scores_next_block, wait_for_next).run()
         for_each(full, pl.cdiv(valid, MIXED_TILE), functools.partial(self.attend_partial_tile, buffer, block, valid, first_query))
-        return goes_on
+        return scores_next_block
 
     def attend_partial_tile(self, buffer, block, valid, first_query, tile):
         PartialTile(self, buffer, block + tile == 0, tile, valid, first_query).run()
@@ -1127,8 +1127,8 @@ class FullTiles:
     """Tiles of a KV block that all queries of the query block see whole: `count` tiles from `first_tile` on.
 
     `begins`: whether the query block has seen no tile before them.
-    `scored`: whether the block before has made the first scores. `goes_on`: whether the last iteration makes those of the
-    next block, for which `wait_for_block` waits.
+    `scored`: whether the block before has made the first scores. `scores_next_block`: whether the last iteration makes
+    those of the next block, for which `wait_for_block` waits.
     """
 
     kernel: MixedKernel
@@ -1137,7 +1137,7 @@ class FullTiles:
     first_tile: jax.Array
     count: jax.Array
     scored: jax.Array
-    goes_on: jax.Array
+    scores_next_block: jax.Array
     wait_for_block: functools.partial
 
     tokens, heads, lookahead = MIXED_TILE, MIXED_STEP_HEADS, MIXED_SCORE_LOOKAHEAD
@@ -1157,12 +1157,12 @@ class FullTiles:
 
     def start(self, make_first_scores):
         """Makes the scores that the first iteration finds, unless they are made."""
-        self.last = jnp.where(self.goes_on, self.iterations, self.iterations - 1)
+        self.last = jnp.where(self.scores_next_block, self.iterations, self.iterations - 1)
         pl.when(~self.scored)(make_first_scores)
 
     def wait_for_next(self, iteration):
         """Before the last iteration, waits for the next block if this one goes on in it."""
-        pl.when(self.goes_on & (iteration == self.iterations - 1))(self.wait_for_block)
+        pl.when(self.scores_next_block & (iteration == self.iterations - 1))(self.wait_for_block)
 
     def scores(self, first, tokens, head, rows):
         """The scores of some rows against a tile."""

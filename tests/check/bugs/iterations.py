@@ -49,7 +49,7 @@ PIPELINED = (
     Bug(
         "scores of this block taken for those of the next",
         "FullTiles.start",
-        "jnp.where(self.goes_on, self.iterations, self.iterations - 1)",
+        "jnp.where(self.scores_next_block, self.iterations, self.iterations - 1)",
         "self.iterations - 1",
     ),
     Bug(
@@ -61,7 +61,7 @@ PIPELINED = (
     Bug(
         "no wait for the next block",
         "FullTiles.wait_for_next",
-        "pl.when(self.goes_on & (iteration == self.iterations - 1))(self.wait_for_block)",
+        "pl.when(self.scores_next_block & (iteration == self.iterations - 1))(self.wait_for_block)",
     ),
     Bug(
         "the next block waited for an iteration late",
@@ -72,8 +72,8 @@ PIPELINED = (
     Bug(
         "full tiles counted from the second on",
         "PrefillKernel.attend_block",
-        "FullTiles(self, buffer, block == 0, 0, full, scored, goes_on, wait_for_next)",
-        "FullTiles(self, buffer, block == 0, 1, full, scored, goes_on, wait_for_next)",
+        "FullTiles(self, buffer, block == 0, 0, full, scored, scores_next_block, wait_for_next)",
+        "FullTiles(self, buffer, block == 0, 1, full, scored, scores_next_block, wait_for_next)",
     ),
     Bug(
         "all iterations of the first tile",

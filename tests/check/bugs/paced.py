@@ -44,13 +44,13 @@ PACED_SOFTMAX = (
     Bug(
         "scores of this block taken for those of the next",
         "FullTiles.start",
-        "jnp.where(self.goes_on, self.iterations, self.iterations - 1)",
+        "jnp.where(self.scores_next_block, self.iterations, self.iterations - 1)",
         "self.iterations - 1",
     ),
     Bug(
         "no wait for the next block",
         "FullTiles.wait_for_next",
-        "pl.when(self.goes_on & (iteration == self.iterations - 1))(self.wait_for_block)",
+        "pl.when(self.scores_next_block & (iteration == self.iterations - 1))(self.wait_for_block)",
     ),
     Bug(
         "what lies behind the last token not cleared",
