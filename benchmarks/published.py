@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rpa_v3 import Config, Tiles
-
-_SMALL: Tiles = (1, 256, 1, 256)
-_SMALL_MIXED: Tiles = (16, 256, 16, 256)
+from rpa_v3 import SMALL, SMALL_MIXED, Config, Tiles
 
 
 @dataclass(frozen=True)
@@ -31,17 +28,21 @@ class Point:
     tiles_known: bool
     fit: bool = False
 
+    @property
+    def target(self) -> str:
+        return self.configs[0].target
+
 
 def _prefill_config(q_heads: int, kv_heads: int, head_dim: int, page: int, tokens: int, tiles: Tiles) -> Config:
     pages = tokens // page
-    return Config("tpu7x", q_heads, kv_heads, head_dim, page, tokens, 1, tokens, max(64, pages), _SMALL, tiles)
+    return Config("tpu7x", q_heads, kv_heads, head_dim, page, tokens, 1, tokens, max(64, pages), SMALL, tiles)
 
 
 def _decode_config(
     q_heads: int, kv_heads: int, head_dim: int, page: int, max_len: int, seqs: int, tiles: Tiles | None
 ) -> Config:
     pages, tokens = {128: 4096, 256: 2048}[page], seqs
-    return Config("tpu7x", q_heads, kv_heads, head_dim, page, max_len, seqs, tokens, pages, tiles, _SMALL_MIXED)
+    return Config("tpu7x", q_heads, kv_heads, head_dim, page, max_len, seqs, tokens, pages, tiles, SMALL_MIXED)
 
 
 def _flywheel_prefill() -> list[Point]:
@@ -74,7 +75,7 @@ def _flywheel_prefill() -> list[Point]:
 def _flywheel_decode() -> list[Point]:
     tried = (None, (1, 4096, 1, 2048), (1, 2048, 1, 2048), (1, 2048, 1, 1024))
     gqa = tuple(_decode_config(32, 4, 256, 128, 16384, 256, tiles) for tiles in tried)
-    mha = (Config("tpu7x", 32, 32, 256, 128, 16384, 128, 128, 16384, None, _SMALL_MIXED),)
+    mha = (Config("tpu7x", 32, 32, 256, 128, 16384, 128, 128, 16384, None, SMALL_MIXED),)
     rows = ((256, 4, 5.148e-3, gqa), (128, 4, 2.574e-3, gqa), (128, 32, 22.43e-3, mha))
     return [
         Point(
@@ -110,7 +111,7 @@ def _paper_decode() -> list[Point]:
     points = []
     for head_dim, times in microseconds.items():
         configs = tuple(
-            Config("tpu7x", 32, 8, head_dim, 256, 32768, 64, 64, 2048, tiles, _SMALL_MIXED) for tiles in tried[head_dim]
+            Config("tpu7x", 32, 8, head_dim, 256, 32768, 64, 64, 2048, tiles, SMALL_MIXED) for tiles in tried[head_dim]
         )
         for i, time in enumerate(times):
             context = 512 << i

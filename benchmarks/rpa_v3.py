@@ -5,21 +5,30 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from rpac.schedule.dump import Dump, dump_command
 
-_SCRIPT = Path(__file__).parent / "peers" / "compile_rpa_v3.py"
+_PEERS = Path(__file__).parent / "peers"
+_SCRIPTS = {"v3": _PEERS / "compile_rpa_v3.py", "early": _PEERS / "compile_rpa_v3_early.py"}
 
 Tiles = tuple[int, int, int, int]
 """RPA v3's (queries fetched, KV fetched, queries computed, KV computed) a block, in tokens."""
 
+SMALL: Tiles = (1, 256, 1, 256)
+SMALL_MIXED: Tiles = (16, 256, 16, 256)
+"""For the kernel of a call that has no work."""
+
+Kernel = Literal["v3", "early"]
+"""`early` is RPA v3 as it was in tpu-inference 0.11.1: one kernel for all kinds of batches, with one set of tiles."""
+
 
 @dataclass(frozen=True)
 class Config:
-    """One compile of RPA v3. Tiles of None are its defaults."""
+    """One compile of RPA v3. Tiles of None are its defaults; `early` takes its one set from `decode_tiles`."""
 
     target: str
     q_heads: int
@@ -32,15 +41,19 @@ class Config:
     pages: int
     decode_tiles: Tiles | None
     mixed_tiles: Tiles | None
+    kernel: Kernel = "v3"
 
 
-def dump(config: Config, python: str, cache: Path) -> Dump:
-    """The dump of a config, from the cache or compiled by the peers' interpreter. Raises ScheduleError."""
-    request = json.dumps(asdict(config), sort_keys=True)
+def dump(config: Config, python: Callable[[], str], cache: Path) -> Dump:
+    """The dump of a config, from the cache or compiled by the interpreter that `python` gives. Raises ScheduleError."""
+    fields = asdict(config)
+    if fields["kernel"] == "v3":
+        del fields["kernel"]
+    request = json.dumps(fields, sort_keys=True)
     path = cache / f"rpa-v3-{hashlib.sha256(request.encode()).hexdigest()[:16]}.json.gz"
     if path.exists():
         return Dump(**json.loads(gzip.decompress(path.read_bytes())))
-    found = dump_command([python, str(_SCRIPT), request], config.target)
+    found = dump_command([python(), str(_SCRIPTS[config.kernel]), request], config.target)
     cache.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(json.dumps(asdict(found)).encode(), 5))
     return found
@@ -62,3 +75,13 @@ def parameters(config: Config, kv_lens: Sequence[int], q_lens: Sequence[int], ca
         6: [*ends, *[ends[-1]] * padding],
         7: [count if case == "decode" else 0, count if case == "decode" else 0, count],
     }
+
+
+def working_kernel(config: Config, case: str) -> str:
+    """How the name of the kernel begins that has the work of a batch."""
+    return f"RPA{case[0]}" if config.kernel == "v3" else "RPA-"
+
+
+def grid(config: Config, kv_lens: Sequence[int]) -> dict[int, list[int]]:
+    """The operand of the kernel that XLA computes, and no argument of the call shows: the size of a dynamic grid."""
+    return {} if config.kernel == "v3" else {0: [len(kv_lens)]}

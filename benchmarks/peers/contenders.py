@@ -251,6 +251,11 @@ def scheduled(
     return compiles
 
 
+SPILLS = (
+    "Its schedule takes nearly all of SMEM, so the compiler spills scalars of its kernels to HBM. The kernels wait for a DMA at "
+    "each spill and each reload, and that is most of the predicted time. No measurement confirms the time of such waits."
+)
+
 CONTENDERS = (
     Contender(
         "RPA v3, default",
@@ -302,21 +307,22 @@ CONTENDERS = (
         "an experimental kernel in tpu-inference, with the jax that it pins. A first kernel writes a schedule to HBM, and the "
         "attention kernel reads it. For each batch, the better of its own blocks and one other choice (decode: KV tokens, "
         f"sequences at once, buffers: {', '.join(map(str, SCHEDULED_DECODE[1][2:]))}; the others: queries fetched, queries "
-        f"computed, and then the same: {', '.join(map(str, SCHEDULED_PREFILL[1]))}).",
+        f"computed, and then the same: {', '.join(map(str, SCHEDULED_PREFILL[1]))}). {SPILLS}",
         scheduled("batched_rpa", "pinned", sweeps=True),
         contract_parameters,
     ),
     Contender(
         "stacked_rpa",
         "an experimental kernel in tpu-inference, with the jax that it pins and its own blocks. It is built in the same way "
-        "as batched_rpa. Each of its kernels runs inside a conditional.",
+        f"as batched_rpa. Each of its kernels runs inside a conditional. {SPILLS}",
         scheduled("stacked_rpa", "pinned", sweeps=False),
         contract_parameters,
     ),
     Contender(
         "tokamax",
         "the batched RPA of tokamax 0.0.17, with the jax that its benchmarks pin. It is the same design as batched_rpa, and "
-        "gets the same choices of blocks.",
+        "gets the same choices of blocks. Its schedule takes a third of SMEM, and the compiler spills nothing to HBM. Measured "
+        "times of this kernel are in [calibration.md](calibration.md).",
         scheduled("tokamax", "tokamax", sweeps=True),
         contract_parameters,
     ),

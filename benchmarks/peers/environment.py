@@ -17,6 +17,8 @@ from typing import Literal
 COMPILER = ("jax==0.11.0", "jaxlib==0.11.0", "libtpu==0.0.44")
 PINNED = ("jax==0.11.2", "jaxlib==0.11.2", "libtpu==0.0.48")
 PEERS = ("tpu-inference==0.32.0", "flywheel-tpu==0.3.0")
+EARLY = ("tpu-inference==0.11.1",)
+"""RPA v3 as it was when SGLang-JAX took it over."""
 TOKAMAX = ("tokamax==0.0.17",)
 
 Environment = Literal["measured", "pinned", "tokamax"]

@@ -409,7 +409,15 @@ def _quantized_constants(model: Attention) -> list[Constant]:
         return []
     of_cache = number("KV_DTYPE", dtype(model.kv_dtype), "of the cache")
     if model.kv_dtype not in FLOAT8:
-        return [of_cache, number("KV_SMALLEST", -128), number("KV_LARGEST", 127)]
+        return [
+            of_cache,
+            number("KV_SMALLEST", -128),
+            number("KV_LARGEST", 127),
+            number("ROW_PARTS", 3, "rows of int8 whose sum is a row of a matmul: as exact as float32 to its largest"),
+            number("PART_LARGEST", 127.0, "of int8"),
+            number("PART_STEPS", 254.0, "of a part in one step of the part before it"),
+            number("LEAST_LARGEST", 1e-30, "so that a row of zeros is not divided by zero"),
+        ]
     smallest_normal, step, largest = FLOAT8[model.kv_dtype]
     return [
         of_cache,

@@ -13,7 +13,7 @@ from rpac.kernels.shared import Shared, call_of, model_constants, query_row_shap
 from rpac.plan import DecodeWaves, KernelPlan
 from rpac.plan.buffers import sublane_tile_tokens
 from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
-from rpac.plan.recipe import Recipe
+from rpac.plan.recipe import DecodeRecipe, Recipe
 from rpac.spec import Spec
 
 NAMES = {"unit_out": "new_out", "unit_sem": "write_sem"}  # of scratch arrays, other than in the plan
@@ -70,10 +70,17 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "store": Shared.of(spec, recipe).new_tokens,
         "write": f"wave_write/{recipe.decode.write}",
         "attention": "grouped",
-        "order": "values_first" if recipe.decode.read == "token_pairs" else "one_by_one",
+        "order": _order(recipe.decode),
         "tiles_fit": _tiles_fit(spec, tiles),
     }
     return Kernel("skeletons/decode_waves.py.jinja", context, constants, "DECODE_")
+
+
+def _order(recipe: DecodeRecipe) -> str:
+    """The part that computes the tiles of a wave."""
+    if recipe.read == "token_pairs":
+        return "values_first"
+    return "fetch_between" if recipe.fetch == "between" else "one_by_one"
 
 
 def _summary(spec: Spec) -> str:
@@ -107,6 +114,7 @@ def wave_constants(spec: Spec, tiles: DecodeWaves) -> list[Constant]:
         tile("NO_SEQ", "MAX_ROWS", "in place of a sequence where there is no tile"),
         tile("MAX_TOKENS", "MAX_ROWS * DECODE_LEN" if several else "MAX_ROWS", "new tokens of the largest batch"),
         tile("WRITE_BUFFERS", tiles.write_buffers, "sequences whose new tokens are on their way to the cache"),
+        tile("TILES_LOADED", tiles.tiles_loaded(spec), "whose loads may be early: those after them wait for the MXU"),
         tile("LAST_ENTRY", "MAX_SEQS * PAGES_PER_SEQ - 1", "of the page tables"),
     ]
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from rpac.contract.arrays import joins_rows, packing
-from rpac.plan.recipe import DecodeMask, Read, Write
+from rpac.plan.recipe import DecodeMask, KvMatmul, Read, Write
 from rpac.spec import Spec
+
+INT8_MXU: Final = ("v6e", "v5p", "v5e")  # targets whose MXU takes 8-bit integers
 
 
 def read_of(spec: Spec) -> Read:
@@ -19,6 +23,22 @@ def read_of(spec: Spec) -> Read:
     if packing(model.kv_dtype) == 1:
         return "strided"
     return "split_rows" if joins_rows(model) or model.quantized else "split_words"
+
+
+def kv_matmul_options(spec: Spec, target: str) -> tuple[KvMatmul, ...]:
+    """How a decode kernel may multiply rows with K and V, the rule's way first.
+
+    The MXU of every target multiplies rows of bfloat16 with 8-bit floats, which takes half of the pushes that bfloat16
+    takes. With 8-bit integers it multiplies only rows of 8-bit integers, and not on all targets.
+    """
+    model = spec.model
+    if not model.quantized:
+        return ("as_stored",)
+    if model.q_dtype != "bfloat16":
+        return ("converted",)
+    if model.kv_dtype != "int8":
+        return "as_stored", "converted"
+    return ("int8_parts", "converted") if target in INT8_MXU else ("converted",)
 
 
 def write_of(spec: Spec) -> Write:

@@ -23,7 +23,7 @@ from rpac.plan.buffers import (
     word_dtype,
 )
 from rpac.plan.query_rows import by_sequence, head_rows, sublane_tiles_by_sequence
-from rpac.plan.recipe import DecodeRecipe, Recipe
+from rpac.plan.recipe import DecodeRecipe, KvMatmul, Recipe
 from rpac.plan.sizes import IN_FLIGHT_BYTES, power_of_two_from, power_of_two_to, visible_tokens
 from rpac.spec import Spec
 
@@ -100,7 +100,8 @@ class DecodeBlocks:
 
 def recipe(spec: Spec) -> DecodeRecipe:
     """The decisions of the kernel: tiles decide none of them."""
-    return DecodeRecipe("blocks", read_of(spec), write_of(spec), decode_mask_of(spec))
+    kv_matmul: KvMatmul = "converted" if spec.model.quantized else "as_stored"
+    return DecodeRecipe("blocks", read_of(spec), write_of(spec), decode_mask_of(spec), kv_matmul)
 
 
 def is_legal(spec: Spec, tiles: DecodeBlocks) -> bool:

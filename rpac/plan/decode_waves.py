@@ -14,11 +14,10 @@ from rpac.contract.arrays import (
     head_lanes,
     joins_rows,
     kv_page_shape,
-    kv_row_shape,
     nbytes,
     packing,
 )
-from rpac.plan.access import decode_mask_of, write_of
+from rpac.plan.access import decode_mask_of, kv_matmul_options, write_of
 from rpac.plan.buffers import (
     Buffer,
     load_sem,
@@ -30,14 +29,16 @@ from rpac.plan.buffers import (
     sublane_tile_tokens,
 )
 from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
-from rpac.plan.recipe import Chooser, DecodeRecipe, Read, Recipe
+from rpac.plan.recipe import Chooser, DecodeRecipe, Fetch, Read, Recipe
 from rpac.plan.sizes import IN_FLIGHT_BYTES, MIB, power_of_two_from, power_of_two_to, visible_tokens
 from rpac.spec import Spec
 
-WRITE_BUFFERS: Final = 8  # outputs and cache rows on their way: as many sequences as a wave may end
+WRITE_BUFFERS: Final = 16  # outputs and cache rows on their way: as many sequences as a wave may end
 TILE_BYTES: Final = MIB  # K and V of one tile: long enough that its DMA hides what it costs by itself
+LEAST_TILE_BYTES: Final = MIB // 2
 WAVE_BYTES: Final = 8 * MIB  # fetched in a few times the DMA's latency
 MOST_TILES: Final[Mapping[str, int]] = {"decode": 6, "mixed": 4}  # of a wave: more are little faster, and each is code
+LOADED_BYTES: Final = MIB // 2  # of K and V that the compiler may load early, beside its fetches
 # Where a tile has more pages than a few, fetching them takes so long that more tiles pay.
 FEW_PAGES: Final = 4
 MORE_TILES: Final = 8
@@ -62,6 +63,10 @@ class DecodeWaves:
     def wave_buffers(self) -> int:
         """Waves that are fetched or in use at once."""
         return self.lookahead + 1
+
+    def tiles_loaded(self, spec: Spec) -> int:
+        """Tiles that fill the registers twice: as many hide the latency of the MXU, and more would be spilled."""
+        return max(LOADED_BYTES // (self.tile * _token_bytes(spec)), 1)
 
     def scratch(self, spec: Spec, recipe: Recipe) -> tuple[Buffer, ...]:
         """The scratch arrays, in the order of the kernel's parameters."""
@@ -126,7 +131,23 @@ def recipe(spec: Spec, tiles: DecodeWaves, chooser: Chooser) -> DecodeRecipe:
     """
     pairs = joins_rows(spec.model) and tiles.tile % (2 * LANES) == 0
     options: tuple[Read, ...] = ("token_pairs", "separate") if pairs else ("separate",)
-    return DecodeRecipe("waves", chooser.choose("read", *options), write_of(spec), decode_mask_of(spec))
+    read = chooser.choose("read", *options)
+    return DecodeRecipe(
+        "waves",
+        read,
+        write_of(spec),
+        decode_mask_of(spec),
+        chooser.choose("kv_matmul", *kv_matmul_options(spec, chooser.target)),
+        chooser.choose("fetch", *_fetch_options(spec, read)),
+    )
+
+
+def _fetch_options(spec: Spec, read: Read) -> tuple[Fetch, ...]:
+    """Where fetches may start. In between they need no time of their own: the MXU takes K and V meanwhile.
+
+    Token pairs have an order of their own.
+    """
+    return ("before",) if read == "token_pairs" else ("between", "before")
 
 
 def is_legal(spec: Spec, tiles: DecodeWaves) -> bool:
@@ -144,12 +165,19 @@ def most_tiles(spec: Spec, kind: str, tile: int) -> int:
     return MORE_TILES if kind == "decode" and tile > FEW_PAGES * spec.serving.page_size else MOST_TILES[kind]
 
 
+def _token_bytes(spec: Spec) -> int:
+    """Bytes of K and V of one token in the cache."""
+    return nbytes(kv_page_shape(spec), spec.model.kv_dtype) // spec.serving.page_size
+
+
 def choices(spec: Spec, kind: str, tokens: int) -> Iterator[DecodeWaves]:
     """From the tiles that keep the chip busy down to the smallest that work."""
     serving = spec.serving
-    token_bytes = nbytes(kv_row_shape(spec.model), spec.model.kv_dtype)
-    # A tile is computed whole, so it is no longer than the sequences; a row of its scores is at least a register wide.
-    shortest = max(power_of_two_from(min(visible_tokens(spec, serving.decode_len))), LANES)
+    token_bytes = _token_bytes(spec)
+    # A tile is computed whole, so it is no longer than the shortest sequences, unless it would be so small that the latency
+    # of its matmuls shows; a row of its scores is at least a register wide.
+    seen = [power_of_two_from(tokens) for tokens in visible_tokens(spec, serving.decode_len)]
+    shortest = max(min(seen), min(max(seen), power_of_two_to(LEAST_TILE_BYTES // token_bytes)), LANES)
     tile = max(min(power_of_two_to(TILE_BYTES // token_bytes), shortest), serving.page_size, LANES)
     max_rows = min(tokens // serving.decode_len, serving.max_num_seqs)
     while tile >= max(serving.page_size, LANES):

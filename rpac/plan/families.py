@@ -52,6 +52,7 @@ RULES: Final = Override()
 
 def make_recipe(
     spec: Spec,
+    target: str,
     decode: DecodeBlocks | DecodeWaves | XlaTiles | None,
     block: BlockTiles | LatentBlockTiles | XlaTiles | None,
     override: Override = RULES,
@@ -59,23 +60,25 @@ def make_recipe(
     """The recipe of a plan with these tiles. Raises ValueError where the override wants what the tiles do not allow."""
     return Recipe(
         tuple(feature.key for feature in features_in_kernels(spec.model, spec.serving)),
-        None if decode is None or isinstance(decode, XlaTiles) else _decode(spec, decode, Chooser(override.decode)),
-        None if block is None or isinstance(block, XlaTiles) else _block(spec, block, Chooser(override.block)),
+        None
+        if decode is None or isinstance(decode, XlaTiles)
+        else _decode(spec, decode, Chooser(target, override.decode)),
+        None if block is None or isinstance(block, XlaTiles) else _block(spec, block, Chooser(target, override.block)),
     )
 
 
-def options_of(spec: Spec, tiles: Tiles, wanted: Wanted) -> Mapping[str, tuple[str | bool, ...]]:
+def options_of(spec: Spec, target: str, tiles: Tiles, wanted: Wanted) -> Mapping[str, tuple[str | bool, ...]]:
     """What the tiles allow for each decision of their kernel, the rule's first, where those before it are as wanted."""
-    chooser = Chooser(wanted)
+    chooser = Chooser(target, wanted)
     _decisions(spec, tiles, chooser)
     return chooser.legal
 
 
-def allowed(spec: Spec, tiles: Tiles, wanted: Wanted) -> Wanted:
+def allowed(spec: Spec, target: str, tiles: Tiles, wanted: Wanted) -> Wanted:
     """Those of some wanted decisions that the tiles allow, and that are not the rule's."""
     kept: dict[str, str | bool] = {}
     for name in (*DECODE_OPTIONS, *BLOCK_OPTIONS):
-        if wanted.get(name) in options_of(spec, tiles, kept).get(name, ())[1:]:
+        if wanted.get(name) in options_of(spec, target, tiles, kept).get(name, ())[1:]:
             kept[name] = wanted[name]
     return kept
 
@@ -87,7 +90,7 @@ def override_of(spec: Spec, plan: KernelPlan) -> Override:
         tiles, recipe = getattr(plan, part), getattr(plan.recipe, part)
         wanted: dict[str, str | bool] = {}
         for name in names if recipe is not None else ():
-            if getattr(_decisions(spec, tiles, Chooser(wanted)), name) != getattr(recipe, name):
+            if getattr(_decisions(spec, tiles, Chooser(plan.target, wanted)), name) != getattr(recipe, name):
                 wanted[name] = getattr(recipe, name)
         found[part] = wanted
     return Override(**found)

@@ -34,7 +34,7 @@ STEP_ROWS: Final = 256  # of them computed at once: with fewer, pushing KV into 
 BUFFERS: Final = 3
 
 # Tiles decide nothing here.
-DECODE_RECIPE: Final = DecodeRecipe("waves", "latent", "latent", "lengths")
+DECODE_RECIPE: Final = DecodeRecipe("waves", "latent", "latent", "lengths", "as_stored")
 BLOCK_RECIPE: Final = BlockRecipe("latent", "latent", "latent")
 
 

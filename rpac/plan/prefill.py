@@ -372,7 +372,7 @@ def _choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator[Block
                         copy_sizes,
                         spare,
                     )
-                    scores = recipe(spec, tiles, Chooser()).scores
+                    scores = recipe(spec, tiles, Chooser(device.target)).scores
                     most_diagonal = most_steps(device, kind, read, scores)[1]
                     yield replace(tiles, diagonal_heads=heads_of(model, rows // step_rows, most_diagonal))
 

@@ -16,6 +16,10 @@ Write = Literal[
     "none", "bytes", "halves", "words", "packed_bytes", "packed_joined", "packed_halves", "packed_words", "latent"
 ]
 """How new tokens get into the cache's rows."""
+KvMatmul = Literal["as_stored", "int8_parts", "converted"]
+"""How K and V of the cache go into matmuls with rows of queries and of probabilities."""
+Fetch = Literal["before", "between"]
+"""Where an iteration of a decode kernel starts its fetches: before it computes tiles, or in between."""
 DecodeMask = Literal["lengths", "drafts", "tree"]
 """What hides a score in a decode row: the sequence's end, or the place of a draft among the new tokens."""
 BlockMask = Literal["compare", "matmul", "lengths"]
@@ -29,7 +33,7 @@ SPLIT: Final[tuple[Read, ...]] = ("split_words", "split_rows")
 Option = TypeVar("Option", bound="str | bool")
 Wanted = Mapping[str, "str | bool"]
 """Decisions of one kernel that are not left to the rule, by name: those of `BLOCK_OPTIONS` or `DECODE_OPTIONS`."""
-DECODE_OPTIONS: Final = ("read",)
+DECODE_OPTIONS: Final = ("read", "kv_matmul", "fetch")
 BLOCK_OPTIONS: Final = ("scores", "paced", "mask", "pipelined")
 """The decisions for which some tiles leave more than one option; in this order each may depend on those before it."""
 
@@ -49,12 +53,18 @@ class SoftmaxPacing:
 
 @dataclass(frozen=True)
 class DecodeRecipe:
-    """`skeleton`: blocks of one sequence, or waves of tiles of any. `mask`: what hides a score from a row's query."""
+    """`skeleton`: blocks of one sequence, or waves of tiles of any. `mask`: what hides a score from a row's query.
+
+    `kv_matmul`: the MXU takes K and V as they are stored, or after a conversion to the queries' dtype; or it takes 8-bit
+    integers as they are, beside rows that are split into parts of 8 bits. `fetch`: before tiles are computed, or in between.
+    """
 
     skeleton: Literal["blocks", "waves"]
     read: Read
     write: Write
     mask: DecodeMask
+    kv_matmul: KvMatmul
+    fetch: Fetch = "before"
 
     @property
     def splits_words(self) -> bool:
@@ -131,9 +141,10 @@ class Recipe:
 class Chooser:
     """Takes each decision for one kernel: as `wanted`, or else the rule's, which is the first option.
 
-    `legal` has the options of every decision that was taken.
+    `legal` has the options of every decision that was taken. `target` is that of the kernel.
     """
 
+    target: str
     wanted: Wanted = field(default_factory=dict)
     legal: dict[str, tuple[str | bool, ...]] = field(default_factory=dict)
 

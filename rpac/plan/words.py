@@ -35,6 +35,8 @@ TITLES: Final[Mapping[str, str]] = {
     "read": "reading K and V",
     "write": "writing new tokens",
     "mask": "mask",
+    "kv_matmul": "matmuls with K and V",
+    "fetch": "starting fetches",
     "scores": "scores",
     "softmax": "softmax",
     "lookahead": "lookahead",
@@ -96,6 +98,24 @@ DECODE: Final[Mapping[str, Mapping[str | bool, Words]]] = {
         "lengths": Words("by the length of each sequence", "a row has one new token, the last of its sequence"),
         "drafts": Words("by the place of each draft, too", "a draft sees the drafts before it"),
         "tree": Words("by the argument `tree`, too", "it says which drafts a draft sees"),
+    },
+    "fetch": {
+        "before": Words("before an iteration's matmuls", "then no fetch waits for a matmul"),
+        "between": Words(
+            "between the tiles of a wave",
+            "their scalar instructions take no time where the MXU takes K and V meanwhile",
+        ),
+    },
+    "kv_matmul": {
+        "as_stored": Words("as they are stored", "the MXU takes elements of this dtype beside the rows"),
+        "int8_parts": Words(
+            "as they are stored, with rows split into three parts of 8 bits",
+            "the MXU takes 8-bit integers beside 8-bit integers only; rows are few, and K and V are many",
+        ),
+        "converted": Words(
+            "converted to the dtype of the queries",
+            "here the MXU does not take the stored dtype beside rows of that dtype",
+        ),
     },
 }
 """Of decode kernels: what each value of each field means."""

@@ -1,7 +1,8 @@
 """HBM and DMA timing: one channel that serves transfers in the order they were started.
 
-A transfer of n bytes started at cycle t occupies the channel for n / bandwidth from max(t, the channel is free), and its
-semaphore sees it one latency later. That is all: no banks, no row conflicts, no direction changes.
+A transfer of n bytes started at cycle t occupies the channel for n / bandwidth and a cost of its own, which may be 0, from
+max(t, the channel is free), and its semaphore sees it one latency later. That is all: no banks, no row conflicts, no direction
+changes.
 """
 
 from __future__ import annotations

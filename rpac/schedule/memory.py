@@ -115,6 +115,9 @@ class Layout:
 class Contents:
     """The 32-bit words in HBM and VMEM that a scalar program can read: those of operands, as the call gives them and as
     the kernel's scalars write them, and those that scalars write to scratch memory, such as spilled registers.
+
+    What a DMA brings out of vectors makes words unknown. Vector stores are not seen: a kernel that changes by them what its
+    scalars wrote into the same result in VMEM would be read wrongly.
     """
 
     def __init__(self, layout: Layout, operands: Mapping[int, Words], name: str) -> None:

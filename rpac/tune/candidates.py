@@ -53,6 +53,8 @@ AXES: Final = (
     Axis("block", "buffers", (2, 3, 4)),
     # The recipe comes last: what is allowed, and what the rule decides, depends on the tiles.
     Axis("decode", "read", ("separate", "token_pairs")),
+    Axis("decode", "fetch", ("before", "between")),
+    Axis("decode", "kv_matmul", ("as_stored", "int8_parts", "converted")),
     Axis("block", "scores", ("rows", "transposed")),
     Axis("block", "paced", (False, True)),
     Axis("block", "mask", ("compare", "matmul")),
@@ -85,7 +87,7 @@ def variants(spec: Spec, rule: KernelPlan, plan: KernelPlan, axis: Axis) -> Iter
         if not is_legal(spec, plan.kind, plan.tokens, changed):
             continue
         parts: dict[str, Any] = {"decode": plan.decode, "block": plan.block, axis.part: changed}
-        new = replace(override, **{axis.part: allowed(spec, changed, kept)})
+        new = replace(override, **{axis.part: allowed(spec, plan.target, changed, kept)})
         found = with_tiles(spec, plan, **parts, override=new)
         if found is None or found == plan or (axis.of_recipe and found.recipe == plan.recipe):
             continue

@@ -10,6 +10,8 @@ from mutation import retiled
 
 from rpac.contract.attention import Attention
 from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, plan_spec
+from rpac.plan.families import Override
+from rpac.plan.recipe import KvMatmul
 from rpac.spec import Spec, load_spec
 
 TINY = load_spec(Path(__file__).parents[2] / "specs" / "tiny.yaml")
@@ -26,6 +28,8 @@ LONG_CHUNKS: dict[str, Any] = {"attention_chunk": 320}  # more than a block
 LONG_WINDOW: dict[str, Any] = {**ALL_FEATURES, "sliding_window": 300}
 # Sequences of several tiles of 256, and a page table that is no multiple of one.
 SEVERAL_TILES = {"max_model_len": 1088, "context_lens": (300,), "num_pages": 120}
+
+SMALL_WAVES = {"tile": 128, "tiles_per_wave": 2, "lookahead": 2, "write_buffers": 4}
 
 # Sequences whose tiles take several iterations: the last queries see whole tiles beyond the first block.
 _ITERATED = replace(
@@ -85,6 +89,12 @@ def pairing(**features: Any) -> Spec:
     return replace(spec, serving=replace(spec.serving, **SEVERAL_TILES))
 
 
+def eight_bits(kv_dtype: str, **features: Any) -> Spec:
+    """A spec with an 8-bit cache, separate K and V."""
+    of_cache = {"kv_dtype": kv_dtype, "kv_scale": "head", "quantize": "kernel"}
+    return featured(SEPARATE, {**of_cache, **features}, "eight-bits")
+
+
 def latent(q_heads: int = 16, rank: int = 128, rope_dim: int = 64, dtype: str = "bfloat16", **serving: Any) -> Spec:
     """A spec of latent attention."""
     model = Attention(q_heads, 1, rank, dtype, dtype, 0.1, rope_dim=rope_dim)
@@ -101,7 +111,7 @@ def _with_small_decode(spec: Spec, plan: KernelPlan) -> KernelPlan:
     if isinstance(plan.decode, DecodeBlocks):
         return retiled(spec, plan, decode={"block": 128, "buffers": 4})
     if isinstance(plan.decode, DecodeWaves):
-        return retiled(spec, plan, decode={"tile": 128, "tiles_per_wave": 2, "lookahead": 2, "write_buffers": 4})
+        return retiled(spec, plan, decode=SMALL_WAVES)
     return plan
 
 
@@ -131,6 +141,14 @@ def transposed_plan(spec: Spec, kind: str) -> KernelPlan:
     assert plan.recipe.block is not None
     assert plan.recipe.block.scores == "transposed"
     return plan
+
+
+def eight_bits_plan(spec: Spec, kv_matmul: KvMatmul = "int8_parts", target: str = "v6e") -> KernelPlan:
+    """A decode kernel of small waves, so that a row has several and their buffers are used again."""
+    plan = plan_of(spec, "decode", target)
+    assert plan.recipe.decode is not None
+    wanted = {} if plan.recipe.decode.kv_matmul == kv_matmul else {"kv_matmul": kv_matmul}
+    return retiled(spec, plan, decode=SMALL_WAVES, override=Override(decode=wanted))
 
 
 def pairs_plan(spec: Spec, target: str = "tpu7x", kind: str = "decode") -> KernelPlan:

@@ -72,6 +72,6 @@ def test_what_tiles_do_not_allow_is_refused_with_what_they_do(wanted: Mapping[st
     plan = transposed_plan(TRANSPOSED["separate"], "prefill")
     assert plan.block is not None
     (name,) = wanted
-    options = options_of(TRANSPOSED["separate"], plan.block, {})[name]  # type: ignore[arg-type]
+    options = options_of(TRANSPOSED["separate"], plan.target, plan.block, {})[name]  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"recipe: {name}: found .*must be {' or '.join(map(repr, options))}"):
         retiled(TRANSPOSED["separate"], plan, override=Override(block=wanted))

@@ -75,3 +75,28 @@ def counted_loop(target: str, bound: str, *body: str) -> list[str | int]:
         "%504 = sbr.rel (!%p503_p0) target bundleno = LOOP (0x0), region = 3",
         DELAY[target],
     ]
+
+
+FLAG = "/*dst_syncflagno=*/[#allocation5]"
+
+
+def hbm_pointer(target: str, register: str = "%s900_s0") -> tuple[str, list[str | int]]:
+    """The register to give to a DMA for a pointer, and the bundles that make it."""
+    if target != "v5e":
+        return register, []
+    return "%s81_s7", [f"%s80_s7 = sshll.u32 {register}, 4  ;;  %s81_s7 = int_to_ptr.hbm [resolvable:$true] %s80_s7"]
+
+
+def copy_in(target: str, granules: int, predicate: str = "", semaphore: int = 0) -> list[str | int]:
+    """Bundles whose last starts a transfer of operand 0 into VMEM."""
+    pointer, shift = hbm_pointer(target)
+    flag = FLAG.replace("5]", f"5 + {semaphore:#x}]".replace("0x", "$0x")) if semaphore else FLAG
+    return [
+        *shift,
+        f"%9 = dma.hbm_to_vmem [thread:$0]  {predicate}/*hbm=*/{pointer}, /*size_in_granules=*/{granules}, /*vmem=*/0, {flag}",
+    ]
+
+
+def wait(granules: int, semaphore: int = 0) -> str:
+    place = f"#allocation5 + ${semaphore:#x}" if semaphore else "#allocation5"
+    return f"%10 = dma.done.wait [{place}], {granules}"

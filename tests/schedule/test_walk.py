@@ -8,7 +8,21 @@ from rpac.errors import ScheduleError
 from rpac.schedule.isa import GENERATIONS
 from rpac.schedule.walk import walk
 
-from .miniature import DELAY, LATENCY, LOCAL_LATENCY, counted_loop, load_operand, model, operand, run, schedule
+from .miniature import (
+    DELAY,
+    FLAG,
+    LATENCY,
+    LOCAL_LATENCY,
+    copy_in,
+    counted_loop,
+    hbm_pointer,
+    load_operand,
+    model,
+    operand,
+    run,
+    schedule,
+    wait,
+)
 
 TARGETS = tuple(GENERATIONS)
 each_target = pytest.mark.parametrize("target", TARGETS)
@@ -265,31 +279,6 @@ def test_a_setup_cost_holds_the_channel_for_every_transfer() -> None:
     lines = [operand(0, "f32[4096]"), *copy_in("tpu7x", 64), *copy_in("tpu7x", 64)[-1:], wait(128)]
     done = walk(schedule("tpu7x", *lines), {}, model("tpu7x", setup=10))
     assert done.stalled == 2 * (64 + 10) + LATENCY - 2
-
-
-FLAG = "/*dst_syncflagno=*/[#allocation5]"
-
-
-def hbm_pointer(target: str, register: str = "%s900_s0") -> tuple[str, list[str | int]]:
-    """The register to give to a DMA for a pointer, and the bundles that make it."""
-    if target != "v5e":
-        return register, []
-    return "%s81_s7", [f"%s80_s7 = sshll.u32 {register}, 4  ;;  %s81_s7 = int_to_ptr.hbm [resolvable:$true] %s80_s7"]
-
-
-def copy_in(target: str, granules: int, predicate: str = "", semaphore: int = 0) -> list[str | int]:
-    """Bundles whose last starts a transfer of operand 0 into VMEM."""
-    pointer, shift = hbm_pointer(target)
-    flag = FLAG.replace("5]", f"5 + {semaphore:#x}]".replace("0x", "$0x")) if semaphore else FLAG
-    return [
-        *shift,
-        f"%9 = dma.hbm_to_vmem [thread:$0]  {predicate}/*hbm=*/{pointer}, /*size_in_granules=*/{granules}, /*vmem=*/0, {flag}",
-    ]
-
-
-def wait(granules: int, semaphore: int = 0) -> str:
-    place = f"#allocation5 + ${semaphore:#x}" if semaphore else "#allocation5"
-    return f"%10 = dma.done.wait [{place}], {granules}"
 
 
 def megacore(cookie: int, popped: str = "%v8_v1 = vpop.ccrf") -> list[str | int]:

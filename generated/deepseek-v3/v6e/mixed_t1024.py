@@ -20,6 +20,8 @@ What was specialized:
   value
 - decode, writing new tokens: latent vector and rotary key in one row; that is how latent attention stores a token
 - decode, mask: by the length of each sequence; a row has one new token, the last of its sequence
+- decode, matmuls with K and V: as they are stored; the MXU takes elements of this dtype beside the rows
+- decode, starting fetches: before an iteration's matmuls; then no fetch waits for a matmul
 - mixed, loop: blocks of queries with all their heads; all heads read the same row of a token
 - mixed, reading K and V: one row of a token for all query heads; the latent vector is part of every key and is every
   value
@@ -46,6 +48,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
 Q_HEADS = 128
+HEAD_LANES = 512  # of a row of the cache
 MAX_SEQS = 64
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 64
@@ -96,6 +99,16 @@ def for_each(first, end, body):
         return 0
 
     lax.fori_loop(first, end, run, 0)
+
+
+def quotient(value, divisor):
+    """`value // divisor` of what is not negative, by a power of two: one shift, where a division of signed numbers is ten."""
+    return value >> (divisor.bit_length() - 1)
+
+
+def remainder(value, divisor):
+    """`value % divisor`, as `quotient`."""
+    return value & (divisor - 1)
 
 
 def start_copy(copy):
@@ -264,10 +277,9 @@ class DecodeKernel(PagedKernel):
         """Computes a wave's values and the next wave's scores; fetches a wave DECODE_LOOKAHEAD waves later."""
         wave, _, *ahead = carry
         self.wait_and_patch(wave + 1)
-        ahead = self.fetch_wave(wave + DECODE_LOOKAHEAD, *ahead)
         state = self.row_max[...], self.row_sum[...], self.acc[...]
-        softmaxes = [self.softmax(wave, i) for i in range(DECODE_TILES_PER_WAVE)]
-        self.row_max[...], self.row_sum[...], self.acc[...] = self.compute_tiles(wave, softmaxes, state)
+        state, ahead = self.compute_tiles(wave, state, ahead)
+        self.row_max[...], self.row_sum[...], self.acc[...] = state
         more = self.tile_left[self.slot(wave + 1, 0)] > 0
         return wave + 1, more, *ahead
 
@@ -287,19 +299,24 @@ class DecodeKernel(PagedKernel):
     def fetch_wave(self, wave, seq, first):
         """Starts the fetch of a wave whose first tile is at token `first` of `seq`; returns where the next wave begins."""
         for i in range(DECODE_TILES_PER_WAVE):
-            live, some_seq = seq < self.num_seqs, jnp.minimum(seq, self.num_seqs - 1)
-            left = jnp.where(live, self.kv_lens[some_seq] - first, 0)
-            self.tile_seq[self.slot(wave, i)] = jnp.where(live, seq, DECODE_NO_SEQ)
-            self.tile_first[self.slot(wave, i)] = first
-            self.tile_left[self.slot(wave, i)] = left
-            first_entry = some_seq * PAGES_PER_SEQ + first // PAGE_SIZE
-            for page in range(DECODE_TILE_PAGES):
-                # Not under the condition: a load that waits for it costs more.
-                physical = self.page_indices[first_entry + page]
-                pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
-            last = left <= DECODE_TILE
-            seq = jnp.where(last, seq + 1, seq)
-            first = jnp.where(last, 0, first + DECODE_TILE)
+            seq, first = self.fetch_tile(wave, i, seq, first)
+        return seq, first
+
+    def fetch_tile(self, wave, i, seq, first):
+        """The same for one tile."""
+        live, some_seq = seq < self.num_seqs, jnp.minimum(seq, self.num_seqs - 1)
+        left = jnp.where(live, self.kv_lens[some_seq] - first, 0)
+        self.tile_seq[self.slot(wave, i)] = jnp.where(live, seq, DECODE_NO_SEQ)
+        self.tile_first[self.slot(wave, i)] = first
+        self.tile_left[self.slot(wave, i)] = left
+        first_entry = some_seq * PAGES_PER_SEQ + quotient(first, PAGE_SIZE)
+        for page in range(DECODE_TILE_PAGES):
+            # Not under the condition: a load that waits for it costs more.
+            physical = self.page_indices[first_entry + page]
+            pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
+        last = left <= DECODE_TILE
+        seq = jnp.where(last, seq + 1, seq)
+        first = jnp.where(last, 0, first + DECODE_TILE)
         return seq, first
 
     def fetch_page(self, physical, wave, i, page):
@@ -315,22 +332,19 @@ class DecodeKernel(PagedKernel):
             wait_for_bytes(self.kv.at[pl.ds(first_slot, DECODE_TILES_PER_WAVE)], sem)
 
         @pl.when(left < DECODE_WAVE_TOKENS)
-        def wait_for_tiles():
-            for i in range(DECODE_TILES_PER_WAVE):
-                self.wait_for_tile(self.tile_left[self.slot(wave, i)], first_slot + i, sem)
-
-    def wait_for_tile(self, left, slot, sem):
-        @pl.when(left >= DECODE_TILE)
-        def wait_for_full_tile():
-            wait_for_bytes(self.kv.at[slot], sem)
-
-        @pl.when(left < DECODE_TILE)
         def wait_for_pages():
-            lax.fori_loop(0, pl.cdiv(left, PAGE_SIZE), functools.partial(self.wait_for_page, slot, sem), 0)
+            tokens = (jnp.clip(self.tile_left[self.slot(wave, i)], 0, DECODE_TILE) for i in range(DECODE_TILES_PER_WAVE))
+            pages = sum(quotient(some + (PAGE_SIZE - 1), PAGE_SIZE) for some in tokens)
+            # By the binary digits of their count: that is code for a few waits, and no loop.
+            for digit in range((DECODE_TILES_PER_WAVE * DECODE_TILE_PAGES).bit_length()):
+                as_large = self.some_pages(first_slot, 1 << digit)
+                pl.when(pages & (1 << digit) != 0)(functools.partial(wait_for_bytes, as_large, sem))
 
-    def wait_for_page(self, slot, sem, _, carry):
-        wait_for_bytes(self.kv.at[slot, 0], sem)
-        return carry
+    def some_pages(self, slot, count):
+        """The buffers of a power of two of pages: some of a tile, or those of several tiles."""
+        if count < DECODE_TILE_PAGES:
+            return self.kv.at[slot, pl.ds(0, count)]
+        return self.kv.at[pl.ds(slot, count // DECODE_TILE_PAGES)]
 
     def wait_and_patch(self, wave):
         """Waits for a wave; stores the new token and clears what lies behind it where a sequence ends."""
@@ -363,13 +377,13 @@ class DecodeKernel(PagedKernel):
     def update_cache(self, seq, slot, left):
         """Puts the new token into the tile in which its sequence ends after `left` tokens; starts its way to the cache."""
         token = left - 1
-        buffer = lax.rem(seq, DECODE_WRITE_BUFFERS)
+        buffer = remainder(seq, DECODE_WRITE_BUFFERS)
 
         @pl.when(seq >= DECODE_WRITE_BUFFERS)
         def wait_for_buffer():
             self.wait_for_writes(seq - DECODE_WRITE_BUFFERS)
 
-        page, place = token // PAGE_SIZE, lax.rem(token, SUBLANE_TILE)
+        page, place = quotient(token, PAGE_SIZE), remainder(token, SUBLANE_TILE)
         tokens = sublane_tile(token)
         rows = self.patched((slot, page, tokens), seq, place)
         self.kv[slot, page, tokens] = rows
@@ -378,9 +392,9 @@ class DecodeKernel(PagedKernel):
 
     def cache_write(self, seq):
         """The copy of the sublane tile with a sequence's new token to the cache."""
-        buffer = lax.rem(seq, DECODE_WRITE_BUFFERS)
+        buffer = remainder(seq, DECODE_WRITE_BUFFERS)
         position = self.kv_lens[seq] - 1
-        page = self.page_indices[seq * PAGES_PER_SEQ + position // PAGE_SIZE]
+        page = self.page_indices[seq * PAGES_PER_SEQ + quotient(position, PAGE_SIZE)]
         target = self.cache_hbm.at[page, sublane_tile(position)]
         return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
 
@@ -406,12 +420,14 @@ class DecodeKernel(PagedKernel):
 
     # ---- one tile: softmax, and the running softmax of its sequence
 
-    def compute_tiles(self, wave, softmaxes, state):
-        """The values of a wave's tiles, merged one by one, beside the scores of the next wave's."""
+    def compute_tiles(self, wave, state, ahead):
+        """The values of a wave's tiles, merged one by one, beside the scores of the next wave's; fetches before."""
+        ahead = self.fetch_wave(wave + DECODE_LOOKAHEAD, *ahead)
+        softmaxes = [self.softmax(wave, i) for i in range(DECODE_TILES_PER_WAVE)]
         for i, (p, tile_max, tile_sum) in enumerate(softmaxes):
             self.scores[i] = self.compute_scores(wave + 1, i)
             state = self.merge(wave, i, state, tile_max, tile_sum, self.accumulate_pv(wave, i, p))
-        return state
+        return state, ahead
 
     def softmax(self, wave, i):
         """Probabilities relative to the tile's own maximum, with that and their sum, the same in every lane."""
@@ -420,7 +436,7 @@ class DecodeKernel(PagedKernel):
         tile_max = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), self.row_max.shape)
         p = jnp.exp2(scores - broadcast_lanes(tile_max, DECODE_TILE))
         tile_sum = jnp.broadcast_to(jnp.sum(p, axis=1, keepdims=True), self.row_sum.shape)
-        return p.astype(jnp.bfloat16), tile_max, tile_sum
+        return p, tile_max, tile_sum
 
     def visible_tokens(self, wave, i):
         """Which scores of a tile count: those of the tokens before the end of its sequence."""
@@ -447,11 +463,11 @@ class DecodeKernel(PagedKernel):
         """The scores of a tile, float32[Q_HEADS, DECODE_TILE]."""
         seq = self.tile_seq[self.slot(wave, i)]
         queries = jnp.concatenate([self.q_in[seq], self.q_rope_in[seq]], axis=1)
-        return matmul(queries, self.kv[self.slot(wave, i)].reshape(DECODE_TILE, ROW_LANES), 1)
+        return matmul_keys(queries, self.kv[self.slot(wave, i)].reshape(DECODE_TILE, ROW_LANES))
 
     def accumulate_pv(self, wave, i, p):
         """The weighted values of a tile, float32[Q_HEADS, RANK]."""
-        return matmul(p, self.kv[self.slot(wave, i), :, :, :RANK].reshape(DECODE_TILE, RANK), 0)
+        return matmul_values(p, self.kv[self.slot(wave, i), :, :, :RANK].reshape(DECODE_TILE, RANK))
 
 
 def more_waves(carry):
@@ -471,8 +487,18 @@ def wait_for_bytes(array, sem):
 
 def sublane_tile(token):
     """The tokens of the sublane tile around a token of a sequence, within its page."""
-    first = lax.rem(token, PAGE_SIZE) // SUBLANE_TILE * SUBLANE_TILE
+    first = remainder(token, PAGE_SIZE) - remainder(token, SUBLANE_TILE)
     return pl.ds(pl.multiple_of(first, SUBLANE_TILE), SUBLANE_TILE)
+
+
+def matmul_keys(queries, keys):
+    """The scores `[rows, tokens]` of queries with keys `[tokens, HEAD_LANES]`."""
+    return matmul(queries.astype(jnp.bfloat16), keys, 1)
+
+
+def matmul_values(p, values):
+    """Values `[tokens, lanes]`, weighted by rows of probabilities."""
+    return matmul(p.astype(jnp.bfloat16), values, 0)
 
 
 def decode_kernel(*refs):

@@ -19,6 +19,8 @@ What was specialized:
   which the MXU cannot take
 - decode, writing new tokens: K and V of one token packed into the halves of words; 16-bit K and V are interleaved
 - decode, mask: by the length of each sequence; a row has one new token, the last of its sequence
+- decode, matmuls with K and V: as they are stored; the MXU takes elements of this dtype beside the rows
+- decode, starting fetches: before an iteration's matmuls; then no fetch waits for a matmul
 - mixed, loop: blocks of queries over blocks of tokens; a fetched token serves all queries of a block
 - mixed, reading K and V: 32-bit words are split into K and V; interleaved K and V narrower than 32 bits share words,
   which the MXU cannot take

@@ -19,6 +19,9 @@ What was specialized:
   needs no shuffle before the MXU
 - decode, writing new tokens: halves of the words of a sublane tile; 16-bit elements of two tokens share a word
 - decode, mask: by the length of each sequence; a row has one new token, the last of its sequence
+- decode, matmuls with K and V: as they are stored; the MXU takes elements of this dtype beside the rows
+- decode, starting fetches: between the tiles of a wave; their scalar instructions take no time where the MXU takes K
+  and V meanwhile
 - mixed, loop: blocks of queries over blocks of tokens; a fetched token serves all queries of a block
 - mixed, reading K and V: as they lie in the cache, one array for K and one for V of each head; kv_layout separate needs
   no shuffle before the MXU
@@ -61,6 +64,7 @@ SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * l
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 PRECISION = None  # of matmuls: bfloat16 products are exact in float32
 VMEM_LIMIT = 50331648  # bytes
+PACKING = 2  # elements of the cache in one 32-bit word
 KV_PLANES = 2  # K and V
 K_PLANE = 0  # where K is among them
 V_PLANE = 1  # where V is
@@ -82,6 +86,7 @@ DECODE_MAX_ROWS = 64  # sequences of the largest batch
 DECODE_NO_SEQ = DECODE_MAX_ROWS  # in place of a sequence where there is no tile
 DECODE_MAX_TOKENS = DECODE_MAX_ROWS  # new tokens of the largest batch
 DECODE_WRITE_BUFFERS = 8  # sequences whose new tokens are on their way to the cache
+DECODE_TILES_LOADED = 1  # whose loads may be early: those after them wait for the MXU
 DECODE_HEADS_PER_SET = 2  # KV heads whose queries are the rows of one matmul: they fill a register
 DECODE_HEAD_SETS = 4
 DECODE_SET_ROWS = 8  # rows of these queries, whole registers
@@ -136,6 +141,16 @@ def for_each(first, end, body):
         return 0
 
     lax.fori_loop(first, end, run, 0)
+
+
+def quotient(value, divisor):
+    """`value // divisor` of what is not negative, by a power of two: one shift, where a division of signed numbers is ten."""
+    return value >> (divisor.bit_length() - 1)
+
+
+def remainder(value, divisor):
+    """`value % divisor`, as `quotient`."""
+    return value & (divisor - 1)
 
 
 def start_copy(copy):
@@ -226,18 +241,33 @@ class PagedKernel:
 
         In K too where `cleared_planes` says so: a masked score does not hide one either.
         """
-        token = lax.broadcasted_iota(jnp.int32, (SUBLANE_TILE, HEAD_LANES), 0)
-        clear_tile = functools.partial(self.clear_elements, buffer, valid, token)
-        for_each(valid // SUBLANE_TILE, pl.cdiv(valid, self.computed_tokens) * (self.computed_tokens // SUBLANE_TILE), clear_tile)
+        clear_in_tile = functools.partial(self.clear_elements, buffer, valid, quotient(valid, SUBLANE_TILE))
+        pl.when(remainder(valid, SUBLANE_TILE) > 0)(clear_in_tile)
+        # One sublane tile at a time to where several at a time can go on.
+        several = min(self.computed_tokens, PAGE_SIZE, LANES) // SUBLANE_TILE
+        first = quotient(valid + (SUBLANE_TILE - 1), SUBLANE_TILE)
+        wide = quotient(first + (several - 1), several)
+        for_each(first, wide * several, functools.partial(self.clear_tiles, buffer, 1))
+        end = quotient(valid + (self.computed_tokens - 1), self.computed_tokens) * (self.computed_tokens // SUBLANE_TILE)
+        for_each(wide, quotient(end, several), functools.partial(self.clear_tiles, buffer, several))
 
-    def clear_elements(self, buffer, valid, token, tile):
+    def clear_elements(self, buffer, valid, tile):
         first = tile * SUBLANE_TILE
-        tokens = pl.ds(pl.multiple_of(lax.rem(first, PAGE_SIZE), SUBLANE_TILE), SUBLANE_TILE)
+        token = lax.broadcasted_iota(jnp.int32, (SUBLANE_TILE, HEAD_LANES), 0)
+        tokens = pl.ds(pl.multiple_of(remainder(first, PAGE_SIZE), SUBLANE_TILE), SUBLANE_TILE)
         for head in range(KV_HEADS):
             for plane in self.cleared_planes:
-                old = self.kv[buffer, first // PAGE_SIZE, plane, head, tokens].astype(jnp.float32)
+                old = self.kv[buffer, quotient(first, PAGE_SIZE), plane, head, tokens].astype(jnp.float32)
                 kept = jnp.where(first + token < valid, old, 0.0).astype(self.kv.dtype)
-                self.kv[buffer, first // PAGE_SIZE, plane, head, tokens] = kept
+                self.kv[buffer, quotient(first, PAGE_SIZE), plane, head, tokens] = kept
+
+    def clear_tiles(self, buffer, tiles, index):
+        first, count = index * (tiles * SUBLANE_TILE), tiles * SUBLANE_TILE
+        tokens = pl.ds(pl.multiple_of(remainder(first, PAGE_SIZE), count), count)
+        for head in range(KV_HEADS):
+            for plane in self.cleared_planes:
+                zeros = jnp.zeros((count, HEAD_LANES), self.kv.dtype)
+                self.kv[buffer, quotient(first, PAGE_SIZE), plane, head, tokens] = zeros
 
 
 @dataclasses.dataclass
@@ -321,10 +351,9 @@ class DecodeKernel(PagedKernel):
         """Computes a wave's values and the next wave's scores; fetches a wave DECODE_LOOKAHEAD waves later."""
         wave, _, *ahead = carry
         self.wait_and_patch(wave + 1)
-        ahead = self.fetch_wave(wave + DECODE_LOOKAHEAD, *ahead)
         state = self.row_max[...], self.row_sum[...], self.acc[...]
-        softmaxes = [self.softmax(wave, i) for i in range(DECODE_TILES_PER_WAVE)]
-        self.row_max[...], self.row_sum[...], self.acc[...] = self.compute_tiles(wave, softmaxes, state)
+        state, ahead = self.compute_tiles(wave, state, ahead)
+        self.row_max[...], self.row_sum[...], self.acc[...] = state
         more = self.tile_left[self.slot(wave + 1, 0)] > 0
         return wave + 1, more, *ahead
 
@@ -344,19 +373,24 @@ class DecodeKernel(PagedKernel):
     def fetch_wave(self, wave, seq, first):
         """Starts the fetch of a wave whose first tile is at token `first` of `seq`; returns where the next wave begins."""
         for i in range(DECODE_TILES_PER_WAVE):
-            live, some_seq = seq < self.num_seqs, jnp.minimum(seq, self.num_seqs - 1)
-            left = jnp.where(live, self.kv_lens[some_seq] - first, 0)
-            self.tile_seq[self.slot(wave, i)] = jnp.where(live, seq, DECODE_NO_SEQ)
-            self.tile_first[self.slot(wave, i)] = first
-            self.tile_left[self.slot(wave, i)] = left
-            first_entry = some_seq * PAGES_PER_SEQ + first // PAGE_SIZE
-            for page in range(DECODE_TILE_PAGES):
-                # Not under the condition: a load that waits for it costs more.
-                physical = self.page_indices[first_entry + page]
-                pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
-            last = left <= DECODE_TILE
-            seq = jnp.where(last, seq + 1, seq)
-            first = jnp.where(last, 0, first + DECODE_TILE)
+            seq, first = self.fetch_tile(wave, i, seq, first)
+        return seq, first
+
+    def fetch_tile(self, wave, i, seq, first):
+        """The same for one tile."""
+        live, some_seq = seq < self.num_seqs, jnp.minimum(seq, self.num_seqs - 1)
+        left = jnp.where(live, self.kv_lens[some_seq] - first, 0)
+        self.tile_seq[self.slot(wave, i)] = jnp.where(live, seq, DECODE_NO_SEQ)
+        self.tile_first[self.slot(wave, i)] = first
+        self.tile_left[self.slot(wave, i)] = left
+        first_entry = some_seq * PAGES_PER_SEQ + quotient(first, PAGE_SIZE)
+        for page in range(DECODE_TILE_PAGES):
+            # Not under the condition: a load that waits for it costs more.
+            physical = self.page_indices[first_entry + page]
+            pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
+        last = left <= DECODE_TILE
+        seq = jnp.where(last, seq + 1, seq)
+        first = jnp.where(last, 0, first + DECODE_TILE)
         return seq, first
 
     def fetch_page(self, physical, wave, i, page):
@@ -372,22 +406,19 @@ class DecodeKernel(PagedKernel):
             wait_for_bytes(self.kv.at[pl.ds(first_slot, DECODE_TILES_PER_WAVE)], sem)
 
         @pl.when(left < DECODE_WAVE_TOKENS)
-        def wait_for_tiles():
-            for i in range(DECODE_TILES_PER_WAVE):
-                self.wait_for_tile(self.tile_left[self.slot(wave, i)], first_slot + i, sem)
-
-    def wait_for_tile(self, left, slot, sem):
-        @pl.when(left >= DECODE_TILE)
-        def wait_for_full_tile():
-            wait_for_bytes(self.kv.at[slot], sem)
-
-        @pl.when(left < DECODE_TILE)
         def wait_for_pages():
-            lax.fori_loop(0, pl.cdiv(left, PAGE_SIZE), functools.partial(self.wait_for_page, slot, sem), 0)
+            tokens = (jnp.clip(self.tile_left[self.slot(wave, i)], 0, DECODE_TILE) for i in range(DECODE_TILES_PER_WAVE))
+            pages = sum(quotient(some + (PAGE_SIZE - 1), PAGE_SIZE) for some in tokens)
+            # By the binary digits of their count: that is code for a few waits, and no loop.
+            for digit in range((DECODE_TILES_PER_WAVE * DECODE_TILE_PAGES).bit_length()):
+                as_large = self.some_pages(first_slot, 1 << digit)
+                pl.when(pages & (1 << digit) != 0)(functools.partial(wait_for_bytes, as_large, sem))
 
-    def wait_for_page(self, slot, sem, _, carry):
-        wait_for_bytes(self.kv.at[slot, 0], sem)
-        return carry
+    def some_pages(self, slot, count):
+        """The buffers of a power of two of pages: some of a tile, or those of several tiles."""
+        if count < DECODE_TILE_PAGES:
+            return self.kv.at[slot, pl.ds(0, count)]
+        return self.kv.at[pl.ds(slot, count // DECODE_TILE_PAGES)]
 
     def wait_and_patch(self, wave):
         """Waits for a wave; stores the new token and clears what lies behind it where a sequence ends."""
@@ -424,13 +455,13 @@ class DecodeKernel(PagedKernel):
     def update_cache(self, seq, slot, left):
         """Puts the new token into the tile in which its sequence ends after `left` tokens; starts its way to the cache."""
         token = left - 1
-        buffer = lax.rem(seq, DECODE_WRITE_BUFFERS)
+        buffer = remainder(seq, DECODE_WRITE_BUFFERS)
 
         @pl.when(seq >= DECODE_WRITE_BUFFERS)
         def wait_for_buffer():
             self.wait_for_writes(seq - DECODE_WRITE_BUFFERS)
 
-        page, place = token // PAGE_SIZE, lax.rem(token, SUBLANE_TILE)
+        page, place = quotient(token, PAGE_SIZE), remainder(token, SUBLANE_TILE)
         tokens = sublane_tile(token)
         mask = self.new_token_mask(place)
         for plane, new in enumerate(self.new_rows(seq)):
@@ -442,9 +473,9 @@ class DecodeKernel(PagedKernel):
 
     def cache_write(self, seq):
         """The copy of the sublane tile with a sequence's new token to the cache."""
-        buffer = lax.rem(seq, DECODE_WRITE_BUFFERS)
+        buffer = remainder(seq, DECODE_WRITE_BUFFERS)
         position = self.kv_lens[seq] - 1
-        page = self.page_indices[seq * PAGES_PER_SEQ + position // PAGE_SIZE]
+        page = self.page_indices[seq * PAGES_PER_SEQ + quotient(position, PAGE_SIZE)]
         target = self.cache_hbm.at[page, :, :, sublane_tile(position)]
         return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
 
@@ -459,9 +490,9 @@ class DecodeKernel(PagedKernel):
 
     def new_token_mask(self, place):
         """The bits of a token in the words of its sublane tile."""
-        own_half = jnp.where(place % 2 == 0, jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000))
+        own_half = jnp.where(remainder(place, PACKING) == 0, jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000))
         word = lax.broadcasted_iota(jnp.int32, (SUBLANE_TILE // 2, HEAD_LANES), 0)
-        return jnp.where(word == place // 2, own_half, jnp.uint32(0))
+        return jnp.where(word == quotient(place, PACKING), own_half, jnp.uint32(0))
 
     def new_rows(self, seq):
         """The new token's rows of K, then of V, with its bits in both halves of a word."""
@@ -484,12 +515,27 @@ class DecodeKernel(PagedKernel):
 
     # ---- one tile: softmax, and the running softmax of its sequence
 
-    def compute_tiles(self, wave, softmaxes, state):
-        """The values of a wave's tiles, merged one by one, beside the scores of the next wave's."""
+    def compute_tiles(self, wave, state, ahead):
+        """The values of a wave's tiles, merged one by one, beside the scores of the next wave's; fetches in between."""
+        softmaxes = [self.softmax(wave, i) for i in range(DECODE_TILES_PER_WAVE)]
         for i, (p, tile_max, tile_sum) in enumerate(softmaxes):
             self.scores[i] = self.compute_scores(wave + 1, i)
             state = self.merge(wave, i, state, tile_max, tile_sum, self.accumulate_pv(wave, i, p))
-        return state
+            if i >= DECODE_TILES_LOADED:
+                self.wait_for_scores(wave, i - DECODE_TILES_LOADED)
+            ahead = self.fetch_tile(wave + DECODE_LOOKAHEAD, i, *ahead)
+        return state, ahead
+
+    def wait_for_scores(self, wave, i):
+        """Keeps what follows behind half of a tile's scores.
+
+        The compiler cannot tell which tile a fetch overwrites, so that it keeps fetches behind all loads of K and V before
+        them, and loads behind fetches. It would load tiles long before the MXU can take them, and spill them. A store to
+        where `kv` is free again keeps its place among these loads and fetches, and it waits for what it stores.
+        """
+        made = self.scores[i, DECODE_QUERY_ROWS - SUBLANES :, pl.ds(DECODE_TILE // 2 // LANES * LANES, LANES)]
+        page = self.kv.at[self.slot(wave, i), 0, K_PLANE, 0]
+        page[pl.ds(0, SUBLANES * PACKING), pl.ds(0, LANES)] = pltpu.bitcast(made, self.kv.dtype)
 
     def softmax(self, wave, i):
         """Probabilities relative to the tile's own maximum, with that and their sum, the same in every lane."""
@@ -498,7 +544,7 @@ class DecodeKernel(PagedKernel):
         tile_max = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), self.row_max.shape)
         p = jnp.exp2(scores - broadcast_lanes(tile_max, DECODE_TILE))
         tile_sum = jnp.broadcast_to(jnp.sum(p, axis=1, keepdims=True), self.row_sum.shape)
-        return p.astype(jnp.bfloat16), tile_max, tile_sum
+        return p, tile_max, tile_sum
 
     def visible_tokens(self, wave, i):
         """Which scores of a tile count: those of the tokens before the end of its sequence."""
@@ -559,15 +605,15 @@ class DecodeKernel(PagedKernel):
 
     def rows_of_queries(self, queries):
         """The rows of a matmul with a head's keys."""
-        return queries.astype(jnp.bfloat16)
+        return queries
 
     def head_scores(self, rows, wave, i, head):
         """The scores of some queries with a head's keys."""
-        return matmul(rows, self.head_keys(wave, i, head), 1)
+        return matmul_keys(rows, self.head_keys(wave, i, head))
 
     def head_pv(self, rows, wave, i, head):
         """A head's values, weighted by some rows of probabilities."""
-        return matmul(rows, self.head_values(wave, i, head), 0)
+        return matmul_values(rows, self.head_values(wave, i, head))
 
 
 def more_waves(carry):
@@ -587,7 +633,7 @@ def wait_for_bytes(array, sem):
 
 def sublane_tile(token):
     """The tokens of the sublane tile around a token of a sequence, within its page."""
-    first = lax.rem(token, PAGE_SIZE) // SUBLANE_TILE * SUBLANE_TILE
+    first = remainder(token, PAGE_SIZE) - remainder(token, SUBLANE_TILE)
     return pl.ds(pl.multiple_of(first, SUBLANE_TILE), SUBLANE_TILE)
 
 
@@ -603,6 +649,16 @@ def select_own_rows(results):
     for i, result in enumerate(results[1:], 1):
         rows = jnp.where(row >= i * DECODE_HEAD_QUERY_ROWS, result, rows)
     return rows
+
+
+def matmul_keys(queries, keys):
+    """The scores `[rows, tokens]` of queries with keys `[tokens, HEAD_LANES]`."""
+    return matmul(queries.astype(jnp.bfloat16), keys, 1)
+
+
+def matmul_values(p, values):
+    """Values `[tokens, lanes]`, weighted by rows of probabilities."""
+    return matmul(p.astype(jnp.bfloat16), values, 0)
 
 
 def decode_kernel(*refs):

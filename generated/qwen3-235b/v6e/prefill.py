@@ -122,6 +122,16 @@ def for_each(first, end, body):
     lax.fori_loop(first, end, run, 0)
 
 
+def quotient(value, divisor):
+    """`value // divisor` of what is not negative, by a power of two: one shift, where a division of signed numbers is ten."""
+    return value >> (divisor.bit_length() - 1)
+
+
+def remainder(value, divisor):
+    """`value % divisor`, as `quotient`."""
+    return value & (divisor - 1)
+
+
 def start_copy(copy):
     copy.start()
 
@@ -239,17 +249,32 @@ class PagedKernel:
 
         In K too where `cleared_planes` says so: a masked score does not hide one either.
         """
-        clear_tile = functools.partial(self.clear_bytes, buffer, valid)
-        for_each(valid // SUBLANE_TILE, pl.cdiv(valid, self.computed_tokens) * (self.computed_tokens // SUBLANE_TILE), clear_tile)
+        clear_in_tile = functools.partial(self.clear_bytes, buffer, valid, quotient(valid, SUBLANE_TILE))
+        pl.when(remainder(valid, SUBLANE_TILE) > 0)(clear_in_tile)
+        # One sublane tile at a time to where several at a time can go on.
+        several = min(self.computed_tokens, PAGE_SIZE, LANES) // SUBLANE_TILE
+        first = quotient(valid + (SUBLANE_TILE - 1), SUBLANE_TILE)
+        wide = quotient(first + (several - 1), several)
+        for_each(first, wide * several, functools.partial(self.clear_tiles, buffer, 1))
+        end = quotient(valid + (self.computed_tokens - 1), self.computed_tokens) * (self.computed_tokens // SUBLANE_TILE)
+        for_each(wide, quotient(end, several), functools.partial(self.clear_tiles, buffer, several))
 
     def clear_bytes(self, buffer, valid, tile):
         first = tile * SUBLANE_TILE
-        tokens = pl.ds(pl.multiple_of(lax.rem(first, PAGE_SIZE), SUBLANE_TILE), SUBLANE_TILE)
+        tokens = pl.ds(pl.multiple_of(remainder(first, PAGE_SIZE), SUBLANE_TILE), SUBLANE_TILE)
         for head in range(KV_HEADS):
             for plane in self.cleared_planes:
-                old = pltpu.bitcast(self.kv[buffer, first // PAGE_SIZE, plane, head, tokens], jnp.uint32)
+                old = pltpu.bitcast(self.kv[buffer, quotient(first, PAGE_SIZE), plane, head, tokens], jnp.uint32)
                 kept = old & bytes_below(valid, first, SUBLANE_TILE)
-                self.kv[buffer, first // PAGE_SIZE, plane, head, tokens] = pltpu.bitcast(kept, self.kv.dtype)
+                self.kv[buffer, quotient(first, PAGE_SIZE), plane, head, tokens] = pltpu.bitcast(kept, self.kv.dtype)
+
+    def clear_tiles(self, buffer, tiles, index):
+        first, count = index * (tiles * SUBLANE_TILE), tiles * SUBLANE_TILE
+        tokens = pl.ds(pl.multiple_of(remainder(first, PAGE_SIZE), count), count)
+        for head in range(KV_HEADS):
+            for plane in self.cleared_planes:
+                zeros = jnp.zeros((count, HEAD_LANES), self.kv.dtype)
+                self.kv[buffer, quotient(first, PAGE_SIZE), plane, head, tokens] = zeros
 
 
 @dataclasses.dataclass

@@ -103,13 +103,13 @@ WAVES = (
     Bug("a window one too short", "DecodeKernel.visible_tokens", "token >= left - WINDOW", "token > left - WINDOW"),
     Bug(
         "a sequence begins at token 0 only",
-        "DecodeKernel.fetch_wave",
+        "DecodeKernel.fetch_tile",
         "first - self.first_token(some_seq)",
         "first",
     ),
     Bug(
         "all sequences but the first fetched from token 0",
-        "DecodeKernel.fetch_wave",
+        "DecodeKernel.fetch_tile",
         "self.first_token(jnp.minimum(seq, self.num_seqs - 1))",
         "0",
     ),

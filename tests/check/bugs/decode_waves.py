@@ -11,35 +11,35 @@ from small import SEPARATE, small_plan
 FETCHES = (
     Bug(
         "the next page fetched in place of each",
-        "DecodeKernel.fetch_wave",
+        "DecodeKernel.fetch_tile",
         "self.page_indices[first_entry + page]",
         "self.page_indices[first_entry + page + 1]",
     ),
     Bug(
         "a last page of one token not fetched",
-        "DecodeKernel.fetch_wave",
+        "DecodeKernel.fetch_tile",
         "page * PAGE_SIZE < left",
         "page * PAGE_SIZE < left - 1",
         hangs=True,
     ),
     Bug(
         "a page behind the last token fetched",
-        "DecodeKernel.fetch_wave",
+        "DecodeKernel.fetch_tile",
         "page * PAGE_SIZE < left",
         "page * PAGE_SIZE <= left",
     ),
     Bug(
         "a wave fetched over the one before it",
-        "DecodeKernel.iterate",
-        "self.fetch_wave(wave + LOOKAHEAD, *ahead)",
-        "self.fetch_wave(wave + LOOKAHEAD + 1, *ahead)",
+        "DecodeKernel.compute_tiles",
+        "self.fetch_tile(wave + LOOKAHEAD, i, *ahead)",
+        "self.fetch_tile(wave + LOOKAHEAD + 1, i, *ahead)",
         hangs=True,
     ),
     Bug(
         "a wave fetched over the next one",
-        "DecodeKernel.iterate",
-        "self.fetch_wave(wave + LOOKAHEAD, *ahead)",
-        "self.fetch_wave(wave + 1, *ahead)",
+        "DecodeKernel.compute_tiles",
+        "self.fetch_tile(wave + LOOKAHEAD, i, *ahead)",
+        "self.fetch_tile(wave + 1, i, *ahead)",
         hangs=True,
     ),
     Bug(
@@ -54,10 +54,10 @@ FETCHES = (
         "DecodeKernel.attend",
         "for_each(0, TILE_BUFFERS, self.clear_slot)",
     ),
-    Bug("an empty tile after a full last one", "DecodeKernel.fetch_wave", "left <= TILE", "left < TILE"),
+    Bug("an empty tile after a full last one", "DecodeKernel.fetch_tile", "left <= TILE", "left < TILE"),
     Bug(
         "a last tile of one token left out",
-        "DecodeKernel.fetch_wave",
+        "DecodeKernel.fetch_tile",
         "left <= TILE",
         "left <= TILE + 1",
         hangs=True,
@@ -71,14 +71,16 @@ FETCHES = (
 )
 WAITS = (
     Bug(
-        "no wait for a page of a partial tile",
-        "DecodeKernel.wait_for_page",
-        "wait_for_bytes(self.kv.at[slot, 0], sem)",
+        "no wait for the pages of a partial wave",
+        "DecodeKernel.wait_for_wave.wait_for_pages",
+        "pl.when(pages & (1 << digit) != 0)(functools.partial(wait_for_bytes, as_large, sem))",
     ),
     Bug(
-        "no wait for the tiles of a partial wave",
-        "DecodeKernel.wait_for_wave.wait_for_tiles",
-        "self.wait_for_tile(self.tile_left[self.slot(wave, i)], first_slot + i, sem)",
+        "no wait for a single page of a partial wave",
+        "DecodeKernel.wait_for_wave.wait_for_pages",
+        "pages & (1 << digit) != 0",
+        "pages & (2 << digit) != 0",
+        hangs=True,
     ),
     Bug(
         "no wait for a full wave",
@@ -86,15 +88,23 @@ WAITS = (
         "wait_for_bytes(self.kv.at[pl.ds(first_slot, TILES_PER_WAVE)], sem)",
     ),
     Bug(
-        "no wait for a full tile of a partial wave",
-        "DecodeKernel.wait_for_tile.wait_for_full_tile",
-        "wait_for_bytes(self.kv.at[slot], sem)",
+        "no wait for as many pages as a wave has",
+        "DecodeKernel.wait_for_wave.wait_for_pages",
+        "(TILES_PER_WAVE * TILE_PAGES).bit_length()",
+        "(TILES_PER_WAVE * TILE_PAGES).bit_length() - 1",
+    ),
+    Bug(
+        "pages behind a tile waited for",
+        "DecodeKernel.wait_for_wave.wait_for_pages",
+        "jnp.clip(self.tile_left[self.slot(wave, i)], 0, TILE)",
+        "jnp.maximum(self.tile_left[self.slot(wave, i)], 0)",
+        hangs=True,
     ),
     Bug(
         "no wait for a partial page",
-        "DecodeKernel.wait_for_tile.wait_for_pages",
-        "pl.cdiv(left, PAGE_SIZE)",
-        "left // PAGE_SIZE",
+        "DecodeKernel.wait_for_wave.wait_for_pages",
+        "some + (PAGE_SIZE - 1)",
+        "some",
     ),
     Bug(
         "no wave waited for or patched",
@@ -160,6 +170,16 @@ ENDS = (
         "PagedKernel.clear_elements",
         "first + token < valid",
         "first + token <= valid",
+    ),
+    Bug(
+        "sublane tiles behind the last token not cleared where one is cleared at a time",
+        "PagedKernel.clear_tail",
+        "for_each(first, wide * several, functools.partial(self.clear_tiles, buffer, 1))",
+    ),
+    Bug(
+        "sublane tiles behind the last token not cleared where several are cleared at a time",
+        "PagedKernel.clear_tail",
+        "for_each(wide, quotient(end, several), functools.partial(self.clear_tiles, buffer, several))",
     ),
     Bug(
         "V cleared to the end of its page only", "DecodeKernel", "computed_tokens = TILE", "computed_tokens = PAGE_SIZE"
@@ -231,11 +251,16 @@ SOFTMAX = (
     Bug(
         "the running softmax not kept for the next iteration",
         "DecodeKernel.iterate",
-        "self.row_max[...], self.row_sum[...], self.acc[...] = self.compute_tiles(wave, softmaxes, state)",
-        "self.compute_tiles(wave, softmaxes, state)",
+        "self.row_max[...], self.row_sum[...], self.acc[...] = state",
     ),
 )
 HEADS = (
+    Bug(
+        "scores kept in a tile that is fetched",
+        "DecodeKernel.wait_for_scores",
+        "self.kv.at[self.slot(wave, i), 0, K_PLANE, 0]",
+        "self.kv.at[self.slot(wave + 2, i), 0, K_PLANE, 0]",
+    ),
     Bug(
         "values of the next wave",
         "DecodeKernel.compute_tiles",
@@ -272,14 +297,14 @@ UPDATES = (
     Bug(
         "the new token a row too far",
         "DecodeKernel.update_cache",
-        "lax.rem(token, SUBLANE_TILE)",
-        "lax.rem(token + 1, SUBLANE_TILE)",
+        "remainder(token, SUBLANE_TILE)",
+        "remainder(token + 1, SUBLANE_TILE)",
     ),
     Bug(
         "the new token written to the next page",
         "DecodeKernel.cache_write",
-        "position // PAGE_SIZE",
-        "(position + 1) // PAGE_SIZE",
+        "quotient(position, PAGE_SIZE)",
+        "quotient(position + 1, PAGE_SIZE)",
     ),
     Bug(
         "the new token written to the sublane tile before",
@@ -318,7 +343,7 @@ UPDATES = (
 PAST_THE_END = (
     Bug(
         "the page table read past its end",
-        "DecodeKernel.fetch_wave",
+        "DecodeKernel.fetch_tile",
         "jnp.minimum(first_entry + page, LAST_ENTRY)",
         "first_entry + page",
         says="Out-of-bounds read",
@@ -334,7 +359,9 @@ SUITES = [
         FETCHES + WAITS + ENDS + SOFTMAX + HEADS + UPDATES,
         ordinary=(
             "a wave waited for and patched an iteration late",
-            "no wait for a page of a partial tile",
+            "no wait for a partial page",
+            "scores kept in a tile that is fetched",
+            "sublane tiles behind the last token not cleared where several are cleared at a time",
             "tiles of no sequence patched",
             "a token too many seen",
             "the sum of the sequence before added",

@@ -104,6 +104,16 @@ def for_each(first, end, body):
     lax.fori_loop(first, end, run, 0)
 
 
+def quotient(value, divisor):
+    """`value // divisor` of what is not negative, by a power of two: one shift, where a division of signed numbers is ten."""
+    return value >> (divisor.bit_length() - 1)
+
+
+def remainder(value, divisor):
+    """`value % divisor`, as `quotient`."""
+    return value & (divisor - 1)
+
+
 def start_copy(copy):
     copy.start()
 
@@ -172,18 +182,33 @@ class PagedKernel:
 
         In K too where `cleared_planes` says so: a masked score does not hide one either.
         """
-        token = lax.broadcasted_iota(jnp.int32, (SUBLANE_TILE, HEAD_LANES), 0)
-        clear_tile = functools.partial(self.clear_elements, buffer, valid, token)
-        for_each(valid // SUBLANE_TILE, pl.cdiv(valid, self.computed_tokens) * (self.computed_tokens // SUBLANE_TILE), clear_tile)
+        clear_in_tile = functools.partial(self.clear_elements, buffer, valid, quotient(valid, SUBLANE_TILE))
+        pl.when(remainder(valid, SUBLANE_TILE) > 0)(clear_in_tile)
+        # One sublane tile at a time to where several at a time can go on.
+        several = min(self.computed_tokens, PAGE_SIZE, LANES) // SUBLANE_TILE
+        first = quotient(valid + (SUBLANE_TILE - 1), SUBLANE_TILE)
+        wide = quotient(first + (several - 1), several)
+        for_each(first, wide * several, functools.partial(self.clear_tiles, buffer, 1))
+        end = quotient(valid + (self.computed_tokens - 1), self.computed_tokens) * (self.computed_tokens // SUBLANE_TILE)
+        for_each(wide, quotient(end, several), functools.partial(self.clear_tiles, buffer, several))
 
-    def clear_elements(self, buffer, valid, token, tile):
+    def clear_elements(self, buffer, valid, tile):
         first = tile * SUBLANE_TILE
-        tokens = pl.ds(pl.multiple_of(lax.rem(first, PAGE_SIZE), SUBLANE_TILE), SUBLANE_TILE)
+        token = lax.broadcasted_iota(jnp.int32, (SUBLANE_TILE, HEAD_LANES), 0)
+        tokens = pl.ds(pl.multiple_of(remainder(first, PAGE_SIZE), SUBLANE_TILE), SUBLANE_TILE)
         for head in range(KV_HEADS):
             for plane in self.cleared_planes:
-                old = self.kv[buffer, first // PAGE_SIZE, plane, head, tokens].astype(jnp.float32)
+                old = self.kv[buffer, quotient(first, PAGE_SIZE), plane, head, tokens].astype(jnp.float32)
                 kept = jnp.where(first + token < valid, old, 0.0).astype(self.kv.dtype)
-                self.kv[buffer, first // PAGE_SIZE, plane, head, tokens] = kept
+                self.kv[buffer, quotient(first, PAGE_SIZE), plane, head, tokens] = kept
+
+    def clear_tiles(self, buffer, tiles, index):
+        first, count = index * (tiles * SUBLANE_TILE), tiles * SUBLANE_TILE
+        tokens = pl.ds(pl.multiple_of(remainder(first, PAGE_SIZE), count), count)
+        for head in range(KV_HEADS):
+            for plane in self.cleared_planes:
+                zeros = jnp.zeros((count, HEAD_LANES), self.kv.dtype)
+                self.kv[buffer, quotient(first, PAGE_SIZE), plane, head, tokens] = zeros
 
 
 @dataclasses.dataclass

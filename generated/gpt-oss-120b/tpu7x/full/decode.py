@@ -20,6 +20,8 @@ What was specialized:
 - decode, writing new tokens: K and V side by side in a row, packed into words; K and V of a head fill one row of 128
   lanes
 - decode, mask: by the length of each sequence; a row has one new token, the last of its sequence
+- decode, matmuls with K and V: as they are stored; the MXU takes elements of this dtype beside the rows
+- decode, starting fetches: before an iteration's matmuls; then no fetch waits for a matmul
 - VMEM: 9,748,480 bytes counted, 25,165,824 allowed, 67,108,864 available
 """
 

@@ -21,6 +21,8 @@ What was specialized:
 - decode, writing new tokens: K and V side by side in a row, packed into words; K and V of a head fill one row of 128
   lanes
 - decode, mask: by the length of each sequence; a row has one new token, the last of its sequence
+- decode, matmuls with K and V: as they are stored; the MXU takes elements of this dtype beside the rows
+- decode, starting fetches: before an iteration's matmuls; then no fetch waits for a matmul
 - mixed, loop: blocks of queries over blocks of tokens; a fetched token serves all queries of a block
 - mixed, reading K and V: 32-bit words are split into the rows that they hold; each word holds other rows than one K and
   its V, because the elements have 8 bits or K and V share a row

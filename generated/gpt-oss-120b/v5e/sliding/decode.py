@@ -20,6 +20,8 @@ What was specialized:
 - decode, writing new tokens: K and V side by side in a row, packed into words; K and V of a head fill one row of 128
   lanes
 - decode, mask: by the length of each sequence; a row has one new token, the last of its sequence
+- decode, matmuls with K and V: as they are stored; the MXU takes elements of this dtype beside the rows
+- decode, starting fetches: before an iteration's matmuls; then no fetch waits for a matmul
 - VMEM: 1,433,600 bytes counted, 16,777,216 allowed, 134,217,728 available
 """
 

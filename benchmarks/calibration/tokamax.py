@@ -1,27 +1,23 @@
-"""Holds the walk of whole calls against the measured times of tokamax's batched RPA; prints the table of docs/calibration.md.
-
-    python benchmarks/calibrate_tokamax.py [--cache build/schedules] [--python PATH]
-
-Compiles each shape in an environment of its own the first time (a minute or two each on two cores), and keeps the schedules.
-"""
+"""Whole calls of tokamax's batched RPA beside their measured times, walked kernel by kernel."""
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from peers import environment
 from published_tokamax import POINTS, Point
 
-from rpac.schedule import Call, Dump, Model, dump_command, model_of
+from calibration.results import StaleError
+from rpac.schedule import Call, Dump, Model, dump_command
 
-ROOT = Path(__file__).parents[1]
-_SCRIPT = Path(__file__).parent / "peers" / "compile_experimental.py"
+TARGET = "tpu7x"
+BENCHMARKS = Path(__file__).parents[1]
+_SCRIPT = BENCHMARKS / "peers" / "compile_experimental.py"
 
 
 @dataclass(frozen=True)
@@ -32,6 +28,11 @@ class Row:
     seconds: float
     kernel_seconds: float
     copy_seconds: float
+
+    @property
+    def times(self) -> tuple[float, float, float]:
+        """What is kept of it."""
+        return self.seconds, self.kernel_seconds, self.copy_seconds
 
     @property
     def error(self) -> float:
@@ -47,7 +48,7 @@ def row(point: Point, model: Model, cache: Path, python: str) -> Row:
 
 def table(rows: Iterable[Row]) -> list[str]:
     """The rows of docs/calibration.md."""
-    heads = ("point", "measured, us", "predicted, us", "error", "of it kernels, us", "copy of the cache, us", "blocks")
+    heads = ("point", "measured, us", "predicted, us", "error", "kernels, us", "copy of the cache, us", "blocks")
     lines = [f"| {' | '.join(heads)} |", "|---|--:|--:|--:|--:|--:|---|"]
     for one in rows:
         shape = one.point.shape
@@ -68,25 +69,22 @@ def _dump(point: Point, cache: Path, python: str) -> Dump:
     request = json.dumps(point.shape.request, sort_keys=True)
     path = cache / f"tokamax-{hashlib.sha256(request.encode()).hexdigest()[:16]}.json.gz"
     if not path.exists():
-        found = dump_command([python, str(_SCRIPT), request], "tpu7x", timeout=3600)
+        found = dump_command([python, str(_SCRIPT), request], TARGET, timeout=3600)
         cache.mkdir(parents=True, exist_ok=True)
         path.write_bytes(gzip.compress(json.dumps(asdict(found)).encode(), 5))
     return Dump(**json.loads(gzip.decompress(path.read_bytes())))
 
 
-def rows(model: Model, cache: Path, python: str | None = None) -> list[Row]:
-    """All points, in order."""
-    interpreter = python or environment.ensure(ROOT / "build" / "peers-tokamax", *environment.ENVIRONMENTS["tokamax"])
-    return [row(point, model, cache, interpreter) for point in POINTS]
+def rows(model: Model, cache: Path) -> Iterator[Row]:
+    """All points, in order; each is compiled the first time, which takes a minute or two on two cores."""
+    folder = BENCHMARKS.parent / "build" / "peers-tokamax"
+    python = environment.ensure(folder, *environment.ENVIRONMENTS["tokamax"])
+    return (row(point, model, cache, python) for point in POINTS)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cache", type=Path, default=ROOT / "build" / "schedules", help="where schedules are kept")
-    parser.add_argument("--python", help="tokamax's interpreter; by default an environment of its own is made")
-    options = parser.parse_args()
-    print("\n".join(table(rows(model_of("tpu7x"), options.cache, options.python))))
-
-
-if __name__ == "__main__":
-    main()
+def kept(calls: Mapping[str, Sequence[float]]) -> list[Row]:
+    """The rows of an earlier run, from their seconds by label. Raises StaleError where a point was not walked."""
+    missing = [point.label for point in POINTS if point.label not in calls]
+    if missing:
+        raise StaleError(f"tokamax, {missing[0]}: no result; run calibrate.py --target tpu7x")
+    return [Row(point, *calls[point.label]) for point in POINTS]

@@ -1,0 +1,1 @@
+"""The calibration of the timing model: walks, the fit, what is kept between runs, and the page."""
