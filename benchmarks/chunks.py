@@ -17,11 +17,11 @@ from tabulate import tabulate
 from rpac.devices.chip import TPU_TARGETS
 from rpac.files.store import Store, default_cache_dir
 from rpac.predict import parse_prefill, predict, programs_of
-from rpac.schedule.report import KernelReport
+from rpac.schedule.call_report import KernelReport
 from rpac.spec import load_spec
 
 SPEC = Path(__file__).with_name("d256.yaml")
-USES_MXU = 0.3  # of a loop's bundles, at least: below, the MXU is not what it is about
+USES_MXU = 0.3  # of a loop's instructions, at least: below, the MXU is not what it is about
 
 
 def idle_seconds(kernel: KernelReport) -> float:
@@ -29,7 +29,7 @@ def idle_seconds(kernel: KernelReport) -> float:
     idle = 0.0
     for loop in kernel.loops:
         full = (loop.utilization or {}).get("MXU", 0.0)
-        if loop.turns and full > USES_MXU:
+        if loop.iterations and full > USES_MXU:
             idle += loop.compute_seconds * (1 - full) + loop.stall_seconds
     return idle
 

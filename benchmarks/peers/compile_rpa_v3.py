@@ -24,11 +24,13 @@ def main(request: dict[str, object]) -> None:
     device = Device(request["target"])
     tokens, q_heads, kv_heads, head_dim = (request[k] for k in ("tokens", "q_heads", "kv_heads", "head_dim"))
     seqs, page = request["max_seqs"], request["page_size"]
+    dtype = jnp.dtype(request.get("kv_dtype", "bfloat16"))
+    scales = {} if dtype == jnp.bfloat16 else {"k_scale": 0.5, "v_scale": 0.5}
     arguments = [
         device.shape(tokens, q_heads, head_dim),
-        device.shape(tokens, kv_heads, head_dim),
-        device.shape(tokens, kv_heads, head_dim),
-        device.shape(request["pages"], page, kv_heads, 2, head_dim),
+        device.shape(tokens, kv_heads, head_dim, dtype=dtype),
+        device.shape(tokens, kv_heads, head_dim, dtype=dtype),
+        device.shape(*kernel.get_kv_cache_shape(request["pages"], page, kv_heads, head_dim, dtype), dtype=dtype),
         device.shape(seqs, dtype=jnp.int32),
         device.shape(seqs * (request["max_model_len"] // page), dtype=jnp.int32),
         device.shape(seqs + 1, dtype=jnp.int32),
@@ -39,6 +41,7 @@ def main(request: dict[str, object]) -> None:
         sm_scale=head_dim**-0.5,
         d_block_sizes=tuple(request["decode_tiles"]) if request["decode_tiles"] else None,
         m_block_sizes=tuple(request["mixed_tiles"]) if request["mixed_tiles"] else None,
+        **scales,
     )
     device.compile(call, arguments, donate=(0, 1, 2, 3))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peers.cases import DECODE_TOKENS, HEAD_DIM, KV_HEADS, MAX_MODEL_LEN, MAX_SEQS, Q_HEADS, Case
+from peers.cases import MAX_MODEL_LEN, Case, Heads, Place
 from peers.environment import Environment
 from rpac.batch import Batch
 
@@ -17,12 +17,16 @@ Tiles = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Compile:
-    """One compiled call: a script of this folder, the environment that it runs in, and its request."""
+    """One compiled call: a script of this folder, the environment that it runs in, and its request.
+
+    follow: its kernels take scalars that it computes, which the script computes from those of a batch.
+    """
 
     choice: str
     script: str
     environment: Environment
     request: dict[str, Any]
+    follow: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,22 +66,24 @@ class Contender:
 
     name: str
     about: str
-    compiles: Callable[[str, int, Case], tuple[Compile, ...] | str]
+    compiles: Callable[[Heads, Place, Case], tuple[Compile, ...] | str]
     parameters: Callable[[Batch, Case], Parameters]
 
 
-def shapes(target: str, page_size: int, tokens: int) -> dict[str, Any]:
+def shapes(heads: Heads, place: Place, case: Case) -> dict[str, Any]:
     """The part of a request that is the same for all."""
+    target, page_size = place
     return {
         "target": target,
-        "q_heads": Q_HEADS,
-        "kv_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
+        "q_heads": heads.q_heads,
+        "kv_heads": heads.kv_heads,
+        "head_dim": heads.head_dim,
+        "kv_dtype": heads.kv_dtype,
         "page_size": page_size,
         "max_model_len": MAX_MODEL_LEN,
-        "max_seqs": MAX_SEQS,
-        "tokens": tokens,
-        "pages": MAX_SEQS * MAX_MODEL_LEN // page_size,
+        "max_seqs": case.max_seqs,
+        "tokens": case.tokens,
+        "pages": case.max_seqs * MAX_MODEL_LEN // page_size,
     }
 
 
@@ -100,27 +106,60 @@ V3_IDLE_DECODE_TILES = (1, 2048, 1, 2048)  # where the batch is about the other 
 V3_IDLE_MIXED_TILES = (16, 256, 16, 256)
 
 
-def _v3(target: str, page_size: int, tokens: int, choice: str, decode: Tiles | None, mixed: Tiles | None) -> Compile:
-    request = {**shapes(target, page_size, tokens), "decode_tiles": decode, "mixed_tiles": mixed}
+def _v3(heads: Heads, place: Place, case: Case, choice: str, decode: Tiles | None, mixed: Tiles | None) -> Compile:
+    request = {**shapes(heads, place, case), "decode_tiles": decode, "mixed_tiles": mixed}
     return Compile(choice, "compile_rpa_v3.py", "measured", request)
 
 
-def v3_default(target: str, page_size: int, case: Case) -> tuple[Compile, ...]:
-    return (_v3(target, page_size, case.tokens, "default", None, None),)
+def v3_default(heads: Heads, place: Place, case: Case) -> tuple[Compile, ...]:
+    return (_v3(heads, place, case, "default", None, None),)
 
 
-def v3_sweep(target: str, page_size: int, case: Case) -> tuple[Compile, ...]:
+def v3_sweep(heads: Heads, place: Place, case: Case) -> tuple[Compile, ...]:
     """The default and the sweep. A decode batch is about the decode tiles, all others about the mixed ones."""
-    found = list(v3_default(target, page_size, case))
-    if case.tokens == DECODE_TOKENS:
+    found = list(v3_default(heads, place, case))
+    if case.kind == "decode":
         for fetched, computed in V3_DECODE_TILES:
             tiles = (1, fetched, 1, computed)
-            found.append(_v3(target, page_size, case.tokens, f"{fetched}, {computed}", tiles, V3_IDLE_MIXED_TILES))
+            found.append(_v3(heads, place, case, f"{fetched}, {computed}", tiles, V3_IDLE_MIXED_TILES))
     else:
         for mixed in V3_MIXED_TILES:
             name = ", ".join(map(str, mixed))
-            found.append(_v3(target, page_size, case.tokens, name, V3_IDLE_DECODE_TILES, mixed))
+            found.append(_v3(heads, place, case, name, V3_IDLE_DECODE_TILES, mixed))
     return tuple(found)
+
+
+# KV tokens and queries at once; the first is the kernel's own table.
+HD64_DECODE_BLOCKS = ((None, None), (4096, 8), (2048, 8), (1024, 8))
+HD64_MIXED_BLOCKS = ((None, None), (2048, 64), (1024, 128))
+
+
+def hd64_sweep(heads: Heads, place: Place, case: Case) -> tuple[Compile, ...]:
+    found = []
+    for kv_block, q_block in HD64_DECODE_BLOCKS if case.kind == "decode" else HD64_MIXED_BLOCKS:
+        blocks = {"kv_block": kv_block, "q_block": q_block, "sliding_window": heads.sliding_window}
+        choice = "its table" if kv_block is None else f"{kv_block}, {q_block}"
+        request = {**shapes(heads, place, case), **blocks}
+        found.append(Compile(choice, "compile_rpa_v3_hd64.py", "measured", request, follow=True))
+    return tuple(found)
+
+
+# KV tokens at once, sequences at once.
+MLA_BLOCKS = ((1024, 1), (2048, 1), (1024, 4), (512, 8))
+
+
+def mla_sweep(heads: Heads, place: Place, case: Case) -> tuple[Compile, ...] | str:
+    if case.kind != "decode":
+        return "compared in decode only."
+    found = []
+    for kv_block, rows in MLA_BLOCKS:
+        request = {**shapes(heads, place, case), "rope_dim": heads.rope_dim, "kv_block": kv_block, "rows": rows}
+        found.append(Compile(f"{kv_block}, {rows}", "compile_mla.py", "measured", request, follow=True))
+    return tuple(found)
+
+
+def mla_parameters(batch: Batch, case: Case) -> Parameters:
+    return {number + 1: values for number, values in contract_parameters(batch, case).items()}
 
 
 # KV fetched and computed, and queries, at once; the first is the kernel's own table.
@@ -129,11 +168,11 @@ V2_MIXED_BLOCKS = ((None, None), (1024, 64), (512, 128), (1024, 128))
 V2_VMEM_MIB = {"tpu7x": 60, "v6e": 100}
 
 
-def v2_sweep(target: str, page_size: int, case: Case) -> tuple[Compile, ...]:
+def v2_sweep(heads: Heads, place: Place, case: Case) -> tuple[Compile, ...]:
     found = []
-    for kv_block, q_block in V2_DECODE_BLOCKS if case.tokens == DECODE_TOKENS else V2_MIXED_BLOCKS:
-        blocks = {"kv_block": kv_block, "q_block": q_block, "vmem_mib": V2_VMEM_MIB[target]}
-        request = {**shapes(target, page_size, case.tokens), **blocks}
+    for kv_block, q_block in V2_DECODE_BLOCKS if case.kind == "decode" else V2_MIXED_BLOCKS:
+        blocks = {"kv_block": kv_block, "q_block": q_block, "vmem_mib": V2_VMEM_MIB[place[0]]}
+        request = {**shapes(heads, place, case), **blocks}
         choice = "its table" if kv_block is None else f"{kv_block}, {q_block}"
         found.append(Compile(choice, "compile_v2.py", "measured", request))
     return tuple(found)
@@ -154,10 +193,10 @@ FLYWHEEL_Q_BLOCK = 1024  # what it chooses for 2048 tokens, on both targets
 FLYWHEEL_ROWS = 16  # of a bfloat16 tile in HBM on TPU7x; 8 on v6e, which gives these batches the same blocks
 
 
-def flywheel(target: str, page_size: int, case: Case) -> tuple[Compile, ...] | str:
-    if page_size % FLYWHEEL_PAGES:
+def flywheel(heads: Heads, place: Place, case: Case) -> tuple[Compile, ...] | str:
+    if place[1] % FLYWHEEL_PAGES:
         return f"supports only page sizes that are a multiple of {FLYWHEEL_PAGES} tokens."
-    request = shapes(target, page_size, case.tokens)
+    request = shapes(heads, place, case)
     if case.kind == "decode":
         return (Compile("decode call", "compile_flywheel.py", "measured", {**request, "q_block": None}),)
     # Its append kernel crashes the compiler of the other environment.
@@ -191,16 +230,18 @@ SCHEDULED_DECODE: tuple[Blocks | None, ...] = (None, (1, 1, 1024, 4, 2))
 SCHEDULED_PREFILL: tuple[Blocks | None, ...] = (None, (256, 64, 512, 1, 2))
 
 
-def scheduled(kernel: str, where: Environment, sweeps: bool) -> Callable[[str, int, Case], tuple[Compile, ...] | str]:
+def scheduled(
+    kernel: str, where: Environment, sweeps: bool
+) -> Callable[[Heads, Place, Case], tuple[Compile, ...] | str]:
     """A kernel of the design of batched_rpa. Compiled in one place only: each compile takes minutes."""
 
-    def compiles(target: str, page_size: int, case: Case) -> tuple[Compile, ...] | str:
-        if (target, page_size) != SCHEDULED_PLACE:
+    def compiles(heads: Heads, place: Place, case: Case) -> tuple[Compile, ...] | str:
+        if place != SCHEDULED_PLACE:
             return "is compared on one target and page size only, because each of its compiles takes minutes."
         found = []
         mode, choices = ("decode", SCHEDULED_DECODE) if case.kind == "decode" else ("prefill", SCHEDULED_PREFILL)
         for blocks in choices if sweeps else (None,):
-            request: dict[str, Any] = {"kernel": kernel, **shapes(target, page_size, case.tokens)}
+            request: dict[str, Any] = {"kernel": kernel, **shapes(heads, place, case)}
             if blocks is not None:
                 request["blocks"] = {mode: blocks}
             name = "its own" if blocks is None else ", ".join(map(str, blocks[2:] if mode == "decode" else blocks))
@@ -228,6 +269,21 @@ CONTENDERS = (
         f"computed) or {len(V3_MIXED_TILES)} mixed tiles (queries fetched, KV fetched, queries computed, KV computed).",
         v3_sweep,
         contract_parameters,
+    ),
+    Contender(
+        "RPA v3, head_dim 64",
+        "tpu-inference's own kernel for that size, which takes sinks and windows. For each batch, the best of the blocks in its "
+        f"own table and {len(HD64_DECODE_BLOCKS) - 1} others for decode, {len(HD64_MIXED_BLOCKS) - 1} for the rest (KV tokens, "
+        "queries).",
+        hd64_sweep,
+        contract_parameters,
+    ),
+    Contender(
+        "MLA v2",
+        f"tpu-inference's latent attention, decode only. For each batch, the best of {len(MLA_BLOCKS)} blocks (KV tokens, "
+        "sequences at once); it has no default for a bfloat16 cache.",
+        mla_sweep,
+        mla_parameters,
     ),
     Contender(
         "JAX v2",

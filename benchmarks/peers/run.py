@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from functools import cache, lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from peers import environment
-from peers.cases import (
-    DECODE_TOKENS,
-    HEAD_DIM,
-    KV_HEADS,
-    MAX_MODEL_LEN,
-    MAX_SEQS,
-    PREFILL_CHUNK,
-    PREFILL_TOKENS,
-    Q_HEADS,
-    Case,
-)
-from peers.contenders import Compile, Contender, Ours
+from peers.cases import MAX_MODEL_LEN, PREFILL_CHUNK, PREFILL_TOKENS, Case, Heads, Place
+from peers.contenders import Compile, Contender, Ours, Parameters
 from peers.store import HERE, TOOK_TOO_LONG, Result, Store, digest, walker_digest
 from rpac.batch import Batch, Limits
 from rpac.batch.select import select
@@ -30,10 +24,12 @@ from rpac.files.store import Store as ProgramStore
 from rpac.files.store import default_cache_dir
 from rpac.predict import Programs, predict, programs_of
 from rpac.schedule import Call, Work, attention_work
+from rpac.schedule.report import KernelOperands
 from rpac.spec import load_spec
 
-BFLOAT16_BYTES = 2
+QUERY_BYTES = 2
 KEPT_CALLS = 8  # read schedules in memory: as many as a sweep has choices
+ROOT = HERE.parents[1]
 EXPECTED_LENS: tuple[int, ...] = (1024, 4096)
 NOT_RUN = "not run yet"
 
@@ -42,37 +38,58 @@ def progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def work_of(case: Case) -> Work:
+def work_of(heads: Heads, case: Case) -> Work:
     """What the attention of a batch needs, whoever computes it."""
-    lens = case.workload.kv_lens, case.workload.q_lens
-    return attention_work(*lens, Q_HEADS, KV_HEADS, HEAD_DIM, BFLOAT16_BYTES, BFLOAT16_BYTES)
+    return attention_work(
+        case.workload.kv_lens,
+        case.workload.q_lens,
+        heads.q_heads,
+        heads.kv_heads,
+        heads.head_dim,
+        QUERY_BYTES,
+        heads.kv_bytes,
+        heads.sliding_window,
+        rope_dim=heads.rope_dim,
+    )
 
 
-def spec_of(folder: Path, page_size: int, prefill_chunk: int = PREFILL_CHUNK, kv_layout: str = "interleaved") -> Path:
-    """A spec for the cases, written under `folder`."""
+def spec_of(
+    folder: Path,
+    heads: Heads,
+    page_size: int,
+    case: Case,
+    prefill_chunk: int = PREFILL_CHUNK,
+    kv_layout: str = "interleaved",
+) -> Path:
+    """A spec for the cases that are compiled like `case`, written under `folder`."""
     text = (HERE / "spec.yaml.in").read_text()
     fields = {
-        "q_heads": Q_HEADS,
-        "kv_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
+        "about": heads.about,
+        "model": heads.model(),
         "page_size": page_size,
         "max_model_len": MAX_MODEL_LEN,
         "prefill_tokens": PREFILL_TOKENS,
-        "decode_tokens": DECODE_TOKENS,
-        "max_seqs": MAX_SEQS,
+        "decode_tokens": case.tokens if case.kind == "decode" else case.max_seqs,
+        "max_seqs": case.max_seqs,
         "prefill_chunk": prefill_chunk,
         "context_lens": list(EXPECTED_LENS),
-        "kv_layout": kv_layout,
+        "layout": "" if heads.rope_dim is not None else f"  kv_layout: {kv_layout}\n",
     }
-    path = folder / "specs" / f"page{page_size}-chunk{prefill_chunk}-{kv_layout}.yaml"
+    name = re.sub(r"\W", "-", heads.label)
+    path = folder / "specs" / f"{name}-page{page_size}-seqs{case.max_seqs}-chunk{prefill_chunk}-{kv_layout}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text.format(**fields))
     return path
 
 
-def limits_of(folder: Path, page_size: int) -> Limits:
-    """What every call here is compiled for."""
-    return Limits.of(load_spec(spec_of(folder, page_size)))
+def limits_of(folder: Path, heads: Heads, page_size: int, case: Case) -> Limits:
+    """What every call of a case is compiled for."""
+    return Limits.of(load_spec(spec_of(folder, heads, page_size, case)))
+
+
+def name_of(heads: Heads, place: Place, who: str, case: Case, choice: str) -> str:
+    """What a result is kept under."""
+    return " | ".join([heads.label, place[0], str(place[1]), who, case.label, choice])
 
 
 class Bench:
@@ -86,38 +103,43 @@ class Bench:
         self._call = lru_cache(maxsize=KEPT_CALLS)(self._make_call)
         self._programs = cache(self._make_programs)
 
-    def peer(self, contender: Contender, target: str, page_size: int, case: Case, may_run: bool) -> Result:
+    def peer(self, contender: Contender, heads: Heads, place: Place, case: Case, may_run: bool) -> Result:
         """The best of a peer's choices for a batch; a refusal where none of them ran."""
-        compiles = contender.compiles(target, page_size, case)
+        compiles = contender.compiles(heads, place, case)
         if isinstance(compiles, str):
             return Result("", error=compiles)
-        batch = case.workload.batch(limits_of(self.folder, page_size))
-        results = [self._of_compile(contender, one, batch, case, may_run) for one in compiles]
+        batch = case.workload.batch(limits_of(self.folder, heads, place[1], case))
+        results = [self._of_compile(contender, one, heads, place, batch, case, may_run) for one in compiles]
         ran = [result for result in results if not result.error]
         if ran:
             return min(ran, key=lambda result: result.seconds)
         return next((result for result in results if result.error == NOT_RUN), results[0])
 
-    def _of_compile(self, contender: Contender, one: Compile, batch: Batch, case: Case, may_run: bool) -> Result:
+    def _of_compile(
+        self, contender: Contender, one: Compile, heads: Heads, place: Place, batch: Batch, case: Case, may_run: bool
+    ) -> Result:
         script = "".join((HERE / name).read_text() for name in ("abstract_tpu.py", one.script))
+        if "stand_ins" in script:
+            script += (HERE / "stand_ins.py").read_text()
         request = json.dumps(one.request, sort_keys=True)
         compiled = digest(script, request, self._packages(one.environment))
         parameters = contender.parameters(batch, case)
-        key = digest(compiled, sorted(parameters.items()), self._walker, one.choice)
-        kept = self.store.result(key)
-        if kept is not None or not may_run:
+        name = name_of(heads, place, contender.name, case, one.choice)
+        key = digest(compiled, sorted(parameters.items()), self._walker)
+        kept = self.store.result(name, key)
+        if not may_run or (kept is not None and not kept.earlier):
             return kept or Result(one.choice, error=NOT_RUN)
-        target = one.request["target"]
-        progress(f"{contender.name} {target} page {one.request['page_size']}, {case.label}, {one.choice}")
+        progress(name)
         try:
-            call = self._call(compiled, one.environment, one.script, request, target)
-            report = call.predict(parameters, work_of(case))
+            call = self._call(compiled, one.environment, one.script, request, place[0])
+            traced = self._traced(one, request, parameters) if one.follow else ()
+            report = call.predict(parameters, work_of(heads, case), traced)
             result = Result(one.choice, report.seconds, report.kernel_seconds, report.mbu or 0.0, report.mfu or 0.0)
         except ScheduleError as error:
             result = Result(one.choice, error=reason(str(error)))
             if TOOK_TOO_LONG in str(error):
                 return result
-        self.store.keep_result(key, result)
+        self.store.keep_result(name, key, result)
         return result
 
     def _make_call(
@@ -126,31 +148,48 @@ class Bench:
         command = [self._python(environment_name), str(HERE / script), request]
         return Call(self.store.dump(compiled, command, target), any_compiler=True)
 
-    def ours(self, variety: Ours, target: str, page_size: int, case: Case, may_run: bool) -> Result:
+    def _traced(self, one: Compile, request: str, parameters: Parameters) -> tuple[KernelOperands, ...]:
+        """The scalars that a call computes for its kernels, as its own script computes them."""
+        command = [self._python(one.environment), str(HERE / one.script), request, json.dumps(parameters)]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode:
+            raise ScheduleError(f"the scalars of the kernels could not be computed:\n{done.stderr[-3000:]}")
+        return tuple(
+            KernelOperands(
+                kernel["name"],
+                tuple(map(tuple, kernel["shapes"])),
+                {int(index): np.array(values) for index, values in kernel["known"].items()},
+            )
+            for kernel in json.loads(done.stdout.splitlines()[-1])
+        )
+
+    def ours(self, variety: Ours, heads: Heads, place: Place, case: Case, may_run: bool) -> Result:
         """Ours, from a spec for all batches, or from one whose chunk is this batch's."""
         chunk = case.longest_chunk if variety.fitted and case.kind == "prefill" else PREFILL_CHUNK
+        path = spec_of(self.folder, heads, place[1], case, chunk, variety.kv_layout)
         try:
-            programs = self._programs(page_size, chunk, variety.kv_layout, target)
+            programs = self._programs(path, place[0])
         except PlanError as error:
             return Result("", error=reason(str(error)))
         batch = case.workload.batch(programs.limits)
         variant = select(programs.tasks, programs.limits, batch.tokens, batch.distribution)
         task = programs.tasks[variant]
+        name = name_of(heads, place, variety.name, case, str(variant))
         key = digest(task.key(toolchain(), "dump"), case.workload.q_lens, case.workload.kv_lens, self._walker)
-        kept = self.store.result(key)
-        if kept is not None or not may_run:
+        kept = self.store.result(name, key)
+        if not may_run or (kept is not None and not kept.earlier):
             return kept or Result(str(variant), error=NOT_RUN)
-        progress(f"{variety.name} {target} page {page_size}, {case.label}, {variant}")
+        progress(name)
         try:
             report = predict(programs, case.workload).report
             result = Result(str(variant), report.seconds, report.kernel_seconds, report.mbu or 0.0, report.mfu or 0.0)
         except ScheduleError as error:
             result = Result(str(variant), error=reason(str(error)))
-        self.store.keep_result(key, result)
+        self.store.keep_result(name, key, result)
         return result
 
-    def _make_programs(self, page_size: int, chunk: int, kv_layout: str, target: str) -> Programs:
-        path = spec_of(self.folder, page_size, chunk, kv_layout)
+    def _make_programs(self, path: Path, target: str) -> Programs:
         return programs_of(path, target, ProgramStore(default_cache_dir()), progress)
 
     def _packages(self, name: environment.Environment) -> list[str]:

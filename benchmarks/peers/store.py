@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ TOOK_TOO_LONG = "raise the timeout"
 class Result:
     """What became of one batch on one compiled call: its times in seconds, or `error`, why there are none.
 
-    `choice` names what was compiled: tiles, or a program.
+    `choice` names what was compiled: tiles, or a program. earlier: of an earlier kernel, compiler or walker.
     """
 
     choice: str
@@ -32,6 +32,7 @@ class Result:
     mbu: float = 0.0
     mfu: float = 0.0
     error: str = ""
+    earlier: bool = False
 
 
 def digest(*parts: object) -> str:
@@ -46,30 +47,42 @@ def walker_digest() -> str:
 
 
 class Store:
-    """A file of results and a folder of gzipped dumps. Entries are never changed."""
+    """A file of results and a folder of gzipped dumps.
+
+    A result is kept under its name (who ran what where) with a key of all that it follows from. With another key it is an
+    earlier one. Dumps are never changed.
+    """
 
     def __init__(self, results: Path, folder: Path) -> None:
         self._file = results
         self._folder = folder
         kept = json.loads(results.read_text()) if results.exists() else {}
-        self._results = {key: Result(**fields) for key, fields in kept.items()}
+        self._results = {name: (fields.pop("key"), Result(**fields)) for name, fields in kept.items()}
         self._asked: set[str] = set()
 
-    def result(self, key: str) -> Result | None:
-        self._asked.add(key)
-        return self._results.get(key)
+    def result(self, name: str, key: str) -> Result | None:
+        """What is kept under a name, if anything; `earlier` where it has another key."""
+        self._asked.add(name)
+        if name not in self._results:
+            return None
+        kept, result = self._results[name]
+        return replace(result, earlier=kept != key)
 
-    def keep_result(self, key: str, result: Result) -> None:
-        self._results[key] = result
+    def keep_result(self, name: str, key: str, result: Result) -> None:
+        self._results[name] = (key, result)
         self._write_results()
 
     def drop_unasked(self) -> None:
-        """Drops the results that nobody has asked for: of earlier kernels, or of an earlier walker."""
-        self._results = {key: result for key, result in self._results.items() if key in self._asked}
+        """Drops the results that nobody has asked for: of peers, batches or tiles that are not compared any more."""
+        self._results = {name: kept for name, kept in self._results.items() if name in self._asked}
         self._write_results()
 
     def _write_results(self) -> None:
-        lines = [f'"{key}": {json.dumps(asdict(result))}' for key, result in sorted(self._results.items())]
+        lines = []
+        for name, (key, result) in sorted(self._results.items()):
+            fields = {"key": key, **asdict(result)}
+            del fields["earlier"]
+            lines.append(f"{json.dumps(name)}: {json.dumps(fields)}")
         self._write(self._file, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
     def dump(self, key: str, command: Sequence[str], target: str) -> Dump:

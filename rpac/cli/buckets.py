@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from rpac.batch.limits import bucket_lines
-from rpac.cli.common import Amount, command, json_option, print_json, size
+from rpac.cli.common import Amount, command, json_option, print_json
 from rpac.cli.terminal import table
+from rpac.contract.units import size
 from rpac.plan import KIND_ORDER
 from rpac.spec import load_spec
 from rpac.traffic.buckets import Choice, Traffic, choices, choose, judge

@@ -15,7 +15,6 @@ from rpac.cli.common import (
     jobs_option,
     json_option,
     print_json,
-    size,
     spec_argument,
     target_option,
     tuned_of,
@@ -23,6 +22,7 @@ from rpac.cli.common import (
 )
 from rpac.cli.terminal import Lines, table
 from rpac.contract.program import Lowered
+from rpac.contract.units import size
 from rpac.errors import TargetError
 from rpac.lower.pool import COMPILING
 from rpac.spec import load_spec

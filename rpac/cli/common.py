@@ -143,10 +143,3 @@ def cache_of(no_cache: bool) -> Cache:
 
 def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, sort_keys=True))
-
-
-def size(count: int) -> str:
-    """A number of bytes for people to read: in KiB below one MiB, in MiB below one GiB, else in GiB."""
-    if count >= 1 << 30:
-        return f"{count / (1 << 30):.2f} GiB"
-    return f"{count / 1024:.0f} KiB" if count < 1 << 20 else f"{count / (1 << 20):.2f} MiB"

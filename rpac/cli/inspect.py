@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from rpac.bundle import describe, verify_bundle
-from rpac.cli.common import command, json_option, print_json, size
+from rpac.cli.common import command, json_option, print_json
 from rpac.cli.terminal import table
 from rpac.contract.mesh import Mesh
+from rpac.contract.units import size
 
 _SHAPE = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
 HEADER = ("target", "device kind", "program", "tokens", "source", "export", "executable")

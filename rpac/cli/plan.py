@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from rpac.build import chosen_targets
-from rpac.cli.common import command, json_option, print_json, size, spec_argument, target_option, tuned_of, tuned_option
+from rpac.cli.common import command, json_option, print_json, spec_argument, target_option, tuned_of, tuned_option
 from rpac.cli.terminal import table
+from rpac.contract.units import size
 from rpac.errors import PlanError
 from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, LatentBlockTiles, XlaTiles, plan_spec
 from rpac.plan.cache_memory import CacheMemory, padding_bytes, padding_reason, page_bytes

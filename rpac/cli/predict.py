@@ -15,12 +15,12 @@ from rpac.cli.common import (
     command,
     json_option,
     print_json,
-    size,
     store_of,
     tuned_of,
     tuned_option,
 )
 from rpac.cli.terminal import table
+from rpac.contract.units import traffic
 from rpac.devices.chip import TPU_TARGETS
 from rpac.errors import BatchError
 from rpac.files.store import Store
@@ -38,11 +38,9 @@ from rpac.predict import (
     predict,
     programs_of,
 )
-from rpac.schedule.report import DEFINITIONS, CallReport, KernelReport
+from rpac.schedule.call_report import DEFINITIONS, micros, share
 
 HEADER = ("batch", "name", "program", "us", "MBU", "MFU", "kernels us", "compute us", "stall us", "DMA us", "XLA us")
-TOP = 6  # waits, loops
-TOP_SLOTS = 4
 
 
 @command("predict")
@@ -172,73 +170,15 @@ def _row(one: Prediction) -> tuple[str, ...]:
     )
     label = one.workload.label
     return (
-        label, one.name, str(one.variant), _us(report.seconds), _share(report.mbu), _share(report.mfu), *map(_us, parts)
+        label, one.name, str(one.variant), micros(report.seconds), share(report.mbu), share(report.mfu), *map(micros, parts)
     )  # fmt: skip
 
 
 def _details(one: Prediction) -> str:
     report = one.report
-    lines = [
-        f"{one.name}, {one.workload.label}, {one.variant} on {report.target}: needs {_size(report.needed_bytes or 0)} and "
-        f"{(report.needed_flops or 0) / 1e9:.3f} GFLOP; moves {_size(report.moved_bytes)}; kernels alone: "
-        f"MBU {_share(report.kernel_mbu)}, MFU {_share(report.kernel_mfu)}"
-    ]
-    for kernel in report.kernels:
-        lines += _kernel_lines(kernel)
-    lines += _xla_lines(report)
-    return "\n".join(lines)
-
-
-def _kernel_lines(kernel: KernelReport) -> list[str]:
-    spills = kernel.spills
-    lines = [
-        f"  {kernel.name}: {_us(kernel.seconds)} us = {_us(kernel.compute_seconds)} compute + {_us(kernel.stall_seconds)} "
-        f"stalls; HBM channel busy {_us(kernel.dma_seconds)} us",
-        f"    {kernel.bundles} bundles, {kernel.dmas} DMAs, reads {_size(kernel.read_bytes)}, writes "
-        f"{_size(kernel.written_bytes)}; spills: {spills.vector_stores} vector stores, {spills.vector_fills} fills, "
-        f"{spills.scalar_stores} scalar stores, {spills.scalar_fills} fills",
-    ]
-    for wait in sorted(kernel.waits, key=lambda wait: -wait.stall_seconds)[:TOP]:
-        if wait.stall_seconds > 0:
-            around = "outside of all loops" if wait.loop is None else f"in the loop at {wait.loop}"
-            lines.append(
-                f"    wait at bundle {wait.bundle}, {around}, on {wait.semaphore}: {wait.count} times, "
-                f"{_us(wait.stall_seconds)} us stalled"
-            )
-    turned = [loop for loop in kernel.loops if loop.turns]
-    for loop in sorted(turned, key=lambda loop: -(loop.compute_seconds + loop.stall_seconds))[:TOP]:
-        lines.append(
-            f"    loop at bundles {loop.first_bundle}-{loop.last_bundle}, depth {loop.depth}: {loop.turns} turns, "
-            f"{_us(loop.compute_seconds)} us, {_us(loop.stall_seconds)} us stalled; {_slots(loop.utilization)}"
-        )
-    return lines
-
-
-def _slots(utilization: dict[str, float] | None) -> str:
-    if utilization is None:
-        return "slots unknown"
-    busiest = sorted(utilization.items(), key=lambda item: -item[1])[:TOP_SLOTS]
-    return ", ".join(f"{name} {share:.2f}" for name, share in busiest if share > 0) or "no slot used"
-
-
-def _xla_lines(report: CallReport) -> list[str]:
-    return [
-        f"  XLA {one.name} ({one.opcode}): {_us(one.seconds)} us by its {one.timed_by}, reads {_size(one.read_bytes)}, "
-        f"writes {_size(one.written_bytes)}"
-        for one in report.xla
-        if one.seconds
-        or one.read_bytes
-        or one.written_bytes  # else it is the end of an operation that is counted at its start
-    ]
-
-
-def _size(count: int) -> str:
-    return f"{count} B" if count < 1024 else size(count)
-
-
-def _us(seconds: float) -> str:
-    return f"{1e6 * seconds:.1f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    head = (
+        f"{one.name}, {one.workload.label}, {one.variant} on {report.target}: needs {traffic(report.needed_bytes or 0)} and "
+        f"{(report.needed_flops or 0) / 1e9:.3f} GFLOP; moves {traffic(report.moved_bytes)}; kernels alone: "
+        f"MBU {share(report.kernel_mbu)}, MFU {share(report.kernel_mfu)}"
+    )
+    return "\n".join([head, *report.detail()])

@@ -21,7 +21,7 @@ _CALLED = re.compile(
     r"\b(calls|condition|body|to_apply|true_computation|false_computation|branch_computations|called_computations)"
     r"=(\{[^}]*\}|%[\w.\-]+)"
 )
-_BITS: Final = {
+BITS: Final = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32, "u32": 32,
     "f32": 32, "s64": 64, "u64": 64, "f64": 64, "f8e4m3fn": 8, "f8e5m2": 8, "f8e4m3b11fnuz": 8,
 }  # fmt: skip
@@ -141,7 +141,7 @@ def parse_module(text: str, name: str = "hlo") -> Module:
             if started:
                 inside, operations = started[2], []
                 entry = inside if started[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # the metadata of a kernel has lines of its own, which begin with one too
             computations[inside], inside = Computation(tuple(operations), root), None
         elif match:
             operations.append(_operation(match[2], match[3], name))
@@ -188,5 +188,5 @@ def _shape(dtype: str, dims: str, order: str, layout: str) -> Array:
             ordered[place] = -(-ordered[place] // step) * step
         elif step > 1:
             ordered.append(step)
-    size = 0 if "S(" in layout else math.prod(ordered) * _BITS.get(dtype, 0) // 8
+    size = 0 if "S(" in layout else math.prod(ordered) * BITS.get(dtype, 0) // 8
     return Array(dtype, sizes, size, minor_first, tiles)

@@ -21,7 +21,7 @@ SLOTS: Final = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "VLOAD:FILL", "VST
 class Generation:
     """What a walk must know of one TPU generation.
 
-    delay_slots: bundles executed after a branch before it takes effect. hbm_pointer_granules: granules in one unit of
+    delay_slots: VLIW instructions executed after a branch before it takes effect. hbm_pointer_granules: granules in one unit of
     an HBM operand's address. matmul: a pattern that this generation's `vmatmul` opcodes match and others' do not;
     v5p's and v5e's are the same, and only their HBM pointers differ.
     """
@@ -125,12 +125,12 @@ _VECTOR_STEMS: Final = frozenset(
         "vmpack", "vmunpack", "vcombine", "vweird", "vmad", "vfma", "vsmask", "vmatmul", "vmatpush", "vmatpush1",
         "vmatpush2", "vmatpush3", "vmatprep", "vlatch", "vdwg", "vrot", "vperm", "vpermute", "vxpose", "vbcast",
         "vset", "vsetpat", "vsettm", "vsetiar", "vrng", "vpow", "vpow2", "vrcp", "vexp2", "vrsqrt", "vtanh", "vlog2", "verf",
-        "vsin", "vcos", "vpop", "vld", "vst", "vpush", "vtrace", "vdelay"
+        "vsin", "vcos", "vpop", "vld", "vst", "vpush", "vtrace", "vdelay", "vphi"
     }
 )
 # fmt: on
 
 
 def is_vector(opcode: str) -> bool:
-    """Whether an opcode is a vector instruction that this package knows: one bundle slot, no effect on scalars."""
+    """Whether an opcode is a vector instruction that this package knows: one slot, no effect on scalars."""
     return opcode.partition(".")[0] in _VECTOR_STEMS

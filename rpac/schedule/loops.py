@@ -12,16 +12,16 @@ from rpac.schedule.walk import Walk
 
 @dataclass(frozen=True)
 class Loop:
-    """Bundles [first, last], without those of loops inside it, over a whole walk. Cycles of the walk's clock.
+    """Instructions [first, last], without those of loops inside it, over a whole walk. Cycles of the walk's clock.
 
-    depth counts from 1; turns: how often its first bundle was issued. utilization: slot -> share of its capacity used
-    while the loop issued bundles, as the compiler counts occupancy; None where the dump does not say.
+    depth counts from 1; iterations: how often its first instruction was issued. utilization: slot -> share of its capacity used
+    while the loop issued instructions, as the compiler counts occupancy; None where the dump does not say.
     """
 
     first: int
     last: int
     depth: int
-    turns: int
+    iterations: int
     issued: int
     stalled: float
     utilization: tuple[tuple[str, float], ...] | None
@@ -47,7 +47,7 @@ def loops_of(walk: Walk) -> tuple[Loop, ...]:
 
 
 def loop_around(loops: Sequence[Loop], bundle: int) -> int | None:
-    """The first bundle of the innermost loop that holds a bundle; None outside of all."""
+    """The first instruction of the innermost loop that holds an instruction; None outside of all."""
     around = [loop for loop in loops if loop.first <= bundle <= loop.last]
     return max(around, key=lambda loop: loop.depth).first if around else None
 
@@ -63,7 +63,7 @@ def _ranges(schedule: Schedule) -> list[tuple[int, int]]:
 
 
 def _owners(ranges: Sequence[tuple[int, int]], bundles: int) -> list[int | None]:
-    """The innermost loop of each bundle. Ranges are sorted by start, so an inner loop overwrites its outer one."""
+    """The innermost loop of each instruction. Ranges are sorted by start, so an inner loop overwrites its outer one."""
     owner: list[int | None] = [None] * bundles
     for index in sorted(range(len(ranges)), key=lambda i: ranges[i][0] - ranges[i][1]):
         first, last = ranges[index]

@@ -1,7 +1,7 @@
 """The constants of the timing model for each target, and where each comes from.
 
 The clock is an effective one: schedules are cycle-accurate, but compute-bound kernels take longer on hardware than their
-bundles at the nominal clock. docs/calibration.md states the error at every published point.
+instructions at the nominal clock. docs/calibration.md states the error at every published point.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Source = Literal["fitted", "nominal", "assumed"]
 class Model:
     """How fast one core of a target runs a schedule.
 
-    clock_hz: bundles a second. hbm_bytes_per_s: of the FIFO channel between HBM and the core. latency_s: from a DMA's
-    turn on the channel being over to its semaphore showing it. setup_s: what each DMA holds the channel beside its
+    clock_hz: VLIW instructions a second. hbm_bytes_per_s: of the FIFO channel between HBM and the core. latency_s: from a DMA's
+    last byte to its semaphore showing it. setup_s: what each DMA holds the channel beside its
     bytes. local_latency_s: a DMA that does not touch HBM. sources: for each constant, `fitted` to published
     measurements, `nominal` (the vendor's figure) or `assumed` (taken over from the fitted target).
     """

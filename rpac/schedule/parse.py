@@ -1,12 +1,14 @@
-"""The text of a kernel's final schedule (`*-packed-bundles-post-ra.txt`) -> typed bundles.
+"""The text of a kernel's final schedule (`*-packed-bundles-post-ra.txt`) -> typed instructions.
 
-One VLIW bundle a line: `0x2d2 LB: >>> { %dest = opcode (predicate), arguments ;; ... }`. Vector instructions are only
-counted; everything that moves scalars, DMAs, semaphores or the program counter becomes an `Instruction`.
+One VLIW instruction a line: `0x2d2 LB: >>> { %dest = opcode (predicate), arguments ;; ... }`. The compiler calls it a
+bundle, and so do the names in this package's code. What is in its slots is only counted where it is vector work;
+everything that moves scalars, DMAs, semaphores or the program counter becomes an `Instruction`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rpac.errors import ScheduleError
@@ -31,7 +33,7 @@ class Instruction:
     """One scalar, DMA, semaphore or branch instruction.
 
     predicate: register and the value it must have, or None. passthrough: what `dest` becomes where the predicate fails
-    (`op (!%p, %old), ...`), or None. target: the bundle a branch goes to. note: the compiler's remark where it decides
+    (`op (!%p, %old), ...`), or None. target: where a branch goes to. note: the compiler's remark where it decides
     the meaning (`kRem`, `core id`).
     """
 
@@ -50,7 +52,7 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """One cycle of issue: its line in the file, label (`LB`, `PF`, ...) and its non-vector instructions."""
+    """One VLIW instruction, issued in one cycle: its line in the file, label (`LB`, `PF`, ...) and non-vector slots."""
 
     line: int
     label: str
@@ -91,7 +93,10 @@ class Spills:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A kernel's final schedule for one target. `slots[i]` counts SLOTS in bundle i, where the dump says so."""
+    """A kernel's final schedule for one target. `slots[i]` counts SLOTS in VLIW instruction i, where the dump says so.
+
+    cores: 2 where the grid is split over both cores of a device, which begin with a barrier.
+    """
 
     name: str
     target: str
@@ -100,6 +105,7 @@ class Schedule:
     spills: Spills
     slots: tuple[tuple[int, ...], ...] | None = None
     slot_capacity: tuple[int, ...] | None = None
+    cores: int = 1
 
     @property
     def generation(self) -> isa.Generation:
@@ -123,6 +129,8 @@ _OPERAND = re.compile(
 )
 _ALLOCATION = re.compile(r"#\w+")
 _SPILLS = tuple(re.compile(rf"\b{opcode} \[[^\]]*_spill\]") for opcode in ("vst", "vld", "sst", "sld"))
+_PUSHED = re.compile(r"= vpush\.ccrf %(v\w+)")
+_POPPED = re.compile(r"%(v\w+) = vpop\.ccrf\b")
 _THREAD = re.compile(r"\[thread:[^\]]*\]\s*")
 
 
@@ -131,7 +139,7 @@ def parse_schedule(text: str, target: str, name: str = "schedule", utilization: 
 
     `utilization`: the text of its `*-pre-delay_hlo-static-per-bundle-utilization.txt`, where there is one. `name` stands
     for the file in errors. Raises ScheduleError, naming the line, for an unknown target or instruction, a line that is
-    no bundle, a gap in the bundle numbers, a truncated file, or the marks of another generation.
+    no instruction, a gap in their numbers, a truncated file, or the marks of another generation.
     """
     generation = isa.GENERATIONS.get(target)
     if generation is None:
@@ -142,37 +150,39 @@ def parse_schedule(text: str, target: str, name: str = "schedule", utilization: 
     operands: list[Operand] = []
     opcodes: set[str] = set()
     number = 0
-    for line in _strip_comments(text).split("\n"):
+    plain = _strip_comments(text)
+    barriers = _barriers(plain)
+    for line in plain.split("\n"):
         number += 1
         match = _BUNDLE.match(line)
         if match is None:
             if (bundles and line.strip()) or _START.match(line):
                 raise ScheduleError(
-                    f"{name}:{number}: found {line.strip()[:80]!r}; a bundle must be one line, `N : {{ ... }}`; the file "
+                    f"{name}:{number}: found {line.strip()[:80]!r}; an instruction must be one line, `N : {{ ... }}`; the file "
                     "is truncated or of another compiler version: dump it again"
                 )
             number += line.count("\v")
             continue
         if int(match[1], 16) != len(bundles):
             raise ScheduleError(
-                f"{name}:{number}: found bundle {match[1]}, expected {len(bundles):#x}; lines are missing: dump it again"
+                f"{name}:{number}: found instruction {match[1]}, expected {len(bundles):#x}; lines are missing: dump it again"
             )
-        bundles.append(Bundle(number, match[2], _bundle(match[3], number, name, operands, opcodes)))
+        bundles.append(Bundle(number, match[2], _bundle(match[3], number, name, operands, opcodes, barriers)))
         number += line.count("\v")
     _check_whole(text, bundles, name)
     _check_generation(opcodes, operands, generation, bundles, name)
     capacity, slots = parse_utilization(utilization, name) if utilization is not None else (None, None)
     if slots is not None and len(slots) != len(bundles):
         raise ScheduleError(
-            f"{name}: {len(slots)} utilization rows for {len(bundles)} bundles; the files are not a pair"
+            f"{name}: {len(slots)} utilization rows for {len(bundles)} instructions; the files are not a pair"
         )
     spills = Spills(*(len(pattern.findall(text)) for pattern in _SPILLS))
     in_order = tuple(sorted(operands, key=lambda operand: operand.index))
-    return Schedule(name, target, tuple(bundles), in_order, spills, slots, capacity)
+    return Schedule(name, target, tuple(bundles), in_order, spills, slots, capacity, 2 if barriers else 1)
 
 
 def parse_utilization(text: str, name: str) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Reads a per-bundle utilization text: (capacity, one row a bundle), columns as isa.SLOTS."""
+    """Reads a utilization text: (capacity, one row a VLIW instruction), columns as isa.SLOTS."""
     lines = text.split("\n")
     if len(lines) < 4 or [column.strip() for column in lines[1].split(",")] != list(isa.SLOTS):
         found = lines[1] if len(lines) > 1 else text
@@ -191,7 +201,7 @@ def parse_utilization(text: str, name: str) -> tuple[tuple[int, ...], tuple[tupl
 def _strip_comments(text: str) -> str:
     """Drops remarks, but keeps argument names (`/*hbm=*/`, also inside of remarks) and what kind of division is meant.
 
-    A remark can span lines inside one bundle: each line break in it becomes a vertical tab, so that lines still count.
+    A remark can span lines inside one instruction: each line break in it becomes a vertical tab, so that lines still count.
     And it can hold others (those of bounds checks quote the DMA that they guard, remarks and all): innermost first.
     """
 
@@ -205,7 +215,25 @@ def _strip_comments(text: str) -> str:
     return text
 
 
-def _bundle(body: str, line: int, name: str, operands: list[Operand], opcodes: set[str]) -> tuple[Instruction, ...]:
+def _barriers(text: str) -> dict[str, int]:
+    """Scalar registers that hold what the other core pushed -> what that is.
+
+    Both cores run one program, so it is what this core pushed: `vpush.ccrf` of a constant, and then `vpop.ccrf`, which
+    reaches a scalar through a `vpush` and an `spop`. What each core does after the barrier, it does alone.
+    """
+    found = {}
+    for pushed, popped in zip(_PUSHED.findall(text), _POPPED.findall(text), strict=False):
+        constant = re.search(rf"%{pushed} = vmov (\d+)\b", text)
+        queue = re.search(rf"%(\d+) = vpush %{popped}\b", text)
+        scalar = re.search(rf"%(s\w+) = spop %{queue[1]}\b", text) if queue else None
+        if constant and scalar:
+            found[scalar[1]] = (int(constant[1]) + 2**31) % 2**32 - 2**31
+    return found
+
+
+def _bundle(
+    body: str, line: int, name: str, operands: list[Operand], opcodes: set[str], barriers: Mapping[str, int]
+) -> tuple[Instruction, ...]:
     instructions = []
     for text in body.split(";;"):
         text = text.strip()
@@ -223,6 +251,9 @@ def _bundle(body: str, line: int, name: str, operands: list[Operand], opcodes: s
                 f"{name}:{line}: unknown instruction {opcode!r} in {text[:100]!r}; this compiler emits what this version of "
                 "rpac cannot time: use the libtpu that it was written for, or report the instruction"
             )
+        if match[1] in barriers:
+            instructions.append(Instruction("smov", match[1], (barriers[match[1]],), None, None, None, "", line))
+            continue
         instruction, operand = _scalar(opcode, match[1] or "", match[3], line, name)
         if operand is not None:
             operands.append(operand)
@@ -251,7 +282,7 @@ def _scalar(opcode: str, dest: str, rest: str, line: int, name: str) -> tuple[In
     branch = _BRANCH.search(rest)
     if opcode == "sbr.rel":
         if branch is None:
-            raise ScheduleError(f"{name}:{line}: branch {rest[:80]!r} has no target bundle; another compiler version?")
+            raise ScheduleError(f"{name}:{line}: branch {rest[:80]!r} has no target; another compiler version?")
         target = int(branch[1])
         rest = rest[: branch.start()]
     rest = _NAMED.sub("", _THREAD.sub("", rest))
@@ -307,13 +338,13 @@ def _check_whole(text: str, bundles: list[Bundle], name: str) -> None:
         opened[edge].add(region)
     missing = sorted(opened["Start"] - opened["End"], key=int)
     if not bundles or missing:
-        what = f"regions {', '.join(missing[:5])} never end" if missing else "no bundle"
+        what = f"regions {', '.join(missing[:5])} never end" if missing else "no instruction"
         raise ScheduleError(f"{name}: {what}; the file is truncated or no schedule: dump it again")
     for bundle in bundles:
         for instruction in bundle.instructions:
             if instruction.target is not None and instruction.target >= len(bundles):
                 raise ScheduleError(
-                    f"{name}:{bundle.line}: a branch to bundle {instruction.target:#x} of {len(bundles):#x}; the file is "
+                    f"{name}:{bundle.line}: a branch to instruction {instruction.target:#x} of {len(bundles):#x}; the file is "
                     "truncated: dump it again"
                 )
 

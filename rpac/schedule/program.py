@@ -1,7 +1,7 @@
-"""A schedule -> Python functions, one for each straight run of bundles between places that branches go to.
+"""A schedule -> Python functions, one for each straight run of instructions between places that branches go to.
 
 Only what decides control flow, DMAs, semaphores and memory is translated; scalar work that feeds nothing but vector
-addresses is left out, and bundles without scalar work cost nothing. Registers that one run sets and uses are Python
+addresses is left out, and instructions without scalar work cost nothing. Registers that one run sets and uses are Python
 locals; the others live in a list. A phi takes what was last written to its register: each of its operands, where it is
 set, is also written to the phi's own cell.
 """
@@ -21,7 +21,7 @@ from rpac.schedule.parse import Address, Argument, Instruction, Schedule
 
 @dataclass(frozen=True)
 class Exit:
-    """One way out of a run: bundles [first, last) were executed, and the program goes on at `target`."""
+    """One way out of a run: instructions [first, last) were executed, and the program goes on at `target`."""
 
     first: int
     last: int
@@ -143,7 +143,7 @@ class _Translator:
         )
 
     def _run_bundles(self, leader: int) -> Iterator[int]:
-        """The bundles that follow a leader with no branch taken, up to the next leader."""
+        """The instructions that follow a leader with no branch taken, up to the next leader."""
         following = [other for other in self.leaders if other > leader]
         last = following[0] if following else len(self.schedule.bundles)
         for bundle in range(leader, last):
@@ -159,7 +159,7 @@ class _Translator:
         end = bundle + 1 + self.delay
         if end > len(self.schedule.bundles):
             raise ScheduleError(
-                f"{self.schedule.name}:{self.schedule.bundles[bundle].line}: a branch has fewer than {self.delay} bundles "
+                f"{self.schedule.name}:{self.schedule.bundles[bundle].line}: a branch has fewer than {self.delay} instructions "
                 "after it; the dump is truncated or of another generation"
             )
         return range(bundle + 1, end)
@@ -207,7 +207,7 @@ class _Translator:
             if self._branch(slot) is not None:
                 raise ScheduleError(
                     f"{self.schedule.name}:{self.schedule.bundles[slot].line}: a branch in the {self.delay} delay slots of "
-                    f"the branch at bundle {bundle:#x}; the dump is of another generation"
+                    f"the branch at instruction {bundle:#x}; the dump is of another generation"
                 )
             yield from self._bundle(slot, offset + slot - bundle, loaded)
         end = bundle + 1 + self.delay

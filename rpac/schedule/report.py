@@ -8,36 +8,26 @@ flop/s); a multiply-add is two flops. Both are given over the whole call, and ov
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rpac.devices.chip import chip
 from rpac.errors import ScheduleError
+from rpac.schedule.call_report import CallReport, KernelReport, LoopReport, WaitReport, XlaReport
 from rpac.schedule.compilers import check_compiler, is_verified
 from rpac.schedule.dump import Dump
 from rpac.schedule.hlo import Module, Operation, parse_module
+from rpac.schedule.layout import words
 from rpac.schedule.loops import loop_around, loops_of
 from rpac.schedule.memory import Words
 from rpac.schedule.model import Model, model_of
-from rpac.schedule.parse import Spills, parse_schedule
+from rpac.schedule.parse import parse_schedule
 from rpac.schedule.program import Program, translate
 from rpac.schedule.sequence import run
 from rpac.schedule.walk import Walk, walk
-
-DEFINITIONS = {
-    "seconds": "the whole call, XLA's operations included, one after another",
-    "kernel_seconds": "the Pallas kernels of the call",
-    "mbu": "needed_bytes / (seconds x the chip's peak HBM bytes/s)",
-    "mfu": "needed_flops / (seconds x the chip's peak bf16 flop/s); a multiply-add is two flops",
-    "needed_bytes": "cached K and V read once, new K and V read and written once, queries read, output written",
-    "needed_flops": "4 x head_dim x q_heads for each pair of a query and a token that it may attend to; of latent attention "
-    "2 x (2 x kv_lora_rank + rope_dim) x q_heads",
-    "moved_bytes": "what DMAs between HBM and the core move, with what XLA's operations read and write",
-    "compute_seconds": "bundles issued, empty ones included, over the clock",
-    "stall_seconds": "what waits add to them; the two make up a kernel's seconds",
-    "dma_seconds": "how long the HBM channel was busy; overlaps both",
-    "utilization": "share of a slot's capacity that the bundles issued in a loop used, as the compiler counts it",
-}
 
 
 @dataclass(frozen=True)
@@ -95,94 +85,12 @@ def _seen(tokens: int, window: int, chunk: int) -> int:
 
 
 @dataclass(frozen=True)
-class WaitReport:
-    """One wait of a kernel: where, on what, how often, and how long it stalled in all.
-
-    line: of the schedule's text. loop: first bundle of the innermost loop around it, None outside of all. semaphore: the
-    first that it waited on; a wait in a loop goes through those of several buffers.
-    """
-
-    bundle: int
-    line: int
-    loop: int | None
-    semaphore: str
-    count: int
-    stall_seconds: float
-
-
-@dataclass(frozen=True)
-class LoopReport:
-    """One loop of a kernel, without the loops inside it. Utilization by slot, None where the dump does not say."""
-
-    first_bundle: int
-    last_bundle: int
-    depth: int
-    turns: int
-    compute_seconds: float
-    stall_seconds: float
-    utilization: dict[str, float] | None
-
-
-@dataclass(frozen=True)
-class KernelReport:
-    """One kernel. seconds = compute_seconds (bundles issued) + stall_seconds; the channel's dma_seconds overlap both."""
+class KernelOperands:
+    """A kernel of a function: its name if it has one, the shapes of all its operands, and the integers known among them."""
 
     name: str
-    seconds: float
-    compute_seconds: float
-    stall_seconds: float
-    dma_seconds: float
-    dmas: int
-    read_bytes: int
-    written_bytes: int
-    bundles: int
-    spills: Spills
-    waits: tuple[WaitReport, ...]
-    loops: tuple[LoopReport, ...]
-
-
-@dataclass(frozen=True)
-class XlaReport:
-    """One operation of XLA around the kernels.
-
-    timed_by: `schedule` (walked) or `bytes` (over the HBM bandwidth). reason: why it was not walked, or empty.
-    """
-
-    name: str
-    opcode: str
-    seconds: float
-    read_bytes: int
-    written_bytes: int
-    timed_by: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class CallReport:
-    """The prediction for one call and batch. Times in seconds, sizes in bytes; see DEFINITIONS.
-
-    compiler: libtpu's version; compiler_verified: whether the reading of its schedules is.
-    """
-
-    target: str
-    compiler: str
-    compiler_verified: bool
-    seconds: float
-    kernel_seconds: float
-    mbu: float | None
-    mfu: float | None
-    kernel_mbu: float | None
-    kernel_mfu: float | None
-    needed_bytes: int | None
-    needed_flops: int | None
-    moved_bytes: int
-    kernels: tuple[KernelReport, ...]
-    xla: tuple[XlaReport, ...]
-    model: Model
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, with the definitions of its fields under `definitions`."""
-        return {**asdict(self), "definitions": DEFINITIONS}
+    shapes: tuple[tuple[int, ...], ...]
+    known: Mapping[int, NDArray[np.integer[Any]]]
 
 
 class Call:
@@ -204,15 +112,19 @@ class Call:
         if not self.kernels:
             raise ScheduleError("the dumped call holds no Pallas kernel; nothing to predict")
 
-    def operands(self, parameters: Mapping[int, Words]) -> dict[str, dict[int, Words]]:
-        """Kernel name -> its int32 operands by index, as far as they follow from the call's int32 parameters, its
-        constants, and what the scalars of earlier kernels write. Of a kernel in a loop, those of its first iteration.
+    def operands(
+        self, parameters: Mapping[int, Words], traced: Sequence[KernelOperands] = ()
+    ) -> dict[str, dict[int, Words]]:
+        """Kernel name -> its scalar operands by index, as far as they follow from the call's int32 parameters, its
+        constants, what the scalars of earlier kernels write, and what the function's kernels are known to take. Of a kernel
+        in a loop, those of its first iteration.
 
         Raises ScheduleError as `predict`.
         """
         found: dict[str, dict[int, Words]] = {}
 
         def kernel(operation: Operation, operands: dict[int, Words]) -> Mapping[int, Words]:
+            operands = self._with_traced(operation, operands, traced)
             found.setdefault(operation.name, operands)
             writes = any(array.is_scalars for array in operation.shapes)
             return self._walk(operation, operands).written if writes else {}
@@ -224,18 +136,21 @@ class Call:
         """Walks one kernel of the call. Raises ScheduleError as `walk`."""
         return walk(self._program(name), operands, self.model, trace=trace)
 
-    def predict(self, parameters: Mapping[int, Words], work: Work | None = None) -> CallReport:
+    def predict(
+        self, parameters: Mapping[int, Words], work: Work | None = None, traced: Sequence[KernelOperands] = ()
+    ) -> CallReport:
         """Times the call for one batch.
 
-        `parameters`: the call's int32 arguments, flattened, by parameter number. What runs more than once is reported
-        each time. Raises ScheduleError where a kernel, or a loop or conditional around one, needs a scalar that follows
+        `parameters`: the call's int32 arguments, flattened, by parameter number. `traced`: what the kernels of the
+        function are known to take, as `kernel_operands` finds it. What runs more than once is reported each time. Raises
+        ScheduleError where a kernel, or a loop or conditional around one, needs a scalar that follows
         neither from them, nor from the call's constants, nor from what earlier kernels write, and as `walk`.
         """
         kernels: list[KernelReport] = []
         xla: list[XlaReport] = []
 
         def kernel(operation: Operation, operands: dict[int, Words]) -> Mapping[int, Words]:
-            done = self._walk(operation, operands)
+            done = self._walk(operation, self._with_traced(operation, operands, traced))
             kernels.append(self._kernel(operation.name, done))
             return done.written
 
@@ -276,6 +191,25 @@ class Call:
             self._programs[name] = translate(schedule)
         return self._programs[name]
 
+    def _with_traced(
+        self, kernel: Operation, operands: dict[int, Words], traced: Sequence[KernelOperands]
+    ) -> dict[int, Words]:
+        """Also what a traced kernel of its name and shapes takes; of several such kernels, what all of them take.
+
+        What follows from the compiled call itself comes first. A kernel in a loop is no traced one.
+        """
+        if all(one is not kernel for one in self.module.computations[self.module.entry].operations):
+            return operands
+        arrays = [self.module[name].shapes[0] for name in kernel.inputs]
+        shapes, stem = tuple(array.dims for array in arrays), kernel.name.rpartition(".")[0]
+        same = [one.known for one in traced if one.shapes == shapes and one.name in ("", stem)]
+        found: dict[int, Words] = {
+            index: words(value.reshape(-1).tolist(), arrays[index])
+            for index, value in (same[0] if same else {}).items()
+            if all(index in other and np.array_equal(other[index], value) for other in same)
+        }
+        return {**operands, **found, **{index: values for index, values in operands.items() if None not in values}}
+
     def _walk(self, kernel: Operation, operands: Mapping[int, Words]) -> Walk:
         try:
             return self.walk_kernel(kernel.name, operands)
@@ -292,9 +226,9 @@ class Call:
             stall_seconds=done.stalled * second,
             dma_seconds=done.dma_busy * second,
             dmas=done.dmas,
-            read_bytes=done.read_bytes,
-            written_bytes=done.written_bytes,
-            bundles=len(done.schedule.bundles),
+            read_bytes=done.read_bytes * done.schedule.cores,
+            written_bytes=done.written_bytes * done.schedule.cores,
+            instructions=len(done.schedule.bundles),
             spills=done.schedule.spills,
             waits=tuple(
                 WaitReport(w.bundle, w.line, loop_around(loops, w.bundle), w.semaphore, w.count, w.stalled * second)
@@ -305,7 +239,7 @@ class Call:
                     loop.first,
                     loop.last,
                     loop.depth,
-                    loop.turns,
+                    loop.iterations,
                     loop.issued * second,
                     loop.stalled * second,
                     dict(loop.utilization) if loop.utilization else None,
@@ -331,7 +265,7 @@ class Call:
             try:
                 seconds = walk(self._program(operation.name), {}, self.model).cycles / self.model.clock_hz
             except ScheduleError as error:
-                # It is a DMA, runs on another core, or turns on what only XLA knows: its bytes bound it from below.
+                # It is a DMA, runs on another core, or depends on what only XLA knows: its bytes bound it from below.
                 seconds, timed_by, reason = (read + written) / self.model.hbm_bytes_per_s, "bytes", str(error)
             self._xla[operation.name] = XlaReport(
                 operation.name, operation.opcode, seconds, read, written, timed_by, reason

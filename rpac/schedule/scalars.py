@@ -171,7 +171,7 @@ def _bitcast(array: Integers, source: Array, to: Array) -> Integers | None:
     if source.count == to.count == 1 and source.dtype == to.dtype:
         return _shaped([array], lambda one: one.reshape(to.dims))
     before, after = places(source), places(to)
-    if before is None or after is None or array.values.itemsize != np.dtype(_DTYPES[to.dtype]).itemsize:
+    if array.values.itemsize != np.dtype(_DTYPES[to.dtype]).itemsize:
         return None
     size = int(max(before.max(initial=0), after.max(initial=0))) + 1
     values: Elements = np.zeros(size, _DTYPES[to.dtype])

@@ -1,7 +1,7 @@
-"""Executes a schedule's scalar program with a batch's scalar operands and times it: bundles, DMAs, waits.
+"""Executes a schedule's scalar program with a batch's scalar operands and times it: instructions, DMAs, waits.
 
-One bundle is one cycle. A DMA goes through the HBM model; a `dma.done.wait` stalls until its semaphore has what it asks
-for. Vector work only takes its bundles: the schedule already holds its latencies as empty ones.
+One VLIW instruction is one cycle. A DMA goes through the HBM model; a `dma.done.wait` stalls until its semaphore has
+what it asks for. Vector work only takes its instructions: the schedule already holds its latencies as empty ones.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from rpac.errors import ScheduleError
 from rpac.schedule.hbm import Channel, Semaphore
 from rpac.schedule.isa import GRANULE_BYTES
+from rpac.schedule.layout import Image
 from rpac.schedule.memory import GRANULE_WORDS, Contents, Smem, Unknown, Value, Words
 from rpac.schedule.model import Model
 from rpac.schedule.parse import Schedule
@@ -47,7 +48,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class Walk:
-    """A finished walk. Cycles are of the model's clock; `executed[i]` counts how often bundle i was issued.
+    """A finished walk. Cycles are of the model's clock; `executed[i]` counts how often VLIW instruction i was issued.
 
     written: the int32 words that the scalar program's DMAs left in the kernel's results, by result.
     """
@@ -76,8 +77,8 @@ def walk(
 ) -> Walk:
     """Runs a kernel's schedule with its scalar operands.
 
-    `operands`: int32 values by operand index, flattened; those that the scalar program does not read may be missing, and
-    a word that is not known is None.
+    `operands`: int32 values by operand index, flattened, or an `Image` of an operand's memory; those that the scalar program
+    does not read may be missing, and a word that is not known is None.
     `trace`: also record every transfer. Raises ScheduleError where an operand is missing or has another length than the
     schedule says, where control flow needs a value that is not known (it names it), where a wait is never satisfied,
     where a check in the kernel fails, and past `max_cycles`.
@@ -94,7 +95,9 @@ class _Walker:
         _check_operands(program.schedule, operands)
         self.smem = Smem(program.layout, program.schedule.name)
         self.contents = Contents(program.layout, operands, program.schedule.name)
-        self.channel = Channel(model.bytes_per_cycle, model.cycles(model.latency_s), model.cycles(model.setup_s))
+        # Where the other core does its half at the same time, each has half of the channel.
+        share = model.bytes_per_cycle / program.schedule.cores
+        self.channel = Channel(share, model.cycles(model.latency_s), model.cycles(model.setup_s))
         self.local_latency = model.cycles(model.local_latency_s)
         self.semaphores: dict[int, Semaphore] = {}
         self.waits: dict[int, list[float]] = {}
@@ -113,7 +116,7 @@ class _Walker:
                     raise ScheduleError(f"still running after {cycle:.3g} cycles; a loop's bound may be wrong")
         except ScheduleError as error:
             raise ScheduleError(
-                f"{self.schedule.name}: walking the bundles from {bundle:#x} on, at cycle {cycle:.0f}: {error}"
+                f"{self.schedule.name}: walking the instructions from {bundle:#x} on, at cycle {cycle:.0f}: {error}"
             ) from None
         executed = self._executed()
         issued = sum(executed)
@@ -164,7 +167,7 @@ class _Walker:
 
     def _place(self, site: int) -> str:
         bundle, instruction = self.program.sites[site]
-        return f"{self.schedule.name}:{instruction.line}: {instruction} in bundle {bundle:#x}"
+        return f"{self.schedule.name}:{instruction.line}: {instruction} in instruction {bundle:#x}"
 
     def _known(self, value: Value, site: int, what: str) -> int:
         if isinstance(value, Unknown):
@@ -303,7 +306,7 @@ def _check_operands(schedule: Schedule, operands: Mapping[int, Words]) -> None:
         size = 1
         for n in shapes[index]:
             size *= n
-        if len(values) != size:
+        if len(values) != size and not isinstance(values, Image):
             raise ScheduleError(
                 f"{schedule.name}: operand {index} has {len(values)} values; the kernel takes {list(shapes[index])}, so {size}"
             )

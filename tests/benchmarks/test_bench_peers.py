@@ -27,9 +27,9 @@ def result(micros: float, error: str = ""):
 
 
 def section(results: dict[str, object]):
-    case = module("cases").CASES[0]
+    heads, case = module("cases").LLAMA_8B, module("cases").CASES[0]
     by_place = {(name, case.label): one for name, one in results.items()}
-    return module("document").Section("tpu7x", 128, (case,), tuple(results), by_place)
+    return module("document").Section(heads, "tpu7x", 128, (case,), tuple(results), by_place)
 
 
 def test_ragged_lengths_are_the_same_on_every_run_and_within_bounds():
@@ -42,21 +42,24 @@ def test_ragged_lengths_are_the_same_on_every_run_and_within_bounds():
 
 def test_every_peer_of_a_place_is_one():
     known = {one.name for one in module("contenders").CONTENDERS}
-    assert {name for peers in module("cases").PLACES.values() for name in peers} <= known
+    ours = {one.name for one in module("contenders").OURS}
+    for heads in module("cases").HEADS:
+        assert {name for peers in heads.places.values() for name in peers} <= known
+        assert set(heads.ours) <= ours
 
 
 def test_every_case_fits_its_bucket_and_the_longest_length():
     cases = module("cases")
-    for case in cases.CASES:
+    for case in (case for heads in cases.HEADS for case in heads.cases):
         assert sum(case.workload.q_lens) <= case.tokens
         assert case.longest <= cases.MAX_MODEL_LEN
-        assert len(case.workload.q_lens) <= cases.MAX_SEQS
+        assert len(case.workload.q_lens) <= case.max_seqs
 
 
 def test_all_peers_get_the_same_lengths_and_pages_from_a_batch(tmp_path):
     cases, contenders, run = module("cases"), module("contenders"), module("run")
     case = next(case for case in cases.CASES if case.kind == "mixed")
-    batch = case.workload.batch(run.limits_of(tmp_path, 128))
+    batch = case.workload.batch(run.limits_of(tmp_path, cases.LLAMA_8B, 128, case))
     v3 = contenders.contract_parameters(batch, case)
     v2 = contenders.v2_parameters(batch, case)
     flywheel = contenders.flywheel_parameters(batch, case)
@@ -93,7 +96,9 @@ def test_the_summary_claims_nothing_where_no_peer_ran():
 
 def test_refusals_name_each_reason_once_with_its_places():
     found = section({"rpac": result(100), "a": result(0, "too large")})
-    assert module("document").refusals([found]) == ["- **a** (tpu7x, pages of 128: every batch): too large"]
+    assert module("document").refusals([found], "not run yet") == [
+        "- **a** (32/8 heads, tpu7x, pages of 128: every batch): too large"
+    ]
 
 
 def test_a_reason_is_the_telling_line_without_paths():
@@ -106,22 +111,61 @@ def test_a_reason_is_the_telling_line_without_paths():
 
 def test_results_survive_a_rerun_and_unfinished_ones_do_not(tmp_path):
     store = module("store").Store(tmp_path / "results.json", tmp_path)
-    assert store.result("k") is None
-    store.keep_result("k", result(5))
+    assert store.result("name", "key") is None
+    store.keep_result("name", "key", result(5))
     again = module("store").Store(tmp_path / "results.json", tmp_path)
-    assert again.result("k") == result(5)
+    assert again.result("name", "key") == result(5)
     assert not list(tmp_path.rglob("*.part"))
 
 
 def test_results_that_nobody_asks_for_are_dropped(tmp_path):
     store = module("store").Store(tmp_path / "results.json", tmp_path)
     for key in ("a", "b"):
-        store.keep_result(key, result(5))
+        store.keep_result(key, "key", result(5))
     again = module("store").Store(tmp_path / "results.json", tmp_path)
-    again.result("a")
+    again.result("a", "key")
     again.drop_unasked()
     kept = module("store").Store(tmp_path / "results.json", tmp_path)
-    assert (kept.result("a"), kept.result("b")) == (result(5), None)
+    assert (kept.result("a", "key"), kept.result("b", "key")) == (result(5), None)
+
+
+def test_a_result_of_an_earlier_kernel_is_shown_with_a_mark(tmp_path):
+    store = module("store").Store(tmp_path / "results.json", tmp_path)
+    store.keep_result("name", "key of then", result(1234))
+    found = store.result("name", "key of now")
+    assert found.earlier
+    assert module("document").cell(module("cases").CASES[0], found) == "1,234 / 1,111, 0.50 *"
+
+
+def test_cells_that_nobody_ran_are_named_apart_from_refusals():
+    document = module("document")
+    found = section({"rpac": result(100), "a": result(0, "not run yet"), "b": result(0, "too large")})
+    assert document.not_run([found], "not run yet") == ["- 32/8 heads, tpu7x, pages of 128: a"]
+    none = section({"a": result(0, "not run yet")})
+    assert document.not_run([none], "not run yet") == ["- 32/8 heads, tpu7x, pages of 128: everything"]
+    assert document.refusals([found], "not run yet") == [
+        "- **b** (32/8 heads, tpu7x, pages of 128: every batch): too large"
+    ]
+
+
+def test_every_shard_has_a_spec_and_work(tmp_path):
+    run = module("run")
+    for heads in module("cases").HEADS:
+        for (_, page), case in ((place, heads.cases[0]) for place in heads.places):
+            assert run.limits_of(tmp_path, heads, page, case).page_size == page
+            assert run.work_of(heads, case).bytes > 0
+
+
+def test_what_others_measured_stands_beside_the_batch_that_it_is_of():
+    cases, document = module("cases"), module("document")
+    for one in cases.MEASURED:
+        heads = next(heads for heads in cases.HEADS if heads.label == one.heads)
+        case = next(case for case in heads.cases if case.label == one.case)
+        names = (*heads.ours, *heads.places[one.place])
+        results = {(name, case.label): result(100) for name in names}
+        found = document.Section(heads, *one.place, (case,), names, results)
+        lines = document.shards([found], cases.MEASURED)
+        assert any(one.peer in line and f"{one.seconds * 1e6:,.0f} us" in line for line in lines)
 
 
 def test_kernels_of_batched_rpas_design_are_compiled_in_one_place_with_blocks_for_the_batch():
@@ -129,9 +173,9 @@ def test_kernels_of_batched_rpas_design_are_compiled_in_one_place_with_blocks_fo
     decode, prefill = (next(case for case in cases.CASES if case.kind == kind) for kind in ("decode", "prefill"))
     peers = {one.name: one for one in contenders.CONTENDERS}
     for name, choices in (("batched_rpa", 2), ("tokamax", 2), ("stacked_rpa", 1)):
-        assert "one target" in peers[name].compiles("v6e", 128, decode)
+        assert "one target" in peers[name].compiles(cases.LLAMA_8B, ("v6e", 128), decode)
         for case, mode in ((decode, "decode"), (prefill, "prefill")):
-            found = peers[name].compiles("tpu7x", 128, case)
+            found = peers[name].compiles(cases.LLAMA_8B, ("tpu7x", 128), case)
             assert len(found) == choices and found[0].choice == "its own" and "blocks" not in found[0].request
             assert all(list(one.request["blocks"]) == [mode] for one in found[1:])
             assert {one.environment for one in found} <= set(environment.ENVIRONMENTS)

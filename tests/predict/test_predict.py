@@ -101,10 +101,10 @@ def test_a_report_adds_up(programs: Built) -> None:
     for kernel in report.kernels:
         assert kernel.seconds == pytest.approx(kernel.compute_seconds + kernel.stall_seconds)
         assert sum(wait.stall_seconds for wait in kernel.waits) == pytest.approx(kernel.stall_seconds)
-        loops = {loop.first_bundle for loop in kernel.loops}
+        loops = {loop.first_instruction for loop in kernel.loops}
         assert {wait.loop for wait in kernel.waits} <= {None, *loops}
         assert any(wait.loop is not None for wait in kernel.waits)
-        assert all(loop.utilization is not None for loop in kernel.loops if loop.turns)
+        assert all(loop.utilization is not None for loop in kernel.loops if loop.iterations)
     assert all(x.timed_by == "schedule" or x.reason for x in report.xla)
 
 

@@ -67,7 +67,7 @@ def test_several_targets_are_all_answered(dumps: Path, tmp_path: Path) -> None:
 def test_a_report_names_waits_loops_slots_spills_and_definitions(dumps: Path) -> None:
     done = rpac(*PREDICT, "--decode", "4x100", cache=dumps)
     for part in (
-        "rpa_decode.1: ", " compute + ", "wait at bundle ", "in the loop at ", "turns, ", "VALU 0.", "spills: ",
+        "rpa_decode.1: ", " compute + ", "wait at instruction ", "in the loop at ", "iterations, ", "VALU 0.", "spills: ",
         "XLA copy-start ", "MBU = needed_bytes / ", "MFU = needed_flops / ", "GFLOP; moves ",
     ):  # fmt: skip
         assert part in done.stdout, part

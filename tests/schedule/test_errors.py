@@ -20,8 +20,8 @@ from .test_walk import copy_in, wait
         ("%1 = dma.hbm_to_moon %s1_s1, 4", r"mini:5: unknown instruction 'dma\.hbm_to_moon'"),
         ("%s1_s1 = sadd.s32 ?, 4", r"mini:5: cannot read argument '\?'"),
         ("%s1_s1 = sld [smem:[#allocation4 * 3]]", "mini:5: cannot read address"),
-        ("%1 = sbr.rel somewhere", "has no target bundle"),
-        ("%1 = sbr.rel target bundleno = 99 (0x63), region = 1", "a branch to bundle 0x63 of 0x1"),
+        ("%1 = sbr.rel somewhere", "has no target;"),
+        ("%1 = sbr.rel target bundleno = 99 (0x63), region = 1", "a branch to instruction 0x63 of 0x1"),
         ("%s1_s1 = inlined_call_operand.hbm of some kind", "has no shape and index"),
         (
             "%1 = vmatmul.mubr.bf16.gmra.mxu0 %v1_v1",
@@ -43,7 +43,7 @@ def test_an_unknown_target_is_refused_with_those_that_are_known() -> None:
 
 @pytest.mark.parametrize("content", ["", "hello\n", "= control target key end\n"])
 def test_a_file_without_bundles_is_refused(content: str) -> None:
-    with pytest.raises(ScheduleError, match="no bundle; the file is truncated or no schedule"):
+    with pytest.raises(ScheduleError, match="no instruction; the file is truncated or no schedule"):
         parse_schedule(content, "tpu7x")
 
 
@@ -64,7 +64,7 @@ def test_a_file_without_bundles_is_refused(content: str) -> None:
             + "2 " * 10
             + "\n==\n"
             + "0 " * 10,
-            "1 utilization rows for 2 bundles; the files are not a pair",
+            "1 utilization rows for 2 instructions; the files are not a pair",
         ),
     ],
 )
@@ -76,7 +76,7 @@ def test_utilization_that_does_not_fit_is_refused(utilization: str, message: str
 def test_a_wait_that_nothing_satisfies_is_named() -> None:
     lines = [operand(0, "f32[4096]"), *copy_in("tpu7x", 64), wait(65)]
     with pytest.raises(
-        ScheduleError, match=r"mini:7: 10 = dma.done.wait in bundle 0x2: waits for 65 .* has 64 and nothing"
+        ScheduleError, match=r"mini:7: 10 = dma.done.wait in instruction 0x2: waits for 65 .* has 64 and nothing"
     ):
         run("tpu7x", *lines)
 
@@ -91,7 +91,7 @@ BRANCH = ["%p1_p0 = scmp.lt.s32.totalorder %s1_s1, 4", "%2 = sbr.rel (%p1_p0) ta
             "%s1_s1 = sld [smem:[#allocation4 + $0x7]]",
             r"mini:5 reads smem\[#allocation4 \+ 0x7\], which was never written",
         ),
-        ("%s1_s1 = spop %2", r"mini:5: s1_s1 = spop in bundle 0x0 comes out of a vector"),
+        ("%s1_s1 = spop %2", r"mini:5: s1_s1 = spop in instruction 0x0 comes out of a vector"),
         ("%s1_s1 = scvt.f32.s32 %s2_s2", "comes out of float arithmetic"),
         ("%1 = sfence", "register %s1_s1 was never set"),
         (
@@ -135,13 +135,13 @@ def test_a_read_past_an_operand_is_a_read_of_what_was_never_written() -> None:
 
 def test_a_branch_in_the_shadow_of_another_means_another_generation() -> None:
     branch = "%1 = sbr.rel target bundleno = 12 (0xc), region = 1"
-    with pytest.raises(ScheduleError, match="a branch in the 6 delay slots of the branch at bundle 0x0"):
+    with pytest.raises(ScheduleError, match="a branch in the 6 delay slots of the branch at instruction 0x0"):
         run("tpu7x", branch, 4, branch, 8)
     run("v6e", "%p1_p1 = scmp.lt.s32.totalorder 5, 4", branch.replace("rel", "rel (%p1_p1)"), 4, branch, 8)
 
 
 def test_a_branch_without_room_for_its_delay_slots_is_refused() -> None:
-    with pytest.raises(ScheduleError, match="has fewer than 6 bundles after it"):
+    with pytest.raises(ScheduleError, match="has fewer than 6 instructions after it"):
         run("tpu7x", "%1 = sbr.rel target bundleno = 0 (0x0), region = 1", 5)
 
 

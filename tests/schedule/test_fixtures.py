@@ -74,11 +74,11 @@ def test_a_longer_batch_takes_longer_and_an_empty_one_still_takes_time(target: s
 
 
 @each_target
-def test_the_loops_of_the_kernel_are_found_with_their_turns(target: str) -> None:
+def test_the_loops_of_the_kernel_are_found_with_their_iterations(target: str) -> None:
     call = Call(load(target))
     report = call.predict({LENS: [3] * SEQS, TABLE: list(range(PAGES))})
-    turns = {loop.depth: loop.turns for loop in report.kernels[0].loops}
-    assert turns == {1: SEQS, 2: 3 * SEQS}
+    iterations = {loop.depth: loop.iterations for loop in report.kernels[0].loops}
+    assert iterations == {1: SEQS, 2: 3 * SEQS}
     kernel = report.kernels[0]
     assert kernel.seconds == pytest.approx(kernel.compute_seconds + kernel.stall_seconds)
     assert sum(w.stall_seconds for w in kernel.waits) == pytest.approx(kernel.stall_seconds)

@@ -41,6 +41,12 @@ def branch_to(lines: list[str | int], label: int = 1) -> list[str | int]:
 
 
 @each_target
+def test_a_phi_of_vectors_is_a_vector_instruction(target: str) -> None:
+    """MLA v2 of tpu-inference has one in each loop that carries a vector: its own cycle, and no effect on scalars."""
+    assert run(target, "%v2_v1 = vphi %v1_v0, %v3_v1", "%v3_v1 = vadd.f32 %v2_v1, %v2_v1").cycles == 2
+
+
+@each_target
 def test_a_bundle_takes_a_cycle_empty_or_full(target: str) -> None:
     done = run(
         target, "%1 = vst [vmem:[#allocation2] sm:$0xff] /*vst_source=*/%v1_v0", 7, "%v2_v1 = vadd.f32 %v1_v0, %v1_v0"
@@ -273,3 +279,36 @@ def test_a_setup_cost_holds_the_channel_for_every_transfer() -> None:
     lines = [operand(0, "f32[4096]"), *copy_in("tpu7x", 64), *copy_in("tpu7x", 64)[-1:], wait(128)]
     done = walk(schedule("tpu7x", *lines), {}, model("tpu7x", setup=10))
     assert done.stalled == 2 * (64 + 10) + LATENCY - 2
+
+
+def megacore(cookie: int, popped: str = "%v8_v1 = vpop.ccrf") -> list[str | int]:
+    """How a kernel whose grid is split over both cores of v5p begins: each checks what the other one pushed."""
+    return [
+        f"%v1_v0 = vmov {cookie} /* materialized constant */",
+        "%7 = vpush.ccrf %v1_v0",
+        popped,
+        "%22 = vpush %v8_v1",
+        "%s9_s1 = spop %22",
+        f"%p1_p0 = scmp.ne.s32.totalorder %s9_s1, {cookie}",
+        "%18 = shalt.err (%p1_p0) /* scheckeq: BarrierMegacore */",
+    ]
+
+
+@pytest.mark.parametrize("cookie", [7, 199067321, 4294967290])
+def test_both_cores_of_v5p_pass_the_barrier_that_they_begin_with(cookie: int) -> None:
+    done = run("v5p", *megacore(cookie))
+    assert done.schedule.cores == 2
+    assert done.cycles == 7
+
+
+def test_a_core_has_half_of_the_channel_where_the_other_one_works_too() -> None:
+    transfer = [operand(0), *copy_in("v5p", 64), wait(64)]
+    alone = run("v5p", *transfer)
+    both = run("v5p", *megacore(7), *transfer)
+    assert both.dma_busy == 2 * alone.dma_busy
+    assert both.read_bytes == alone.read_bytes  # of this core
+
+
+def test_what_comes_from_another_vector_is_no_barrier() -> None:
+    with pytest.raises(ScheduleError, match="s9_s1 = spop in instruction 0x4 comes out of a vector"):
+        run("v5p", *megacore(7, "%v8_v1 = vadd.s32 %v1_v0, %v1_v0"))
