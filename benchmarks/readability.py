@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Final
 
@@ -67,7 +68,8 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="say where each finding is")
     options = parser.parse_args()
     files = sorted(file for path in options.paths for file in (path.rglob("*.py") if path.is_dir() else [path]))
-    with ProcessPoolExecutor() as pool:
+    # Not by fork, which Python warns of where threads run, as they do beside JAX.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         every = pool.map(measures, [file.read_text() for file in files], chunksize=8)
         found = dict(zip(map(_shown, files), every, strict=True))
     rows = [(name, *map(one.count, COLUMNS)) for name, one in found.items()]

@@ -65,9 +65,9 @@ def test_several_targets_are_all_answered(dumps: Path, tmp_path: Path) -> None:
 
 @pytest.mark.compile
 def test_a_report_names_waits_loops_slots_spills_and_definitions(dumps: Path) -> None:
-    done = rpac(*PREDICT, "--decode", "4x100", cache=dumps)
+    done = rpac(*PREDICT, "--prefill", "2x16/200", cache=dumps)
     for part in (
-        "rpa_decode.1: ", " compute + ", "wait at instruction ", "in the loop at ", "iterations, ", "VALU 0.", "spills: ",
+        "rpa_prefill.1: ", " compute + ", "wait at instruction ", "in the loop at ", "iterations, ", "VALU 0.", "spills: ",
         "XLA copy-start ", "MBU = needed_bytes / ", "MFU = needed_flops / ", "GFLOP; moves ",
     ):  # fmt: skip
         assert part in done.stdout, part
