@@ -340,7 +340,7 @@ def test_what_is_counted_is_what_is_declared_and_fits(spec: Spec, target: str) -
     for plan in plans_of(spec, target):
         kernels = [tiles for tiles in (plan.decode, plan.block) if tiles and not isinstance(tiles, XlaTiles)]
         for tiles in kernels:
-            dtypes = {"dma": None, "smem": None, "bfloat16": 2, "float32": 4, "uint32": 4}
+            dtypes = {"dma": None, "smem": None, "bfloat16": 2, "float32": 4, "uint32": 4, "int32": 4}
             declared = sum(
                 math.prod(buffer.shape) * (dtypes[buffer.dtype] or 0) for buffer in tiles.scratch(spec, plan.recipe)
             )

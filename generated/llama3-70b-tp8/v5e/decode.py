@@ -11,14 +11,14 @@ What was specialized:
 - token buckets that use it: 64, 256, 1024, 2048
 - causal, cache updated; no soft cap, sliding window, sinks, ALiBi or KV scales in the spec: none is in the code
 - only decode batches: the other kernels are not in this program
-- decode: blocks of 1024 tokens, as long as the expected lengths and the registers for scores allow; 16 buffers, so that
-  15 blocks in flight hide the latency of DMAs
-- decode, loop: blocks of one sequence; waves of interleaved tiles, each split into K and V, would spill registers
-- decode, reading K and V: 32-bit words are split into K and V; interleaved K and V narrower than 32 bits share words,
-  which the MXU cannot take
+- decode: tiles of 1024 tokens, no longer than the expected lengths; waves of 8, so that one fills the other's waits;
+  fetched 4 waves ahead, which hides the latency of DMAs
+- decode, loop: waves of tiles of any sequences; tiles of short sequences hide each other's latency
+- decode, reading K and V: all heads at once, in the order of the cache; 32-bit words are split into K and V in
+  registers; a mask leaves each query the scores of its own KV head, so that no row has to be moved or stored
 - decode, writing new tokens: K and V of one token packed into the halves of words; 16-bit K and V are interleaved
 - decode, mask: by the length of each sequence; a row has one new token, the last of its sequence
-- VMEM: 9,744,384 bytes counted, 25,165,824 allowed, 134,217,728 available
+- VMEM: 22,204,416 bytes counted, 33,554,432 allowed, 134,217,728 available
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
+SUBLANES = 8
 Q_HEADS = 8
 KV_HEADS = 1
-GROUP = 8  # query heads that share a KV head
 HEAD_DIM = 128
 HEAD_LANES = 128  # of a row of the cache
 LANE_TILES = 1  # rows of LANES lanes that hold one head's K
@@ -43,7 +43,7 @@ PAGES_PER_SEQ = 64
 SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * log2(e): probabilities are powers of two
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 PRECISION = None  # of matmuls: bfloat16 products are exact in float32
-VMEM_LIMIT = 25165824  # bytes
+VMEM_LIMIT = 33554432  # bytes
 HALF_BITS = 16  # of a 32-bit word
 PACKING = 2  # elements of the cache in one 32-bit word
 TOKEN_ROWS = 2  # rows of one token in the cache
@@ -52,23 +52,26 @@ PAGE_ROWS = 256  # rows of one page
 SUBLANE_TILE = 8  # tokens of the smallest part of the cache that a DMA or store reaches
 SUBLANE_TILE_ROWS = 16  # its rows
 
-BLOCK = 1024  # tokens of a KV block
-BLOCK_PAGES = BLOCK // PAGE_SIZE
-KV_BUFFERS = 16  # blocks in VMEM: one that is computed, the others on their way
-LOOKAHEAD = KV_BUFFERS - 1  # iterations that the fetch is ahead
-WRITE_BUFFERS = 4  # sequences whose results may be on their way out
-MAX_TOKENS = 64  # new tokens, loaded all at once
-LOADS = 3  # arrays of new tokens
-HEAD_QUERY_ROWS = 8  # query rows of a KV head, up to whole sublane tiles
-HEADS_PER_MATMUL = 1  # KV heads side by side in a matmul
+TILE = 1024  # tokens that are fetched and computed at once, of one sequence
+TILES_PER_WAVE = 8  # which fill the waits of each other
+LOOKAHEAD = 4  # waves from the fetch of one to its softmax
+WAVE_TOKENS = TILES_PER_WAVE * TILE
+WAVE_BUFFERS = LOOKAHEAD + 1  # waves that are fetched or computed
+TILE_BUFFERS = WAVE_BUFFERS * TILES_PER_WAVE
+TILE_PAGES = TILE // PAGE_SIZE
+MAX_ROWS = 64  # sequences of the largest batch
+NO_SEQ = MAX_ROWS  # in place of a sequence where there is no tile
+MAX_TOKENS = MAX_ROWS  # new tokens of the largest batch
+WRITE_BUFFERS = 8  # sequences whose new tokens are on their way to the cache
+HEAD_SETS = 1
+SET_ROWS = 8  # rows of these queries, whole registers
+HEAD_QUERY_ROWS = 8  # of them those of one KV head
+QUERY_ROWS = HEAD_SETS * SET_ROWS
+NO_TOKEN = 1073741824  # a number that no token of a sequence has
+TOKEN_COLUMNS = 1  # rows of K of one token, all heads
+COLUMNS = TILE * TOKEN_COLUMNS  # rows of K, and of V, of all heads of a tile
 CLEARED_TILES = 16  # sublane tiles that are cleared at once
-PART_TOKENS = BLOCK // PACKING  # a word holds one token of each of PACKING parts of a block
-PART_ROWS = PART_TOKENS * TOKEN_ROWS
-PACKING_BITS = 1  # log2(PACKING)
-SPLIT_ROWS = 128  # rows of each part that a step of the split takes
-SPLIT_WORDS = SPLIT_ROWS // PACKING
-SPLIT_STEPS = PART_ROWS // SPLIT_ROWS
-SPLIT_STEPS_PER_MATMUL = 4  # so that the split ends with the block
+LOADS = 3  # queries, keys, values
 
 
 def for_each(first, end, body):
@@ -79,6 +82,16 @@ def for_each(first, end, body):
         return 0
 
     lax.fori_loop(first, end, run, 0)
+
+
+def quotient(value, divisor):
+    """`value // divisor` of what is not negative, by a power of two: one shift, where a division of signed numbers is ten."""
+    return value >> (divisor.bit_length() - 1)
+
+
+def remainder(value, divisor):
+    """`value % divisor`, as `quotient`."""
+    return value & (divisor - 1)
 
 
 def broadcast_lanes(rows, lanes):
@@ -117,6 +130,11 @@ def rows_of_tile(index):
     return pl.ds(pl.multiple_of(index * SUBLANE_TILE_ROWS, SUBLANE_TILE_ROWS), SUBLANE_TILE_ROWS)
 
 
+def transpose_halves(low, high):
+    """Words of two rows of one token each, of two tokens, as words of two tokens of one row each."""
+    return (low & jnp.uint32(0xFFFF)) | (high << HALF_BITS), (low >> HALF_BITS) | (high & jnp.uint32(0xFFFF0000))
+
+
 def cache_rows(kv_cache):
     """The cache as rows of LANES lanes, `[pages, PAGE_ROWS, LANES]`: by token, then KV head, then K and V.
 
@@ -143,60 +161,22 @@ def pack_token(keys, values, packed, token):
 class PagedKernel:
     """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
 
-    def page_copy(self, seq, block, buffer, page):
-        physical = self.page_indices[seq * PAGES_PER_SEQ + block * self.block_pages + page]
-        place = self.kv.at[buffer, pl.ds(page * PAGE_ROWS, PAGE_ROWS)]
-        return pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer])
-
-    def start_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).start()
-
-    def wait_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).wait()
-
-    def pages_of(self, kv_end, block):
-        """How many pages of a block hold tokens below `kv_end`."""
-        return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * self.block_pages, self.block_pages)
-
-    def start_block(self, kv_end, seq, block, buffer):
-        """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`."""
-        start_page = functools.partial(self.start_page, seq, block, buffer)
-        pages = self.pages_of(kv_end, block)
-
-        @pl.when(pages == self.block_pages)
-        def start_full_block():
-            for page in range(self.block_pages):
-                start_page(page)
-
-        pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, start_page))
-
-    def wait_block(self, kv_end, seq, block, buffer):
-        """Waits for the copies that `start_block` started."""
-        wait_page = functools.partial(self.wait_page, seq, block, buffer)
-        pages = self.pages_of(kv_end, block)
-
-        @pl.when(pages == self.block_pages)
-        def wait_for_full_block():
-            whole = self.kv.at[buffer]
-            pltpu.make_async_copy(whole, whole, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
-
-        pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, wait_page))
-
     def clear_tail(self, buffer, valid):
         """Zeroes the tokens from `valid` to the end of those that are computed: a probability of 0 does not hide a NaN in V."""
-        rows = rows_of_tile(valid // SUBLANE_TILE)
+        rows = rows_of_tile(quotient(valid, SUBLANE_TILE))
         clear_in_tile = functools.partial(self.clear_in_tile, buffer, rows, valid)
-        pl.when(lax.rem(valid, SUBLANE_TILE) > 0)(clear_in_tile)
+        pl.when(remainder(valid, SUBLANE_TILE) > 0)(clear_in_tile)
         # One sublane tile at a time to where several at a time can go on.
-        first = pl.cdiv(valid, SUBLANE_TILE)
-        wide = pl.cdiv(first, self.cleared_tiles)
+        first = quotient(valid + (SUBLANE_TILE - 1), SUBLANE_TILE)
+        wide = quotient(first + (self.cleared_tiles - 1), self.cleared_tiles)
         for_each(first, wide * self.cleared_tiles, functools.partial(self.clear_tiles, buffer, 1))
-        wide_end = pl.cdiv(valid, self.computed_tokens) * (self.computed_tokens // (SUBLANE_TILE * self.cleared_tiles))
+        steps = quotient(valid + (self.computed_tokens - 1), self.computed_tokens)
+        wide_end = steps * (self.computed_tokens // (SUBLANE_TILE * self.cleared_tiles))
         for_each(wide, wide_end, functools.partial(self.clear_tiles, buffer, self.cleared_tiles))
 
     def clear_in_tile(self, buffer, rows, valid):
         words = rows_as_words(self.kv[buffer, rows])
-        kept = token_of_word(SUBLANE_TILE) < lax.rem(valid, SUBLANE_TILE)
+        kept = token_of_word(SUBLANE_TILE) < remainder(valid, SUBLANE_TILE)
         self.kv[buffer, rows] = words_as_rows(jnp.where(kept, words, jnp.zeros_like(words)))
 
     def clear_tiles(self, buffer, tiles, index):
@@ -206,12 +186,12 @@ class PagedKernel:
 
 @dataclasses.dataclass
 class DecodeKernel(PagedKernel):
-    """One call of the decode kernel: its operands, its scratch arrays, and its steps.
+    """One new token for each of the sequences [0, distribution[0]): update its page, attend to all tokens that it sees.
 
-    An iteration computes one KV block of one sequence. Blocks are fetched LOOKAHEAD iterations ahead, across the ends of
-    sequences.
-
-    While a block is computed, the words of the next are split into K and V: the one keeps the MXU busy, the other the stores.
+    The work is cut into tiles of TILE tokens of one sequence. A wave is TILES_PER_WAVE tiles, of whatever sequences.
+    An iteration computes the scores of one wave beside the softmax and the values of the wave before, so that the MXU
+    need not wait for a softmax. No iteration asks where a sequence ends: every tile leaves its sequence's output so far,
+    and the last one stays.
     """
 
     # Scalars in SMEM.
@@ -226,246 +206,177 @@ class DecodeKernel(PagedKernel):
     out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
     cache_hbm: Ref  # bfloat16[pages, PAGE_ROWS, LANES]
     # Scratch arrays in VMEM, and semaphores.
-    kv: Ref  # bfloat16[KV_BUFFERS, BLOCK * TOKEN_ROWS, LANES]: fetched blocks
-    k_words: Ref  # uint32[2, PART_TOKENS * WORD_ROWS, LANES]: keys of one tile, two tokens a word
-    v_words: Ref  # uint32[2, PART_TOKENS * WORD_ROWS, LANES]: values of one tile, two tokens a word
-    q_all: Ref  # bfloat16[MAX_TOKENS, Q_HEADS, HEAD_DIM]: queries of every sequence
+    kv: Ref  # bfloat16[TILE_BUFFERS, TILE * TOKEN_ROWS, LANES]: fetched tiles
+    q_in: Ref  # bfloat16[MAX_ROWS + 1, Q_HEADS, HEAD_DIM]: queries of every sequence, and of no sequence
     new_keys: Ref  # bfloat16[MAX_TOKENS, KV_HEADS, HEAD_DIM]: new keys of every sequence
     new_values: Ref  # bfloat16[MAX_TOKENS, KV_HEADS, HEAD_DIM]: new values of every sequence
+    new_out: Ref  # bfloat16[WRITE_BUFFERS, SUBLANE_TILE_ROWS, LANES]: new tokens on their way to the cache
     packed: Ref  # uint32[SUBLANE_TILE * WORD_ROWS, LANES]: a new token in the cache's form
-    new_out: Ref  # bfloat16[WRITE_BUFFERS, SUBLANE_TILE_ROWS, LANES]: rows on their way to the cache
-    q_rows: Ref  # float32[KV_HEADS * HEAD_QUERY_ROWS, HEADS_PER_MATMUL * HEAD_LANES]: queries of one sequence by KV head
-    row_max: Ref  # float32[KV_HEADS * HEAD_QUERY_ROWS, LANES]: running maximum, the same in every lane
-    row_sum: Ref  # float32[KV_HEADS * HEAD_QUERY_ROWS, LANES]: running sum, the same in every lane
-    acc: Ref  # float32[KV_HEADS * HEAD_QUERY_ROWS, HEAD_LANES]: running output
-    out_rows: Ref  # bfloat16[WRITE_BUFFERS, Q_HEADS, HEAD_DIM]: outputs on their way out
-    kv_sem: Ref  # DMA[KV_BUFFERS]: fetches
+    tile_max: Ref  # float32[TILES_PER_WAVE, QUERY_ROWS, LANES]: the largest score of each tile, the same in every lane
+    column_token: Ref  # int32[QUERY_ROWS, COLUMNS]: the token of each score of a query with its own KV head
+    scores: Ref  # float32[TILES_PER_WAVE, QUERY_ROWS, COLUMNS]: scores of a wave, for the next iteration
+    row_max: Ref  # float32[QUERY_ROWS, LANES]: running maximum, the same in every lane
+    row_sum: Ref  # float32[QUERY_ROWS, LANES]: running sum, the same in every lane
+    acc: Ref  # float32[QUERY_ROWS, HEAD_LANES]: running output
+    out_all: Ref  # bfloat16[MAX_ROWS + 1, Q_HEADS, HEAD_DIM]: outputs of every sequence, and of no sequence
+    tile_seq: Ref  # int32[TILE_BUFFERS]: the sequence of each tile in flight
+    tile_first: Ref  # int32[TILE_BUFFERS]: its first token
+    tile_left: Ref  # int32[TILE_BUFFERS]: tokens of its sequence from there on
+    kv_sem: Ref  # DMA[WAVE_BUFFERS]: fetches
     load_sem: Ref  # DMA[LOADS]: queries, keys, values
     write_sem: Ref  # DMA[WRITE_BUFFERS]: cache writes
-    out_sem: Ref  # DMA[WRITE_BUFFERS]: outputs
+    out_sem: Ref  # DMA[1]: outputs
 
-    block_pages = BLOCK_PAGES
-    computed_tokens = BLOCK
-    cleared_tiles = CLEARED_TILES
+    computed_tokens = TILE
 
     def run(self):
-        """Attention of the sequences [0, distribution[0]), whose new tokens may have to get into the cache first."""
         self.num_seqs = self.distribution[0]
         pl.when(self.num_seqs > 0)(self.attend)
 
     def attend(self):
-        """Goes through the KV blocks of all sequences."""
-        start = (jnp.int32(0), jnp.int32(0))
-        fetched = start
-        for iteration in range(LOOKAHEAD):
-            fetched = self.fetch_block(iteration, *fetched)
+        """Attends to all tokens of all sequences."""
         loads = self.load_copies()
         for load in loads:
             load.start()
-        self.q_rows[...] = jnp.zeros_like(self.q_rows)
+        # The first iteration finds a wave before the first, with no tile in it: nobody reads what that leaves.
+        for_each(0, TILE_BUFFERS, self.clear_slot)
+        self.load_column_tokens()
+        ahead = (jnp.int32(0), jnp.int32(0))
+        for wave in range(1, LOOKAHEAD):
+            ahead = self.fetch_wave(wave, *ahead)
         for load in loads:
             load.wait()
-        self.wait_and_patch(0, *start)
-        Deinterleave(self, 0, 0).finish()
-        lax.while_loop(self.has_block, self.iterate, (jnp.int32(0), *start, *fetched))
-        for_each(0, jnp.minimum(self.num_seqs, WRITE_BUFFERS), self.drain)
+        lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        results = [
+            copy_of_tokens(self.out_all, self.out_hbm, self.out_sem.at[0]),
+        ]
+        for result in results:
+            result.start()
+        for_each(0, jnp.minimum(self.num_seqs, WRITE_BUFFERS), self.drain_write)
+        for result in results:
+            result.wait()
 
     def load_copies(self):
-        """The copies of what is loaded for all sequences at once."""
-        arrays = [(self.q_hbm, self.q_all), (self.k_hbm, self.new_keys), (self.v_hbm, self.new_values)]
-        return [
-            pltpu.make_async_copy(source.at[pl.ds(0, MAX_TOKENS)], target, self.load_sem.at[i])
-            for i, (source, target) in enumerate(arrays)
+        """The copies of what the kernel loads at its start, of all sequences."""
+        arrays = [
+            (self.q_hbm, self.q_in),
+            (self.k_hbm, self.new_keys),
+            (self.v_hbm, self.new_values),
         ]
-
-    def has_block(self, carry):
-        """Whether there is another block."""
-        return carry[1] < self.num_seqs
+        return [copy_of_tokens(source, target, self.load_sem.at[i]) for i, (source, target) in enumerate(arrays)]
 
     def iterate(self, carry):
-        """Computes one block, starts the fetch of a later one, and waits for the next one."""
-        iteration, seq, block, *fetched = carry
-        fetched = self.fetch_block(iteration + LOOKAHEAD, *fetched)
-        kv_len = self.kv_lens[seq]
-        limits = self.limits(seq, block, kv_len)
-        following = self.next_block(seq, block)
+        """Computes a wave's values and the next wave's scores; fetches a wave LOOKAHEAD waves later."""
+        wave, _, *ahead = carry
+        self.wait_and_patch(wave + 1)
+        ahead = self.fetch_wave(wave + LOOKAHEAD, *ahead)
+        state = self.row_max[...], self.row_sum[...], self.acc[...]
+        self.row_max[...], self.row_sum[...], self.acc[...] = self.compute_tiles(wave, state)
+        more = self.tile_left[self.slot(wave + 1, 0)] > 0
+        return wave + 1, more, *ahead
 
-        @pl.when(following[0] < self.num_seqs)
-        def wait_for_next_block():
-            self.wait_and_patch(iteration + 1, *following)
+    # ---- the tiles in flight: each one's sequence, its first token, and the tokens that the sequence has from there on
 
-        pl.when(block == 0)(functools.partial(self.load_queries, seq))
-        self.compute_block(iteration, limits)
-        pl.when((block + 1) * BLOCK >= kv_len)(functools.partial(self.store_output, seq))
-        return iteration + 1, *following, *fetched
+    def slot(self, wave, i):
+        """The buffer of tile `i` of a wave."""
+        return lax.rem(wave, WAVE_BUFFERS) * TILES_PER_WAVE + i
 
-    # Blocks.
+    def clear_slot(self, slot):
+        self.tile_seq[slot] = NO_SEQ
+        self.tile_first[slot] = 0
+        self.tile_left[slot] = 0
 
-    def next_block(self, seq, block):
-        """The block after a block, which may be of the next sequence."""
-        last = (block + 1) * BLOCK >= self.kv_lens[seq]
-        return jnp.where(last, seq + 1, seq), jnp.where(last, 0, block + 1)
+    # ---- fetch K and V: whole pages
 
-    def fetch_block(self, iteration, seq, block):
-        """Starts the fetch of the block of an iteration, if there is one; returns the block after it."""
+    def fetch_wave(self, wave, seq, first):
+        """Starts the fetch of a wave whose first tile is at token `first` of `seq`; returns where the next wave begins."""
+        for i in range(TILES_PER_WAVE):
+            live, some_seq = seq < self.num_seqs, jnp.minimum(seq, self.num_seqs - 1)
+            left = jnp.where(live, self.kv_lens[some_seq] - first, 0)
+            self.tile_seq[self.slot(wave, i)] = jnp.where(live, seq, NO_SEQ)
+            self.tile_first[self.slot(wave, i)] = first
+            self.tile_left[self.slot(wave, i)] = left
+            first_entry = some_seq * PAGES_PER_SEQ + quotient(first, PAGE_SIZE)
+            for page in range(TILE_PAGES):
+                # Not under the condition: a load that waits for it costs more.
+                physical = self.page_indices[first_entry + page]
+                pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
+            last = left <= TILE
+            seq = jnp.where(last, seq + 1, seq)
+            first = jnp.where(last, 0, first + TILE)
+        return seq, first
 
-        @pl.when(seq < self.num_seqs)
-        def start_fetch():
-            kv_len = self.kv_lens[seq]
-            self.start_block(kv_len, seq, block, lax.rem(iteration, KV_BUFFERS))
+    def fetch_page(self, physical, wave, i, page):
+        slot, sem = self.slot(wave, i), self.kv_sem.at[lax.rem(wave, WAVE_BUFFERS)]
+        pltpu.make_async_copy(self.cache_hbm.at[physical], self.kv.at[slot, pl.ds(page * PAGE_ROWS, PAGE_ROWS)], sem).start()
 
-        next_seq, next_block = self.next_block(jnp.minimum(seq, self.num_seqs - 1), block)
-        return jnp.where(seq < self.num_seqs, next_seq, seq), jnp.where(seq < self.num_seqs, next_block, block)
+    def wait_for_wave(self, wave):
+        left = self.tile_left[self.slot(wave, 0)]
+        first_slot, sem = self.slot(wave, 0), self.kv_sem.at[lax.rem(wave, WAVE_BUFFERS)]
 
-    # Reading K and V: words are split into one half of an array while the other half is read.
+        @pl.when(left >= WAVE_TOKENS)
+        def wait_for_full_wave():
+            wait_for_bytes(self.kv.at[pl.ds(first_slot, TILES_PER_WAVE)], sem)
 
-    def compute_block(self, iteration, limits):
-        """One block, in the half of the iteration's parity, while the next one goes to the other half."""
-        next_buffer = lax.rem(iteration + 1, KV_BUFFERS)
-        pl.when(lax.rem(iteration, 2) == 0)(functools.partial(self.flash_step, limits, 0, next_buffer))
-        pl.when(lax.rem(iteration, 2) == 1)(functools.partial(self.flash_step, limits, 1, next_buffer))
+        @pl.when(left < WAVE_TOKENS)
+        def wait_for_pages():
+            tokens = (jnp.clip(self.tile_left[self.slot(wave, i)], 0, TILE) for i in range(TILES_PER_WAVE))
+            pages = sum(quotient(some + (PAGE_SIZE - 1), PAGE_SIZE) for some in tokens)
+            # By the binary digits of their count: that is code for a few waits, and no loop.
+            for digit in range((TILES_PER_WAVE * TILE_PAGES).bit_length()):
+                as_large = self.some_pages(first_slot, 1 << digit)
+                pl.when(pages & (1 << digit) != 0)(functools.partial(wait_for_bytes, as_large, sem))
 
-    def token_of_column(self, shape):
-        """The token of each column of scores: the PACKING parts of a block, interleaved."""
-        column = lax.broadcasted_iota(jnp.int32, shape, 1)
-        return (column >> PACKING_BITS) + (column & (PACKING - 1)) * PART_TOKENS
+    def some_pages(self, slot, count):
+        """The buffers of a power of two of pages: some of a tile, or those of several tiles."""
+        if count < TILE_PAGES:
+            return self.kv.at[slot, pl.ds(0, count * PAGE_ROWS)]
+        return self.kv.at[pl.ds(slot, count // TILE_PAGES)]
 
-    def head_rows(self, words, half, head):
-        """`[BLOCK, HEAD_LANES]` of one head's K or V, in the order of `token_of_column`."""
-        lanes = [words[half, pl.ds(head * LANE_TILES + i, PART_TOKENS, stride=WORD_ROWS), :] for i in range(LANE_TILES)]
-        return words_as_rows(jnp.concatenate(lanes, axis=1))
+    def wait_and_patch(self, wave):
+        """Waits for a wave; stores the new token and clears what lies behind it where a sequence ends."""
+        self.wait_for_wave(wave)
 
-    def head_keys(self, half, head):
-        return self.head_rows(self.k_words, half, head)
+        # Not before all tiles have arrived: the bytes that a wait counts may be another tile's.
+        @pl.when(self.tile_left[self.slot(wave, 0)] <= WAVE_TOKENS)
+        def patch_tiles():
+            for i in range(TILES_PER_WAVE):
+                self.patch_tile(wave, i)
 
-    def head_values(self, half, head):
-        return self.head_rows(self.v_words, half, head)
+    def patch_tile(self, wave, i):
+        seq = self.tile_seq[self.slot(wave, i)]
+        left = self.tile_left[self.slot(wave, i)]
 
-    # Scores, softmax and values of one block.
+        @pl.when((left > 0) & (left <= TILE))
+        def patch_last_tile():
+            self.update_cache(seq, self.slot(wave, i), left)
+            self.clear_tail(self.slot(wave, i), left)
 
-    def flash_step(self, limits, half, next_buffer):
-        """One block: scores of every KV head's query rows, one softmax over all of them, and the weighted values."""
-        next_block = Deinterleave(self, next_buffer, 1 - half)
-        scores = []
-        for heads in head_sets():
-            product = self.multiply_keys(half, heads)
-            scores.append(product)
-            next_block.advance(SPLIT_STEPS_PER_MATMUL)
-        scores = jnp.concatenate(scores, axis=0) * SCORE_SCALE
-        scores = jnp.where(self.visible_tokens(scores.shape, *limits), scores, MASKED)
-        p, alpha = self.softmax(scores)
-        for heads in head_sets():
-            product = self.multiply_values(half, heads, p)
-            next_block.advance(SPLIT_STEPS_PER_MATMUL)
-            self.accumulate_pv(heads, alpha, product)
-        next_block.finish()
+    # ---- queries and outputs: a row of `q_in` and `out_all` is a sequence
 
-    def multiply_keys(self, half, heads):
-        """The query rows of one head times its keys, `[HEAD_QUERY_ROWS, BLOCK]`."""
-        queries = self.q_rows[rows_of(heads)].astype(jnp.bfloat16)
-        return matmul(queries, self.head_keys(half, heads[0]), 1)
+    def load_queries(self, wave, i):
+        """The queries of a tile's sequence, float32[Q_HEADS, HEAD_LANES]."""
+        return self.q_in[self.tile_seq[self.slot(wave, i)]].astype(jnp.float32)
 
-    def multiply_values(self, half, heads, p):
-        """The probabilities of one head times its values, `[HEAD_QUERY_ROWS, HEAD_LANES]`."""
-        p = p[rows_of(heads)]
-        return matmul(p, self.head_values(half, heads[0]), 0)
+    def store_output(self, wave, i, row_max, row_sum, acc):
+        """The output of a tile's sequence, as it is after this tile."""
+        out = acc / broadcast_lanes(row_sum, HEAD_LANES)
+        self.out_all[self.tile_seq[self.slot(wave, i)]] = out.astype(self.out_all.dtype)
 
-    def softmax(self, scores):
-        """Probabilities relative to the running maximum, and what is left of what was summed before."""
-        old_max = self.row_max[...]
-        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        p = jnp.exp2(scores - broadcast_lanes(new_max, BLOCK))
-        alpha = jnp.exp2(old_max - new_max)
-        self.row_max[...] = new_max
-        self.row_sum[...] = alpha * self.row_sum[...] + jnp.sum(p, axis=1, keepdims=True)
-        return p.astype(jnp.bfloat16), alpha
+    # The new token goes into the fetched tokens, and from a copy of its sublane tile back to its page.
 
-    def accumulate_pv(self, heads, alpha, product):
-        """Adds the weighted values of some heads: each head's own lanes of the product."""
-        for i, head in enumerate(heads):
-            rows = rows_of([head])
-            own = product[rows_of([i]), i * HEAD_LANES : (i + 1) * HEAD_LANES]
-            self.acc[rows] = broadcast_lanes(alpha[rows], HEAD_LANES) * self.acc[rows] + own
-
-    # What the queries of a sequence see of a block: its tokens.
-
-    def limits(self, seq, block, kv_len):
-        """The end of the block's tokens that are seen."""
-        end = jnp.minimum(kv_len - block * BLOCK, BLOCK)
-        return (end,)
-
-    def visible_tokens(self, shape, end):
-        """Which scores count."""
-        token = self.token_of_column(shape)
-        return token < end
-
-    # What a sequence begins and ends with.
-
-    def wait_and_patch(self, iteration, seq, block):
-        """Waits for a block; at the end of its sequence, puts the new tokens in and clears what lies behind."""
-        buffer = lax.rem(iteration, KV_BUFFERS)
-        kv_len = self.kv_lens[seq]
-        self.wait_block(kv_len, seq, block, buffer)
-
-        @pl.when((block + 1) * BLOCK >= kv_len)
-        def patch_last_block():
-            self.update_cache(seq, block, buffer)
-            self.clear_tail(buffer, kv_len - block * BLOCK)
-
-    def load_queries(self, seq):
-        """Puts the queries of a sequence into rows by KV head, and clears the running softmax."""
-        queries = self.q_all[seq].astype(jnp.float32)
-        for head, (heads,), rows in self.query_rows():
-            self.q_rows[rows, lanes_of(head)] = queries[heads]
-        self.clear_state()
-
-    def out_copy(self, seq):
-        buffer = lax.rem(seq, WRITE_BUFFERS)
-        return pltpu.make_async_copy(self.out_rows.at[buffer], self.out_hbm.at[seq], self.out_sem.at[buffer])
-
-    def query_rows(self):
-        """For each KV head: where its queries are among those of a sequence, and its rows."""
-        for head in range(KV_HEADS):
-            row = head * HEAD_QUERY_ROWS
-            yield head, (slice(head * GROUP, (head + 1) * GROUP),), slice(row, row + GROUP)
-
-    def clear_state(self):
-        """The running softmax as before a sequence's first block."""
-        self.row_max[...] = jnp.full_like(self.row_max, MASKED)
-        self.row_sum[...] = jnp.full_like(self.row_sum, 0.0)
-        self.acc[...] = jnp.zeros_like(self.acc)
-
-    def store_output(self, seq):
-        """Sends a sequence's output on its way, once an earlier one's has left the buffer."""
-
-        @pl.when(seq >= WRITE_BUFFERS)
-        def wait_for_buffer():
-            self.out_copy(seq - WRITE_BUFFERS).wait()
-
-        out = (self.acc[...] / broadcast_lanes(self.row_sum[...], HEAD_LANES)).astype(self.out_rows.dtype)
-        for head, place, rows in self.query_rows():
-            self.out_rows[lax.rem(seq, WRITE_BUFFERS), *place] = out[rows]
-        self.out_copy(seq).start()
-
-    def drain(self, index):
-        """Waits for what the last sequences have sent."""
-        self.wait_for_writes(self.num_seqs - 1 - index)
-        self.out_copy(self.num_seqs - 1 - index).wait()
-
-    # The new token goes into the fetched block, and from a copy of its sublane tile back to its page.
-
-    def update_cache(self, seq, block, buffer):
-        """Puts a sequence's new token into its last block, and starts its way to the cache."""
+    def update_cache(self, seq, buffer, left):
+        """Puts the new token into the buffer in which its sequence ends after `left` tokens; starts its way to the cache."""
 
         @pl.when(seq >= WRITE_BUFFERS)
         def wait_for_buffer():
             self.wait_for_writes(seq - WRITE_BUFFERS)
 
-        token = self.kv_lens[seq] - 1 - block * BLOCK
-        rows = rows_of_tile(token // SUBLANE_TILE)
+        token = left - 1
+        rows = rows_of_tile(quotient(token, SUBLANE_TILE))
         for i in range(SUBLANE_TILE):
             pack_token(self.new_keys[seq], self.new_values[seq], self.packed, i)
-        is_new = token_of_word(SUBLANE_TILE) == lax.rem(token, SUBLANE_TILE)
+        is_new = token_of_word(SUBLANE_TILE) == remainder(token, SUBLANE_TILE)
         words = jnp.where(is_new, self.packed[...], rows_as_words(self.kv[buffer, rows]))
         self.kv[buffer, rows] = words_as_rows(words)
         self.new_out[lax.rem(seq, WRITE_BUFFERS)] = words_as_rows(words)
@@ -475,57 +386,144 @@ class DecodeKernel(PagedKernel):
         """The copy of the sublane tile with a sequence's new token to the cache."""
         buffer = lax.rem(seq, WRITE_BUFFERS)
         position = self.kv_lens[seq] - 1
-        page = self.page_indices[seq * PAGES_PER_SEQ + position // PAGE_SIZE]
-        target = self.cache_hbm.at[page, rows_of_tile(lax.rem(position, PAGE_SIZE) // SUBLANE_TILE)]
+        page = self.page_indices[seq * PAGES_PER_SEQ + quotient(position, PAGE_SIZE)]
+        target = self.cache_hbm.at[page, rows_of_tile(quotient(remainder(position, PAGE_SIZE), SUBLANE_TILE))]
         return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
 
     def wait_for_writes(self, seq):
         """Waits until the new token of a sequence is in the cache."""
         self.cache_write(seq).wait()
 
+    def drain_write(self, i):
+        """Waits for the writes of one of the last sequences."""
+        self.wait_for_writes(self.num_seqs - 1 - i)
 
-@dataclasses.dataclass
-class Deinterleave:
-    """The split of a block's words into K and V, in steps that are done beside other work.
+    # ---- one tile: softmax, and the running softmax of its sequence
 
-    The words go to `half` 0 or 1 of `k_words` and `v_words`. Such a word holds token t of the block in its low half and
-    token t + PART_TOKENS in its high half.
-    """
+    def compute_tiles(self, wave, state):
+        """The values of a wave's tiles, merged one by one, beside the scores of the next wave's.
 
-    kernel: DecodeKernel
-    buffer: jax.Array  # the block's place in `kernel.kv`
-    half: int
-    done: int = 0  # steps
+        The probabilities of a tile wait for scores of the next wave. Otherwise the compiler would make those of all tiles at
+        the start, and the MXU would wait for them.
+        """
+        softmax = self.softmax(wave, 0, self.tile_max[0])
+        for i in range(TILES_PER_WAVE):
+            made = self.keep_scores(wave + 1, i)
+            p, tile_max, tile_sum = softmax
+            if i + 1 < TILES_PER_WAVE:
+                softmax = self.softmax(wave, i + 1, paced_by(self.tile_max[i + 1], made))
+            state = self.merge(wave, i, state, tile_max, tile_sum, self.accumulate_pv(wave, i, p))
+        return state
 
-    def advance(self, steps):
-        kernel = self.kernel
-        for step in range(self.done, min(self.done + steps, SPLIT_STEPS)):
-            first = step * SPLIT_ROWS
-            low = rows_as_words(kernel.kv[self.buffer, pl.ds(first, SPLIT_ROWS)])
-            high = rows_as_words(kernel.kv[self.buffer, pl.ds(PART_ROWS + first, SPLIT_ROWS)])
-            words = pl.ds(step * SPLIT_WORDS, SPLIT_WORDS)
-            kernel.k_words[self.half, words] = (low & jnp.uint32(0xFFFF)) | (high << HALF_BITS)
-            kernel.v_words[self.half, words] = (low >> HALF_BITS) | (high & jnp.uint32(0xFFFF0000))
-        self.done += steps
+    def keep_scores(self, wave, i):
+        """Makes the scores of a tile, masked, and their maximum, for the next iteration; returns some of the scores.
 
-    def finish(self):
-        self.advance(SPLIT_STEPS)
+        That is done here, beside the MXU, because the next iteration begins with probabilities.
+        """
+        made = scores = self.compute_scores(wave, i)
+        scores = jnp.where(self.visible_tokens(wave, i), scores * SCORE_SCALE, MASKED)
+        self.scores[i] = scores
+        self.tile_max[i] = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), self.row_max.shape)
+        return made[:SUBLANES, :LANES]
+
+    def softmax(self, wave, i, tile_max):
+        """Probabilities relative to the tile's own maximum, with that and their sum, the same in every lane."""
+        p = jnp.exp2(self.scores[i] - broadcast_lanes(tile_max, COLUMNS))
+        tile_sum = jnp.broadcast_to(jnp.sum(p, axis=1, keepdims=True), self.row_sum.shape)
+        return p.astype(jnp.bfloat16), tile_max, tile_sum
+
+    def visible_tokens(self, wave, i):
+        """Which scores of a tile count: those of the tokens before the end of its sequence."""
+        left = self.tile_left[self.slot(wave, i)]
+        token = self.token_of_column(QUERY_ROWS)
+        return token < left
+
+    def merge(self, wave, i, state, tile_max, tile_sum, values):
+        """Adds a tile to the running softmax of its sequence and leaves the output that it would be the last of."""
+        old_max, old_sum, old_acc = state
+        begins = self.tile_first[self.slot(wave, i)] == 0
+        old_max = jnp.where(begins, MASKED, old_max)
+        new_max = jnp.maximum(old_max, tile_max)
+        alpha, beta = jnp.exp2(old_max - new_max), jnp.exp2(tile_max - new_max)
+        new_sum = jnp.where(begins, 0.0, old_sum) * alpha + tile_sum * beta
+        new_acc = jnp.where(begins, 0.0, old_acc) * broadcast_lanes(alpha, HEAD_LANES)
+        new_acc = new_acc + values * broadcast_lanes(beta, HEAD_LANES)
+        self.store_output(wave, i, new_max, new_sum, new_acc)
+        return new_max, new_sum, new_acc
+
+    # ---- all heads of a tile at once: rows of K and V in the order of the cache, by token and then by KV head
+
+    cleared_tiles = CLEARED_TILES
+
+    def compute_scores(self, wave, i):
+        """The scores of a tile, float32[QUERY_ROWS, COLUMNS]: of all queries with K of all heads."""
+        (queries,) = self.query_sets(self.load_queries(wave, i))
+        return matmul(queries.astype(jnp.bfloat16), self.tile_keys(wave, i), 1)
+
+    def accumulate_pv(self, wave, i, p):
+        """The weighted values of a tile, float32[QUERY_ROWS, HEAD_LANES]."""
+        return matmul(p, self.tile_values(wave, i), 0)
+
+    def token_of_column(self, rows):
+        """The token of each score, int32[rows, COLUMNS]; of another KV head's than the query's none that a sequence has."""
+        return self.column_token[...]
+
+    # The words of a tile hold K in the low half and V in the high one. The halves of a tile are put together: of two columns
+    # the first is a row of the first half of the tile, the other a row of the second.
+
+    def tile_keys(self, wave, i):
+        """K of all heads of a tile, `[COLUMNS, HEAD_LANES]`."""
+        return words_as_rows(transpose_halves(*self.words_by_half(wave, i))[0])
+
+    def tile_values(self, wave, i):
+        """V of all heads of a tile, `[COLUMNS, HEAD_LANES]`."""
+        return words_as_rows(transpose_halves(*self.words_by_half(wave, i))[1])
+
+    def words_by_half(self, wave, i):
+        return jnp.split(rows_as_words(self.kv[self.slot(wave, i)]), 2, axis=0)
+
+    def place_of_column(self, column):
+        """The token of a column of scores, and its KV head."""
+        row = (column & 1) * (COLUMNS // 2) + (column >> 1)
+        return lax.div(row, TOKEN_COLUMNS), lax.rem(row, TOKEN_COLUMNS)
+
+    def query_sets(self, queries):
+        """The queries of each set of heads."""
+        for index in range(HEAD_SETS):
+            yield queries[index * SET_ROWS : (index + 1) * SET_ROWS]
+
+    def load_column_tokens(self):
+        """Says for each score which token it is of; NO_TOKEN where the query has another KV head than K."""
+        query = lax.broadcasted_iota(jnp.int32, self.column_token.shape, 0)
+        column = lax.broadcasted_iota(jnp.int32, self.column_token.shape, 1)
+        token, head = self.place_of_column(column)
+        self.column_token[...] = jnp.where(head == lax.div(query, HEAD_QUERY_ROWS), token, NO_TOKEN)
 
 
-def head_sets():
-    """The KV heads, as many at a time as share a matmul."""
-    return [range(first, first + HEADS_PER_MATMUL) for first in range(0, KV_HEADS, HEADS_PER_MATMUL)]
+def paced_by(value, scores):
+    """`value`, once some of the scores are made: none is below -inf, which the compiler does not know."""
+    waits = jnp.concatenate([scores] * (value.shape[0] // SUBLANES), axis=0)
+    return jnp.where(waits < -jnp.inf, waits, value)
 
 
-def rows_of(heads):
-    """The query rows of consecutive KV heads."""
-    return slice(heads[0] * HEAD_QUERY_ROWS, (heads[-1] + 1) * HEAD_QUERY_ROWS)
+def more_waves(carry):
+    """Whether there are tiles in the wave of the next iteration."""
+    return carry[1]
 
 
-def lanes_of(head):
-    """The lanes of a KV head in a matmul."""
-    first = head % HEADS_PER_MATMUL * HEAD_LANES
-    return slice(first, first + HEAD_LANES)
+def copy_of_tokens(source, target, sem):
+    """A copy of the rows of all new tokens."""
+    return pltpu.make_async_copy(source.at[pl.ds(0, MAX_TOKENS)], target.at[pl.ds(0, MAX_TOKENS)], sem)
+
+
+def wait_for_bytes(array, sem):
+    """Waits until as many bytes have arrived as an array has, whichever copies brought them."""
+    pltpu.make_async_copy(array, array, sem).wait()
+
+
+def words_by_half(rows):
+    """The words of the rows of a tile: of its first half, and of its second."""
+    return jnp.split(pltpu.bitcast(rows.reshape(TILE, HEAD_LANES), jnp.uint32), 2, axis=0)
 
 
 def decode_kernel(*refs):
@@ -547,23 +545,26 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
         ],
         input_output_aliases={6: 1},  # results in the memory of operands
         scratch_shapes=[
-            pltpu.VMEM((KV_BUFFERS, BLOCK * TOKEN_ROWS, LANES), jnp.bfloat16),  # kv
-            pltpu.VMEM((2, PART_TOKENS * WORD_ROWS, LANES), jnp.uint32),  # k_words
-            pltpu.VMEM((2, PART_TOKENS * WORD_ROWS, LANES), jnp.uint32),  # v_words
-            pltpu.VMEM((MAX_TOKENS, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_all
+            pltpu.VMEM((TILE_BUFFERS, TILE * TOKEN_ROWS, LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((MAX_ROWS + 1, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in
             pltpu.VMEM((MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
             pltpu.VMEM((MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
-            pltpu.VMEM((SUBLANE_TILE * WORD_ROWS, LANES), jnp.uint32),  # packed
             pltpu.VMEM((WRITE_BUFFERS, SUBLANE_TILE_ROWS, LANES), jnp.bfloat16),  # new_out
-            pltpu.VMEM((KV_HEADS * HEAD_QUERY_ROWS, HEADS_PER_MATMUL * HEAD_LANES), jnp.float32),  # q_rows
-            pltpu.VMEM((KV_HEADS * HEAD_QUERY_ROWS, LANES), jnp.float32),  # row_max
-            pltpu.VMEM((KV_HEADS * HEAD_QUERY_ROWS, LANES), jnp.float32),  # row_sum
-            pltpu.VMEM((KV_HEADS * HEAD_QUERY_ROWS, HEAD_LANES), jnp.float32),  # acc
-            pltpu.VMEM((WRITE_BUFFERS, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_rows
-            pltpu.SemaphoreType.DMA((KV_BUFFERS,)),  # kv_sem
+            pltpu.VMEM((SUBLANE_TILE * WORD_ROWS, LANES), jnp.uint32),  # packed
+            pltpu.VMEM((TILES_PER_WAVE, QUERY_ROWS, LANES), jnp.float32),  # tile_max
+            pltpu.VMEM((QUERY_ROWS, COLUMNS), jnp.int32),  # column_token
+            pltpu.VMEM((TILES_PER_WAVE, QUERY_ROWS, COLUMNS), jnp.float32),  # scores
+            pltpu.VMEM((QUERY_ROWS, LANES), jnp.float32),  # row_max
+            pltpu.VMEM((QUERY_ROWS, LANES), jnp.float32),  # row_sum
+            pltpu.VMEM((QUERY_ROWS, HEAD_LANES), jnp.float32),  # acc
+            pltpu.VMEM((MAX_ROWS + 1, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_all
+            pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_seq
+            pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_first
+            pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_left
+            pltpu.SemaphoreType.DMA((WAVE_BUFFERS,)),  # kv_sem
             pltpu.SemaphoreType.DMA((LOADS,)),  # load_sem
             pltpu.SemaphoreType.DMA((WRITE_BUFFERS,)),  # write_sem
-            pltpu.SemaphoreType.DMA((WRITE_BUFFERS,)),  # out_sem
+            pltpu.SemaphoreType.DMA((1,)),  # out_sem
         ],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True),
         name="rpa_decode",

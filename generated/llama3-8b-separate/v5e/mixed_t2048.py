@@ -131,6 +131,11 @@ def for_each(first, end, body):
     lax.fori_loop(first, end, run, 0)
 
 
+def quotient(value, divisor):
+    """`value // divisor` of what is not negative, by a power of two: one shift, where a division of signed numbers is ten."""
+    return value >> (divisor.bit_length() - 1)
+
+
 def start_copy(copy):
     copy.start()
 
@@ -296,8 +301,7 @@ class DecodeKernel(PagedKernel):
         self.wait_and_patch(wave + 1)
         ahead = self.fetch_wave(wave + DECODE_LOOKAHEAD, *ahead)
         state = self.row_max[...], self.row_sum[...], self.acc[...]
-        softmaxes = [self.softmax(wave, i) for i in range(DECODE_TILES_PER_WAVE)]
-        self.row_max[...], self.row_sum[...], self.acc[...] = self.compute_tiles(wave, softmaxes, state)
+        self.row_max[...], self.row_sum[...], self.acc[...] = self.compute_tiles(wave, state)
         more = self.tile_left[self.slot(wave + 1, 0)] > 0
         return wave + 1, more, *ahead
 
@@ -322,7 +326,7 @@ class DecodeKernel(PagedKernel):
             self.tile_seq[self.slot(wave, i)] = jnp.where(live, seq, DECODE_NO_SEQ)
             self.tile_first[self.slot(wave, i)] = first
             self.tile_left[self.slot(wave, i)] = left
-            first_entry = some_seq * PAGES_PER_SEQ + first // PAGE_SIZE
+            first_entry = some_seq * PAGES_PER_SEQ + quotient(first, PAGE_SIZE)
             for page in range(DECODE_TILE_PAGES):
                 # Not under the condition: a load that waits for it costs more.
                 physical = self.page_indices[first_entry + page]
@@ -345,22 +349,19 @@ class DecodeKernel(PagedKernel):
             wait_for_bytes(self.kv.at[pl.ds(first_slot, DECODE_TILES_PER_WAVE)], sem)
 
         @pl.when(left < DECODE_WAVE_TOKENS)
-        def wait_for_tiles():
-            for i in range(DECODE_TILES_PER_WAVE):
-                self.wait_for_tile(self.tile_left[self.slot(wave, i)], first_slot + i, sem)
-
-    def wait_for_tile(self, left, slot, sem):
-        @pl.when(left >= DECODE_TILE)
-        def wait_for_full_tile():
-            wait_for_bytes(self.kv.at[slot], sem)
-
-        @pl.when(left < DECODE_TILE)
         def wait_for_pages():
-            lax.fori_loop(0, pl.cdiv(left, PAGE_SIZE), functools.partial(self.wait_for_page, slot, sem), 0)
+            tokens = (jnp.clip(self.tile_left[self.slot(wave, i)], 0, DECODE_TILE) for i in range(DECODE_TILES_PER_WAVE))
+            pages = sum(quotient(some + (PAGE_SIZE - 1), PAGE_SIZE) for some in tokens)
+            # By the binary digits of their count: that is code for a few waits, and no loop.
+            for digit in range((DECODE_TILES_PER_WAVE * DECODE_TILE_PAGES).bit_length()):
+                as_large = self.some_pages(first_slot, 1 << digit)
+                pl.when(pages & (1 << digit) != 0)(functools.partial(wait_for_bytes, as_large, sem))
 
-    def wait_for_page(self, slot, sem, _, carry):
-        wait_for_bytes(self.kv.at[slot, 0], sem)
-        return carry
+    def some_pages(self, slot, count):
+        """The buffers of a power of two of pages: some of a tile, or those of several tiles."""
+        if count < DECODE_TILE_PAGES:
+            return self.kv.at[slot, pl.ds(0, count)]
+        return self.kv.at[pl.ds(slot, count // DECODE_TILE_PAGES)]
 
     def wait_and_patch(self, wave):
         """Waits for a wave; stores the new token and clears what lies behind it where a sequence ends."""
@@ -424,10 +425,6 @@ class DecodeKernel(PagedKernel):
     def wait_for_writes(self, seq):
         self.cache_write(seq).wait()
 
-    def drain_write(self, i):
-        """Waits for the writes of one of the last sequences."""
-        self.wait_for_writes(self.num_seqs - 1 - i)
-
     # As words of two tokens, so that the old ones stay bit for bit whatever they are.
 
     def new_token_mask(self, place):
@@ -455,14 +452,23 @@ class DecodeKernel(PagedKernel):
         bits = pltpu.bitcast(rows, jnp.uint32)  # a bfloat16 is the high half of a float32
         return bits | (bits >> 16)
 
+    def drain_write(self, i):
+        """Waits for the writes of one of the last sequences."""
+        self.wait_for_writes(self.num_seqs - 1 - i)
+
     # ---- one tile: softmax, and the running softmax of its sequence
 
-    def compute_tiles(self, wave, softmaxes, state):
+    def compute_tiles(self, wave, state):
         """The values of a wave's tiles, merged one by one, beside the scores of the next wave's."""
+        softmaxes = [self.softmax(wave, i) for i in range(DECODE_TILES_PER_WAVE)]
         for i, (p, tile_max, tile_sum) in enumerate(softmaxes):
-            self.scores[i] = self.compute_scores(wave + 1, i)
+            self.keep_scores(wave + 1, i)
             state = self.merge(wave, i, state, tile_max, tile_sum, self.accumulate_pv(wave, i, p))
         return state
+
+    def keep_scores(self, wave, i):
+        """Makes the scores of a tile, for the next iteration."""
+        self.scores[i] = self.compute_scores(wave, i)
 
     def softmax(self, wave, i):
         """Probabilities relative to the tile's own maximum, with that and their sum, the same in every lane."""
@@ -476,7 +482,7 @@ class DecodeKernel(PagedKernel):
     def visible_tokens(self, wave, i):
         """Which scores of a tile count: those of the tokens before the end of its sequence."""
         left = self.tile_left[self.slot(wave, i)]
-        token = lax.broadcasted_iota(jnp.int32, (DECODE_QUERY_ROWS, DECODE_TILE), 1)
+        token = self.token_of_column(DECODE_QUERY_ROWS)
         return token < left
 
     def merge(self, wave, i, state, tile_max, tile_sum, values):
@@ -506,6 +512,10 @@ class DecodeKernel(PagedKernel):
         for index in range(DECODE_HEAD_SETS):
             values.append(self.set_pv(p[index * DECODE_P_ROWS : (index + 1) * DECODE_P_ROWS], wave, i, index))
         return jnp.concatenate(values, axis=0)
+
+    def token_of_column(self, rows):
+        """The token of each score of some query rows, int32[rows, DECODE_TILE]."""
+        return lax.broadcasted_iota(jnp.int32, (rows, DECODE_TILE), 1)
 
     def query_sets(self, queries):
         """The queries of each set of heads."""

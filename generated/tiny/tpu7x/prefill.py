@@ -111,6 +111,16 @@ def for_each(first, end, body):
     lax.fori_loop(first, end, run, 0)
 
 
+def quotient(value, divisor):
+    """`value // divisor` of what is not negative, by a power of two: one shift, where a division of signed numbers is ten."""
+    return value >> (divisor.bit_length() - 1)
+
+
+def remainder(value, divisor):
+    """`value % divisor`, as `quotient`."""
+    return value & (divisor - 1)
+
+
 def start_copy(copy):
     copy.start()
 
@@ -222,19 +232,20 @@ class PagedKernel:
 
     def clear_tail(self, buffer, valid):
         """Zeroes the tokens from `valid` to the end of those that are computed: a probability of 0 does not hide a NaN in V."""
-        rows = rows_of_tile(valid // SUBLANE_TILE)
+        rows = rows_of_tile(quotient(valid, SUBLANE_TILE))
         clear_in_tile = functools.partial(self.clear_in_tile, buffer, rows, valid)
-        pl.when(lax.rem(valid, SUBLANE_TILE) > 0)(clear_in_tile)
+        pl.when(remainder(valid, SUBLANE_TILE) > 0)(clear_in_tile)
         # One sublane tile at a time to where several at a time can go on.
-        first = pl.cdiv(valid, SUBLANE_TILE)
-        wide = pl.cdiv(first, self.cleared_tiles)
+        first = quotient(valid + (SUBLANE_TILE - 1), SUBLANE_TILE)
+        wide = quotient(first + (self.cleared_tiles - 1), self.cleared_tiles)
         for_each(first, wide * self.cleared_tiles, functools.partial(self.clear_tiles, buffer, 1))
-        wide_end = pl.cdiv(valid, self.computed_tokens) * (self.computed_tokens // (SUBLANE_TILE * self.cleared_tiles))
+        steps = quotient(valid + (self.computed_tokens - 1), self.computed_tokens)
+        wide_end = steps * (self.computed_tokens // (SUBLANE_TILE * self.cleared_tiles))
         for_each(wide, wide_end, functools.partial(self.clear_tiles, buffer, self.cleared_tiles))
 
     def clear_in_tile(self, buffer, rows, valid):
         words = rows_as_words(self.kv[buffer, rows])
-        kept = token_of_word(SUBLANE_TILE) < lax.rem(valid, SUBLANE_TILE)
+        kept = token_of_word(SUBLANE_TILE) < remainder(valid, SUBLANE_TILE)
         self.kv[buffer, rows] = words_as_rows(jnp.where(kept, words, jnp.zeros_like(words)))
 
     def clear_tiles(self, buffer, tiles, index):
