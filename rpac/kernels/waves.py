@@ -85,7 +85,7 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
 def _order(recipe: DecodeRecipe) -> str:
     """The part that computes the tiles of a wave."""
     if recipe.read == "all_heads":
-        return "paced"
+        return "paced_between" if recipe.fetch == "between" else "paced"
     if recipe.read == "token_pairs":
         return "values_first"
     return "fetch_between" if recipe.fetch == "between" else "one_by_one"

@@ -8,7 +8,7 @@ import pytest
 from small import ALL_FEATURES as ALL
 from small import INTERLEAVED, featured, plan_of, small_plan
 from test_features import CHUNKS_ALL, READ, SLOW, failures
-from test_token_pairs import SLOW_TARGETS, compiled
+from test_token_pairs import compiled
 
 from rpac.devices.chip import TPU_TARGETS
 from rpac.spec import Spec
@@ -55,10 +55,9 @@ def test_kernels_agree_with_the_oracle_in_the_interpreter(features: dict[str, An
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("target", SLOW_TARGETS)
-def test_kernels_compile(target: str) -> None:
-    specs = [reading(**features) for features in (SHAPES["joined rows of one head"], FEATURES["all"])]
-    compiled([(spec, plan_of(spec, "decode", target)) for spec in specs])
+def test_a_kernel_compiles() -> None:
+    spec = reading(**SHAPES["joined rows of one head"])
+    compiled([(spec, plan_of(spec, "decode", "tpu7x"))])
 
 
 @SLOW

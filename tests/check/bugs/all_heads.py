@@ -52,6 +52,12 @@ SOFTMAX = (
         "DecodeKernel.compute_tiles",
         "softmax = self.softmax(wave, i + 1, paced_by(self.tile_max[i + 1], made))",
     ),
+    Bug(
+        "scores kept in a tile that is fetched",
+        "DecodeKernel.wait_for_scores",
+        "self.slot(wave, i)",
+        "self.slot(wave + 2, i)",
+    ),
     Bug("what is waited for taken for a maximum", "paced_by", "waits < -jnp.inf", "waits > -jnp.inf"),
     Bug("a token too many seen", "DecodeKernel.visible_tokens", "token < left", "token < left + 1"),
     Bug("the last token not seen", "DecodeKernel.visible_tokens", "token < left", "token < left - 1"),
