@@ -20,7 +20,8 @@ What was specialized:
 - decode, writing new tokens: K and V of one token packed into the halves of words; 16-bit K and V are interleaved
 - decode, mask: by the length of each sequence; a row has one new token, the last of its sequence
 - decode, matmuls with K and V: as they are stored; the MXU takes elements of this dtype beside the rows
-- decode, starting fetches: before an iteration's matmuls; then no fetch waits for a matmul
+- decode, starting fetches: between the tiles of a wave; their scalar instructions take no time where the MXU takes K
+  and V meanwhile
 - mixed, loop: blocks of queries over blocks of tokens; a fetched token serves all queries of a block
 - mixed, reading K and V: 32-bit words are split into K and V; interleaved K and V narrower than 32 bits share words,
   which the MXU cannot take
@@ -82,6 +83,7 @@ DECODE_MAX_ROWS = 64  # sequences of the largest batch
 DECODE_NO_SEQ = DECODE_MAX_ROWS  # in place of a sequence where there is no tile
 DECODE_MAX_TOKENS = DECODE_MAX_ROWS  # new tokens of the largest batch
 DECODE_WRITE_BUFFERS = 16  # sequences whose new tokens are on their way to the cache
+DECODE_TILES_LOADED = 1  # whose loads may be early: those after them wait for the MXU
 DECODE_HEAD_SETS = 1
 DECODE_SET_ROWS = 8  # rows of these queries, whole registers
 DECODE_HEAD_QUERY_ROWS = 8  # of them those of one KV head
@@ -513,12 +515,11 @@ class DecodeKernel(PagedKernel):
     # ---- one tile: softmax, and the running softmax of its sequence
 
     def compute_tiles(self, wave, state, ahead):
-        """The values of a wave's tiles, merged one by one, beside the scores of the next wave's.
+        """The values of a wave's tiles, merged one by one, beside the scores of the next wave's; fetches in between.
 
         The probabilities of a tile wait for scores of the next wave. Otherwise the compiler would make those of all tiles at
         the start, and the MXU would wait for them.
         """
-        ahead = self.fetch_wave(wave + DECODE_LOOKAHEAD, *ahead)
         softmax = self.softmax(wave, 0, self.tile_max[0])
         for i in range(DECODE_TILES_PER_WAVE):
             made = self.keep_scores(wave + 1, i)
@@ -526,7 +527,20 @@ class DecodeKernel(PagedKernel):
             if i + 1 < DECODE_TILES_PER_WAVE:
                 softmax = self.softmax(wave, i + 1, paced_by(self.tile_max[i + 1], made))
             state = self.merge(wave, i, state, tile_max, tile_sum, self.accumulate_pv(wave, i, p))
+            if i >= DECODE_TILES_LOADED:
+                self.wait_for_scores(wave, i - DECODE_TILES_LOADED)
+            ahead = self.fetch_tile(wave + DECODE_LOOKAHEAD, i, *ahead)
         return state, ahead
+
+    def wait_for_scores(self, wave, i):
+        """Keeps what follows behind half of a tile's scores.
+
+        The compiler cannot tell which tile a fetch overwrites, so that it keeps fetches behind all loads of K and V before
+        them, and loads behind fetches. It would load tiles long before the MXU can take them, and spill them. A store to
+        where `kv` is free again keeps its place among these loads and fetches, and it waits for what it stores.
+        """
+        made = self.scores[i, DECODE_QUERY_ROWS - SUBLANES :, pl.ds(DECODE_COLUMNS // 2 // LANES * LANES, LANES)]
+        self.kv[self.slot(wave, i), pl.ds(0, SUBLANES * PACKING), pl.ds(0, LANES)] = pltpu.bitcast(made, self.kv.dtype)
 
     def keep_scores(self, wave, i):
         """Makes the scores of a tile, masked, and their maximum, for the next iteration; returns some of the scores.
