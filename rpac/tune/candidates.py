@@ -53,8 +53,8 @@ AXES: Final = (
     Axis("block", "buffers", (2, 3, 4)),
     # The recipe comes last: what is allowed, and what the rule decides, depends on the tiles.
     Axis("decode", "read", ("separate", "token_pairs")),
-    Axis("decode", "fetch", ("before", "between")),
     Axis("decode", "kv_matmul", ("as_stored", "int8_parts", "converted")),
+    Axis("decode", "fetch", ("before", "between")),
     Axis("block", "scores", ("rows", "transposed")),
     Axis("block", "paced", (False, True)),
     Axis("block", "mask", ("compare", "matmul")),
