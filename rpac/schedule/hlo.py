@@ -141,7 +141,7 @@ def parse_module(text: str, name: str = "hlo") -> Module:
             if started:
                 inside, operations = started[2], []
                 entry = inside if started[1] else entry
-        elif line.rstrip() == "}":  # the metadata of a kernel has lines of its own, which begin with one too
+        elif line.startswith("}") and not line.startswith("}}"):  # which ends a kernel's metadata, of several lines
             computations[inside], inside = Computation(tuple(operations), root), None
         elif match:
             operations.append(_operation(match[2], match[3], name))

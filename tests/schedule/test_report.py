@@ -123,3 +123,19 @@ def test_the_report_is_plain_json_with_its_definitions() -> None:
     assert data["mbu"] == pytest.approx(work.bytes / data["seconds"] / 1.64e12)
     assert data["moved_bytes"] >= 2 * 2 * SEQS * PAGE_BYTES
     assert call.predict(parameters).mbu is None
+
+
+def test_a_computation_ends_where_its_brace_does_whatever_follows_and_metadata_of_several_lines_does_not_end_it() -> (
+    None
+):
+    found = parse_module(
+        "HloModule m\n\n"
+        '%called (p: s32[4]) -> s32[4] {\n  ROOT %p = s32[4]{0:T(128)} parameter(0)\n}, execution_thread="sparsecore"\n\n'
+        "ENTRY %main (a: s32[4]) -> s32[4] {\n"
+        "  %a = s32[4]{0:T(128)} parameter(0)\n"
+        '  %k = s32[4]{0:T(128)} custom-call(%a), custom_call_target="tpu_custom_call", '
+        'frontend_attributes={kernel_metadata={\n"xprof_metadata":"{}"\n}}, metadata={op_name="k"}\n'
+        "  ROOT %copy = s32[4]{0:T(128)} copy(%k)\n}\n"
+    )
+    assert [operation.name for operation in found.computations["main"].operations] == ["a", "k", "copy"]
+    assert [operation.name for operation in found.computations["called"].operations] == ["p"]
