@@ -39,6 +39,7 @@ from rpac.spec import Spec
 WRITE_BUFFERS: Final = 16  # outputs and cache rows on their way: as many sequences as a wave may end
 TILE_BYTES: Final = MIB  # K and V of one tile: long enough that its DMA hides what it costs by itself
 LEAST_TILE_BYTES: Final = MIB // 2
+LEAST_TILE_TOKENS: Final = 1024  # of K and V of few bytes: a longer tile costs sequences of this length more than it gains
 WAVE_BYTES: Final = 8 * MIB  # fetched in a few times the DMA's latency
 MOST_TILES: Final[Mapping[str, int]] = {"decode": 6, "mixed": 4}  # of a wave: more are little faster, and each is code
 LOADED_BYTES: Final = MIB // 2  # of K and V that the compiler may load early, beside its fetches
@@ -185,11 +186,14 @@ def recipe(spec: Spec, tiles: DecodeWaves, chooser: Chooser) -> DecodeRecipe:
 def _fetch_options(spec: Spec, read: Read) -> tuple[Fetch, ...]:
     """Where fetches may start. In between they need no time of their own: the MXU takes K and V meanwhile.
 
-    Where words of many heads are split in registers, too many of these would be spilled. Token pairs have an order of their
-    own.
+    Where words of many heads are split in registers, too many of these would be spilled. With head_dim 256 a tile is so large
+    that the compiler may load only one before a fetch: 64 x 4096 of 32/2 heads take 208 us on TPU7x, not 158. Token pairs have
+    an order of their own.
     """
     if read == "token_pairs":
         return ("before",)
+    if head_lanes(spec.model) > LANES:
+        return "before", "between"
     few_heads = spec.model.kv_heads <= FETCH_BETWEEN_HEADS
     return ("between", "before") if read == "separate" or few_heads else ("before", "between")
 
@@ -223,7 +227,8 @@ def choices(spec: Spec, kind: str, tokens: int) -> Iterator[DecodeWaves]:
     # A tile is computed whole, so it is no longer than the shortest sequences, unless it would be so small that the latency
     # of its matmuls shows; a row of its scores is at least a register wide.
     seen = [power_of_two_from(tokens) for tokens in visible_tokens(spec, serving.decode_len)]
-    shortest = max(min(seen), min(max(seen), power_of_two_to(LEAST_TILE_BYTES // token_bytes)), LANES)
+    least = min(power_of_two_to(LEAST_TILE_BYTES // token_bytes), LEAST_TILE_TOKENS)
+    shortest = max(min(seen), min(max(seen), least), LANES)
     tile = max(min(power_of_two_to(TILE_BYTES // token_bytes), shortest), serving.page_size, LANES)
     max_rows = min(tokens // serving.decode_len, serving.max_num_seqs)
     while tile >= max(serving.page_size, LANES):
