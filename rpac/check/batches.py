@@ -208,7 +208,7 @@ class _Decode(_Batches):
 
     def many(self, name: str, count: int) -> CheckBatch:
         """Rows that end close to a tile's end, which is least to clear, all pages shared but those of new tokens."""
-        length = min(max(self.decode_tile, self.page), self.max_len)
+        length = min(max(self.decode_tile, 2 * self.page), self.max_len)
         lengths = [max(length - row % 4, self.new) for row in range(count)]
         return self.rows(name, lengths, max(length - 3 - self.new, 0) // self.page)
 

@@ -39,7 +39,9 @@ from rpac.spec import Spec
 WRITE_BUFFERS: Final = 16  # outputs and cache rows on their way: as many sequences as a wave may end
 TILE_BYTES: Final = MIB  # K and V of one tile: long enough that its DMA hides what it costs by itself
 LEAST_TILE_BYTES: Final = MIB // 2
-LEAST_TILE_TOKENS: Final = 1024  # of K and V of few bytes: a longer tile costs sequences of this length more than it gains
+LEAST_TILE_TOKENS: Final = (
+    1024  # of K and V of few bytes: a longer tile costs sequences of this length more than it gains
+)
 WAVE_BYTES: Final = 8 * MIB  # fetched in a few times the DMA's latency
 MOST_TILES: Final[Mapping[str, int]] = {"decode": 6, "mixed": 4}  # of a wave: more are little faster, and each is code
 LOADED_BYTES: Final = MIB // 2  # of K and V that the compiler may load early, beside its fetches

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mutation import Bug, retiled
+from small import blocks_plan
 
 from rpac.check import CheckBatch, CheckReport, CompileResult, Result, batches_of, check_source, check_spec, run
 from rpac.check.arrays import GARBAGE, Arguments, make_arguments
@@ -367,7 +368,7 @@ def test_a_kernel_that_cannot_be_loaded_fails_and_does_not_raise() -> None:
 
 @pytest.mark.interpreter
 def test_after_a_kernel_that_raised_the_next_one_runs_as_if_nothing_were() -> None:
-    plan = plan_of(TINY, "decode")
+    plan = blocks_plan(TINY)
     source = render(TINY, plan)
     batch = CheckBatch("short", (1, 1), (17, 3), 2)
     entry = "seq * PAGES_PER_SEQ + block * self.block_pages + page"
@@ -382,7 +383,7 @@ def test_after_a_kernel_that_raised_the_next_one_runs_as_if_nothing_were() -> No
 @pytest.mark.interpreter
 def test_an_output_that_is_not_waited_for_shows_where_copies_are_made_late() -> None:
     """The two modes are two: both run what was compiled once."""
-    plan = plan_of(TINY, "decode")
+    plan = blocks_plan(TINY)
     source = render(TINY, plan)
     wait = "self.out_copy(self.num_seqs - 1 - index).wait()"
     hasty = Bug("no wait for the last outputs", "DecodeKernel.drain", wait).apply(source)
