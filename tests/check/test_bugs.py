@@ -15,7 +15,6 @@ SUITES = all_suites()
 WITHOUT_BUGS = (
     "decode, blocks",
     "prefill, interleaved",
-    "mixed, interleaved",
 )  # checked as they are in the ordinary run
 
 

@@ -115,11 +115,8 @@ SUITES = [
         ordinary=(
             "the next block split over this one",
             "the output not rescaled",
-            "a token too many seen",
             "what lies behind the last token not cleared",
-            "no wait for a full block",
             "no wait for a cache write before its buffer is used again",
-            "the new token written to the next page",
         ),
     ),
 ]
