@@ -256,14 +256,14 @@ def test_kernels_of_odd_shapes_compile(target: str) -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("target", ["tpu7x", "v5e"])
+@pytest.mark.parametrize("target", [pytest.param("tpu7x", marks=SLOW), "v5e"])
 def test_kernels_of_odd_shapes_with_separate_k_and_v_compile(target: str) -> None:
     """A mixed program has both kernels."""
     compile_all([*SEPARATE_FEW, EIGHT_BITS_SEPARATE], target, kinds=("mixed",))
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("target", ["tpu7x", "v6e", "v5p", "v5e"])
+@pytest.mark.parametrize("target", ["tpu7x", *(pytest.param(name, marks=SLOW) for name in ("v6e", "v5p", "v5e"))])
 def test_kernels_of_padded_joined_and_quantized_rows_compile(target: str) -> None:
     compile_all([PADDED_FEW[0], EIGHT_BITS_FEW[0]], target, kinds=("mixed",))
 

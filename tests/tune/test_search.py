@@ -73,7 +73,7 @@ def test_far_fewer_candidates_are_tried_than_there_are() -> None:
     assert len(found().tried) < 80 < there_are
 
 
-@pytest.mark.parametrize("width", [1, 2, 7])
+@pytest.mark.parametrize("width", [1, pytest.param(2, marks=pytest.mark.slow), 7])
 def test_the_outcome_is_the_same_however_many_run_at_once_and_whenever_they_end(width: int) -> None:
     assert found(slowly, Here(width)) == found()
 
