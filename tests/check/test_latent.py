@@ -48,7 +48,7 @@ def test_portable_programs_are_the_oracle(spec: Spec, kind: str) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW if kind == "mixed" else ()) for kind in KINDS])
 def test_kernels_are_the_oracle(kind: str) -> None:
     assert failures(SPEC, plan_of(SPEC, kind), few=True) == []
 

@@ -124,7 +124,7 @@ def test_a_decode_kernel_moves_the_bytes_that_the_interpreter_moves(built: Built
     compare(built, "tpu7x", "decode", few)
 
 
-@pytest.mark.parametrize("kind", ["prefill", "mixed"])
+@pytest.mark.parametrize("kind", ["prefill", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_a_kernel_of_query_blocks_does_too(built: Built, kind: str) -> None:
     compare(built, "tpu7x", kind, few)
 
