@@ -24,12 +24,12 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 
+from rpac.contract.data import data_dir
+
 
 def templates_dir() -> Path:
-    """Where the templates are: in the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent.parent
-    installed = package / "templates"
-    return installed if installed.is_dir() else package.parent / "templates"
+    """Where the templates are."""
+    return data_dir("templates")
 
 
 @functools.cache

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rpac.contract.data import data_dir
 from rpac.errors import OutputError, SpecError
 from rpac.spec.nodes import Report
 
 
-def specs_dir() -> Path:
-    """Where the shipped specs are: in the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent.parent
-    installed = package / "specs"
-    return installed if installed.is_dir() else package.parent / "specs"
-
-
 def shipped_specs() -> dict[str, Path]:
     """The shipped specs by name, in order."""
-    return {path.stem: path for path in sorted(specs_dir().glob("*.yaml"))}
+    return {path.stem: path for path in sorted(data_dir("specs").glob("*.yaml"))}
 
 
 def copy_spec(name: str, target: Path) -> None:
