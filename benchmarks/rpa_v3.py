@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+import dumps
 
 from rpac.schedule.dump import Dump, dump_command
 
@@ -50,13 +50,12 @@ def dump(config: Config, python: Callable[[], str], cache: Path) -> Dump:
     if fields["kernel"] == "v3":
         del fields["kernel"]
     request = json.dumps(fields, sort_keys=True)
-    path = cache / f"rpa-v3-{hashlib.sha256(request.encode()).hexdigest()[:16]}.json.gz"
-    if path.exists():
-        return Dump(**json.loads(gzip.decompress(path.read_bytes())))
-    found = dump_command([python(), str(_SCRIPTS[config.kernel]), request], config.target)
-    cache.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(json.dumps(asdict(found)).encode(), 5))
-    return found
+    return dumps.kept(
+        cache,
+        "rpa-v3",
+        request,
+        lambda: dump_command([python(), str(_SCRIPTS[config.kernel]), request], config.target),
+    )
 
 
 def parameters(config: Config, kv_lens: Sequence[int], q_lens: Sequence[int], case: str) -> dict[int, list[int]]:

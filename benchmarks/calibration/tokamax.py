@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
+import dumps
 from peers import environment
 from published_tokamax import POINTS, Point
 
@@ -67,12 +66,9 @@ def table(rows: Iterable[Row]) -> list[str]:
 
 def _dump(point: Point, cache: Path, python: str) -> Dump:
     request = json.dumps(point.shape.request, sort_keys=True)
-    path = cache / f"tokamax-{hashlib.sha256(request.encode()).hexdigest()[:16]}.json.gz"
-    if not path.exists():
-        found = dump_command([python, str(_SCRIPT), request], TARGET, timeout=3600)
-        cache.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.compress(json.dumps(asdict(found)).encode(), 5))
-    return Dump(**json.loads(gzip.decompress(path.read_bytes())))
+    return dumps.kept(
+        cache, "tokamax", request, lambda: dump_command([python, str(_SCRIPT), request], TARGET, timeout=3600)
+    )
 
 
 def rows(model: Model, cache: Path) -> Iterator[Row]:
