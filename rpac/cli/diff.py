@@ -17,6 +17,7 @@ from rpac.diff import Change, Difference, KernelChange, difference, side_of
 from rpac.errors import CheckError
 from rpac.plan.tuned import Tuned
 from rpac.predict import Prediction, expected, layers_in, predict, programs_of
+from rpac.traffic.explain import explain
 
 SHARED_ROWS = 3  # more of one change are one row
 
@@ -67,10 +68,8 @@ def _times(first: Path, second: Path, target: str, tuned: Tuned) -> Times:
     pairs = []
     for layer in layers:
         sides = [programs_of(path, target, store, progress, layer=layer, tuned=tuned) for path in (first, second)]
-        limits = sides[1].limits
         for workload in expected(sides[0].limits, sides[0].context_lens):
-            fits = len(workload.q_lens) <= limits.max_num_seqs and max(workload.kv_lens) <= limits.max_kv_len
-            if fits and sum(workload.q_lens) <= limits.token_buckets[-1]:
+            if all(explain(side.tasks, side.limits, workload).program for side in sides):
                 pairs.append((predict(sides[0], workload), predict(sides[1], workload)))
     return pairs
 
