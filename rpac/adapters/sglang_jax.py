@@ -12,7 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rpac.adapters._common import DEFAULT_MASK_VALUE, Adapter, Programs, Result, require_axes, traced
+from rpac.adapters._arguments import DEFAULT_MASK_VALUE, Programs, Result, require_axes, traced
+from rpac.adapters._common import Adapter
 from rpac.contract import arrays as layout
 from rpac.errors import BatchError
 
@@ -148,7 +149,7 @@ def _run(
     kv_lens, page_indices, cu_q_lens, cu_kv_lens, distribution = map(xp.asarray, metadata)
     limits, rows = adapter.engine.limits, len(kv_lens)
     require_axes(("queries", "keys", "values", "kv_cache_fused"), arrays, (3, 3, 3, 5))
-    adapter.require_sizes([*adapter.array_sizes(arrays[0], arrays[1], arrays[3]), adapter.rows_size(rows)])
+    adapter.require_sizes([*adapter.array_sizes(*arrays), adapter.rows_size(rows)])
 
     first: Any = layout.cdiv(cu_kv_lens[:-1], limits.page_size)  # of each row's pages
     if not in_trace and adapter.validate:

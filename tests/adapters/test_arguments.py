@@ -19,13 +19,14 @@ from calling import NAMES, call
 from fake import ADAPTERS, FakeEngine, arguments
 from signatures import signature
 
-from rpac.adapters._common import DEFAULT_MASK_VALUE
+from rpac.adapters._arguments import DEFAULT_MASK_VALUE
 from rpac.errors import BatchError, SelectionError
 
 # Values of arguments that ask for what no program does.
 REFUSED: dict[str, list[Any]] = {
     "custom_mask": [np.ones(8, np.int32)],
     "debug_mode": [True],
+    "kv_layout": ["SEQ_ALONG_LANE"],
     "mask_aligned_to_cu_kv": [True],
     "mask_value": [-1e4, 0.0],
     "q_scale": [0.5, 1.0],
@@ -60,6 +61,8 @@ NEUTRAL: dict[str, list[Any]] = {
 TUNING: dict[str, Any] = {
     "cfg": None,
     "d_block_sizes": (1, 64, 1, 64),
+    "decode_block_sizes": (1, 64),
+    "prefill_block_sizes": (8, 64),
     "disable_bounds_checks": False,
     "disable_semaphore_checks": False,
     "m_block_sizes": (8, 64, 8, 64),
@@ -71,7 +74,8 @@ TUNING: dict[str, Any] = {
 }
 
 FOLLOWED = {
-    "sm_scale", "softmax_scale", "chunk_prefill_size", "out_dtype", "mesh", "in_specs", "out_specs", "cu_kv_lens",
+    "decode_query_size", "sm_scale", "softmax_scale", "chunk_prefill_size", "out_dtype", "mesh", "in_specs", "out_specs",
+    "cu_kv_lens",
     "queries", "keys", "values", "kv_cache", "kv_cache_fused", "kv_lens", "page_indices", "block_tables", "cu_q_lens",
     "query_start_loc", "distribution",
 }  # fmt: skip
@@ -293,7 +297,7 @@ def test_the_prefill_chunk_of_an_ejkernel_config_counts() -> None:
         call("ejkernel operation", FakeEngine(), cfg=Config())
 
 
-@pytest.mark.parametrize("name", ["tpu_inference", "sglang_jax main"])
+@pytest.mark.parametrize("name", ["tpu_inference", "tpu_inference batched", "sglang_jax main"])
 def test_another_dtype_of_the_output_is_refused(name: str) -> None:
     with pytest.raises(SelectionError, match="out_dtype is float32; must be None or bfloat16"):
         call(name, FakeEngine(), out_dtype=jnp.float32)

@@ -1,0 +1,105 @@
+"""Stand-ins for the modules of tpu-inference that `install` changes: the names, and who imports what from whom."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+ROOT = "tpu_inference"
+KERNELS = f"{ROOT}.kernels"
+INTERFACE = f"{ROOT}.layers.common.attention_interface"
+LAYER = f"{ROOT}.layers.jax.attention.attention"
+MANAGER = f"{ROOT}.runner.kv_cache_manager"
+RPA_V3 = f"{KERNELS}.ragged_paged_attention.v3.kernel"
+RPA_HD64 = f"{KERNELS}.ragged_paged_attention.v3.kernel_hd64"
+BATCHED = f"{KERNELS}.experimental.batched_rpa.wrapper"
+MLA = f"{KERNELS}.mla.v2.kernel"
+
+
+class KVCacheManager:
+    """What the server does with its cache: notes it."""
+
+    def __init__(self, connector: str | None = None) -> None:
+        config = None if connector is None else SimpleNamespace(kv_connector=connector)
+        self.runner = SimpleNamespace(vllm_config=SimpleNamespace(kv_transfer_config=config))
+
+    def initialize_kv_cache(self, config: Any) -> str:
+        return f"made of {config}"
+
+    def get_kv_cache_for_block_ids(self, block_ids: Any) -> str:
+        return "moved"
+
+    def transfer_kv_cache(self, slices: Any) -> str:
+        return "moved"
+
+    def insert_request_with_kv_cache(self, *args: Any) -> str:
+        return "moved"
+
+
+def _function(name: str) -> Any:
+    def function(*args: Any, **options: Any) -> str:
+        return name
+
+    return function
+
+
+def _tpu_inference(batched: bool) -> dict[str, dict[str, Any]]:
+    kernels = {
+        RPA_V3: ("ragged_paged_attention", "get_kv_cache_shape"),
+        RPA_HD64: ("ragged_paged_attention_hd64", "get_kv_cache_shape"),
+        BATCHED: ("ragged_paged_attention", "get_kv_cache_shape"),
+        MLA: ("mla_ragged_paged_attention", "get_kv_cache_shape"),
+    }
+    modules: dict[str, dict[str, Any]] = {
+        module: {name: _function(f"{module}.{name}") for name in names} for module, names in kernels.items()
+    }
+    rpa, hd64 = modules[BATCHED if batched else RPA_V3], modules[RPA_HD64]
+    modules[INTERFACE] = {
+        **rpa,
+        "ragged_paged_attention_hd64": hd64["ragged_paged_attention_hd64"],
+        "get_kv_cache_shape_hd64": hd64["get_kv_cache_shape"],
+        "mla_ragged_paged_attention": modules[MLA]["mla_ragged_paged_attention"],
+        "dcp_forward": _function("dcp"),
+        "pcp_forward": _function("pcp"),
+    }
+    modules[LAYER] = {"ragged_paged_attention": modules[RPA_V3]["ragged_paged_attention"]}
+    modules[MANAGER] = {"KVCacheManager": type("KVCacheManager", (), dict(vars(KVCacheManager)))}
+    modules[f"{ROOT}.envs"] = {"USE_BATCHED_RPA_KERNEL": batched}
+    return modules
+
+
+@contextmanager
+def serving(version: str | None = "0.32.0", batched: bool = False, without: str = "") -> Iterator[None]:
+    """The stand-ins importable, as of a version of the package; `without` is a name that none of them has."""
+    made: dict[str, ModuleType] = {}
+    for path, names in _tpu_inference(batched).items():
+        parts = path.split(".")
+        for end in range(1, len(parts) + 1):
+            whole = ".".join(parts[:end])
+            if whole not in made:
+                made[whole] = ModuleType(whole)
+                made[whole].__path__ = []  # type: ignore[attr-defined]
+                if end > 1:
+                    setattr(made[".".join(parts[: end - 1])], parts[end - 1], made[whole])
+        vars(made[path]).update({name: value for name, value in names.items() if name != without})
+    real = importlib.metadata.version
+
+    def installed(distribution: str) -> str:
+        if distribution != "tpu-inference":
+            return real(distribution)
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(distribution)
+        return version
+
+    sys.modules.update(made)
+    importlib.metadata.version = installed
+    try:
+        yield
+    finally:
+        importlib.metadata.version = real
+        for name in made:
+            sys.modules.pop(name, None)
