@@ -1,4 +1,4 @@
-"""Stand-ins for the modules of tpu-inference that `install` changes: the names, and who imports what from whom."""
+"""Stand-ins for the modules of servers that `install` changes: the names, and who imports what from whom."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ RPA_V3 = f"{KERNELS}.ragged_paged_attention.v3.kernel"
 RPA_HD64 = f"{KERNELS}.ragged_paged_attention.v3.kernel_hd64"
 BATCHED = f"{KERNELS}.experimental.batched_rpa.wrapper"
 MLA = f"{KERNELS}.mla.v2.kernel"
+
+SGLANG = "sgl_jax.srt"
+SGLANG_KERNEL = f"{SGLANG}.layers.attention.flash_attn_kernel.flash_attention"
+SGLANG_BACKEND = f"{SGLANG}.layers.attention.flashattention_backend"
+SGLANG_POOL = f"{SGLANG}.mem_cache.memory_pool"
 
 
 class KVCacheManager:
@@ -72,11 +77,48 @@ def _tpu_inference(batched: bool) -> dict[str, dict[str, Any]]:
     return modules
 
 
+class MHATokenToKVPool:
+    """SGLang-JAX's pool of pages."""
+
+    def get_fused_kv_buffer(self, layer: int) -> str:
+        return "pages"
+
+    def _by_token(self, *args: Any) -> str:
+        return "tokens"
+
+    clear_cache = get_cpu_copy = get_kv_buffer = get_kv_data = load_cpu_copy = _by_token
+    move_kv_cache = set_kv_buffer = set_kv_buffer_legacy = _by_token
+
+
+def _sglang_jax() -> dict[str, dict[str, Any]]:
+    kernel = {"ragged_paged_attention": _function("fused")}
+    return {
+        SGLANG_KERNEL: kernel,
+        SGLANG_BACKEND: dict(kernel),
+        SGLANG_POOL: {"MHATokenToKVPool": type("MHATokenToKVPool", (), dict(vars(MHATokenToKVPool)))},
+    }
+
+
 @contextmanager
 def serving(version: str | None = "0.32.0", batched: bool = False, without: str = "") -> Iterator[None]:
-    """The stand-ins importable, as of a version of the package; `without` is a name that none of them has."""
+    """tpu-inference's stand-ins importable, as of a version of the package; `without` is a name that none of them has."""
+    with _importable("tpu-inference", version, _tpu_inference(batched), without):
+        yield
+
+
+@contextmanager
+def serving_sglang(version: str = "0.0.2") -> Iterator[None]:
+    """SGLang-JAX's stand-ins importable."""
+    with _importable("sglang-jax", version, _sglang_jax()):
+        yield
+
+
+@contextmanager
+def _importable(
+    distribution: str, version: str | None, modules: dict[str, dict[str, Any]], without: str = ""
+) -> Iterator[None]:
     made: dict[str, ModuleType] = {}
-    for path, names in _tpu_inference(batched).items():
+    for path, names in modules.items():
         parts = path.split(".")
         for end in range(1, len(parts) + 1):
             whole = ".".join(parts[:end])
@@ -88,11 +130,11 @@ def serving(version: str | None = "0.32.0", batched: bool = False, without: str 
         vars(made[path]).update({name: value for name, value in names.items() if name != without})
     real = importlib.metadata.version
 
-    def installed(distribution: str) -> str:
-        if distribution != "tpu-inference":
-            return real(distribution)
+    def installed(asked: str) -> str:
+        if asked != distribution:
+            return real(asked)
         if version is None:
-            raise importlib.metadata.PackageNotFoundError(distribution)
+            raise importlib.metadata.PackageNotFoundError(asked)
         return version
 
     sys.modules.update(made)

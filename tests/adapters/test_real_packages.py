@@ -89,6 +89,14 @@ def test_tpu_inference_serves_an_installed_bundle(
         assert f"{what}, bundle {bundle}: engine.traced was called" in claims
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("bundle", ["wide-interleaved", "wide-separate"])
+def test_sglang_jax_serves_an_installed_bundle(bundle: str, served_bundles: dict[str, Path], tmp_path: Path) -> None:
+    claims = run_in("sglang_jax", tmp_path, "serve_sglang_jax.py", SEED, served_bundles[bundle])
+    for devices in (1, 2):
+        assert f"Llama on {devices} devices, bundle {bundle}: engine.traced was called" in claims
+
+
 def run_in(name: str, home: Path, script: str, *arguments: object) -> list[str]:
     """What a script of tests/adapters/peers claims, in the environment of one package."""
     try:

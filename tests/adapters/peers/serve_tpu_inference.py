@@ -19,19 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from common import Absent, TracedEngine, claim
 from jax.sharding import Mesh
+from serving import HIDDEN, PROMPTS, VOCABULARY, batches, require_close, require_tokens, spread
 
 import rpac
 from rpac.adapters import tpu_inference
 
 # What the package imports for a server, and nothing called here uses.
 Absent("vllm", "torch", "torchax", "sympy", "requests", "google", "tpu_info", "tpu_inference.env_override")
-
-PROMPTS = (5, 17, 9)  # tokens of each
-STEPS = 6  # of decode, behind the prefill of all prompts at once
-HIDDEN = 256
-VOCABULARY = 256
-WEIGHTS = 0.1  # the standard deviation
-TOLERANCE = 2**-5  # of the largest element: what two layers in bfloat16 make of one last place
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 """(caches, input, metadata) to (caches, result); both are of all tokens of a batch."""
@@ -122,14 +116,6 @@ def metadata(batch: rpac.Batch) -> Any:
     )
 
 
-def batches(engine: Any) -> list[rpac.Batch]:
-    """The prefill of all prompts, then STEPS of decode."""
-    tables = [[3 * row + 1, 3 * row, 3 * row + 2] for row in range(len(PROMPTS))]
-    lengths = [(PROMPTS, [0] * len(PROMPTS))]
-    lengths += [([1] * len(PROMPTS), [prompt + step for prompt in PROMPTS]) for step in range(STEPS)]
-    return [rpac.Batch.build(engine.limits, new, old, tables) for new, old in lengths]
-
-
 def caches(engine: Any, layers: int, devices: int) -> list[Any]:
     """What the server makes for its layers, on so many devices that each have the heads of the bundle."""
     from tpu_inference.runner.kv_cache import create_kv_caches
@@ -151,28 +137,6 @@ def servers_layout(engine: Any, cache: Any, shape: tuple[int, ...]) -> np.ndarra
     if engine.kv_layout == "separate":  # pages, K and V, heads, tokens, lanes
         found = found.transpose(0, 3, 2, 1, 4)
     return found.reshape(shape)
-
-
-def spread(module: Any, seed: int) -> Any:
-    """A module with normal weights: those that the package draws are so small that attention would change nothing."""
-    from flax import nnx
-
-    rng = np.random.default_rng(seed)
-
-    def draw(array: Any) -> Any:
-        if array.ndim < 2:  # of a norm
-            return jnp.ones_like(array)
-        return jnp.asarray(rng.standard_normal(array.shape) * WEIGHTS, array.dtype)
-
-    graph, state = nnx.split(module)
-    return nnx.merge(graph, jax.tree.map(draw, state))
-
-
-def require_close(what: str, got: Any, wanted: Any) -> None:
-    """Every element within TOLERANCE of the largest."""
-    got, wanted = np.asarray(got, np.float32), np.asarray(wanted, np.float32)
-    error, largest = np.abs(got - wanted).max(), np.abs(wanted).max()
-    claim(f"{what} within {error:.4f} of {largest:.1f}", got.shape == wanted.shape and error <= TOLERANCE * largest > 0)
 
 
 def compare(
@@ -265,14 +229,7 @@ def serve_llama(engine: Any, seed: int, devices: int) -> None:
 
     what = f"Llama on {devices} devices"
     wanted, got = compare(engine, what, 2, step, traced, given, devices)
-    theirs, ours = np.concatenate(wanted), np.concatenate(got)
-    second, first = np.sort(theirs, axis=1)[:, -2:].T
-    clear = first - second > 2 * TOLERANCE * np.abs(theirs).max()
-    same = (theirs.argmax(axis=1) == ours.argmax(axis=1))[clear]
-    claim(
-        f"{what}, bundle {engine.name}: {same.sum()} of the {len(same)} greedy tokens that are no near tie are the reference's",
-        bool(same.all()) and len(same) > len(theirs) // 4,
-    )
+    require_tokens(f"{what}, bundle {engine.name}", np.concatenate(got), np.concatenate(wanted))
 
 
 def serve_layer(engine: Any, seed: int, name: str, layer: Any) -> None:
@@ -288,7 +245,8 @@ def serve_layer(engine: Any, seed: int, name: str, layer: Any) -> None:
         return [cache], out
 
     def given(batch: rpac.Batch, before: Any) -> Any:
-        return jnp.asarray(rng.standard_normal((batch.tokens, HIDDEN)), jnp.bfloat16)
+        here = jax.sharding.NamedSharding(mesh(), jax.sharding.PartitionSpec())
+        return jax.device_put(rng.standard_normal((batch.tokens, HIDDEN)).astype(jnp.bfloat16), here)
 
     compare(engine, name, 1, step, step, given)
 

@@ -12,11 +12,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rpac.adapters._arguments import DEFAULT_MASK_VALUE, Programs, Result, require_axes, traced
-from rpac.adapters._common import Adapter
+from rpac.adapters._arguments import DEFAULT_MASK_VALUE, Programs, Result, require_axes, shown, traced
+from rpac.adapters._common import Adapter, Size
 from rpac.contract import arrays as layout
 from rpac.errors import BatchError
 
+PEER = "sglang-jax"
 Blocks = tuple[int, int, int, int] | None
 
 
@@ -29,7 +30,7 @@ def ragged_paged_attention_v3(engine: Programs, *, validate: bool = True) -> Cal
     tune or check the peer's kernel: `d_block_sizes`, `p_block_sizes`, `m_block_sizes`, `vmem_limit_bytes`,
     `disable_semaphore_checks`.
     """
-    adapter = Adapter(engine, "sglang-jax", validate)
+    adapter = Adapter(engine, PEER, validate)
 
     def attention(
         queries: Any,
@@ -93,7 +94,14 @@ def ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Callab
     `[pages * page_size, 2 * kv_heads, head_dim]`. Outside a trace both reshapes copy it. Without effect, because they
     tune the peer's kernel: `num_kv_pages_per_block`, `num_queries_per_block`, `vmem_limit_bytes`.
     """
-    adapter = Adapter(engine, "sglang-jax", validate)
+    return fused(Adapter(engine, PEER, validate))
+
+
+def fused(adapter: Adapter) -> Callable[..., Result]:
+    """The function of 0.0.2's signature over an adapter of any layout of whole rows of lanes.
+
+    With `kv_layout: separate` the bytes of a page are K and V, heads, tokens, lanes, whatever axes the server gives them.
+    """
 
     def attention(
         queries: Any,
@@ -121,7 +129,7 @@ def ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Callab
         adapter.require_neutral(mask_value=mask_value, q_scale=q_scale)
         adapter.require_built(causal=True, update_kv_cache=True, sliding_window=sliding_window, soft_cap=soft_cap)
         adapter.require_scale("sm_scale", sm_scale)
-        arrays = queries, keys, values, _packed(kv_cache_fused, layout.packing(engine.model.kv_dtype))
+        arrays = queries, keys, values, _in_layout(adapter, kv_cache_fused)
         metadata = kv_lens, page_indices, cu_q_lens, cu_kv_lens, distribution
         scales = adapter.kv_scales(k_scale, v_scale)
         out, kv_cache = _run(adapter, arrays, metadata, chunk_prefill_size, **scales)
@@ -130,10 +138,22 @@ def ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Callab
     return attention
 
 
-def _packed(kv_cache_fused: Any, packing: int) -> Any:
-    """The cache with the heads that share a 32-bit word on an axis of their own."""
+def _in_layout(adapter: Adapter, kv_cache_fused: Any) -> Any:
+    """The cache on the axes of the bundle's layout: a reshape, of one shard."""
     require_axes(("kv_cache_fused",), (kv_cache_fused,), (4,))
     pages, page_size, heads, head_dim = kv_cache_fused.shape
+    engine = adapter.engine
+    if engine.kv_layout == "separate":
+        _, _, built, lanes = adapter.page_shape
+        adapter.require_sizes([Size("kv_cache_fused", "serving", "page_size", page_size, built)])
+        wanted = 2 * engine.model.kv_heads, lanes
+        if (heads, head_dim) != wanted:
+            raise BatchError(
+                f"kv_cache_fused is {shown(kv_cache_fused)}; must end in {list(wanted)}, K and V of each KV head of bundle "
+                f"{engine.name}; give each device as many"
+            )
+        return kv_cache_fused.reshape(pages, *adapter.page_shape)
+    packing = layout.packing(engine.model.kv_dtype)
     if heads % packing:
         raise BatchError(f"kv_cache_fused has {heads} heads; must be a multiple of {packing}: K and V of each KV head")
     return kv_cache_fused.reshape(pages, page_size, heads // packing, packing, head_dim)
