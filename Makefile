@@ -15,7 +15,7 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow test-adapters test-init lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-kernels bench-chunks bench-scheduling \
+.PHONY: demo test test-newest test-slow test-adapters test-init lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-models bench-kernels bench-chunks bench-scheduling \
 	same calibrate release build-all serve-demo clean
 
 demo: $(VENV)/ready
@@ -89,6 +89,10 @@ bench-gpu: $(VENV)/ready
 
 bench-peers: $(VENV)/ready
 	$(BIN)/python benchmarks/peers.py
+
+# Every shipped spec on every TPU target, in both layouts.
+bench-models: $(VENV)/ready
+	$(BIN)/python benchmarks/models.py
 
 # Kernels of the jax package, with this jax and with the newest.
 bench-kernels: $(VENV)/ready
