@@ -36,7 +36,7 @@ ifeq ($(NEWEST_PYTHON),)
 	@echo "no Python 3.12 or later here: the compile tests ran on one jax only"
 else
 	$(MAKE) $(NEWEST)/ready
-	$(NEWEST)/bin/python -m pytest -n $(JOBS) -m "compile and not slow"
+	$(NEWEST)/bin/python -m pytest -n $(JOBS) -m "compile and not slow and not once"
 endif
 
 test-slow: $(VENV)/ready
