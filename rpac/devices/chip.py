@@ -76,11 +76,6 @@ def is_tpu(target: str) -> bool:
     return target in _ENTRIES
 
 
-def target_of(device_kind: str) -> str | None:
-    """The target whose devices report exactly this kind, or None. Needs no JAX."""
-    return next((target for target, entry in _ENTRIES.items() if entry.device_kind == device_kind), None)
-
-
 def topology_of(target: str, devices: int) -> str:
     """The smallest topology of a TPU target that has so many devices. Raises TargetError where we know none."""
     entry = _ENTRIES[target]
