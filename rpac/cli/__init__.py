@@ -16,6 +16,7 @@ from rpac.cli.diff import diff_command
 from rpac.cli.explain import explain_command
 from rpac.cli.init import init_command
 from rpac.cli.inspect import inspect
+from rpac.cli.pack import pack
 from rpac.cli.plan import plan
 from rpac.cli.predict import predict_command
 from rpac.cli.report import report_command
@@ -59,7 +60,7 @@ def main() -> None:
 
 
 COMMANDS = (
-    init_command, plan, buckets, build, check, bench_command, diff_command, explain_command, generate, inspect,
+    init_command, plan, buckets, build, check, bench_command, diff_command, explain_command, generate, inspect, pack,
     predict_command, report_command, serve_check_command, show_config_command, specs_command, support_command, tune_command,
 )  # fmt: skip
 for command in COMMANDS:

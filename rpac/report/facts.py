@@ -132,7 +132,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Subject:
-    """A spec or a bundle as given. `digest`: sha256 of a bundle's manifest. `check` is None where none was given."""
+    """A spec or a bundle as given. `digest`: that of a bundle's manifest, which covers every file.
+
+    `check` is None where none was given.
+    """
 
     name: str
     path: str

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rpac.bundle import read_manifest
-from rpac.bundle.manifest import MANIFEST
+from rpac.bundle import digest, read_manifest
 from rpac.contract.kind import KINDS
 from rpac.contract.mesh import Mesh
 from rpac.devices.chip import TPU_TARGETS, chip, is_tpu
@@ -144,10 +142,10 @@ def _given(path: Path, request: Request) -> _Given:
         manifest = read_manifest(path)
         spec = load_spec(path / "spec.yaml")
         names = tuple(dict.fromkeys(one.name for one in manifest.targets.values()))
-        digest = hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+        found = digest(manifest)
         name, spec_hash = manifest.name, manifest.spec_hash
     else:
-        spec, digest = load_spec(path), None
+        spec, found = load_spec(path), None
         name, spec_hash, names = spec.name, spec.hash, spec.targets
     targets = request.targets or tuple(filter(is_tpu, names))
     if not targets:
@@ -155,7 +153,7 @@ def _given(path: Path, request: Request) -> _Given:
             f"{path}: found no TPU target, only {', '.join(names)}; must have one of {', '.join(TPU_TARGETS)}, because only "
             "they have schedules to predict from; name one with --target, or add it to the spec's targets"
         )
-    return _Given(path, name, spec, spec_hash, digest, targets)
+    return _Given(path, name, spec, spec_hash, found, targets)
 
 
 def _named_apart(givens: Sequence[_Given]) -> list[_Given]:
