@@ -191,3 +191,8 @@ def test_tokamaxs_points_are_whole_batches_of_their_shapes():
         assert set(parameters[5]) == set(range(request["pages"]))
         assert parameters[7][2] == len(parameters[4]) == request["max_seqs"]
         assert all(len(blocks) == 5 for blocks in request["blocks"].values())
+
+
+def test_the_report_ships_what_the_comparison_found():
+    written = importlib.import_module("report_peers")
+    assert written.OUTPUT.read_text() == written.text(), "run `make report-peers`"
