@@ -47,12 +47,16 @@ class Feature(NamedTuple):
     programs: str
 
 
+_CONTEXT = "programs take whole sequences, not parts of them"
 _MASK = "programs mask by position alone"
 
 FEATURES = {
+    "attention_scope": Feature(("full",), "programs attend to old and new tokens at once"),
+    "cp_group_size": Feature((None,), _CONTEXT),
+    "cp_rank": Feature((None,), _CONTEXT),
     "custom_mask": Feature((None,), _MASK),
     "debug_mode": Feature((False,), "programs attend; they print nothing"),
-    "kv_layout": Feature((None,), "the cache has the layout of the bundle"),
+    "kv_layout": Feature((None, "head_along_sublane"), "programs keep head_dim along lanes"),
     "mask_aligned_to_cu_kv": Feature((False,), _MASK),
     "mask_value": Feature((None, DEFAULT_MASK_VALUE), "what programs mask weighs exactly 0"),
     "q_scale": Feature((None,), "programs take queries as they are, not quantized"),
@@ -88,9 +92,9 @@ class Arguments:
         return f"bundle {self.engine.name}"
 
     def require_drafts(self, decode_query_size: int) -> None:
-        """Raises unless decode rows have as many new tokens as the bundle's."""
+        """Raises unless decode rows, which have up to so many new tokens, have one or as many as the bundle's."""
         built = self.engine.limits.decode_len
-        if decode_query_size != built:
+        if decode_query_size not in (1, built):
             raise SelectionError(
                 f"decode_query_size is {decode_query_size}; must be {built}, the decode_len of {self.bundle}; pass that, or "
                 f"build with this, where a spec allows it\nserving:\n  decode_len: {decode_query_size}"
@@ -205,6 +209,6 @@ def shown(value: Any) -> str:
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    if neutral is None or not isinstance(value, (bool, int, float, np.generic)):
+    if neutral is None or not isinstance(value, (bool, int, float, str, np.generic)):
         return value is neutral
     return bool(value == neutral)

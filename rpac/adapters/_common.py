@@ -67,13 +67,13 @@ class Adapter(Arguments):
                 f"{self.peer} computes; call the engine itself, with the arguments of docs/batch-contract.md"
             )
 
-    def run(self, *args: Any, chunk_prefill_size: int | None = None, **extra: Any) -> Result:
+    def run(self, *args: Any, chunk_prefill_size: int | None = None, results: int = 2, **extra: Any) -> Result:
         """The call on the contract's arguments: `engine.traced` where one is a tracer, else `engine` itself.
 
         There may be fewer rows than max_num_seqs. Without `chunk_prefill_size`, rows [i, j) may have any length: they
         run as mixed rows. Where the bundle has drafts, the first rows of exactly decode_len new tokens are decode rows,
         whatever the distribution calls them, and those behind them prefill or mixed rows. `extra` are the engine's arguments
-        by name. Returns what the peers do: the output and the cache.
+        by name. Returns the first of the engine's results: the output and the cache, and with `results` 3 lse too.
         """
         require_axes(self.names, args, self.axes)
         *tokens, kv_cache, kv_lens, page_indices, cu_q_lens, distribution = args
@@ -95,8 +95,8 @@ class Adapter(Arguments):
         metadata[-1] = self._distribution(xp, metadata[-2], metadata[-1], chunk_prefill_size is not None)
         extra = {**extra, **self._causal_tree}
         if in_trace:
-            return self.engine.traced(*arrays, *metadata, **extra)[:2]
-        return self.engine(*arrays, *metadata, validate=self.validate, **extra)[:2]
+            return self.engine.traced(*arrays, *metadata, **extra)[:results]
+        return self.engine(*arrays, *metadata, validate=self.validate, **extra)[:results]
 
     def array_sizes(self, *arrays: Any) -> Iterator[Size]:
         """What the arrays that hold tokens and pages say about the spec."""
@@ -106,6 +106,34 @@ class Adapter(Arguments):
         yield Size("keys", "model", "kv_heads", keys.shape[1], model.kv_heads)
         yield Size("queries", "model", "head_dim", queries.shape[2], model.head_dim)
         yield from self._cache_sizes(queries, kv_cache)
+
+    def in_layout(self, name: str, kv_cache: Any) -> Any:
+        """A cache of `[pages, page_size, 2 * kv_heads, head_dim]` on the axes of the bundle's layout: a reshape, of the same
+        bytes. Raises where it has not the bundle's pages."""
+        require_axes((name,), (kv_cache,), (4,))
+        pages, page_size, heads, head_dim = kv_cache.shape
+        if self.engine.kv_layout == "separate":
+            _, _, built, lanes = self.page_shape
+            self.require_sizes([Size(name, "serving", "page_size", page_size, built)])
+            wanted = 2 * self.engine.model.kv_heads, lanes
+            if (heads, head_dim) != wanted:
+                raise BatchError(
+                    f"{name} is {shown(kv_cache)}; must end in {list(wanted)}, K and V of each KV head of {self.bundle}; "
+                    "give each device as many"
+                )
+            return kv_cache.reshape(pages, *self.page_shape)
+        packing = layout.packing(self.engine.model.kv_dtype)
+        if heads % packing:
+            raise BatchError(f"{name} has {heads} heads; must be a multiple of {packing}: K and V of each KV head")
+        return kv_cache.reshape(pages, page_size, heads // packing, packing, head_dim)
+
+    def require_lse(self, name: str) -> None:
+        """Raises where the bundle's programs return no lse, which the argument of that name asks for."""
+        if not any(dims.name == "lse" for program in self.engine.programs.values() for dims in program.results):
+            raise SelectionError(
+                f"{name} is True; must be False: {self.bundle} returns no lse; pass that, or build with\n"
+                "serving:\n  log_sum_exp: true"
+            )
 
     def rows_size(self, rows: int) -> Size:
         """What the number of rows says about the spec: a batch may have fewer than it."""

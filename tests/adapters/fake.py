@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import signatures
 
-from rpac.adapters import ejkernel, sglang_jax, tpu_inference
+from rpac.adapters import ejkernel, sglang_jax, tokamax, tpu_inference
 from rpac.batch import Batch, Limits
 from rpac.contract import arrays as layout
 from rpac.contract.attention import Attention
@@ -37,7 +37,7 @@ class FakeEngine:
     def programs(self) -> dict[Any, Any]:
         """One, of which only the cache is known."""
         kv_cache = layout.ArrayDims("kv_cache", cache_shape(self), self.model.kv_dtype)
-        return {Variant("mixed", 8): SimpleNamespace(args=(kv_cache,))}
+        return {Variant("mixed", 8): SimpleNamespace(args=(kv_cache,), results=())}
 
     @classmethod
     def of(cls, spec: Spec) -> FakeEngine:
@@ -70,6 +70,7 @@ ADAPTERS = {
     "tpu_inference batched": Peer(
         tpu_inference.batched_ragged_paged_attention, signatures.TPU_INFERENCE_BATCHED, "sm_scale"
     ),
+    "tokamax": Peer(tokamax.ragged_paged_attention, signatures.TOKAMAX, "sm_scale"),
     "sglang_jax": Peer(sglang_jax.ragged_paged_attention, signatures.SGLANG_JAX, "sm_scale"),
     "sglang_jax main": Peer(sglang_jax.ragged_paged_attention_v3, signatures.SGLANG_JAX_V3, "sm_scale"),
     "ejkernel operation": Peer(ejkernel.ragged_page_attention_v3, signatures.EJKERNEL, "softmax_scale"),

@@ -44,6 +44,15 @@ TPU_INFERENCE_MLA = (
     "debug_mode=False)"
 )
 
+# tokamax 0.0.17, tokamax/_src/ops/batched_rpa/api.py; its enumerations are strings
+TOKAMAX = (
+    "(queries, keys, values, kv_cache, kv_lens, page_indices, cu_q_lens, distribution, *, sm_scale=1.0, sliding_window=None, "
+    "soft_cap=None, mask_value=None, q_scale=None, k_scale=None, v_scale=None, chunk_prefill_size=None, "
+    "decode_block_sizes=None, prefill_block_sizes=None, vmem_limit_bytes=None, debug_mode=False, out_dtype=None, "
+    "use_causal_mask=True, skip_kv_update=False, kv_layout='head_along_sublane', decode_query_size=1, cp_group_size=None, "
+    "cp_rank=None, attention_scope='full', return_lse=False, implementation=None)"
+)
+
 # sglang-jax 0.0.2, sgl_jax/srt/layers/attention/flash_attn_kernel/flash_attention.py
 SGLANG_JAX = (
     "(queries, keys, values, kv_cache_fused, kv_lens, page_indices, cu_q_lens, cu_kv_lens, distribution, *, "
@@ -79,6 +88,8 @@ EJKERNEL_KERNEL = (
 
 def signature(function: Callable[..., Any]) -> str:
     """A function's parameters: names, order, kinds and defaults."""
-    found = inspect.signature(function)
-    bare = [one.replace(annotation=inspect.Parameter.empty) for one in found.parameters.values()]
+    bare = []
+    for one in inspect.signature(function).parameters.values():
+        default = str(one.default) if isinstance(one.default, str) else one.default
+        bare.append(one.replace(annotation=inspect.Parameter.empty, default=default))
     return str(inspect.Signature(bare))

@@ -141,8 +141,8 @@ def test_batched_rpa_is_replaced_where_the_server_runs_it() -> None:
         with pytest.raises(SelectionError, match=r"decode_query_size is 5; must be 3, .*\nserving:\n  decode_len: 5$"):
             attention(*args, sm_scale=engine.model.sm_scale, decode_query_size=5)
         assert of(BATCHED).get_kv_cache_shape(7, 16, 2, 128, jnp.bfloat16) == (7, 2, 2, 16, 128)
-        with pytest.raises(SelectionError, match=r"kv_layout is 'SEQ_ALONG_LANE'; must be None"):
-            of(BATCHED).get_kv_cache_shape(7, 16, 2, 128, jnp.bfloat16, "SEQ_ALONG_LANE")
+        with pytest.raises(SelectionError, match=r"kv_layout is 'seq_along_lane'; must be None"):
+            of(BATCHED).get_kv_cache_shape(7, 16, 2, 128, jnp.bfloat16, "seq_along_lane")
 
 
 def test_a_bundle_of_latent_attention_replaces_mla_alone(server: None) -> None:

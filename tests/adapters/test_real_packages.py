@@ -25,6 +25,7 @@ PEERS = Path(__file__).parent / "peers"
 # The bundles that are installed: what each has beside specs/tiny.yaml, whose serving it has too.
 LATENT = {"attention": "latent", "q_heads": 16, "kv_lora_rank": 128, "rope_dim": 64, "q_dtype": "bfloat16"}
 SERVED = {
+    "with-lse": {"serving": {"log_sum_exp": True}},
     "wide-interleaved": {"serving": {"kv_layout": "interleaved"}},
     "wide-separate": {"serving": {"kv_layout": "separate"}},
     "narrow-interleaved": {"model": {"head_dim": 64, "sinks": True}},
@@ -87,6 +88,12 @@ def test_tpu_inference_serves_an_installed_bundle(
     claims = run_in("tpu_inference", tmp_path, "serve_tpu_inference.py", SEED, served_bundles[bundle])
     for what in whats:
         assert f"{what}, bundle {bundle}: engine.traced was called" in claims
+
+
+@pytest.mark.slow
+def test_the_adapter_does_what_tokamax_does(served_bundles: dict[str, Path], tmp_path: Path) -> None:
+    claims = run_in("tokamax", tmp_path, "check_tokamax.py", served_bundles["with-lse"], SEED)
+    assert sum(claim.startswith("in jit") and "lse within" in claim for claim in claims) == 7
 
 
 @pytest.mark.slow

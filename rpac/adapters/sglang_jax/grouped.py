@@ -12,8 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rpac.adapters._arguments import DEFAULT_MASK_VALUE, Programs, Result, require_axes, shown, traced
-from rpac.adapters._common import Adapter, Size
+from rpac.adapters._arguments import DEFAULT_MASK_VALUE, Programs, Result, require_axes, traced
+from rpac.adapters._common import Adapter
 from rpac.contract import arrays as layout
 from rpac.errors import BatchError
 
@@ -129,34 +129,13 @@ def fused(adapter: Adapter) -> Callable[..., Result]:
         adapter.require_neutral(mask_value=mask_value, q_scale=q_scale)
         adapter.require_built(causal=True, update_kv_cache=True, sliding_window=sliding_window, soft_cap=soft_cap)
         adapter.require_scale("sm_scale", sm_scale)
-        arrays = queries, keys, values, _in_layout(adapter, kv_cache_fused)
+        arrays = queries, keys, values, adapter.in_layout("kv_cache_fused", kv_cache_fused)
         metadata = kv_lens, page_indices, cu_q_lens, cu_kv_lens, distribution
         scales = adapter.kv_scales(k_scale, v_scale)
         out, kv_cache = _run(adapter, arrays, metadata, chunk_prefill_size, **scales)
         return out, kv_cache.reshape(-1, *kv_cache_fused.shape[2:])
 
     return attention
-
-
-def _in_layout(adapter: Adapter, kv_cache_fused: Any) -> Any:
-    """The cache on the axes of the bundle's layout: a reshape, of one shard."""
-    require_axes(("kv_cache_fused",), (kv_cache_fused,), (4,))
-    pages, page_size, heads, head_dim = kv_cache_fused.shape
-    engine = adapter.engine
-    if engine.kv_layout == "separate":
-        _, _, built, lanes = adapter.page_shape
-        adapter.require_sizes([Size("kv_cache_fused", "serving", "page_size", page_size, built)])
-        wanted = 2 * engine.model.kv_heads, lanes
-        if (heads, head_dim) != wanted:
-            raise BatchError(
-                f"kv_cache_fused is {shown(kv_cache_fused)}; must end in {list(wanted)}, K and V of each KV head of bundle "
-                f"{engine.name}; give each device as many"
-            )
-        return kv_cache_fused.reshape(pages, *adapter.page_shape)
-    packing = layout.packing(engine.model.kv_dtype)
-    if heads % packing:
-        raise BatchError(f"kv_cache_fused has {heads} heads; must be a multiple of {packing}: K and V of each KV head")
-    return kv_cache_fused.reshape(pages, page_size, heads // packing, packing, head_dim)
 
 
 def _run(

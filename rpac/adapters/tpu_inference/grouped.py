@@ -37,8 +37,8 @@ def batched_ragged_paged_attention(engine: Programs, *, validate: bool = True) -
     """As `ragged_paged_attention`, of batched RPA (kernels/experimental/batched_rpa/wrapper.py), which the server runs with
     USE_BATCHED_RPA_KERNEL set.
 
-    `decode_query_size` must be the bundle's `decode_len`. The server's decode rows have up to so many new tokens; those of
-    fewer, and those behind them, run as mixed rows. Without effect: `decode_block_sizes`, `prefill_block_sizes`,
+    `decode_query_size` must be 1 or the bundle's `decode_len`. The server's decode rows have up to so many new tokens; those
+    of fewer, and those behind them, run as mixed rows. Without effect: `decode_block_sizes`, `prefill_block_sizes`,
     `vmem_limit_bytes`.
     """
     return batched_rpa(Adapter(engine, PEER, validate))
