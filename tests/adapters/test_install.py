@@ -16,6 +16,7 @@ from fake_server import BATCHED, INTERFACE, LAYER, MANAGER, MLA, RPA_V3, serving
 from signatures import TPU_INFERENCE_MLA, signature
 
 from rpac.adapters import tpu_inference
+from rpac.adapters.tpu_inference import worker
 from rpac.errors import BatchError, SelectionError, TargetError
 
 
@@ -300,3 +301,33 @@ def test_the_function_for_latent_attention_has_the_peers_signature_and_refuses_w
         SelectionError, match=r"(?s)has grouped attention; must have latent attention, .*\n  attention: latent$"
     ):
         tpu_inference.mla_ragged_paged_attention(engine_of())
+
+
+def test_a_worker_of_vllm_installs_the_bundle_that_its_config_names(
+    server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, sliding = engine_of("separate"), engine_of("separate", sliding_window=64)
+    loaded: list[Any] = []
+
+    def load_layers(path: str, **options: Any) -> dict[str, FakeEngine]:
+        loaded.append((path, options))
+        return {"full": full, "sliding": sliding}
+
+    monkeypatch.setattr(worker, "load_layers", load_layers)
+    config = {"rpac_bundle": "build/tiny.rpac", "rpac_allow_compile": True, "other": 1}
+    one = SimpleNamespace(vllm_config=SimpleNamespace(additional_config=config))
+    worker.WorkerExtension.init_worker_extension(one)
+    assert loaded == [("build/tiny.rpac", {"allow_compile": True})]
+    of(INTERFACE).ragged_paged_attention(
+        *arguments("tpu_inference", full), sm_scale=full.model.sm_scale, sliding_window=64
+    )
+    assert len(sliding.calls) == 1
+    one.rpac_installation.uninstall()
+    for missing in ({}, None, {"rpac_bundle": ""}):
+        one.vllm_config.additional_config = missing
+        with pytest.raises(TargetError, match="additional_config has no rpac_bundle; must name a bundle; start vLLM"):
+            worker.WorkerExtension.init_worker_extension(one)
+
+
+def test_an_extension_adds_nothing_else_to_a_worker_of_vllm() -> None:
+    assert [name for name in vars(worker.WorkerExtension) if name[0] != "_"] == ["init_worker_extension"]

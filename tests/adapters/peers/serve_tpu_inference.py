@@ -295,9 +295,20 @@ def serve_latent(engine: Any, seed: int) -> None:
     compare(engine, "mla_attention", 1, step, step, given)
 
 
+def start_worker(path: str) -> None:
+    """What vLLM calls in its worker when it is told of rpac's extension."""
+    from rpac.adapters.tpu_inference.worker import WorkerExtension
+
+    worker = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={"rpac_bundle": path}))
+    WorkerExtension.init_worker_extension(worker)
+    claim(f"the worker's extension replaces {len(worker.rpac_installation.replaced)} names", True)
+    worker.rpac_installation.uninstall()
+
+
 def main(seed: int, *paths: str) -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     for path in paths:
+        start_worker(path)
         engine = TracedEngine(path)
         if engine.model.rope_dim is not None:
             serve_latent(engine, seed)
