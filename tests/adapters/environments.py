@@ -24,9 +24,10 @@ class Environment:
 
 # flatbuffers is what rpac needs to read a bundle beside jax; the rest is what the peers' kernels import.
 ENVIRONMENTS = {
-    # 0.32.0 asks for jax 0.11.2 and flax 0.12.10; transformers has the configurations of its models.
+    # 0.32.0 asks for this jax, libtpu and flax; transformers has the configurations of its models.
     "tpu_inference": Environment(
-        "tpu-inference==0.32.0", ("jax==0.11.2", "flatbuffers", "flax==0.12.10", "jaxtyping", "transformers")
+        "tpu-inference==0.32.0",
+        ("jax==0.11.2", "libtpu==0.0.48", "flatbuffers", "flax==0.12.10", "jaxtyping", "transformers"),
     ),
     # 0.0.2 asks for jax 0.8, older than rpac takes; the repository's main branch asks for 0.11.1.
     "sglang_jax": Environment("sglang-jax==0.0.2", ("jax==0.11.1", "flatbuffers", "flax")),

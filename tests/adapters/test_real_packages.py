@@ -11,12 +11,16 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import environments
 import pytest
 import yaml
 from command import TINY, rpac
+
+from rpac.devices import toolchain
 
 SEED = random.SystemRandom().randrange(2**32)
 PEERS = Path(__file__).parent / "peers"
@@ -37,16 +41,19 @@ SERVED = {
 @pytest.fixture(scope="module")
 def served_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("served")
-    for name, changes in SERVED.items():
-        spec = yaml.safe_load(TINY.read_text())
-        model = changes.get("latent") or {**spec["model"], **changes.get("model", {})}
-        serving = {**spec["serving"], **changes.get("serving", {})}
-        (folder / f"{name}.yaml").write_text(
-            yaml.safe_dump({"name": name, "model": model, "serving": serving, "targets": ["cpu"]})
-        )
-        done = rpac("build", folder / f"{name}.yaml", "-o", folder, cache=folder / "cache")
-        assert done.returncode == 0, done.stderr
-    return {name: folder / f"{name}.rpac" for name in SERVED}
+    return {name: build(name, folder, "cpu") for name in SERVED}
+
+
+def build(name: str, folder: Path, target: str, **serving: object) -> Path:
+    """One of SERVED for one target."""
+    spec, changes = yaml.safe_load(TINY.read_text()), SERVED[name]
+    model = changes.get("latent") or {**spec["model"], **changes.get("model", {})}
+    serving = {**spec["serving"], **changes.get("serving", {}), **serving}
+    made = {"name": name, "model": model, "serving": serving, "targets": [target]}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(made))
+    done = rpac("build", folder / f"{name}.yaml", "-o", folder, cache=folder / "cache")
+    assert done.returncode == 0, done.stderr
+    return folder / f"{name}.rpac"
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +104,19 @@ def test_the_adapter_does_what_tokamax_does(served_bundles: dict[str, Path], tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bundle", "devices"), [("wide-separate", (1, 4)), ("narrow-separate", (1, 4)), ("latent", (1,))]
+)
+def test_tpu_inferences_attention_compiles_for_a_tpu_with_an_installed_bundle(
+    bundle: str, devices: tuple[int, ...], tmp_path: Path
+) -> None:
+    built = build(bundle, tmp_path, "v6e", token_buckets=[32])
+    claims = run_in("tpu_inference", tmp_path, "compile_tpu_inference.py", "v6e:2x2", built, env=toolchain.ENVIRONMENT)
+    for count in devices:
+        assert any(claim.startswith(f"{bundle} on {count} devices, ") and "compiled" in claim for claim in claims)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("bundle", ["wide-interleaved", "wide-separate"])
 def test_sglang_jax_serves_an_installed_bundle(bundle: str, served_bundles: dict[str, Path], tmp_path: Path) -> None:
     claims = run_in("sglang_jax", tmp_path, "serve_sglang_jax.py", SEED, served_bundles[bundle])
@@ -104,7 +124,9 @@ def test_sglang_jax_serves_an_installed_bundle(bundle: str, served_bundles: dict
         assert f"Llama on {devices} devices, bundle {bundle}: engine.traced was called" in claims
 
 
-def run_in(name: str, home: Path, script: str, *arguments: object) -> list[str]:
+def run_in(
+    name: str, home: Path, script: str, *arguments: object, env: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
     """What a script of tests/adapters/peers claims, in the environment of one package."""
     try:
         python = environments.ensure(name)
@@ -112,7 +134,7 @@ def run_in(name: str, home: Path, script: str, *arguments: object) -> list[str]:
         pytest.skip(str(reason))
     print(f"seed {SEED}")
     # ejkernel keeps what it tuned in the home folder.
-    env = {**os.environ, "PYTHONPATH": str(environments.ROOT), "JAX_PLATFORMS": "cpu", "HOME": str(home)}
+    env = {**os.environ, **env, "PYTHONPATH": str(environments.ROOT), "JAX_PLATFORMS": "cpu", "HOME": str(home)}
     command = [python, PEERS / script, *map(str, arguments)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)
     print(done.stdout)
