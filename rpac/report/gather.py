@@ -35,7 +35,8 @@ NOT_HERE = (PlanError, TargetError, ScheduleError, CompileError)  # of one targe
 @dataclass(frozen=True)
 class Request:
     """What a report is asked for. `targets`: all that each spec or bundle has, where empty. `layers`: how many layers of each
-    kind the model has, by the kind's name, which is empty where there is one kind. `prices`: dollars an hour for one chip.
+    kind the model has, by `KIND` or, for one of several specs, by `SPEC:KIND`; a kind has no name where it is the only one.
+    `prices`: dollars an hour for one chip.
     """
 
     targets: tuple[str, ...] = ()
@@ -73,6 +74,10 @@ class _Given:
     spec_hash: str
     digest: str | None
     targets: tuple[str, ...]
+
+    def layers(self, kind: str, request: Request) -> int | None:
+        """How many layers of a kind there are, where the request says it."""
+        return request.layers.get(f"{self.spec.name}:{kind}", request.layers.get(kind))
 
 
 @dataclass(frozen=True)
@@ -164,12 +169,14 @@ def _named_apart(givens: Sequence[_Given]) -> list[_Given]:
 
 def _check_request(givens: Sequence[_Given], request: Request) -> None:
     """Raises for what is said of nothing in the report: a slip of the pen must not vanish in it."""
-    kinds = {part.layer for given in givens for part in given.spec.parts}
+    kinds = [(given.spec.name, part.layer) for given in givens for part in given.spec.parts]
+    known = {name for spec, kind in kinds for name in (kind, f"{spec}:{kind}")}
     for name in request.layers:
-        if name not in kinds:
-            named = ", ".join(f"{one}=N" for one in sorted(kinds - {""})) or "N"
+        if name not in known:
+            named = ", ".join(dict.fromkeys(f"{kind}{kind and '='}N" for _, kind in kinds))
             raise TargetError(
-                f"--layers: found {name or 'a number alone'!r}; must be {named}, as the spec has its layers"
+                f"--layers: found {name or 'a number alone'!r}; must be {named}, as the specs have their layers, or with a "
+                f"spec's name before it, such as {kinds[0][0]}:{named.split(',')[0]}"
             )
     targets = dict.fromkeys(target for given in givens for target in given.targets)
     for name in request.prices:
@@ -178,9 +185,9 @@ def _check_request(givens: Sequence[_Given], request: Request) -> None:
     hashes = {given.spec_hash: given.name for given in givens}
     for check in request.checks:
         if check.spec_hash not in hashes:
-            known = ", ".join(f"{one[:12]} ({name})" for one, name in hashes.items())
+            named = ", ".join(f"{one[:12]} ({name})" for one, name in hashes.items())
             raise TargetError(
-                f"--check {check.file}: found a check of the spec with hash {check.spec_hash[:12]}; must be of {known}; run "
+                f"--check {check.file}: found a check of the spec with hash {check.spec_hash[:12]}; must be of {named}; run "
                 "`rpac check` on this spec again"
             )
 
@@ -262,7 +269,7 @@ def _layer(job: _Job, found: Sequence[Prediction], request: Request) -> Layer:
     timings = tuple(_timing(one, job.programs) for one in found)
     return Layer(
         job.part.layer,
-        request.layers.get(job.part.layer),
+        job.given.layers(job.part.layer, request),
         Memory(
             memory.page_bytes,
             memory.padding_bytes,
@@ -345,8 +352,8 @@ def _missing(givens: Sequence[_Given], request: Request) -> list[str]:
         for given in givens
         if given.spec_hash not in checked
     ]
-    kinds = dict.fromkeys(part.layer for given in givens for part in given.spec.parts)
-    unknown = [name for name in kinds if name not in request.layers]
+    kinds = [(given, part.layer) for given in givens for part in given.spec.parts]
+    unknown = dict.fromkeys(kind for given, kind in kinds if given.layers(kind, request) is None)
     if unknown:
         named = " ".join(f"`--layers {name and name + '='}N`" for name in unknown)
         found.append(f"Times of all layers: a spec does not say how many layers the model has. Give {named}.")

@@ -139,11 +139,15 @@ def _title(report: Report) -> str:
 
 
 def _headline_batches(report: Report) -> Iterator[str]:
-    """One decode batch and one prefill batch that stand for all: those of the longest sequences."""
-    for kind in ("decode", "prefill"):
-        timings = [row.timing for row in _rows(report) if row.timing.kind == kind]
-        if timings:
-            yield max(timings, key=lambda one: (one.context, one.new_tokens)).batch
+    """Decode batches and prefill batches that stand for all: of each spec, that of the longest sequences."""
+    rows = list(_rows(report))
+    found = [
+        max(timings, key=lambda one: (one.context, one.new_tokens)).batch
+        for kind in ("decode", "prefill")
+        for name in dict.fromkeys(option.name for option in report.options)
+        if (timings := [row.timing for row in rows if row.timing.kind == kind and row.option.name == name])
+    ]
+    yield from dict.fromkeys(found)
 
 
 def _summaries(report: Report, batch: str) -> Iterator[Summary]:

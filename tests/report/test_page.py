@@ -133,7 +133,8 @@ def test_what_prevents_a_page_is_said_first(tmp_path: Path, monkeypatch: pytest.
     [
         ((), "give -o FILE for a page, --json for its data, or both"),
         (("--json", "--quick", "--decode", "4x40"), "--quick chooses the batches"),
-        (("--json", "--layers", "0"), "--layers: found '0'; must be N, or KIND=N"),
+        (("--json", "--layers", "0"), "--layers: found '0'; must be [SPEC:][KIND=]N"),
+        (("--json", "--layers", "a:b:3"), "--layers: found 'a:b:3'"),
         (("--json", "--layers", "3", "--layers", "4"), "a number is given twice"),
         (("--json", "--price", "v6e=free"), "--price: found 'v6e=free'; must be TARGET=DOLLARS"),
         (("--json", "--price", "v6e=inf"), "must be TARGET=DOLLARS, above 0"),

@@ -14,7 +14,7 @@ from rpac.contract.attention import Attention
 from rpac.errors import BatchError, PlanError, SpecError, TargetError
 from rpac.files.store import Store
 from rpac.predict import Asked, Prediction, Programs, Workload, parse_decode
-from rpac.report import Report, Request, gather, read_check
+from rpac.report import Report, Request, gather, page, read_check
 from rpac.report.bound import bound_of
 from rpac.report.peers import peers_of
 from rpac.spec import load_spec
@@ -67,6 +67,15 @@ def test_kinds_of_layers_are_counted_apart(gathered: Gathered, tmp_path: Path) -
     assert "--layers global=N" in "\n".join(half.missing)
 
 
+def test_layers_can_be_those_of_one_of_several_specs(gathered: Gathered, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(TINY.read_text().replace("name: tiny", "name: other"))
+    found = gathered(TINY, other, targets=("v6e",), layers={"": 3, "other:": 7}, quick=True)
+    assert [option.layers[0].count for option in found.options] == [3, 7]
+    text = page(found)
+    assert text.count("<h3>decode 4x100</h3>") == 1, "one table for a batch of both"
+
+
 def test_a_target_or_a_batch_that_cannot_be_predicted_is_named(gathered: Gathered) -> None:
     def one_fails(programs: Programs, workload: Workload) -> Prediction:
         if programs.target == "v6e" or workload.label == "decode 4x40":
@@ -92,7 +101,8 @@ def test_a_bundle_is_told_by_its_manifest(gathered: Gathered, bundled: Callable[
 @pytest.mark.parametrize(
     "asked, words",
     [
-        ({"layers": {"local": 2}}, "--layers: found 'local'; must be N"),
+        ({"layers": {"local": 2}}, "--layers: found 'local'; must be N, .* such as tiny:N"),
+        ({"layers": {"other:": 2}}, "--layers: found 'other:'"),
         ({"prices": {"v5e": 1.0}}, "--price v5e: must be of a target of this report: tpu7x, v6e"),
     ],
 )
