@@ -82,7 +82,7 @@ def page(report: Report) -> str:
         if (section := _section(report, kind, title, measure, about)) is not None  # type: ignore[arg-type]
     ]
     headlines = [(batch, tuple(_summaries(report, batch))) for batch in _headline_batches(report)]
-    text = _environment().get_template("page.html.j2").render(
+    text = _environment().get_template("page.html.jinja").render(
         report=report,
         mark=MARK,
         rpac_version=__version__,
