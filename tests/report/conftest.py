@@ -31,7 +31,7 @@ def planned_once() -> Iterator[None]:
         return kept[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("rpac.report.gather"), "programs_of", programs)
+        patch.setattr(importlib.import_module("rpac.report.predictions"), "programs_of", programs)
         yield
 
 

@@ -103,12 +103,25 @@ def test_a_bundle_is_told_by_its_manifest(gathered: Gathered, bundled: Callable[
     [
         ({"layers": {"local": 2}}, "--layers: found 'local'; must be N, .* such as tiny:N"),
         ({"layers": {"other:": 2}}, "--layers: found 'other:'"),
-        ({"prices": {"v5e": 1.0}}, "--price v5e: must be of a target of this report: tpu7x, v6e"),
+        ({"prices": {"v5e": 1.0}}, "--price: found v5e; must be a target of this report: tpu7x, v6e"),
     ],
 )
 def test_what_is_said_of_nothing_is_refused(gathered: Gathered, asked: dict[str, dict[str, float]], words: str) -> None:
-    with pytest.raises(TargetError, match=words):
+    with pytest.raises(SpecError, match=words):
         gathered(**asked)
+
+
+def test_a_spec_that_is_given_twice_is_reported_once(gathered: Gathered) -> None:
+    found = gathered(TINY, TINY, targets=("v6e",), quick=True)
+    assert [option.label for option in found.options] == ["tiny on v6e"]
+
+
+def test_an_interrupt_ends_a_report(gathered: Gathered) -> None:
+    def interrupted(programs: Programs, workload: Workload) -> Prediction:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gather([TINY], Request(targets=("tpu7x",), quick=True), Store(None), predict_one=interrupted)
 
 
 def test_a_spec_without_a_tpu_is_refused(gathered: Gathered, tmp_path: Path) -> None:
@@ -143,7 +156,7 @@ def test_a_check_is_summed_up_for_each_target(gathered: Gathered, tmp_path: Path
 
 def test_a_check_of_another_spec_is_refused(gathered: Gathered, tmp_path: Path) -> None:
     check = read_check(checked(tmp_path / "check.json", "0" * 64))
-    with pytest.raises(TargetError, match="found a check of the spec with hash 000000000000"):
+    with pytest.raises(SpecError, match="found a check of the spec with hash 000000000000"):
         gathered(checks=(check,))
 
 
