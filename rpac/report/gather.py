@@ -50,7 +50,11 @@ def gather(
         tuple(subject_of(given, request.checks) for given in givens),
         tuple(options),
         tuple(dict.fromkeys(step.batch for option in options for step in option.steps)),
-        (*missing_of(givens, request), *(reason for one in predicted for reason in one.reasons())),
+        (
+            *missing_of(givens, request),
+            *dict.fromkeys(note for one in predicted for note in one.crowded()),  # the same on every target
+            *(reason for one in predicted for reason in one.reasons()),
+        ),
         {**versions, "peers": ", ".join(peer_versions())},
         request.command,
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from rpac.contract.arrays import cdiv
 from rpac.errors import CompileError, PlanError, RpacError, ScheduleError, TargetError
 from rpac.files.store import Store
 from rpac.predict import Prediction, Programs, Workload, programs_of
@@ -50,6 +51,21 @@ class Predicted:
         where = _where(self.given, self.target, self.part)
         return [
             f"{where}{label and ', '}{label}: {str(error).removeprefix(f'{label}: ')}" for label, error in self.refused
+        ]
+
+    def crowded(self) -> list[str]:
+        """The batches that the cache, as the spec has it, has too few pages for; a prediction gives them as many as they need."""
+        if self.programs is None or self.part.model.late:  # with a window or chunks, pages are given back
+            return []
+        limits = self.programs.limits
+        needed = {
+            one.workload.label: sum(cdiv(n, limits.page_size) for n in one.workload.kv_lens) for one in self.found
+        }
+        return [
+            f"{self.given.name}: {label} needs {count:,} pages, and the cache has {limits.num_pages:,} (`num_pages`). Its time "
+            "is that with enough pages."
+            for label, count in needed.items()
+            if count > limits.num_pages
         ]
 
 

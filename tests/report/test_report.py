@@ -111,6 +111,15 @@ def test_what_is_said_of_nothing_is_refused(gathered: Gathered, asked: dict[str,
         gathered(**asked)
 
 
+def test_a_batch_that_the_cache_is_too_small_for_is_named_once(gathered: Gathered, tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(TINY.read_text().replace("serving:\n", "serving:\n  num_pages: 32\n"))
+    found = gathered(path, asked=Asked.of(["4x100", "4x140"], [], None))
+    assert [line for line in found.missing if "num_pages" in line] == [
+        "tiny: decode 4x140 needs 36 pages, and the cache has 32 (`num_pages`). Its time is that with enough pages."
+    ]
+
+
 def test_a_spec_that_is_given_twice_is_reported_once(gathered: Gathered) -> None:
     found = gathered(TINY, TINY, targets=("v6e",), quick=True)
     assert [option.label for option in found.options] == ["tiny on v6e"]
