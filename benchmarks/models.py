@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 
 from kept import Results, digest, walker_digest
-from models.bound import bound_of, explained
+from models.bound import bound_of
 from models.cases import Case, Place, cases, places
-from models.document import COLORS, Result, Row, document, draw
+from models.document import COLORS, NOT_RUN, Result, Row, document, draw
 
 from rpac.batch.select import select
 from rpac.devices.chip import TPU_TARGETS
@@ -26,11 +26,11 @@ from rpac.errors import PlanError, RpacError, ScheduleError
 from rpac.files.store import Store, default_cache_dir
 from rpac.plan.tuned import TunedTiles
 from rpac.predict import Programs, predict, programs_of
+from rpac.report.bound import bound_of as limit_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "models" / "results.json"
 TEMPLATE = Path(__file__).with_name("models.md.in")
-NOT_RUN = "not run yet"
 
 
 class Bench:
@@ -59,7 +59,7 @@ class Bench:
             found = Result(str(variant), error=str(error).split("\n")[0])
         else:
             bound = bound_of(report, programs.model)
-            found = Result(str(variant), report.seconds, bound.name, bound.seconds, explained(report))
+            found = Result(str(variant), report.seconds, bound.name, bound.seconds, limit_of(report).words)
         self.results.keep(name, key, found)
         return found
 

@@ -1,4 +1,4 @@
-"""How fast a batch could be on a chip at best, and what a prediction spends beyond that."""
+"""How fast a batch could be on a chip at best."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from typing import Final
 from rpac.contract.attention import Attention
 from rpac.devices.chip import chip
 from rpac.schedule import CallReport
-from rpac.schedule.call_report import KernelReport, LoopReport
-
-ENOUGH: Final = 0.75
-"""A row with a smaller fraction of its bound says where the time goes."""
 
 FIXED_DMAS: Final = 3
 """One after another in any call: the batch's lengths and page ids, then the pages, then the output."""
@@ -42,32 +38,3 @@ def bound_of(report: CallReport, model: Attention) -> Bound:
     mxu = report.needed_flops / 2 / multiply_adds * (1 / filled + 1) / 2
     fixed = FIXED_DMAS * report.model.latency_s
     return max(Bound("HBM", hbm), Bound("MXU", mxu), Bound("fixed cost", fixed), key=lambda bound: bound.seconds)
-
-
-def explained(report: CallReport) -> str:
-    """Where the time of a call goes, in one sentence: its longest loop with its busiest slots, waits, and all else."""
-    kernel = max(report.kernels, key=lambda one: one.seconds)
-    loop = max(kernel.loops, key=_loop_seconds, default=None)
-    parts = []
-    if loop is not None:
-        share = _loop_seconds(loop) / report.seconds
-        parts.append(
-            f"{share:.0%} is the longest loop ({_slots(loop)}; {loop.stall_seconds / report.seconds:.0%} waits)"
-        )
-    outside = sum(map(_outside_seconds, report.kernels))
-    parts.append(f"{outside / report.seconds:.0%} is outside of all loops")
-    parts.append(f"{(report.seconds - report.kernel_seconds) / report.seconds:.0%} is XLA's operations")
-    return ", ".join(parts)
-
-
-def _loop_seconds(loop: LoopReport) -> float:
-    return loop.compute_seconds + loop.stall_seconds
-
-
-def _outside_seconds(kernel: KernelReport) -> float:
-    return max(0.0, kernel.seconds - sum(map(_loop_seconds, kernel.loops)))
-
-
-def _slots(loop: LoopReport) -> str:
-    busiest = sorted((loop.utilization or {}).items(), key=lambda item: -item[1])[:2]
-    return ", ".join(f"{name} {used:.2f}" for name, used in busiest) or "slots unknown"

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from models.bound import ENOUGH
 from models.cases import Case, Place
 
+ENOUGH: Final = 0.75
+"""A row with a smaller fraction of its bound says what limits it."""
+
+NOT_RUN: Final = "not run yet"
 COLORS: Final = {"decode": "C0", "prefill": "C1", "mixed": "C2"}
 
 
 @dataclass(frozen=True)
 class Result:
     """A batch on the program that it selects. Times in seconds. `error`: why there are none. bound: HBM, MXU or fixed cost.
+    limited_by: what the time follows from, in words.
 
     earlier: of an earlier kernel, compiler or walker.
     """
@@ -24,7 +28,7 @@ class Result:
     seconds: float = 0.0
     bound: str = ""
     bound_seconds: float = 0.0
-    explained: str = ""
+    limited_by: str = ""
     error: str = ""
     earlier: bool = False
 
@@ -78,13 +82,13 @@ def _table(rows: Mapping[Row, Result]) -> list[str]:
 def _below(rows: Mapping[Row, Result]) -> list[str]:
     """A sentence for each row that is far from its bound, and the reason for each that could not run."""
     low = [(row, result) for row, result in rows.items() if not result.error and result.fraction < ENOUGH]
-    failed = [(row, result) for row, result in rows.items() if result.error]
+    failed = [(row, result) for row, result in rows.items() if result.error not in ("", NOT_RUN)]
     lines = [
-        f"- {place.title}, {place.layout}, {case.workload.label} ({result.fraction:.2f}): {result.explained}."
+        f"- {place.title}, {place.layout}, {case.workload.label} ({result.fraction:.2f}): {result.limited_by}."
         for (place, case), result in low
     ]
     lines += [f"- {place.title}, {place.layout}, {case.workload.label}: {one.error}" for (place, case), one in failed]
-    return [f"Rows below {ENOUGH}, and where their time goes:", "", *lines, ""] if lines else []
+    return [f"Rows below {ENOUGH}, and what limits them:", "", *lines, ""] if lines else []
 
 
 def draw(results: Mapping[Row, Result], path: Path) -> None:

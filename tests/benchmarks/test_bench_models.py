@@ -82,21 +82,13 @@ def test_the_page_has_a_sentence_for_a_row_far_from_its_bound_and_marks_earlier_
     found = {
         (place, cases[0]): result("decode/64", 10e-6, "HBM", 9e-6, "all of it is a loop"),
         (place, cases[1]): result("decode/64", 10e-6, "HBM", 5e-6, "half of it is waits", earlier=True),
-        (place, cases[2]): result(error="not run yet"),
+        (place, cases[2]): result(error=module("document").NOT_RUN),
+        (place, cases[3]): result(error="the compiler refused it"),
     }
     page = module("document").document("{summary}\n\n{tables}\n", found)
     assert "all of it is a loop" not in page
     assert f"{cases[1].workload.label} (0.50): half of it is waits." in page
     assert "| 10.0\\* | HBM | 5.0 | 0.50 |" in page
-    assert f"{cases[2].workload.label}: not run yet" in page
-    assert "| tpu7x | 3 | 1 |" in page
-
-
-def test_a_sentence_names_the_longest_loop_its_slots_and_what_is_around_it():
-    loop = SimpleNamespace(compute_seconds=5e-6, stall_seconds=1e-6, utilization={"VALU": 0.4, "MXU": 0.9, "XLU": 0.1})
-    other = SimpleNamespace(compute_seconds=1e-6, stall_seconds=0.0, utilization=None)
-    kernel = SimpleNamespace(seconds=9e-6, loops=(other, loop))
-    call = SimpleNamespace(seconds=10e-6, kernel_seconds=9e-6, kernels=(kernel,))
-    assert module("bound").explained(call) == (
-        "60% is the longest loop (MXU 0.90, VALU 0.40; 10% waits), 20% is outside of all loops, 10% is XLA's operations"
-    )
+    assert "not run yet" not in page  # a dash in the table says it
+    assert f"{cases[3].workload.label}: the compiler refused it" in page
+    assert "| tpu7x | 4 | 1 |" in page
