@@ -14,6 +14,7 @@ from rpac.kernels.semaphores import WAVE_SHAPES
 from rpac.kernels.shared import CLEARED_AT_ONCE, Shared, call_of, model_constants, query_row_shapes, scratch_of
 from rpac.plan import DecodeWaves, KernelPlan, RowDims
 from rpac.plan.buffers import all_heads_rows, sublane_tile_tokens
+from rpac.plan.page_table import WaveWindows
 from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
 from rpac.plan.recipe import DecodeRecipe, Recipe
 from rpac.spec import Spec
@@ -64,7 +65,7 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     constants = [*model_constants(spec, plan), *wave_constants(spec, tiles), *_own_constants(spec, tiles, recipe)]
     context = {
         "kernel_class": "DecodeKernel",
-        "call": call_of(spec, "decode"),
+        "call": call_of(spec, "decode", recipe.page_table),
         "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _shapes(spec, recipe), constants, NAMES),
         "summary": _summary(spec),
         "patches": _patches(spec),
@@ -131,6 +132,7 @@ def wave_constants(spec: Spec, tiles: DecodeWaves) -> list[Constant]:
     """The constants of a plan's waves."""
     serving = spec.serving
     several = serving.decode_len > 1
+    windows = WaveWindows.of(spec, tiles.tile, tiles.tiles_per_wave, tiles.lookahead)
     return [
         tile("TILE", tiles.tile, "tokens that are fetched and computed at once, of one sequence"),
         tile("TILES_PER_WAVE", tiles.tiles_per_wave, "which fill the waits of each other"),
@@ -145,6 +147,10 @@ def wave_constants(spec: Spec, tiles: DecodeWaves) -> list[Constant]:
         tile("WRITE_BUFFERS", tiles.write_buffers, "sequences whose new tokens are on their way to the cache"),
         tile("TILES_LOADED", tiles.tiles_loaded(spec), "whose loads may be early: those after them wait for the MXU"),
         tile("LAST_ENTRY", "MAX_SEQS * PAGES_PER_SEQ - 1", "of the page tables"),
+        tile("WINDOW_ENTRIES", windows.entries, "of the page tables, fetched at once"),
+        tile("TABLE_LOOKAHEAD", windows.lookahead, "waves from the fetch of page tables to that of their pages"),
+        tile("TABLE_WAVES", windows.waves, "that have windows on their way, and more: a power of two"),
+        tile("TABLE_WINDOWS", windows.windows, "in SMEM, of these waves and of those in flight: a power of two"),
     ]
 
 
