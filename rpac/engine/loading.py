@@ -36,12 +36,13 @@ def load(
     """The engine of a bundle for one device, by default this process's first (`target="cpu"`: its CPU); or for as many
     `devices` as its spec's `parallel` says, in the order of its mesh, by default this process's first ones.
 
-    `path` is the bundle's folder, or a URL that fsspec opens. `target` is by default the one built for exactly this
-    kind of device; `layer` names the kind of layers, of a model that has several. Reads and hashes the bytes of all its
-    programs; none is deserialized before its hash, the device kind and the libtpu build match. `allow_compile=True` lets
-    a target whose executables do not fit this process compile its portable programs instead, and logs that. `observer` is
-    called with every event of the engine. `timeout_s`: seconds that reading the bundle may take, of a store that may be slow;
-    by default as long as it takes. Raises BundleError, or TargetError naming what the bundle has and what was found.
+    `path` is the bundle's folder, a URL that fsspec opens, or `package:NAME` where a wheel of `rpac pack` is installed.
+    `target` is by default the one built for exactly this kind of device; `layer` names the kind of layers, of a model that
+    has several. Reads and hashes the bytes of all its programs; none is deserialized before its hash, the device kind and the
+    libtpu build match. `allow_compile=True` lets a target whose executables do not fit this process compile its portable
+    programs instead, and logs that. `observer` is called with every event of the engine. `timeout_s`: seconds that reading
+    the bundle may take, of a store that may be slow; by default as long as it takes.
+    Raises BundleError, or TargetError naming what the bundle has and what was found.
     """
     own_runtime()
     found = _local_devices(target) if device is None and devices is None else _given_devices(device, devices)
