@@ -81,12 +81,13 @@ def test_heads_too_large_for_vmem_name_the_need_and_the_limit_and_what_to_write(
 @pytest.mark.parametrize("command", ["plan", "build"])
 def test_a_plan_error_is_exit_2_with_nothing_compiled_or_written(command: str, tmp_path: Path) -> None:
     file = tmp_path / "large.yaml"
-    file.write_text(SPEC)
+    file.write_text(spec_with(q_heads=128, kv_heads=128, head_dim=256, page_size=256, max_num_seqs=4).source)
     done = rpac(command, file, "--target", "v5e", cache=tmp_path / "cache", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
     *progress, error = done.stderr.splitlines()
-    assert error.startswith(f"rpac: PlanError: {file}: serving: the page table of 64 sequences x 8192 pages needs ")
+    assert error.startswith(f"rpac: PlanError: {file}: no ")
+    assert " kernel fits v5e: on each device it needs " in error
     assert [line.split("s  ")[1] for line in progress] == (
         ["large: planning the kernels for v5e"] if command == "build" else []
     )
