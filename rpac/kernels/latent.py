@@ -13,7 +13,7 @@ from rpac.kernels.literals import dtype_name
 from rpac.kernels.model_constants import model_constants
 from rpac.kernels.semaphores import BLOCK_SHAPES, WAVE_SHAPES, window_constants
 from rpac.kernels.shared import Call, Operand, in_smem, scratch_of, shared_context, tables_in_hbm
-from rpac.kernels.waves import NAMES, Queries, wave_constants
+from rpac.kernels.waves import NAMES, Queries, wave_constants, window_begin
 from rpac.plan import KernelPlan, LatentBlockTiles, LatentWaves
 from rpac.plan.buffers import new_buffers, page_buffers, sublane_tile_tokens
 from rpac.plan.page_table import BlockWindows
@@ -92,6 +92,7 @@ def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "columns": "TILE",
         "order": "one_by_one",
         "softmax": "whole",
+        "window_begin": window_begin(spec, tiles),
         "tiles_fit": spec.serving.pages_per_seq * spec.serving.page_size % tiles.tile == 0,
     }
     return Kernel("skeletons/decode_waves.py.jinja", context, constants, "DECODE_")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rpac.contract.arrays import joins_rows
+from rpac.contract.arrays import LANES, joins_rows
 from rpac.contract.attention import Attention
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, tile
@@ -80,6 +80,7 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "order": _order(recipe.decode),
         "softmax": "masked_first" if recipe.decode.read == "all_heads" else "whole",
         "tiles_fit": _tiles_fit(spec, tiles),
+        "window_begin": window_begin(spec, tiles),
     }
     return Kernel("skeletons/decode_waves.py.jinja", context, constants, "DECODE_")
 
@@ -217,6 +218,13 @@ def _shapes(spec: Spec, recipe: Recipe) -> dict[str, str]:
         **WAVE_SHAPES,
         "lse_sem": "1",
     }
+
+
+def window_begin(spec: Spec, tiles: DecodeWaves) -> str:
+    """Where a window begins that has an entry of the page tables: at its row, or where the last whole window does."""
+    row = "entry - remainder(entry, LANES)"
+    windows = WaveWindows.of(spec, tiles.tile, tiles.tiles_per_wave, tiles.lookahead)
+    return row if windows.entries == LANES else f"jnp.minimum({row}, TABLE_ENTRIES - WINDOW_ENTRIES)"
 
 
 def _tiles_fit(spec: Spec, tiles: DecodeWaves) -> bool:

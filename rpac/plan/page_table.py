@@ -87,7 +87,7 @@ class WaveWindows:
     @classmethod
     def of(cls, spec: Spec, tile: int, tiles_per_wave: int, lookahead: int) -> WaveWindows:
         """Those of such waves: the fetch of windows runs as far ahead of that of pages as this ahead of their use."""
-        ahead = max(lookahead - 1, 1)
+        ahead = lookahead - 1
         return cls(
             entries=window_entries(spec, tile // spec.serving.page_size),
             lookahead=ahead,

@@ -89,7 +89,12 @@ def with_bug(bug: Bug, spec: Spec, plan: KernelPlan, batch: CheckBatch) -> Any:
     [
         Bug("the pages of the window before", "DecodeKernel.find_tile_pages", "window + 1", "window"),
         pytest.param(
-            Bug("no wait for windows", "DecodeKernel.wait_for_wave.wait_for_full_wave", "self.wait_for_windows(wave + LOOKAHEAD - 1)"), marks=SLOW
+            Bug(
+                "no wait for windows",
+                "DecodeKernel.wait_for_wave.wait_for_full_wave",
+                "self.wait_for_windows(wave + LOOKAHEAD - 1)",
+            ),
+            marks=SLOW,
         ),
     ],
     ids=str,
