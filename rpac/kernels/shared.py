@@ -22,7 +22,8 @@ from rpac.kernels.literals import dtype, dtype_name
 from rpac.kernels.model_constants import computed_in, padding_rows
 from rpac.plan import Buffer, KernelPlan, RowDims
 from rpac.plan.buffers import sublane_tile_tokens
-from rpac.plan.recipe import Recipe, Write
+from rpac.plan.page_table import entries_of, padded_entries
+from rpac.plan.recipe import PageTable, Recipe, Write
 from rpac.spec import Spec
 
 CLEARED_AT_ONCE: Final = 16  # sublane tiles: enough to hide what an iteration of the loop costs
@@ -98,7 +99,7 @@ class Shared:
     Dtypes are expressions of the source: `mxu_dtype` is what probabilities, keys and values are on their way to the MXU.
     `row`: a head's K (or V) is a whole row of registers, a padded one, or joined in one with the other. `cache_view`: how
     the cache is seen as rows of 128 lanes. `new_tokens` of a decode row: one, or several. `pad`, `unpad`, `kv_rows` and
-    `scaled` are given an expression.
+    `scaled` are given an expression. `pads_table`: page tables in HBM need padding.
     """
 
     layout: str
@@ -117,6 +118,7 @@ class Shared:
     quantize: Literal["int8", "float8"]
     tensor_scale: bool
     head_scales: bool
+    pads_table: bool
 
     @classmethod
     def of(cls, spec: Spec, recipe: Recipe) -> Shared:
@@ -143,6 +145,7 @@ class Shared:
             quantize="int8" if model.kv_dtype == "int8" else "float8",
             tensor_scale=model.kv_scale == "tensor",
             head_scales=model.kv_scale is not None,
+            pads_table=padded_entries(spec) > entries_of(spec),
         )
 
     @property
@@ -184,28 +187,30 @@ class Shared:
 
 
 def shared_context(
-    spec: Spec, plan: KernelPlan, recipe: Recipe, call: Callable[[Spec, str], Call] | None = None
+    spec: Spec, plan: KernelPlan, recipe: Recipe, call: Callable[[Spec, str, PageTable], Call] | None = None
 ) -> dict[str, Any]:
     """The context of every template of a program, but for headers.
 
     `local` stands among the features for what a sliding window and attention chunks have in common: queries that do not
-    see their sequence from its start. `all_heads` stands there for what a decode kernel has that reads K and V so.
+    see their sequence from its start. `all_heads` stands there for what a decode kernel has that reads K and V so, and
+    `hbm_table` for what kernels have that fetch parts of page tables in HBM.
     """
     all_heads = recipe.decode is not None and recipe.decode.read == "all_heads"
-    features = (*recipe.features, *["local"] * spec.model.late, *["all_heads"] * all_heads)
+    in_hbm = recipe.page_table == "hbm"
+    features = (*recipe.features, *["local"] * spec.model.late, *["all_heads"] * all_heads, *["hbm_table"] * in_hbm)
     return {
         "kind": plan.kind,
         "features": features,
         "recipe": recipe,
         "shared": Shared.of(spec, recipe),
-        "program": program_of(spec, plan.kind, call or call_of),
+        "program": program_of(spec, plan.kind, recipe.page_table, call or call_of),
     }
 
 
-def program_of(spec: Spec, kind: str, call: Callable[[Spec, str], Call]) -> Program:
+def program_of(spec: Spec, kind: str, table: PageTable, call: Callable[[Spec, str, PageTable], Call]) -> Program:
     """The public function of the programs of one kind."""
     lse, interleaved = spec.serving.log_sum_exp, spec.serving.kv_layout == "interleaved"
-    calls = tuple(call(spec, one) for one in (("decode", "mixed") if kind == "mixed" else (kind,)))
+    calls = tuple(call(spec, one, table) for one in (("decode", "mixed") if kind == "mixed" else (kind,)))
     # The first call takes the cache from the argument, a second one from the first.
     given = [{"cache": "cache_rows(kv_cache)" if interleaved else "kv_cache"}, {}]
     several = spec.serving.decode_len > 1
@@ -240,7 +245,7 @@ _OTHER_ROWS: Final = {
 _FLAT: Final = {"tree": "tree.reshape(-1)"}  # of one axis, because rows of two are padded in SMEM
 
 
-def call_of(spec: Spec, kind: str) -> Call:
+def call_of(spec: Spec, kind: str, table: PageTable) -> Call:
     """The call of a kernel: scalars of the batch and the arguments beside it, then arrays.
 
     The cache is updated in place. In a mixed program the decode kernel's results go on as operands, and the mixed kernel's
@@ -251,9 +256,10 @@ def call_of(spec: Spec, kind: str) -> Call:
     batch = [dims for dims in metadata_specs(spec.serving) if mixed or dims.name != "cu_q_lens"]
     batch += [dims for dims in extra_specs(spec) if kind == "decode" or dims.name != "tree"]
     scalars = tuple(
-        Operand(dims.name, _FLAT.get(dims.name, dims.name), _comment(dims.dtype, dims.name)) for dims in batch
+        Operand(dims.name, _FLAT.get(dims.name, dims.name), _comment(dims.dtype, dims.name))
+        for dims in in_smem(batch, table)
     )
-    arrays = [_array(spec, dims) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM]
+    arrays = [*tables_in_hbm(table), *(_array(spec, dims) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM)]
     cache = len(scalars) + len(arrays) - 1
     results = [
         Operand("out_hbm", "queries.shape, queries.dtype", _comment(model.q_dtype, "queries")),
@@ -278,10 +284,20 @@ def call_of(spec: Spec, kind: str) -> Call:
         tuple(arrays),
         tuple(results),
         aliases,
-        (*(one.argument for one in arrays), *(dims.name for dims in batch)),
+        (*(one.argument for one in arrays), *(dims.name for dims in in_smem(batch, table))),
         ", ".join(names),
         _OTHER_ROWS[kind],
     )
+
+
+def in_smem(batch: Iterable[ArrayDims], table: PageTable) -> list[ArrayDims]:
+    """Those arrays of scalars that a kernel has in SMEM from its start."""
+    return [dims for dims in batch if table == "smem" or dims.name != "page_indices"]
+
+
+def tables_in_hbm(table: PageTable) -> list[Operand]:
+    """The page tables as an operand in HBM, where they are there."""
+    return [Operand("table_hbm", "page_indices", "int32[TABLE_ENTRIES]")] if table == "hbm" else []
 
 
 def _array(spec: Spec, dims: ArrayDims) -> Operand:

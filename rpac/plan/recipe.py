@@ -27,6 +27,9 @@ BlockMask = Literal["compare", "matmul", "lengths"]
 Scores = Literal["rows", "transposed"]
 """How scores lie: `[query rows, tokens]`, or transposed."""
 
+PageTable = Literal["smem", "hbm"]
+"""Where kernels have the page tables: whole in SMEM, or in HBM, from where they fetch parts ahead of the pages."""
+
 SPLIT: Final[tuple[Read, ...]] = ("split_words", "split_rows")
 """The ways to read K and V that share 32-bit words, which a kernel splits before the MXU can take either."""
 
@@ -35,6 +38,7 @@ Wanted = Mapping[str, "str | bool"]
 """Decisions of one kernel that are not left to the rule, by name: those of `BLOCK_OPTIONS` or `DECODE_OPTIONS`."""
 DECODE_OPTIONS: Final = ("read", "kv_matmul", "fetch")
 BLOCK_OPTIONS: Final = ("scores", "paced", "mask", "pipelined")
+PROGRAM_OPTIONS: Final = ("page_table",)
 """The decisions for which some tiles leave more than one option; in this order each may depend on those before it."""
 
 
@@ -118,12 +122,13 @@ class Recipe:
     """What the source of a plan is made of; None for a kernel that is not in it, and in a portable program.
 
     `features` are those that kernels have code for, by key: `causal` and `update_cache` are among them unless a spec turns
-    them off.
+    them off. `page_table`: where all kernels of the source have the page tables.
     """
 
     features: tuple[str, ...]
     decode: DecodeRecipe | None = None
     block: BlockRecipe | None = None
+    page_table: PageTable = "smem"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -134,7 +139,7 @@ class Recipe:
                 **{**block["pacing"], "wait_for": tuple(block["pacing"]["wait_for"])}
             )
             block = BlockRecipe(**{**block, "lookahead": tuple(block["lookahead"]), "pacing": pacing})
-        return cls(tuple(data["features"]), decode and DecodeRecipe(**decode), block)
+        return cls(tuple(data["features"]), decode and DecodeRecipe(**decode), block, data["page_table"])
 
 
 @dataclass
