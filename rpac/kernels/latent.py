@@ -81,7 +81,7 @@ def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _DECODE_SHAPES, constants, NAMES),
         "summary": "One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.",
         "patches": "stores the new token and clears what lies behind it",
-        "loads": _LOADS,
+        "loads": [("copy_of_tokens", *load) for load in _LOADS],
         "queries": Queries("own", "none", pairs=False),
         "value_lanes": "RANK",
         "updates": ["wave_store/latent", f"latent_write/{_words(spec)}"],

@@ -12,7 +12,7 @@ from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.model_constants import model_constants
 from rpac.kernels.semaphores import BLOCK_SHAPES
-from rpac.kernels.shared import CLEARED_AT_ONCE, call_of, scratch_of
+from rpac.kernels.shared import CLEARED_AT_ONCE, by_head_features, call_of, scratch_of
 from rpac.plan import BlockTiles, KernelPlan, RowDims
 from rpac.plan.buffers import new_buffers, page_buffers
 from rpac.plan.prefill import PACED_ROWS
@@ -75,10 +75,10 @@ def query_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     assert isinstance(tiles, BlockTiles)
     assert made is not None
     constants = [*model_constants(spec, plan), *_tile_constants(spec, tiles, made)]
-    ways = {"local": spec.model.late, "pipelined": made.pipelined}
+    ways = {"local": spec.model.late, "pipelined": made.pipelined, **by_head_features(recipe)}
     context = {
         "features": (*recipe.features, *(way for way, used in ways.items() if used)),
-        "call": call_of(spec, plan.kind),
+        "call": call_of(spec, plan.kind, plan.recipe.by_head),
         "kernel_class": f"{plan.kind.capitalize()}Kernel",
         "summary": _SUMMARIES[plan.kind],
         "block": QueryBlocks.of(spec, made),
@@ -99,6 +99,7 @@ def _shapes(spec: Spec, recipe: BlockRecipe) -> dict[str, str]:
     page = "KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES" if separate else "PAGE_ROWS, LANES"
     block = "BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES" if separate else "KV_BLOCK * TOKEN_ROWS, LANES"
     new = "NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM"
+    queries = "Q_HEADS, Q_BLOCK, HEAD_DIM" if recipe.query_order == "by_head" else "Q_BLOCK, Q_HEADS, HEAD_DIM"
     words = "TILE // PACKING * WORD_ROWS, LANES"
     return {
         "kv": f"KV_BUFFERS, {block}",
@@ -110,7 +111,7 @@ def _shapes(spec: Spec, recipe: BlockRecipe) -> dict[str, str]:
         "page_rows": f"PAGE_BUFFERS, {page}",
         "packed": "MERGE_TOKENS * WORD_ROWS, LANES",
         "by_head": by_head,
-        "q_in": "KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM",
+        "q_in": f"KV_BUFFERS, {queries}",
         "by_token": by_token,
         "q_rows": "KV_HEADS, Q_ROWS, HEAD_LANES",
         "query_onehot": "STEP_ROWS, LANES",
@@ -121,7 +122,7 @@ def _shapes(spec: Spec, recipe: BlockRecipe) -> dict[str, str]:
         "row_max": f"KV_HEADS, {state}",
         "row_sum": f"KV_HEADS, {state}",
         "acc": "KV_HEADS, VALUE_ROWS, Q_ROWS" if transposed else "KV_HEADS, Q_ROWS, HEAD_LANES",
-        "out_rows": "1, Q_BLOCK, Q_HEADS, HEAD_DIM",
+        "out_rows": f"1, {queries}",
         "lse_rows": "Q_BLOCK * PADDED_Q_HEADS, LANES",
         "log_rows": "Q_ROWS, LANES",
         **BLOCK_SHAPES,
@@ -213,6 +214,8 @@ def _order_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe) -> list
     """How the rows of a query block go from their order by token to one by head, and back."""
     model, heads = spec.model, recipe.transposed_heads
     sort_rows = "SORT_TOKENS * Q_HEADS" if recipe.query_order == "strided" else "SORT_TOKENS * GROUP"
+    if recipe.query_order == "by_head":
+        return []
     sort = [
         tile("SORT_TOKENS", SORT_TOKENS, "tokens of a query block that are sorted at once"),
         tile("SORT_STEPS", "Q_BLOCK // SORT_TOKENS"),

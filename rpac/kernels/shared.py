@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -40,6 +41,7 @@ _SHAPES: Final = {
     "distribution": "3",
     **{one.name: one.constants for one in ARGUMENTS},
 }
+_NAMES: Final = {"kv_cache": "cache"}  # arguments by other names in the functions that call kernels
 _IN_HBM: Final = {"queries": "q_hbm", "keys": "k_hbm", "values": "v_hbm", "kv_cache": "cache_in"}
 
 
@@ -189,17 +191,24 @@ def shared_context(
     """The context of every template of a program, but for headers.
 
     `local` stands among the features for what a sliding window and attention chunks have in common: queries that do not
-    see their sequence from its start. `all_heads` stands there for what a decode kernel has that reads K and V so.
+    see their sequence from its start. `all_heads` stands there for what a decode kernel has that reads K and V so, and
+    `by_head` and `queries_by_head` for new tokens that come by head.
     """
     all_heads = recipe.decode is not None and recipe.decode.read == "all_heads"
-    features = (*recipe.features, *["local"] * spec.model.late, *["all_heads"] * all_heads)
+    ways = {"local": spec.model.late, "all_heads": all_heads, **by_head_features(recipe)}
+    features = (*recipe.features, *(way for way, used in ways.items() if used))
     return {
         "kind": plan.kind,
         "features": features,
         "recipe": recipe,
         "shared": Shared.of(spec, recipe),
-        "program": program_of(spec, plan.kind, call or call_of),
+        "program": program_of(spec, plan.kind, call or functools.partial(call_of, by_head=recipe.by_head)),
     }
+
+
+def by_head_features(recipe: Recipe) -> dict[str, bool]:
+    """Whether new tokens come by head, as what templates have among the features."""
+    return {"by_head": bool(recipe.by_head), "queries_by_head": "queries" in recipe.by_head}
 
 
 def program_of(spec: Spec, kind: str, call: Callable[[Spec, str], Call]) -> Program:
@@ -240,11 +249,11 @@ _OTHER_ROWS: Final = {
 _FLAT: Final = {"tree": "tree.reshape(-1)"}  # of one axis, because rows of two are padded in SMEM
 
 
-def call_of(spec: Spec, kind: str) -> Call:
+def call_of(spec: Spec, kind: str, by_head: Collection[str] = ()) -> Call:
     """The call of a kernel: scalars of the batch and the arguments beside it, then arrays.
 
     The cache is updated in place. In a mixed program the decode kernel's results go on as operands, and the mixed kernel's
-    results are in their memory.
+    results are in their memory. `by_head`: the arguments that the kernel takes as `[heads, tokens, HEAD_DIM]`.
     """
     model, lse, mixed = spec.model, spec.serving.log_sum_exp, kind == "mixed"
     # Only mixed batches have sequences of different numbers of new tokens, and a tree is of decode rows alone.
@@ -253,13 +262,14 @@ def call_of(spec: Spec, kind: str) -> Call:
     scalars = tuple(
         Operand(dims.name, _FLAT.get(dims.name, dims.name), _comment(dims.dtype, dims.name)) for dims in batch
     )
-    arrays = [_array(spec, dims) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM]
+    arrays = [_array(spec, dims, dims.name in by_head) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM]
+    names = [_NAMES.get(dims.name, dims.name) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM]
     cache = len(scalars) + len(arrays) - 1
     results = [
-        Operand("out_hbm", "queries.shape, queries.dtype", _comment(model.q_dtype, "queries")),
+        _output(spec, "queries" in by_head),
         Operand("cache_hbm", "cache.shape, cache.dtype", _comment(model.kv_dtype, spec.serving.kv_layout)),
     ]
-    aliases, names = {cache: 1}, ["out", "cache"]
+    aliases, returned = {cache: 1}, ["out", "cache"]
     if lse:
         rows, shape = (
             ("tokens, PADDED_Q_HEADS, LANES", "(len(queries), PADDED_Q_HEADS, LANES), jnp.float32")
@@ -267,10 +277,11 @@ def call_of(spec: Spec, kind: str) -> Call:
             else ("tokens * PADDED_Q_HEADS, LANES", "(len(queries) * PADDED_Q_HEADS, LANES), jnp.float32")
         )
         results.append(Operand("lse_hbm", shape, f"float32[{rows}]"))
-        names.append("lse")
+        returned.append("lse")
     if mixed:
         for name, result in (("out", 0), ("lse", 2))[: 1 + lse]:
             aliases[len(scalars) + len(arrays)] = result
+            names.append(name)
             arrays.append(Operand(f"{name}_in", name, f"{results[result].comment}: the memory of {name}_hbm"))
     return Call(
         kind,
@@ -278,22 +289,32 @@ def call_of(spec: Spec, kind: str) -> Call:
         tuple(arrays),
         tuple(results),
         aliases,
-        (*(one.argument for one in arrays), *(dims.name for dims in batch)),
-        ", ".join(names),
+        (*names, *(dims.name for dims in batch)),
+        ", ".join(returned),
         _OTHER_ROWS[kind],
     )
 
 
-def _array(spec: Spec, dims: ArrayDims) -> Operand:
+def _output(spec: Spec, by_head: bool) -> Operand:
+    shape = "(Q_HEADS, len(queries), HEAD_DIM)" if by_head else "queries.shape"
+    return Operand("out_hbm", f"{shape}, queries.dtype", _comment(spec.model.q_dtype, "queries", by_head))
+
+
+def _array(spec: Spec, dims: ArrayDims, by_head: bool) -> Operand:
     if dims.name == "kv_cache":
         comment = f"{_comment(dims.dtype, spec.serving.kv_layout)}: the memory of cache_hbm"
         return Operand("cache_in", "cache", comment)
     of = "bfloat16" if spec.model.quantized and dims.name in ("keys", "values") else dims.dtype
-    return Operand(_IN_HBM[dims.name], dims.name, _comment(of, dims.name))
+    passed = f"swap_heads({dims.name})" if by_head else dims.name
+    return Operand(_IN_HBM[dims.name], passed, _comment(of, dims.name, by_head))
 
 
-def _comment(of: str, name: str) -> str:
-    return f"{dtype_name(of)}[{_SHAPES[name]}]"
+def _comment(of: str, name: str, by_head: bool = False) -> str:
+    shape = _SHAPES[name]
+    if by_head:
+        tokens, heads, lanes = shape.split(", ")
+        shape = f"{heads}, {tokens}, {lanes}"
+    return f"{dtype_name(of)}[{shape}]"
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from rpac.plan.buffers import (
     sublane_tile_tokens,
     word_dtype,
 )
+from rpac.plan.by_head import laid_out_by_head
 from rpac.plan.recipe import SPLIT, BlockMask, BlockRecipe, Chooser, Read, Recipe, Scores, SoftmaxPacing
-from rpac.plan.sizes import copy_sizes_of, power_of_two_from, step_rows_of, visible_tokens
+from rpac.plan.sizes import copy_sizes_of, largest_divisor, power_of_two_from, step_rows_of, visible_tokens
 from rpac.spec import Spec
 
 MIN_Q_BLOCK: Final = 16
@@ -111,6 +112,8 @@ class BlockTiles:
         fetched, updated = new_buffers(self.update_lookahead), page_buffers(self.update_lookahead)
         new = (fetched, 2 * page_size + self.new_tokens, model.kv_heads, model.head_dim)
         queries = (self.q_block, model.q_heads, model.head_dim)
+        if kernel.query_order == "by_head":
+            queries = (model.q_heads, self.q_block, model.head_dim)
         mask: tuple[Buffer, ...] = ()
         if kernel.mask == "matmul":
             tokens = self.diagonal_block(page_size)
@@ -134,7 +137,7 @@ class BlockTiles:
             same = "the same in every sublane"
         log_rows = (Buffer("log_rows", (q_rows, LANES), "float32", "log-sum-exps of one KV head, by row"),)
         by_token: tuple[Buffer, ...] = ()
-        if not kernel.transposed_heads:
+        if kernel.query_order == "strided":
             shape: tuple[int, ...] = (self.q_block * align(model.q_heads, SUBLANES), LANES)
             if rows.lane_tiles > 1:  # a strided load or store is of 128 lanes
                 shape = (rows.lane_tiles, *shape)
@@ -201,11 +204,21 @@ def transposed_heads(model: Attention) -> int:
     return SUBLANES // (model.group // pack)
 
 
+def by_head(spec: Spec, tiles: BlockTiles) -> tuple[str, ...]:
+    """The arrays that the kernel takes by head: queries, where every copy is a whole block and rows are whole
+    registers, unless rows are told apart by more than their query.
+    """
+    model = spec.model
+    whole = tiles.copy_sizes[-1] >= MIN_Q_BLOCK and model.head_dim % LANES == 0
+    by_row = model.sinks or model.alibi or spec.serving.log_sum_exp
+    return tuple(one for one in laid_out_by_head(spec) if one == "queries" and whole and not by_row)
+
+
 def recipe(spec: Spec, tiles: BlockTiles, chooser: Chooser) -> BlockRecipe:
     """The decisions of the kernel. Raises ValueError where `chooser` wants what these tiles do not allow."""
     model, read = spec.model, read_of(spec)
     heads = transposed_heads(model)
-    scores = chooser.choose("scores", *_scores(tiles, model, heads))
+    scores = chooser.choose("scores", *_scores(spec, tiles, heads))
     pacing, lookahead = None, _lookahead(tiles, model)
     paced = _paced(spec, tiles, read, scores)
     if chooser.choose("paced", *paced):
@@ -222,7 +235,7 @@ def recipe(spec: Spec, tiles: BlockTiles, chooser: Chooser) -> BlockRecipe:
         lookahead=lookahead,
         pacing=pacing,
         mask=chooser.choose("mask", *_masks(tiles, model, heads)),
-        query_order="transpose" if heads else "strided",
+        query_order="by_head" if "queries" in by_head(spec, tiles) else "transpose" if heads else "strided",
         transposed_heads=heads,
         pipelined=chooser.choose("pipelined", *((True, False) if pipelines else (False,))),
         sums="matmul" if transposed or (tiles.spare_mxu_lanes and not pacing) else "vector",
@@ -230,11 +243,15 @@ def recipe(spec: Spec, tiles: BlockTiles, chooser: Chooser) -> BlockRecipe:
     )
 
 
-def _scores(tiles: BlockTiles, model: Attention, heads: int) -> tuple[Scores, ...]:
+def _scores(spec: Spec, tiles: BlockTiles, heads: int) -> tuple[Scores, ...]:
     """Transposed scores have query rows along lanes, which fill the width of the MXU where a head does not. Rows must be whole
-    registers and those of a query side by side, and the steps of every iteration go around the scores that are kept.
+    registers, and those of a query, or those of a query head, side by side; and the steps of every iteration go around the
+    scores that are kept.
     """
-    whole = tiles.step_rows % LANES == 0 and LANES % model.group == 0 and heads > 0
+    model = spec.model
+    by_query = LANES % model.group == 0 and heads > 0
+    by_query_head = "queries" in by_head(spec, tiles) and tiles.q_block % LANES == 0
+    whole = tiles.step_rows % LANES == 0 and (by_query or by_query_head)
     if tiles.spare_mxu_lanes and whole and _slots(tiles, model, TRANSPOSED_SLOTS) > TRANSPOSED_LOOKAHEAD:
         return "transposed", "rows"
     return ("rows",)
@@ -266,7 +283,7 @@ def _pacing(spec: Spec, tiles: BlockTiles, scores: Scores) -> tuple[SoftmaxPacin
 
 
 def _slots(tiles: BlockTiles, model: Attention, most: int) -> int:
-    return math.gcd(tiles.steps(model, tiles.heads), tiles.steps(model, tiles.diagonal_heads), most)
+    return largest_divisor(math.gcd(tiles.steps(model, tiles.heads), tiles.steps(model, tiles.diagonal_heads)), most)
 
 
 def _lookahead(tiles: BlockTiles, model: Attention) -> tuple[int, int]:
@@ -323,7 +340,7 @@ def is_short(spec: Spec, device: Chip, kind: str, tiles: BlockTiles, recipe: Blo
 
 def heads_of(model: Attention, steps: int, most: int) -> int:
     """KV heads of a piece of code that may have `most` steps, `steps` of each head."""
-    return math.gcd(model.kv_heads, max(most // steps, 1))
+    return largest_divisor(model.kv_heads, max(most // steps, 1))
 
 
 def choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator[BlockTiles]:

@@ -79,9 +79,9 @@ class BlockRecipe:
     `scores`: `[query rows, tokens]`, or transposed. `lookahead`: flash steps whose scores are made before their
     probabilities, in full tiles and on the diagonal. `pacing`: of paced softmax. `mask`: by comparing positions of tokens
     and queries, in the matmul beside the keys, or by the sequence's length alone. `query_order`: how queries are sorted by
-    KV head, by transposing registers of `transposed_heads` heads or by strided loads and stores. `pipelined`: the last tile
-    of a block makes the first scores of the next block. `sums`: on the vector unit, or by ones beside the values in MXU
-    lanes to spare. `unpadded_values`: the MXU takes a head's own values and no padding.
+    KV head, by transposing registers of `transposed_heads` heads, by strided loads and stores, or not, where they come by head.
+    `pipelined`: the last tile of a block makes the first scores of the next block. `sums`: on the vector unit, or by ones
+    beside the values in MXU lanes to spare. `unpadded_values`: the MXU takes a head's own values and no padding.
     """
 
     skeleton: Literal["query_blocks", "latent"]
@@ -91,7 +91,7 @@ class BlockRecipe:
     lookahead: tuple[int, int] = (0, 0)
     pacing: SoftmaxPacing | None = None
     mask: BlockMask = "compare"
-    query_order: Literal["transpose", "strided", "none"] = "none"
+    query_order: Literal["transpose", "strided", "by_head", "none"] = "none"
     transposed_heads: int = 0
     pipelined: bool = False
     sums: Literal["vector", "matmul"] = "vector"
@@ -118,12 +118,13 @@ class Recipe:
     """What the source of a plan is made of; None for a kernel that is not in it, and in a portable program.
 
     `features` are those that kernels have code for, by key: `causal` and `update_cache` are among them unless a spec turns
-    them off.
+    them off. `by_head`: the arguments that kernels take as `[heads, tokens, head_dim]`; the output goes with `queries`.
     """
 
     features: tuple[str, ...]
     decode: DecodeRecipe | None = None
     block: BlockRecipe | None = None
+    by_head: tuple[str, ...] = ()
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -134,7 +135,7 @@ class Recipe:
                 **{**block["pacing"], "wait_for": tuple(block["pacing"]["wait_for"])}
             )
             block = BlockRecipe(**{**block, "lookahead": tuple(block["lookahead"]), "pacing": pacing})
-        return cls(tuple(data["features"]), decode and DecodeRecipe(**decode), block)
+        return cls(tuple(data["features"]), decode and DecodeRecipe(**decode), block, tuple(data["by_head"]))
 
 
 @dataclass

@@ -89,6 +89,10 @@ _WRITE: Final[Mapping[str | bool, Words]] = {
     "latent": Words("latent vector and rotary key in one row", "that is how latent attention stores a token"),
 }
 
+_BY_HEAD: Final = (
+    "XLA keeps arrays so where the heads of a token fill no sublane tiles; then nothing is copied around a kernel"
+)
+
 DECODE: Final[Mapping[str, Mapping[str | bool, Words]]] = {
     "skeleton": {
         "blocks": Words(
@@ -169,6 +173,7 @@ BLOCK: Final[Mapping[str, Mapping[str | bool, Words]]] = {
         "strided": Words(
             "by strided loads and stores", "the queries of a token for a KV head are no whole part of a register"
         ),
+        "by_head": Words("not at all", "XLA keeps them by head, and so the kernel takes them"),
         "none": Words("not at all", "all query heads read the same row of a token"),
     },
     "pipelined": {
@@ -195,6 +200,7 @@ def decisions(recipe: Recipe, kind: str) -> Iterator[Decision]:
     """The decisions of a program of a kind, each once."""
     features = ", ".join(recipe.features) or "none"
     yield Decision("", "features", features, "the spec asks for them; no other feature is in the code")
+    yield Decision("", "arrays by head", ", ".join(recipe.by_head) or "none", _BY_HEAD)
     for kernel, of_kernel, table in (("decode", recipe.decode, DECODE), (kind, recipe.block, BLOCK)):
         if of_kernel is not None:
             yield from _of_kernel(kernel, of_kernel, table)
