@@ -15,6 +15,7 @@ from rpac.kernels.semaphores import BLOCK_SHAPES
 from rpac.kernels.shared import CLEARED_AT_ONCE, by_head_features, call_of, scratch_of
 from rpac.plan import BlockTiles, KernelPlan, RowDims
 from rpac.plan.buffers import new_buffers, page_buffers
+from rpac.plan.by_head import SORTED_TOKENS
 from rpac.plan.prefill import PACED_ROWS
 from rpac.plan.recipe import BlockRecipe, Recipe
 from rpac.spec import Spec
@@ -74,7 +75,7 @@ def query_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     tiles, made = plan.block, recipe.block
     assert isinstance(tiles, BlockTiles)
     assert made is not None
-    constants = [*model_constants(spec, plan), *_tile_constants(spec, tiles, made)]
+    constants = [*model_constants(spec, plan), *_tile_constants(spec, tiles, made, plan.recipe.by_head)]
     ways = {"local": spec.model.late, "pipelined": made.pipelined, **by_head_features(recipe)}
     context = {
         "features": (*recipe.features, *(way for way, used in ways.items() if used)),
@@ -82,15 +83,16 @@ def query_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "kernel_class": f"{plan.kind.capitalize()}Kernel",
         "summary": _SUMMARIES[plan.kind],
         "block": QueryBlocks.of(spec, made),
-        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _shapes(spec, made), constants, _NAMES),
+        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _shapes(spec, plan.recipe), constants, _NAMES),
     }
     return Kernel("skeletons/query_blocks.py.jinja", context, constants, f"{plan.kind.upper()}_")
 
 
-def _shapes(spec: Spec, recipe: BlockRecipe) -> dict[str, str]:
+def _shapes(spec: Spec, recipe: Recipe) -> dict[str, str]:
     """The shape of each scratch array, in constants."""
-    separate, transposed = spec.serving.kv_layout == "separate", recipe.scores == "transposed"
-    state = _STATE[recipe.scores]
+    assert recipe.block is not None
+    separate, transposed = spec.serving.kv_layout == "separate", recipe.block.scores == "transposed"
+    state = _STATE[recipe.block.scores]
     step = "TILE, STEP_ROWS" if transposed else "STEP_ROWS, TILE"
     by_token = "Q_BLOCK * PADDED_Q_HEADS, LANES"
     by_head = "MERGE_TOKENS * PADDED_KV_HEADS, LANES"
@@ -98,8 +100,13 @@ def _shapes(spec: Spec, recipe: BlockRecipe) -> dict[str, str]:
         by_token, by_head = f"LANE_TILES, {by_token}", f"LANE_TILES, {by_head}"
     page = "KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES" if separate else "PAGE_ROWS, LANES"
     block = "BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES" if separate else "KV_BLOCK * TOKEN_ROWS, LANES"
-    new = "NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM"
-    queries = "Q_HEADS, Q_BLOCK, HEAD_DIM" if recipe.query_order == "by_head" else "Q_BLOCK, Q_HEADS, HEAD_DIM"
+    new = (
+        "2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS"
+        if "keys" not in recipe.by_head
+        else "KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS"
+    )
+    new = f"NEW_BUFFERS, {new}, HEAD_DIM"
+    queries = "Q_HEADS, Q_BLOCK, HEAD_DIM" if "queries" in recipe.by_head else "Q_BLOCK, Q_HEADS, HEAD_DIM"
     words = "TILE // PACKING * WORD_ROWS, LANES"
     return {
         "kv": f"KV_BUFFERS, {block}",
@@ -130,7 +137,7 @@ def _shapes(spec: Spec, recipe: BlockRecipe) -> dict[str, str]:
     }
 
 
-def _tile_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe) -> list[Constant]:
+def _tile_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe, by_head: tuple[str, ...]) -> list[Constant]:
     """The tiles, and what follows from them."""
     model, page = spec.model, spec.serving.page_size
     rows, block = RowDims.of(model), tiles.diagonal_block(page)
@@ -166,7 +173,8 @@ def _tile_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe) -> list[
         tile("PAGE_BUFFERS", page_buffers(tiles.update_lookahead), "pages under update"),
         tile("NEW_BUFFERS", new_buffers(tiles.update_lookahead), "pages whose new tokens are fetched or in use"),
         tile("UPDATE_LOOKAHEAD", tiles.update_lookahead, "pages that their fetch runs ahead"),
-        tile("NEW_TOKENS", tiles.new_tokens, "tokens of such a fetch"),
+        tile("SORTED_TOKENS", SORTED_TOKENS, "of new keys and values: a copy begins at a multiple of them"),
+        tile("NEW_TOKENS", tiles.fetched_new_tokens(by_head), "tokens of such a fetch"),
         tile("MERGE_TOKENS", tiles.merge_tokens, "new tokens that are put into a page at once"),
         tile("MERGE_ROWS", "MERGE_TOKENS * TOKEN_ROWS"),
     ]

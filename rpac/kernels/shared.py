@@ -208,7 +208,11 @@ def shared_context(
 
 def by_head_features(recipe: Recipe) -> dict[str, bool]:
     """Whether new tokens come by head, as what templates have among the features."""
-    return {"by_head": bool(recipe.by_head), "queries_by_head": "queries" in recipe.by_head}
+    return {
+        "by_head": bool(recipe.by_head),
+        "queries_by_head": "queries" in recipe.by_head,
+        "new_by_head": "keys" in recipe.by_head,
+    }
 
 
 def program_of(spec: Spec, kind: str, call: Callable[[Spec, str], Call]) -> Program:

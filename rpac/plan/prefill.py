@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -28,7 +28,7 @@ from rpac.plan.buffers import (
     sublane_tile_tokens,
     word_dtype,
 )
-from rpac.plan.by_head import laid_out_by_head
+from rpac.plan.by_head import SORTED_TOKENS, laid_out_by_head
 from rpac.plan.recipe import SPLIT, BlockMask, BlockRecipe, Chooser, Read, Recipe, Scores, SoftmaxPacing
 from rpac.plan.sizes import copy_sizes_of, largest_divisor, power_of_two_from, step_rows_of, visible_tokens
 from rpac.spec import Spec
@@ -98,6 +98,10 @@ class BlockTiles:
         size = LONG_DIAGONAL_BLOCK if self.long else DIAGONAL_BLOCK
         return size if self.tile % size == 0 and size % page_size == 0 else self.tile
 
+    def fetched_new_tokens(self, by_head: Collection[str]) -> int:
+        """New tokens that a copy for one page has: if keys come `by_head`, it begins at a multiple of SORTED_TOKENS."""
+        return self.new_tokens + (SORTED_TOKENS if "keys" in by_head else 0)
+
     def steps(self, model: Attention, heads: int) -> int:
         """Flash steps of a piece of code that has those of `heads` heads."""
         return heads * (model.group * self.q_block // self.step_rows)
@@ -110,9 +114,11 @@ class BlockTiles:
         rows = RowDims.of(model)
         q_rows = model.group * self.q_block
         fetched, updated = new_buffers(self.update_lookahead), page_buffers(self.update_lookahead)
-        new = (fetched, 2 * page_size + self.new_tokens, model.kv_heads, model.head_dim)
+        new = (fetched, 2 * page_size + self.fetched_new_tokens(recipe.by_head), model.kv_heads, model.head_dim)
         queries = (self.q_block, model.q_heads, model.head_dim)
-        if kernel.query_order == "by_head":
+        if "keys" in recipe.by_head:
+            new = (fetched, model.kv_heads, new[1], model.head_dim)
+        if "queries" in recipe.by_head:
             queries = (model.q_heads, self.q_block, model.head_dim)
         mask: tuple[Buffer, ...] = ()
         if kernel.mask == "matmul":
@@ -205,13 +211,21 @@ def transposed_heads(model: Attention) -> int:
 
 
 def by_head(spec: Spec, tiles: BlockTiles) -> tuple[str, ...]:
-    """The arrays that the kernel takes by head: queries, where every copy is a whole block and rows are whole
-    registers, unless rows are told apart by more than their query.
+    """The arrays that a prefill kernel takes by head, if rows are whole registers: queries, unless their rows are told apart
+    by more than the query; keys and values, if a copy for a page can begin a few tokens early.
     """
-    model = spec.model
-    whole = tiles.copy_sizes[-1] >= MIN_Q_BLOCK and model.head_dim % LANES == 0
-    by_row = model.sinks or model.alibi or spec.serving.log_sum_exp
-    return tuple(one for one in laid_out_by_head(spec) if one == "queries" and whole and not by_row)
+    model, serving = spec.model, spec.serving
+    if tiles.copy_sizes[-1] < MIN_Q_BLOCK or model.head_dim % LANES:
+        return ()
+    sizes = (serving.page_size, *serving.token_buckets)
+    early = serving.prefill_chunk >= serving.page_size + SORTED_TOKENS and all(
+        size % SORTED_TOKENS == 0 for size in sizes
+    )
+    taken = {
+        "queries": not (model.sinks or model.alibi or serving.log_sum_exp),
+        **dict.fromkeys(("keys", "values"), early and write_of(spec) != "bytes"),
+    }
+    return tuple(name for name in laid_out_by_head(spec) if taken[name])
 
 
 def recipe(spec: Spec, tiles: BlockTiles, chooser: Chooser) -> BlockRecipe:

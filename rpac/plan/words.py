@@ -200,7 +200,8 @@ def decisions(recipe: Recipe, kind: str) -> Iterator[Decision]:
     """The decisions of a program of a kind, each once."""
     features = ", ".join(recipe.features) or "none"
     yield Decision("", "features", features, "the spec asks for them; no other feature is in the code")
-    yield Decision("", "arrays by head", ", ".join(recipe.by_head) or "none", _BY_HEAD)
+    if recipe.by_head:
+        yield Decision("", "arrays by head", ", ".join(recipe.by_head), _BY_HEAD)
     for kernel, of_kernel, table in (("decode", recipe.decode, DECODE), (kind, recipe.block, BLOCK)):
         if of_kernel is not None:
             yield from _of_kernel(kernel, of_kernel, table)

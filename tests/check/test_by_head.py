@@ -23,13 +23,16 @@ HEADS: dict[str, dict[str, Any]] = {
     "the cache is read alone": {"q_heads": 5, "kv_heads": 1, "update_cache": False},
     "joined rows": {"q_heads": 6, "kv_heads": 3, "head_dim": 64},
 }
+ALL = ("queries", "keys", "values")
+KEYS = HEADS["keys and values"]
 QUICK = [("queries too", "interleaved"), ("several heads", "separate")]
 
 
 def by_head(layout: str, **features: Any) -> Spec:
-    """A spec with as many sequences as are sorted at once."""
+    """A spec with as many sequences as are sorted at once, and pages so short that copies for them can begin early."""
     spec = featured(SPECS[layout], features, "by-head")
-    return replace(spec, serving=replace(spec.serving, max_num_seqs=16))
+    sizes = {"max_num_seqs": 16, "token_buckets": (16, 64), "page_size": 32, "prefill_chunk": 64}
+    return replace(spec, serving=replace(spec.serving, **sizes))
 
 
 @pytest.mark.interpreter
@@ -51,21 +54,26 @@ def test_decode_kernels_agree_with_the_oracle_in_the_interpreter(heads: str, lay
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    ("layout", "features"),
+    ("layout", "features", "arrays"),
     [
-        ("separate", {}),
-        pytest.param("interleaved", {"soft_cap": 2.0}, marks=SLOW),
-        pytest.param("separate", {"sliding_window": 30}, marks=SLOW),
-        pytest.param("separate", {"update_cache": False}, marks=SLOW),
+        ("separate", {}, ALL),
+        ("interleaved", KEYS, ALL[1:]),
+        pytest.param("interleaved", {"soft_cap": 2.0}, ALL, marks=SLOW),
+        pytest.param("separate", {"sliding_window": 30, "kv_dtype": "float32", "q_dtype": "float32"}, ALL, marks=SLOW),
+        pytest.param("separate", {"update_cache": False}, ALL[:1], marks=SLOW),
+        pytest.param("interleaved", {"kv_dtype": "float8_e4m3fn"}, ALL, marks=SLOW),
+        pytest.param("separate", {"kv_dtype": "float8_e4m3fn"}, ALL[:1], marks=SLOW),
+        pytest.param("separate", {"log_sum_exp": True}, ALL[1:], marks=SLOW),
     ],
     ids=str,
 )
-def test_prefill_kernels_agree_with_the_oracle_in_the_interpreter(layout: str, features: dict[str, Any]) -> None:
-    spec = by_head(layout, **HEADS["several heads"], **features)
+def test_prefill_kernels_agree_with_the_oracle_in_the_interpreter(
+    layout: str, features: dict[str, Any], arrays: tuple[str, ...]
+) -> None:
+    spec = by_head(layout, **(HEADS["several heads"] | features))
     plan = small_plan(spec, "prefill")
-    assert plan.recipe.block is not None
-    assert (plan.recipe.block.query_order, plan.recipe.block.scores) == ("by_head", "rows")
-    assert failures(spec, plan, few=not features) == []
+    assert plan.recipe.by_head == arrays
+    assert failures(spec, plan, few=features in ({}, KEYS)) == []
 
 
 @pytest.mark.interpreter
