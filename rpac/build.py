@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from rpac.bundle.manifest import Manifest
 from rpac.bundle.write import is_bundle, stage_bundle
 from rpac.contract.program import Lowered, Source
-from rpac.errors import TargetError
+from rpac.errors import OutputError, TargetError
 from rpac.files.publish import publish
 from rpac.kernels import render
 from rpac.lower import Cache, Task, add_cpu_executables, lower_all, tasks_of
@@ -104,9 +105,39 @@ def build(
 
 def generate(spec: Spec, folder: Path, tuned: Tuned = TunedTiles.of) -> list[Source]:
     """Writes the sources of every target of a spec to `folder/NAME/`, for people to read and diff."""
-    sources = [source for part in spec.parts for _, source in sources_of(part, spec.targets, tuned)]
+    sources = _all_sources(spec, tuned)
     with publish(folder / spec.name, lambda path: (path / GENERATED_MARK).is_file()) as stage:
-        for source in sources:
-            stage.write(source.path, source.text.encode())
-        stage.write(GENERATED_MARK, f"{spec.hash}\n".encode())
+        for name, text in _generated(spec, sources).items():
+            stage.write(name, text.encode())
     return sources
+
+
+def stale(spec: Spec, folder: Path, tuned: Tuned = TunedTiles.of) -> dict[str, list[str]]:
+    """What differs in `folder/NAME/` from what `generate` would write: lines of a unified diff by file, in order.
+
+    A file that is missing differs from an empty one, and so does one that is too many. Nothing is written. Raises OutputError
+    for a file that cannot be read.
+    """
+    root = folder / spec.name
+    wanted = _generated(spec, _all_sources(spec, tuned))
+    try:
+        paths = [path for path in root.rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
+        found = {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+    except OSError as error:
+        raise OutputError(f"{root}: cannot be read ({error.strerror}); check its permissions") from error
+    changed = {}
+    for name in sorted(found.keys() | wanted.keys()):
+        old, new = found.get(name, b"").decode(errors="replace"), wanted.get(name, "")
+        if old != new or name not in found or name not in wanted:
+            names = (str(root / name), f"{root / name} (generated now)")
+            changed[name] = list(difflib.unified_diff(old.splitlines(), new.splitlines(), *names, lineterm=""))
+    return changed
+
+
+def _all_sources(spec: Spec, tuned: Tuned) -> list[Source]:
+    return [source for part in spec.parts for _, source in sources_of(part, spec.targets, tuned)]
+
+
+def _generated(spec: Spec, sources: Sequence[Source]) -> dict[str, str]:
+    """The files of a generated folder, by name."""
+    return {**{source.path: source.text for source in sources}, GENERATED_MARK: f"{spec.hash}\n"}

@@ -23,9 +23,13 @@ from rpac.cli.common import (
 from rpac.cli.terminal import Lines, table
 from rpac.contract.program import Lowered
 from rpac.contract.units import size
-from rpac.errors import TargetError
+from rpac.errors import CheckError, TargetError
+from rpac.files.publish import listing
 from rpac.lower.pool import COMPILING
-from rpac.spec import load_spec
+from rpac.plan.tuned import Tuned
+from rpac.spec import Spec, load_spec
+
+MOST_LINES = 40  # of the difference in one file
 
 
 @command()
@@ -100,12 +104,32 @@ class _Observer(job.Observer):
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), default=Path("generated"), show_default=True, help="Output folder."
 )
+@click.option(
+    "--check", "only_check", is_flag=True, help="Write nothing; print what differs, and exit with 1 if something does."
+)
 @tuned_option
-def generate(spec_file: Path, out: Path, tuned_in: Path | None) -> None:
+def generate(spec_file: Path, out: Path, only_check: bool, tuned_in: Path | None) -> None:
     """Write the kernels of SPEC to OUT/NAME/, to be read or compared. Nothing is compiled."""
-    spec = load_spec(spec_file)
-    sources = job.generate(spec, out, tuned_of(tuned_in))
+    spec, tuned = load_spec(spec_file), tuned_of(tuned_in)
+    if only_check:
+        _check_generated(spec, out, tuned)
+        return
+    sources = job.generate(spec, out, tuned)
     click.echo(f"{out / spec.name}: {len(sources)} sources")
+
+
+def _check_generated(spec: Spec, out: Path, tuned: Tuned) -> None:
+    changed = job.stale(spec, out, tuned)
+    for lines in changed.values():
+        click.echo("\n".join(lines[:MOST_LINES]))
+        if len(lines) > MOST_LINES:
+            click.echo(f"... and {len(lines) - MOST_LINES} more lines")
+    if changed:
+        raise CheckError(
+            f"{out / spec.name}: {len(changed)} files are not what this rpac makes of {spec.file}: "
+            f"{listing(changed)}; run `rpac generate {spec.file}`, and commit what it writes"
+        )
+    click.echo(f"{out / spec.name}: up to date")
 
 
 def _facts(one: Lowered) -> dict[str, object]:
