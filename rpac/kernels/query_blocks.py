@@ -79,7 +79,7 @@ def query_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     ways = {"local": spec.model.late, "pipelined": made.pipelined, **by_head_features(recipe)}
     context = {
         "features": (*recipe.features, *(way for way, used in ways.items() if used)),
-        "call": call_of(spec, plan.kind, plan.recipe.by_head),
+        "call": call_of(spec, plan.kind, plan.recipe),
         "kernel_class": f"{plan.kind.capitalize()}Kernel",
         "summary": _SUMMARIES[plan.kind],
         "block": QueryBlocks.of(spec, made),
@@ -107,6 +107,9 @@ def _shapes(spec: Spec, recipe: Recipe) -> dict[str, str]:
     )
     new = f"NEW_BUFFERS, {new}, HEAD_DIM"
     queries = "Q_HEADS, Q_BLOCK, HEAD_DIM" if "queries" in recipe.by_head else "Q_BLOCK, Q_HEADS, HEAD_DIM"
+    q_rows = "Q_ROWS, HEAD_LANES"
+    if recipe.queries_by_lane:
+        queries, q_rows = "Q_HEADS, HEAD_DIM, Q_BLOCK", "HEAD_LANES, Q_ROWS"
     words = "TILE // PACKING * WORD_ROWS, LANES"
     return {
         "kv": f"KV_BUFFERS, {block}",
@@ -120,7 +123,7 @@ def _shapes(spec: Spec, recipe: Recipe) -> dict[str, str]:
         "by_head": by_head,
         "q_in": f"KV_BUFFERS, {queries}",
         "by_token": by_token,
-        "q_rows": "KV_HEADS, Q_ROWS, HEAD_LANES",
+        "q_rows": f"KV_HEADS, {q_rows}",
         "query_onehot": "STEP_ROWS, LANES",
         "mask_bias": "DIAGONAL_BLOCKS, ROW_STEPS, DIAGONAL_BLOCK, LANES",
         "next_scores": f"SCORE_BUFFERS, {step}",
@@ -222,7 +225,7 @@ def _order_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe) -> list
     """How the rows of a query block go from their order by token to one by head, and back."""
     model, heads = spec.model, recipe.transposed_heads
     sort_rows = "SORT_TOKENS * Q_HEADS" if recipe.query_order == "strided" else "SORT_TOKENS * GROUP"
-    if recipe.query_order == "by_head":
+    if recipe.query_order in ("by_head", "by_lane"):
         return []
     sort = [
         tile("SORT_TOKENS", SORT_TOKENS, "tokens of a query block that are sorted at once"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -202,7 +202,7 @@ def shared_context(
         "features": features,
         "recipe": recipe,
         "shared": Shared.of(spec, recipe),
-        "program": program_of(spec, plan.kind, call or functools.partial(call_of, by_head=recipe.by_head)),
+        "program": program_of(spec, plan.kind, call or functools.partial(call_of, recipe=recipe)),
     }
 
 
@@ -212,6 +212,7 @@ def by_head_features(recipe: Recipe) -> dict[str, bool]:
         "by_head": bool(recipe.by_head),
         "queries_by_head": "queries" in recipe.by_head,
         "new_by_head": "keys" in recipe.by_head,
+        "queries_by_lane": recipe.queries_by_lane,
     }
 
 
@@ -253,11 +254,11 @@ _OTHER_ROWS: Final = {
 _FLAT: Final = {"tree": "tree.reshape(-1)"}  # of one axis, because rows of two are padded in SMEM
 
 
-def call_of(spec: Spec, kind: str, by_head: Collection[str] = ()) -> Call:
+def call_of(spec: Spec, kind: str, recipe: Recipe) -> Call:
     """The call of a kernel: scalars of the batch and the arguments beside it, then arrays.
 
     The cache is updated in place. In a mixed program the decode kernel's results go on as operands, and the mixed kernel's
-    results are in their memory. `by_head`: the arguments that the kernel takes as `[heads, tokens, HEAD_DIM]`.
+    results are in their memory.
     """
     model, lse, mixed = spec.model, spec.serving.log_sum_exp, kind == "mixed"
     # Only mixed batches have sequences of different numbers of new tokens, and a tree is of decode rows alone.
@@ -266,11 +267,11 @@ def call_of(spec: Spec, kind: str, by_head: Collection[str] = ()) -> Call:
     scalars = tuple(
         Operand(dims.name, _FLAT.get(dims.name, dims.name), _comment(dims.dtype, dims.name)) for dims in batch
     )
-    arrays = [_array(spec, dims, dims.name in by_head) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM]
+    arrays = [_array(spec, dims, _order_of(recipe, dims.name)) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM]
     names = [_NAMES.get(dims.name, dims.name) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM]
     cache = len(scalars) + len(arrays) - 1
     results = [
-        _output(spec, "queries" in by_head),
+        _output(spec, _order_of(recipe, "queries")),
         Operand("cache_hbm", "cache.shape, cache.dtype", _comment(model.kv_dtype, spec.serving.kv_layout)),
     ]
     aliases, returned = {cache: 1}, ["out", "cache"]
@@ -299,26 +300,40 @@ def call_of(spec: Spec, kind: str, by_head: Collection[str] = ()) -> Call:
     )
 
 
-def _output(spec: Spec, by_head: bool) -> Operand:
-    shape = "(Q_HEADS, len(queries), HEAD_DIM)" if by_head else "queries.shape"
-    return Operand("out_hbm", f"{shape}, queries.dtype", _comment(spec.model.q_dtype, "queries", by_head))
+_ORDERS: Final = {"token": (0, 1, 2), "head": (1, 0, 2), "lane": (1, 2, 0)}  # of tokens, heads and lanes
+_REORDERED: Final = {"token": "{}", "head": "swap_heads({})", "lane": "tokens_last({})"}
 
 
-def _array(spec: Spec, dims: ArrayDims, by_head: bool) -> Operand:
+def _order_of(recipe: Recipe, name: str) -> str:
+    """The order of the axes in which a kernel takes an argument, a key of `_ORDERS`."""
+    if name == "queries" and recipe.queries_by_lane:
+        return "lane"
+    return "head" if name in recipe.by_head else "token"
+
+
+def _output(spec: Spec, order: str) -> Operand:
+    shape = ", ".join(_reordered(("len(queries)", "Q_HEADS", "HEAD_DIM"), order))
+    shape = "queries.shape" if order == "token" else f"({shape})"
+    return Operand("out_hbm", f"{shape}, queries.dtype", _comment(spec.model.q_dtype, "queries", order))
+
+
+def _array(spec: Spec, dims: ArrayDims, order: str) -> Operand:
     if dims.name == "kv_cache":
         comment = f"{_comment(dims.dtype, spec.serving.kv_layout)}: the memory of cache_hbm"
         return Operand("cache_in", "cache", comment)
     of = "bfloat16" if spec.model.quantized and dims.name in ("keys", "values") else dims.dtype
-    passed = f"swap_heads({dims.name})" if by_head else dims.name
-    return Operand(_IN_HBM[dims.name], passed, _comment(of, dims.name, by_head))
+    return Operand(_IN_HBM[dims.name], _REORDERED[order].format(dims.name), _comment(of, dims.name, order))
 
 
-def _comment(of: str, name: str, by_head: bool = False) -> str:
+def _comment(of: str, name: str, order: str = "token") -> str:
     shape = _SHAPES[name]
-    if by_head:
-        tokens, heads, lanes = shape.split(", ")
-        shape = f"{heads}, {tokens}, {lanes}"
+    if order != "token":
+        shape = ", ".join(_reordered(shape.split(", "), order))
     return f"{dtype_name(of)}[{shape}]"
+
+
+def _reordered(axes: Sequence[str], order: str) -> list[str]:
+    return [axes[i] for i in _ORDERS[order]]
 
 
 @dataclass(frozen=True)

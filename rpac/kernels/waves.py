@@ -70,7 +70,7 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     constants = [*model_constants(spec, plan), *wave_constants(spec, tiles), *_own_constants(spec, tiles, recipe)]
     context = {
         "kernel_class": "DecodeKernel",
-        "call": call_of(spec, "decode", plan.recipe.by_head),
+        "call": call_of(spec, "decode", plan.recipe),
         "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _shapes(spec, recipe), constants, NAMES),
         "summary": _summary(spec),
         "patches": _patches(spec),

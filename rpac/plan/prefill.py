@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from rpac.contract.arrays import LANES, SUBLANES, align, head_lanes, kv_page_shape, nbytes, packing
+from rpac.contract.arrays import LANES, SUBLANES, align, head_lanes, joins_rows, kv_page_shape, nbytes, packing
 from rpac.contract.attention import Attention
 from rpac.devices.chip import Chip
 from rpac.plan.access import read_of, write_of
@@ -29,7 +29,7 @@ from rpac.plan.buffers import (
     word_dtype,
 )
 from rpac.plan.by_head import SORTED_TOKENS, laid_out_by_head
-from rpac.plan.recipe import SPLIT, BlockMask, BlockRecipe, Chooser, Read, Recipe, Scores, SoftmaxPacing
+from rpac.plan.recipe import SPLIT, BlockMask, BlockRecipe, Chooser, QueryOrder, Read, Recipe, Scores, SoftmaxPacing
 from rpac.plan.sizes import copy_sizes_of, largest_divisor, power_of_two_from, step_rows_of, visible_tokens
 from rpac.spec import Spec
 
@@ -120,6 +120,9 @@ class BlockTiles:
             new = (fetched, model.kv_heads, new[1], model.head_dim)
         if "queries" in recipe.by_head:
             queries = (model.q_heads, self.q_block, model.head_dim)
+        rows_of_head: tuple[int, ...] = (q_rows, head_lanes(model))
+        if recipe.queries_by_lane:
+            queries, rows_of_head = (model.q_heads, model.head_dim, self.q_block), (head_lanes(model), q_rows)
         mask: tuple[Buffer, ...] = ()
         if kernel.mask == "matmul":
             tokens = self.diagonal_block(page_size)
@@ -171,7 +174,7 @@ class BlockTiles:
             *merged,
             Buffer("q_in", (self.buffers, *queries), model.q_dtype, "query blocks as they come"),
             *by_token,
-            Buffer("q_rows", (model.kv_heads, q_rows, head_lanes(model)), model.q_dtype, "a query block by KV head"),
+            Buffer("q_rows", (model.kv_heads, *rows_of_head), model.q_dtype, "a query block by KV head"),
             *mask,
             Buffer("next_scores", (ahead, *scores), "float32", kept),
             *((Buffer("step_max", (pacing.slots, *most), "float32", "largest score of each row"),) if pacing else ()),
@@ -210,6 +213,26 @@ def transposed_heads(model: Attention) -> int:
     return SUBLANES // (model.group // pack)
 
 
+def queries_by_lane(spec: Spec, tiles: BlockTiles) -> bool:
+    """Whether a prefill kernel takes queries with tokens along lanes, and leaves the output so. XLA lays them out so where
+    head_dim is half a row and there are many tokens. Scores are transposed then, so that queries go as they come.
+    """
+    model, serving = spec.model, spec.serving
+    buckets = (tokens for tokens in serving.token_buckets if tokens >= serving.prefill_chunk)
+    whole = (
+        tiles.copy_sizes[-1] == tiles.q_block and tiles.q_block % tiles.step_rows == 0 and tiles.step_rows % LANES == 0
+    )
+    return (
+        joins_rows(model)
+        and model.q_dtype == "bfloat16"
+        and not (model.alibi or serving.log_sum_exp)
+        and whole
+        and all(tokens % LANES == 0 for tokens in buckets)
+        and tiles.spare_mxu_lanes
+        and _slots(tiles, model, TRANSPOSED_SLOTS) > TRANSPOSED_LOOKAHEAD
+    )
+
+
 def by_head(spec: Spec, tiles: BlockTiles) -> tuple[str, ...]:
     """The arrays that a prefill kernel takes by head, if rows are whole registers: queries, unless their rows are told apart
     by more than the query; keys and values, if a copy for a page can begin a few tokens early.
@@ -231,7 +254,8 @@ def by_head(spec: Spec, tiles: BlockTiles) -> tuple[str, ...]:
 def recipe(spec: Spec, tiles: BlockTiles, chooser: Chooser) -> BlockRecipe:
     """The decisions of the kernel. Raises ValueError where `chooser` wants what these tiles do not allow."""
     model, read = spec.model, read_of(spec)
-    heads = transposed_heads(model)
+    order = _query_order(spec, tiles)
+    heads = transposed_heads(model) if order == "transpose" else 0
     scores = chooser.choose("scores", *_scores(spec, tiles, heads))
     pacing, lookahead = None, _lookahead(tiles, model)
     paced = _paced(spec, tiles, read, scores)
@@ -249,12 +273,20 @@ def recipe(spec: Spec, tiles: BlockTiles, chooser: Chooser) -> BlockRecipe:
         lookahead=lookahead,
         pacing=pacing,
         mask=chooser.choose("mask", *_masks(tiles, model, heads)),
-        query_order="by_head" if "queries" in by_head(spec, tiles) else "transpose" if heads else "strided",
+        query_order=order,
         transposed_heads=heads,
         pipelined=chooser.choose("pipelined", *((True, False) if pipelines else (False,))),
         sums="matmul" if transposed or (tiles.spare_mxu_lanes and not pacing) else "vector",
         unpadded_values=transposed and unpadded,
     )
+
+
+def _query_order(spec: Spec, tiles: BlockTiles) -> QueryOrder:
+    if queries_by_lane(spec, tiles):
+        return "by_lane"
+    if "queries" in by_head(spec, tiles):
+        return "by_head"
+    return "transpose" if transposed_heads(spec.model) else "strided"
 
 
 def _scores(spec: Spec, tiles: BlockTiles, heads: int) -> tuple[Scores, ...]:
@@ -263,6 +295,8 @@ def _scores(spec: Spec, tiles: BlockTiles, heads: int) -> tuple[Scores, ...]:
     scores that are kept.
     """
     model = spec.model
+    if queries_by_lane(spec, tiles):
+        return ("transposed",)
     by_query = LANES % model.group == 0 and heads > 0
     by_query_head = "queries" in by_head(spec, tiles) and tiles.q_block % LANES == 0
     whole = tiles.step_rows % LANES == 0 and (by_query or by_query_head)

@@ -181,6 +181,7 @@ BLOCK: Final[Mapping[str, Mapping[str | bool, Words]]] = {
             "by strided loads and stores", "the queries of a token for a KV head are no whole part of a register"
         ),
         "by_head": Words("not at all", "XLA keeps them by head, and so the kernel takes them"),
+        "by_lane": Words("not at all", "XLA keeps heads of half a row with tokens along lanes, as the MXU takes them"),
         "none": Words("not at all", "all query heads read the same row of a token"),
     },
     "pipelined": {

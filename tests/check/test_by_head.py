@@ -88,6 +88,26 @@ def test_prefill_kernels_with_transposed_scores_do_too(layout: str) -> None:
     assert failures(spec, plan) == []
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("layout", "features"),
+    [
+        ("separate", {"sinks": True}),
+        pytest.param("interleaved", {"sinks": True, "sliding_window": 300}, marks=SLOW),
+        pytest.param("separate", {"soft_cap": 2.0, "attention_chunk": 640}, marks=SLOW),
+        pytest.param("separate", {"kv_dtype": "float8_e4m3fn", "kv_scale": "head", "quantize": "kernel"}, marks=SLOW),
+        pytest.param("separate", {"causal": False}, marks=SLOW),
+    ],
+    ids=str,
+)
+def test_prefill_kernels_of_tokens_along_lanes_do_too(layout: str, features: dict[str, Any]) -> None:
+    spec = featured(TRANSPOSED[layout], {"head_dim": 64, "q_heads": 8, "kv_heads": 2, **features}, "by-lane")
+    tiles = {"q_block": 128, "step_rows": 128, "heads": 2, "diagonal_heads": 2}
+    plan = retiled(spec, plan_of(spec, "prefill"), block={**tiles, "block": 1024, "tile": 512})
+    assert plan.recipe.queries_by_lane
+    assert failures(spec, plan, few=features == {"sinks": True}) == []
+
+
 @pytest.mark.compile
 def test_a_decode_kernel_compiles() -> None:
     spec = by_head("separate", **HEADS["several heads"])
