@@ -17,7 +17,7 @@ from rpac.kernels.waves import NAMES, Queries, wave_constants, window_begin
 from rpac.plan import KernelPlan, LatentBlockTiles, LatentWaves
 from rpac.plan.buffers import new_buffers, page_buffers, sublane_tile_tokens
 from rpac.plan.page_table import BlockWindows
-from rpac.plan.recipe import PageTable, Recipe
+from rpac.plan.recipe import Recipe
 from rpac.spec import Spec
 
 DIAGONAL_STEPS: Final = 4  # flash steps that are one piece of code: there are few blocks on the diagonal
@@ -45,16 +45,16 @@ def latent_shared_context(spec: Spec, plan: KernelPlan, recipe: Recipe) -> dict[
     return {**context, "features": (*context["features"], "latent")}
 
 
-def latent_call(spec: Spec, kind: str, table: PageTable) -> Call:
+def latent_call(spec: Spec, kind: str, recipe: Recipe) -> Call:
     """The call of a kernel. The cache is updated in place; a mixed kernel's output is in the memory of the decode kernel's."""
     model, mixed = spec.model, kind == "mixed"
     batch = [dims for dims in metadata_specs(spec.serving) if mixed or dims.name != "cu_q_lens"]
-    batch = in_smem(batch, table)
+    batch = in_smem(batch, recipe.page_table)
     scalars = tuple(Operand(dims.name, dims.name, f"{dtype_name(dims.dtype)}[{_SCALARS[dims.name]}]") for dims in batch)
     q_dtype, kv_dtype = dtype_name(model.q_dtype), dtype_name(model.kv_dtype)
     out, cache = f"{q_dtype}[tokens, Q_HEADS, RANK]", f"{kv_dtype}[pages, PAGE_SIZE, ROW_LANES]"
     arrays = [
-        *tables_in_hbm(table),
+        *tables_in_hbm(recipe.page_table),
         Operand("q_hbm", "queries", out),
         Operand("q_rope_hbm", "queries_rope", f"{q_dtype}[tokens, Q_HEADS, ROW_LANES - RANK]"),
         Operand("new_hbm", "new_rows", f"{kv_dtype}[tokens, 1, ROW_LANES]"),
@@ -80,11 +80,11 @@ def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     constants = [*_model_constants(spec, plan), *wave_constants(spec, tiles), *own]
     context = {
         "kernel_class": "DecodeKernel",
-        "call": latent_call(spec, "decode", recipe.page_table),
+        "call": latent_call(spec, "decode", recipe),
         "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _DECODE_SHAPES, constants, NAMES),
         "summary": "One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.",
         "patches": "stores the new token and clears what lies behind it",
-        "loads": _LOADS,
+        "loads": [("copy_of_tokens", *load) for load in _LOADS],
         "queries": Queries("own", "none", pairs=False),
         "value_lanes": "RANK",
         "updates": ["wave_store/latent", f"latent_write/{_words(spec)}"],
@@ -105,7 +105,7 @@ def latent_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     constants = [*_model_constants(spec, plan), *_block_constants(spec, tiles)]
     context = {
         "kernel_class": f"{plan.kind.capitalize()}Kernel",
-        "call": latent_call(spec, plan.kind, recipe.page_table),
+        "call": latent_call(spec, plan.kind, recipe),
         "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _BLOCK_SHAPES, constants, {}),
         "summary": _SUMMARIES[plan.kind],
         "merge": f"latent_{_words(spec)}",
