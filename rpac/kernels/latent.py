@@ -15,7 +15,8 @@ from rpac.kernels.semaphores import BLOCK_SHAPES, WAVE_SHAPES
 from rpac.kernels.shared import Call, Operand, scratch_of, shared_context
 from rpac.kernels.waves import NAMES, Queries, wave_constants
 from rpac.plan import KernelPlan, LatentBlockTiles, LatentWaves
-from rpac.plan.buffers import new_buffers, page_buffers, sublane_tile_tokens
+from rpac.plan.buffers import new_buffers, page_buffers
+from rpac.plan.latent import MXU_TOKENS, TILE_TOKENS
 from rpac.plan.recipe import Recipe
 from rpac.spec import Spec
 
@@ -50,7 +51,7 @@ def latent_call(spec: Spec, kind: str) -> Call:
     batch = [dims for dims in metadata_specs(spec.serving) if mixed or dims.name != "cu_q_lens"]
     scalars = tuple(Operand(dims.name, dims.name, f"{dtype_name(dims.dtype)}[{_SCALARS[dims.name]}]") for dims in batch)
     q_dtype, kv_dtype = dtype_name(model.q_dtype), dtype_name(model.kv_dtype)
-    out, cache = f"{q_dtype}[tokens, Q_HEADS, RANK]", f"{kv_dtype}[pages, PAGE_SIZE, ROW_LANES]"
+    out, cache = f"{q_dtype}[tokens, Q_HEADS, RANK]", f"{kv_dtype}[pages, PAGE_TILES, SUBLANE_TILE, ROW_LANES]"
     arrays = [
         Operand("q_hbm", "queries", out),
         Operand("q_rope_hbm", "queries_rope", f"{q_dtype}[tokens, Q_HEADS, ROW_LANES - RANK]"),
@@ -73,22 +74,33 @@ def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     """The decode kernel of a plan."""
     tiles = plan.decode
     assert isinstance(tiles, LatentWaves)
-    own = [tile("QUERY_ROWS", "Q_HEADS"), tile("LOADS", len(_LOADS), "queries, their rotary parts, new tokens")]
+    assert recipe.decode is not None
+    staged = recipe.decode.read == "latent_staged"
+    own = [
+        tile("QUERY_ROWS", "Q_HEADS"),
+        tile("LOADS", len(_LOADS), "queries, their rotary parts, new tokens"),
+        tile("MXU_TOKENS", MXU_TOKENS, "tokens whose scores and values are made at once: an MXU takes as many"),
+        tile("TILE_CHUNKS", "TILE // MXU_TOKENS"),
+        tile("CHUNK_PAGES", "MXU_TOKENS // PAGE_SIZE"),
+    ]
     constants = [*_model_constants(spec, plan), *wave_constants(spec, tiles), *own]
     context = {
         "kernel_class": "DecodeKernel",
         "call": latent_call(spec, "decode"),
-        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _DECODE_SHAPES, constants, NAMES),
+        "scratch": scratch_of(
+            tiles.scratch(spec, plan.recipe), {**_DECODE_SHAPES, **(_STAGED_SHAPES if staged else {})}, constants, NAMES
+        ),
         "summary": "One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.",
         "patches": "stores the new token and clears what lies behind it",
         "loads": _LOADS,
         "queries": Queries("own", "none", pairs=False),
         "value_lanes": "RANK",
         "updates": ["wave_store/latent", f"latent_write/{_words(spec)}"],
-        "attention": "latent",
+        "attention": recipe.decode.read,
         "columns": "TILE",
-        "order": "one_by_one",
-        "softmax": "whole",
+        "order": "staged" if staged else "one_by_one",
+        "state": "stored" if staged else "carried",
+        "softmax": "staged" if staged else "whole",
         "tiles_fit": spec.serving.pages_per_seq * spec.serving.page_size % tiles.tile == 0,
     }
     return Kernel("skeletons/decode_waves.py.jinja", context, constants, "DECODE_")
@@ -125,9 +137,10 @@ def _model_constants(spec: Spec, plan: KernelPlan) -> list[Constant]:
         number("ROW_LANES", lanes, f"of a token's row in the cache: {parts}"),
         number(
             "SUBLANE_TILE",
-            sublane_tile_tokens(model),
-            "tokens of the smallest part of the cache that a DMA or store reaches",
+            TILE_TOKENS,
+            "tokens of a tile of the cache in HBM, and in VMEM: a copy from one to the other moves no rows",
         ),
+        number("PAGE_TILES", spec.serving.page_size // TILE_TOKENS),
     ]
 
 
@@ -151,12 +164,13 @@ def _block_constants(spec: Spec, tiles: LatentBlockTiles) -> list[Constant]:
         tile("UPDATE_LOOKAHEAD", tiles.update_lookahead, "pages that their fetch runs ahead"),
         tile("NEW_TOKENS", tiles.new_tokens, "tokens of such a fetch"),
         tile("MERGE_TOKENS", tiles.merge_tokens, "new tokens that are put into a page at once"),
+        tile("MERGE_TILES", "MERGE_TOKENS // SUBLANE_TILE"),
     ]
 
 
 # The shapes of scratch arrays, in constants.
 _DECODE_SHAPES: Final[Mapping[str, str]] = {
-    "kv": "TILE_BUFFERS, TILE_PAGES, PAGE_SIZE, ROW_LANES",
+    "kv": "TILE_BUFFERS, TILE_PAGES, PAGE_TILES, SUBLANE_TILE, ROW_LANES",
     "q_in": "MAX_ROWS + 1, Q_HEADS, RANK",
     "q_rope_in": "MAX_ROWS + 1, Q_HEADS, ROW_LANES - RANK",
     "new_in": "MAX_ROWS, 1, ROW_LANES",
@@ -168,10 +182,18 @@ _DECODE_SHAPES: Final[Mapping[str, str]] = {
     "out_all": "MAX_ROWS + 1, Q_HEADS, RANK",
     **WAVE_SHAPES,
 }
+_STAGED_SHAPES: Final[Mapping[str, str]] = {
+    "latents_t": "2, TILE_CHUNKS, RANK // 2, MXU_TOKENS",
+    "scores": "2, Q_HEADS, TILE",
+    "p": "2, Q_HEADS, TILE",
+    "tile_max": "2, Q_HEADS, LANES",
+    "alpha": "2, Q_HEADS, LANES",
+    "inverse_sum": "2, Q_HEADS, LANES",
+}
 _BLOCK_SHAPES: Final[Mapping[str, str]] = {
-    "kv": "KV_BUFFERS, KV_BLOCK // PAGE_SIZE, PAGE_SIZE, ROW_LANES",
+    "kv": "KV_BUFFERS, KV_BLOCK // PAGE_SIZE, PAGE_TILES, SUBLANE_TILE, ROW_LANES",
     "new_in": "NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, 1, ROW_LANES",
-    "page_rows": "PAGE_BUFFERS, PAGE_SIZE, ROW_LANES",
+    "page_rows": "PAGE_BUFFERS, PAGE_TILES, SUBLANE_TILE, ROW_LANES",
     "merged": "MERGE_TOKENS, ROW_LANES",
     "q_in": "KV_BUFFERS, Q_BLOCK, Q_HEADS, RANK",
     "q_rope_in": "KV_BUFFERS, Q_BLOCK, Q_HEADS, ROW_LANES - RANK",

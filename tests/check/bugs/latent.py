@@ -13,8 +13,8 @@ DECODE = (
     Bug(
         "other lanes of the latent vector taken for the values",
         "DecodeKernel.accumulate_pv",
-        "self.kv[self.slot(wave, i), :, :, :RANK]",
-        "self.kv[self.slot(wave, i), :, :, 64 : 64 + RANK]",
+        "self.kv[self.slot(wave, i), ..., :RANK]",
+        "self.kv[self.slot(wave, i), ..., 64 : 64 + RANK]",
     ),
     Bug(
         "scores without the rotary part",
@@ -27,7 +27,7 @@ DECODE = (
         "DecodeKernel.patch_tile",
         "self.clear_tail(self.slot(wave, i), left)",
     ),
-    Bug("the new token not attended to", "DecodeKernel.update_cache", "self.kv[slot, page, tokens] = rows"),
+    Bug("the new token not attended to", "DecodeKernel.update_cache", "self.kv[*at] = rows"),
     Bug(
         "no wait for a cache write before its buffer is used again",
         "DecodeKernel.update_cache.wait_for_buffer",
