@@ -97,8 +97,8 @@ class Shared:
 
     Dtypes are expressions of the source: `mxu_dtype` is what probabilities, keys and values are on their way to the MXU.
     `row`: a head's K (or V) is a whole row of registers, a padded one, or joined in one with the other. `cache_view`: how
-    the cache is seen: as rows of 128 lanes, or by tiles of rows. `new_tokens` of a decode row: one, or several. `pad`, `unpad`, `kv_rows` and
-    `scaled` are given an expression.
+    the cache is seen: as rows of 128 lanes, or by tiles of rows. `new_tokens` of a decode row: one, or several. `pad`,
+    `unpad`, `kv_rows` and `scaled` are given an expression.
     """
 
     layout: str

@@ -78,6 +78,7 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "tile_rows": _tile_rows(spec.model),
         "order": _order(recipe.decode),
         "state": "carried",
+        "ends": "at_once",
         "softmax": "masked_first" if recipe.decode.read == "all_heads" else "whole",
         "tiles_fit": _tiles_fit(spec, tiles),
     }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from rpac.contract.arrays import LANES, SUBLANES, Shape, latent_lanes, nbytes, packing
+from rpac.contract.arrays import LANES, SUBLANES, Shape, align, latent_lanes, nbytes, packing
 from rpac.plan.buffers import (
     MERGE_TOKENS,
     SHORTER_LOOKAHEADS,
@@ -25,6 +25,7 @@ DECODE_TILE: Final = 1024  # tokens: long, so that what each tile costs by itsel
 WAVE_TOKENS: Final = 2048  # more are little faster, and every tile is code
 IN_FLIGHT_BYTES: Final = 6 << 20  # more than the HBM delivers within one DMA's latency (5.4 MB on TPU7x)
 MOST_TILES: Final = 4
+LOADS: Final = 6  # of a decode kernel: queries and rotary parts twice, new latent vectors and rotary keys
 MXU_TOKENS: Final = 256  # that an MXU of TPU7x takes at once
 STAGED_TILES: Final = 4  # of a wave: each step has work of as many tiles
 MAX_LOOKAHEAD: Final = 8  # waves: more take buffers and win nothing
@@ -55,13 +56,17 @@ class LatentWaves(DecodeWaves):
         model, page_size = spec.model, spec.serving.page_size
         lanes = latent_lanes(model)
         rows = (self.max_rows + 1, model.q_heads)
+        new, rope = align(self.max_rows, SUBLANES), model.rope_dim or 0
         buffers = self.wave_buffers * self.tiles_per_wave
         unit = (self.write_buffers, TILE_TOKENS, lanes)
         return (
             Buffer("kv", (buffers, self.tile // page_size, *_page_tiles(spec)), model.kv_dtype, "fetched tiles"),
             Buffer("q_in", (*rows, model.head_dim), model.q_dtype, "queries of every sequence, and of no sequence"),
-            Buffer("q_rope_in", (*rows, lanes - model.head_dim), model.q_dtype, "their rotary parts"),
-            Buffer("new_in", (self.max_rows, 1, lanes), model.kv_dtype, "new tokens of every sequence"),
+            Buffer("q_rope_t", (self.max_rows, rope, model.q_heads), model.q_dtype, "their rotary parts, transposed"),
+            Buffer("q_rope_in", (*rows, rope), model.q_dtype, "their rotary parts"),
+            Buffer("new_latents", (new, model.head_dim), model.kv_dtype, "new latent vectors of every sequence"),
+            Buffer("new_ropes", (new, rope), model.kv_dtype, "their rotary keys"),
+            Buffer("new_rows", (new, lanes), "float32", "both, as rows of the cache"),
             Buffer("unit_out", unit, model.kv_dtype, "new tokens on their way to the cache"),
             *self._of_tiles(spec, recipe),
             Buffer("row_max", (model.q_heads, LANES), "float32", "running maximum, the same in every lane"),
@@ -72,7 +77,7 @@ class LatentWaves(DecodeWaves):
             Buffer("tile_first", (buffers,), "smem", "its first token"),
             Buffer("tile_left", (buffers,), "smem", "tokens of its sequence from there on"),
             Buffer("kv_sem", (self.wave_buffers,), "dma", "fetches"),
-            Buffer("load_sem", (3,), "dma", "queries, their rotary parts, new tokens"),
+            Buffer("load_sem", (LOADS,), "dma", "queries, their rotary parts, new tokens"),
             Buffer("unit_sem", (self.write_buffers,), "dma", "cache writes"),
             Buffer("out_sem", (1,), "dma", "outputs"),
         )
