@@ -10,6 +10,8 @@ from pathlib import Path
 from rpac.bundle.manifest import Manifest
 from rpac.bundle.write import is_bundle, stage_bundle
 from rpac.contract.program import Lowered, Source
+from rpac.devices.servers import Server
+from rpac.devices.toolchain import toolchain
 from rpac.errors import OutputError, TargetError
 from rpac.files.publish import publish
 from rpac.kernels import render
@@ -75,12 +77,16 @@ def build(
     wait_s: float = 0.0,
     this_cpu: bool = False,
     tuned: Tuned = TunedTiles.of,
+    server: Server | None = None,
 ) -> Built:
     """Builds `folder/NAME.rpac`. The folder is held from the start, so that a second build into it fails at once.
 
-    With `this_cpu` the programs of the cpu target get executables for the CPU of this machine. Raises PlanError,
-    CompileError or OutputError; then what was there is as it was.
+    With `this_cpu` the programs of the cpu target get executables for the CPU of this machine. With `server` the
+    toolchain must be the one that it pins. Raises TargetError, PlanError, CompileError or OutputError; then what was there is as
+    it was.
     """
+    if server is not None:
+        server.require(toolchain())
     observer = observer or Observer()
     observer.phase(f"{spec.name}: planning the kernels for {', '.join(targets)}")
     tasks = all_tasks(spec, targets, tuned)
@@ -99,7 +105,7 @@ def build(
             variants = [(one.kind, one.tokens) for one in lowered if one.layer == part.layer]
             canaries |= canary_answers(part, variants, cache.store)
         observer.phase(f"{path}: writing the bundle")
-        manifest = stage_bundle(stage, spec, lowered, canaries=canaries)
+        manifest = stage_bundle(stage, spec, lowered, canaries=canaries, server=str(server or ""))
     return Built(path, manifest, tuple(lowered))
 
 

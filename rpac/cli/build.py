@@ -23,6 +23,7 @@ from rpac.cli.common import (
 from rpac.cli.terminal import Lines, table
 from rpac.contract.program import Lowered
 from rpac.contract.units import size
+from rpac.devices.servers import server
 from rpac.errors import CheckError, TargetError
 from rpac.files.publish import listing
 from rpac.lower.pool import COMPILING
@@ -45,6 +46,12 @@ MOST_LINES = 40  # of the difference in one file
 @click.option(
     "--wait", "wait_s", type=Amount(0), default=0.0, help="Seconds to wait while another build writes to the folder."
 )
+@click.option(
+    "--for",
+    "server_name",
+    metavar="SERVER==VERSION",
+    help="Build with the toolchain that vllm, tpu-inference or sglang-jax of a version pins, or say what to install.",
+)
 @json_option
 def build(
     spec_file: Path,
@@ -55,10 +62,12 @@ def build(
     tuned_in: Path | None,
     this_cpu: bool,
     wait_s: float,
+    server_name: str | None,
     as_json: bool,
 ) -> None:
     """Build SPEC into the bundle OUT/NAME.rpac, for all of its targets or for those given."""
     observer = _Observer()
+    for_server = server(server_name) if server_name is not None else None
     spec = load_spec(spec_file)
     chosen = job.chosen_targets(spec, targets)
     if this_cpu and "cpu" not in chosen:
@@ -69,7 +78,9 @@ def build(
         raise TargetError(
             f"{spec_file}: --this-cpu is for one device, but the spec is for {spec.mesh.devices}; leave --this-cpu out"
         )
-    built = job.build(spec, chosen, out, cache_of(no_cache), jobs, observer, wait_s, this_cpu, tuned_of(tuned_in))
+    built = job.build(
+        spec, chosen, out, cache_of(no_cache), jobs, observer, wait_s, this_cpu, tuned_of(tuned_in), for_server
+    )
     seconds = observer.lines.seconds
     if as_json:
         variants = [_facts(one) for one in built.lowered]
@@ -80,6 +91,9 @@ def build(
         for one in sorted(built.lowered, key=lambda one: (chosen.index(one.target), one.kind, one.tokens))
     ]
     click.echo(table(("target", "program", "tokens", "source", "export", "executable"), rows))
+    if for_server is not None:
+        pins = ", ".join(f"{name} {version}" for name, version in for_server.pins.items())
+        click.echo(f"built for {for_server} with {pins}")
     click.echo(f"{built.path}: {len(rows)} programs in {seconds:.1f} s")
 
 

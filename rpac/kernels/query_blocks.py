@@ -11,11 +11,12 @@ from rpac.contract.attention import Attention
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.model_constants import model_constants
-from rpac.kernels.semaphores import BLOCK_SHAPES
+from rpac.kernels.semaphores import BLOCK_SHAPES, window_constants
 from rpac.kernels.shared import CLEARED_AT_ONCE, by_head_features, call_of, scratch_of
 from rpac.plan import BlockTiles, KernelPlan, RowDims
 from rpac.plan.buffers import new_buffers, page_buffers
 from rpac.plan.by_head import SORTED_TOKENS
+from rpac.plan.page_table import BlockWindows
 from rpac.plan.prefill import PACED_ROWS
 from rpac.plan.recipe import BlockRecipe, Recipe
 from rpac.spec import Spec
@@ -76,7 +77,12 @@ def query_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     assert isinstance(tiles, BlockTiles)
     assert made is not None
     constants = [*model_constants(spec, plan), *_tile_constants(spec, tiles, made, plan.recipe.by_head)]
-    ways = {"local": spec.model.late, "pipelined": made.pipelined, **by_head_features(recipe)}
+    ways = {
+        "local": spec.model.late,
+        "pipelined": made.pipelined,
+        "hbm_table": recipe.page_table == "hbm",
+        **by_head_features(recipe),
+    }
     context = {
         "features": (*recipe.features, *(way for way, used in ways.items() if used)),
         "call": call_of(spec, plan.kind, plan.recipe),
@@ -173,9 +179,11 @@ def _tile_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe, by_head:
             "sublane tiles that are zeroed at once",
         ),
         tile("CLEARED_PLANES", "range(KV_PLANES)" if recipe.mask == "matmul" else "(V_PLANE,)"),
+        *window_constants(BlockWindows.of_queries(spec, tiles.block, tiles.buffers - 1)),
         tile("PAGE_BUFFERS", page_buffers(tiles.update_lookahead), "pages under update"),
         tile("NEW_BUFFERS", new_buffers(tiles.update_lookahead), "pages whose new tokens are fetched or in use"),
         tile("UPDATE_LOOKAHEAD", tiles.update_lookahead, "pages that their fetch runs ahead"),
+        tile("TABLE_ROWS", "UPDATE_LOOKAHEAD + 1", "of the page tables, in SMEM for an update"),
         tile("SORTED_TOKENS", SORTED_TOKENS, "of new keys and values: a copy begins at a multiple of them"),
         tile("NEW_TOKENS", tiles.fetched_new_tokens(by_head), "tokens of such a fetch"),
         tile("MERGE_TOKENS", tiles.merge_tokens, "new tokens that are put into a page at once"),

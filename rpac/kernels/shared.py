@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -23,7 +22,8 @@ from rpac.kernels.literals import dtype, dtype_name
 from rpac.kernels.model_constants import computed_in, padding_rows
 from rpac.plan import Buffer, KernelPlan, RowDims
 from rpac.plan.buffers import sublane_tile_tokens
-from rpac.plan.recipe import Recipe, Write
+from rpac.plan.page_table import entries_of, padded_entries
+from rpac.plan.recipe import PageTable, Recipe, Write
 from rpac.spec import Spec
 
 CLEARED_AT_ONCE: Final = 16  # sublane tiles: enough to hide what an iteration of the loop costs
@@ -100,7 +100,7 @@ class Shared:
     Dtypes are expressions of the source: `mxu_dtype` is what probabilities, keys and values are on their way to the MXU.
     `row`: a head's K (or V) is a whole row of registers, a padded one, or joined in one with the other. `cache_view`: how
     the cache is seen as rows of 128 lanes. `new_tokens` of a decode row: one, or several. `pad`, `unpad`, `kv_rows` and
-    `scaled` are given an expression.
+    `scaled` are given an expression. `pads_table`: page tables in HBM need padding.
     """
 
     layout: str
@@ -119,6 +119,7 @@ class Shared:
     quantize: Literal["int8", "float8"]
     tensor_scale: bool
     head_scales: bool
+    pads_table: bool
 
     @classmethod
     def of(cls, spec: Spec, recipe: Recipe) -> Shared:
@@ -145,6 +146,7 @@ class Shared:
             quantize="int8" if model.kv_dtype == "int8" else "float8",
             tensor_scale=model.kv_scale == "tensor",
             head_scales=model.kv_scale is not None,
+            pads_table=padded_entries(spec) > entries_of(spec),
         )
 
     @property
@@ -186,23 +188,29 @@ class Shared:
 
 
 def shared_context(
-    spec: Spec, plan: KernelPlan, recipe: Recipe, call: Callable[[Spec, str], Call] | None = None
+    spec: Spec, plan: KernelPlan, recipe: Recipe, call: Callable[[Spec, str, Recipe], Call] | None = None
 ) -> dict[str, Any]:
     """The context of every template of a program, but for headers.
 
     `local` stands among the features for what a sliding window and attention chunks have in common: queries that do not
     see their sequence from its start. `all_heads` stands there for what a decode kernel has that reads K and V so, and
-    `by_head` and `queries_by_head` for new tokens that come by head.
+    `by_head` and `queries_by_head` for new tokens that come by head, and `hbm_table` for what kernels have that fetch parts of
+    page tables in HBM.
     """
     all_heads = recipe.decode is not None and recipe.decode.read == "all_heads"
-    ways = {"local": spec.model.late, "all_heads": all_heads, **by_head_features(recipe)}
+    ways = {
+        "local": spec.model.late,
+        "all_heads": all_heads,
+        "hbm_table": recipe.page_table == "hbm",
+        **by_head_features(recipe),
+    }
     features = (*recipe.features, *(way for way, used in ways.items() if used))
     return {
         "kind": plan.kind,
         "features": features,
         "recipe": recipe,
         "shared": Shared.of(spec, recipe),
-        "program": program_of(spec, plan.kind, call or functools.partial(call_of, recipe=recipe)),
+        "program": program_of(spec, plan.kind, recipe, call or call_of),
     }
 
 
@@ -216,10 +224,10 @@ def by_head_features(recipe: Recipe) -> dict[str, bool]:
     }
 
 
-def program_of(spec: Spec, kind: str, call: Callable[[Spec, str], Call]) -> Program:
+def program_of(spec: Spec, kind: str, recipe: Recipe, call: Callable[[Spec, str, Recipe], Call]) -> Program:
     """The public function of the programs of one kind."""
     lse, interleaved = spec.serving.log_sum_exp, spec.serving.kv_layout == "interleaved"
-    calls = tuple(call(spec, one) for one in (("decode", "mixed") if kind == "mixed" else (kind,)))
+    calls = tuple(call(spec, one, recipe) for one in (("decode", "mixed") if kind == "mixed" else (kind,)))
     # The first call takes the cache from the argument, a second one from the first.
     given = [{"cache": "cache_rows(kv_cache)" if interleaved else "kv_cache"}, {}]
     several = spec.serving.decode_len > 1
@@ -265,10 +273,13 @@ def call_of(spec: Spec, kind: str, recipe: Recipe) -> Call:
     batch = [dims for dims in metadata_specs(spec.serving) if mixed or dims.name != "cu_q_lens"]
     batch += [dims for dims in extra_specs(spec) if kind == "decode" or dims.name != "tree"]
     scalars = tuple(
-        Operand(dims.name, _FLAT.get(dims.name, dims.name), _comment(dims.dtype, dims.name)) for dims in batch
+        Operand(dims.name, _FLAT.get(dims.name, dims.name), _comment(dims.dtype, dims.name))
+        for dims in in_smem(batch, recipe.page_table)
     )
-    arrays = [_array(spec, dims, _order_of(recipe, dims.name)) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM]
-    names = [_NAMES.get(dims.name, dims.name) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM]
+    own = [dims for dims in arg_specs(spec, 0) if dims.name in _IN_HBM]
+    tables = tables_in_hbm(recipe.page_table)
+    arrays = [*tables, *(_array(spec, dims, _order_of(recipe, dims.name)) for dims in own)]
+    names = [*(one.argument for one in tables), *(_NAMES.get(dims.name, dims.name) for dims in own)]
     cache = len(scalars) + len(arrays) - 1
     results = [
         _output(spec, _order_of(recipe, "queries")),
@@ -294,10 +305,20 @@ def call_of(spec: Spec, kind: str, recipe: Recipe) -> Call:
         tuple(arrays),
         tuple(results),
         aliases,
-        (*names, *(dims.name for dims in batch)),
+        (*names, *(dims.name for dims in in_smem(batch, recipe.page_table))),
         ", ".join(returned),
         _OTHER_ROWS[kind],
     )
+
+
+def in_smem(batch: Iterable[ArrayDims], table: PageTable) -> list[ArrayDims]:
+    """Those arrays of scalars that a kernel has in SMEM from its start."""
+    return [dims for dims in batch if table == "smem" or dims.name != "page_indices"]
+
+
+def tables_in_hbm(table: PageTable) -> list[Operand]:
+    """The page tables as an operand in HBM, where they are there."""
+    return [Operand("table_hbm", "page_indices", "int32[TABLE_ENTRIES]")] if table == "hbm" else []
 
 
 _ORDERS: Final = {"token": (0, 1, 2), "head": (1, 0, 2), "lane": (1, 2, 0)}  # of tokens, heads and lanes

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rpac.contract.arrays import joins_rows
+from rpac.contract.arrays import LANES, joins_rows
 from rpac.contract.attention import Attention
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, tile
@@ -16,6 +16,7 @@ from rpac.kernels.shared import CLEARED_AT_ONCE, Shared, call_of, query_row_shap
 from rpac.plan import DecodeWaves, KernelPlan, RowDims
 from rpac.plan.buffers import all_heads_rows, sublane_tile_tokens
 from rpac.plan.by_head import SORTED_TOKENS
+from rpac.plan.page_table import WaveWindows
 from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
 from rpac.plan.recipe import DecodeRecipe, Recipe
 from rpac.spec import Spec
@@ -86,6 +87,7 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "order": _order(recipe.decode),
         "softmax": "masked_first" if recipe.decode.read == "all_heads" else "whole",
         "tiles_fit": _tiles_fit(spec, tiles),
+        "window_begin": window_begin(spec, tiles),
     }
     return Kernel("skeletons/decode_waves.py.jinja", context, constants, "DECODE_")
 
@@ -149,6 +151,7 @@ def wave_constants(spec: Spec, tiles: DecodeWaves) -> list[Constant]:
     """The constants of a plan's waves."""
     serving = spec.serving
     several = serving.decode_len > 1
+    windows = WaveWindows.of(spec, tiles.tile, tiles.tiles_per_wave, tiles.lookahead)
     return [
         tile("TILE", tiles.tile, "tokens that are fetched and computed at once, of one sequence"),
         tile("TILES_PER_WAVE", tiles.tiles_per_wave, "which fill the waits of each other"),
@@ -163,6 +166,10 @@ def wave_constants(spec: Spec, tiles: DecodeWaves) -> list[Constant]:
         tile("WRITE_BUFFERS", tiles.write_buffers, "sequences whose new tokens are on their way to the cache"),
         tile("TILES_LOADED", tiles.tiles_loaded(spec), "whose loads may be early: those after them wait for the MXU"),
         tile("LAST_ENTRY", "MAX_SEQS * PAGES_PER_SEQ - 1", "of the page tables"),
+        tile("WINDOW_ENTRIES", windows.entries, "of the page tables, fetched at once"),
+        tile("TABLE_LOOKAHEAD", windows.lookahead, "waves from the fetch of page tables to that of their pages"),
+        tile("TABLE_WAVES", windows.waves, "that have windows on their way, and more: a power of two"),
+        tile("TABLE_WINDOWS", windows.windows, "in SMEM, of these waves and of those in flight: a power of two"),
     ]
 
 
@@ -232,6 +239,13 @@ def _shapes(spec: Spec, recipe: Recipe) -> dict[str, str]:
         **WAVE_SHAPES,
         "lse_sem": "1",
     }
+
+
+def window_begin(spec: Spec, tiles: DecodeWaves) -> str:
+    """Where a window begins that has an entry of the page tables: at its row, or where the last whole window does."""
+    row = "entry - remainder(entry, LANES)"
+    windows = WaveWindows.of(spec, tiles.tile, tiles.tiles_per_wave, tiles.lookahead)
+    return row if windows.entries == LANES else f"jnp.minimum({row}, TABLE_ENTRIES - WINDOW_ENTRIES)"
 
 
 def _tiles_fit(spec: Spec, tiles: DecodeWaves) -> bool:

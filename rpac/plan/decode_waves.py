@@ -32,6 +32,7 @@ from rpac.plan.buffers import (
     word_dtype,
 )
 from rpac.plan.by_head import SORTED_TOKENS, laid_out_by_head
+from rpac.plan.page_table import WaveWindows
 from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
 from rpac.plan.recipe import Chooser, DecodeRecipe, Fetch, Read, Recipe
 from rpac.plan.sizes import IN_FLIGHT_BYTES, MIB, power_of_two_from, power_of_two_to, visible_tokens
@@ -111,12 +112,20 @@ class DecodeWaves:
             Buffer("tile_seq", (buffers,), "smem", "the sequence of each tile in flight"),
             Buffer("tile_first", (buffers,), "smem", "its first token"),
             Buffer("tile_left", (buffers,), "smem", "tokens of its sequence from there on"),
+            *self.windows(spec, recipe),
             Buffer("kv_sem", (self.wave_buffers,), "dma", "fetches"),
             *load_sem(spec),
             Buffer("unit_sem", (self.write_buffers,), "dma", "cache writes"),
             Buffer("out_sem", (1,), "dma", "outputs"),
             *lse_sem(spec, 1),
         )
+
+    def windows(self, spec: Spec, recipe: Recipe) -> tuple[Buffer, ...]:
+        """The scratch arrays of page tables in HBM; none where they are in SMEM."""
+        if recipe.page_table == "smem":
+            return ()
+        windows = WaveWindows.of(spec, self.tile, self.tiles_per_wave, self.lookahead)
+        return windows.buffers(self.tiles_per_wave, self.wave_buffers * self.tiles_per_wave)
 
     def temporaries(self, spec: Spec, recipe: Recipe) -> int:
         """Bytes of the values of one iteration that registers cannot hold: probabilities, and scores on their way."""

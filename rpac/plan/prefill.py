@@ -29,6 +29,7 @@ from rpac.plan.buffers import (
     word_dtype,
 )
 from rpac.plan.by_head import SORTED_TOKENS, laid_out_by_head
+from rpac.plan.page_table import query_windows
 from rpac.plan.recipe import SPLIT, BlockMask, BlockRecipe, Chooser, QueryOrder, Read, Recipe, Scores, SoftmaxPacing
 from rpac.plan.sizes import copy_sizes_of, largest_divisor, power_of_two_from, step_rows_of, visible_tokens
 from rpac.spec import Spec
@@ -185,6 +186,7 @@ class BlockTiles:
             Buffer("out_rows", (1, *queries), model.q_dtype, "an output block on its way out"),
             *lse_rows(spec, (self.q_block * align(model.q_heads, SUBLANES), LANES)),
             *(log_rows if transposed and spec.serving.log_sum_exp else ()),
+            *query_windows(spec, recipe, self.block, self.buffers, self.update_lookahead),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
             Buffer("new_sem", (fetched,), "dma", "new keys and values"),
             Buffer("old_sem", (updated,), "dma", "pages that hold old tokens"),

@@ -29,6 +29,9 @@ QueryOrder = Literal["transpose", "strided", "by_head", "by_lane", "none"]
 Scores = Literal["rows", "transposed"]
 """How scores lie: `[query rows, tokens]`, or transposed."""
 
+PageTable = Literal["smem", "hbm"]
+"""Where kernels have the page tables: whole in SMEM, or in HBM, from where they fetch parts ahead of the pages."""
+
 SPLIT: Final[tuple[Read, ...]] = ("split_words", "split_rows")
 """The ways to read K and V that share 32-bit words, which a kernel splits before the MXU can take either."""
 
@@ -37,6 +40,7 @@ Wanted = Mapping[str, "str | bool"]
 """Decisions of one kernel that are not left to the rule, by name: those of `BLOCK_OPTIONS` or `DECODE_OPTIONS`."""
 DECODE_OPTIONS: Final = ("read", "kv_matmul", "fetch")
 BLOCK_OPTIONS: Final = ("scores", "paced", "mask", "pipelined")
+PROGRAM_OPTIONS: Final = ("page_table",)
 """The decisions for which some tiles leave more than one option; in this order each may depend on those before it."""
 
 
@@ -127,12 +131,14 @@ class Recipe:
 
     `features` are those that kernels have code for, by key: `causal` and `update_cache` are among them unless a spec turns
     them off. `by_head`: the arguments that kernels take as `[heads, tokens, head_dim]`; the output goes with `queries`.
+    `page_table`: where all kernels of the source have the page tables.
     """
 
     features: tuple[str, ...]
     decode: DecodeRecipe | None = None
     block: BlockRecipe | None = None
     by_head: tuple[str, ...] = ()
+    page_table: PageTable = "smem"
 
     @property
     def queries_by_lane(self) -> bool:
@@ -148,7 +154,8 @@ class Recipe:
                 **{**block["pacing"], "wait_for": tuple(block["pacing"]["wait_for"])}
             )
             block = BlockRecipe(**{**block, "lookahead": tuple(block["lookahead"]), "pacing": pacing})
-        return cls(tuple(data["features"]), decode and DecodeRecipe(**decode), block, tuple(data["by_head"]))
+        by_head = tuple(data["by_head"])
+        return cls(tuple(data["features"]), decode and DecodeRecipe(**decode), block, by_head, data["page_table"])
 
 
 @dataclass

@@ -204,6 +204,14 @@ BLOCK: Final[Mapping[str, Mapping[str | bool, Words]]] = {
 """Of prefill and mixed kernels: what each value of each field means."""
 
 
+_PAGE_TABLE: Final[Mapping[str, Words]] = {
+    "smem": Words("in SMEM", "the tables of all sequences fit there, where a page id is one load away"),
+    "hbm": Words(
+        "in HBM; parts of it come to SMEM ahead of the pages", "the tables of all sequences need not fit SMEM then"
+    ),
+}
+
+
 def tiles_in_words(tiles: DecodeBlocks | DecodeWaves | BlockTiles | LatentBlockTiles | XlaTiles | None) -> str:
     """Tiles in tokens. Decode: block x buffers or, with separate K/V, tiles per wave x tile x waves. Prefill and mixed:
     queries, then tokens fetched / computed at once x buffers.
@@ -229,6 +237,8 @@ def decisions(recipe: Recipe, kind: str) -> Iterator[Decision]:
     yield Decision("", "features", features, "the spec asks for them; no other feature is in the code")
     if recipe.by_head:
         yield Decision("", "arrays by head", ", ".join(recipe.by_head), _BY_HEAD)
+    if recipe.decode is not None or recipe.block is not None:
+        yield Decision("", "page tables", *_PAGE_TABLE[recipe.page_table])
     for kernel, of_kernel, table in (("decode", recipe.decode, DECODE), (kind, recipe.block, BLOCK)):
         if of_kernel is not None:
             yield from _of_kernel(kernel, of_kernel, table)
