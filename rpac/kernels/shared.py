@@ -276,14 +276,10 @@ def call_of(spec: Spec, kind: str, recipe: Recipe) -> Call:
         Operand(dims.name, _FLAT.get(dims.name, dims.name), _comment(dims.dtype, dims.name))
         for dims in in_smem(batch, recipe.page_table)
     )
-    arrays = [
-        *tables_in_hbm(recipe.page_table),
-        *(_array(spec, dims, _order_of(recipe, dims.name)) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM),
-    ]
-    names = [
-        *(one.argument for one in tables_in_hbm(recipe.page_table)),
-        *(_NAMES.get(dims.name, dims.name) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM),
-    ]
+    own = [dims for dims in arg_specs(spec, 0) if dims.name in _IN_HBM]
+    tables = tables_in_hbm(recipe.page_table)
+    arrays = [*tables, *(_array(spec, dims, _order_of(recipe, dims.name)) for dims in own)]
+    names = [*(one.argument for one in tables), *(_NAMES.get(dims.name, dims.name) for dims in own)]
     cache = len(scalars) + len(arrays) - 1
     results = [
         _output(spec, _order_of(recipe, "queries")),
