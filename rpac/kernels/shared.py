@@ -197,10 +197,17 @@ def shared_context(
     """The context of every template of a program, but for headers.
 
     `local` stands among the features for what a sliding window and attention chunks have in common: queries that do not
-    see their sequence from its start. `all_heads` stands there for what a decode kernel has that reads K and V so.
+    see their sequence from its start. `all_heads` stands there for what a decode kernel has that reads K and V so, and
+    `row_scales` for the scales of K and V in it.
     """
     all_heads = recipe.decode is not None and recipe.decode.read == "all_heads"
-    features = (*recipe.features, *["local"] * spec.model.late, *["all_heads"] * all_heads)
+    row_scales = all_heads and spec.model.kv_scale is not None
+    features = (
+        *recipe.features,
+        *["local"] * spec.model.late,
+        *["all_heads"] * all_heads,
+        *["row_scales"] * row_scales,
+    )
     return {
         "kind": plan.kind,
         "features": features,

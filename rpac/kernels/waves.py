@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rpac.contract.arrays import joins_rows
+from rpac.contract.arrays import BITS, WORD_BITS, joins_rows
 from rpac.contract.attention import Attention
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, tile
@@ -74,6 +74,7 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "updates": _updates(spec, recipe),
         "attention": "all_heads" if recipe.decode.read == "all_heads" else "grouped",
         "columns": _columns(recipe),
+        "score_rows": "own" if _keeps_own_rows(spec, recipe) else "all",
         "tile_rows": _tile_rows(spec.model),
         "order": _order(recipe.decode),
         "softmax": "masked_first" if recipe.decode.read == "all_heads" else "whole",
@@ -115,11 +116,21 @@ def _updates(spec: Spec, recipe: Recipe) -> list[str]:
     return [f"wave_store/{new_tokens}", f"wave_write/{recipe.decode.write}"]
 
 
+def _keeps_own_rows(spec: Spec, recipe: Recipe) -> bool:
+    """Whether scores of a row of K are kept with the queries of some heads only."""
+    assert recipe.decode is not None
+    sets = Sets.of(spec, recipe.decode.read)
+    return sets.kept < sets.count
+
+
 def _tile_rows(model: Attention) -> str:
-    """How rows of K and V of all heads lie where they are interleaved: in words, joined, or that with padding in each word."""
-    if not joins_rows(model):
-        return "words"
-    return "joined" if model.kv_heads > 1 else "padded_joined"
+    """Whether rows of all heads go into the MXU as they lie, or words of the cache are split first."""
+    return "joined" if joins_rows(model) and model.kv_heads > 1 else "words"
+
+
+def _pair_bits(model: Attention) -> int:
+    """Bits of the integers whose lower bits are K, and those above V, or padding."""
+    return WORD_BITS if model.kv_heads == 1 else 2 * BITS[model.kv_dtype]
 
 
 def _columns(recipe: Recipe) -> str:
@@ -153,7 +164,8 @@ def _own_constants(spec: Spec, tiles: DecodeWaves, recipe: Recipe) -> list[Const
     assert recipe.decode is not None
     sets, updates = Sets.of(spec, recipe.decode.read), spec.model.update_cache
     pairs = recipe.decode.read == "token_pairs"
-    query_rows = sets.queries if recipe.decode.read == "all_heads" else sets.rows // sets.heads
+    one_set = recipe.decode.read == "all_heads" and sets.count == 1
+    query_rows = sets.queries if one_set else sets.rows // sets.heads
     apart = spec.serving.kv_layout == "separate"
     tile_tokens = sublane_tile_tokens(spec.model) if apart else RowDims.of(spec.model).sublane_tile
     new_tiles = sublane_tiles_by_sequence(spec, 1, tile_tokens)[-1]
@@ -166,7 +178,12 @@ def _own_constants(spec: Spec, tiles: DecodeWaves, recipe: Recipe) -> list[Const
         tile("P_ROWS", "2 * SET_ROWS" if pairs else "SET_ROWS", "rows of a set's probabilities in one matmul"),
         tile("HEAD_QUERY_ROWS", query_rows, "of them those of one KV head"),
         tile("QUERY_ROWS", "HEAD_SETS * SET_ROWS"),
+        tile("SCORE_SETS", sets.kept, "whose rows of scores are kept"),
+        tile("SCORE_ROWS", "SCORE_SETS * SET_ROWS", "of them, for each row of K"),
         tile("NO_TOKEN", 1 << 30, "a number that no token of a sequence has"),
+        tile("ROW_BITS", BITS[spec.model.kv_dtype], "of an element of the cache"),
+        tile("ROW_DTYPE", f"jnp.int{BITS[spec.model.kv_dtype]}", "of as many bits"),
+        tile("PAIR_DTYPE", f"jnp.int{_pair_bits(spec.model)}", "of K and V; with one KV head, of all rows of a token"),
         tile("TOKEN_COLUMNS", all_heads_rows(spec.model), "rows of K of one token, all heads"),
         tile("COLUMNS", "TILE * TOKEN_COLUMNS", "rows of K, and of V, of all heads of a tile"),
         tile(
@@ -197,9 +214,11 @@ def _shapes(spec: Spec, recipe: Recipe) -> dict[str, str]:
         "new_values": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
         "unit_out": new_out,
         "packed": "SUBLANE_TILE * WORD_ROWS, LANES",
-        "column_token": "QUERY_ROWS, COLUMNS",
+        "column_token": "SCORE_ROWS, COLUMNS",
+        "key_scale_rows": "QUERY_ROWS, LANES",
+        "value_scale_rows": "QUERY_ROWS, LANES",
         "kv_swapped": "TILES_PER_WAVE, KV_HEADS, PAIR_WORDS, HEAD_LANES",
-        "scores": f"TILES_PER_WAVE, QUERY_ROWS, {_columns(recipe)}",
+        "scores": f"TILES_PER_WAVE, SCORE_ROWS, {_columns(recipe)}",
         **query_row_shapes("QUERY_ROWS"),
         "tile_max": "TILES_PER_WAVE, QUERY_ROWS, LANES",
         "row_max": "QUERY_ROWS, LANES",

@@ -85,7 +85,7 @@ class DecodeWaves:
         new = (self.max_rows * drafts, model.kv_heads, model.head_dim)
         queries = ((self.max_rows + 1) * drafts, model.q_heads, model.head_dim)
         buffers = self.wave_buffers * self.tiles_per_wave
-        kv, unit, *others = self._of_cache(spec, recipe.decode.read)
+        kv, unit, *others = self._of_cache(spec, recipe)
         return needed(
             spec,
             kv,
@@ -96,7 +96,7 @@ class DecodeWaves:
             *others,
             Buffer(
                 "scores",
-                (self.tiles_per_wave, query_rows, self.columns(spec, recipe)),
+                (self.tiles_per_wave, *self._scores(spec, recipe)),
                 "float32",
                 "scores of a wave, for the next iteration",
             ),
@@ -118,7 +118,7 @@ class DecodeWaves:
 
     def temporaries(self, spec: Spec, recipe: Recipe) -> int:
         """Bytes of the values of one iteration that registers cannot hold: probabilities, and scores on their way."""
-        scores = (self._query_rows(spec, recipe), self.columns(spec, recipe))
+        scores = self._scores(spec, recipe)
         return 2 * self.tiles_per_wave * nbytes(scores, "float32")
 
     def columns(self, spec: Spec, recipe: Recipe) -> int:
@@ -131,8 +131,15 @@ class DecodeWaves:
         sets = Sets.of(spec, recipe.decode.read)
         return sets.count * sets.rows
 
-    def _of_cache(self, spec: Spec, read: Read) -> tuple[Buffer, ...]:
+    def _scores(self, spec: Spec, recipe: Recipe) -> tuple[int, int]:
+        """The scores of a tile that are kept, rows and columns."""
+        assert recipe.decode is not None
+        sets = Sets.of(spec, recipe.decode.read)
+        return sets.kept * sets.rows, self.columns(spec, recipe)
+
+    def _of_cache(self, spec: Spec, recipe: Recipe) -> tuple[Buffer, ...]:
         """Fetched tiles, new tokens on their way to the cache, and what only one way to read has."""
+        assert recipe.decode is not None
         model = spec.model
         buffers = self.wave_buffers * self.tiles_per_wave
         if spec.serving.kv_layout == "interleaved":
@@ -141,14 +148,19 @@ class DecodeWaves:
             tiles = sublane_tiles_by_sequence(spec, self.write_buffers, rows.sublane_tile)
             unit: tuple[int, ...] = (*tiles, rows.sublane_tile_rows, LANES)
             packed = (rows.sublane_tile * rows.packed_rows, LANES)
-            query_rows = Sets.of(spec, read).rows
-            scores = query_rows, self.tile * all_heads_rows(model)
+            query_rows = self._query_rows(spec, recipe)
             tile_max = self.tiles_per_wave, query_rows, LANES
             others = [
                 Buffer("packed", packed, word_dtype(model), "a new token in the cache's form"),
                 Buffer("tile_max", tile_max, "float32", "the largest score of each tile, the same in every lane"),
-                Buffer("column_token", scores, "int32", "the token of each score of a query with its own KV head"),
+                Buffer("column_token", self._scores(spec, recipe), "int32", "the token of each score of a query with its own KV head"),
             ]
+            if model.kv_scale is not None:
+                scales = query_rows, LANES
+                others += [
+                    Buffer("key_scale_rows", scales, "float32", "scales of K and of the softmax, the same in every lane"),
+                    Buffer("value_scale_rows", scales, "float32", "scales of V, the same in every lane"),
+                ]
         else:
             kinds, heads, _, lanes = kv_page_shape(spec)
             kv = (buffers, self.tile // spec.serving.page_size, *kv_page_shape(spec))
@@ -156,7 +168,7 @@ class DecodeWaves:
             unit = (*sublane_tiles_by_sequence(spec, self.write_buffers, tokens), kinds, heads, tokens, lanes)
             words = (self.tiles_per_wave, heads, self.tile // 2 // packing(model.kv_dtype), lanes)
             swapped = Buffer("kv_swapped", words, "uint32", "second halves of a wave's tiles, K and V swapped")
-            others = [swapped] if read == "token_pairs" else []
+            others = [swapped] if recipe.decode.read == "token_pairs" else []
         return (
             Buffer("kv", kv, model.kv_dtype, "fetched tiles"),
             Buffer("unit_out", unit, model.kv_dtype, "new tokens on their way to the cache"),

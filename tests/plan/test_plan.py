@@ -179,11 +179,14 @@ def test_all_heads_are_read_at_once_where_words_hold_k_and_v_of_whole_heads_and_
     assert read(q_heads=10, kv_heads=1, head_dim=80) == "all_heads"
     assert read(decode_len=4) == "all_heads"
     assert read(q_heads=40, kv_heads=10) == "all_heads"
-    assert read(q_heads=64, kv_heads=8) == "split_words", "so many rows of scores take longer than the fetch"
-    assert read(decode_len=8, q_heads=32, kv_heads=8) == "split_words"
+    assert read(q_heads=50, kv_heads=10) == "split_words", "so many rows of scores take longer than the fetch"
+    assert read(q_heads=128, kv_heads=8) == "all_heads", "scores of one KV head's set are kept"
+    assert read(decode_len=4, q_heads=32, kv_heads=8) == "all_heads"
+    assert read(decode_len=8, q_heads=32, kv_heads=8) == "split_words", "so many rows of a matmul take longer, too"
     assert read(head_dim=256) == "split_words", "a head is two rows of registers"
     assert read(head_dim=64) == "all_heads", "a row that holds K and V is taken as both"
-    assert read(kv_dtype="float8_e4m3fn") == "split_rows", "a word holds four rows"
+    assert read(kv_dtype="float8_e4m3fn") == "all_heads", "a word holds K and V of two heads"
+    assert read(kv_dtype="int8", head_dim=256) == "split_rows"
     assert read(q_dtype="float32", kv_dtype="float32") == "strided"
 
 
