@@ -72,7 +72,11 @@ def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     """The decode kernel of a plan."""
     tiles = plan.decode
     assert isinstance(tiles, LatentWaves)
-    own = [tile("QUERY_ROWS", "Q_HEADS"), tile("SCORE_ROWS", "QUERY_ROWS"), tile("LOADS", len(_LOADS), "queries, their rotary parts, new tokens")]
+    own = [
+        tile("QUERY_ROWS", "Q_HEADS"),
+        tile("SCORE_ROWS", "QUERY_ROWS"),
+        tile("LOADS", len(_LOADS), "queries, their rotary parts, new tokens"),
+    ]
     constants = [*_model_constants(spec, plan), *wave_constants(spec, tiles), *own]
     context = {
         "kernel_class": "DecodeKernel",

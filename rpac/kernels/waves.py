@@ -28,12 +28,14 @@ class Queries:
     """How the queries of a sequence lie in registers.
 
     `heads`: the rows of a matmul are those of one KV head, or shared by several. `padding`: there are rows of no query at the
-    end of each head's, at the end of the last ones, or nowhere. `pairs`: two tokens share a row of K, and of V.
+    end of each head's, at the end of the last ones, or nowhere. `pairs`: two tokens share a row of K, and of V. `halves`: a
+    head's lanes are two registers, and have rows each.
     """
 
     heads: Literal["own", "shared"]
     padding: Literal["none", "last", "each"]
     pairs: bool
+    halves: bool
 
     @classmethod
     def of(cls, spec: Spec, recipe: Recipe) -> Queries:
@@ -46,11 +48,22 @@ class Queries:
             heads="shared" if shared else "own",
             padding=padding if sets.padded(spec.model) else "none",
             pairs=recipe.decode.read == "token_pairs",
+            halves=sets.halves > 1,
         )
 
     def drop(self, rows: str) -> str:
-        """Rows of queries without padding."""
+        """Rows of queries without padding, of all lanes of a head."""
+        if self.halves:
+            rows = f"join_halves({rows})"
         return rows if self.padding == "none" else f"without_padding({rows})"
+
+    def drop_of_register(self, rows: str) -> str:
+        """The same of rows whose lanes all hold one value."""
+        return f"{self.drop(rows)}[:, :LANES]" if self.halves else self.drop(rows)
+
+    def each(self, rows: str) -> str:
+        """The places of rows of queries, of all lanes."""
+        return f"rows_of_halves({rows})" if self.halves else rows
 
     def by_half(self, p: str) -> str:
         """Probabilities as the rows of matmuls with values."""
@@ -61,6 +74,7 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     """The kernel of a plan."""
     tiles = plan.decode
     assert isinstance(tiles, DecodeWaves) and recipe.decode is not None
+    sets = Sets.of(spec, recipe.decode.read)
     constants = [*model_constants(spec, plan), *wave_constants(spec, tiles), *_own_constants(spec, tiles, recipe)]
     context = {
         "kernel_class": "DecodeKernel",
@@ -70,11 +84,12 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "patches": _patches(spec),
         "loads": LOADS_OF_NEW if spec.model.update_cache else LOADS_OF_NEW[:1],
         "queries": Queries.of(spec, recipe),
-        "value_lanes": "HEAD_LANES",
+        "value_lanes": _value_lanes(recipe),
         "updates": _updates(spec, recipe),
         "attention": "all_heads" if recipe.decode.read == "all_heads" else "grouped",
         "columns": _columns(recipe),
-        "score_rows": "own" if _keeps_own_rows(spec, recipe) else "all",
+        "score_rows": "own" if sets.keeps_own else "all",
+        "score_lanes": "halves" if sets.halves > 1 else "whole",
         "tile_rows": _tile_rows(spec.model),
         "order": _order(recipe.decode),
         "softmax": "masked_first" if recipe.decode.read == "all_heads" else "whole",
@@ -116,11 +131,9 @@ def _updates(spec: Spec, recipe: Recipe) -> list[str]:
     return [f"wave_store/{new_tokens}", f"wave_write/{recipe.decode.write}"]
 
 
-def _keeps_own_rows(spec: Spec, recipe: Recipe) -> bool:
-    """Whether scores of a row of K are kept with the queries of some heads only."""
-    assert recipe.decode is not None
-    sets = Sets.of(spec, recipe.decode.read)
-    return sets.kept < sets.count
+def _value_lanes(recipe: Recipe) -> str:
+    """The lanes of a row of weighted values."""
+    return "LANES" if recipe.decode is not None and recipe.decode.read == "all_heads" else "HEAD_LANES"
 
 
 def _tile_rows(model: Attention) -> str:
@@ -177,14 +190,18 @@ def _own_constants(spec: Spec, tiles: DecodeWaves, recipe: Recipe) -> list[Const
         tile("SET_ROWS", sets.rows, "rows of these queries, whole registers"),
         tile("P_ROWS", "2 * SET_ROWS" if pairs else "SET_ROWS", "rows of a set's probabilities in one matmul"),
         tile("HEAD_QUERY_ROWS", query_rows, "of them those of one KV head"),
-        tile("QUERY_ROWS", "HEAD_SETS * SET_ROWS"),
+        tile("ROW_SETS", "2 * HEAD_SETS" if sets.halves > 1 else "HEAD_SETS"),
+        tile("QUERY_ROWS", "ROW_SETS * SET_ROWS"),
         tile("SCORE_SETS", sets.kept, "whose rows of scores are kept"),
         tile("SCORE_ROWS", "SCORE_SETS * SET_ROWS", "of them, for each row of K"),
         tile("NO_TOKEN", 1 << 30, "a number that no token of a sequence has"),
-        tile("ROW_BITS", BITS[spec.model.kv_dtype], "of an element of the cache"),
-        tile("ROW_DTYPE", f"jnp.int{BITS[spec.model.kv_dtype]}", "of as many bits"),
+        tile(
+            "VALUES_SHIFT", 0 if joins_rows(spec.model) else BITS[spec.model.kv_dtype], "bits of K in a pair of K and V"
+        ),
+        tile("ROW_DTYPE", f"jnp.int{BITS[spec.model.kv_dtype]}", "of as many bits as an element of the cache"),
         tile("PAIR_DTYPE", f"jnp.int{_pair_bits(spec.model)}", "of K and V; with one KV head, of all rows of a token"),
         tile("TOKEN_COLUMNS", all_heads_rows(spec.model), "rows of K of one token, all heads"),
+        tile("HEAD_COLUMNS", sets.halves, "of them those of one head"),
         tile("COLUMNS", "TILE * TOKEN_COLUMNS", "rows of K, and of V, of all heads of a tile"),
         tile(
             "CLEARED_TILES",
@@ -223,7 +240,7 @@ def _shapes(spec: Spec, recipe: Recipe) -> dict[str, str]:
         "tile_max": "TILES_PER_WAVE, QUERY_ROWS, LANES",
         "row_max": "QUERY_ROWS, LANES",
         "row_sum": "QUERY_ROWS, LANES",
-        "acc": "QUERY_ROWS, HEAD_LANES",
+        "acc": f"QUERY_ROWS, {_value_lanes(recipe)}",
         "out_all": f"{rows}, Q_HEADS, HEAD_DIM",
         "lse_rows": f"{rows}, PADDED_Q_HEADS, LANES",
         **WAVE_SHAPES,

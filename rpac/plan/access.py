@@ -47,15 +47,16 @@ def kv_matmul_options(spec: Spec, target: str) -> tuple[KvMatmul, ...]:
 def reads_all_heads(spec: Spec) -> bool:
     """Whether a decode kernel can take interleaved K and V of all heads as they lie, and gains by it.
 
-    Each word must hold a K and its V, or each row of registers both, and a row of registers a whole head. Query rows cost
+    Each word must hold a K and its V, or each row of registers both. A head must be a row of registers; or two, of 16 bits, if
+    scores of one KV head's set are kept. Query rows cost
     work in proportion to the bytes that are fetched beside it: of the MXU, with more than `MOST_OWN_ROWS`; or of the vector
     unit, where all rows of scores are kept, with more than `MOST_ALL_HEADS_ROWS`.
     """
     model = spec.model
-    of_words = packing(model.kv_dtype) > 1 and head_lanes(model) == LANES
-    sets = Sets.of(spec, "all_heads")
-    most = MOST_OWN_ROWS if sets.kept < sets.count else MOST_ALL_HEADS_ROWS
-    rows = model.q_heads * spec.serving.decode_len
+    sets, pack = Sets.of(spec, "all_heads"), packing(model.kv_dtype)
+    of_words = pack > 1 if head_lanes(model) == LANES else pack == 2 and sets.keeps_own
+    most = MOST_OWN_ROWS if sets.keeps_own else MOST_ALL_HEADS_ROWS
+    rows = model.q_heads * spec.serving.decode_len * sets.halves
     return spec.serving.kv_layout == "interleaved" and of_words and rows <= most
 
 

@@ -63,12 +63,12 @@ class RowDims:
 
 
 def all_heads_rows(model: Attention) -> int:
-    """Rows of K of one token, where those of all heads are read in the order of the cache.
+    """Rows of K of one token, of 128 lanes, where those of all heads are read in the order of the cache.
 
     Padding is among them where words hold rows of several heads.
     """
     rows, heads = RowDims.of(model), heads_per_word(model)
-    return rows.packed_rows * heads if model.kv_heads > 1 else 1
+    return rows.packed_rows * heads if model.kv_heads > 1 else rows.lane_tiles
 
 
 def heads_per_word(model: Attention) -> int:

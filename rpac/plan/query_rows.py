@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rpac.contract.arrays import LANES, SUBLANES, align, cdiv
+from rpac.contract.arrays import LANES, SUBLANES, align, cdiv, head_lanes
 from rpac.contract.attention import Attention
 from rpac.plan.buffers import all_heads_rows
 from rpac.plan.recipe import Read
@@ -20,7 +20,7 @@ class Sets:
 
     Where it is with all KV heads, `kept` says how many sets' rows of scores are kept. A column of scores is of one KV head;
     where a lane is of the same KV head in all registers, the rows of that head's set are taken out of all, so that one set
-    is kept. Otherwise all heads make one set.
+    is kept. Otherwise all heads make one set. A set has rows for each `halves` of a head's lanes, which are scored apart.
     """
 
     heads: int
@@ -28,6 +28,7 @@ class Sets:
     count: int
     queries: int
     kept: int
+    halves: int = 1
 
     @classmethod
     def of(cls, spec: Spec, read: Read) -> Sets:
@@ -37,9 +38,15 @@ class Sets:
         count = cdiv(spec.model.kv_heads, heads)
         if read != "all_heads":
             return cls(heads, align(queries, SUBLANES), count, queries, count)
-        if count > 1 and LANES % all_heads_rows(spec.model) == 0:
-            return cls(heads, align(queries, SUBLANES), count, queries, 1)
+        halves = head_lanes(spec.model) // LANES
+        if count * halves > 1 and LANES % all_heads_rows(spec.model) == 0:
+            return cls(heads, align(queries, SUBLANES), count, queries, 1, halves)
         return cls(spec.model.kv_heads, align(spec.model.kv_heads * queries, SUBLANES), 1, queries, 1)
+
+    @property
+    def keeps_own(self) -> bool:
+        """Whether scores of a row of K are kept with the queries of one set only."""
+        return self.kept < self.count * self.halves
 
     def padded(self, model: Attention) -> bool:
         """Whether some rows of a set are no query's."""

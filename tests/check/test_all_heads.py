@@ -19,6 +19,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "rows that are no query's": {"q_heads": 10, "kv_heads": 1, "head_dim": 80},
     "rows of one set of heads in two": {"q_heads": 16, "kv_heads": 4, "log_sum_exp": True},
     "rows of one head in two": {"q_heads": 24, "kv_heads": 2, "sinks": True},
+    "rows of two registers": {"head_dim": 256, "log_sum_exp": True, "sinks": True},
+    "rows of two registers, one head": {"head_dim": 192, "q_heads": 10, "kv_heads": 1},
+    "rows of two registers, four heads": {"head_dim": 256, "q_heads": 32, "kv_heads": 4, "alibi": True},
     "joined rows": {"head_dim": 64},
     "joined rows of one head": {"head_dim": 64, "q_heads": 8, "kv_heads": 1, "sinks": True},
     "joined rows of three heads": {"head_dim": 64, "q_heads": 9, "kv_heads": 3, "log_sum_exp": True},
@@ -48,9 +51,10 @@ FEATURES: dict[str, dict[str, Any]] = {
         "q_heads": 16,
         "kv_heads": 4,
     },
+    "drafts, rows of two registers": {"decode_len": 2, "head_dim": 256, "sinks": True, "log_sum_exp": True},
     "a tree of drafts": {"decode_len": 4, "tree_mask": True, "log_sum_exp": True},
 }
-QUICK = ("joined rows of one head", "8 bits of eight heads")
+QUICK = ("joined rows of one head", "8 bits of eight heads", "rows of two registers")
 
 
 def reading(**features: Any) -> Spec:

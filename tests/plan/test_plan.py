@@ -183,10 +183,15 @@ def test_all_heads_are_read_at_once_where_words_hold_k_and_v_of_whole_heads_and_
     assert read(q_heads=128, kv_heads=8) == "all_heads", "scores of one KV head's set are kept"
     assert read(decode_len=4, q_heads=32, kv_heads=8) == "all_heads"
     assert read(decode_len=8, q_heads=32, kv_heads=8) == "split_words", "so many rows of a matmul take longer, too"
-    assert read(head_dim=256) == "split_words", "a head is two rows of registers"
+    assert read(head_dim=256) == "all_heads", "a head is two rows of registers"
+    assert read(head_dim=256, q_heads=10, kv_heads=5) == "split_words", (
+        "lanes are of one KV head each only for powers of two"
+    )
     assert read(head_dim=64) == "all_heads", "a row that holds K and V is taken as both"
     assert read(kv_dtype="float8_e4m3fn") == "all_heads", "a word holds K and V of two heads"
-    assert read(kv_dtype="int8", head_dim=256) == "split_rows"
+    assert read(kv_dtype="int8", head_dim=256) == "split_rows", (
+        "heads of two registers are read so where they have 16 bits"
+    )
     assert read(q_dtype="float32", kv_dtype="float32") == "strided"
 
 
