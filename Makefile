@@ -15,7 +15,7 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow test-adapters test-init lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-kernels bench-chunks bench-scheduling \
+.PHONY: demo test test-newest test-slow test-adapters test-init lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-models report-peers report-browser bench-kernels bench-chunks bench-scheduling \
 	same calibrate release build-all serve-demo clean
 
 demo: $(VENV)/ready
@@ -36,7 +36,7 @@ ifeq ($(NEWEST_PYTHON),)
 	@echo "no Python 3.12 or later here: the compile tests ran on one jax only"
 else
 	$(MAKE) $(NEWEST)/ready
-	$(NEWEST)/bin/python -m pytest -n $(JOBS) -m "compile and not slow"
+	$(NEWEST)/bin/python -m pytest -n $(JOBS) -m "compile and not slow and not once"
 endif
 
 test-slow: $(VENV)/ready
@@ -89,6 +89,21 @@ bench-gpu: $(VENV)/ready
 
 bench-peers: $(VENV)/ready
 	$(BIN)/python benchmarks/peers.py
+	$(MAKE) report-peers
+
+# The times of peers that `rpac report` shows, from what bench-peers found.
+report-peers: $(VENV)/ready
+	$(BIN)/python benchmarks/report_peers.py
+
+# A report's page in a browser, which comes from the distribution's packages if none is here; screenshots in build/report.
+report-browser: $(VENV)/ready
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		apt-get install -y --no-install-recommends chromium
+	RPAC_SCREENSHOTS=build/report $(BIN)/python -m pytest -rA tests/report/test_browser.py
+
+# Every shipped spec on every TPU target, in both layouts.
+bench-models: $(VENV)/ready
+	$(BIN)/python benchmarks/models.py
 
 # Kernels of the jax package, with this jax and with the newest.
 bench-kernels: $(VENV)/ready

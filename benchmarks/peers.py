@@ -121,7 +121,7 @@ def main() -> None:
     for found in sections(bench, options):
         (ROOT / "docs" / "benchmarks.md").write_text(document(found))
         draw([section for section in found if section.heads == LLAMA_8B], ROOT / "docs" / "img" / "benchmarks.png")
-    bench.store.drop_unasked()
+    bench.store.results.drop_unasked()
     progress("docs/benchmarks.md and docs/img/benchmarks.png written")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from command import ROOT, TINY, rpac
 
 from rpac.bundle import write_bundle
 from rpac.contract import arrays as layout
-from rpac.spec import Spec, parse_spec
+from rpac.spec import Spec, load_spec, parse_spec
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["RPAC_TUNED"] = "none"  # not those of whoever runs the tests
@@ -166,3 +166,37 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
             done = rpac("build", ROOT / "tests" / "engine" / "small.yaml", "-o", folder, cache=folder / "cache")
             assert done.returncode == 0, done.stderr
     return folder / "small.rpac"
+
+
+@pytest.fixture(scope="session")
+def dumps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where schedules are kept, for all test processes of this run."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "rpac-dumps"
+
+
+@pytest.fixture
+def bundled(tmp_path: Path) -> Callable[..., Path]:
+    """`bundled()` writes a bundle of tiny for tpu7x; a prediction compiles its sources, so its blobs are stand-ins."""
+    from rpac.build import sources_of
+    from rpac.contract.program import Lowered
+    from rpac.devices.chip import chip
+    from rpac.devices.toolchain import toolchain
+    from rpac.lower import tasks_of
+
+    def write(name: str = "a", spec: Spec | None = None, **made_by: str) -> Path:
+        spec = spec or load_spec(TINY)
+        device = chip("tpu7x")
+        lowered = [
+            Lowered(
+                task.target, task.kind, task.tokens, task.source, task.plan, exported=b"stand-in", executable=None,
+                device_kind=device.device_kind, topology=device.topology, toolchain={**toolchain(), **made_by},
+                flags={}, aliases={"kv_cache": 1}, memory={},
+            )
+            for task in tasks_of(spec, sources_of(spec, ["tpu7x"]))
+        ]  # fmt: skip
+        path = tmp_path / name / "tiny.rpac"
+        write_bundle(path, replace(spec, targets=("tpu7x",)), lowered)
+        return path
+
+    return write

@@ -11,11 +11,12 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
+from kept import digest, walker_digest
 
 from peers import environment
 from peers.cases import MAX_MODEL_LEN, PREFILL_CHUNK, PREFILL_TOKENS, Case, Heads, Place
 from peers.contenders import Compile, Contender, Ours, Parameters
-from peers.store import HERE, TOOK_TOO_LONG, Result, Store, digest, walker_digest
+from peers.store import HERE, TOOK_TOO_LONG, Result, Store
 from rpac.batch import Batch, Limits
 from rpac.batch.select import select
 from rpac.devices.toolchain import toolchain
@@ -126,7 +127,7 @@ class Bench:
         parameters = contender.parameters(batch, case)
         name = name_of(heads, place, contender.name, case, one.choice)
         key = digest(compiled, sorted(parameters.items()), self._walker)
-        kept = self.store.result(name, key)
+        kept = self.store.results.get(name, key)
         if not may_run or (kept is not None and not kept.earlier):
             return kept or Result(one.choice, error=NOT_RUN)
         progress(name)
@@ -139,7 +140,7 @@ class Bench:
             result = Result(one.choice, error=reason(str(error)))
             if TOOK_TOO_LONG in str(error):
                 return result
-        self.store.keep_result(name, key, result)
+        self.store.results.keep(name, key, result)
         return result
 
     def _make_call(
@@ -177,7 +178,7 @@ class Bench:
         task = programs.tasks[variant]
         name = name_of(heads, place, variety.name, case, str(variant))
         key = digest(task.key(toolchain(), "dump"), case.workload.q_lens, case.workload.kv_lens, self._walker)
-        kept = self.store.result(name, key)
+        kept = self.store.results.get(name, key)
         if not may_run or (kept is not None and not kept.earlier):
             return kept or Result(str(variant), error=NOT_RUN)
         progress(name)
@@ -186,7 +187,7 @@ class Bench:
             result = Result(str(variant), report.seconds, report.kernel_seconds, report.mbu or 0.0, report.mfu or 0.0)
         except ScheduleError as error:
             result = Result(str(variant), error=reason(str(error)))
-        self.store.keep_result(name, key, result)
+        self.store.results.keep(name, key, result)
         return result
 
     def _make_programs(self, path: Path, target: str) -> Programs:

@@ -1,6 +1,7 @@
 """Opens a bundle in the one safe order: size limits, manifest, hash of the very bytes that are used.
 
-A bundle is given by its path or by a URL that fsspec opens; both are read in this order. Nothing is deserialized
+A bundle is given by its path, by a URL that fsspec opens, or as `package:NAME` where it is installed; all are read in this
+order. Nothing is deserialized
 here. A bundle that is replaced while it is read is read again: all that a caller gets comes from one bundle.
 """
 
@@ -13,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rpac.bundle.manifest import MANIFEST, Manifest, Target, as_data, render
+from rpac.bundle.manifest import MANIFEST, Manifest, Target, as_data, digest, render
 from rpac.bundle.storage import REBUILD, Storage, blob_name, open_bundle
 from rpac.errors import BundleError
 
@@ -59,10 +60,22 @@ def verify_bundle(path: str | os.PathLike[str], timeout_s: float | None = None) 
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `rpac inspect` shows, as plain data: the manifest, the bundle's path and its size in bytes."""
+    """What `rpac inspect` shows, as plain data: the manifest, its digest, the bundle's path and its size in bytes."""
     manifest = read_manifest(path)
     size = len(render(manifest)) + sum(content.size for content in (*manifest.blobs, *manifest.files.values()))
-    return {"path": os.fspath(path), "size": size, **as_data(manifest)}
+    return {"path": os.fspath(path), "size": size, "digest": digest(manifest), **as_data(manifest)}
+
+
+def read_files(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, bytes]]:
+    """Every file of the bundle at `path` by its name, each checked against its hash. Raises as `verify_bundle` does."""
+
+    def read(storage: Storage) -> tuple[Manifest, dict[str, bytes]]:
+        manifest = _verify(storage)
+        blobs = {blob_name(blob): storage.blob(blob) for blob in manifest.blobs}
+        files = {name: storage.read(name, content) for name, content in manifest.files.items()}
+        return manifest, {MANIFEST: render(manifest), **blobs, **files}
+
+    return _read(path, read)
 
 
 def _verify(storage: Storage) -> Manifest:

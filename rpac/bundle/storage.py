@@ -1,6 +1,6 @@
-"""Where a bundle's bytes lie: in a folder of this machine, or at any URL that fsspec opens.
+"""Where a bundle's bytes lie: in a folder of this machine, in an installed package, or at any URL that fsspec opens.
 
-Both hand out a file whole or refuse it, and know whether another build took the bundle's place since it was opened.
+All hand out a file whole or refuse it, and know whether another build took the bundle's place since it was opened.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
+from rpac.bundle.installed import COMPILED, SCHEME, installed_bundle
 from rpac.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse
 from rpac.contract.program import Content
 from rpac.errors import BundleError
@@ -29,8 +30,10 @@ _CHUNK_BYTES = 1 << 20
 
 
 def open_bundle(place: str | os.PathLike[str]) -> Storage:
-    """The bundle at a path or URL, to be used as a context. Raises BundleError where nothing can be opened there."""
+    """The bundle at a path or URL, or `package:NAME`, to be used as a context. Raises BundleError where nothing can be opened."""
     text = os.fspath(place)
+    if text.startswith(SCHEME):
+        return Installed(text.removeprefix(SCHEME))
     return Remote(text) if "://" in text else Folder(text)
 
 
@@ -173,6 +176,16 @@ class Folder(Storage):
 
     def _reason(self, error: Exception) -> str | None:
         return error.strerror if isinstance(error, OSError) else None
+
+
+class Installed(Folder):
+    """The folder of an installed package, where an installer may have compiled the sources, which are Python."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(str(installed_bundle(name)))
+
+    def extra(self, expected: Set[str]) -> list[str]:
+        return [path for path in super().extra(expected) if PurePosixPath(path).name != COMPILED]
 
 
 class Remote(Storage):

@@ -16,8 +16,10 @@ from rpac.cli.diff import diff_command
 from rpac.cli.explain import explain_command
 from rpac.cli.init import init_command
 from rpac.cli.inspect import inspect
+from rpac.cli.pack import pack
 from rpac.cli.plan import plan
 from rpac.cli.predict import predict_command
+from rpac.cli.report import report_command
 from rpac.cli.serve_check import serve_check_command
 from rpac.cli.show_config import show_config_command
 from rpac.cli.specs import specs_command
@@ -58,8 +60,8 @@ def main() -> None:
 
 
 COMMANDS = (
-    init_command, plan, buckets, build, check, bench_command, diff_command, explain_command, generate, inspect,
-    predict_command, serve_check_command, show_config_command, specs_command, support_command, tune_command,
+    init_command, plan, buckets, build, check, bench_command, diff_command, explain_command, generate, inspect, pack,
+    predict_command, report_command, serve_check_command, show_config_command, specs_command, support_command, tune_command,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

@@ -30,6 +30,7 @@ def inspect(bundle: str, as_json: bool) -> None:
         return
     model, limits = facts["model"], facts["limits"]
     click.echo(f"{facts['name']}  spec {facts['spec_hash'][:16]}  {size(facts['size'])}, every hash matches")
+    click.echo(f"digest {facts['digest']}")
     click.echo(
         f"{model['q_heads']}/{model['kv_heads']} heads, head_dim {model['head_dim']}, {model['kv_dtype']}; "
         f"K and V {facts['kv_layout']} in {limits['num_pages']} pages of {limits['page_size']}, "

@@ -12,9 +12,9 @@ from rpac.cli.common import command, json_option, print_json, spec_argument, tar
 from rpac.cli.terminal import table
 from rpac.contract.units import size
 from rpac.errors import PlanError
-from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, LatentBlockTiles, XlaTiles, plan_spec
+from rpac.plan import KernelPlan, plan_spec
 from rpac.plan.cache_memory import CacheMemory, padding_bytes, padding_reason, page_bytes
-from rpac.plan.words import decisions
+from rpac.plan.words import decisions, tiles_in_words
 from rpac.spec import Spec, load_spec
 
 HEADER = (
@@ -136,20 +136,11 @@ def _row(one: KernelPlan) -> tuple[str, ...]:
     budgets = [
         size(n) if n else "-" for n in (one.vmem_need, one.vmem_limit, one.vmem_bytes, one.smem_need, one.smem_bytes)
     ]
-    return (one.path, " ".join(map(str, one.tokens)), _tiles(one.decode), _tiles(one.block), *budgets, one.origin)
-
-
-def _tiles(tiles: DecodeBlocks | DecodeWaves | BlockTiles | LatentBlockTiles | XlaTiles | None) -> str:
-    match tiles:
-        case None:
-            return "-"
-        case DecodeBlocks():
-            return f"{tiles.block} x{tiles.buffers}"
-        case DecodeWaves():
-            return f"{tiles.tiles_per_wave} x {tiles.tile} x{tiles.wave_buffers}"
-        case BlockTiles():
-            return f"{tiles.q_block} q, {tiles.block}/{tiles.tile} x{tiles.buffers}"
-        case LatentBlockTiles():
-            return f"{tiles.q_block} q, {tiles.block} x{tiles.buffers}"
-        case XlaTiles():
-            return f"{tiles.q_block} q, {tiles.block}" if tiles.q_block > 1 else f"{tiles.block} x{tiles.blocks}"
+    return (
+        one.path,
+        " ".join(map(str, one.tokens)),
+        tiles_in_words(one.decode),
+        tiles_in_words(one.block),
+        *budgets,
+        one.origin,
+    )

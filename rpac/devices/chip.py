@@ -17,6 +17,7 @@ class _Entry(NamedTuple):
     device_kind: str
     topologies: tuple[str, ...]
     devices: int
+    devices_per_chip: int
     chip_version: str
     cores: int
     hbm_gib: float
@@ -31,10 +32,10 @@ class _Entry(NamedTuple):
 # larger program because it "exceeds available HBM (15.75G)", or 31.25G for v6e and 94.75G for TPU7x. For v5p it says 95.74G,
 # which is more than is published.
 _ENTRIES = {
-    "tpu7x": _Entry("TPU7x", ("tpu7x:2x2x1", "tpu7x:2x2x2", "tpu7x:2x2x4"), 8, "7x", 1, 96, 94.75),
-    "v6e": _Entry("TPU v6 lite", ("v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8"), 4, "v6e", 1, 32, 31.25),
-    "v5p": _Entry("TPU v5", ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4"), 4, "v5p", 2, 95, 95),
-    "v5e": _Entry("TPU v5 lite", ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8"), 4, "v5e", 1, 16, 15.75),
+    "tpu7x": _Entry("TPU7x", ("tpu7x:2x2x1", "tpu7x:2x2x2", "tpu7x:2x2x4"), 8, 2, "7x", 1, 96, 94.75),
+    "v6e": _Entry("TPU v6 lite", ("v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8"), 4, 1, "v6e", 1, 32, 31.25),
+    "v5p": _Entry("TPU v5", ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4"), 4, 1, "v5p", 2, 95, 95),
+    "v5e": _Entry("TPU v5 lite", ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8"), 4, 1, "v5e", 1, 16, 15.75),
 }
 
 TPU_TARGETS = tuple(_ENTRIES)
@@ -45,13 +46,14 @@ class Chip:
     """One device of a target. Memory in bytes, bandwidth in bytes/s, peak in flop/s (a multiply-add is two).
 
     VMEM, SMEM and the MXUs are counted in one core; HBM and the peak in the whole device. `usable_hbm_bytes`: of HBM, what a
-    program may use.
+    program may use. `devices_per_chip`: of what is rented.
     """
 
     target: str
     device_kind: str
     topology: str
     generation: int
+    devices_per_chip: int
     cores: int
     lanes: int
     sublanes: int
@@ -72,11 +74,6 @@ PLATFORMS = {"cpu": "cpu", "gpu": "cuda"}
 def is_tpu(target: str) -> bool:
     """Whether a target has a chip; `cpu` and `gpu` have none."""
     return target in _ENTRIES
-
-
-def target_of(device_kind: str) -> str | None:
-    """The target whose devices report exactly this kind, or None. Needs no JAX."""
-    return next((target for target, entry in _ENTRIES.items() if entry.device_kind == device_kind), None)
 
 
 def topology_of(target: str, devices: int) -> str:
@@ -104,6 +101,7 @@ def chip(target: str) -> Chip:
         device_kind=entry.device_kind,
         topology=entry.topologies[0],
         generation=core.generation,
+        devices_per_chip=entry.devices_per_chip,
         cores=core.num_cores,
         lanes=core.num_lanes,
         sublanes=core.num_sublanes,

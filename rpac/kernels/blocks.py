@@ -8,7 +8,8 @@ from typing import Final
 from rpac.contract.arrays import packing
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, tile
-from rpac.kernels.shared import CLEARED_AT_ONCE, call_of, model_constants, query_row_shapes, scratch_of
+from rpac.kernels.model_constants import model_constants
+from rpac.kernels.shared import CLEARED_AT_ONCE, call_of, query_row_shapes, scratch_of
 from rpac.plan import DecodeBlocks, KernelPlan, RowDims
 from rpac.plan.query_rows import head_rows
 from rpac.plan.recipe import Recipe

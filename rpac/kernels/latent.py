@@ -10,8 +10,9 @@ from rpac.contract.arrays import latent_lanes, metadata_specs, packing
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.literals import dtype_name
+from rpac.kernels.model_constants import model_constants
 from rpac.kernels.semaphores import BLOCK_SHAPES, WAVE_SHAPES
-from rpac.kernels.shared import Call, Operand, model_constants, scratch_of, shared_context
+from rpac.kernels.shared import Call, Operand, scratch_of, shared_context
 from rpac.kernels.waves import NAMES, Queries, wave_constants
 from rpac.plan import KernelPlan, LatentBlockTiles, LatentWaves
 from rpac.plan.buffers import new_buffers, page_buffers, sublane_tile_tokens

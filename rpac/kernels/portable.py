@@ -21,7 +21,7 @@ from rpac.kernels.assemble import Kernel, assembled
 from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.header import header
 from rpac.kernels.literals import dtype
-from rpac.kernels.shared import FLOAT8, model_constants
+from rpac.kernels.model_constants import FLOAT8, model_constants
 from rpac.kernels.slots import environment
 from rpac.plan import KernelPlan, XlaTiles
 from rpac.spec import Spec

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 
 ENTRY = "ragged_paged_attention"
 
 
+@functools.lru_cache(maxsize=64)  # plans that differ in numbers alone have the same text: constants have names
 def pruned(text: str, entry: str = ENTRY) -> str:
     """The source without the functions, classes and methods that `entry` does not reach by name.
 

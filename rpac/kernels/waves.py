@@ -10,8 +10,9 @@ from rpac.contract.arrays import BITS, WORD_BITS, joins_rows
 from rpac.contract.attention import Attention
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, tile
+from rpac.kernels.model_constants import model_constants
 from rpac.kernels.semaphores import WAVE_SHAPES
-from rpac.kernels.shared import CLEARED_AT_ONCE, Shared, call_of, model_constants, query_row_shapes, scratch_of
+from rpac.kernels.shared import CLEARED_AT_ONCE, Shared, call_of, query_row_shapes, scratch_of
 from rpac.plan import DecodeWaves, KernelPlan, RowDims
 from rpac.plan.buffers import all_heads_rows, sublane_tile_tokens
 from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence

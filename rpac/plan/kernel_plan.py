@@ -15,7 +15,7 @@ from rpac.plan.recipe import Recipe
 
 RULE: Final = "rule"
 """`KernelPlan.origin` of tiles that the rules of this package made, where there are no tuned ones."""
-AnyTiles = TypeVar("AnyTiles", DecodeBlocks, DecodeWaves, BlockTiles)
+AnyTiles = TypeVar("AnyTiles", DecodeBlocks, DecodeWaves, BlockTiles, LatentBlockTiles)
 _TYPES: Final = {"int": int, "bool": bool}  # by how a field is annotated; any other is a tuple of integers
 
 
@@ -50,7 +50,7 @@ class KernelPlan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> KernelPlan:
         """The inverse of `as_dict`, by way of JSON too, for a TPU. Raises ValueError for tiles of other fields."""
-        decode, block = decode_tiles_from(data["decode"]), tiles_from(BlockTiles, data["block"])
+        decode, block = decode_tiles_from(data["decode"]), _block_tiles_from(data["block"])
         tokens, recipe = tuple(data["tokens"]), Recipe.from_dict(data["recipe"])
         return cls(**{**data, "tokens": tokens, "decode": decode, "block": block, "recipe": recipe})
 
@@ -60,6 +60,13 @@ def decode_tiles_from(data: Mapping[str, Any] | None) -> DecodeBlocks | DecodeWa
     if isinstance(data, Mapping) and "tiles_per_wave" in data:
         return tiles_from(DecodeWaves, data)
     return tiles_from(DecodeBlocks, data)
+
+
+def _block_tiles_from(data: Mapping[str, Any] | None) -> BlockTiles | LatentBlockTiles | None:
+    """The inverse of `asdict` for the tiles of either kernel of query blocks, as `tiles_from`."""
+    if isinstance(data, Mapping) and "tile" not in data:
+        return tiles_from(LatentBlockTiles, data)
+    return tiles_from(BlockTiles, data)
 
 
 def tiles_from(kind: type[AnyTiles], data: Mapping[str, Any] | None) -> AnyTiles | None:

@@ -1,4 +1,6 @@
-"""The decisions of a recipe in words, each with the reason: what `rpac plan` prints and what a kernel's header says."""
+"""A plan in words: its tiles, and the decisions of its recipe, each with the reason. `rpac plan` and `rpac report` show them,
+and a kernel's header has the decisions.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from rpac.plan.decode_blocks import DecodeBlocks
+from rpac.plan.decode_waves import DecodeWaves
+from rpac.plan.latent import LatentBlockTiles
+from rpac.plan.portable import XlaTiles
+from rpac.plan.prefill import BlockTiles
 from rpac.plan.recipe import BlockRecipe, DecodeRecipe, Recipe
 
 
@@ -189,6 +196,25 @@ BLOCK: Final[Mapping[str, Mapping[str | bool, Words]]] = {
     },
 }
 """Of prefill and mixed kernels: what each value of each field means."""
+
+
+def tiles_in_words(tiles: DecodeBlocks | DecodeWaves | BlockTiles | LatentBlockTiles | XlaTiles | None) -> str:
+    """Tiles in tokens. Decode: block x buffers or, with separate K/V, tiles per wave x tile x waves. Prefill and mixed:
+    queries, then tokens fetched / computed at once x buffers.
+    """
+    match tiles:
+        case None:
+            return "-"
+        case DecodeBlocks():
+            return f"{tiles.block} x{tiles.buffers}"
+        case DecodeWaves():
+            return f"{tiles.tiles_per_wave} x {tiles.tile} x{tiles.wave_buffers}"
+        case BlockTiles():
+            return f"{tiles.q_block} q, {tiles.block}/{tiles.tile} x{tiles.buffers}"
+        case LatentBlockTiles():
+            return f"{tiles.q_block} q, {tiles.block} x{tiles.buffers}"
+        case XlaTiles():
+            return f"{tiles.q_block} q, {tiles.block}" if tiles.q_block > 1 else f"{tiles.block} x{tiles.blocks}"
 
 
 def decisions(recipe: Recipe, kind: str) -> Iterator[Decision]:

@@ -111,28 +111,28 @@ def test_a_reason_is_the_telling_line_without_paths():
 
 def test_results_survive_a_rerun_and_unfinished_ones_do_not(tmp_path):
     store = module("store").Store(tmp_path / "results.json", tmp_path)
-    assert store.result("name", "key") is None
-    store.keep_result("name", "key", result(5))
+    assert store.results.get("name", "key") is None
+    store.results.keep("name", "key", result(5))
     again = module("store").Store(tmp_path / "results.json", tmp_path)
-    assert again.result("name", "key") == result(5)
+    assert again.results.get("name", "key") == result(5)
     assert not list(tmp_path.rglob("*.part"))
 
 
 def test_results_that_nobody_asks_for_are_dropped(tmp_path):
     store = module("store").Store(tmp_path / "results.json", tmp_path)
     for key in ("a", "b"):
-        store.keep_result(key, "key", result(5))
+        store.results.keep(key, "key", result(5))
     again = module("store").Store(tmp_path / "results.json", tmp_path)
-    again.result("a", "key")
-    again.drop_unasked()
+    again.results.get("a", "key")
+    again.results.drop_unasked()
     kept = module("store").Store(tmp_path / "results.json", tmp_path)
-    assert (kept.result("a", "key"), kept.result("b", "key")) == (result(5), None)
+    assert (kept.results.get("a", "key"), kept.results.get("b", "key")) == (result(5), None)
 
 
 def test_a_result_of_an_earlier_kernel_is_shown_with_a_mark(tmp_path):
     store = module("store").Store(tmp_path / "results.json", tmp_path)
-    store.keep_result("name", "key of then", result(1234))
-    found = store.result("name", "key of now")
+    store.results.keep("name", "key of then", result(1234))
+    found = store.results.get("name", "key of now")
     assert found.earlier
     assert module("document").cell(module("cases").CASES[0], found) == "1,234 / 1,111, 0.50 *"
 
@@ -191,3 +191,8 @@ def test_tokamaxs_points_are_whole_batches_of_their_shapes():
         assert set(parameters[5]) == set(range(request["pages"]))
         assert parameters[7][2] == len(parameters[4]) == request["max_seqs"]
         assert all(len(blocks) == 5 for blocks in request["blocks"].values())
+
+
+def test_the_report_ships_what_the_comparison_found():
+    written = importlib.import_module("report_peers")
+    assert written.OUTPUT.read_text() == written.text(), "run `make report-peers`"

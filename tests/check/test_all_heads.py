@@ -79,6 +79,7 @@ def test_kernels_agree_with_the_oracle_in_the_interpreter(features: dict[str, An
 
 
 @pytest.mark.compile
+@pytest.mark.once
 def test_a_kernel_compiles() -> None:
     spec = reading(**SHAPES["joined rows of one head"])
     compiled([(spec, plan_of(spec, "decode", "tpu7x"))])

@@ -98,7 +98,8 @@ def test_each_new_token_is_once_the_first_past_a_page_a_unit_and_a_tile(layout: 
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(("target", "layout"), [("tpu7x", "separate"), ("v5e", "interleaved")])
+@pytest.mark.once
+@pytest.mark.parametrize(("target", "layout"), [("tpu7x", "separate"), pytest.param("v5e", "interleaved", marks=SLOW)])
 def test_a_mixed_program_compiles(target: str, layout: str) -> None:
     compiled(drafting(layout, 4, True, **WITH_TREES["soft cap, sinks and lse"]), target, ("mixed",))
 

@@ -244,21 +244,24 @@ def test_groups_of_as_many_tiles_as_planned_agree_with_the_oracle(spec: Spec) ->
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("spec", [shaped(4, 2), pytest.param(shaped(9, 3), marks=SLOW)], ids=lambda spec: spec.name)
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [shaped(4, 2), shaped(9, 3)], ids=lambda spec: spec.name)
 def test_decode_kernels_of_a_narrow_mxu_agree_with_the_oracle(spec: Spec) -> None:
     check(spec, "v5p", "decode")
 
 
 @pytest.mark.compile
+@pytest.mark.once
 @pytest.mark.parametrize("target", ["tpu7x", *(pytest.param(name, marks=SLOW) for name in ("v6e", "v5p", "v5e"))])
 def test_kernels_of_odd_shapes_compile(target: str) -> None:
-    compile_all([shaped(9, 3), shaped(4, 2, head_dim=256), shaped(3, 1, head_dim=256, dtype="float32")], target)
+    """A mixed program has both kernels."""
+    specs = [shaped(9, 3), shaped(4, 2, head_dim=256), shaped(3, 1, head_dim=256, dtype="float32")]
+    compile_all(specs, target, kinds=("mixed",))
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("target", [pytest.param("tpu7x", marks=SLOW), "v5e"])
 def test_kernels_of_odd_shapes_with_separate_k_and_v_compile(target: str) -> None:
-    """A mixed program has both kernels."""
     compile_all([*SEPARATE_FEW, EIGHT_BITS_SEPARATE], target, kinds=("mixed",))
 
 

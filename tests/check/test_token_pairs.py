@@ -35,7 +35,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "drafts of 8 bits": {"decode_len": 2, "kv_dtype": "float8_e5m2", "kv_scale": "tensor"},
 }
 QUICK = ("two heads a set, and half a set", "all")
-SLOW_TARGETS = [pytest.param(target, marks=[] if target in ("tpu7x", "v5e") else SLOW) for target in TPU_TARGETS]
+SLOW_TARGETS = [pytest.param(target, marks=[] if target == "tpu7x" else SLOW) for target in TPU_TARGETS]
 
 
 @pytest.mark.interpreter
@@ -69,6 +69,7 @@ def test_tiles_of_one_register_are_taken_as_they_lie() -> None:
 
 
 @pytest.mark.compile
+@pytest.mark.once
 @pytest.mark.parametrize("target", SLOW_TARGETS)
 def test_kernels_compile(target: str) -> None:
     specs = [pairing(**features) for features in (SHAPES["8 bits"], FEATURES["all"])]

@@ -85,7 +85,12 @@ def test_transposed_kernels_agree_with_the_oracle(features: dict[str, Any], layo
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(("target", "features"), [("tpu7x", UNCAPPED), ("v6e", {**UNCAPPED, "head_dim": 64})], ids=str)
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("target", "features"),
+    [pytest.param("tpu7x", UNCAPPED, marks=SLOW), ("v6e", {**UNCAPPED, "head_dim": 64})],
+    ids=str,
+)
 def test_a_transposed_kernel_with_all_compiles(target: str, features: dict[str, Any]) -> None:
     compiled(featured(TRANSPOSED["separate"], features), target, ("prefill",))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rpac.devices.chip import PLATFORMS, TPU_TARGETS, Chip, chip, is_tpu, target_of
+from rpac.devices.chip import PLATFORMS, TPU_TARGETS, Chip, chip, is_tpu
 from rpac.errors import TargetError
 from rpac.spec import TARGETS
 
@@ -29,16 +29,6 @@ def test_only_tpus_have_a_chip(target: str) -> None:
         chip(target)
     assert str(caught.value) == f"target {target!r} has no chip; must be one of tpu7x, v6e, v5p, v5e"
     assert caught.value.exit_code == 3
-
-
-@pytest.mark.parametrize("target", TPU_TARGETS)
-def test_a_device_kind_names_its_target(target: str) -> None:
-    assert target_of(chip(target).device_kind) == target
-
-
-@pytest.mark.parametrize("kind", ["cpu", "TPU v4", "TPU7", "TPU v6", "tpu7x", ""])
-def test_a_device_kind_that_is_only_similar_names_none(kind: str) -> None:
-    assert target_of(kind) is None
 
 
 @pytest.mark.parametrize(

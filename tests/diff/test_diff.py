@@ -78,6 +78,7 @@ def test_a_target_that_is_not_there_is_refused(built: Built) -> None:
 
 
 @pytest.mark.compile
+@pytest.mark.once
 def test_predicted_times_are_compared(longer: Path) -> None:
     args = ["diff", str(TINY), str(longer), "--target", "v6e", "--time", "v6e", "--json"]
     times = json.loads(CliRunner().invoke(main, args).stdout)["times"]

@@ -7,7 +7,9 @@ by test_samples, and `<!-- not run: WHY -->` says why no test runs it.
 from __future__ import annotations
 
 import functools
+import io
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ from jax import lax
 from samples import PAGES, ROOT
 
 import rpac
+from rpac.bundle.wheel import wheel_of
 
 SPEC = Path(__file__).with_name("snippets.yaml")
 SNIPPET = re.compile(r"^<!-- snippet: (\w+) -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -103,6 +106,14 @@ def test_load(names: dict[str, Any]) -> None:
     done = run("load", names)
     assert done["engine"].ready == done["engine"].programs.keys()
     assert done["out"].shape == (1024, 4, 128)
+
+
+def test_package(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = wheel_of(folder / "build" / "llama3-8b.rpac")
+    with zipfile.ZipFile(io.BytesIO(wheel.data)) as archive:
+        archive.extractall(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert run("package", {"rpac": rpac})["engine"].limits == rpac.load(folder / "build" / "llama3-8b.rpac").limits
 
 
 def test_warm(names: dict[str, Any]) -> None:

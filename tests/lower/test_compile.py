@@ -104,6 +104,7 @@ def test_nothing_of_this_machine_is_in_a_bundle(target: str, built: Built, tree:
         assert [place for place in places if place.encode() in data] == [], name
 
 
+@pytest.mark.once
 def test_two_builds_in_two_folders_with_two_empty_caches_are_byte_identical(
     built: Built, cache: Path, tmp_path: Path, tree: Tree
 ) -> None:

@@ -40,6 +40,7 @@ def never(job: Job) -> Result:
 
 
 @pytest.mark.compile
+@pytest.mark.once
 def test_two_candidates_are_compiled_walked_and_checked_and_the_better_is_what_a_build_uses(tmp_path: Path) -> None:
     rule, store = rule_of(SPEC, "decode"), Store(tmp_path / "cache")
     climb = Climb(SPEC, rule, 0, axes=(one_other(),))
@@ -73,6 +74,7 @@ def job_of(kind: type[Measure] | type[Check]) -> Job:
 
 
 @pytest.mark.compile
+@pytest.mark.once
 def test_a_candidate_that_does_not_compile_has_the_compilers_reason() -> None:
     job = job_of(Measure)
     assert isinstance(job, Measure)
@@ -86,6 +88,7 @@ def test_a_candidate_that_does_not_compile_has_the_compilers_reason() -> None:
 
 
 @pytest.mark.compile
+@pytest.mark.once
 def test_a_kernel_that_is_wrong_fails_the_oracle() -> None:
     """Room for one sequence's queries, where there are several."""
     job = job_of(Check)

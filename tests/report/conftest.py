@@ -1,0 +1,33 @@
+"""Reports of the tiny spec, from predictions that need no compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import TINY
+from predicted import stub
+
+from rpac.files.store import Store
+from rpac.report import Report, Request, gather
+
+pytest.importorskip("matplotlib")
+Gathered = Callable[..., Report]
+
+
+@pytest.fixture(scope="session")
+def gathered() -> Gathered:
+    """`gathered(*paths, targets=..., ...)`: the report of specs and bundles, by default of tiny on two chips."""
+
+    def make(*paths: Path, targets: tuple[str, ...] = ("tpu7x", "v6e"), **asked: Any) -> Report:
+        return gather(paths or [TINY], Request(targets=targets, **asked), Store(None), predict_one=stub)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def usual(gathered: Gathered) -> Report:
+    """Of tiny with 10 layers, with a price for one of its two chips."""
+    return gathered(layers={"": 10}, prices={"tpu7x": 9.0})
