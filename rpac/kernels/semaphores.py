@@ -9,6 +9,7 @@ WAVE_SHAPES: Final[Mapping[str, str]] = {
     "tile_seq": "TILE_BUFFERS",
     "tile_first": "TILE_BUFFERS",
     "tile_left": "TILE_BUFFERS",
+    "last_slot": "MAX_ROWS + 1",
     "kv_sem": "WAVE_BUFFERS",
     "load_sem": "LOADS",
     "unit_sem": "WRITE_BUFFERS",

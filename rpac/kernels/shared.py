@@ -190,15 +190,17 @@ def shared_context(
 
     `local` stands among the features for what a sliding window and attention chunks have in common: queries that do not
     see their sequence from its start. `all_heads` stands there for what a decode kernel has that reads K and V so, and
-    `row_scales` for the scales of K and V in it.
+    `row_scales` for the scales of K and V in it, `packed_ahead` for new tokens that it packs before it needs them.
     """
     all_heads = recipe.decode is not None and recipe.decode.read == "all_heads"
+    packed_ahead = all_heads and spec.model.update_cache and spec.serving.decode_len == 1
     row_scales = all_heads and spec.model.kv_scale is not None
     features = (
         *recipe.features,
         *["local"] * spec.model.late,
         *["all_heads"] * all_heads,
         *["row_scales"] * row_scales,
+        *["packed_ahead"] * packed_ahead,
     )
     return {
         "kind": plan.kind,

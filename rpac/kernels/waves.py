@@ -21,6 +21,7 @@ from rpac.spec import Spec
 
 NAMES = {"unit_out": "new_out", "unit_sem": "write_sem"}  # of scratch arrays, other than in the plan
 ORDERS = {"token_pairs": "values_first", "all_heads": "paced"}  # of the work of an iteration, by how K and V are read
+PACKED_AT_ONCE = 8  # new tokens: as many hide each other's latencies
 LOADS_OF_NEW = (("q_hbm", "q_in"), ("k_hbm", "new_keys"), ("v_hbm", "new_values"))
 
 
@@ -36,7 +37,7 @@ class Queries:
     heads: Literal["own", "shared"]
     padding: Literal["none", "last", "each"]
     pairs: bool
-    halves: bool
+    halves: bool = False
 
     @classmethod
     def of(cls, spec: Spec, recipe: Recipe) -> Queries:
@@ -91,6 +92,7 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "columns": _columns(recipe),
         "score_rows": "own" if sets.keeps_own else "all",
         "score_lanes": "halves" if sets.halves > 1 else "whole",
+        "new_words": "ahead",
         "tile_rows": _tile_rows(spec.model),
         "order": _order(recipe.decode),
         "softmax": "masked_first" if recipe.decode.read == "all_heads" else "whole",
@@ -165,6 +167,9 @@ def wave_constants(spec: Spec, tiles: DecodeWaves) -> list[Constant]:
         tile("TILE_BUFFERS", "WAVE_BUFFERS * TILES_PER_WAVE"),
         tile("TILE_PAGES", "TILE // PAGE_SIZE"),
         tile("MAX_ROWS", tiles.max_rows, "sequences of the largest batch"),
+        tile(
+            "PACKED_AT_ONCE", math.gcd(tiles.max_rows, PACKED_AT_ONCE), "sequences whose new tokens are packed at once"
+        ),
         tile("NO_SEQ", "MAX_ROWS", "in place of a sequence where there is no tile"),
         tile("MAX_TOKENS", "MAX_ROWS * DECODE_LEN" if several else "MAX_ROWS", "new tokens of the largest batch"),
         tile("WRITE_BUFFERS", tiles.write_buffers, "sequences whose new tokens are on their way to the cache"),
@@ -231,7 +236,7 @@ def _shapes(spec: Spec, recipe: Recipe) -> dict[str, str]:
         "new_keys": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
         "new_values": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
         "unit_out": new_out,
-        "packed": "SUBLANE_TILE * WORD_ROWS, LANES",
+        "packed": "SUBLANE_TILE * WORD_ROWS, LANES" if several else "MAX_ROWS, SUBLANE_TILE * WORD_ROWS, LANES",
         "column_token": "SCORE_ROWS, COLUMNS",
         "key_scale_rows": "QUERY_ROWS, LANES",
         "value_scale_rows": "QUERY_ROWS, LANES",

@@ -33,7 +33,14 @@ from rpac.plan.buffers import (
 )
 from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
 from rpac.plan.recipe import Chooser, DecodeRecipe, Fetch, Read, Recipe
-from rpac.plan.sizes import IN_FLIGHT_BYTES, MIB, power_of_two_from, power_of_two_to, visible_tokens
+from rpac.plan.sizes import (
+    IN_FLIGHT_BYTES,
+    MIB,
+    most_visible_tokens,
+    power_of_two_from,
+    power_of_two_to,
+    visible_tokens,
+)
 from rpac.spec import Spec
 
 WRITE_BUFFERS: Final = 16  # outputs and cache rows on their way: as many sequences as a wave may end
@@ -109,6 +116,7 @@ class DecodeWaves:
             Buffer("tile_seq", (buffers,), "smem", "the sequence of each tile in flight"),
             Buffer("tile_first", (buffers,), "smem", "its first token"),
             Buffer("tile_left", (buffers,), "smem", "tokens of its sequence from there on"),
+            Buffer("last_slot", (self.max_rows + 1,), "smem", "the last tile of each sequence so far"),
             Buffer("kv_sem", (self.wave_buffers,), "dma", "fetches"),
             *load_sem(spec),
             Buffer("unit_sem", (self.write_buffers,), "dma", "cache writes"),
@@ -147,11 +155,13 @@ class DecodeWaves:
             kv: tuple[int, ...] = (buffers, self.tile * rows.token_rows, LANES)
             tiles = sublane_tiles_by_sequence(spec, self.write_buffers, rows.sublane_tile)
             unit: tuple[int, ...] = (*tiles, rows.sublane_tile_rows, LANES)
-            packed = (rows.sublane_tile * rows.packed_rows, LANES)
+            packed: tuple[int, ...] = (rows.sublane_tile * rows.packed_rows, LANES)
+            if spec.serving.decode_len == 1:  # more lie in a sublane tile in several ways
+                packed = (self.max_rows, *packed)
             query_rows = self._query_rows(spec, recipe)
             tile_max = self.tiles_per_wave, query_rows, LANES
             others = [
-                Buffer("packed", packed, word_dtype(model), "a new token in the cache's form"),
+                Buffer("packed", packed, word_dtype(model), "new tokens in the cache's form"),
                 Buffer("tile_max", tile_max, "float32", "the largest score of each tile, the same in every lane"),
                 Buffer(
                     "column_token", self._scores(spec, recipe), "int32", "the token of each score of an own KV head"
@@ -223,17 +233,21 @@ def is_legal(spec: Spec, tiles: DecodeWaves) -> bool:
     return whole_pages and (spec.serving.kv_layout != "interleaved" or reads_all_heads(spec))
 
 
-def is_short(kind: str, tiles: DecodeWaves) -> bool:
+def is_short(spec: Spec, kind: str, tiles: DecodeWaves) -> bool:
     """Whether a wave has no more tiles than the rules may give it."""
-    return tiles.tiles_per_wave <= (MORE_TILES if kind == "decode" else MOST_TILES[kind])
+    most = max(most_tiles(spec, kind, tiles.tile), MORE_TILES if kind == "decode" else 0)
+    return tiles.tiles_per_wave <= most
 
 
 def most_tiles(spec: Spec, kind: str, tile: int) -> int:
     """Tiles that a wave may have: each is code, which an executable pays for in size.
 
     More pay where a tile has many pages, or where interleaved heads are two registers: then an iteration waits longer at
-    its end. 64 x 4096 of 32/2 heads take 159 us on TPU7x, not 163.
+    its end. 64 x 4096 of 32/2 heads take 159 us on TPU7x, not 163. Where each sequence is one tile or two, because its window
+    is short, an iteration has little else than waits: 64 windows of 128 take 16 us, not 19.
     """
+    if kind == "decode" and most_visible_tokens(spec, spec.serving.decode_len) <= 2 * tile:
+        return WRITE_BUFFERS
     many_pages = tile > FEW_PAGES * spec.serving.page_size
     return MORE_TILES if kind == "decode" and (many_pages or _scores_halves(spec)) else MOST_TILES[kind]
 
@@ -259,13 +273,16 @@ def choices(spec: Spec, kind: str, tokens: int) -> Iterator[DecodeWaves]:
     shortest = max(min(seen), min(max(seen), least), LANES)
     tile = max(min(power_of_two_to(TILE_BYTES // token_bytes), shortest), serving.page_size, LANES)
     max_rows = min(tokens // serving.decode_len, serving.max_num_seqs)
+    longest = most_visible_tokens(spec, serving.decode_len)
     while tile >= max(serving.page_size, LANES):
         tiles = min(max(WAVE_BYTES // (tile * token_bytes), 1), most_tiles(spec, kind, tile))
+        tiles = min(tiles, max_rows * math.ceil(max(seen) / tile))
         while tiles:
             most = 2 + math.ceil(IN_FLIGHT_BYTES / (tiles * tile * token_bytes))
-            most += _scores_halves(
-                spec
-            )  # with 4 buffers 64 x 4096 of 32/2 heads take 165 us on TPU7x, with 5 158: fewer spills
+            # With 4 buffers 64 x 4096 of 32/2 heads of 256 take 165 us on TPU7x, with 5 158: fewer registers are spilled.
+            most += _scores_halves(spec)
+            # No more than the largest batch has: fetching none takes time, too.
+            most = max(min(most, math.ceil(max_rows * math.ceil(longest / tile) / tiles)), 2)
             for lookahead in range(most, 1, -1):
                 yield DecodeWaves(tile, tiles, lookahead, WRITE_BUFFERS, max_rows)
             tiles //= 2

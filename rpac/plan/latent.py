@@ -68,6 +68,7 @@ class LatentWaves(DecodeWaves):
             Buffer("tile_seq", (buffers,), "smem", "the sequence of each tile in flight"),
             Buffer("tile_first", (buffers,), "smem", "its first token"),
             Buffer("tile_left", (buffers,), "smem", "tokens of its sequence from there on"),
+            Buffer("last_slot", (self.max_rows + 1,), "smem", "the last tile of each sequence so far"),
             Buffer("kv_sem", (self.wave_buffers,), "dma", "fetches"),
             Buffer("load_sem", (3,), "dma", "queries, their rotary parts, new tokens"),
             Buffer("unit_sem", (self.write_buffers,), "dma", "cache writes"),
