@@ -42,6 +42,8 @@ def inspect(bundle: str, as_json: bool) -> None:
     if "mesh" in facts:
         mesh = Mesh(**facts["mesh"])
         click.echo(f"for {mesh.devices} devices ({mesh}); heads, pages and sequences are those of one device")
+    if "server" in facts:
+        click.echo(f"built for {facts['server']}")
     for name, target in facts["targets"].items():
         tools = ", ".join(f"{key} {value}" for key, value in target["toolchain"].items() if not key.endswith("_files"))
         click.echo(f"{name}: {tools}{_features(target.get('model', {}))}")
