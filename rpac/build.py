@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 from rpac.bundle.manifest import Manifest
 from rpac.bundle.write import is_bundle, stage_bundle
 from rpac.contract.program import Lowered, Source
-from rpac.errors import TargetError
+from rpac.devices.servers import Server
+from rpac.devices.toolchain import toolchain
+from rpac.errors import OutputError, TargetError
 from rpac.files.publish import publish
 from rpac.kernels import render
 from rpac.lower import Cache, Task, add_cpu_executables, lower_all, tasks_of
@@ -74,12 +77,16 @@ def build(
     wait_s: float = 0.0,
     this_cpu: bool = False,
     tuned: Tuned = TunedTiles.of,
+    server: Server | None = None,
 ) -> Built:
     """Builds `folder/NAME.rpac`. The folder is held from the start, so that a second build into it fails at once.
 
-    With `this_cpu` the programs of the cpu target get executables for the CPU of this machine. Raises PlanError,
-    CompileError or OutputError; then what was there is as it was.
+    With `this_cpu` the programs of the cpu target get executables for the CPU of this machine. With `server` the
+    toolchain must be the one that it pins. Raises TargetError, PlanError, CompileError or OutputError; then what was there is as
+    it was.
     """
+    if server is not None:
+        server.require(toolchain())
     observer = observer or Observer()
     observer.phase(f"{spec.name}: planning the kernels for {', '.join(targets)}")
     tasks = all_tasks(spec, targets, tuned)
@@ -98,15 +105,45 @@ def build(
             variants = [(one.kind, one.tokens) for one in lowered if one.layer == part.layer]
             canaries |= canary_answers(part, variants, cache.store)
         observer.phase(f"{path}: writing the bundle")
-        manifest = stage_bundle(stage, spec, lowered, canaries=canaries)
+        manifest = stage_bundle(stage, spec, lowered, canaries=canaries, server=str(server or ""))
     return Built(path, manifest, tuple(lowered))
 
 
 def generate(spec: Spec, folder: Path, tuned: Tuned = TunedTiles.of) -> list[Source]:
     """Writes the sources of every target of a spec to `folder/NAME/`, for people to read and diff."""
-    sources = [source for part in spec.parts for _, source in sources_of(part, spec.targets, tuned)]
+    sources = _all_sources(spec, tuned)
     with publish(folder / spec.name, lambda path: (path / GENERATED_MARK).is_file()) as stage:
-        for source in sources:
-            stage.write(source.path, source.text.encode())
-        stage.write(GENERATED_MARK, f"{spec.hash}\n".encode())
+        for name, text in _generated(spec, sources).items():
+            stage.write(name, text.encode())
     return sources
+
+
+def stale(spec: Spec, folder: Path, tuned: Tuned = TunedTiles.of) -> dict[str, list[str]]:
+    """What differs in `folder/NAME/` from what `generate` would write: lines of a unified diff by file, in order.
+
+    A file that is missing differs from an empty one, and so does one that is too many. Nothing is written. Raises OutputError
+    for a file that cannot be read.
+    """
+    root = folder / spec.name
+    wanted = _generated(spec, _all_sources(spec, tuned))
+    try:
+        paths = [path for path in root.rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
+        found = {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+    except OSError as error:
+        raise OutputError(f"{root}: cannot be read ({error.strerror}); check its permissions") from error
+    changed = {}
+    for name in sorted(found.keys() | wanted.keys()):
+        old, new = found.get(name, b"").decode(errors="replace"), wanted.get(name, "")
+        if old != new or name not in found or name not in wanted:
+            names = (str(root / name), f"{root / name} (generated now)")
+            changed[name] = list(difflib.unified_diff(old.splitlines(), new.splitlines(), *names, lineterm=""))
+    return changed
+
+
+def _all_sources(spec: Spec, tuned: Tuned) -> list[Source]:
+    return [source for part in spec.parts for _, source in sources_of(part, spec.targets, tuned)]
+
+
+def _generated(spec: Spec, sources: Sequence[Source]) -> dict[str, str]:
+    """The files of a generated folder, by name."""
+    return {**{source.path: source.text for source in sources}, GENERATED_MARK: f"{spec.hash}\n"}

@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 
-from rpac.adapters._common import Adapter, Programs, Result
+from rpac.adapters._arguments import Programs, Result
+from rpac.adapters._common import Adapter
 
 
 def ragged_page_attention_v3(engine: Programs, *, validate: bool = True) -> Callable[..., Result]:

@@ -15,7 +15,7 @@ from rpac.batch.pack import pack, unpack
 from rpac.batch.validate import validate
 from rpac.contract import arrays as layout
 from rpac.contract.arrays import Served
-from rpac.contract.kind import Int32s, Kind, row_kind, select_kind
+from rpac.contract.kind import KINDS, Int32s, Kind, row_kind, select_kind
 from rpac.errors import BatchError
 
 Int64s = NDArray[np.int64]
@@ -44,7 +44,7 @@ class SequenceView(NamedTuple):
         return self.kv_len - self.q_len
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Batch:
     """Validated metadata of one call: read-only int32 arrays in the contract's shapes.
 
@@ -61,6 +61,16 @@ class Batch:
     kind: Kind
     order: tuple[int, ...]
     limits: Limits
+
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{stop - start} {name}" for name, start, stop in self._parts() if stop > start)
+        lens = self.kv_lens[: len(self.order)]
+        shown = f"; {rows}; {self.num_tokens} new tokens; lengths {lens.min()} to {lens.max()}" if rows else "; empty"
+        return f"<Batch for {self.kind}/{self.tokens}{shown}>"
+
+    def _parts(self) -> Iterator[tuple[Kind, int, int]]:
+        """The rows of each kind, from and up to."""
+        yield from zip(KINDS, (0, *self.distribution[:2].tolist()), self.distribution.tolist(), strict=True)
 
     @classmethod
     def build(

@@ -39,6 +39,7 @@ RESULTS = ("out", "kv_cache")
 
 _SHA256 = r"[0-9a-f]{64}"
 _NAME = r"[a-z0-9][a-z0-9.-]{0,63}"
+_SERVER = r"[a-z0-9-]+==[0-9A-Za-z.+!-]{1,64}"
 _LAYER = r"[a-z0-9][a-z0-9-]{0,31}"
 _PATH = r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*"
 _INT32 = 2**31 - 1
@@ -75,7 +76,8 @@ class Target:
 class Manifest:
     """A whole bundle. `kv_layout` is the spec's, `files` maps paths in it (`spec.yaml`, `source/...`) to what must be there.
 
-    `model`, `limits` and the arrays of programs are of one device of `mesh`.
+    `model`, `limits` and the arrays of programs are of one device of `mesh`. `server` is what it was built for, if for one:
+    such as `vllm==0.32.0`.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Manifest:
     targets: Mapping[str, Target]
     files: Mapping[str, Content]
     mesh: Mesh = ONE_DEVICE
+    server: str = ""
 
     @property
     def blobs(self) -> frozenset[Content]:
@@ -119,6 +122,7 @@ def as_data(manifest: Manifest) -> dict[str, Any]:
             for target in manifest.targets.values()
         },
         **({} if manifest.mesh == ONE_DEVICE else {"mesh": manifest.mesh.as_dict()}),
+        **({"server": manifest.server} if manifest.server else {}),
     }
 
 
@@ -201,7 +205,7 @@ def _document(data: bytes, file: str) -> Any:
 
 def _manifest(root: Node) -> Manifest:
     fields = root.fields(
-        "schema", "digest", "name", "spec_hash", "model", "kv_layout", "limits", "targets", "files", optional=("mesh",)
+        "schema", "digest", "name", "spec_hash", "model", "kv_layout", "limits", "targets", "files", optional=("mesh", "server")
     )  # fmt: skip
     limits = _limits(fields["limits"])
     files = {path: _file(path, node) for path, node in fields["files"].items().items()}
@@ -222,6 +226,7 @@ def _manifest(root: Node) -> Manifest:
         targets=targets,
         files=files,
         mesh=_mesh(fields["mesh"]) if "mesh" in fields else ONE_DEVICE,
+        server=fields["server"].text(_SERVER, "a server and its version") if "server" in fields else "",
     )
 
 

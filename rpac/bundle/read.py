@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rpac.bundle.manifest import MANIFEST, Manifest, Target, as_data, render
+from rpac.bundle.manifest import MANIFEST, Manifest, Target, as_data, digest, render
 from rpac.bundle.storage import REBUILD, Storage, blob_name, open_bundle
 from rpac.errors import BundleError
 
@@ -60,10 +60,10 @@ def verify_bundle(path: str | os.PathLike[str], timeout_s: float | None = None) 
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `rpac inspect` shows, as plain data: the manifest, the bundle's path and its size in bytes."""
+    """What `rpac inspect` shows, as plain data: the manifest, its digest, the bundle's path and its size in bytes."""
     manifest = read_manifest(path)
     size = len(render(manifest)) + sum(content.size for content in (*manifest.blobs, *manifest.files.values()))
-    return {"path": os.fspath(path), "size": size, **as_data(manifest)}
+    return {"path": os.fspath(path), "size": size, "digest": digest(manifest), **as_data(manifest)}
 
 
 def read_files(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, bytes]]:

@@ -49,8 +49,10 @@ def stage_bundle(
     lowered: Iterable[Lowered],
     checks: Checks | None = None,
     canaries: Canaries | None = None,
+    server: str = "",
 ) -> Manifest:
-    """`write_bundle` into a stage that the caller holds, so that a long build owns its folder from its start."""
+    """`write_bundle` into a stage that the caller holds, so that a long build owns its folder from its start. `server`
+    names the server whose toolchain it was built with."""
     lowered = sorted(lowered, key=lambda one: (one.target, KINDS.index(cast(Kind, one.kind)), one.tokens))
     built = {(one.layer, one.kind, one.tokens) for one in lowered}
     answers = {variant: data for variant, data in (canaries or {}).items() if variant in built}
@@ -67,6 +69,7 @@ def stage_bundle(
         targets=_targets(spec, lowered, checks or {}, answers),
         files={name: Content.of(data) for name, data in files.items()},
         mesh=spec.mesh,
+        server=server,
     )
     data = render(manifest)
     parse(data, MANIFEST)  # what cannot be read back is never published

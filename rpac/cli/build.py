@@ -23,9 +23,14 @@ from rpac.cli.common import (
 from rpac.cli.terminal import Lines, table
 from rpac.contract.program import Lowered
 from rpac.contract.units import size
-from rpac.errors import TargetError
+from rpac.devices.servers import server
+from rpac.errors import CheckError, TargetError
+from rpac.files.publish import listing
 from rpac.lower.pool import COMPILING
-from rpac.spec import load_spec
+from rpac.plan.tuned import Tuned
+from rpac.spec import Spec, load_spec
+
+MOST_LINES = 40  # of the difference in one file
 
 
 @command()
@@ -41,6 +46,12 @@ from rpac.spec import load_spec
 @click.option(
     "--wait", "wait_s", type=Amount(0), default=0.0, help="Seconds to wait while another build writes to the folder."
 )
+@click.option(
+    "--for",
+    "server_name",
+    metavar="SERVER==VERSION",
+    help="Build with the toolchain that vllm, tpu-inference or sglang-jax of a version pins, or say what to install.",
+)
 @json_option
 def build(
     spec_file: Path,
@@ -51,10 +62,12 @@ def build(
     tuned_in: Path | None,
     this_cpu: bool,
     wait_s: float,
+    server_name: str | None,
     as_json: bool,
 ) -> None:
     """Build SPEC into the bundle OUT/NAME.rpac, for all of its targets or for those given."""
     observer = _Observer()
+    for_server = server(server_name) if server_name is not None else None
     spec = load_spec(spec_file)
     chosen = job.chosen_targets(spec, targets)
     if this_cpu and "cpu" not in chosen:
@@ -65,7 +78,9 @@ def build(
         raise TargetError(
             f"{spec_file}: --this-cpu is for one device, but the spec is for {spec.mesh.devices}; leave --this-cpu out"
         )
-    built = job.build(spec, chosen, out, cache_of(no_cache), jobs, observer, wait_s, this_cpu, tuned_of(tuned_in))
+    built = job.build(
+        spec, chosen, out, cache_of(no_cache), jobs, observer, wait_s, this_cpu, tuned_of(tuned_in), for_server
+    )
     seconds = observer.lines.seconds
     if as_json:
         variants = [_facts(one) for one in built.lowered]
@@ -76,6 +91,9 @@ def build(
         for one in sorted(built.lowered, key=lambda one: (chosen.index(one.target), one.kind, one.tokens))
     ]
     click.echo(table(("target", "program", "tokens", "source", "export", "executable"), rows))
+    if for_server is not None:
+        pins = ", ".join(f"{name} {version}" for name, version in for_server.pins.items())
+        click.echo(f"built for {for_server} with {pins}")
     click.echo(f"{built.path}: {len(rows)} programs in {seconds:.1f} s")
 
 
@@ -100,12 +118,32 @@ class _Observer(job.Observer):
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), default=Path("generated"), show_default=True, help="Output folder."
 )
+@click.option(
+    "--check", "only_check", is_flag=True, help="Write nothing; print what differs, and exit with 1 if something does."
+)
 @tuned_option
-def generate(spec_file: Path, out: Path, tuned_in: Path | None) -> None:
+def generate(spec_file: Path, out: Path, only_check: bool, tuned_in: Path | None) -> None:
     """Write the kernels of SPEC to OUT/NAME/, to be read or compared. Nothing is compiled."""
-    spec = load_spec(spec_file)
-    sources = job.generate(spec, out, tuned_of(tuned_in))
+    spec, tuned = load_spec(spec_file), tuned_of(tuned_in)
+    if only_check:
+        _check_generated(spec, out, tuned)
+        return
+    sources = job.generate(spec, out, tuned)
     click.echo(f"{out / spec.name}: {len(sources)} sources")
+
+
+def _check_generated(spec: Spec, out: Path, tuned: Tuned) -> None:
+    changed = job.stale(spec, out, tuned)
+    for lines in changed.values():
+        click.echo("\n".join(lines[:MOST_LINES]))
+        if len(lines) > MOST_LINES:
+            click.echo(f"... and {len(lines) - MOST_LINES} more lines")
+    if changed:
+        raise CheckError(
+            f"{out / spec.name}: {len(changed)} files are not what this rpac makes of {spec.file}: "
+            f"{listing(changed)}; run `rpac generate {spec.file}`, and commit what it writes"
+        )
+    click.echo(f"{out / spec.name}: up to date")
 
 
 def _facts(one: Lowered) -> dict[str, object]:

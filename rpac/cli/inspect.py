@@ -30,6 +30,7 @@ def inspect(bundle: str, as_json: bool) -> None:
         return
     model, limits = facts["model"], facts["limits"]
     click.echo(f"{facts['name']}  spec {facts['spec_hash'][:16]}  {size(facts['size'])}, every hash matches")
+    click.echo(f"digest {facts['digest']}")
     click.echo(
         f"{model['q_heads']}/{model['kv_heads']} heads, head_dim {model['head_dim']}, {model['kv_dtype']}; "
         f"K and V {facts['kv_layout']} in {limits['num_pages']} pages of {limits['page_size']}, "
@@ -41,6 +42,8 @@ def inspect(bundle: str, as_json: bool) -> None:
     if "mesh" in facts:
         mesh = Mesh(**facts["mesh"])
         click.echo(f"for {mesh.devices} devices ({mesh}); heads, pages and sequences are those of one device")
+    if "server" in facts:
+        click.echo(f"built for {facts['server']}")
     for name, target in facts["targets"].items():
         tools = ", ".join(f"{key} {value}" for key, value in target["toolchain"].items() if not key.endswith("_files"))
         click.echo(f"{name}: {tools}{_features(target.get('model', {}))}")

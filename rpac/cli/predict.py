@@ -114,7 +114,7 @@ def predict_command(
     if as_json:
         print_json({"predictions": [one.to_json() for one in predictions]})
     else:
-        _print(predictions, targets, detail or len(predictions) == 1)
+        _print(predictions, targets, detail)
 
 
 def _programs(path: Path, target: str, layer: str, store: Store, any_compiler: bool, tuned: Tuned) -> Programs:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import click
 
@@ -30,6 +31,7 @@ from rpac.files.publish import publish_file, refuse_foreign_file
 from rpac.predict import Asked
 from rpac.report import Observer, Request, check_page, gather, is_page, page, read_check
 
+LAYERS: Final = re.compile(r"(?P<spec>[^:=]+:)?((?P<kind>[^:=]+)=)?(?P<count>\d+)", re.ASCII)
 Number = TypeVar("Number", int, float)
 
 
@@ -51,8 +53,8 @@ Number = TypeVar("Number", int, float)
     "--layers",
     "layers",
     multiple=True,
-    metavar="[KIND=]N",
-    help="How many layers the model has; where it has several kinds, of each kind.",
+    metavar="[SPEC:][KIND=]N",
+    help="How many layers the model has, of each kind where it has several; of one SPEC, by its name.",
 )
 @click.option(
     "--price", "prices", multiple=True, metavar="TARGET=DOLLARS", help="Price of an hour of one chip; repeat."
@@ -140,13 +142,13 @@ class _Told(Observer):
 
 
 def _layers(given: Sequence[str]) -> dict[str, int]:
-    """`32`, or `local=52` for one kind."""
+    """`32`, or `local=52` for one kind; before either, `gemma3-27b:` for one of several specs."""
     found: dict[str, int] = {}
     for text in given:
-        kind, _, count = text.rpartition("=")
-        if not (count.isascii() and count.isdigit()) or int(count) < 1:
-            raise click.UsageError(f"--layers: found {text!r}; must be N, or KIND=N, with N at least 1")
-        _add("--layers", found, kind, int(count))
+        match = LAYERS.fullmatch(text)
+        if match is None or int(match["count"]) < 1:
+            raise click.UsageError(f"--layers: found {text!r}; must be [SPEC:][KIND=]N, with N at least 1")
+        _add("--layers", found, f"{match['spec'] or ''}{match['kind'] or ''}", int(match["count"]))
     return found
 
 

@@ -30,6 +30,9 @@ class ArrayDims(NamedTuple):
     shape: Shape
     dtype: str
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
+
     @property
     def nbytes(self) -> int:
         return nbytes(self.shape, self.dtype)

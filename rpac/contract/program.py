@@ -73,7 +73,7 @@ class Lowered:
     layer: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Program:
     """One variant as built. `plan`, `aliases`, `memory` and `check` are records for people and tools, not for loading.
 
@@ -94,3 +94,8 @@ class Program:
     aliases: Mapping[str, Any]
     memory: Mapping[str, Any]
     check: Mapping[str, Any] | None
+
+    def __repr__(self) -> str:
+        taken, made = (", ".join(map(str, arrays)) for arrays in (self.args, self.results))
+        tiers = "portable" if self.executable is None else "portable and executable"
+        return f"<Program {self.variant}, {tiers}, from {self.source}: ({taken}) -> ({made})>"

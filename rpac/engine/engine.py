@@ -69,6 +69,14 @@ class Engine:
         first = index_of(self._taken, self._metadata[0].name)
         self._metadata_at = slice(first, first + len(self._metadata))
 
+    def __repr__(self) -> str:
+        name = " ".join(filter(None, (self.name, self.layer)))
+        devices = ", ".join(map(str, self.placement.devices))
+        programs = ", ".join(map(str, self._slots))
+        return (
+            f"<Engine {name} for {self.target} on {devices}: {programs}; {len(self.ready)} of {len(self._slots)} ready>"
+        )
+
     @property
     def device(self) -> jax.Device:
         """The device that programs run on, or the first of several."""

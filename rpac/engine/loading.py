@@ -10,14 +10,14 @@ from typing import Any
 
 import jax
 
-from rpac.bundle import Manifest, Target, read_manifest, read_target
+from rpac.bundle import Manifest, Target, digest, read_manifest, read_target
 from rpac.devices.backends import skip_absent_tpu
 from rpac.devices.chip import PLATFORMS
 from rpac.devices.client import build_string
 from rpac.devices.process import own_runtime
 from rpac.engine.engine import Engine
 from rpac.engine.events import Observer
-from rpac.errors import TargetError
+from rpac.errors import BundleError, TargetError
 
 _LOG = logging.getLogger("rpac")
 
@@ -32,6 +32,7 @@ def load(
     allow_compile: bool = False,
     observer: Observer | None = None,
     timeout_s: float | None = None,
+    expect_digest: str | None = None,
 ) -> Engine:
     """The engine of a bundle for one device, by default this process's first (`target="cpu"`: its CPU); or for as many
     `devices` as its spec's `parallel` says, in the order of its mesh, by default this process's first ones.
@@ -41,12 +42,14 @@ def load(
     has several. Reads and hashes the bytes of all its programs; none is deserialized before its hash, the device kind and the
     libtpu build match. `allow_compile=True` lets a target whose executables do not fit this process compile its portable
     programs instead, and logs that. `observer` is called with every event of the engine. `timeout_s`: seconds that reading
-    the bundle may take, of a store that may be slow; by default as long as it takes.
+    the bundle may take, of a store that may be slow; by default as long as it takes. `expect_digest`: the digest that `rpac
+    inspect` shows of the bundle that you mean; it covers every file, and another bundle is refused before anything of it is
+    used.
     Raises BundleError, or TargetError naming what the bundle has and what was found.
     """
     own_runtime()
     found = _local_devices(target) if device is None and devices is None else _given_devices(device, devices)
-    loaded = read_target(path, partial(_choose, os.fspath(path), target, layer, found[0]), timeout_s)
+    loaded = read_target(path, partial(_choose, os.fspath(path), target, layer, found[0], expect_digest), timeout_s)
     count = loaded.manifest.mesh.devices
     chosen = device is not None or devices is not None
     if len(found) < count or (chosen and len(found) > count):
@@ -105,7 +108,14 @@ def load_layers(path: str | os.PathLike[str], target: str | None = None, **optio
     return {layer: load(path, target, layer=layer, **options) for layer in layers}
 
 
-def _choose(path: str, target: str | None, layer: str, device: jax.Device, manifest: Manifest) -> Target:
+def _choose(
+    path: str, target: str | None, layer: str, device: jax.Device, expect_digest: str | None, manifest: Manifest
+) -> Target:
+    if expect_digest is not None and digest(manifest) != expect_digest:
+        raise BundleError(
+            f"{path}: its digest is {digest(manifest)}; must be {expect_digest}, as expect_digest says; get the bundle that you "
+            "mean, or find out who replaced it"
+        )
     kind = device.device_kind
     kinds = (kind, device.platform)  # a portable target is for all devices of a platform
     of_device = [one for one in manifest.targets.values() if one.device_kind in kinds and target in (None, one.name)]

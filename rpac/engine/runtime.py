@@ -18,6 +18,7 @@ from rpac.contract.arrays import index_of
 from rpac.contract.mesh import Mesh
 from rpac.contract.program import Program
 from rpac.devices.placement import Placement, put
+from rpac.engine.custom_calls import refuse_custom_calls
 from rpac.errors import BundleError, TargetError
 
 # What a program returns: out, kv_cache, and what else its manifest says.
@@ -29,7 +30,8 @@ Traceable = Callable[..., Results]
 def load_traceable(data: bytes, program: Program, mesh: Mesh) -> Traceable:
     """An exported program as a function of its arguments that can be called inside jit; compiles nothing.
 
-    Raises BundleError where the export is not of the manifest's shapes, TargetError where this jax cannot read it.
+    Raises BundleError where the export is not of the manifest's shapes or calls what no program needs, TargetError where this
+    jax cannot read it.
     """
     # Under a jit of its own, all the layers of a model share one copy of the program in the module that is compiled.
     traceable: Traceable = jax.jit(_exported(data, program, mesh).call)
@@ -39,7 +41,7 @@ def load_traceable(data: bytes, program: Program, mesh: Mesh) -> Traceable:
 def load_portable(data: bytes, program: Program, placement: Placement) -> Run:
     """Compiles an exported program for its devices; takes the time of one XLA compile.
 
-    Raises BundleError where the export is not of the manifest's shapes.
+    Raises BundleError where the export is not of the manifest's shapes or calls what no program needs.
     """
     exported = _exported(data, program, placement.mesh)
     try:
@@ -104,6 +106,7 @@ def _exported(data: bytes, program: Program, mesh: Mesh) -> export.Exported:
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         raise _unusable(program, "read its export", error) from error
     _check_signature(program, exported, mesh)
+    refuse_custom_calls(program.variant, exported)
     return exported
 
 

@@ -121,11 +121,10 @@ class Composer:
         server, shared = self.request.server, self.model.keys["head_dim"]
         longest = max(kind.own.get("head_dim", shared).value for kind in self.model.kinds)
         if self.settings.kv_dtype.value in QUANTIZED and longest > MAX_BYTES_DIM:
-            why = f"8 bits with head_dim above {MAX_BYTES_DIM} need it; not the layout of {server.title}'s own cache"
+            why = f"8 bits with head_dim above {MAX_BYTES_DIM} need it; {server.adapter}.install gives {server.title} that cache"
             return Found("separate", why)
-        return Found(
-            "interleaved", f"the layout of {server.title}'s own cache, which {server.adapter} takes; separate is faster"
-        )
+        why = f"{server.title}'s own layout; {server.adapter}.install takes separate too, which is faster"
+        return Found("interleaved", why)
 
     def _batches(self, sizes: Sizes, length: Found) -> dict[str, Found]:
         tokens = self.settings.max_num_tokens

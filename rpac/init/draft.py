@@ -127,8 +127,8 @@ def _first_that_plans(composer: Composer) -> tuple[Sizes, Spec]:
 
 
 def _tries(settings: Wanted) -> Iterator[Sizes]:
-    """The server's page size, then larger ones, which take less SMEM, then smaller ones, which take less VMEM. Then the same
-    with half as many sequences, and so on. What a flag says stays.
+    """The server's page size, then larger ones, which some layouts need, then smaller ones, which take less VMEM. Then the
+    same with half as many sequences, and so on. What a flag says stays.
     """
     page, seqs = settings.page_size, settings.max_num_seqs
     others = [] if "page_size" in settings.fixed else [
@@ -136,7 +136,7 @@ def _tries(settings: Wanted) -> Iterator[Sizes]:
     ]  # fmt: skip
     number = seqs.value
     while number:
-        fewer = Found(number, f"{seqs.value} fit VMEM or SMEM at no page size ({seqs.why})")
+        fewer = Found(number, f"{seqs.value} fit VMEM at no page size ({seqs.why})")
         tried = seqs if number == seqs.value else fewer
         yield Sizes(page, tried)
         for size in others:

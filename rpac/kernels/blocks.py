@@ -9,8 +9,10 @@ from rpac.contract.arrays import packing
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, tile
 from rpac.kernels.model_constants import model_constants
+from rpac.kernels.semaphores import BLOCK_WINDOW_SHAPES, window_constants
 from rpac.kernels.shared import CLEARED_AT_ONCE, call_of, query_row_shapes, scratch_of
 from rpac.plan import DecodeBlocks, KernelPlan, RowDims
+from rpac.plan.page_table import BlockWindows
 from rpac.plan.query_rows import head_rows
 from rpac.plan.recipe import Recipe
 from rpac.spec import Spec
@@ -34,6 +36,7 @@ _SHAPES: Final = {
     "row_max": "KV_HEADS * HEAD_QUERY_ROWS, LANES",
     "row_sum": "KV_HEADS * HEAD_QUERY_ROWS, LANES",
     "acc": "KV_HEADS * HEAD_QUERY_ROWS, HEAD_LANES",
+    **BLOCK_WINDOW_SHAPES,
     "kv_sem": "KV_BUFFERS",
     "load_sem": "LOADS",
     "unit_sem": "WRITE_BUFFERS",
@@ -47,7 +50,7 @@ def decode_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     tiles = plan.decode
     assert isinstance(tiles, DecodeBlocks)
     constants = [*model_constants(spec, plan), *_tile_constants(spec, tiles, shared=plan.block is not None)]
-    call = call_of(spec, "decode")
+    call = call_of(spec, "decode", plan.recipe)
     several = spec.serving.decode_len > 1
     tokens = "WRITE_BUFFERS, DECODE_LEN" if several else "WRITE_BUFFERS"
     shapes = _SHAPES | {
@@ -77,6 +80,7 @@ def _tile_constants(spec: Spec, tiles: DecodeBlocks, *, shared: bool) -> list[Co
         tile("BLOCK_PAGES", "BLOCK // PAGE_SIZE"),
         tile("KV_BUFFERS", tiles.buffers, "blocks in VMEM: one that is computed, the others on their way"),
         tile("LOOKAHEAD", "KV_BUFFERS - 1", "iterations that the fetch is ahead"),
+        *window_constants(BlockWindows.of_decode(spec, tiles.block, tiles.buffers - 1)),
         tile("WRITE_BUFFERS", tiles.write_buffers, "sequences whose results may be on their way out"),
         tile("MAX_TOKENS", tiles.max_rows * drafts, "new tokens, loaded all at once"),
         tile("LOADS", 3 if model.update_cache else 1, "arrays of new tokens"),

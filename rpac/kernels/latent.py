@@ -11,12 +11,13 @@ from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.literals import dtype_name
 from rpac.kernels.model_constants import model_constants
-from rpac.kernels.semaphores import BLOCK_SHAPES, WAVE_SHAPES
-from rpac.kernels.shared import Call, Operand, scratch_of, shared_context
-from rpac.kernels.waves import NAMES, Queries, wave_constants
+from rpac.kernels.semaphores import BLOCK_SHAPES, WAVE_SHAPES, window_constants
+from rpac.kernels.shared import Call, Operand, in_smem, scratch_of, shared_context, tables_in_hbm
+from rpac.kernels.waves import NAMES, Queries, wave_constants, window_begin
 from rpac.plan import KernelPlan, LatentBlockTiles, LatentWaves
 from rpac.plan.buffers import new_buffers, page_buffers
 from rpac.plan.latent import LOADS, MXU_TOKENS, TILE_TOKENS
+from rpac.plan.page_table import BlockWindows
 from rpac.plan.recipe import Recipe
 from rpac.spec import Spec
 
@@ -41,13 +42,14 @@ _SCALARS: Final = {
 def latent_shared_context(spec: Spec, plan: KernelPlan, recipe: Recipe) -> dict[str, Any]:
     """The context of every template of a program, but for headers."""
     context = shared_context(spec, plan, recipe, latent_call)
-    return {**context, "features": (*recipe.features, "latent")}
+    return {**context, "features": (*context["features"], "latent")}
 
 
-def latent_call(spec: Spec, kind: str) -> Call:
+def latent_call(spec: Spec, kind: str, recipe: Recipe) -> Call:
     """The call of a kernel. The cache is updated in place; a mixed kernel's output is in the memory of the decode kernel's."""
     model, mixed = spec.model, kind == "mixed"
     batch = [dims for dims in metadata_specs(spec.serving) if mixed or dims.name != "cu_q_lens"]
+    batch = in_smem(batch, recipe.page_table)
     scalars = tuple(Operand(dims.name, dims.name, f"{dtype_name(dims.dtype)}[{_SCALARS[dims.name]}]") for dims in batch)
     q_dtype, kv_dtype = dtype_name(model.q_dtype), dtype_name(model.kv_dtype)
     out, cache = f"{q_dtype}[tokens, Q_HEADS, RANK]", f"{kv_dtype}[pages, PAGE_TILES, SUBLANE_TILE, ROW_LANES]"
@@ -65,8 +67,10 @@ def latent_call(spec: Spec, kind: str) -> Call:
             Operand("q_rope_hbm", "padded_rope", f"{q_dtype}[tokens, Q_HEADS, ROW_LANES - RANK]"),
             Operand("new_hbm", "new_rows", f"{kv_dtype}[tokens, 1, ROW_LANES]"),
         ]
+    tables = tables_in_hbm(recipe.page_table)
+    names = [*(one.argument for one in tables), *names]
     old_cache = Operand("cache_in", "cache", f"{cache}: the memory of cache_hbm")
-    arrays = [Operand("q_hbm", "queries", out), *others, old_cache]
+    arrays = [*tables, Operand("q_hbm", "queries", out), *others, old_cache]
     aliases = {len(scalars) + len(arrays) - 1: 1}
     if mixed:
         aliases[len(scalars) + len(arrays)] = 0
@@ -96,7 +100,7 @@ def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     constants = [*_model_constants(spec, plan), *wave_constants(spec, tiles), *own]
     context = {
         "kernel_class": "DecodeKernel",
-        "call": latent_call(spec, "decode"),
+        "call": latent_call(spec, "decode", recipe),
         "scratch": scratch_of(
             tiles.scratch(spec, plan.recipe), {**_DECODE_SHAPES, **(_STAGED_SHAPES if staged else {})}, constants, NAMES
         ),
@@ -111,6 +115,7 @@ def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "ends": "streamed",
         "state": "stored" if staged else "carried",
         "softmax": "staged" if staged else "whole",
+        "window_begin": window_begin(spec, tiles),
         "tiles_fit": spec.serving.pages_per_seq * spec.serving.page_size % tiles.tile == 0,
     }
     return Kernel("skeletons/decode_waves.py.jinja", context, constants, "DECODE_")
@@ -139,7 +144,7 @@ def latent_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     constants = [*_model_constants(spec, plan), *_block_constants(spec, tiles)]
     context = {
         "kernel_class": f"{plan.kind.capitalize()}Kernel",
-        "call": latent_call(spec, plan.kind),
+        "call": latent_call(spec, plan.kind, recipe),
         "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _BLOCK_SHAPES, constants, {}),
         "summary": _SUMMARIES[plan.kind],
         "merge": f"latent_{_words(spec)}",
@@ -186,9 +191,11 @@ def _block_constants(spec: Spec, tiles: LatentBlockTiles) -> list[Constant]:
         tile("ROW_STEPS", "Q_ROWS // STEP_ROWS", "flash steps of a query block"),
         tile("DIAGONAL_STEPS", math.gcd(row_steps, DIAGONAL_STEPS), "of them, one piece of code on the diagonal"),
         tile("DIAGONAL_ITERATIONS", "ROW_STEPS // DIAGONAL_STEPS"),
+        *window_constants(BlockWindows.of_queries(spec, tiles.block, tiles.buffers - 1)),
         tile("PAGE_BUFFERS", page_buffers(tiles.update_lookahead), "pages under update"),
         tile("NEW_BUFFERS", new_buffers(tiles.update_lookahead), "pages whose new tokens are fetched or in use"),
         tile("UPDATE_LOOKAHEAD", tiles.update_lookahead, "pages that their fetch runs ahead"),
+        tile("TABLE_ROWS", "UPDATE_LOOKAHEAD + 1", "of the page tables, in SMEM for an update"),
         tile("NEW_TOKENS", tiles.new_tokens, "tokens of such a fetch"),
         tile("MERGE_TOKENS", tiles.merge_tokens, "new tokens that are put into a page at once"),
         tile("MERGE_TILES", "MERGE_TOKENS // SUBLANE_TILE"),

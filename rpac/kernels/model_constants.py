@@ -11,6 +11,7 @@ from rpac.kernels.constants import Constant, number
 from rpac.kernels.literals import dtype
 from rpac.plan import KernelPlan, RowDims
 from rpac.plan.buffers import sublane_tile_tokens
+from rpac.plan.page_table import padded_entries
 from rpac.spec import Spec
 
 MASKED: Final = -2.0e38  # a score of no weight
@@ -42,6 +43,7 @@ def model_constants(spec: Spec, plan: KernelPlan) -> list[Constant]:
         number("MAX_SEQS", serving.max_num_seqs),
         number("PAGE_SIZE", serving.page_size, "tokens"),
         number("PAGES_PER_SEQ", serving.pages_per_seq),
+        number("TABLE_ENTRIES", padded_entries(spec), "of the page tables, up to whole rows"),
         number("DECODE_LEN", serving.decode_len, "new tokens of a decode row"),
         number("CHUNK", serving.prefill_chunk, "new tokens of every sequence"),
         *_score_constants(model),

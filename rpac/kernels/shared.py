@@ -22,7 +22,8 @@ from rpac.kernels.literals import dtype, dtype_name
 from rpac.kernels.model_constants import computed_in, padding_rows
 from rpac.plan import Buffer, KernelPlan, RowDims
 from rpac.plan.buffers import sublane_tile_tokens
-from rpac.plan.recipe import Recipe, Write
+from rpac.plan.page_table import entries_of, padded_entries
+from rpac.plan.recipe import PageTable, Recipe, Write
 from rpac.spec import Spec
 
 CLEARED_AT_ONCE: Final = 16  # sublane tiles: enough to hide what an iteration of the loop costs
@@ -40,6 +41,7 @@ _SHAPES: Final = {
     "distribution": "3",
     **{one.name: one.constants for one in ARGUMENTS},
 }
+_NAMES: Final = {"kv_cache": "cache"}  # arguments by other names in the functions that call kernels
 _IN_HBM: Final = {"queries": "q_hbm", "keys": "k_hbm", "values": "v_hbm", "kv_cache": "cache_in"}
 
 
@@ -98,7 +100,7 @@ class Shared:
     Dtypes are expressions of the source: `mxu_dtype` is what probabilities, keys and values are on their way to the MXU.
     `row`: a head's K (or V) is a whole row of registers, a padded one, or joined in one with the other. `cache_view`: how
     the cache is seen: as rows of 128 lanes, or by tiles of rows. `new_tokens` of a decode row: one, or several. `pad`,
-    `unpad`, `kv_rows` and `scaled` are given an expression.
+    `unpad`, `kv_rows` and `scaled` are given an expression. `pads_table`: page tables in HBM need padding.
     """
 
     layout: str
@@ -117,6 +119,7 @@ class Shared:
     quantize: Literal["int8", "float8"]
     tensor_scale: bool
     head_scales: bool
+    pads_table: bool
 
     @classmethod
     def of(cls, spec: Spec, recipe: Recipe) -> Shared:
@@ -143,6 +146,7 @@ class Shared:
             quantize="int8" if model.kv_dtype == "int8" else "float8",
             tensor_scale=model.kv_scale == "tensor",
             head_scales=model.kv_scale is not None,
+            pads_table=padded_entries(spec) > entries_of(spec),
         )
 
     @property
@@ -184,28 +188,46 @@ class Shared:
 
 
 def shared_context(
-    spec: Spec, plan: KernelPlan, recipe: Recipe, call: Callable[[Spec, str], Call] | None = None
+    spec: Spec, plan: KernelPlan, recipe: Recipe, call: Callable[[Spec, str, Recipe], Call] | None = None
 ) -> dict[str, Any]:
     """The context of every template of a program, but for headers.
 
     `local` stands among the features for what a sliding window and attention chunks have in common: queries that do not
-    see their sequence from its start. `all_heads` stands there for what a decode kernel has that reads K and V so.
+    see their sequence from its start. `all_heads` stands there for what a decode kernel has that reads K and V so, and
+    `hbm_table` for what kernels have that fetch parts of page tables in HBM, and `by_head` and `queries_by_head` for new
+    tokens that come by head.
     """
     all_heads = recipe.decode is not None and recipe.decode.read == "all_heads"
-    features = (*recipe.features, *["local"] * spec.model.late, *["all_heads"] * all_heads)
+    ways = {
+        "local": spec.model.late,
+        "all_heads": all_heads,
+        "hbm_table": recipe.page_table == "hbm",
+        **by_head_features(recipe),
+    }
+    features = (*recipe.features, *(way for way, used in ways.items() if used))
     return {
         "kind": plan.kind,
         "features": features,
         "recipe": recipe,
         "shared": Shared.of(spec, recipe),
-        "program": program_of(spec, plan.kind, call or call_of),
+        "program": program_of(spec, plan.kind, recipe, call or call_of),
     }
 
 
-def program_of(spec: Spec, kind: str, call: Callable[[Spec, str], Call]) -> Program:
+def by_head_features(recipe: Recipe) -> dict[str, bool]:
+    """Whether new tokens come by head, as what templates have among the features."""
+    return {
+        "by_head": bool(recipe.by_head),
+        "queries_by_head": "queries" in recipe.by_head,
+        "new_by_head": "keys" in recipe.by_head,
+        "queries_by_lane": recipe.queries_by_lane,
+    }
+
+
+def program_of(spec: Spec, kind: str, recipe: Recipe, call: Callable[[Spec, str, Recipe], Call]) -> Program:
     """The public function of the programs of one kind."""
     lse, viewed = spec.serving.log_sum_exp, spec.serving.kv_layout != "separate"
-    calls = tuple(call(spec, one) for one in (("decode", "mixed") if kind == "mixed" else (kind,)))
+    calls = tuple(call(spec, one, recipe) for one in (("decode", "mixed") if kind == "mixed" else (kind,)))
     # The first call takes the cache from the argument, a second one from the first.
     given = [{"cache": "cache_rows(kv_cache)" if viewed else "kv_cache"}, {}]
     several = spec.serving.decode_len > 1
@@ -240,7 +262,7 @@ _OTHER_ROWS: Final = {
 _FLAT: Final = {"tree": "tree.reshape(-1)"}  # of one axis, because rows of two are padded in SMEM
 
 
-def call_of(spec: Spec, kind: str) -> Call:
+def call_of(spec: Spec, kind: str, recipe: Recipe) -> Call:
     """The call of a kernel: scalars of the batch and the arguments beside it, then arrays.
 
     The cache is updated in place. In a mixed program the decode kernel's results go on as operands, and the mixed kernel's
@@ -251,15 +273,19 @@ def call_of(spec: Spec, kind: str) -> Call:
     batch = [dims for dims in metadata_specs(spec.serving) if mixed or dims.name != "cu_q_lens"]
     batch += [dims for dims in extra_specs(spec) if kind == "decode" or dims.name != "tree"]
     scalars = tuple(
-        Operand(dims.name, _FLAT.get(dims.name, dims.name), _comment(dims.dtype, dims.name)) for dims in batch
+        Operand(dims.name, _FLAT.get(dims.name, dims.name), _comment(dims.dtype, dims.name))
+        for dims in in_smem(batch, recipe.page_table)
     )
-    arrays = [_array(spec, dims) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM]
+    own = [dims for dims in arg_specs(spec, 0) if dims.name in _IN_HBM]
+    tables = tables_in_hbm(recipe.page_table)
+    arrays = [*tables, *(_array(spec, dims, _order_of(recipe, dims.name)) for dims in own)]
+    names = [*(one.argument for one in tables), *(_NAMES.get(dims.name, dims.name) for dims in own)]
     cache = len(scalars) + len(arrays) - 1
     results = [
-        Operand("out_hbm", "queries.shape, queries.dtype", _comment(model.q_dtype, "queries")),
+        _output(spec, _order_of(recipe, "queries")),
         Operand("cache_hbm", "cache.shape, cache.dtype", _comment(model.kv_dtype, spec.serving.kv_layout)),
     ]
-    aliases, names = {cache: 1}, ["out", "cache"]
+    aliases, returned = {cache: 1}, ["out", "cache"]
     if lse:
         rows, shape = (
             ("tokens, PADDED_Q_HEADS, LANES", "(len(queries), PADDED_Q_HEADS, LANES), jnp.float32")
@@ -267,10 +293,11 @@ def call_of(spec: Spec, kind: str) -> Call:
             else ("tokens * PADDED_Q_HEADS, LANES", "(len(queries) * PADDED_Q_HEADS, LANES), jnp.float32")
         )
         results.append(Operand("lse_hbm", shape, f"float32[{rows}]"))
-        names.append("lse")
+        returned.append("lse")
     if mixed:
         for name, result in (("out", 0), ("lse", 2))[: 1 + lse]:
             aliases[len(scalars) + len(arrays)] = result
+            names.append(name)
             arrays.append(Operand(f"{name}_in", name, f"{results[result].comment}: the memory of {name}_hbm"))
     return Call(
         kind,
@@ -278,22 +305,56 @@ def call_of(spec: Spec, kind: str) -> Call:
         tuple(arrays),
         tuple(results),
         aliases,
-        (*(one.argument for one in arrays), *(dims.name for dims in batch)),
-        ", ".join(names),
+        (*names, *(dims.name for dims in in_smem(batch, recipe.page_table))),
+        ", ".join(returned),
         _OTHER_ROWS[kind],
     )
 
 
-def _array(spec: Spec, dims: ArrayDims) -> Operand:
+def in_smem(batch: Iterable[ArrayDims], table: PageTable) -> list[ArrayDims]:
+    """Those arrays of scalars that a kernel has in SMEM from its start."""
+    return [dims for dims in batch if table == "smem" or dims.name != "page_indices"]
+
+
+def tables_in_hbm(table: PageTable) -> list[Operand]:
+    """The page tables as an operand in HBM, where they are there."""
+    return [Operand("table_hbm", "page_indices", "int32[TABLE_ENTRIES]")] if table == "hbm" else []
+
+
+_ORDERS: Final = {"token": (0, 1, 2), "head": (1, 0, 2), "lane": (1, 2, 0)}  # of tokens, heads and lanes
+_REORDERED: Final = {"token": "{}", "head": "swap_heads({})", "lane": "tokens_last({})"}
+
+
+def _order_of(recipe: Recipe, name: str) -> str:
+    """The order of the axes in which a kernel takes an argument, a key of `_ORDERS`."""
+    if name == "queries" and recipe.queries_by_lane:
+        return "lane"
+    return "head" if name in recipe.by_head else "token"
+
+
+def _output(spec: Spec, order: str) -> Operand:
+    shape = ", ".join(_reordered(("len(queries)", "Q_HEADS", "HEAD_DIM"), order))
+    shape = "queries.shape" if order == "token" else f"({shape})"
+    return Operand("out_hbm", f"{shape}, queries.dtype", _comment(spec.model.q_dtype, "queries", order))
+
+
+def _array(spec: Spec, dims: ArrayDims, order: str) -> Operand:
     if dims.name == "kv_cache":
         comment = f"{_comment(dims.dtype, spec.serving.kv_layout)}: the memory of cache_hbm"
         return Operand("cache_in", "cache", comment)
     of = "bfloat16" if spec.model.quantized and dims.name in ("keys", "values") else dims.dtype
-    return Operand(_IN_HBM[dims.name], dims.name, _comment(of, dims.name))
+    return Operand(_IN_HBM[dims.name], _REORDERED[order].format(dims.name), _comment(of, dims.name, order))
 
 
-def _comment(of: str, name: str) -> str:
-    return f"{dtype_name(of)}[{_SHAPES[name]}]"
+def _comment(of: str, name: str, order: str = "token") -> str:
+    shape = _SHAPES[name]
+    if order != "token":
+        shape = ", ".join(_reordered(shape.split(", "), order))
+    return f"{dtype_name(of)}[{shape}]"
+
+
+def _reordered(axes: Sequence[str], order: str) -> list[str]:
+    return [axes[i] for i in _ORDERS[order]]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from rpac.plan.buffers import (
     split_buffers,
     word_dtype,
 )
+from rpac.plan.page_table import BlockWindows
 from rpac.plan.query_rows import by_sequence, head_rows, sublane_tiles_by_sequence
 from rpac.plan.recipe import DecodeRecipe, KvMatmul, Recipe
 from rpac.plan.sizes import IN_FLIGHT_BYTES, power_of_two_from, power_of_two_to, visible_tokens
@@ -86,12 +87,19 @@ class DecodeBlocks:
             Buffer("acc", (query_rows, head_lanes(model)), "float32", "running output"),
             Buffer("out_rows", (*out, model.q_heads, model.head_dim), model.q_dtype, "outputs on their way out"),
             *lse_rows(spec, (*out, align(model.q_heads, SUBLANES), LANES)),
+            *self._windows(spec, recipe),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
             *load_sem(spec),
             Buffer("unit_sem", (self.write_buffers,), "dma", "cache writes"),
             Buffer("out_sem", (self.write_buffers,), "dma", "outputs"),
             *lse_sem(spec, self.write_buffers),
         )
+
+    def _windows(self, spec: Spec, recipe: Recipe) -> tuple[Buffer, ...]:
+        """The scratch arrays of page tables in HBM; none where they are in SMEM."""
+        if recipe.page_table == "smem":
+            return ()
+        return BlockWindows.of_decode(spec, self.block, self.buffers - 1).buffers(self.buffers)
 
     def temporaries(self, spec: Spec, recipe: Recipe) -> int:
         """Bytes of the values of one flash step that registers cannot hold: scores and probabilities."""

@@ -31,6 +31,8 @@ from rpac.plan.buffers import (
     sublane_tile_tokens,
     word_dtype,
 )
+from rpac.plan.by_head import SORTED_TOKENS, laid_out_by_head
+from rpac.plan.page_table import WaveWindows
 from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
 from rpac.plan.recipe import Chooser, DecodeRecipe, Fetch, Read, Recipe
 from rpac.plan.sizes import IN_FLIGHT_BYTES, MIB, power_of_two_from, power_of_two_to, visible_tokens
@@ -89,6 +91,7 @@ class DecodeWaves:
         return needed(
             spec,
             kv,
+            *_by_head(spec, recipe, self.max_rows * drafts),
             Buffer("q_in", queries, model.q_dtype, "queries of every sequence, and of no sequence"),
             Buffer("new_keys", new, new_dtype(model), "new keys of every sequence"),
             Buffer("new_values", new, new_dtype(model), "new values of every sequence"),
@@ -109,12 +112,20 @@ class DecodeWaves:
             Buffer("tile_seq", (buffers,), "smem", "the sequence of each tile in flight"),
             Buffer("tile_first", (buffers,), "smem", "its first token"),
             Buffer("tile_left", (buffers,), "smem", "tokens of its sequence from there on"),
+            *self.windows(spec, recipe),
             Buffer("kv_sem", (self.wave_buffers,), "dma", "fetches"),
             *load_sem(spec),
             Buffer("unit_sem", (self.write_buffers,), "dma", "cache writes"),
             Buffer("out_sem", (1,), "dma", "outputs"),
             *lse_sem(spec, 1),
         )
+
+    def windows(self, spec: Spec, recipe: Recipe) -> tuple[Buffer, ...]:
+        """The scratch arrays of page tables in HBM; none where they are in SMEM."""
+        if recipe.page_table == "smem":
+            return ()
+        windows = WaveWindows.of(spec, self.tile, self.tiles_per_wave, self.lookahead)
+        return windows.buffers(self.tiles_per_wave, self.wave_buffers * self.tiles_per_wave)
 
     def temporaries(self, spec: Spec, recipe: Recipe) -> int:
         """Bytes of the values of one iteration that registers cannot hold: probabilities, and scores on their way."""
@@ -162,6 +173,26 @@ class DecodeWaves:
             Buffer("unit_out", unit, model.kv_dtype, "new tokens on their way to the cache"),
             *others,
         )
+
+
+def _by_head(spec: Spec, recipe: Recipe, tokens: int) -> tuple[Buffer, ...]:
+    """What comes or goes by head."""
+    model = spec.model
+    arrays = {
+        "queries": ("q_by_head", model.q_heads, model.q_dtype, "queries as they come, then outputs as they go"),
+        "keys": ("k_by_head", model.kv_heads, new_dtype(model), "new keys as they come"),
+        "values": ("v_by_head", model.kv_heads, new_dtype(model), "new values as they come"),
+    }
+    return tuple(
+        Buffer(name, (heads, tokens, model.head_dim), dtype, note)
+        for name, heads, dtype, note in map(arrays.__getitem__, recipe.by_head)
+    )
+
+
+def by_head(spec: Spec, tiles: DecodeWaves) -> tuple[str, ...]:
+    """The arrays that the kernel takes by head: all, where the new tokens that are loaded at once are whole sublane tiles."""
+    whole = tiles.max_rows * spec.serving.decode_len % SORTED_TOKENS == 0
+    return laid_out_by_head(spec) if whole else ()
 
 
 def recipe(spec: Spec, tiles: DecodeWaves, chooser: Chooser) -> DecodeRecipe:

@@ -17,6 +17,7 @@ from rpac.plan.buffers import (
     page_buffers,
 )
 from rpac.plan.decode_waves import DecodeWaves
+from rpac.plan.page_table import query_windows
 from rpac.plan.recipe import BlockRecipe, Chooser, DecodeRecipe, Fetch, Read, Recipe
 from rpac.plan.sizes import copy_sizes_of, power_of_two_from, power_of_two_to
 from rpac.spec import Spec
@@ -76,6 +77,7 @@ class LatentWaves(DecodeWaves):
             Buffer("tile_seq", (buffers,), "smem", "the sequence of each tile in flight"),
             Buffer("tile_first", (buffers,), "smem", "its first token"),
             Buffer("tile_left", (buffers,), "smem", "tokens of its sequence from there on"),
+            *self.windows(spec, recipe),
             Buffer("kv_sem", (self.wave_buffers,), "dma", "fetches"),
             Buffer("load_sem", (LOADS,), "dma", "queries, their rotary parts, new tokens"),
             Buffer("unit_sem", (self.write_buffers,), "dma", "cache writes"),
@@ -144,6 +146,7 @@ class LatentBlockTiles:
             Buffer("row_sum", (rows, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (rows, model.head_dim), "float32", "running output"),
             Buffer("out_rows", (1, *queries, model.head_dim), model.q_dtype, "an output block on its way out"),
+            *query_windows(spec, recipe, self.block, self.buffers, self.update_lookahead),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
             Buffer("new_sem", (fetched,), "dma", "new tokens"),
             Buffer("old_sem", (updated,), "dma", "pages that hold old tokens"),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final, TypeAlias, TypeVar
 
-from rpac.contract.arrays import align, extra_specs, kv_page_shape, metadata_specs, nbytes
+from rpac.contract.arrays import align, kv_page_shape, nbytes
 from rpac.contract.kind import Kind
 from rpac.devices.chip import Chip, chip, is_tpu
 from rpac.errors import PlanError
@@ -14,9 +14,20 @@ from rpac.plan import portable
 from rpac.plan.cache_memory import check_hbm
 from rpac.plan.decode_blocks import DecodeBlocks
 from rpac.plan.decode_waves import DecodeWaves
-from rpac.plan.families import RULES, Override, Tiles, block_choices, decode_choices, is_legal, make_recipe, vmem_need
+from rpac.plan.families import (
+    RULES,
+    Override,
+    Tiles,
+    block_choices,
+    decode_choices,
+    is_legal,
+    make_recipe,
+    smem_need,
+    vmem_need,
+)
 from rpac.plan.kernel_plan import RULE, KernelPlan
 from rpac.plan.latent import LatentBlockTiles
+from rpac.plan.page_table import smem_usable
 from rpac.plan.prefill import MIN_Q_BLOCK, BlockTiles
 from rpac.plan.recipe import Recipe
 from rpac.plan.refusal import NoTilesError, advice
@@ -25,9 +36,7 @@ from rpac.plan.tuned import Entry, TunedTiles
 from rpac.spec import Spec
 
 KIND_ORDER: Final[tuple[Kind, ...]] = ("decode", "prefill", "mixed")
-SMEM_RESERVE: Final = 64 << 10  # for what the compiler keeps there itself
 VMEM_HEADROOM: Final = 8 * MIB  # above what we count, for values that the compiler spills
-INT32_BYTES: Final = 4
 
 AnyDecode: TypeAlias = DecodeBlocks | DecodeWaves | None
 FittedTiles = TypeVar("FittedTiles", bound=Tiles)
@@ -42,8 +51,7 @@ def plan_spec(spec: Spec, target: str, *, tuned: TunedTiles | None = None) -> tu
     """The plans of one target: one for every (case, tiles), holding the token buckets that share them.
 
     A plan has the tiles that `tuned` (the package's own if None) holds for exactly its case, if any. Raises PlanError
-    where the page table does not fit SMEM, no tile fits VMEM, or one layer's cache does not fit HBM; it names the need, the
-    limit and what to write.
+    where no tile fits VMEM, or one layer's cache does not fit HBM; it names the need, the limit and what to write.
     """
     try:
         found = _plans_of(spec, target, TunedTiles.of(target) if tuned is None else tuned)
@@ -64,7 +72,6 @@ def _plans_of(spec: Spec, target: str, tuned: TunedTiles) -> tuple[KernelPlan, .
         raise ValueError(f"{spec.name} has several kinds of layers; plan each of its parts")
     device = chip(target) if is_tpu(target) else None
     if device is not None:
-        _check_smem(spec, device)
         _check_chunk(spec)
     plans: list[KernelPlan] = []
     for kind in KIND_ORDER:
@@ -147,11 +154,14 @@ def with_tiles(
     Raises ValueError where the override wants what the tiles do not allow.
     """
     device = chip(plan.target)
-    recipe = make_recipe(spec, plan.target, decode, block, override)
+    recipe = make_recipe(spec, plan.target, plan.kind, decode, block, override)
     need, limit = _vmem_budget(spec, device, recipe, decode, block)
     if need > _vmem_usable(device) - VMEM_HEADROOM:
         return None
-    return replace(plan, decode=decode, block=block, recipe=recipe, vmem_need=need, vmem_limit=limit)
+    scalars = smem_need(spec, recipe, decode, block)
+    if scalars > smem_usable(device):
+        return None
+    return replace(plan, decode=decode, block=block, recipe=recipe, vmem_need=need, vmem_limit=limit, smem_need=scalars)
 
 
 def _vmem_budget(spec: Spec, device: Chip, recipe: Recipe, *kernels: Tiles | None) -> tuple[int, int]:
@@ -162,25 +172,6 @@ def _vmem_budget(spec: Spec, device: Chip, recipe: Recipe, *kernels: Tiles | Non
 
 def _vmem_usable(device: Chip) -> int:
     return device.vmem_bytes - device.vmem_bytes // 16
-
-
-def smem_need(spec: Spec) -> int:
-    """Bytes of the scalars of the batch that kernels keep in SMEM."""
-    tree = (dims for dims in extra_specs(spec) if dims.name == "tree")  # of other arguments there is little
-    return sum(dims.nbytes for dims in (*metadata_specs(spec.serving), *tree))
-
-
-def _check_smem(spec: Spec, device: Chip) -> None:
-    need, limit = smem_need(spec), device.smem_bytes - SMEM_RESERVE
-    if need > limit:
-        serving = spec.serving
-        drafts = serving.decode_len if serving.tree_mask else 0
-        rows = (limit // INT32_BYTES - 4) // (serving.pages_per_seq + 2 + drafts)
-        raise PlanError(
-            f"{spec.file}: serving: the page table of {serving.max_num_seqs} sequences x {serving.pages_per_seq} pages "
-            f"needs {need:,} bytes of SMEM; {device.target} has {device.smem_bytes:,}, {limit:,} of them for it; "
-            f"raise page_size (now {serving.page_size}), lower max_model_len, or write max_num_seqs: {rows} or less"
-        )
 
 
 def _check_chunk(spec: Spec) -> None:
@@ -195,7 +186,9 @@ def _check_chunk(spec: Spec) -> None:
 def _plan_xla(spec: Spec, target: str, kind: str) -> KernelPlan:
     of_decode, of_block = portable.tiles_of(spec, kind)
     decode, block = of_decode if kind != "prefill" else None, of_block if kind != "decode" else None
-    return KernelPlan(target, kind, (), "", decode, block, 0, 0, 0, 0, 0, make_recipe(spec, target, decode, block))
+    return KernelPlan(
+        target, kind, (), "", decode, block, 0, 0, 0, 0, 0, make_recipe(spec, target, kind, decode, block)
+    )
 
 
 def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
@@ -206,7 +199,7 @@ def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
             device,
             "decode",
             decode_choices(spec, device, kind, tokens),
-            lambda one: make_recipe(spec, device.target, one, None),
+            lambda one: make_recipe(spec, device.target, kind, one, None),
         )
     if kind != "decode":
         block = _fit(
@@ -214,9 +207,9 @@ def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
             device,
             kind,
             block_choices(spec, device, kind, tokens),
-            lambda one: make_recipe(spec, device.target, None, one),
+            lambda one: make_recipe(spec, device.target, kind, None, one),
         )
-    recipe = make_recipe(spec, device.target, decode, block)
+    recipe = make_recipe(spec, device.target, kind, decode, block)
     need, limit = _vmem_budget(spec, device, recipe, decode, block)
     return KernelPlan(
         device.target,
@@ -228,7 +221,7 @@ def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
         need,
         limit,
         device.vmem_bytes,
-        smem_need(spec),
+        smem_need(spec, recipe, decode, block),
         device.smem_bytes,
         recipe,
     )
@@ -245,8 +238,9 @@ def _fit(
     limit = _vmem_usable(device) - VMEM_HEADROOM
     needs = []
     for tiles in choices:
-        needs.append(vmem_need(spec, tiles, recipe_of(tiles)))
-        if needs[-1] <= limit:
+        recipe = recipe_of(tiles)
+        needs.append(vmem_need(spec, tiles, recipe))
+        if needs[-1] <= limit and smem_need(spec, recipe, tiles) <= smem_usable(device):
             return tiles
     model, serving = spec.model, spec.serving
     layer = f"layers.{spec.layer}: " if spec.layer else ""

@@ -26,8 +26,13 @@ DecodeMask = Literal["lengths", "drafts", "tree"]
 """What hides a score in a decode row: the sequence's end, or the place of a draft among the new tokens."""
 BlockMask = Literal["compare", "matmul", "lengths"]
 """What hides a score in a block of queries."""
+QueryOrder = Literal["transpose", "strided", "by_head", "by_lane", "none"]
+"""How queries are sorted by KV head: those that come by head, or with tokens along lanes, are so already."""
 Scores = Literal["rows", "transposed"]
 """How scores lie: `[query rows, tokens]`, or transposed."""
+
+PageTable = Literal["smem", "hbm"]
+"""Where kernels have the page tables: whole in SMEM, or in HBM, from where they fetch parts ahead of the pages."""
 
 SPLIT: Final[tuple[Read, ...]] = ("split_words", "split_rows")
 """The ways to read K and V that share 32-bit words, which a kernel splits before the MXU can take either."""
@@ -37,6 +42,7 @@ Wanted = Mapping[str, "str | bool"]
 """Decisions of one kernel that are not left to the rule, by name: those of `BLOCK_OPTIONS` or `DECODE_OPTIONS`."""
 DECODE_OPTIONS: Final = ("read", "kv_matmul", "fetch")
 BLOCK_OPTIONS: Final = ("scores", "paced", "mask", "pipelined")
+PROGRAM_OPTIONS: Final = ("page_table",)
 """The decisions for which some tiles leave more than one option; in this order each may depend on those before it."""
 
 
@@ -81,9 +87,10 @@ class BlockRecipe:
     `scores`: `[query rows, tokens]`, or transposed. `lookahead`: flash steps whose scores are made before their
     probabilities, in full tiles and on the diagonal. `pacing`: of paced softmax. `mask`: by comparing positions of tokens
     and queries, in the matmul beside the keys, or by the sequence's length alone. `query_order`: how queries are sorted by
-    KV head, by transposing registers of `transposed_heads` heads or by strided loads and stores. `pipelined`: the last tile
-    of a block makes the first scores of the next block. `sums`: on the vector unit, or by ones beside the values in MXU
-    lanes to spare. `unpadded_values`: the MXU takes a head's own values and no padding.
+    KV head, by transposing registers of `transposed_heads` heads, by strided loads and stores, or not, where they come by head
+    or with tokens along lanes.
+    `pipelined`: the last tile of a block makes the first scores of the next block. `sums`: on the vector unit, or by ones
+    beside the values in MXU lanes to spare. `unpadded_values`: the MXU takes a head's own values and no padding.
     """
 
     skeleton: Literal["query_blocks", "latent"]
@@ -93,7 +100,7 @@ class BlockRecipe:
     lookahead: tuple[int, int] = (0, 0)
     pacing: SoftmaxPacing | None = None
     mask: BlockMask = "compare"
-    query_order: Literal["transpose", "strided", "none"] = "none"
+    query_order: QueryOrder = "none"
     transposed_heads: int = 0
     pipelined: bool = False
     sums: Literal["vector", "matmul"] = "vector"
@@ -110,6 +117,11 @@ class BlockRecipe:
         return "transposed" if self.scores == "transposed" else "paced" if self.pacing else "plain"
 
     @property
+    def sink_order(self) -> str:
+        """How sinks lie beside rows of queries."""
+        return "by_lane" if self.query_order == "by_lane" else self.scores
+
+    @property
     def splits_words(self) -> bool:
         """Whether K and V share 32-bit words that the kernel splits."""
         return self.read in SPLIT
@@ -120,12 +132,20 @@ class Recipe:
     """What the source of a plan is made of; None for a kernel that is not in it, and in a portable program.
 
     `features` are those that kernels have code for, by key: `causal` and `update_cache` are among them unless a spec turns
-    them off.
+    them off. `page_table`: where all kernels of the source have the page tables. `by_head`: the arguments that kernels take as
+    `[heads, tokens, head_dim]`; the output goes with `queries`.
     """
 
     features: tuple[str, ...]
     decode: DecodeRecipe | None = None
     block: BlockRecipe | None = None
+    page_table: PageTable = "smem"
+    by_head: tuple[str, ...] = ()
+
+    @property
+    def queries_by_lane(self) -> bool:
+        """Whether kernels take queries as `[heads, head_dim, tokens]`, and leave the output so."""
+        return self.block is not None and self.block.query_order == "by_lane"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -136,7 +156,13 @@ class Recipe:
                 **{**block["pacing"], "wait_for": tuple(block["pacing"]["wait_for"])}
             )
             block = BlockRecipe(**{**block, "lookahead": tuple(block["lookahead"]), "pacing": pacing})
-        return cls(tuple(data["features"]), decode and DecodeRecipe(**decode), block)
+        return cls(
+            tuple(data["features"]),
+            decode and DecodeRecipe(**decode),
+            block,
+            data["page_table"],
+            tuple(data["by_head"]),
+        )
 
 
 @dataclass

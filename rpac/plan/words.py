@@ -100,6 +100,10 @@ _WRITE: Final[Mapping[str | bool, Words]] = {
     "latent": Words("latent vector and rotary key in one row", "that is how latent attention stores a token"),
 }
 
+_BY_HEAD: Final = (
+    "XLA keeps arrays so where the heads of a token fill no sublane tiles; then nothing is copied around a kernel"
+)
+
 DECODE: Final[Mapping[str, Mapping[str | bool, Words]]] = {
     "skeleton": {
         "blocks": Words(
@@ -180,6 +184,8 @@ BLOCK: Final[Mapping[str, Mapping[str | bool, Words]]] = {
         "strided": Words(
             "by strided loads and stores", "the queries of a token for a KV head are no whole part of a register"
         ),
+        "by_head": Words("not at all", "XLA keeps them by head, and so the kernel takes them"),
+        "by_lane": Words("not at all", "XLA keeps heads of half a row with tokens along lanes, as the MXU takes them"),
         "none": Words("not at all", "all query heads read the same row of a token"),
     },
     "pipelined": {
@@ -200,6 +206,14 @@ BLOCK: Final[Mapping[str, Mapping[str | bool, Words]]] = {
     },
 }
 """Of prefill and mixed kernels: what each value of each field means."""
+
+
+_PAGE_TABLE: Final[Mapping[str, Words]] = {
+    "smem": Words("in SMEM", "the tables of all sequences fit there, where a page id is one load away"),
+    "hbm": Words(
+        "in HBM; parts of it come to SMEM ahead of the pages", "the tables of all sequences need not fit SMEM then"
+    ),
+}
 
 
 def tiles_in_words(tiles: DecodeBlocks | DecodeWaves | BlockTiles | LatentBlockTiles | XlaTiles | None) -> str:
@@ -225,6 +239,10 @@ def decisions(recipe: Recipe, kind: str) -> Iterator[Decision]:
     """The decisions of a program of a kind, each once."""
     features = ", ".join(recipe.features) or "none"
     yield Decision("", "features", features, "the spec asks for them; no other feature is in the code")
+    if recipe.decode is not None or recipe.block is not None:
+        yield Decision("", "page tables", *_PAGE_TABLE[recipe.page_table])
+    if recipe.by_head:
+        yield Decision("", "arrays by head", ", ".join(recipe.by_head), _BY_HEAD)
     for kernel, of_kernel, table in (("decode", recipe.decode, DECODE), (kind, recipe.block, BLOCK)):
         if of_kernel is not None:
             yield from _of_kernel(kernel, of_kernel, table)

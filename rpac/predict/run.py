@@ -17,6 +17,7 @@ from rpac.errors import OutputError
 from rpac.files.publish import listing, publish
 from rpac.predict.programs import Programs
 from rpac.schedule import CallReport, Work, attention_work
+from rpac.schedule.memory import Words, words_of
 from rpac.traffic.trace import Workload
 
 OPERANDS = "operands.json"
@@ -101,12 +102,12 @@ def emit(programs: Programs, workload: Workload, folder: Path) -> list[str]:
     with publish(folder, lambda path: not _others(path)) as stage:
         for name in operands:
             stage.write(f"{name}.txt", call.dump.schedules[name].encode())
-        values = {f"{name}.txt": {str(index): row for index, row in of.items()} for name, of in operands.items()}
+        values = {f"{name}.txt": {str(index): list(row) for index, row in of.items()} for name, of in operands.items()}
         stage.write(OPERANDS, json.dumps(values, sort_keys=True).encode())
     return [*(f"{name}.txt" for name in operands), OPERANDS]
 
 
-def scalars_of(batch: Batch, args: Sequence[ArrayDims]) -> dict[int, list[int]]:
+def scalars_of(batch: Batch, args: Sequence[ArrayDims]) -> dict[int, Words]:
     """A batch's metadata by parameter number of a program with arguments `args`."""
     arrays = {
         "kv_lens": batch.kv_lens,
@@ -114,7 +115,7 @@ def scalars_of(batch: Batch, args: Sequence[ArrayDims]) -> dict[int, list[int]]:
         "cu_q_lens": batch.cu_q_lens,
         "distribution": batch.distribution,
     }
-    return {index_of(args, name): array.tolist() for name, array in arrays.items()}
+    return {index_of(args, name): words_of(array) for name, array in arrays.items()}
 
 
 def _others(folder: Path) -> list[str]:
@@ -132,7 +133,7 @@ def _selected(programs: Programs, workload: Workload) -> tuple[Batch, Variant]:
     return batch, select(programs.tasks, programs.limits, batch.tokens, batch.distribution)
 
 
-def _scalars(programs: Programs, variant: Variant, batch: Batch) -> dict[int, list[int]]:
+def _scalars(programs: Programs, variant: Variant, batch: Batch) -> dict[int, Words]:
     """What a program is given of a batch, by parameter number."""
     scalars = scalars_of(batch, programs.tasks[variant].args)
     names = [dims.name for dims in programs.tasks[variant].args]

@@ -126,6 +126,13 @@ class Option:
     def label(self) -> str:
         return f"{self.name} on {self.target}"
 
+    @property
+    def caches_of_hbm(self) -> float | None:
+        """The caches of all layers over the HBM that programs may use; above 1 they do not fit, and the weights need room too."""
+        if self.all_caches_bytes is None:
+            return None
+        return self.all_caches_bytes / self.layers[0].memory.usable_hbm_bytes
+
     def step(self, batch: str) -> Step | None:
         return next((one for one in self.steps if one.batch == batch), None)
 

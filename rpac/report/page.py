@@ -34,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """A batch on an option, for the first table; `best` names the columns in which it is the best of all."""
+    """A batch on an option, for the first table; `best` names the columns in which it is the best of those that fit."""
 
     name: str
     option: Option
@@ -82,7 +82,7 @@ def page(report: Report) -> str:
         if (section := _section(report, kind, title, measure, about)) is not None  # type: ignore[arg-type]
     ]
     headlines = [(batch, tuple(_summaries(report, batch))) for batch in _headline_batches(report)]
-    text = _environment().get_template("page.html.j2").render(
+    text = _environment().get_template("page.html.jinja").render(
         report=report,
         mark=MARK,
         rpac_version=__version__,
@@ -90,6 +90,7 @@ def page(report: Report) -> str:
         headlines=headlines,
         sections=sections,
         rows=list(_rows(report)),
+        decisions=list(_decisions(report)),
         name_of=functools.partial(_name, report),
         data=report.to_json(),
         meanings=MEANINGS,
@@ -139,11 +140,15 @@ def _title(report: Report) -> str:
 
 
 def _headline_batches(report: Report) -> Iterator[str]:
-    """One decode batch and one prefill batch that stand for all: those of the longest sequences."""
-    for kind in ("decode", "prefill"):
-        timings = [row.timing for row in _rows(report) if row.timing.kind == kind]
-        if timings:
-            yield max(timings, key=lambda one: (one.context, one.new_tokens)).batch
+    """Decode batches and prefill batches that stand for all: of each spec, that of the longest sequences."""
+    rows = list(_rows(report))
+    found = [
+        max(timings, key=lambda one: (one.context, one.new_tokens)).batch
+        for kind in ("decode", "prefill")
+        for name in dict.fromkeys(option.name for option in report.options)
+        if (timings := [row.timing for row in rows if row.timing.kind == kind and row.option.name == name])
+    ]
+    yield from dict.fromkeys(found)
 
 
 def _summaries(report: Report, batch: str) -> Iterator[Summary]:
@@ -160,11 +165,11 @@ def _summaries(report: Report, batch: str) -> Iterator[Summary]:
         if len(timings) == 1:
             costs["layer"] = timings[0][1].seconds
         for name, value in costs.items():
-            if value is not None:
+            if value is not None and (option.caches_of_hbm or 0) <= 1:
                 least[name] = min(value, least.get(name, value))
         figures.append((option, step, timings, costs))
     for option, step, timings, costs in figures:
-        best = frozenset(name for name, value in costs.items() if len(options) > 1 and value == least.get(name, -1.0))
+        best = frozenset(name for name, value in costs.items() if len(options) > 1 and value == least.get(name))
         yield Summary(
             _name(report, option),
             option,
@@ -181,6 +186,17 @@ def _rows(report: Report) -> Iterator[Row]:
         for layer in option.layers:
             for timing in layer.timings:
                 yield Row(option, layer, timing, _name(report, option, layer))
+
+
+def _decisions(report: Report) -> Iterator[tuple[list[str], tuple[str, ...]]]:
+    """The decisions of all kernels, each set once, with the kernels that are made by them."""
+    found: dict[tuple[str, ...], dict[str, None]] = {}
+    for option in report.options:
+        what = f"{option.name}: " if len(report.subjects) > 1 else ""
+        for kernel in (kernel for layer in option.layers for kernel in layer.kernels):
+            found.setdefault(kernel.decisions, {})[f"{what}{kernel.source}"] = None
+    for reasons, kernels in found.items():
+        yield list(kernels), reasons
 
 
 def _name(report: Report, option: Option, layer: Layer | None = None) -> str:

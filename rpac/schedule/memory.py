@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rpac.errors import ScheduleError
 from rpac.schedule.isa import GRANULE_BYTES
@@ -61,7 +65,19 @@ class Unknown:
 Value = int | bool | Unknown
 
 Words = Sequence[int | None]
-"""An int32 array, flattened; None where a word is not known."""
+"""An int32 array, flattened; None where a word is not known. One of many words that are all known may be an `array`."""
+_MOST_LISTED: Final = 1 << 16
+
+
+def words_of(values: NDArray[Any]) -> Words:
+    """Integers as words, in little memory where they are many: page tables have up to 2^28."""
+    words = values.reshape(-1).astype(np.int32)
+    return words.tolist() if words.size <= _MOST_LISTED else array("i", words.tobytes())
+
+
+def are_known(words: Words) -> bool:
+    """Whether all words are."""
+    return isinstance(words, array) or None not in words
 
 
 class Layout:
@@ -124,8 +140,9 @@ class Contents:
         self._layout = layout
         self._given = sorted(operands)
         self._name = name
-        self._words: dict[int, list[Value | None]] = {
-            layout.operands[index].memory: list(values) for index, values in operands.items()
+        self._words: dict[int, list[Value | None] | array[int]] = {
+            layout.operands[index].memory: values if isinstance(values, array) else list(values)
+            for index, values in operands.items()
         }
         self._scratch: dict[tuple[str, int], Sequence[Value | None]] = {}
 
@@ -146,7 +163,7 @@ class Contents:
                 f"which is missing; given: {self._given or 'none'}; pass its values"
             )
         first = offset // 4
-        read = words[first : first + count]
+        read: list[Value | None] = list(words[first : first + count])
         return read + [None] * (count - len(read))
 
     def write(self, space: str, address: int, words: Sequence[Value | None] | int) -> None:
@@ -161,6 +178,8 @@ class Contents:
                 return
             words = [None] * words
         held = self._words.setdefault(operand.memory, [])
+        if isinstance(held, array):
+            held = self._words[operand.memory] = list(held)
         first = offset // 4
         held.extend([None] * (first + len(words) - len(held)))
         held[first : first + len(words)] = words

@@ -22,7 +22,7 @@ from rpac.schedule.dump import Dump
 from rpac.schedule.hlo import Module, Operation, parse_module
 from rpac.schedule.layout import words
 from rpac.schedule.loops import loop_around, loops_of
-from rpac.schedule.memory import Words
+from rpac.schedule.memory import Words, are_known
 from rpac.schedule.model import Model, model_of
 from rpac.schedule.parse import parse_schedule
 from rpac.schedule.program import Program, translate
@@ -208,7 +208,7 @@ class Call:
             for index, value in (same[0] if same else {}).items()
             if all(index in other and np.array_equal(other[index], value) for other in same)
         }
-        return {**operands, **found, **{index: values for index, values in operands.items() if None not in values}}
+        return {**operands, **found, **{index: values for index, values in operands.items() if are_known(values)}}
 
     def _walk(self, kernel: Operation, operands: Mapping[int, Words]) -> Walk:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,7 +18,7 @@ import numpy as np
 from rpac.errors import ScheduleError
 from rpac.schedule.hlo import Array, Module, Operation
 from rpac.schedule.layout import is_linear, places
-from rpac.schedule.memory import Words
+from rpac.schedule.memory import Words, words_of
 
 Elements = np.ndarray[Any, Any]
 
@@ -248,6 +249,8 @@ def from_words(words: Words, to: Array) -> Integers | None:
     """An array of the call, or one that a kernel's scalars wrote. None where words are not its elements in order."""
     if not to.is_scalars or not is_linear(to) or len(words) != to.count:
         return None
+    if isinstance(words, array):
+        return _known(np.array(words, np.int32).astype(_DTYPES[to.dtype]).reshape(to.dims))
     values: Elements = np.array([word or 0 for word in words], dtype=np.int64).astype(_DTYPES[to.dtype])
     known: Elements = np.array([word is not None for word in words], dtype=np.bool_)
     return Integers(values.reshape(to.dims), known.reshape(to.dims))
@@ -257,9 +260,9 @@ def to_words(value: Value, of: Array) -> Words | None:
     """What a kernel's scalars can read of an array; None where nothing of it is known."""
     if not isinstance(value, Integers) or not is_linear(of) or not of.is_scalars:
         return None
-    numbers: list[int] = value.values.reshape(-1).astype(np.int32).tolist()
     if value.known.all():
-        return numbers
+        return words_of(value.values)
+    numbers: list[int] = value.values.reshape(-1).astype(np.int32).tolist()
     return [n if known else None for n, known in zip(numbers, value.known.reshape(-1).tolist(), strict=True)]
 
 

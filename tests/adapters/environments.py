@@ -1,6 +1,6 @@
 """The peers' own environments under build/: a jax that each asks for, its package from the index, and no server around it.
 
-    python tests/adapters/environments.py tpu_inference sglang_jax ejkernel
+    python tests/adapters/environments.py tpu_inference sglang_jax tokamax ejkernel
 
 makes them and prints their interpreters. Needs Python 3.12 or 3.13.
 """
@@ -24,10 +24,18 @@ class Environment:
 
 # flatbuffers is what rpac needs to read a bundle beside jax; the rest is what the peers' kernels import.
 ENVIRONMENTS = {
-    # 0.32.0 asks for jax 0.11.2.
-    "tpu_inference": Environment("tpu-inference==0.32.0", ("jax==0.11.2", "flatbuffers")),
+    # 0.32.0 asks for this jax, libtpu and flax; transformers has the configurations of its models.
+    "tpu_inference": Environment(
+        "tpu-inference==0.32.0",
+        ("jax==0.11.2", "libtpu==0.0.48", "flatbuffers", "flax==0.12.10", "jaxtyping", "transformers"),
+    ),
     # 0.0.2 asks for jax 0.8, older than rpac takes; the repository's main branch asks for 0.11.1.
     "sglang_jax": Environment("sglang-jax==0.0.2", ("jax==0.11.1", "flatbuffers", "flax")),
+    # 0.0.17 asks for jax 0.11.1 or later.
+    "tokamax": Environment(
+        "tokamax==0.0.17",
+        ("jax==0.11.2", "flatbuffers", "absl-py", "einshape", "immutabledict", "jaxtyping", "pydantic", "qwix", "tqdm"),
+    ),
     # 0.0.80.3 asks for jax 0.10.
     "ejkernel": Environment(
         "ejkernel==0.0.80.3",

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import signatures
 
-from rpac.adapters import ejkernel, sglang_jax, tpu_inference
+from rpac.adapters import ejkernel, sglang_jax, tokamax, tpu_inference
 from rpac.batch import Batch, Limits
 from rpac.contract import arrays as layout
 from rpac.contract.attention import Attention
+from rpac.contract.program import Variant
 from rpac.spec import Spec
 
 
@@ -29,7 +31,13 @@ class FakeEngine:
     traces: list[tuple[Any, ...]] = field(default_factory=list)
     validated: list[bool] = field(default_factory=list)
     extra: list[dict[str, Any]] = field(default_factory=list)
-    programs: dict[Any, Any] = field(default_factory=dict)
+    placement: Any = field(default_factory=lambda: SimpleNamespace(mesh=SimpleNamespace(devices=1)))
+
+    @property
+    def programs(self) -> dict[Any, Any]:
+        """One, of which only the cache is known."""
+        kv_cache = layout.ArrayDims("kv_cache", cache_shape(self), self.model.kv_dtype)
+        return {Variant("mixed", 8): SimpleNamespace(args=(kv_cache,), results=())}
 
     @classmethod
     def of(cls, spec: Spec) -> FakeEngine:
@@ -58,6 +66,11 @@ class Peer:
 
 ADAPTERS = {
     "tpu_inference": Peer(tpu_inference.ragged_paged_attention, signatures.TPU_INFERENCE, "sm_scale"),
+    "tpu_inference hd64": Peer(tpu_inference.ragged_paged_attention_hd64, signatures.TPU_INFERENCE_HD64, "sm_scale"),
+    "tpu_inference batched": Peer(
+        tpu_inference.batched_ragged_paged_attention, signatures.TPU_INFERENCE_BATCHED, "sm_scale"
+    ),
+    "tokamax": Peer(tokamax.ragged_paged_attention, signatures.TOKAMAX, "sm_scale"),
     "sglang_jax": Peer(sglang_jax.ragged_paged_attention, signatures.SGLANG_JAX, "sm_scale"),
     "sglang_jax main": Peer(sglang_jax.ragged_paged_attention_v3, signatures.SGLANG_JAX_V3, "sm_scale"),
     "ejkernel operation": Peer(ejkernel.ragged_page_attention_v3, signatures.EJKERNEL, "softmax_scale"),
@@ -65,12 +78,17 @@ ADAPTERS = {
 }
 
 
+def cache_shape(engine: Any) -> tuple[int, ...]:
+    """The cache of an engine, as the contract lays it out."""
+    serving = SimpleNamespace(
+        page_size=engine.limits.page_size, num_pages=engine.limits.num_pages, kv_layout=engine.kv_layout
+    )
+    return layout.kv_cache_shape(SimpleNamespace(model=engine.model, serving=serving))
+
+
 def cache_of(engine: Any) -> Any:
-    """A cache of zeros, as the contract lays it out."""
-    model, limits = engine.model, engine.limits
-    packing = layout.packing(model.kv_dtype)
-    words = layout.cdiv(2 * model.kv_heads, packing)
-    return jnp.zeros((limits.num_pages, limits.page_size, words, packing, model.head_dim), model.kv_dtype)
+    """A cache of zeros."""
+    return jnp.zeros(cache_shape(engine), engine.model.kv_dtype)
 
 
 def arguments(name: str, engine: Any, q_lens: Sequence[int] = (1, 1)) -> list[Any]:

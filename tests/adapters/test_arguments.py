@@ -8,7 +8,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,13 +18,17 @@ from calling import NAMES, call
 from fake import ADAPTERS, FakeEngine, arguments
 from signatures import signature
 
-from rpac.adapters._common import DEFAULT_MASK_VALUE
+from rpac.adapters._arguments import DEFAULT_MASK_VALUE
 from rpac.errors import BatchError, SelectionError
 
 # Values of arguments that ask for what no program does.
 REFUSED: dict[str, list[Any]] = {
     "custom_mask": [np.ones(8, np.int32)],
+    "attention_scope": ["cache_only"],
+    "cp_group_size": [2],
+    "cp_rank": [np.zeros(1, np.int32)],
     "debug_mode": [True],
+    "kv_layout": ["seq_along_lane"],
     "mask_aligned_to_cu_kv": [True],
     "mask_value": [-1e4, 0.0],
     "q_scale": [0.5, 1.0],
@@ -48,6 +51,7 @@ SCALES = ("k_scale", "v_scale")
 # Those that ask for nothing beside the signature's defaults.
 NEUTRAL: dict[str, list[Any]] = {
     "causal": [True],
+    "kv_layout": ["head_along_sublane"],
     "k_scale": [1, 1.0, np.float32(1), jnp.float32(1)],
     "mask_value": [None, DEFAULT_MASK_VALUE],
     "out_dtype": [jnp.bfloat16, "bfloat16", np.dtype("bfloat16")],
@@ -60,9 +64,12 @@ NEUTRAL: dict[str, list[Any]] = {
 TUNING: dict[str, Any] = {
     "cfg": None,
     "d_block_sizes": (1, 64, 1, 64),
+    "decode_block_sizes": (1, 64),
+    "prefill_block_sizes": (8, 64),
     "disable_bounds_checks": False,
     "disable_semaphore_checks": False,
     "m_block_sizes": (8, 64, 8, 64),
+    "implementation": "reference",
     "num_kv_pages_per_block": 4,
     "num_queries_per_block": 8,
     "p_block_sizes": (8, 64, 8, 64),
@@ -71,7 +78,9 @@ TUNING: dict[str, Any] = {
 }
 
 FOLLOWED = {
-    "sm_scale", "softmax_scale", "chunk_prefill_size", "out_dtype", "mesh", "in_specs", "out_specs", "cu_kv_lens",
+    "return_lse", "skip_kv_update", "decode_query_size", "sm_scale", "softmax_scale", "chunk_prefill_size", "out_dtype",
+    "mesh", "in_specs", "out_specs",
+    "cu_kv_lens",
     "queries", "keys", "values", "kv_cache", "kv_cache_fused", "kv_lens", "page_indices", "block_tables", "cu_q_lens",
     "query_start_loc", "distribution",
 }  # fmt: skip
@@ -145,7 +154,8 @@ def test_a_bundle_updates_the_cache_as_it_is_asked_to(name: str) -> None:
     updating, reading = FakeEngine(), FakeEngine()
     reading.model = dataclasses.replace(reading.model, update_cache=False)
     with pytest.raises(
-        SelectionError, match=r"^update_kv_cache is True; must be False, the update_cache of bundle tiny"
+        SelectionError,
+        match=r"^(update_kv_cache is True; must be False|skip_kv_update is False; must be True), the update_cache of bundle tiny",
     ):
         call(name, reading)
     for argument in set(UPDATE) & set(inspect.signature(ADAPTERS[name].make(updating)).parameters):
@@ -159,6 +169,31 @@ def test_a_bundle_updates_the_cache_as_it_is_asked_to(name: str) -> None:
         assert taken[:2] == (args[0], args[3])
         assert len(taken) == 6
     assert updating.calls == []
+
+
+def test_tokamaxs_skip_of_the_update_and_its_lse_are_followed() -> None:
+    engine, reading = FakeEngine(), FakeEngine()
+    reading.model = dataclasses.replace(reading.model, update_cache=False)
+    with pytest.raises(
+        SelectionError, match=r"skip_kv_update is True; must be False, .*\nmodel:\n  update_cache: false$"
+    ):
+        call("tokamax", engine, skip_kv_update=True)
+    call("tokamax", reading, skip_kv_update=True)
+    assert len(reading.calls[0]) == 6
+    with pytest.raises(SelectionError, match=r"return_lse is True; must be False: .*\nserving:\n  log_sum_exp: true$"):
+        call("tokamax", engine, return_lse=True)
+    with pytest.raises(SelectionError, match=r"decode_query_size is 3; must be 1, .*\nserving:\n  decode_len: 3$"):
+        call("tokamax", engine, decode_query_size=3)
+    assert engine.calls == []
+
+
+def test_tokamax_takes_the_cache_of_its_kernel_and_of_its_reference() -> None:
+    engine = FakeEngine()
+    args = arguments("tokamax", engine)
+    for shape in (args[3].shape, (32, 16, 4, 128)):
+        args[3] = np.zeros(shape, args[3].dtype)
+        assert call("tokamax", engine, *args)[1].shape == shape
+    assert [taken[3].shape for taken in engine.calls] == [(32, 16, 2, 2, 128)] * 2
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -293,7 +328,7 @@ def test_the_prefill_chunk_of_an_ejkernel_config_counts() -> None:
         call("ejkernel operation", FakeEngine(), cfg=Config())
 
 
-@pytest.mark.parametrize("name", ["tpu_inference", "sglang_jax main"])
+@pytest.mark.parametrize("name", ["tpu_inference", "tpu_inference batched", "sglang_jax main", "tokamax"])
 def test_another_dtype_of_the_output_is_refused(name: str) -> None:
     with pytest.raises(SelectionError, match="out_dtype is float32; must be None or bfloat16"):
         call(name, FakeEngine(), out_dtype=jnp.float32)
@@ -322,12 +357,12 @@ def test_importing_the_adapters_imports_no_peer_and_the_package_alone_nothing() 
 import json, sys
 import rpac.adapters
 early = sorted(sys.modules)
-from rpac.adapters import ejkernel, sglang_jax, tpu_inference
+from rpac.adapters import ejkernel, sglang_jax, tokamax, tpu_inference
 print(json.dumps([early, sorted(sys.modules)]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     early, late = json.loads(done.stdout)
     assert not {"jax", "numpy", "yaml"} & set(early)
-    peers: Callable[[str], bool] = lambda name: name.split(".")[0] in ("tpu_inference", "sgl_jax", "ejkernel")  # noqa: E731
-    assert not any(map(peers, late))
+    peers = {"tpu_inference", "sgl_jax", "ejkernel", "tokamax"}
+    assert not peers & {name.split(".")[0] for name in late}
     assert not {"yaml", "jinja2", "click", "libtpu"} & set(late)

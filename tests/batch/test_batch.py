@@ -20,7 +20,7 @@ from rpac.batch import Batch, Limits, validate
 from rpac.contract import arrays as layout
 from rpac.contract.kind import select_kind
 from rpac.errors import BatchError, SelectionError
-from rpac.spec import load_spec
+from rpac.spec import Spec, load_spec
 
 SPECS = Path(__file__).parents[2] / "specs"
 SPEC = load_spec(SPECS / "tiny.yaml")
@@ -350,3 +350,10 @@ def test_serving_needs_neither_jax_nor_yaml_to_build_a_batch() -> None:
         "sys.exit(sorted({'jax', 'yaml', 'jinja2', 'click', 'libtpu', 'rpac.spec'} & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=SPECS.parent)
+
+
+def test_a_batch_is_told_in_a_line(tiny: Spec) -> None:
+    assert repr(Batch.build(tiny, [1, 16, 1], [3, 4, 9], [[0], [1, 2], [3]])) == (
+        "<Batch for mixed/32; 2 decode, 1 prefill; 18 new tokens; lengths 4 to 20>"
+    )
+    assert repr(Batch.build(tiny, [], [], [])) == "<Batch for decode/8; empty>"

@@ -62,7 +62,8 @@ def test_the_wheel_holds_the_package_its_data_the_templates_and_the_specs_alone(
     tuned = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rpac" / "tuned").glob("*.json")}
     specs = {f"rpac/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "specs").glob("*.yaml")}
     assert templates
-    assert names == sources | templates | tuned | specs | {"rpac/py.typed"}
+    report = {f"rpac/report/{name}" for name in ("page.html.jinja", "page.css", "peers.json")}
+    assert names == sources | templates | tuned | specs | report | {"rpac/py.typed"}
 
 
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:

@@ -372,8 +372,10 @@ def test_after_a_kernel_that_raised_the_next_one_runs_as_if_nothing_were() -> No
     plan = blocks_plan(TINY)
     source = render(TINY, plan)
     batch = CheckBatch("short", (1, 1), (17, 3), 2)
-    entry = "seq * PAGES_PER_SEQ + block * self.block_pages + page"
-    outside = Bug("pages past the table's end", "PagedKernel.page_copy", entry, f"{entry} + BLOCK_PAGES").apply(source)
+    entry = "seq * PAGES_PER_SEQ + block * self.block_pages"
+    outside = Bug("pages past the table's end", "PagedKernel.start_block", entry, f"{entry} + BLOCK_PAGES").apply(
+        source
+    )
     (bad,) = check_source(TINY, plan, outside, batches=[batch], modes=["eager"])
     assert "Out-of-bounds read" in bad.notes[0]
     assert not bad.ok

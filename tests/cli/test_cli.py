@@ -238,6 +238,7 @@ def test_inspect_says_what_is_in_a_bundle(built: Built, cache: Path) -> None:
     assert "; K and V interleaved in 128 pages of 16, 32 for each of 4 sequences, " in done.stdout
     data = json.loads(rpac("inspect", built("cpu"), "--json", cache=cache).stdout)
     assert list(data["targets"]) == ["cpu"]
+    assert f"digest {data['digest']}\n" in done.stdout
     assert data["size"] == sum(file.stat().st_size for file in built("cpu").rglob("*") if file.is_file())
 
 

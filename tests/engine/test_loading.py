@@ -233,3 +233,14 @@ def test_what_is_no_device_is_named(bundle: Path, given: dict[str, object], text
     with pytest.raises(TargetError) as raised:
         load(bundle, **given)  # type: ignore[arg-type]
     assert text in str(raised.value)
+
+
+def test_an_engine_and_its_programs_are_told_in_a_line(bundle: Path) -> None:
+    engine = load(bundle, target="cpu")
+    engine.warm([Variant("decode", 8)])
+    shown = repr(engine)
+    assert shown.startswith(f"<Engine tiny for cpu on {engine.device}: decode/8, ")
+    assert shown.endswith("; 1 of 5 ready>")
+    program = repr(engine.programs[Variant("decode", 8)])
+    assert program.startswith("<Program decode/8, portable, from cpu/decode.py: (queries: bfloat16[8, 4, 128], ")
+    assert "-> (out: bfloat16[8, 4, 128], kv_cache: " in program

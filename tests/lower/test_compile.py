@@ -17,7 +17,7 @@ from rpac.build import sources_of
 from rpac.bundle import read_manifest, verify_bundle
 from rpac.contract.program import Lowered, Program
 from rpac.devices.chip import TPU_TARGETS, chip
-from rpac.errors import CompileError, PlanError
+from rpac.errors import CompileError
 from rpac.kernels import render
 from rpac.lower import Cache, Task, lower_all, tasks_of
 from rpac.plan import DecodeWaves, plan_spec
@@ -146,9 +146,9 @@ def test_a_program_for_eight_devices_compiles_without_a_word_between_them() -> N
     assert kernels_in(result.executable.decode("latin-1")) == KERNELS["mixed"]
 
 
-def test_the_largest_page_table_that_a_plan_allows_compiles() -> None:
-    """The limit of SMEM is where PlanError says: one sequence more is refused there, and this is not too many."""
-    most = next(seqs for seqs in range(256, 0, -1) if fits(seqs))
+def test_the_largest_page_table_that_a_plan_has_in_smem_compiles() -> None:
+    """One sequence more has its page table in HBM, and this is not too many for SMEM."""
+    most = next(seqs for seqs in range(256, 0, -1) if fits_smem(seqs))
     assert 100 < most < 256
     result = lowered(with_seqs(most), "v5e", "mixed", 256)
     assert result.executable is not None
@@ -164,12 +164,8 @@ def with_seqs(seqs: int) -> Spec:
     return parse_spec(text, "long.yaml")
 
 
-def fits(seqs: int) -> bool:
-    try:
-        plan_spec(with_seqs(seqs), "v5e")
-    except PlanError:
-        return False
-    return True
+def fits_smem(seqs: int) -> bool:
+    return all(plan.recipe.page_table == "smem" for plan in plan_spec(with_seqs(seqs), "v5e"))
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])

@@ -32,8 +32,8 @@ from rpac.plan import (
     plan_spec,
 )
 from rpac.plan.buffers import sublane_tile_tokens
-from rpac.plan.families import vmem_need
-from rpac.plan.planner import smem_need
+from rpac.plan.families import smem_need, vmem_need
+from rpac.plan.page_table import scalar_bytes
 from rpac.plan.query_rows import Sets
 from rpac.plan.sizes import power_of_two_from, power_of_two_to
 from rpac.plan.words import BLOCK, DECODE, TITLES, decisions
@@ -148,7 +148,7 @@ def test_what_is_counted_is_what_is_declared_and_fits(spec: Spec, target: str) -
             assert declared + tiles.temporaries(spec, plan.recipe) <= vmem_need(spec, tiles, plan.recipe)
         assert plan.vmem_need == max(vmem_need(spec, tiles, plan.recipe) for tiles in kernels)
         assert plan.vmem_need < plan.vmem_limit < plan.vmem_bytes == device.vmem_bytes
-        assert plan.smem_need == smem_need(spec) < plan.smem_bytes == device.smem_bytes
+        assert plan.smem_need == smem_need(spec, plan.recipe, *kernels) < plan.smem_bytes == device.smem_bytes
 
 
 def test_a_portable_plan_counts_no_vmem() -> None:
@@ -185,7 +185,7 @@ def test_a_plan_is_plain_data_for_a_manifest() -> None:
         data = json.loads(json.dumps(plan.as_dict()))
         assert data["kind"] == plan.kind
         assert data["tokens"] == list(plan.tokens)
-    assert np.dtype("int32").itemsize * (4 + 4 * 32 + 5 + 3) == smem_need(TINY)
+    assert np.dtype("int32").itemsize * (4 + 4 * 32 + 5 + 3) == sum(scalar_bytes(TINY, "smem"))
 
 
 # ---- the recipe
@@ -218,7 +218,8 @@ def test_a_program_is_told_one_choice_and_one_reason_for_each_decision(spec: Spe
     for plan in plan_spec(spec, target):
         told = list(decisions(plan.recipe, plan.kind))
         assert len({(one.kernel, one.name) for one in told}) == len(told)
-        kernels = {"": 1, "decode": len(DECODE) if plan.recipe.decode else 0}
+        program = 1 + (target != "cpu") + bool(plan.recipe.by_head)
+        kernels = {"": program, "decode": len(DECODE) if plan.recipe.decode else 0}
         kernels |= {} if plan.recipe.block is None else {plan.kind: len(BLOCK)}
         assert Counter(one.kernel for one in told) == {name: count for name, count in kernels.items() if count}
         assert all(one.choice and one.why for one in told)
@@ -245,4 +246,5 @@ def test_new_tokens_of_a_decode_row_take_rows_of_a_matmul_as_heads_of_a_group_do
 
 def test_a_tree_takes_its_part_of_smem() -> None:
     drafting = replace(TINY, serving=replace(TINY.serving, decode_len=4, tree_mask=True))
-    assert smem_need(drafting) == smem_need(TINY) + 4 * TINY.serving.max_num_seqs * 4
+    more = sum(scalar_bytes(drafting, "smem")) - sum(scalar_bytes(TINY, "smem"))
+    assert more == 4 * TINY.serving.max_num_seqs * 4

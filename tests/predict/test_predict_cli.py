@@ -65,12 +65,22 @@ def test_several_targets_are_all_answered(dumps: Path, tmp_path: Path) -> None:
 
 @pytest.mark.compile
 def test_a_report_names_waits_loops_slots_spills_and_definitions(dumps: Path) -> None:
-    done = rpac(*PREDICT, "--prefill", "2x16/200", cache=dumps)
+    done = rpac(*PREDICT, "--prefill", "2x16/200", "--detail", cache=dumps)
     for part in (
         "rpa_prefill.1: ", " compute + ", "wait at instruction ", "in the loop at ", "iterations, ", "VALU 0.", "spills: ",
         "XLA copy-start ", "MBU = needed_bytes / ", "MFU = needed_flops / ", "GFLOP; moves ",
     ):  # fmt: skip
         assert part in done.stdout, part
+
+
+@pytest.mark.compile
+def test_a_batch_is_one_line_without_details(dumps: Path) -> None:
+    done = rpac(*PREDICT, "--prefill", "2x16/200", cache=dumps)
+    assert done.returncode == 0, done.stderr
+    _, _, row, empty, definitions = done.stdout.splitlines()
+    assert row.startswith("prefill 2x16/200")
+    assert empty == ""
+    assert definitions.startswith("Predicted for one tpu7x device.")
 
 
 @pytest.mark.parametrize(

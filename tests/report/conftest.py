@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,27 @@ from command import TINY
 from predicted import stub
 
 from rpac.files.store import Store
+from rpac.predict import Programs, programs_of
 from rpac.report import Report, Request, gather
 
 pytest.importorskip("matplotlib")
 Gathered = Callable[..., Report]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def planned_once() -> Iterator[None]:
+    """Each spec is planned once a run: plans take most of the time of a report that compiles nothing."""
+    kept: dict[tuple[Any, ...], Programs] = {}
+
+    def programs(path: Path, target: str, *_: object, layer: str = "", **options: Any) -> Programs:
+        key = (path, path.stat().st_mtime_ns, target, layer)
+        if key not in kept:
+            kept[key] = programs_of(path, target, Store(None), layer=layer, **options)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("rpac.report.predictions"), "programs_of", programs)
+        yield
 
 
 @pytest.fixture(scope="session")

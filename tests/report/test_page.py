@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import re
 from collections.abc import Callable
@@ -74,6 +75,28 @@ def test_the_tables_show_the_numbers_of_the_data(usual: Report) -> None:
     assert json.loads(found.data) == json.loads(json.dumps(usual.to_json()))
 
 
+def test_kernels_that_share_their_decisions_share_a_list(usual: Report) -> None:
+    text = html.unescape(page(usual))
+    for kernel in usual.options[0].layers[0].kernels:
+        assert f"<li>{kernel.decisions[0]}</li>\n<li>{kernel.decisions[1]}</li>" in text.replace("<code>", "`").replace(
+            "</code>", "`"
+        )
+    assert "<h3>tpu7x/decode.py, v6e/decode.py</h3>" in text
+
+
+def test_a_chip_that_cannot_hold_the_caches_is_not_the_best(usual: Report) -> None:
+    assert [option.caches_of_hbm is not None and 0 < option.caches_of_hbm < 1 for option in usual.options] == [
+        True,
+        True,
+    ]
+    first, second = usual.options
+    full = dataclasses.replace(first, all_caches_bytes=2 * first.layers[0].memory.usable_hbm_bytes)
+    text = page(dataclasses.replace(usual, options=(full, second)))
+    assert text.count("200%, too large") == 2, "in the tables of decode and of prefill"
+    bests = [Parsed(one).rows[0][0] for one in re.findall(r"<tr>.*?</tr>", text, re.DOTALL) if 'class="best"' in one]
+    assert bests == ["v6e", "v6e"]
+
+
 def test_nothing_is_loaded_and_no_two_elements_share_a_name(usual: Report) -> None:
     text = page(usual)
     found = Parsed(text)
@@ -133,7 +156,8 @@ def test_what_prevents_a_page_is_said_first(tmp_path: Path, monkeypatch: pytest.
     [
         ((), "give -o FILE for a page, --json for its data, or both"),
         (("--json", "--quick", "--decode", "4x40"), "--quick chooses the batches"),
-        (("--json", "--layers", "0"), "--layers: found '0'; must be N, or KIND=N"),
+        (("--json", "--layers", "0"), "--layers: found '0'; must be [SPEC:][KIND=]N"),
+        (("--json", "--layers", "a:b:3"), "--layers: found 'a:b:3'"),
         (("--json", "--layers", "3", "--layers", "4"), "a number is given twice"),
         (("--json", "--price", "v6e=free"), "--price: found 'v6e=free'; must be TARGET=DOLLARS"),
         (("--json", "--price", "v6e=inf"), "must be TARGET=DOLLARS, above 0"),

@@ -14,7 +14,7 @@ from rpac.contract.attention import Attention
 from rpac.errors import BatchError, PlanError, SpecError, TargetError
 from rpac.files.store import Store
 from rpac.predict import Asked, Prediction, Programs, Workload, parse_decode
-from rpac.report import Report, Request, gather, read_check
+from rpac.report import Report, Request, gather, page, read_check
 from rpac.report.bound import bound_of
 from rpac.report.peers import peers_of
 from rpac.spec import load_spec
@@ -67,6 +67,15 @@ def test_kinds_of_layers_are_counted_apart(gathered: Gathered, tmp_path: Path) -
     assert "--layers global=N" in "\n".join(half.missing)
 
 
+def test_layers_can_be_those_of_one_of_several_specs(gathered: Gathered, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(TINY.read_text().replace("name: tiny", "name: other"))
+    found = gathered(TINY, other, targets=("v6e",), layers={"": 3, "other:": 7}, quick=True)
+    assert [option.layers[0].count for option in found.options] == [3, 7]
+    text = page(found)
+    assert text.count("<h3>decode 4x100</h3>") == 1, "one table for a batch of both"
+
+
 def test_a_target_or_a_batch_that_cannot_be_predicted_is_named(gathered: Gathered) -> None:
     def one_fails(programs: Programs, workload: Workload) -> Prediction:
         if programs.target == "v6e" or workload.label == "decode 4x40":
@@ -92,13 +101,36 @@ def test_a_bundle_is_told_by_its_manifest(gathered: Gathered, bundled: Callable[
 @pytest.mark.parametrize(
     "asked, words",
     [
-        ({"layers": {"local": 2}}, "--layers: found 'local'; must be N"),
-        ({"prices": {"v5e": 1.0}}, "--price v5e: must be of a target of this report: tpu7x, v6e"),
+        ({"layers": {"local": 2}}, "--layers: found 'local'; must be N, .* such as tiny:N"),
+        ({"layers": {"other:": 2}}, "--layers: found 'other:'"),
+        ({"prices": {"v5e": 1.0}}, "--price: found v5e; must be a target of this report: tpu7x, v6e"),
     ],
 )
 def test_what_is_said_of_nothing_is_refused(gathered: Gathered, asked: dict[str, dict[str, float]], words: str) -> None:
-    with pytest.raises(TargetError, match=words):
+    with pytest.raises(SpecError, match=words):
         gathered(**asked)
+
+
+def test_a_batch_that_the_cache_is_too_small_for_is_named_once(gathered: Gathered, tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(TINY.read_text().replace("serving:\n", "serving:\n  num_pages: 32\n"))
+    found = gathered(path, asked=Asked.of(["4x100", "4x140"], [], None))
+    assert [line for line in found.missing if "num_pages" in line] == [
+        "tiny: decode 4x140 needs 36 pages, and the cache has 32 (`num_pages`). Its time is that with enough pages."
+    ]
+
+
+def test_a_spec_that_is_given_twice_is_reported_once(gathered: Gathered) -> None:
+    found = gathered(TINY, TINY, targets=("v6e",), quick=True)
+    assert [option.label for option in found.options] == ["tiny on v6e"]
+
+
+def test_an_interrupt_ends_a_report(gathered: Gathered) -> None:
+    def interrupted(programs: Programs, workload: Workload) -> Prediction:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gather([TINY], Request(targets=("tpu7x",), quick=True), Store(None), predict_one=interrupted)
 
 
 def test_a_spec_without_a_tpu_is_refused(gathered: Gathered, tmp_path: Path) -> None:
@@ -133,7 +165,7 @@ def test_a_check_is_summed_up_for_each_target(gathered: Gathered, tmp_path: Path
 
 def test_a_check_of_another_spec_is_refused(gathered: Gathered, tmp_path: Path) -> None:
     check = read_check(checked(tmp_path / "check.json", "0" * 64))
-    with pytest.raises(TargetError, match="found a check of the spec with hash 000000000000"):
+    with pytest.raises(SpecError, match="found a check of the spec with hash 000000000000"):
         gathered(checks=(check,))
 
 

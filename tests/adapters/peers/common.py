@@ -53,9 +53,9 @@ class TracedEngine:
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self.engine(*args, **options)
 
-    def traced(self, *args: Any) -> Any:
+    def traced(self, *args: Any, **extra: Any) -> Any:
         self.traces += 1
-        return self.engine.traced(*args)
+        return self.engine.traced(*args, **extra)
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,21 @@ def require_equal(what: str, call: Call, got: Any, wanted: Any) -> None:
     claim(f"{where}: caches equal", same and got[1].shape == wanted[1].shape)
 
 
+class _Mocked(type):
+    """The class of what an absent package has by a name of a class: one that the peer can derive from, with any attribute."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return MagicMock()
+
+
+def _mocked(name: str) -> Any:
+    if not name[0].isupper():
+        return MagicMock()
+    return _Mocked(name, (), {"__init__": lambda self, *args, **options: None})
+
+
 class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Lets packages that a peer's server imports, and this check does not use, be imported as mocks."""
 
@@ -134,7 +149,7 @@ class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         module = types.ModuleType(spec.name)
-        module.__getattr__ = lambda _: MagicMock()
+        module.__getattr__ = _mocked
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:

@@ -71,9 +71,9 @@ UPDATES = (
     Bug("the new token behind its place", "DecodeKernel.update_cache", "left - 1", "left"),
     Bug(
         "the new token written to the next page",
-        "DecodeKernel.cache_write",
-        "quotient(position, PAGE_SIZE)",
-        "quotient(position + 1, PAGE_SIZE)",
+        "DecodeKernel.update_cache",
+        "quotient(self.kv_lens[seq] - 1, PAGE_SIZE)",
+        "quotient(self.kv_lens[seq], PAGE_SIZE)",
     ),
     Bug(
         "the new token written where the one before it is",

@@ -8,9 +8,9 @@ from small import INTERLEAVED, blocks_plan
 READING = (
     Bug(
         "the next page fetched in place of each",
-        "PagedKernel.page_copy",
-        "self.page_indices[seq * PAGES_PER_SEQ + block * self.block_pages + page]",
-        "self.page_indices[seq * PAGES_PER_SEQ + block * self.block_pages + page + 1]",
+        "PagedKernel.start_page",
+        "self.page_indices[first + page]",
+        "self.page_indices[first + page + 1]",
     ),
     Bug(
         "the block waited for and patched in the next buffer",
@@ -59,7 +59,7 @@ SOFTMAX = (
     ),
 )
 WAITS = (
-    Bug("no wait for a block", "DecodeKernel.wait_and_patch", "self.wait_block(kv_len, seq, block, buffer)"),
+    Bug("no wait for a block", "DecodeKernel.wait_and_patch", "self.wait_block(kv_len, block, buffer)"),
     Bug(
         "no wait for a full block",
         "PagedKernel.wait_block.wait_for_full_block",
@@ -88,9 +88,9 @@ WAITS = (
 UPDATES = (
     Bug(
         "the new token written to the next page",
-        "DecodeKernel.cache_write",
-        "quotient(position, PAGE_SIZE)",
-        "quotient(position + 1, PAGE_SIZE)",
+        "DecodeKernel.update_cache",
+        "quotient(self.kv_lens[seq] - 1, PAGE_SIZE)",
+        "quotient(self.kv_lens[seq], PAGE_SIZE)",
     ),
     Bug(
         "the new token written where the one before it is",
@@ -103,7 +103,12 @@ UPDATES = (
         "DecodeKernel.update_cache",
         "self.kv[buffer, rows] = words_as_rows(words)",
     ),
-    Bug("the new token not written", "DecodeKernel.update_cache", "self.cache_write(seq).start()", hangs=True),
+    Bug(
+        "the new token not written",
+        "DecodeKernel.update_cache",
+        "self.cache_write(seq, self.page_indices[entry]).start()",
+        hangs=True,
+    ),
 )
 
 SUITES = [

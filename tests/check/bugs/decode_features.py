@@ -109,7 +109,7 @@ WAVES = (
     ),
     Bug(
         "all sequences but the first fetched from token 0",
-        "DecodeKernel.fetch_tile",
+        "DecodeKernel.next_tile",
         "self.first_token(jnp.minimum(seq, self.num_seqs - 1))",
         "0",
     ),

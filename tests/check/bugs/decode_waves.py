@@ -54,10 +54,10 @@ FETCHES = (
         "DecodeKernel.attend",
         "for_each(0, TILE_BUFFERS, self.clear_slot)",
     ),
-    Bug("an empty tile after a full last one", "DecodeKernel.fetch_tile", "left <= TILE", "left < TILE"),
+    Bug("an empty tile after a full last one", "DecodeKernel.next_tile", "left <= TILE", "left < TILE"),
     Bug(
         "a last tile of one token left out",
-        "DecodeKernel.fetch_tile",
+        "DecodeKernel.next_tile",
         "left <= TILE",
         "left <= TILE + 1",
         hangs=True,
@@ -302,9 +302,9 @@ UPDATES = (
     ),
     Bug(
         "the new token written to the next page",
-        "DecodeKernel.cache_write",
-        "quotient(position, PAGE_SIZE)",
-        "quotient(position + 1, PAGE_SIZE)",
+        "DecodeKernel.update_cache",
+        "quotient(self.kv_lens[seq] - 1, PAGE_SIZE)",
+        "quotient(self.kv_lens[seq], PAGE_SIZE)",
     ),
     Bug(
         "the new token written to the sublane tile before",
@@ -336,7 +336,12 @@ UPDATES = (
         "DecodeKernel.update_cache",
         "self.new_out[buffer, plane, head] = rows",
     ),
-    Bug("the new token not written", "DecodeKernel.update_cache", "self.cache_write(seq).start()", hangs=True),
+    Bug(
+        "the new token not written",
+        "DecodeKernel.update_cache",
+        "self.cache_write(seq, self.page_indices[entry]).start()",
+        hangs=True,
+    ),
 )
 
 # A page table that ends within a tile.

@@ -10,9 +10,9 @@ from small import INTERLEAVED, SEPARATE, small_plan
 FETCHES = (
     Bug(
         "the next page fetched in place of each",
-        "PagedKernel.page_copy",
-        "seq * PAGES_PER_SEQ + block * self.block_pages + page",
-        "seq * PAGES_PER_SEQ + block * self.block_pages + page + 1",
+        "PagedKernel.start_page",
+        "self.page_indices[first + page]",
+        "self.page_indices[first + page + 1]",
     ),
     Bug(
         "the block in the next buffer attended to",
@@ -69,7 +69,7 @@ WORDS = (
         "self.head_rows_of(self.v_words, first, tokens, head)",
         "self.head_rows_of(self.k_words, first, tokens, head)",
     ),
-    Bug("no wait for a block", "PrefillKernel.step", "self.wait_block(end, seq, block, buffer)"),
+    Bug("no wait for a block", "PrefillKernel.step", "self.wait_block(end, block, buffer)"),
 )
 # Separate K and V.
 HEADS = (
@@ -82,7 +82,7 @@ HEADS = (
     Bug(
         "no wait for a block",
         "PrefillKernel.step",
-        "pl.when(~scored)(functools.partial(self.wait_block, end, seq, block, buffer))",
+        "pl.when(~scored)(functools.partial(self.wait_block, end, block, buffer))",
     ),
     Bug("pages of the first tile read for each", "PrefillKernel.head_rows_of", "lax.div(first, PAGE_SIZE)", "0"),
     Bug(
