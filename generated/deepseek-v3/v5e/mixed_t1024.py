@@ -274,7 +274,7 @@ class DecodeKernel(PagedKernel):
         for load in loads:
             load.start()
         # The first iteration finds a wave before the first, with no tile in it: nobody reads what that leaves.
-        for_each(0, DECODE_TILES_PER_WAVE, self.clear_slot)
+        for_each(0, DECODE_TILE_BUFFERS, self.clear_slot)
         ahead = (jnp.int32(0), jnp.int32(0))
         ahead = lax.fori_loop(1, DECODE_LOOKAHEAD, self.fetch_first_wave, ahead)
         for load in loads:
