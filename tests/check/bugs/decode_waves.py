@@ -320,6 +320,12 @@ UPDATES = (
         "(self.new_keys, self.new_values)",
         "(self.new_values, self.new_values)",
     ),
+    Bug(
+        "the new token of the first sequence for all",
+        "DecodeKernel.update_cache",
+        "self.packed[seq, plane]",
+        "self.packed[0, plane]",
+    ),
     Bug("the first head's new token for all", "DecodeKernel.patched", "new[head : head + 1]", "new[0:1]"),
     Bug(
         "the new token neither attended to nor written",
