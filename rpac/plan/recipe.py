@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar
 
-Read = Literal["separate", "token_pairs", "split_words", "split_rows", "strided", "all_heads", "latent"]
+Read = Literal[
+    "separate", "token_pairs", "split_words", "split_rows", "strided", "all_heads", "latent", "latent_staged"
+]
 """How a kernel takes K and V out of the cache: those of one head at a time, or of all heads."""
 Write = Literal[
     "none", "bytes", "halves", "words", "packed_bytes", "packed_joined", "packed_halves", "packed_words", "latent"

@@ -81,6 +81,10 @@ _READ: Final[Mapping[str | bool, Words]] = {
     "latent": Words(
         "one row of a token for all query heads", "the latent vector is part of every key and is every value"
     ),
+    "latent_staged": Words(
+        "one row of a token for all query heads; latent vectors are transposed before the MXU takes them as keys",
+        "that takes the MXU half the time; a tile goes through stages, so that no stage waits for another",
+    ),
 }
 _WRITE: Final[Mapping[str | bool, Words]] = {
     "none": Words("not at all", "the spec says update_cache: false, so the cache has them already"),
