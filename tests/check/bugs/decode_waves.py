@@ -132,7 +132,7 @@ WAITS = (
         "self.wait_for_writes(seq - WRITE_BUFFERS)",
     ),
     Bug("no wait for the last cache writes", "DecodeKernel.drain_write", "self.wait_for_writes(self.num_seqs - 1 - i)"),
-    Bug("no wait for the outputs", "DecodeKernel.attend", "result.wait()"),
+    Bug("no wait for the outputs", "DecodeKernel.write_results", "result.wait()"),
 )
 ENDS = (
     Bug(
