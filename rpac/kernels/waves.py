@@ -101,6 +101,7 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "score_rows": "own" if sets.keeps_own else "all",
         "score_lanes": "halves" if sets.halves > 1 else "whole",
         "new_words": "ahead",
+        "cleared_slots": "TILES_PER_WAVE",
         "tile_rows": _tile_rows(spec.model),
         "order": _order(recipe.decode),
         "state": "carried",
@@ -255,8 +256,10 @@ def _shapes(spec: Spec, recipe: Recipe) -> dict[str, str]:
     new_tiles = "NEW_TILES, " * several
     if spec.serving.kv_layout == "interleaved":
         kv, new_out = "TILE_BUFFERS, TILE * TOKEN_ROWS, LANES", f"WRITE_BUFFERS, {new_tiles}SUBLANE_TILE_ROWS, LANES"
+        packed = f"{'' if several else 'MAX_ROWS, '}SUBLANE_TILE * WORD_ROWS, LANES"
     else:
         kv = "TILE_BUFFERS, TILE_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES"
+        packed = "MAX_ROWS, KV_PLANES, KV_HEADS, HEAD_LANES"
         new_out = f"WRITE_BUFFERS, {new_tiles}KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES"
     return {
         "kv": kv,
@@ -267,7 +270,7 @@ def _shapes(spec: Spec, recipe: Recipe) -> dict[str, str]:
         "new_keys": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
         "new_values": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
         "unit_out": new_out,
-        "packed": "SUBLANE_TILE * WORD_ROWS, LANES" if several else "MAX_ROWS, SUBLANE_TILE * WORD_ROWS, LANES",
+        "packed": packed,
         "column_token": "SCORE_ROWS, COLUMNS",
         "key_scale_rows": "QUERY_ROWS, LANES",
         "value_scale_rows": "QUERY_ROWS, LANES",

@@ -194,6 +194,9 @@ class DecodeWaves:
             words = (self.tiles_per_wave, heads, self.tile // 2 // packing(model.kv_dtype), lanes)
             swapped = Buffer("kv_swapped", words, "uint32", "second halves of a wave's tiles, K and V swapped")
             others = [swapped] if recipe.decode.read == "token_pairs" else []
+            if spec.serving.decode_len == 1:
+                new = self.max_rows, kinds, heads, lanes
+                others.append(Buffer("packed", new, word_dtype(model), "rows of new tokens, in every place of a word"))
         return (
             Buffer("kv", kv, model.kv_dtype, "fetched tiles"),
             Buffer("unit_out", unit, model.kv_dtype, "new tokens on their way to the cache"),

@@ -22,7 +22,7 @@ What was specialized:
 - decode, matmuls with K and V: as they are stored; the MXU takes elements of this dtype beside the rows
 - decode, starting fetches: between the tiles of a wave; their scalar instructions take no time where the MXU takes K
   and V meanwhile
-- VMEM: 26,546,176 bytes counted, 41,943,040 allowed, 134,217,728 available
+- VMEM: 27,070,464 bytes counted, 41,943,040 allowed, 134,217,728 available
 """
 
 import dataclasses
@@ -61,6 +61,7 @@ WAVE_BUFFERS = LOOKAHEAD + 1  # waves that are fetched or computed
 TILE_BUFFERS = WAVE_BUFFERS * TILES_PER_WAVE
 TILE_PAGES = TILE // PAGE_SIZE
 MAX_ROWS = 64  # sequences of the largest batch
+PACKED_AT_ONCE = 8  # sequences whose new tokens are packed at once
 NO_SEQ = MAX_ROWS  # in place of a sequence where there is no tile
 MAX_TOKENS = MAX_ROWS  # new tokens of the largest batch
 WRITE_BUFFERS = 16  # sequences whose new tokens are on their way to the cache
@@ -185,6 +186,7 @@ class DecodeKernel(PagedKernel):
     new_keys: Ref  # bfloat16[MAX_TOKENS, KV_HEADS, HEAD_DIM]: new keys of every sequence
     new_values: Ref  # bfloat16[MAX_TOKENS, KV_HEADS, HEAD_DIM]: new values of every sequence
     new_out: Ref  # bfloat16[WRITE_BUFFERS, KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES]: new tokens on their way to the cache
+    packed: Ref  # uint32[MAX_ROWS, KV_PLANES, KV_HEADS, HEAD_LANES]: rows of new tokens, in every place of a word
     scores: Ref  # float32[TILES_PER_WAVE, SCORE_ROWS, TILE]: scores of a wave, for the next iteration
     row_max: Ref  # float32[QUERY_ROWS, LANES]: running maximum, the same in every lane
     row_sum: Ref  # float32[QUERY_ROWS, LANES]: running sum, the same in every lane
@@ -217,6 +219,7 @@ class DecodeKernel(PagedKernel):
         for load in loads:
             load.wait()
         for_each(0, self.sorting_steps(), self.sort_new_tokens)
+        for_each(0, pl.cdiv(self.num_seqs, PACKED_AT_ONCE), self.make_new_rows)
         wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
         self.write_results(wave)
 
@@ -365,7 +368,8 @@ class DecodeKernel(PagedKernel):
         page, place = quotient(token, PAGE_SIZE), remainder(token, SUBLANE_TILE)
         tokens = sublane_tile(token)
         mask = self.new_token_mask(place)
-        for plane, new in enumerate(self.new_rows(seq)):
+        for plane in range(KV_PLANES):
+            new = self.packed[seq, plane]
             for head in range(KV_HEADS):
                 rows = self.patched((slot, page, plane, head, tokens), head, new, mask)
                 self.kv[slot, page, plane, head, tokens] = rows
@@ -553,6 +557,12 @@ class DecodeKernel(PagedKernel):
         rows = self.out_all[sorted_tokens(step)].astype(jnp.float32)
         self.q_by_head[:, sorted_tokens(step)] = jnp.swapaxes(rows, 0, 1).astype(self.q_by_head.dtype)
 
+    def make_new_rows(self, index):
+        """Makes the rows of the new tokens of some sequences, so that their latencies hide each other, and the first wave's them."""
+        for seq in [index * PACKED_AT_ONCE + i for i in range(PACKED_AT_ONCE)]:
+            for plane, rows in enumerate(self.new_rows(seq)):
+                self.packed[seq, plane] = rows
+
 
 def more_waves(carry):
     """Whether there are tiles in the wave of the next iteration."""
@@ -637,6 +647,7 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
             pltpu.VMEM((MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
             pltpu.VMEM((MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
             pltpu.VMEM((WRITE_BUFFERS, KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES), jnp.bfloat16),  # new_out
+            pltpu.VMEM((MAX_ROWS, KV_PLANES, KV_HEADS, HEAD_LANES), jnp.uint32),  # packed
             pltpu.VMEM((TILES_PER_WAVE, SCORE_ROWS, TILE), jnp.float32),  # scores
             pltpu.VMEM((QUERY_ROWS, LANES), jnp.float32),  # row_max
             pltpu.VMEM((QUERY_ROWS, LANES), jnp.float32),  # row_sum

@@ -40,7 +40,7 @@ What was specialized:
 - mixed, between blocks: the last tile of a block makes the first scores of the next block; the MXU does not wait there
 - mixed, sums of probabilities: by ones beside the values; MXU lanes to spare add them at no cost
 - mixed, values: whole registers of lanes; the MXU takes them as they lie in the cache
-- VMEM: 15,941,632 bytes counted, 25,165,824 allowed, 67,108,864 available
+- VMEM: 16,007,168 bytes counted, 25,165,824 allowed, 67,108,864 available
 """
 
 import dataclasses
@@ -89,6 +89,7 @@ DECODE_WAVE_BUFFERS = DECODE_LOOKAHEAD + 1  # waves that are fetched or computed
 DECODE_TILE_BUFFERS = DECODE_WAVE_BUFFERS * DECODE_TILES_PER_WAVE
 DECODE_TILE_PAGES = DECODE_TILE // PAGE_SIZE
 DECODE_MAX_ROWS = 64  # sequences of the largest batch
+DECODE_PACKED_AT_ONCE = 8  # sequences whose new tokens are packed at once
 DECODE_NO_SEQ = DECODE_MAX_ROWS  # in place of a sequence where there is no tile
 DECODE_MAX_TOKENS = DECODE_MAX_ROWS  # new tokens of the largest batch
 DECODE_WRITE_BUFFERS = 16  # sequences whose new tokens are on their way to the cache
@@ -338,6 +339,7 @@ class DecodeKernel(PagedKernel):
     new_keys: Ref  # bfloat16[DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM]: new keys of every sequence
     new_values: Ref  # bfloat16[DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM]: new values of every sequence
     new_out: Ref  # float8_e4m3fn[DECODE_WRITE_BUFFERS, KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES]: new tokens on their way to the cache
+    packed: Ref  # uint32[DECODE_MAX_ROWS, KV_PLANES, KV_HEADS, HEAD_LANES]: rows of new tokens, in every place of a word
     scores: Ref  # float32[DECODE_TILES_PER_WAVE, DECODE_SCORE_ROWS, DECODE_TILE]: scores of a wave, for the next iteration
     row_max: Ref  # float32[DECODE_QUERY_ROWS, LANES]: running maximum, the same in every lane
     row_sum: Ref  # float32[DECODE_QUERY_ROWS, LANES]: running sum, the same in every lane
@@ -369,6 +371,7 @@ class DecodeKernel(PagedKernel):
         ahead = lax.fori_loop(1, DECODE_LOOKAHEAD, self.fetch_first_wave, ahead)
         for load in loads:
             load.wait()
+        for_each(0, pl.cdiv(self.num_seqs, DECODE_PACKED_AT_ONCE), self.make_new_rows)
         wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
         self.write_results(wave)
 
@@ -516,7 +519,8 @@ class DecodeKernel(PagedKernel):
         page, place = quotient(token, PAGE_SIZE), remainder(token, SUBLANE_TILE)
         tokens = sublane_tile(token)
         mask = self.new_token_mask(place)
-        for plane, new in enumerate(self.new_rows(seq)):
+        for plane in range(KV_PLANES):
+            new = self.packed[seq, plane]
             for head in range(KV_HEADS):
                 rows = self.patched((slot, page, plane, head, tokens), head, new, mask)
                 self.kv[slot, page, plane, head, tokens] = rows
@@ -672,6 +676,12 @@ class DecodeKernel(PagedKernel):
         """A head's values, weighted by some rows of probabilities."""
         return matmul_values(rows, self.head_values(wave, i, head)) * self.kv_scales[1, head]
 
+    def make_new_rows(self, index):
+        """Makes the rows of the new tokens of some sequences, so that their latencies hide each other, and the first wave's them."""
+        for seq in [index * DECODE_PACKED_AT_ONCE + i for i in range(DECODE_PACKED_AT_ONCE)]:
+            for plane, rows in enumerate(self.new_rows(seq)):
+                self.packed[seq, plane] = rows
+
 
 def more_waves(carry):
     """Whether there are tiles in the wave of the next iteration."""
@@ -728,6 +738,7 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
             pltpu.VMEM((DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
             pltpu.VMEM((DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
             pltpu.VMEM((DECODE_WRITE_BUFFERS, KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES), jnp.float8_e4m3fn),  # new_out
+            pltpu.VMEM((DECODE_MAX_ROWS, KV_PLANES, KV_HEADS, HEAD_LANES), jnp.uint32),  # packed
             pltpu.VMEM((DECODE_TILES_PER_WAVE, DECODE_SCORE_ROWS, DECODE_TILE), jnp.float32),  # scores
             pltpu.VMEM((DECODE_QUERY_ROWS, LANES), jnp.float32),  # row_max
             pltpu.VMEM((DECODE_QUERY_ROWS, LANES), jnp.float32),  # row_sum

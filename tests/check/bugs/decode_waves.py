@@ -132,7 +132,7 @@ WAITS = (
         "self.wait_for_writes(seq - WRITE_BUFFERS)",
     ),
     Bug("no wait for the last cache writes", "DecodeKernel.drain_write", "self.wait_for_writes(self.num_seqs - 1 - i)"),
-    Bug("no wait for the outputs", "DecodeKernel.attend", "result.wait()"),
+    Bug("no wait for the outputs", "DecodeKernel.write_results", "result.wait()"),
 )
 ENDS = (
     Bug(
@@ -319,6 +319,12 @@ UPDATES = (
         "DecodeKernel.new_kv_rows",
         "(self.new_keys, self.new_values)",
         "(self.new_values, self.new_values)",
+    ),
+    Bug(
+        "the new token of the first sequence for all",
+        "DecodeKernel.update_cache",
+        "self.packed[seq, plane]",
+        "self.packed[0, plane]",
     ),
     Bug("the first head's new token for all", "DecodeKernel.patched", "new[head : head + 1]", "new[0:1]"),
     Bug(
