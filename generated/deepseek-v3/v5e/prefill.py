@@ -113,16 +113,15 @@ def rows_of_new_tokens(new_kv, new_rope):
 class PagedKernel:
     """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
 
-    def page_copy(self, seq, block, buffer, page):
-        physical = self.page_indices[seq * PAGES_PER_SEQ + block * self.block_pages + page]
+    def start_page(self, first, buffer, page):
+        """Starts to fetch a page of a block; `first` is the place of the block's first page in the page table."""
+        physical = self.page_indices[first + page]
         place = self.kv.at[buffer, page]
-        return pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer])
+        pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer]).start()
 
-    def start_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).start()
-
-    def wait_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).wait()
+    def wait_page(self, buffer, page):
+        place = self.kv.at[buffer, page]
+        pltpu.make_async_copy(place, place, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
 
     def pages_of(self, kv_end, block):
         """How many pages of a block hold tokens below `kv_end`."""
@@ -130,7 +129,8 @@ class PagedKernel:
 
     def start_block(self, kv_end, seq, block, buffer):
         """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`."""
-        start_page = functools.partial(self.start_page, seq, block, buffer)
+        first = seq * PAGES_PER_SEQ + block * self.block_pages
+        start_page = functools.partial(self.start_page, first, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -140,9 +140,9 @@ class PagedKernel:
 
         pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, start_page))
 
-    def wait_block(self, kv_end, seq, block, buffer):
+    def wait_block(self, kv_end, block, buffer):
         """Waits for the copies that `start_block` started."""
-        wait_page = functools.partial(self.wait_page, seq, block, buffer)
+        wait_page = functools.partial(self.wait_page, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -237,7 +237,7 @@ class PrefillKernel(PagedKernel):
         end = self.kv_end(seq, q_block)
         last = (block + 1) * KV_BLOCK >= end
         pl.when(block == 0)(functools.partial(self.for_query_copies, seq, q_block, q_buffer, wait_copy))
-        self.wait_block(end, seq, block, buffer)
+        self.wait_block(end, block, buffer)
 
         @pl.when(last)
         def clear_last_block():
@@ -269,7 +269,7 @@ class PrefillKernel(PagedKernel):
 
     def for_copies(self, seq, q_block, make_copy, act):
         """Acts on the copy `make_copy(row of queries, token of the block, tokens)` that holds a query block."""
-        act(make_copy(self.q_start(seq) + q_block * Q_BLOCK, 0, Q_BLOCK))
+        act(make_copy(pl.multiple_of(self.q_start(seq) + q_block * Q_BLOCK, Q_BLOCK), 0, Q_BLOCK))
 
     # ---- Update of the cache: page by page, old tokens are kept and new ones put in.
 
@@ -319,6 +319,10 @@ class PrefillKernel(PagedKernel):
         """Starts the copies of a page's new tokens, and of its old ones if it has any; returns the page after it."""
         buffer = lax.rem(step, PAGE_BUFFERS)
         pl.when(seq < self.end_seq)(functools.partial(self.start_page_copies, step, seq, page, buffer))
+        return self.page_after(seq, page)
+
+    def page_after(self, seq, page):
+        """The page after a page, if there is one."""
         next_seq, next_index = self.next_page(jnp.minimum(seq, self.end_seq - 1), page)
         return jnp.where(seq < self.end_seq, next_seq, seq), jnp.where(seq < self.end_seq, next_index, page)
 

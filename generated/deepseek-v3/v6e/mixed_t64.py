@@ -144,16 +144,15 @@ def rows_of_new_tokens(new_kv, new_rope):
 class PagedKernel:
     """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
 
-    def page_copy(self, seq, block, buffer, page):
-        physical = self.page_indices[seq * PAGES_PER_SEQ + block * self.block_pages + page]
+    def start_page(self, first, buffer, page):
+        """Starts to fetch a page of a block; `first` is the place of the block's first page in the page table."""
+        physical = self.page_indices[first + page]
         place = self.kv.at[buffer, page]
-        return pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer])
+        pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer]).start()
 
-    def start_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).start()
-
-    def wait_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).wait()
+    def wait_page(self, buffer, page):
+        place = self.kv.at[buffer, page]
+        pltpu.make_async_copy(place, place, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
 
     def pages_of(self, kv_end, block):
         """How many pages of a block hold tokens below `kv_end`."""
@@ -161,7 +160,8 @@ class PagedKernel:
 
     def start_block(self, kv_end, seq, block, buffer):
         """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`."""
-        start_page = functools.partial(self.start_page, seq, block, buffer)
+        first = seq * PAGES_PER_SEQ + block * self.block_pages
+        start_page = functools.partial(self.start_page, first, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -171,9 +171,9 @@ class PagedKernel:
 
         pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, start_page))
 
-    def wait_block(self, kv_end, seq, block, buffer):
+    def wait_block(self, kv_end, block, buffer):
         """Waits for the copies that `start_block` started."""
-        wait_page = functools.partial(self.wait_page, seq, block, buffer)
+        wait_page = functools.partial(self.wait_page, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -267,11 +267,11 @@ class DecodeKernel(PagedKernel):
     def load_copies(self):
         """The copies of what the kernel loads at its start, of all sequences."""
         arrays = [
-            (self.q_hbm, self.q_in),
-            (self.q_rope_hbm, self.q_rope_in),
-            (self.new_hbm, self.new_in),
+            (copy_of_tokens, self.q_hbm, self.q_in),
+            (copy_of_tokens, self.q_rope_hbm, self.q_rope_in),
+            (copy_of_tokens, self.new_hbm, self.new_in),
         ]
-        return [copy_of_tokens(source, target, self.load_sem.at[i]) for i, (source, target) in enumerate(arrays)]
+        return [copy(source, target, self.load_sem.at[i]) for i, (copy, source, target) in enumerate(arrays)]
 
     def iterate(self, carry):
         """Computes a wave's values and the next wave's scores; fetches a wave DECODE_LOOKAHEAD waves later."""
@@ -296,11 +296,11 @@ class DecodeKernel(PagedKernel):
 
     # ---- fetch K and V: whole pages
 
-    def fetch_wave(self, wave, seq, first):
-        """Starts the fetch of a wave whose first tile is at token `first` of `seq`; returns where the next wave begins."""
+    def fetch_wave(self, wave, *ahead):
+        """Starts the fetch of a wave whose first tile is at `ahead`: a sequence, and a token of it; returns the next wave's."""
         for i in range(DECODE_TILES_PER_WAVE):
-            seq, first = self.fetch_tile(wave, i, seq, first)
-        return seq, first
+            ahead = self.fetch_tile(wave, i, *ahead)
+        return ahead
 
     def fetch_tile(self, wave, i, seq, first):
         """The same for one tile."""
@@ -314,10 +314,14 @@ class DecodeKernel(PagedKernel):
             # Not under the condition: a load that waits for it costs more.
             physical = self.page_indices[first_entry + page]
             pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
+        seq, first = self.next_tile(seq, first, left)
+        return seq, first
+
+    def next_tile(self, seq, first, left):
+        """Where the tile after one at token `first` of `seq` is, which has `left` tokens from there on."""
         last = left <= DECODE_TILE
         seq = jnp.where(last, seq + 1, seq)
-        first = jnp.where(last, 0, first + DECODE_TILE)
-        return seq, first
+        return seq, jnp.where(last, 0, first + DECODE_TILE)
 
     def fetch_page(self, physical, wave, i, page):
         slot, sem = self.slot(wave, i), self.kv_sem.at[lax.rem(wave, DECODE_WAVE_BUFFERS)]
@@ -388,18 +392,18 @@ class DecodeKernel(PagedKernel):
         rows = self.patched((slot, page, tokens), seq, place)
         self.kv[slot, page, tokens] = rows
         self.new_out[buffer] = rows
-        self.cache_write(seq).start()
+        entry = seq * PAGES_PER_SEQ + quotient(self.kv_lens[seq] - 1, PAGE_SIZE)
+        self.cache_write(seq, self.page_indices[entry]).start()
 
-    def cache_write(self, seq):
-        """The copy of the sublane tile with a sequence's new token to the cache."""
+    def cache_write(self, seq, page):
+        """The copy of the sublane tile with a sequence's new token to a page of the cache."""
         buffer = remainder(seq, DECODE_WRITE_BUFFERS)
         position = self.kv_lens[seq] - 1
-        page = self.page_indices[seq * PAGES_PER_SEQ + quotient(position, PAGE_SIZE)]
         target = self.cache_hbm.at[page, sublane_tile(position)]
         return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
 
     def wait_for_writes(self, seq):
-        self.cache_write(seq).wait()
+        self.cache_write(seq, 0).wait()  # as many bytes, whichever page they go to
 
     def patched(self, at, seq, place):
         """Rows of a tile in which a sequence's new token takes its place.
@@ -625,7 +629,7 @@ class MixedKernel(PagedKernel):
         end = self.kv_end(seq, q_block)
         last = (block + 1) * MIXED_KV_BLOCK >= end
         pl.when(block == 0)(functools.partial(self.for_query_copies, seq, q_block, q_buffer, wait_copy))
-        self.wait_block(end, seq, block, buffer)
+        self.wait_block(end, block, buffer)
 
         @pl.when(last)
         def clear_last_block():
@@ -717,6 +721,10 @@ class MixedKernel(PagedKernel):
         """Starts the copies of a page's new tokens, and of its old ones if it has any; returns the page after it."""
         buffer = lax.rem(step, MIXED_PAGE_BUFFERS)
         pl.when(seq < self.end_seq)(functools.partial(self.start_page_copies, step, seq, page, buffer))
+        return self.page_after(seq, page)
+
+    def page_after(self, seq, page):
+        """The page after a page, if there is one."""
         next_seq, next_index = self.next_page(jnp.minimum(seq, self.end_seq - 1), page)
         return jnp.where(seq < self.end_seq, next_seq, seq), jnp.where(seq < self.end_seq, next_index, page)
 
