@@ -88,7 +88,7 @@ def query_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     }
     context = {
         "features": (*recipe.features, *(way for way, used in ways.items() if used)),
-        "call": call_of(spec, plan.kind, plan.recipe),
+        "call": call_of(spec, plan.kind, recipe),
         "kernel_class": f"{plan.kind.capitalize()}Kernel",
         "summary": _SUMMARIES[plan.kind],
         "block": QueryBlocks.of(spec, made, recipe.by_head),

@@ -99,13 +99,13 @@ class Shared:
 
     Dtypes are expressions of the source: `mxu_dtype` is what probabilities, keys and values are on their way to the MXU.
     `row`: a head's K (or V) is a whole row of registers, a padded one, or joined in one with the other. `cache_view`: how
-    the cache is seen as rows of 128 lanes. `new_tokens` of a decode row: one, or several. `pad`, `unpad`, `kv_rows` and
-    `scaled` are given an expression. `pads_table`: page tables in HBM need padding.
+    the cache is seen: as rows of 128 lanes, or by tiles of rows. `new_tokens` of a decode row: one, or several. `pad`,
+    `unpad`, `kv_rows` and `scaled` are given an expression. `pads_table`: page tables in HBM need padding.
     """
 
     layout: str
     row: Literal["whole", "padded", "joined"]
-    cache_view: Literal["rows", "packed_lane_tiles"]
+    cache_view: Literal["rows", "packed_lane_tiles", "latent_tiles"]
     q_dtype: str
     kv_dtype: str
     mxu_dtype: str
@@ -132,7 +132,7 @@ class Shared:
         return cls(
             layout=spec.serving.kv_layout,
             row="joined" if joins_rows(model) else "padded" if padded else "whole",
-            cache_view="packed_lane_tiles" if rows.lane_tiles > 1 and pack > 1 else "rows",
+            cache_view=_cache_view(spec),
             q_dtype=dtype(model.q_dtype),
             kv_dtype=dtype(model.kv_dtype),
             mxu_dtype=dtype(computed_in(model)),
@@ -194,8 +194,8 @@ def shared_context(
 
     `local` stands among the features for what a sliding window and attention chunks have in common: queries that do not
     see their sequence from its start. `all_heads` stands there for what a decode kernel has that reads K and V so, and
-    `by_head` and `queries_by_head` for new tokens that come by head, and `hbm_table` for what kernels have that fetch parts of
-    page tables in HBM.
+    `hbm_table` for what kernels have that fetch parts of page tables in HBM, and `by_head` and `queries_by_head` for new
+    tokens that come by head.
     """
     all_heads = recipe.decode is not None and recipe.decode.read == "all_heads"
     ways = {
@@ -226,10 +226,10 @@ def by_head_features(recipe: Recipe) -> dict[str, bool]:
 
 def program_of(spec: Spec, kind: str, recipe: Recipe, call: Callable[[Spec, str, Recipe], Call]) -> Program:
     """The public function of the programs of one kind."""
-    lse, interleaved = spec.serving.log_sum_exp, spec.serving.kv_layout == "interleaved"
+    lse, viewed = spec.serving.log_sum_exp, spec.serving.kv_layout != "separate"
     calls = tuple(call(spec, one, recipe) for one in (("decode", "mixed") if kind == "mixed" else (kind,)))
     # The first call takes the cache from the argument, a second one from the first.
-    given = [{"cache": "cache_rows(kv_cache)" if interleaved else "kv_cache"}, {}]
+    given = [{"cache": "cache_rows(kv_cache)" if viewed else "kv_cache"}, {}]
     several = spec.serving.decode_len > 1
     notes = {
         "decode": "Sequence s has rows [s * DECODE_LEN, (s + 1) * DECODE_LEN) of `queries`: `cu_q_lens` is not used."
@@ -250,7 +250,7 @@ def program_of(spec: Spec, kind: str, recipe: Recipe, call: Callable[[Spec, str,
         tuple(
             ", ".join(names.get(one, one) for one in call.arguments) for call, names in zip(calls, given, strict=False)
         ),
-        "rows_cache(cache, kv_cache.shape)" if interleaved else "cache",
+        "rows_cache(cache, kv_cache.shape)" if viewed else "cache",
     )
 
 
@@ -394,6 +394,13 @@ def scratch_of(
         name = names.get(buffer.name, buffer.name)
         made.append(Scratch(name, declaration, f"{elements}[{shape}]: {buffer.note}"))
     return made
+
+
+def _cache_view(spec: Spec) -> Literal["rows", "packed_lane_tiles", "latent_tiles"]:
+    if spec.model.rope_dim is not None:
+        return "latent_tiles"
+    packed = packing(spec.model.kv_dtype) > 1
+    return "packed_lane_tiles" if RowDims.of(spec.model).lane_tiles > 1 and packed else "rows"
 
 
 def _row_order(model: Attention, rows: RowDims) -> str:

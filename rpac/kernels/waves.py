@@ -85,6 +85,8 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "columns": _columns(recipe),
         "tile_rows": _tile_rows(spec.model),
         "order": _order(recipe.decode),
+        "state": "carried",
+        "ends": "at_once",
         "softmax": "masked_first" if recipe.decode.read == "all_heads" else "whole",
         "tiles_fit": _tiles_fit(spec, tiles),
         "window_begin": window_begin(spec, tiles),

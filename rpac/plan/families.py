@@ -80,8 +80,8 @@ def make_recipe(
         if decode is None or isinstance(decode, XlaTiles)
         else _decode(spec, decode, Chooser(target, override.decode)),
         None if block is None or isinstance(block, XlaTiles) else _block(spec, block, Chooser(target, override.block)),
-        _by_head(spec, kind, decode or block),
         _page_table(spec, Chooser(target, override.program)),
+        _by_head(spec, kind, decode or block),
     )
 
 
@@ -145,7 +145,7 @@ def _decisions(spec: Spec, tiles: Tiles, chooser: Chooser) -> DecodeRecipe | Blo
 def _decode(spec: Spec, tiles: DecodeBlocks | DecodeWaves, chooser: Chooser) -> DecodeRecipe:
     match tiles:
         case LatentWaves():
-            return latent.DECODE_RECIPE
+            return latent.decode_recipe(spec, tiles, chooser)
         case DecodeWaves():
             return decode_waves.recipe(spec, tiles, chooser)
         case DecodeBlocks():
@@ -183,7 +183,7 @@ def is_short(spec: Spec, device: Chip, kind: str, tiles: Tiles, recipe: Recipe) 
 def decode_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator[DecodeBlocks | DecodeWaves]:
     """Tiles of a decode kernel from large to small."""
     if spec.model.rope_dim is not None:
-        return latent.decode_choices(spec, tokens)
+        return latent.decode_choices(spec, device.target, tokens)
     waves = decode_waves.choices(spec, kind, tokens)
     blocks = decode_blocks.choices(spec, device, tokens)
     if spec.serving.kv_layout == "separate":

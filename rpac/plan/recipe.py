@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar
 
-Read = Literal["separate", "token_pairs", "split_words", "split_rows", "strided", "all_heads", "latent"]
+Read = Literal[
+    "separate", "token_pairs", "split_words", "split_rows", "strided", "all_heads", "latent", "latent_staged"
+]
 """How a kernel takes K and V out of the cache: those of one head at a time, or of all heads."""
 Write = Literal[
     "none", "bytes", "halves", "words", "packed_bytes", "packed_joined", "packed_halves", "packed_words", "latent"
@@ -130,15 +132,15 @@ class Recipe:
     """What the source of a plan is made of; None for a kernel that is not in it, and in a portable program.
 
     `features` are those that kernels have code for, by key: `causal` and `update_cache` are among them unless a spec turns
-    them off. `by_head`: the arguments that kernels take as `[heads, tokens, head_dim]`; the output goes with `queries`.
-    `page_table`: where all kernels of the source have the page tables.
+    them off. `page_table`: where all kernels of the source have the page tables. `by_head`: the arguments that kernels take as
+    `[heads, tokens, head_dim]`; the output goes with `queries`.
     """
 
     features: tuple[str, ...]
     decode: DecodeRecipe | None = None
     block: BlockRecipe | None = None
-    by_head: tuple[str, ...] = ()
     page_table: PageTable = "smem"
+    by_head: tuple[str, ...] = ()
 
     @property
     def queries_by_lane(self) -> bool:
@@ -154,8 +156,13 @@ class Recipe:
                 **{**block["pacing"], "wait_for": tuple(block["pacing"]["wait_for"])}
             )
             block = BlockRecipe(**{**block, "lookahead": tuple(block["lookahead"]), "pacing": pacing})
-        by_head = tuple(data["by_head"])
-        return cls(tuple(data["features"]), decode and DecodeRecipe(**decode), block, by_head, data["page_table"])
+        return cls(
+            tuple(data["features"]),
+            decode and DecodeRecipe(**decode),
+            block,
+            data["page_table"],
+            tuple(data["by_head"]),
+        )
 
 
 @dataclass

@@ -81,6 +81,10 @@ _READ: Final[Mapping[str | bool, Words]] = {
     "latent": Words(
         "one row of a token for all query heads", "the latent vector is part of every key and is every value"
     ),
+    "latent_staged": Words(
+        "one row of a token for all query heads; latent vectors are transposed before the MXU takes them as keys",
+        "that takes the MXU half the time; a tile goes through stages, so that no stage waits for another",
+    ),
 }
 _WRITE: Final[Mapping[str | bool, Words]] = {
     "none": Words("not at all", "the spec says update_cache: false, so the cache has them already"),
@@ -235,10 +239,10 @@ def decisions(recipe: Recipe, kind: str) -> Iterator[Decision]:
     """The decisions of a program of a kind, each once."""
     features = ", ".join(recipe.features) or "none"
     yield Decision("", "features", features, "the spec asks for them; no other feature is in the code")
-    if recipe.by_head:
-        yield Decision("", "arrays by head", ", ".join(recipe.by_head), _BY_HEAD)
     if recipe.decode is not None or recipe.block is not None:
         yield Decision("", "page tables", *_PAGE_TABLE[recipe.page_table])
+    if recipe.by_head:
+        yield Decision("", "arrays by head", ", ".join(recipe.by_head), _BY_HEAD)
     for kernel, of_kernel, table in (("decode", recipe.decode, DECODE), (kind, recipe.block, BLOCK)):
         if of_kernel is not None:
             yield from _of_kernel(kernel, of_kernel, table)

@@ -32,6 +32,10 @@ SERVED = {
     "with-lse": {"serving": {"log_sum_exp": True}},
     "wide-interleaved": {"serving": {"kv_layout": "interleaved"}},
     "wide-separate": {"serving": {"kv_layout": "separate"}},
+    "wide-8-bits": {
+        "model": {"kv_dtype": "float8_e4m3fn", "kv_scale": "tensor"},
+        "serving": {"kv_layout": "separate", "page_size": 32},
+    },
     "narrow-interleaved": {"model": {"head_dim": 64, "sinks": True}},
     "narrow-separate": {"model": {"head_dim": 64, "sinks": True}, "serving": {"kv_layout": "separate"}},
     "latent": {"latent": {**LATENT, "kv_dtype": "bfloat16", "sm_scale": 0.07}, "serving": {"page_size": 32}},
@@ -84,6 +88,7 @@ def test_the_adapter_does_what_the_package_does(name: str, in_server: str, tiny_
     [
         ("wide-interleaved", ("Llama on 2 devices", "Attention")),
         ("wide-separate", ("Llama on 2 devices", "Attention")),
+        ("wide-8-bits", ("Llama on 2 devices",)),
         ("narrow-interleaved", ("GptOssAttention",)),
         ("narrow-separate", ("GptOssAttention",)),
         ("latent", ("mla_attention",)),
@@ -110,7 +115,7 @@ def test_the_adapter_does_what_tokamax_does(served_bundles: dict[str, Path], tmp
 def test_tpu_inferences_attention_compiles_for_a_tpu_with_an_installed_bundle(
     bundle: str, devices: tuple[int, ...], tmp_path: Path
 ) -> None:
-    built = build(bundle, tmp_path, "v6e", token_buckets=[32])
+    built = build(bundle, tmp_path, "v6e", token_buckets=[32], num_pages=4096)
     claims = run_in("tpu_inference", tmp_path, "compile_tpu_inference.py", "v6e:2x2", built, env=toolchain.ENVIRONMENT)
     for count in devices:
         assert any(claim.startswith(f"{bundle} on {count} devices, ") and "compiled" in claim for claim in claims)

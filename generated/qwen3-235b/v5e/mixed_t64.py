@@ -340,15 +340,8 @@ class DecodeKernel(PagedKernel):
             ahead = self.fetch_wave(wave, *ahead)
         for load in loads:
             load.wait()
-        lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
-        results = [
-            copy_of_tokens(self.out_all, self.out_hbm, self.out_sem.at[0]),
-        ]
-        for result in results:
-            result.start()
-        for_each(0, jnp.minimum(self.num_seqs, DECODE_WRITE_BUFFERS), self.drain_write)
-        for result in results:
-            result.wait()
+        wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        self.write_results(wave)
 
     def load_copies(self):
         """The copies of what the kernel loads at its start, of all sequences."""
@@ -359,13 +352,22 @@ class DecodeKernel(PagedKernel):
         ]
         return [copy(source, target, self.load_sem.at[i]) for i, (copy, source, target) in enumerate(arrays)]
 
+    def write_results(self, wave):
+        """Writes the outputs of all sequences; `wave` is the one after the last."""
+        results = [
+            copy_of_tokens(self.out_all, self.out_hbm, self.out_sem.at[0]),
+        ]
+        for result in results:
+            result.start()
+        for_each(0, jnp.minimum(self.num_seqs, DECODE_WRITE_BUFFERS), self.drain_write)
+        for result in results:
+            result.wait()
+
     def iterate(self, carry):
         """Computes a wave's values and the next wave's scores; fetches a wave DECODE_LOOKAHEAD waves later."""
         wave, _, *ahead = carry
         self.wait_and_patch(wave + 1)
-        state = self.row_max[...], self.row_sum[...], self.acc[...]
-        state, ahead = self.compute_tiles(wave, state, ahead)
-        self.row_max[...], self.row_sum[...], self.acc[...] = state
+        ahead = self.compute_wave(wave, ahead)
         more = self.tile_left[self.slot(wave + 1, 0)] > 0
         return wave + 1, more, *ahead
 
@@ -563,6 +565,13 @@ class DecodeKernel(PagedKernel):
         left = self.tile_left[self.slot(wave, i)]
         token = self.token_of_column(DECODE_QUERY_ROWS)
         return token < left
+
+    def compute_wave(self, wave, ahead):
+        """Computes a wave's tiles; the running softmax is loaded before and stored after them."""
+        state = self.row_max[...], self.row_sum[...], self.acc[...]
+        state, ahead = self.compute_tiles(wave, state, ahead)
+        self.row_max[...], self.row_sum[...], self.acc[...] = state
+        return ahead
 
     def merge(self, wave, i, state, tile_max, tile_sum, values):
         """Adds a tile to the running softmax of its sequence and leaves the output that it would be the last of."""
@@ -949,6 +958,16 @@ class MixedKernel(PagedKernel):
         """MIXED_MERGE_TOKENS new keys (or values) from a token of a page on, float32[MIXED_MERGE_TOKENS, KV_HEADS, HEAD_DIM]."""
         return array[buffer, pl.ds(PAGE_SIZE + start, MIXED_MERGE_TOKENS)].astype(jnp.float32)
 
+    def store_new_rows(self, plane, buffer, start):
+        """Lays MIXED_MERGE_TOKENS new tokens' K, or V, into rows to be read by head."""
+        for i in range(MIXED_MERGE_TOKENS):
+            new = self.new_token_rows(plane, buffer, start, i)
+            store_rows(self.by_head, pl.ds(i * PADDED_KV_HEADS, KV_HEADS), new)
+
+    def new_token_rows(self, plane, buffer, start, i):
+        """The row of each head of one new token's K, or of its V."""
+        return (self.new_keys, self.new_values)[plane][buffer, PAGE_SIZE + start + i].astype(jnp.float32)
+
     def merge_tokens(self, buffer, new_buffer, first, end, index):
         """Puts new tokens into MIXED_MERGE_TOKENS tokens of a page, where they lie in `[first, end)`.
 
@@ -958,18 +977,12 @@ class MixedKernel(PagedKernel):
         tokens = pl.ds(start, MIXED_MERGE_TOKENS)
         mask = bytes_below(end, start, MIXED_MERGE_TOKENS) & ~bytes_below(first, start, MIXED_MERGE_TOKENS)
         for plane in range(KV_PLANES):
-            for i in range(MIXED_MERGE_TOKENS):
-                new = self.new_token_rows(plane, new_buffer, start, i)
-                store_rows(self.by_head, pl.ds(i * PADDED_KV_HEADS, KV_HEADS), new)
+            self.store_new_rows(plane, new_buffer, start)
             for head in range(KV_HEADS):
                 words = self.words_of_head(head)
                 old = pltpu.bitcast(self.page_rows[buffer, plane, head, tokens], jnp.uint32)
                 words = (words & mask) | (old & ~mask)
                 self.page_rows[buffer, plane, head, tokens] = pltpu.bitcast(words, self.page_rows.dtype)
-
-    def new_token_rows(self, plane, buffer, start, i):
-        """The row of each head of one new token's K, or of its V."""
-        return (self.new_keys, self.new_values)[plane][buffer, PAGE_SIZE + start + i].astype(jnp.float32)
 
     def words_of_head(self, head):
         """One head's new rows as words of PACKING tokens."""

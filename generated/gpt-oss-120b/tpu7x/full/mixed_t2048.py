@@ -403,15 +403,8 @@ class DecodeKernel(PagedKernel):
             ahead = self.fetch_wave(wave, *ahead)
         for load in loads:
             load.wait()
-        lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
-        results = [
-            copy_of_tokens(self.out_all, self.out_hbm, self.out_sem.at[0]),
-        ]
-        for result in results:
-            result.start()
-        for_each(0, jnp.minimum(self.num_seqs, DECODE_WRITE_BUFFERS), self.drain_write)
-        for result in results:
-            result.wait()
+        wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        self.write_results(wave)
 
     def load_copies(self):
         """The copies of what the kernel loads at its start, of all sequences."""
@@ -422,13 +415,22 @@ class DecodeKernel(PagedKernel):
         ]
         return [copy(source, target, self.load_sem.at[i]) for i, (copy, source, target) in enumerate(arrays)]
 
+    def write_results(self, wave):
+        """Writes the outputs of all sequences; `wave` is the one after the last."""
+        results = [
+            copy_of_tokens(self.out_all, self.out_hbm, self.out_sem.at[0]),
+        ]
+        for result in results:
+            result.start()
+        for_each(0, jnp.minimum(self.num_seqs, DECODE_WRITE_BUFFERS), self.drain_write)
+        for result in results:
+            result.wait()
+
     def iterate(self, carry):
         """Computes a wave's values and the next wave's scores; fetches a wave DECODE_LOOKAHEAD waves later."""
         wave, _, *ahead = carry
         self.wait_and_patch(wave + 1)
-        state = self.row_max[...], self.row_sum[...], self.acc[...]
-        state, ahead = self.compute_tiles(wave, state, ahead)
-        self.row_max[...], self.row_sum[...], self.acc[...] = state
+        ahead = self.compute_wave(wave, ahead)
         more = self.tile_left[self.slot(wave + 1, 0)] > 0
         return wave + 1, more, *ahead
 
@@ -620,6 +622,13 @@ class DecodeKernel(PagedKernel):
         left = self.tile_left[self.slot(wave, i)]
         token = self.token_of_column(DECODE_QUERY_ROWS)
         return token < left
+
+    def compute_wave(self, wave, ahead):
+        """Computes a wave's tiles; the running softmax is loaded before and stored after them."""
+        state = self.row_max[...], self.row_sum[...], self.acc[...]
+        state, ahead = self.compute_tiles(wave, state, ahead)
+        self.row_max[...], self.row_sum[...], self.acc[...] = state
+        return ahead
 
     def merge(self, wave, i, state, tile_max, tile_sum, values):
         """Adds a tile to the running softmax of its sequence and leaves the output that it would be the last of."""
