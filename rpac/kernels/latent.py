@@ -92,6 +92,7 @@ def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     staged = recipe.decode.read == "latent_staged"
     own = [
         tile("QUERY_ROWS", "Q_HEADS"),
+        tile("SCORE_ROWS", "QUERY_ROWS"),
         *_load_constants(tiles),
         tile("MXU_TOKENS", MXU_TOKENS, "tokens whose scores and values are made at once: an MXU takes as many"),
         tile("TILE_CHUNKS", "TILE // MXU_TOKENS"),

@@ -195,14 +195,17 @@ def shared_context(
     `local` stands among the features for what a sliding window and attention chunks have in common: queries that do not
     see their sequence from its start. `all_heads` stands there for what a decode kernel has that reads K and V so, and
     `hbm_table` for what kernels have that fetch parts of page tables in HBM, and `by_head` and `queries_by_head` for new
-    tokens that come by head.
+    tokens that come by head. `row_scales` stands for the scales of K and V of all heads, and `packed_ahead` for new tokens
+    that are packed before they are needed.
     """
     all_heads = recipe.decode is not None and recipe.decode.read == "all_heads"
     ways = {
         "local": spec.model.late,
         "all_heads": all_heads,
+        "row_scales": all_heads and spec.model.kv_scale is not None,
         "hbm_table": recipe.page_table == "hbm",
         **by_head_features(recipe),
+        "packed_ahead": all_heads and spec.model.update_cache and spec.serving.decode_len == 1,
     }
     features = (*recipe.features, *(way for way, used in ways.items() if used))
     return {

@@ -24,8 +24,8 @@ DECODE = (
     ),
     Bug(
         "what lies behind the last token not cleared",
-        "DecodeKernel.patch_tile",
-        "self.clear_tail(self.slot(wave, i), left)",
+        "DecodeKernel.patch_last_tile",
+        "self.clear_tail(slot, left)",
     ),
     Bug("the new token not attended to", "DecodeKernel.update_cache", "self.kv[*at] = rows"),
     Bug(
