@@ -42,12 +42,17 @@ STAGED = (
         "self.latents_t[(i + 1) % 2, chunk]",
     ),
     Bug(
-        "the output before a tile not rescaled", "DecodeKernel.merge", "* broadcast_lanes(self.alpha[i % 2], RANK)", ""
+        "the output before a tile not rescaled",
+        "DecodeKernel.merge",
+        "broadcast_lanes(self.alpha[i % 2], RANK)",
+        "1.0",
     ),
     Bug(
-        "the largest score of a part of a tile", "DecodeKernel.compute_scores_and_values", "largest)", "largest[:0:-1])"
+        "the mask of other tokens",
+        "DecodeKernel.keep_scores",
+        "self.visible_tokens(wave, i)[:, columns]",
+        "self.visible_tokens(wave, i)[:, :MXU_TOKENS]",
     ),
-    Bug("other tokens masked", "DecodeKernel.keep_scores", "[:, columns]", "[:, :MXU_TOKENS] | False"),
     Bug(
         "outputs sent before they are complete",
         "DecodeKernel.stream",
