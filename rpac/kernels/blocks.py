@@ -50,7 +50,7 @@ def decode_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     tiles = plan.decode
     assert isinstance(tiles, DecodeBlocks)
     constants = [*model_constants(spec, plan), *_tile_constants(spec, tiles, shared=plan.block is not None)]
-    call = call_of(spec, "decode", recipe.page_table)
+    call = call_of(spec, "decode", plan.recipe)
     several = spec.serving.decode_len > 1
     tokens = "WRITE_BUFFERS, DECODE_LEN" if several else "WRITE_BUFFERS"
     shapes = _SHAPES | {

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from rpac.contract.arrays import latent_lanes, metadata_specs, packing
+from rpac.contract.arrays import SUBLANES, align, latent_lanes, metadata_specs, packing
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.literals import dtype_name
@@ -15,13 +15,13 @@ from rpac.kernels.semaphores import BLOCK_SHAPES, WAVE_SHAPES, window_constants
 from rpac.kernels.shared import Call, Operand, in_smem, scratch_of, shared_context, tables_in_hbm
 from rpac.kernels.waves import NAMES, Queries, wave_constants, window_begin
 from rpac.plan import KernelPlan, LatentBlockTiles, LatentWaves
-from rpac.plan.buffers import new_buffers, page_buffers, sublane_tile_tokens
+from rpac.plan.buffers import new_buffers, page_buffers
+from rpac.plan.latent import LOADS, MXU_TOKENS, TILE_TOKENS
 from rpac.plan.page_table import BlockWindows
-from rpac.plan.recipe import PageTable, Recipe
+from rpac.plan.recipe import Recipe
 from rpac.spec import Spec
 
 DIAGONAL_STEPS: Final = 4  # flash steps that are one piece of code: there are few blocks on the diagonal
-_LOADS: Final = (("q_hbm", "q_in"), ("q_rope_hbm", "q_rope_in"), ("new_hbm", "new_in"))
 _SUMMARIES: Final = {
     "prefill": "CHUNK new tokens for each of the sequences [0, distribution[1]).",
     "mixed": "Any number of new tokens for each of the sequences [distribution[0], distribution[2]).",
@@ -45,30 +45,42 @@ def latent_shared_context(spec: Spec, plan: KernelPlan, recipe: Recipe) -> dict[
     return {**context, "features": (*context["features"], "latent")}
 
 
-def latent_call(spec: Spec, kind: str, table: PageTable) -> Call:
+def latent_call(spec: Spec, kind: str, recipe: Recipe) -> Call:
     """The call of a kernel. The cache is updated in place; a mixed kernel's output is in the memory of the decode kernel's."""
     model, mixed = spec.model, kind == "mixed"
     batch = [dims for dims in metadata_specs(spec.serving) if mixed or dims.name != "cu_q_lens"]
-    batch = in_smem(batch, table)
+    batch = in_smem(batch, recipe.page_table)
     scalars = tuple(Operand(dims.name, dims.name, f"{dtype_name(dims.dtype)}[{_SCALARS[dims.name]}]") for dims in batch)
     q_dtype, kv_dtype = dtype_name(model.q_dtype), dtype_name(model.kv_dtype)
-    out, cache = f"{q_dtype}[tokens, Q_HEADS, RANK]", f"{kv_dtype}[pages, PAGE_SIZE, ROW_LANES]"
-    arrays = [
-        *tables_in_hbm(table),
-        Operand("q_hbm", "queries", out),
-        Operand("q_rope_hbm", "queries_rope", f"{q_dtype}[tokens, Q_HEADS, ROW_LANES - RANK]"),
-        Operand("new_hbm", "new_rows", f"{kv_dtype}[tokens, 1, ROW_LANES]"),
-        Operand("cache_in", "cache", f"{cache}: the memory of cache_hbm"),
-    ]
+    out, cache = f"{q_dtype}[tokens, Q_HEADS, RANK]", f"{kv_dtype}[pages, PAGE_TILES, SUBLANE_TILE, ROW_LANES]"
+    if kind == "decode":
+        # XLA lays the rotary queries of 128 heads out with the heads along lanes: to swap axes is a bitcast then.
+        names = ["queries", "queries_rope", "new_kv", "new_rope", "cache"]
+        others = [
+            Operand("q_rope_hbm", "queries_rope.swapaxes(1, 2)", f"{q_dtype}[tokens, ROPE_DIM, Q_HEADS]"),
+            Operand("new_latents_hbm", "new_kv", f"{kv_dtype}[tokens, RANK]"),
+            Operand("new_ropes_hbm", "new_rope", f"{kv_dtype}[tokens, ROPE_DIM]"),
+        ]
+    else:
+        names = ["queries", "padded_rope", "new_rows", "cache"]
+        others = [
+            Operand("q_rope_hbm", "padded_rope", f"{q_dtype}[tokens, Q_HEADS, ROW_LANES - RANK]"),
+            Operand("new_hbm", "new_rows", f"{kv_dtype}[tokens, 1, ROW_LANES]"),
+        ]
+    tables = tables_in_hbm(recipe.page_table)
+    names = [*(one.argument for one in tables), *names]
+    old_cache = Operand("cache_in", "cache", f"{cache}: the memory of cache_hbm")
+    arrays = [*tables, Operand("q_hbm", "queries", out), *others, old_cache]
     aliases = {len(scalars) + len(arrays) - 1: 1}
     if mixed:
         aliases[len(scalars) + len(arrays)] = 0
         arrays.append(Operand("out_in", "out", f"{out}: the memory of out_hbm"))
+        names.append("out")
     results = (
         Operand("out_hbm", "queries.shape, queries.dtype", out),
         Operand("cache_hbm", "cache.shape, cache.dtype", cache),
     )
-    arguments = (*(one.argument for one in arrays), *(dims.name for dims in batch))
+    arguments = (*names, *(dims.name for dims in batch))
     return Call(kind, scalars, tuple(arrays), results, aliases, arguments, "out, cache", _SEQUENCES[kind])
 
 
@@ -76,26 +88,53 @@ def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     """The decode kernel of a plan."""
     tiles = plan.decode
     assert isinstance(tiles, LatentWaves)
-    own = [tile("QUERY_ROWS", "Q_HEADS"), tile("LOADS", len(_LOADS), "queries, their rotary parts, new tokens")]
+    assert recipe.decode is not None
+    staged = recipe.decode.read == "latent_staged"
+    own = [
+        tile("QUERY_ROWS", "Q_HEADS"),
+        *_load_constants(tiles),
+        tile("MXU_TOKENS", MXU_TOKENS, "tokens whose scores and values are made at once: an MXU takes as many"),
+        tile("TILE_CHUNKS", "TILE // MXU_TOKENS"),
+        tile("CHUNK_PAGES", "MXU_TOKENS // PAGE_SIZE"),
+    ]
     constants = [*_model_constants(spec, plan), *wave_constants(spec, tiles), *own]
     context = {
         "kernel_class": "DecodeKernel",
-        "call": latent_call(spec, "decode", recipe.page_table),
-        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _DECODE_SHAPES, constants, NAMES),
+        "call": latent_call(spec, "decode", recipe),
+        "scratch": scratch_of(
+            tiles.scratch(spec, plan.recipe), {**_DECODE_SHAPES, **(_STAGED_SHAPES if staged else {})}, constants, NAMES
+        ),
         "summary": "One new token for each of the sequences [0, distribution[0]): update its page, attend to all of its tokens.",
         "patches": "stores the new token and clears what lies behind it",
-        "loads": _LOADS,
         "queries": Queries("own", "none", pairs=False),
         "value_lanes": "RANK",
         "updates": ["wave_store/latent", f"latent_write/{_words(spec)}"],
-        "attention": "latent",
+        "attention": recipe.decode.read,
         "columns": "TILE",
-        "order": "one_by_one",
-        "softmax": "whole",
+        "order": "staged" if staged else "one_by_one",
+        "ends": "streamed",
+        "state": "stored" if staged else "carried",
+        "softmax": "staged" if staged else "whole",
         "window_begin": window_begin(spec, tiles),
         "tiles_fit": spec.serving.pages_per_seq * spec.serving.page_size % tiles.tile == 0,
     }
     return Kernel("skeletons/decode_waves.py.jinja", context, constants, "DECODE_")
+
+
+def _load_constants(tiles: LatentWaves) -> list[Constant]:
+    """What is loaded before the first iteration, and later."""
+    rows = tiles.max_rows
+    first = max(min(2 * tiles.tiles_per_wave, rows // 2), 1)
+    return [
+        tile(
+            "LOADS", LOADS, "queries, their rotary parts, both of later sequences, new latent vectors, new rotary keys"
+        ),
+        tile("FIRST_ROWS", first, "sequences whose queries are loaded before the first iteration"),
+        tile("LATER_ROWS", max(rows - first, 1), "those whose queries are loaded meanwhile"),
+        tile("LATER_WAVE", "FIRST_ROWS // TILES_PER_WAVE", "the first whose iteration may need them"),
+        tile("TURNED_ROWS", math.gcd(first, rows, SUBLANES), "whose rotary queries are transposed at once"),
+        tile("NEW_ROWS", align(rows, SUBLANES), "new tokens that are loaded: whole tiles"),
+    ]
 
 
 def latent_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
@@ -105,7 +144,7 @@ def latent_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     constants = [*_model_constants(spec, plan), *_block_constants(spec, tiles)]
     context = {
         "kernel_class": f"{plan.kind.capitalize()}Kernel",
-        "call": latent_call(spec, plan.kind, recipe.page_table),
+        "call": latent_call(spec, plan.kind, recipe),
         "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _BLOCK_SHAPES, constants, {}),
         "summary": _SUMMARIES[plan.kind],
         "merge": f"latent_{_words(spec)}",
@@ -126,12 +165,14 @@ def _model_constants(spec: Spec, plan: KernelPlan) -> list[Constant]:
     return [
         *model_constants(spec, plan),
         number("RANK", model.head_dim, "lanes of a latent vector, which is the value and part of the key"),
+        number("ROPE_DIM", model.rope_dim, "lanes of a rotary key"),
         number("ROW_LANES", lanes, f"of a token's row in the cache: {parts}"),
         number(
             "SUBLANE_TILE",
-            sublane_tile_tokens(model),
-            "tokens of the smallest part of the cache that a DMA or store reaches",
+            TILE_TOKENS,
+            "tokens of a tile of the cache in HBM, and in VMEM: a copy from one to the other moves no rows",
         ),
+        number("PAGE_TILES", spec.serving.page_size // TILE_TOKENS),
     ]
 
 
@@ -157,15 +198,19 @@ def _block_constants(spec: Spec, tiles: LatentBlockTiles) -> list[Constant]:
         tile("TABLE_ROWS", "UPDATE_LOOKAHEAD + 1", "of the page tables, in SMEM for an update"),
         tile("NEW_TOKENS", tiles.new_tokens, "tokens of such a fetch"),
         tile("MERGE_TOKENS", tiles.merge_tokens, "new tokens that are put into a page at once"),
+        tile("MERGE_TILES", "MERGE_TOKENS // SUBLANE_TILE"),
     ]
 
 
 # The shapes of scratch arrays, in constants.
 _DECODE_SHAPES: Final[Mapping[str, str]] = {
-    "kv": "TILE_BUFFERS, TILE_PAGES, PAGE_SIZE, ROW_LANES",
+    "kv": "TILE_BUFFERS, TILE_PAGES, PAGE_TILES, SUBLANE_TILE, ROW_LANES",
     "q_in": "MAX_ROWS + 1, Q_HEADS, RANK",
-    "q_rope_in": "MAX_ROWS + 1, Q_HEADS, ROW_LANES - RANK",
-    "new_in": "MAX_ROWS, 1, ROW_LANES",
+    "q_rope_t": "MAX_ROWS, ROPE_DIM, Q_HEADS",
+    "q_rope_in": "MAX_ROWS + 1, Q_HEADS, ROPE_DIM",
+    "new_latents": "NEW_ROWS, RANK",
+    "new_ropes": "NEW_ROWS, ROPE_DIM",
+    "new_rows": "NEW_ROWS, ROW_LANES",
     "unit_out": "WRITE_BUFFERS, SUBLANE_TILE, ROW_LANES",
     "scores": "TILES_PER_WAVE, Q_HEADS, TILE",
     "row_max": "Q_HEADS, LANES",
@@ -174,10 +219,18 @@ _DECODE_SHAPES: Final[Mapping[str, str]] = {
     "out_all": "MAX_ROWS + 1, Q_HEADS, RANK",
     **WAVE_SHAPES,
 }
+_STAGED_SHAPES: Final[Mapping[str, str]] = {
+    "latents_t": "2, TILE_CHUNKS, RANK // 2, MXU_TOKENS",
+    "scores": "2, Q_HEADS, TILE",
+    "p": "2, Q_HEADS, TILE",
+    "tile_max": "2, Q_HEADS, LANES",
+    "alpha": "2, Q_HEADS, LANES",
+    "inverse_sum": "2, Q_HEADS, LANES",
+}
 _BLOCK_SHAPES: Final[Mapping[str, str]] = {
-    "kv": "KV_BUFFERS, KV_BLOCK // PAGE_SIZE, PAGE_SIZE, ROW_LANES",
+    "kv": "KV_BUFFERS, KV_BLOCK // PAGE_SIZE, PAGE_TILES, SUBLANE_TILE, ROW_LANES",
     "new_in": "NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, 1, ROW_LANES",
-    "page_rows": "PAGE_BUFFERS, PAGE_SIZE, ROW_LANES",
+    "page_rows": "PAGE_BUFFERS, PAGE_TILES, SUBLANE_TILE, ROW_LANES",
     "merged": "MERGE_TOKENS, ROW_LANES",
     "q_in": "KV_BUFFERS, Q_BLOCK, Q_HEADS, RANK",
     "q_rope_in": "KV_BUFFERS, Q_BLOCK, Q_HEADS, ROW_LANES - RANK",

@@ -12,9 +12,10 @@ from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.model_constants import model_constants
 from rpac.kernels.semaphores import BLOCK_SHAPES, window_constants
-from rpac.kernels.shared import CLEARED_AT_ONCE, call_of, scratch_of
+from rpac.kernels.shared import CLEARED_AT_ONCE, by_head_features, call_of, scratch_of
 from rpac.plan import BlockTiles, KernelPlan, RowDims
 from rpac.plan.buffers import new_buffers, page_buffers
+from rpac.plan.by_head import SORTED_TOKENS
 from rpac.plan.page_table import BlockWindows
 from rpac.plan.prefill import PACED_ROWS
 from rpac.plan.recipe import BlockRecipe, Recipe
@@ -75,23 +76,29 @@ def query_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     tiles, made = plan.block, recipe.block
     assert isinstance(tiles, BlockTiles)
     assert made is not None
-    constants = [*model_constants(spec, plan), *_tile_constants(spec, tiles, made)]
-    ways = {"local": spec.model.late, "pipelined": made.pipelined, "hbm_table": recipe.page_table == "hbm"}
+    constants = [*model_constants(spec, plan), *_tile_constants(spec, tiles, made, plan.recipe.by_head)]
+    ways = {
+        "local": spec.model.late,
+        "pipelined": made.pipelined,
+        "hbm_table": recipe.page_table == "hbm",
+        **by_head_features(recipe),
+    }
     context = {
         "features": (*recipe.features, *(way for way, used in ways.items() if used)),
-        "call": call_of(spec, plan.kind, recipe.page_table),
+        "call": call_of(spec, plan.kind, recipe),
         "kernel_class": f"{plan.kind.capitalize()}Kernel",
         "summary": _SUMMARIES[plan.kind],
         "block": QueryBlocks.of(spec, made),
-        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _shapes(spec, made), constants, _NAMES),
+        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _shapes(spec, plan.recipe), constants, _NAMES),
     }
     return Kernel("skeletons/query_blocks.py.jinja", context, constants, f"{plan.kind.upper()}_")
 
 
-def _shapes(spec: Spec, recipe: BlockRecipe) -> dict[str, str]:
+def _shapes(spec: Spec, recipe: Recipe) -> dict[str, str]:
     """The shape of each scratch array, in constants."""
-    separate, transposed = spec.serving.kv_layout == "separate", recipe.scores == "transposed"
-    state = _STATE[recipe.scores]
+    assert recipe.block is not None
+    separate, transposed = spec.serving.kv_layout == "separate", recipe.block.scores == "transposed"
+    state = _STATE[recipe.block.scores]
     step = "TILE, STEP_ROWS" if transposed else "STEP_ROWS, TILE"
     by_token = "Q_BLOCK * PADDED_Q_HEADS, LANES"
     by_head = "MERGE_TOKENS * PADDED_KV_HEADS, LANES"
@@ -99,7 +106,16 @@ def _shapes(spec: Spec, recipe: BlockRecipe) -> dict[str, str]:
         by_token, by_head = f"LANE_TILES, {by_token}", f"LANE_TILES, {by_head}"
     page = "KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES" if separate else "PAGE_ROWS, LANES"
     block = "BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES" if separate else "KV_BLOCK * TOKEN_ROWS, LANES"
-    new = "NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM"
+    new = (
+        "2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS"
+        if "keys" not in recipe.by_head
+        else "KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS"
+    )
+    new = f"NEW_BUFFERS, {new}, HEAD_DIM"
+    queries = "Q_HEADS, Q_BLOCK, HEAD_DIM" if "queries" in recipe.by_head else "Q_BLOCK, Q_HEADS, HEAD_DIM"
+    q_rows = "Q_ROWS, HEAD_LANES"
+    if recipe.queries_by_lane:
+        queries, q_rows = "Q_HEADS, HEAD_DIM, Q_BLOCK", "HEAD_LANES, Q_ROWS"
     words = "TILE // PACKING * WORD_ROWS, LANES"
     return {
         "kv": f"KV_BUFFERS, {block}",
@@ -111,9 +127,9 @@ def _shapes(spec: Spec, recipe: BlockRecipe) -> dict[str, str]:
         "page_rows": f"PAGE_BUFFERS, {page}",
         "packed": "MERGE_TOKENS * WORD_ROWS, LANES",
         "by_head": by_head,
-        "q_in": "KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM",
+        "q_in": f"KV_BUFFERS, {queries}",
         "by_token": by_token,
-        "q_rows": "KV_HEADS, Q_ROWS, HEAD_LANES",
+        "q_rows": f"KV_HEADS, {q_rows}",
         "query_onehot": "STEP_ROWS, LANES",
         "mask_bias": "DIAGONAL_BLOCKS, ROW_STEPS, DIAGONAL_BLOCK, LANES",
         "next_scores": f"SCORE_BUFFERS, {step}",
@@ -122,7 +138,7 @@ def _shapes(spec: Spec, recipe: BlockRecipe) -> dict[str, str]:
         "row_max": f"KV_HEADS, {state}",
         "row_sum": f"KV_HEADS, {state}",
         "acc": "KV_HEADS, VALUE_ROWS, Q_ROWS" if transposed else "KV_HEADS, Q_ROWS, HEAD_LANES",
-        "out_rows": "1, Q_BLOCK, Q_HEADS, HEAD_DIM",
+        "out_rows": f"1, {queries}",
         "lse_rows": "Q_BLOCK * PADDED_Q_HEADS, LANES",
         "log_rows": "Q_ROWS, LANES",
         **BLOCK_SHAPES,
@@ -130,7 +146,7 @@ def _shapes(spec: Spec, recipe: BlockRecipe) -> dict[str, str]:
     }
 
 
-def _tile_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe) -> list[Constant]:
+def _tile_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe, by_head: tuple[str, ...]) -> list[Constant]:
     """The tiles, and what follows from them."""
     model, page = spec.model, spec.serving.page_size
     rows, block = RowDims.of(model), tiles.diagonal_block(page)
@@ -168,7 +184,8 @@ def _tile_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe) -> list[
         tile("NEW_BUFFERS", new_buffers(tiles.update_lookahead), "pages whose new tokens are fetched or in use"),
         tile("UPDATE_LOOKAHEAD", tiles.update_lookahead, "pages that their fetch runs ahead"),
         tile("TABLE_ROWS", "UPDATE_LOOKAHEAD + 1", "of the page tables, in SMEM for an update"),
-        tile("NEW_TOKENS", tiles.new_tokens, "tokens of such a fetch"),
+        tile("SORTED_TOKENS", SORTED_TOKENS, "of new keys and values: a copy begins at a multiple of them"),
+        tile("NEW_TOKENS", tiles.fetched_new_tokens(by_head), "tokens of such a fetch"),
         tile("MERGE_TOKENS", tiles.merge_tokens, "new tokens that are put into a page at once"),
         tile("MERGE_ROWS", "MERGE_TOKENS * TOKEN_ROWS"),
     ]
@@ -216,6 +233,8 @@ def _order_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe) -> list
     """How the rows of a query block go from their order by token to one by head, and back."""
     model, heads = spec.model, recipe.transposed_heads
     sort_rows = "SORT_TOKENS * Q_HEADS" if recipe.query_order == "strided" else "SORT_TOKENS * GROUP"
+    if recipe.query_order in ("by_head", "by_lane"):
+        return []
     sort = [
         tile("SORT_TOKENS", SORT_TOKENS, "tokens of a query block that are sorted at once"),
         tile("SORT_STEPS", "Q_BLOCK // SORT_TOKENS"),

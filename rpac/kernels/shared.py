@@ -41,6 +41,7 @@ _SHAPES: Final = {
     "distribution": "3",
     **{one.name: one.constants for one in ARGUMENTS},
 }
+_NAMES: Final = {"kv_cache": "cache"}  # arguments by other names in the functions that call kernels
 _IN_HBM: Final = {"queries": "q_hbm", "keys": "k_hbm", "values": "v_hbm", "kv_cache": "cache_in"}
 
 
@@ -98,13 +99,13 @@ class Shared:
 
     Dtypes are expressions of the source: `mxu_dtype` is what probabilities, keys and values are on their way to the MXU.
     `row`: a head's K (or V) is a whole row of registers, a padded one, or joined in one with the other. `cache_view`: how
-    the cache is seen as rows of 128 lanes. `new_tokens` of a decode row: one, or several. `pad`, `unpad`, `kv_rows` and
-    `scaled` are given an expression. `pads_table`: page tables in HBM need padding.
+    the cache is seen: as rows of 128 lanes, or by tiles of rows. `new_tokens` of a decode row: one, or several. `pad`,
+    `unpad`, `kv_rows` and `scaled` are given an expression. `pads_table`: page tables in HBM need padding.
     """
 
     layout: str
     row: Literal["whole", "padded", "joined"]
-    cache_view: Literal["rows", "packed_lane_tiles"]
+    cache_view: Literal["rows", "packed_lane_tiles", "latent_tiles"]
     q_dtype: str
     kv_dtype: str
     mxu_dtype: str
@@ -131,7 +132,7 @@ class Shared:
         return cls(
             layout=spec.serving.kv_layout,
             row="joined" if joins_rows(model) else "padded" if padded else "whole",
-            cache_view="packed_lane_tiles" if rows.lane_tiles > 1 and pack > 1 else "rows",
+            cache_view=_cache_view(spec),
             q_dtype=dtype(model.q_dtype),
             kv_dtype=dtype(model.kv_dtype),
             mxu_dtype=dtype(computed_in(model)),
@@ -187,32 +188,48 @@ class Shared:
 
 
 def shared_context(
-    spec: Spec, plan: KernelPlan, recipe: Recipe, call: Callable[[Spec, str, PageTable], Call] | None = None
+    spec: Spec, plan: KernelPlan, recipe: Recipe, call: Callable[[Spec, str, Recipe], Call] | None = None
 ) -> dict[str, Any]:
     """The context of every template of a program, but for headers.
 
     `local` stands among the features for what a sliding window and attention chunks have in common: queries that do not
     see their sequence from its start. `all_heads` stands there for what a decode kernel has that reads K and V so, and
-    `hbm_table` for what kernels have that fetch parts of page tables in HBM.
+    `hbm_table` for what kernels have that fetch parts of page tables in HBM, and `by_head` and `queries_by_head` for new
+    tokens that come by head.
     """
     all_heads = recipe.decode is not None and recipe.decode.read == "all_heads"
-    in_hbm = recipe.page_table == "hbm"
-    features = (*recipe.features, *["local"] * spec.model.late, *["all_heads"] * all_heads, *["hbm_table"] * in_hbm)
+    ways = {
+        "local": spec.model.late,
+        "all_heads": all_heads,
+        "hbm_table": recipe.page_table == "hbm",
+        **by_head_features(recipe),
+    }
+    features = (*recipe.features, *(way for way, used in ways.items() if used))
     return {
         "kind": plan.kind,
         "features": features,
         "recipe": recipe,
         "shared": Shared.of(spec, recipe),
-        "program": program_of(spec, plan.kind, recipe.page_table, call or call_of),
+        "program": program_of(spec, plan.kind, recipe, call or call_of),
     }
 
 
-def program_of(spec: Spec, kind: str, table: PageTable, call: Callable[[Spec, str, PageTable], Call]) -> Program:
+def by_head_features(recipe: Recipe) -> dict[str, bool]:
+    """Whether new tokens come by head, as what templates have among the features."""
+    return {
+        "by_head": bool(recipe.by_head),
+        "queries_by_head": "queries" in recipe.by_head,
+        "new_by_head": "keys" in recipe.by_head,
+        "queries_by_lane": recipe.queries_by_lane,
+    }
+
+
+def program_of(spec: Spec, kind: str, recipe: Recipe, call: Callable[[Spec, str, Recipe], Call]) -> Program:
     """The public function of the programs of one kind."""
-    lse, interleaved = spec.serving.log_sum_exp, spec.serving.kv_layout == "interleaved"
-    calls = tuple(call(spec, one, table) for one in (("decode", "mixed") if kind == "mixed" else (kind,)))
+    lse, viewed = spec.serving.log_sum_exp, spec.serving.kv_layout != "separate"
+    calls = tuple(call(spec, one, recipe) for one in (("decode", "mixed") if kind == "mixed" else (kind,)))
     # The first call takes the cache from the argument, a second one from the first.
-    given = [{"cache": "cache_rows(kv_cache)" if interleaved else "kv_cache"}, {}]
+    given = [{"cache": "cache_rows(kv_cache)" if viewed else "kv_cache"}, {}]
     several = spec.serving.decode_len > 1
     notes = {
         "decode": "Sequence s has rows [s * DECODE_LEN, (s + 1) * DECODE_LEN) of `queries`: `cu_q_lens` is not used."
@@ -233,7 +250,7 @@ def program_of(spec: Spec, kind: str, table: PageTable, call: Callable[[Spec, st
         tuple(
             ", ".join(names.get(one, one) for one in call.arguments) for call, names in zip(calls, given, strict=False)
         ),
-        "rows_cache(cache, kv_cache.shape)" if interleaved else "cache",
+        "rows_cache(cache, kv_cache.shape)" if viewed else "cache",
     )
 
 
@@ -245,7 +262,7 @@ _OTHER_ROWS: Final = {
 _FLAT: Final = {"tree": "tree.reshape(-1)"}  # of one axis, because rows of two are padded in SMEM
 
 
-def call_of(spec: Spec, kind: str, table: PageTable) -> Call:
+def call_of(spec: Spec, kind: str, recipe: Recipe) -> Call:
     """The call of a kernel: scalars of the batch and the arguments beside it, then arrays.
 
     The cache is updated in place. In a mixed program the decode kernel's results go on as operands, and the mixed kernel's
@@ -257,15 +274,22 @@ def call_of(spec: Spec, kind: str, table: PageTable) -> Call:
     batch += [dims for dims in extra_specs(spec) if kind == "decode" or dims.name != "tree"]
     scalars = tuple(
         Operand(dims.name, _FLAT.get(dims.name, dims.name), _comment(dims.dtype, dims.name))
-        for dims in in_smem(batch, table)
+        for dims in in_smem(batch, recipe.page_table)
     )
-    arrays = [*tables_in_hbm(table), *(_array(spec, dims) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM)]
+    arrays = [
+        *tables_in_hbm(recipe.page_table),
+        *(_array(spec, dims, _order_of(recipe, dims.name)) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM),
+    ]
+    names = [
+        *(one.argument for one in tables_in_hbm(recipe.page_table)),
+        *(_NAMES.get(dims.name, dims.name) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM),
+    ]
     cache = len(scalars) + len(arrays) - 1
     results = [
-        Operand("out_hbm", "queries.shape, queries.dtype", _comment(model.q_dtype, "queries")),
+        _output(spec, _order_of(recipe, "queries")),
         Operand("cache_hbm", "cache.shape, cache.dtype", _comment(model.kv_dtype, spec.serving.kv_layout)),
     ]
-    aliases, names = {cache: 1}, ["out", "cache"]
+    aliases, returned = {cache: 1}, ["out", "cache"]
     if lse:
         rows, shape = (
             ("tokens, PADDED_Q_HEADS, LANES", "(len(queries), PADDED_Q_HEADS, LANES), jnp.float32")
@@ -273,10 +297,11 @@ def call_of(spec: Spec, kind: str, table: PageTable) -> Call:
             else ("tokens * PADDED_Q_HEADS, LANES", "(len(queries) * PADDED_Q_HEADS, LANES), jnp.float32")
         )
         results.append(Operand("lse_hbm", shape, f"float32[{rows}]"))
-        names.append("lse")
+        returned.append("lse")
     if mixed:
         for name, result in (("out", 0), ("lse", 2))[: 1 + lse]:
             aliases[len(scalars) + len(arrays)] = result
+            names.append(name)
             arrays.append(Operand(f"{name}_in", name, f"{results[result].comment}: the memory of {name}_hbm"))
     return Call(
         kind,
@@ -284,8 +309,8 @@ def call_of(spec: Spec, kind: str, table: PageTable) -> Call:
         tuple(arrays),
         tuple(results),
         aliases,
-        (*(one.argument for one in arrays), *(dims.name for dims in in_smem(batch, table))),
-        ", ".join(names),
+        (*names, *(dims.name for dims in in_smem(batch, recipe.page_table))),
+        ", ".join(returned),
         _OTHER_ROWS[kind],
     )
 
@@ -300,16 +325,40 @@ def tables_in_hbm(table: PageTable) -> list[Operand]:
     return [Operand("table_hbm", "page_indices", "int32[TABLE_ENTRIES]")] if table == "hbm" else []
 
 
-def _array(spec: Spec, dims: ArrayDims) -> Operand:
+_ORDERS: Final = {"token": (0, 1, 2), "head": (1, 0, 2), "lane": (1, 2, 0)}  # of tokens, heads and lanes
+_REORDERED: Final = {"token": "{}", "head": "swap_heads({})", "lane": "tokens_last({})"}
+
+
+def _order_of(recipe: Recipe, name: str) -> str:
+    """The order of the axes in which a kernel takes an argument, a key of `_ORDERS`."""
+    if name == "queries" and recipe.queries_by_lane:
+        return "lane"
+    return "head" if name in recipe.by_head else "token"
+
+
+def _output(spec: Spec, order: str) -> Operand:
+    shape = ", ".join(_reordered(("len(queries)", "Q_HEADS", "HEAD_DIM"), order))
+    shape = "queries.shape" if order == "token" else f"({shape})"
+    return Operand("out_hbm", f"{shape}, queries.dtype", _comment(spec.model.q_dtype, "queries", order))
+
+
+def _array(spec: Spec, dims: ArrayDims, order: str) -> Operand:
     if dims.name == "kv_cache":
         comment = f"{_comment(dims.dtype, spec.serving.kv_layout)}: the memory of cache_hbm"
         return Operand("cache_in", "cache", comment)
     of = "bfloat16" if spec.model.quantized and dims.name in ("keys", "values") else dims.dtype
-    return Operand(_IN_HBM[dims.name], dims.name, _comment(of, dims.name))
+    return Operand(_IN_HBM[dims.name], _REORDERED[order].format(dims.name), _comment(of, dims.name, order))
 
 
-def _comment(of: str, name: str) -> str:
-    return f"{dtype_name(of)}[{_SHAPES[name]}]"
+def _comment(of: str, name: str, order: str = "token") -> str:
+    shape = _SHAPES[name]
+    if order != "token":
+        shape = ", ".join(_reordered(shape.split(", "), order))
+    return f"{dtype_name(of)}[{shape}]"
+
+
+def _reordered(axes: Sequence[str], order: str) -> list[str]:
+    return [axes[i] for i in _ORDERS[order]]
 
 
 @dataclass(frozen=True)
@@ -349,6 +398,13 @@ def scratch_of(
         name = names.get(buffer.name, buffer.name)
         made.append(Scratch(name, declaration, f"{elements}[{shape}]: {buffer.note}"))
     return made
+
+
+def _cache_view(spec: Spec) -> Literal["rows", "packed_lane_tiles", "latent_tiles"]:
+    if spec.model.rope_dim is not None:
+        return "latent_tiles"
+    packed = packing(spec.model.kv_dtype) > 1
+    return "packed_lane_tiles" if RowDims.of(spec.model).lane_tiles > 1 and packed else "rows"
 
 
 def _row_order(model: Attention, rows: RowDims) -> str:

@@ -15,6 +15,7 @@ from rpac.kernels.semaphores import WAVE_SHAPES
 from rpac.kernels.shared import CLEARED_AT_ONCE, Shared, call_of, query_row_shapes, scratch_of
 from rpac.plan import DecodeWaves, KernelPlan, RowDims
 from rpac.plan.buffers import all_heads_rows, sublane_tile_tokens
+from rpac.plan.by_head import SORTED_TOKENS
 from rpac.plan.page_table import WaveWindows
 from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
 from rpac.plan.recipe import DecodeRecipe, Recipe
@@ -22,7 +23,11 @@ from rpac.spec import Spec
 
 NAMES = {"unit_out": "new_out", "unit_sem": "write_sem"}  # of scratch arrays, other than in the plan
 ORDERS = {"token_pairs": "values_first", "all_heads": "paced"}  # of the work of an iteration, by how K and V are read
-LOADS_OF_NEW = (("q_hbm", "q_in"), ("k_hbm", "new_keys"), ("v_hbm", "new_values"))
+NEW_TOKENS = {  # an argument: its array in HBM, the one that the kernel reads, and the one in between if it comes by head
+    "queries": ("q_hbm", "q_in", "q_by_head"),
+    "keys": ("k_hbm", "new_keys", "k_by_head"),
+    "values": ("v_hbm", "new_values", "v_by_head"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,13 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     constants = [*model_constants(spec, plan), *wave_constants(spec, tiles), *_own_constants(spec, tiles, recipe)]
     context = {
         "kernel_class": "DecodeKernel",
-        "call": call_of(spec, "decode", recipe.page_table),
+        "call": call_of(spec, "decode", plan.recipe),
         "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _shapes(spec, recipe), constants, NAMES),
         "summary": _summary(spec),
         "patches": _patches(spec),
-        "loads": LOADS_OF_NEW if spec.model.update_cache else LOADS_OF_NEW[:1],
+        "loads": _loads(spec, recipe),
+        "sorted_arrays": [(by_head, by_token) for _, by_token, by_head in map(NEW_TOKENS.__getitem__, recipe.by_head)],
+        "decode_tokens": "self.num_seqs * DECODE_LEN" if spec.serving.decode_len > 1 else "self.num_seqs",
         "queries": Queries.of(spec, recipe),
         "value_lanes": "HEAD_LANES",
         "updates": _updates(spec, recipe),
@@ -78,11 +85,23 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "columns": _columns(recipe),
         "tile_rows": _tile_rows(spec.model),
         "order": _order(recipe.decode),
+        "state": "carried",
+        "ends": "at_once",
         "softmax": "masked_first" if recipe.decode.read == "all_heads" else "whole",
         "tiles_fit": _tiles_fit(spec, tiles),
         "window_begin": window_begin(spec, tiles),
     }
     return Kernel("skeletons/decode_waves.py.jinja", context, constants, "DECODE_")
+
+
+def _loads(spec: Spec, recipe: Recipe) -> list[tuple[str, str, str]]:
+    """What is copied at the start of a kernel: the function that does, from where, and to where."""
+    loads = []
+    for argument in ("queries", "keys", "values") if spec.model.update_cache else ("queries",):
+        source, by_token, by_head = NEW_TOKENS[argument]
+        copy = ("copy_by_head", source, by_head) if argument in recipe.by_head else ("copy_of_tokens", source, by_token)
+        loads.append(copy)
+    return loads
 
 
 def _order(recipe: DecodeRecipe) -> str:
@@ -184,6 +203,7 @@ def _own_constants(spec: Spec, tiles: DecodeWaves, recipe: Recipe) -> list[Const
         ),
         tile("PAIR_WORDS", "TILE // (2 * PACKING)", "words of the rows of half a tile"),
         tile("NEW_TILES", new_tiles, "sublane tiles that a sequence's new tokens may lie in"),
+        tile("SORTED_TOKENS", SORTED_TOKENS, "whose heads are sorted at once"),
         tile("LOADS", 3 if updates else 1, "queries, keys, values" if updates else "queries"),
     ]
 
@@ -201,6 +221,9 @@ def _shapes(spec: Spec, recipe: Recipe) -> dict[str, str]:
     return {
         "kv": kv,
         "q_in": f"{rows}, Q_HEADS, HEAD_DIM",
+        "q_by_head": "Q_HEADS, MAX_TOKENS, HEAD_DIM",
+        "k_by_head": "KV_HEADS, MAX_TOKENS, HEAD_DIM",
+        "v_by_head": "KV_HEADS, MAX_TOKENS, HEAD_DIM",
         "new_keys": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
         "new_values": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
         "unit_out": new_out,

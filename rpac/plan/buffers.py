@@ -22,6 +22,8 @@ _OF_UPDATES: Final = frozenset(
     (
         "new_keys",
         "new_values",
+        "k_by_head",
+        "v_by_head",
         "packed",
         "by_head",
         "unit_out",

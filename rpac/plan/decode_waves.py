@@ -31,6 +31,7 @@ from rpac.plan.buffers import (
     sublane_tile_tokens,
     word_dtype,
 )
+from rpac.plan.by_head import SORTED_TOKENS, laid_out_by_head
 from rpac.plan.page_table import WaveWindows
 from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
 from rpac.plan.recipe import Chooser, DecodeRecipe, Fetch, Read, Recipe
@@ -90,6 +91,7 @@ class DecodeWaves:
         return needed(
             spec,
             kv,
+            *_by_head(spec, recipe, self.max_rows * drafts),
             Buffer("q_in", queries, model.q_dtype, "queries of every sequence, and of no sequence"),
             Buffer("new_keys", new, new_dtype(model), "new keys of every sequence"),
             Buffer("new_values", new, new_dtype(model), "new values of every sequence"),
@@ -171,6 +173,26 @@ class DecodeWaves:
             Buffer("unit_out", unit, model.kv_dtype, "new tokens on their way to the cache"),
             *others,
         )
+
+
+def _by_head(spec: Spec, recipe: Recipe, tokens: int) -> tuple[Buffer, ...]:
+    """What comes or goes by head."""
+    model = spec.model
+    arrays = {
+        "queries": ("q_by_head", model.q_heads, model.q_dtype, "queries as they come, then outputs as they go"),
+        "keys": ("k_by_head", model.kv_heads, new_dtype(model), "new keys as they come"),
+        "values": ("v_by_head", model.kv_heads, new_dtype(model), "new values as they come"),
+    }
+    return tuple(
+        Buffer(name, (heads, tokens, model.head_dim), dtype, note)
+        for name, heads, dtype, note in map(arrays.__getitem__, recipe.by_head)
+    )
+
+
+def by_head(spec: Spec, tiles: DecodeWaves) -> tuple[str, ...]:
+    """The arrays that the kernel takes by head: all, where the new tokens that are loaded at once are whole sublane tiles."""
+    whole = tiles.max_rows * spec.serving.decode_len % SORTED_TOKENS == 0
+    return laid_out_by_head(spec) if whole else ()
 
 
 def recipe(spec: Spec, tiles: DecodeWaves, chooser: Chooser) -> DecodeRecipe:

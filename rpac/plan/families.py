@@ -68,11 +68,12 @@ RULES: Final = Override()
 def make_recipe(
     spec: Spec,
     target: str,
+    kind: str,
     decode: DecodeBlocks | DecodeWaves | XlaTiles | None,
     block: BlockTiles | LatentBlockTiles | XlaTiles | None,
     override: Override = RULES,
 ) -> Recipe:
-    """The recipe of a plan with these tiles. Raises ValueError where the override wants what the tiles do not allow."""
+    """The recipe of a plan of a kind with these tiles. Raises ValueError where the override wants what the tiles do not allow."""
     return Recipe(
         tuple(feature.key for feature in features_in_kernels(spec.model, spec.serving)),
         None
@@ -80,6 +81,7 @@ def make_recipe(
         else _decode(spec, decode, Chooser(target, override.decode)),
         None if block is None or isinstance(block, XlaTiles) else _block(spec, block, Chooser(target, override.block)),
         _page_table(spec, Chooser(target, override.program)),
+        _by_head(spec, kind, decode or block),
     )
 
 
@@ -88,6 +90,18 @@ def _page_table(spec: Spec, chooser: Chooser) -> PageTable:
     return chooser.choose(
         "page_table", *page_table.options(spec, chip(chooser.target) if is_tpu(chooser.target) else None)
     )
+
+
+def _by_head(spec: Spec, kind: str, tiles: Tiles | XlaTiles | None) -> tuple[str, ...]:
+    """Mixed batches begin their sequences at any token, but of arrays by head a DMA takes whole sublane tiles of tokens."""
+    match tiles:
+        case LatentWaves():
+            return ()
+        case DecodeWaves() if kind == "decode":
+            return decode_waves.by_head(spec, tiles)
+        case BlockTiles() if kind == "prefill":
+            return prefill.by_head(spec, tiles)
+    return ()
 
 
 def options_of(spec: Spec, target: str, tiles: Tiles, wanted: Wanted) -> Mapping[str, tuple[str | bool, ...]]:
@@ -131,7 +145,7 @@ def _decisions(spec: Spec, tiles: Tiles, chooser: Chooser) -> DecodeRecipe | Blo
 def _decode(spec: Spec, tiles: DecodeBlocks | DecodeWaves, chooser: Chooser) -> DecodeRecipe:
     match tiles:
         case LatentWaves():
-            return latent.DECODE_RECIPE
+            return latent.decode_recipe(spec, tiles, chooser)
         case DecodeWaves():
             return decode_waves.recipe(spec, tiles, chooser)
         case DecodeBlocks():
@@ -169,7 +183,7 @@ def is_short(spec: Spec, device: Chip, kind: str, tiles: Tiles, recipe: Recipe) 
 def decode_choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator[DecodeBlocks | DecodeWaves]:
     """Tiles of a decode kernel from large to small."""
     if spec.model.rope_dim is not None:
-        return latent.decode_choices(spec, tokens)
+        return latent.decode_choices(spec, device.target, tokens)
     waves = decode_waves.choices(spec, kind, tokens)
     blocks = decode_blocks.choices(spec, device, tokens)
     if spec.serving.kv_layout == "separate":

@@ -154,7 +154,7 @@ def with_tiles(
     Raises ValueError where the override wants what the tiles do not allow.
     """
     device = chip(plan.target)
-    recipe = make_recipe(spec, plan.target, decode, block, override)
+    recipe = make_recipe(spec, plan.target, plan.kind, decode, block, override)
     need, limit = _vmem_budget(spec, device, recipe, decode, block)
     if need > _vmem_usable(device) - VMEM_HEADROOM:
         return None
@@ -186,7 +186,9 @@ def _check_chunk(spec: Spec) -> None:
 def _plan_xla(spec: Spec, target: str, kind: str) -> KernelPlan:
     of_decode, of_block = portable.tiles_of(spec, kind)
     decode, block = of_decode if kind != "prefill" else None, of_block if kind != "decode" else None
-    return KernelPlan(target, kind, (), "", decode, block, 0, 0, 0, 0, 0, make_recipe(spec, target, decode, block))
+    return KernelPlan(
+        target, kind, (), "", decode, block, 0, 0, 0, 0, 0, make_recipe(spec, target, kind, decode, block)
+    )
 
 
 def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
@@ -197,7 +199,7 @@ def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
             device,
             "decode",
             decode_choices(spec, device, kind, tokens),
-            lambda one: make_recipe(spec, device.target, one, None),
+            lambda one: make_recipe(spec, device.target, kind, one, None),
         )
     if kind != "decode":
         block = _fit(
@@ -205,9 +207,9 @@ def _plan_tpu(spec: Spec, device: Chip, kind: str, tokens: int) -> KernelPlan:
             device,
             kind,
             block_choices(spec, device, kind, tokens),
-            lambda one: make_recipe(spec, device.target, None, one),
+            lambda one: make_recipe(spec, device.target, kind, None, one),
         )
-    recipe = make_recipe(spec, device.target, decode, block)
+    recipe = make_recipe(spec, device.target, kind, decode, block)
     need, limit = _vmem_budget(spec, device, recipe, decode, block)
     return KernelPlan(
         device.target,

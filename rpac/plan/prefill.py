@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from rpac.contract.arrays import LANES, SUBLANES, align, head_lanes, kv_page_shape, nbytes, packing
+from rpac.contract.arrays import LANES, SUBLANES, align, head_lanes, joins_rows, kv_page_shape, nbytes, packing
 from rpac.contract.attention import Attention
 from rpac.devices.chip import Chip
 from rpac.plan.access import read_of, write_of
@@ -28,9 +28,10 @@ from rpac.plan.buffers import (
     sublane_tile_tokens,
     word_dtype,
 )
+from rpac.plan.by_head import SORTED_TOKENS, laid_out_by_head
 from rpac.plan.page_table import query_windows
-from rpac.plan.recipe import SPLIT, BlockMask, BlockRecipe, Chooser, Read, Recipe, Scores, SoftmaxPacing
-from rpac.plan.sizes import copy_sizes_of, power_of_two_from, step_rows_of, visible_tokens
+from rpac.plan.recipe import SPLIT, BlockMask, BlockRecipe, Chooser, QueryOrder, Read, Recipe, Scores, SoftmaxPacing
+from rpac.plan.sizes import copy_sizes_of, largest_divisor, power_of_two_from, step_rows_of, visible_tokens
 from rpac.spec import Spec
 
 MIN_Q_BLOCK: Final = 16
@@ -98,6 +99,10 @@ class BlockTiles:
         size = LONG_DIAGONAL_BLOCK if self.long else DIAGONAL_BLOCK
         return size if self.tile % size == 0 and size % page_size == 0 else self.tile
 
+    def fetched_new_tokens(self, by_head: Collection[str]) -> int:
+        """New tokens that a copy for one page has: if keys come `by_head`, it begins at a multiple of SORTED_TOKENS."""
+        return self.new_tokens + (SORTED_TOKENS if "keys" in by_head else 0)
+
     def steps(self, model: Attention, heads: int) -> int:
         """Flash steps of a piece of code that has those of `heads` heads."""
         return heads * (model.group * self.q_block // self.step_rows)
@@ -110,8 +115,15 @@ class BlockTiles:
         rows = RowDims.of(model)
         q_rows = model.group * self.q_block
         fetched, updated = new_buffers(self.update_lookahead), page_buffers(self.update_lookahead)
-        new = (fetched, 2 * page_size + self.new_tokens, model.kv_heads, model.head_dim)
+        new = (fetched, 2 * page_size + self.fetched_new_tokens(recipe.by_head), model.kv_heads, model.head_dim)
         queries = (self.q_block, model.q_heads, model.head_dim)
+        if "keys" in recipe.by_head:
+            new = (fetched, model.kv_heads, new[1], model.head_dim)
+        if "queries" in recipe.by_head:
+            queries = (model.q_heads, self.q_block, model.head_dim)
+        rows_of_head: tuple[int, ...] = (q_rows, head_lanes(model))
+        if recipe.queries_by_lane:
+            queries, rows_of_head = (model.q_heads, model.head_dim, self.q_block), (head_lanes(model), q_rows)
         mask: tuple[Buffer, ...] = ()
         if kernel.mask == "matmul":
             tokens = self.diagonal_block(page_size)
@@ -135,7 +147,7 @@ class BlockTiles:
             same = "the same in every sublane"
         log_rows = (Buffer("log_rows", (q_rows, LANES), "float32", "log-sum-exps of one KV head, by row"),)
         by_token: tuple[Buffer, ...] = ()
-        if not kernel.transposed_heads:
+        if kernel.query_order == "strided":
             shape: tuple[int, ...] = (self.q_block * align(model.q_heads, SUBLANES), LANES)
             if rows.lane_tiles > 1:  # a strided load or store is of 128 lanes
                 shape = (rows.lane_tiles, *shape)
@@ -163,7 +175,7 @@ class BlockTiles:
             *merged,
             Buffer("q_in", (self.buffers, *queries), model.q_dtype, "query blocks as they come"),
             *by_token,
-            Buffer("q_rows", (model.kv_heads, q_rows, head_lanes(model)), model.q_dtype, "a query block by KV head"),
+            Buffer("q_rows", (model.kv_heads, *rows_of_head), model.q_dtype, "a query block by KV head"),
             *mask,
             Buffer("next_scores", (ahead, *scores), "float32", kept),
             *((Buffer("step_max", (pacing.slots, *most), "float32", "largest score of each row"),) if pacing else ()),
@@ -203,11 +215,50 @@ def transposed_heads(model: Attention) -> int:
     return SUBLANES // (model.group // pack)
 
 
+def queries_by_lane(spec: Spec, tiles: BlockTiles) -> bool:
+    """Whether a prefill kernel takes queries with tokens along lanes, and leaves the output so. XLA lays them out so where
+    head_dim is half a row and there are many tokens. Scores are transposed then, so that queries go as they come.
+    """
+    model, serving = spec.model, spec.serving
+    buckets = (tokens for tokens in serving.token_buckets if tokens >= serving.prefill_chunk)
+    whole = (
+        tiles.copy_sizes[-1] == tiles.q_block and tiles.q_block % tiles.step_rows == 0 and tiles.step_rows % LANES == 0
+    )
+    return (
+        joins_rows(model)
+        and model.q_dtype == "bfloat16"
+        and not (model.alibi or serving.log_sum_exp)
+        and whole
+        and all(tokens % LANES == 0 for tokens in buckets)
+        and tiles.spare_mxu_lanes
+        and _slots(tiles, model, TRANSPOSED_SLOTS) > TRANSPOSED_LOOKAHEAD
+    )
+
+
+def by_head(spec: Spec, tiles: BlockTiles) -> tuple[str, ...]:
+    """The arrays that a prefill kernel takes by head, if rows are whole registers: queries, unless their rows are told apart
+    by more than the query; keys and values, if a copy for a page can begin a few tokens early.
+    """
+    model, serving = spec.model, spec.serving
+    if tiles.copy_sizes[-1] < MIN_Q_BLOCK or model.head_dim % LANES:
+        return ()
+    sizes = (serving.page_size, *serving.token_buckets)
+    early = serving.prefill_chunk >= serving.page_size + SORTED_TOKENS and all(
+        size % SORTED_TOKENS == 0 for size in sizes
+    )
+    taken = {
+        "queries": not (model.sinks or model.alibi or serving.log_sum_exp),
+        **dict.fromkeys(("keys", "values"), early and write_of(spec) != "bytes"),
+    }
+    return tuple(name for name in laid_out_by_head(spec) if taken[name])
+
+
 def recipe(spec: Spec, tiles: BlockTiles, chooser: Chooser) -> BlockRecipe:
     """The decisions of the kernel. Raises ValueError where `chooser` wants what these tiles do not allow."""
     model, read = spec.model, read_of(spec)
-    heads = transposed_heads(model)
-    scores = chooser.choose("scores", *_scores(tiles, model, heads))
+    order = _query_order(spec, tiles)
+    heads = transposed_heads(model) if order == "transpose" else 0
+    scores = chooser.choose("scores", *_scores(spec, tiles, heads))
     pacing, lookahead = None, _lookahead(tiles, model)
     paced = _paced(spec, tiles, read, scores)
     if chooser.choose("paced", *paced):
@@ -224,7 +275,7 @@ def recipe(spec: Spec, tiles: BlockTiles, chooser: Chooser) -> BlockRecipe:
         lookahead=lookahead,
         pacing=pacing,
         mask=chooser.choose("mask", *_masks(tiles, model, heads)),
-        query_order="transpose" if heads else "strided",
+        query_order=order,
         transposed_heads=heads,
         pipelined=chooser.choose("pipelined", *((True, False) if pipelines else (False,))),
         sums="matmul" if transposed or (tiles.spare_mxu_lanes and not pacing) else "vector",
@@ -232,11 +283,25 @@ def recipe(spec: Spec, tiles: BlockTiles, chooser: Chooser) -> BlockRecipe:
     )
 
 
-def _scores(tiles: BlockTiles, model: Attention, heads: int) -> tuple[Scores, ...]:
+def _query_order(spec: Spec, tiles: BlockTiles) -> QueryOrder:
+    if queries_by_lane(spec, tiles):
+        return "by_lane"
+    if "queries" in by_head(spec, tiles):
+        return "by_head"
+    return "transpose" if transposed_heads(spec.model) else "strided"
+
+
+def _scores(spec: Spec, tiles: BlockTiles, heads: int) -> tuple[Scores, ...]:
     """Transposed scores have query rows along lanes, which fill the width of the MXU where a head does not. Rows must be whole
-    registers and those of a query side by side, and the steps of every iteration go around the scores that are kept.
+    registers, and those of a query, or those of a query head, side by side; and the steps of every iteration go around the
+    scores that are kept.
     """
-    whole = tiles.step_rows % LANES == 0 and LANES % model.group == 0 and heads > 0
+    model = spec.model
+    if queries_by_lane(spec, tiles):
+        return ("transposed",)
+    by_query = LANES % model.group == 0 and heads > 0
+    by_query_head = "queries" in by_head(spec, tiles) and tiles.q_block % LANES == 0
+    whole = tiles.step_rows % LANES == 0 and (by_query or by_query_head)
     if tiles.spare_mxu_lanes and whole and _slots(tiles, model, TRANSPOSED_SLOTS) > TRANSPOSED_LOOKAHEAD:
         return "transposed", "rows"
     return ("rows",)
@@ -268,7 +333,7 @@ def _pacing(spec: Spec, tiles: BlockTiles, scores: Scores) -> tuple[SoftmaxPacin
 
 
 def _slots(tiles: BlockTiles, model: Attention, most: int) -> int:
-    return math.gcd(tiles.steps(model, tiles.heads), tiles.steps(model, tiles.diagonal_heads), most)
+    return largest_divisor(math.gcd(tiles.steps(model, tiles.heads), tiles.steps(model, tiles.diagonal_heads)), most)
 
 
 def _lookahead(tiles: BlockTiles, model: Attention) -> tuple[int, int]:
@@ -325,7 +390,7 @@ def is_short(spec: Spec, device: Chip, kind: str, tiles: BlockTiles, recipe: Blo
 
 def heads_of(model: Attention, steps: int, most: int) -> int:
     """KV heads of a piece of code that may have `most` steps, `steps` of each head."""
-    return math.gcd(model.kv_heads, max(most // steps, 1))
+    return largest_divisor(model.kv_heads, max(most // steps, 1))
 
 
 def choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator[BlockTiles]:

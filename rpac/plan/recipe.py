@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar
 
-Read = Literal["separate", "token_pairs", "split_words", "split_rows", "strided", "all_heads", "latent"]
+Read = Literal[
+    "separate", "token_pairs", "split_words", "split_rows", "strided", "all_heads", "latent", "latent_staged"
+]
 """How a kernel takes K and V out of the cache: those of one head at a time, or of all heads."""
 Write = Literal[
     "none", "bytes", "halves", "words", "packed_bytes", "packed_joined", "packed_halves", "packed_words", "latent"
@@ -24,6 +26,8 @@ DecodeMask = Literal["lengths", "drafts", "tree"]
 """What hides a score in a decode row: the sequence's end, or the place of a draft among the new tokens."""
 BlockMask = Literal["compare", "matmul", "lengths"]
 """What hides a score in a block of queries."""
+QueryOrder = Literal["transpose", "strided", "by_head", "by_lane", "none"]
+"""How queries are sorted by KV head: those that come by head, or with tokens along lanes, are so already."""
 Scores = Literal["rows", "transposed"]
 """How scores lie: `[query rows, tokens]`, or transposed."""
 
@@ -83,9 +87,10 @@ class BlockRecipe:
     `scores`: `[query rows, tokens]`, or transposed. `lookahead`: flash steps whose scores are made before their
     probabilities, in full tiles and on the diagonal. `pacing`: of paced softmax. `mask`: by comparing positions of tokens
     and queries, in the matmul beside the keys, or by the sequence's length alone. `query_order`: how queries are sorted by
-    KV head, by transposing registers of `transposed_heads` heads or by strided loads and stores. `pipelined`: the last tile
-    of a block makes the first scores of the next block. `sums`: on the vector unit, or by ones beside the values in MXU
-    lanes to spare. `unpadded_values`: the MXU takes a head's own values and no padding.
+    KV head, by transposing registers of `transposed_heads` heads, by strided loads and stores, or not, where they come by head
+    or with tokens along lanes.
+    `pipelined`: the last tile of a block makes the first scores of the next block. `sums`: on the vector unit, or by ones
+    beside the values in MXU lanes to spare. `unpadded_values`: the MXU takes a head's own values and no padding.
     """
 
     skeleton: Literal["query_blocks", "latent"]
@@ -95,7 +100,7 @@ class BlockRecipe:
     lookahead: tuple[int, int] = (0, 0)
     pacing: SoftmaxPacing | None = None
     mask: BlockMask = "compare"
-    query_order: Literal["transpose", "strided", "none"] = "none"
+    query_order: QueryOrder = "none"
     transposed_heads: int = 0
     pipelined: bool = False
     sums: Literal["vector", "matmul"] = "vector"
@@ -112,6 +117,11 @@ class BlockRecipe:
         return "transposed" if self.scores == "transposed" else "paced" if self.pacing else "plain"
 
     @property
+    def sink_order(self) -> str:
+        """How sinks lie beside rows of queries."""
+        return "by_lane" if self.query_order == "by_lane" else self.scores
+
+    @property
     def splits_words(self) -> bool:
         """Whether K and V share 32-bit words that the kernel splits."""
         return self.read in SPLIT
@@ -122,13 +132,20 @@ class Recipe:
     """What the source of a plan is made of; None for a kernel that is not in it, and in a portable program.
 
     `features` are those that kernels have code for, by key: `causal` and `update_cache` are among them unless a spec turns
-    them off. `page_table`: where all kernels of the source have the page tables.
+    them off. `page_table`: where all kernels of the source have the page tables. `by_head`: the arguments that kernels take as
+    `[heads, tokens, head_dim]`; the output goes with `queries`.
     """
 
     features: tuple[str, ...]
     decode: DecodeRecipe | None = None
     block: BlockRecipe | None = None
     page_table: PageTable = "smem"
+    by_head: tuple[str, ...] = ()
+
+    @property
+    def queries_by_lane(self) -> bool:
+        """Whether kernels take queries as `[heads, head_dim, tokens]`, and leave the output so."""
+        return self.block is not None and self.block.query_order == "by_lane"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
@@ -139,7 +156,13 @@ class Recipe:
                 **{**block["pacing"], "wait_for": tuple(block["pacing"]["wait_for"])}
             )
             block = BlockRecipe(**{**block, "lookahead": tuple(block["lookahead"]), "pacing": pacing})
-        return cls(tuple(data["features"]), decode and DecodeRecipe(**decode), block, data["page_table"])
+        return cls(
+            tuple(data["features"]),
+            decode and DecodeRecipe(**decode),
+            block,
+            data["page_table"],
+            tuple(data["by_head"]),
+        )
 
 
 @dataclass

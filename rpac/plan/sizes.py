@@ -22,6 +22,11 @@ def step_rows_of(rows: int, most: int) -> int:
     return next(rows // parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most)
 
 
+def largest_divisor(value: int, most: int) -> int:
+    """The largest divisor of `value` that is at most `most` (at least 1)."""
+    return next(divisor for divisor in range(min(value, most), 0, -1) if value % divisor == 0)
+
+
 def power_of_two_to(value: int) -> int:
     """The largest power of two that is not above `value` (at least 1)."""
     return 1 << (max(value, 1).bit_length() - 1)

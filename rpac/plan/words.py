@@ -81,6 +81,10 @@ _READ: Final[Mapping[str | bool, Words]] = {
     "latent": Words(
         "one row of a token for all query heads", "the latent vector is part of every key and is every value"
     ),
+    "latent_staged": Words(
+        "one row of a token for all query heads; latent vectors are transposed before the MXU takes them as keys",
+        "that takes the MXU half the time; a tile goes through stages, so that no stage waits for another",
+    ),
 }
 _WRITE: Final[Mapping[str | bool, Words]] = {
     "none": Words("not at all", "the spec says update_cache: false, so the cache has them already"),
@@ -95,6 +99,10 @@ _WRITE: Final[Mapping[str | bool, Words]] = {
     "packed_words": Words("K and V alternate, a row each", "32-bit elements need no packing"),
     "latent": Words("latent vector and rotary key in one row", "that is how latent attention stores a token"),
 }
+
+_BY_HEAD: Final = (
+    "XLA keeps arrays so where the heads of a token fill no sublane tiles; then nothing is copied around a kernel"
+)
 
 DECODE: Final[Mapping[str, Mapping[str | bool, Words]]] = {
     "skeleton": {
@@ -176,6 +184,8 @@ BLOCK: Final[Mapping[str, Mapping[str | bool, Words]]] = {
         "strided": Words(
             "by strided loads and stores", "the queries of a token for a KV head are no whole part of a register"
         ),
+        "by_head": Words("not at all", "XLA keeps them by head, and so the kernel takes them"),
+        "by_lane": Words("not at all", "XLA keeps heads of half a row with tokens along lanes, as the MXU takes them"),
         "none": Words("not at all", "all query heads read the same row of a token"),
     },
     "pipelined": {
@@ -231,6 +241,8 @@ def decisions(recipe: Recipe, kind: str) -> Iterator[Decision]:
     yield Decision("", "features", features, "the spec asks for them; no other feature is in the code")
     if recipe.decode is not None or recipe.block is not None:
         yield Decision("", "page tables", *_PAGE_TABLE[recipe.page_table])
+    if recipe.by_head:
+        yield Decision("", "arrays by head", ", ".join(recipe.by_head), _BY_HEAD)
     for kernel, of_kernel, table in (("decode", recipe.decode, DECODE), (kind, recipe.block, BLOCK)):
         if of_kernel is not None:
             yield from _of_kernel(kernel, of_kernel, table)

@@ -103,6 +103,12 @@ def latent(q_heads: int = 16, rank: int = 128, rope_dim: int = 64, dtype: str = 
     return replace(TINY, name="latent", model=model, serving=replace(TINY.serving, kv_layout="latent", **serving))
 
 
+def staged() -> Spec:
+    """A spec of latent attention whose tiles go through stages, with sequences of a whole wave and more."""
+    lens: dict[str, Any] = {"page_size": 64, "max_model_len": 1280, "context_lens": (256, 1280)}
+    return latent(**lens, max_num_seqs=5, max_num_tokens=16, token_buckets=(16,))
+
+
 def plan_of(spec: Spec, kind: str, target: str = "tpu7x") -> KernelPlan:
     """The plan for the smallest bucket of a kind."""
     return next(plan for plan in plan_spec(spec, target) if plan.kind == kind)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small import latent, plan_of
+from small import latent, plan_of, staged
 
 from rpac.check import CheckBatch, batches_of, check_source
 from rpac.devices.chip import TPU_TARGETS
@@ -28,6 +28,8 @@ SHAPES = {
     "float32": latent(dtype="float32", page_size=8),
     "large pages": latent(page_size=128),
 }
+# Tiles that go through stages, of sequences of several waves; more sequences than a kernel has the queries of at first.
+STAGED = staged()
 
 
 def failures(spec: Spec, plan: KernelPlan, few: bool = False) -> list[Any]:
@@ -51,6 +53,14 @@ def test_portable_programs_are_the_oracle(spec: Spec, kind: str) -> None:
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=SLOW if kind == "mixed" else ()) for kind in KINDS])
 def test_kernels_are_the_oracle(kind: str) -> None:
     assert failures(SPEC, plan_of(SPEC, kind), few=True) == []
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=SLOW)], ids=["few", "all"])
+def test_tiles_in_stages_are_the_oracle(few: bool) -> None:
+    plan = plan_of(STAGED, "decode")
+    assert plan.recipe.decode is not None and plan.recipe.decode.read == "latent_staged"
+    assert failures(STAGED, plan, few) == []
 
 
 @pytest.mark.interpreter

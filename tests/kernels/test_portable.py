@@ -77,7 +77,7 @@ class Case:
     def plan(self) -> KernelPlan:
         decode = self.decode_tiles if self.kind != "prefill" else None
         block = self.block_tiles if self.kind != "decode" else None
-        recipe = make_recipe(self.spec, "cpu", decode, block)
+        recipe = make_recipe(self.spec, "cpu", self.kind, decode, block)
         return KernelPlan("cpu", self.kind, (self.tokens,), f"cpu/{self.kind}.py", decode, block, 0, 0, 0, 0, 0, recipe)
 
     def shapes(self) -> list[jax.ShapeDtypeStruct]:

@@ -218,7 +218,8 @@ def test_a_program_is_told_one_choice_and_one_reason_for_each_decision(spec: Spe
     for plan in plan_spec(spec, target):
         told = list(decisions(plan.recipe, plan.kind))
         assert len({(one.kernel, one.name) for one in told}) == len(told)
-        kernels = {"": 1 + (target != "cpu"), "decode": len(DECODE) if plan.recipe.decode else 0}
+        program = 1 + (target != "cpu") + bool(plan.recipe.by_head)
+        kernels = {"": program, "decode": len(DECODE) if plan.recipe.decode else 0}
         kernels |= {} if plan.recipe.block is None else {plan.kind: len(BLOCK)}
         assert Counter(one.kernel for one in told) == {name: count for name, count in kernels.items() if count}
         assert all(one.choice and one.why for one in told)

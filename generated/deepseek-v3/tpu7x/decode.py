@@ -12,16 +12,17 @@ What was specialized:
 - token buckets that use it: 64, 256, 1024
 - causal, cache updated
 - only decode batches: the other kernels are not in this program
-- decode: tiles of 1024 tokens, no longer than the expected lengths; waves of 2, so that one fills the other's waits;
-  fetched 5 waves ahead, which hides the latency of DMAs
+- decode: tiles of 1024 tokens, no longer than the expected lengths; waves of 4, so that one fills the other's waits;
+  fetched 4 waves ahead, which hides the latency of DMAs
 - decode, loop: waves of tiles of any sequences; tiles of short sequences hide each other's latency
-- decode, reading K and V: one row of a token for all query heads; the latent vector is part of every key and is every
-  value
+- decode, reading K and V: one row of a token for all query heads; latent vectors are transposed before the MXU takes
+  them as keys; that takes the MXU half the time; a tile goes through stages, so that no stage waits for another
 - decode, writing new tokens: latent vector and rotary key in one row; that is how latent attention stores a token
 - decode, mask: by the length of each sequence; a row has one new token, the last of its sequence
 - decode, matmuls with K and V: as they are stored; the MXU takes elements of this dtype beside the rows
-- decode, starting fetches: before an iteration's matmuls; then no fetch waits for a matmul
-- VMEM: 39,813,120 bytes counted, 50,331,648 allowed, 67,108,864 available
+- decode, starting fetches: between the tiles of a wave; their scalar instructions take no time where the MXU takes K
+  and V meanwhile
+- VMEM: 54,362,112 bytes counted, 62,914,560 allowed, 67,108,864 available
 """
 
 import dataclasses
@@ -42,24 +43,33 @@ PAGES_PER_SEQ = 64
 SCORE_SCALE = 0.10411754627697266  # 0.07216878364870323 (the softmax scale) * log2(e): probabilities are powers of two
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 PRECISION = None  # of matmuls: bfloat16 products are exact in float32
-VMEM_LIMIT = 50331648  # bytes
+VMEM_LIMIT = 62914560  # bytes
 RANK = 512  # lanes of a latent vector, which is the value and part of the key
+ROPE_DIM = 64  # lanes of a rotary key
 ROW_LANES = 640  # of a token's row in the cache: the latent vector, 64 of the rotary key, 64 of padding
-SUBLANE_TILE = 16  # tokens of the smallest part of the cache that a DMA or store reaches
+SUBLANE_TILE = 8  # tokens of a tile of the cache in HBM, and in VMEM: a copy from one to the other moves no rows
+PAGE_TILES = 16
 
 TILE = 1024  # tokens that are fetched and computed at once, of one sequence
-TILES_PER_WAVE = 2  # which fill the waits of each other
-LOOKAHEAD = 5  # waves from the fetch of one to its softmax
+TILES_PER_WAVE = 4  # which fill the waits of each other
+LOOKAHEAD = 4  # waves from the fetch of one to its softmax
 WAVE_TOKENS = TILES_PER_WAVE * TILE
 WAVE_BUFFERS = LOOKAHEAD + 1  # waves that are fetched or computed
 TILE_BUFFERS = WAVE_BUFFERS * TILES_PER_WAVE
 TILE_PAGES = TILE // PAGE_SIZE
 MAX_ROWS = 64  # sequences of the largest batch
 NO_SEQ = MAX_ROWS  # in place of a sequence where there is no tile
-MAX_TOKENS = MAX_ROWS  # new tokens of the largest batch
 WRITE_BUFFERS = 8  # sequences whose new tokens are on their way to the cache
 QUERY_ROWS = Q_HEADS
-LOADS = 3  # queries, their rotary parts, new tokens
+LOADS = 6  # queries, their rotary parts, both of later sequences, new latent vectors, new rotary keys
+FIRST_ROWS = 8  # sequences whose queries are loaded before the first iteration
+LATER_ROWS = 56  # those whose queries are loaded meanwhile
+LATER_WAVE = FIRST_ROWS // TILES_PER_WAVE  # the first whose iteration may need them
+TURNED_ROWS = 8  # whose rotary queries are transposed at once
+NEW_ROWS = 64  # new tokens that are loaded: whole tiles
+MXU_TOKENS = 256  # tokens whose scores and values are made at once: an MXU takes as many
+TILE_CHUNKS = TILE // MXU_TOKENS
+CHUNK_PAGES = MXU_TOKENS // PAGE_SIZE
 
 
 def for_each(first, end, body):
@@ -93,15 +103,17 @@ def matmul(rows, matrix, contracted):
     return lax.dot_general(rows, matrix, dims, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
-def pad_rope(queries_rope):
-    """The rotary queries with zeros up to whole registers, which is how they lie in memory anyway."""
-    return jnp.pad(queries_rope, ((0, 0), (0, 0), (0, ROW_LANES - RANK - queries_rope.shape[2])))
+def cache_rows(kv_cache):
+    """The cache by tiles of rows, `[pages, PAGE_TILES, SUBLANE_TILE, ROW_LANES]`, so that it has the same tiles in VMEM.
+
+    A page is then one run of bytes on both sides of a copy. The bytes lie the same: the compiler makes it a bitcast.
+    """
+    return kv_cache.reshape(kv_cache.shape[0], PAGE_TILES, SUBLANE_TILE, ROW_LANES)
 
 
-def rows_of_new_tokens(new_kv, new_rope):
-    """The new tokens as rows of the cache, `[tokens, 1, ROW_LANES]`: each in registers of its own, to be found by number."""
-    padding = jnp.zeros((len(new_kv), ROW_LANES - RANK - new_rope.shape[1]), new_kv.dtype)
-    return jnp.concatenate([new_kv, new_rope, padding], axis=1)[:, None]
+def rows_cache(rows, shape):
+    """The inverse of `cache_rows`."""
+    return rows.reshape(shape)
 
 
 class PagedKernel:
@@ -115,9 +127,9 @@ class PagedKernel:
 
     def clear_tile(self, buffer, valid, token, tile):
         first = tile * SUBLANE_TILE
-        tokens = pl.ds(pl.multiple_of(lax.rem(first, PAGE_SIZE), SUBLANE_TILE), SUBLANE_TILE)
-        old = self.kv[buffer, first // PAGE_SIZE, tokens, :RANK].astype(jnp.float32)
-        self.kv[buffer, first // PAGE_SIZE, tokens, :RANK] = jnp.where(first + token < valid, old, 0.0).astype(self.kv.dtype)
+        at = buffer, first // PAGE_SIZE, lax.rem(tile, PAGE_TILES)
+        old = self.kv[*at, :, :RANK].astype(jnp.float32)
+        self.kv[*at, :, :RANK] = jnp.where(first + token < valid, old, 0.0).astype(self.kv.dtype)
 
 
 @dataclasses.dataclass
@@ -136,18 +148,27 @@ class DecodeKernel(PagedKernel):
     distribution: Ref  # int32[3]
     # Arrays in HBM.
     q_hbm: Ref  # bfloat16[tokens, Q_HEADS, RANK]
-    q_rope_hbm: Ref  # bfloat16[tokens, Q_HEADS, ROW_LANES - RANK]
-    new_hbm: Ref  # bfloat16[tokens, 1, ROW_LANES]
-    cache_in: Ref  # bfloat16[pages, PAGE_SIZE, ROW_LANES]: the memory of cache_hbm
+    q_rope_hbm: Ref  # bfloat16[tokens, ROPE_DIM, Q_HEADS]
+    new_latents_hbm: Ref  # bfloat16[tokens, RANK]
+    new_ropes_hbm: Ref  # bfloat16[tokens, ROPE_DIM]
+    cache_in: Ref  # bfloat16[pages, PAGE_TILES, SUBLANE_TILE, ROW_LANES]: the memory of cache_hbm
     out_hbm: Ref  # bfloat16[tokens, Q_HEADS, RANK]
-    cache_hbm: Ref  # bfloat16[pages, PAGE_SIZE, ROW_LANES]
+    cache_hbm: Ref  # bfloat16[pages, PAGE_TILES, SUBLANE_TILE, ROW_LANES]
     # Scratch arrays in VMEM, and semaphores.
-    kv: Ref  # bfloat16[TILE_BUFFERS, TILE_PAGES, PAGE_SIZE, ROW_LANES]: fetched tiles
+    kv: Ref  # bfloat16[TILE_BUFFERS, TILE_PAGES, PAGE_TILES, SUBLANE_TILE, ROW_LANES]: fetched tiles
     q_in: Ref  # bfloat16[MAX_ROWS + 1, Q_HEADS, RANK]: queries of every sequence, and of no sequence
-    q_rope_in: Ref  # bfloat16[MAX_ROWS + 1, Q_HEADS, ROW_LANES - RANK]: their rotary parts
-    new_in: Ref  # bfloat16[MAX_ROWS, 1, ROW_LANES]: new tokens of every sequence
+    q_rope_t: Ref  # bfloat16[MAX_ROWS, ROPE_DIM, Q_HEADS]: their rotary parts, transposed
+    q_rope_in: Ref  # bfloat16[MAX_ROWS + 1, Q_HEADS, ROPE_DIM]: their rotary parts
+    new_latents: Ref  # bfloat16[NEW_ROWS, RANK]: new latent vectors of every sequence
+    new_ropes: Ref  # bfloat16[NEW_ROWS, ROPE_DIM]: their rotary keys
+    new_rows: Ref  # float32[NEW_ROWS, ROW_LANES]: both, as rows of the cache
     new_out: Ref  # bfloat16[WRITE_BUFFERS, SUBLANE_TILE, ROW_LANES]: new tokens on their way to the cache
-    scores: Ref  # float32[TILES_PER_WAVE, Q_HEADS, TILE]: scores of a wave, for the next iteration
+    latents_t: Ref  # uint32[2, TILE_CHUNKS, RANK // 2, MXU_TOKENS]: transposed latent vectors of two tiles, two lanes in a word
+    scores: Ref  # float32[2, Q_HEADS, TILE]: scores of two tiles
+    p: Ref  # bfloat16[2, Q_HEADS, TILE]: probabilities of two tiles
+    tile_max: Ref  # float32[2, Q_HEADS, LANES]: the largest score of two tiles, the same in every lane
+    alpha: Ref  # float32[2, Q_HEADS, LANES]: what the outputs before two tiles are multiplied by
+    inverse_sum: Ref  # float32[2, Q_HEADS, LANES]: 1 / the running sum after two tiles
     row_max: Ref  # float32[Q_HEADS, LANES]: running maximum, the same in every lane
     row_sum: Ref  # float32[Q_HEADS, LANES]: running sum, the same in every lane
     acc: Ref  # float32[Q_HEADS, RANK]: running output
@@ -178,32 +199,80 @@ class DecodeKernel(PagedKernel):
             ahead = self.fetch_wave(wave, *ahead)
         for load in loads:
             load.wait()
-        lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
-        results = [
-            copy_of_tokens(self.out_all, self.out_hbm, self.out_sem.at[0]),
-        ]
-        for result in results:
-            result.start()
-        for_each(0, jnp.minimum(self.num_seqs, WRITE_BUFFERS), self.drain_write)
-        for result in results:
-            result.wait()
+        self.use_loads()
+        wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        self.write_results(wave)
 
     def load_copies(self):
-        """The copies of what the kernel loads at its start, of all sequences."""
-        arrays = [
-            (self.q_hbm, self.q_in),
-            (self.q_rope_hbm, self.q_rope_in),
-            (self.new_hbm, self.new_in),
+        """The copies of what the first iterations need: the queries of FIRST_ROWS sequences, and all new tokens."""
+        new = (self.new_latents_hbm, self.new_latents), (self.new_ropes_hbm, self.new_ropes)
+        return [
+            *self.query_copies(0, FIRST_ROWS, 0),
+            *(copy_of_rows(*pair, self.load_sem.at[4 + i]) for i, pair in enumerate(new)),
         ]
-        return [copy_of_tokens(source, target, self.load_sem.at[i]) for i, (source, target) in enumerate(arrays)]
+
+    def later_copies(self):
+        """Those of the other sequences' queries, which arrive during the first iterations."""
+        firsts = range(FIRST_ROWS, MAX_ROWS, LATER_ROWS)  # one, or none
+        return [copy for first in firsts for copy in self.query_copies(first, LATER_ROWS, 2)]
+
+    def query_copies(self, first, count, sem):
+        rows = pl.ds(first, count)
+        pairs = (self.q_hbm, self.q_in), (self.q_rope_hbm, self.q_rope_t)
+        return [
+            pltpu.make_async_copy(source.at[rows], target.at[rows], self.load_sem.at[sem + i])
+            for i, (source, target) in enumerate(pairs)
+        ]
+
+    def use_loads(self):
+        """Starts the later copies, and spreads the new tokens over rows of 32 bits, of which one can be loaded by its number."""
+        for copy in self.later_copies():
+            copy.start()
+        for_each(0, FIRST_ROWS // TURNED_ROWS, self.transpose_rope)
+        self.new_rows[...] = jnp.zeros(self.new_rows.shape)
+        self.new_rows[:, :RANK] = self.new_latents[...].astype(jnp.float32)
+        self.new_rows[:, RANK : RANK + ROPE_DIM] = self.new_ropes[...].astype(jnp.float32)
+
+    def transpose_rope(self, step):
+        """Transposes the rotary parts of TURNED_ROWS sequences: they come with a head in each lane."""
+        for i in range(TURNED_ROWS):
+            seq = step * TURNED_ROWS + i
+            self.q_rope_in[seq] = self.q_rope_t[seq].T
+
+    def wait_for_later_copies(self):
+        for copy in self.later_copies():
+            copy.wait()
+        for_each(FIRST_ROWS // TURNED_ROWS, MAX_ROWS // TURNED_ROWS, self.transpose_rope)
+
+    def stream(self, wave):
+        """Waits for the later copies before the first wave that needs them, and sends outputs that are complete."""
+        pl.when(wave == LATER_WAVE)(self.wait_for_later_copies)
+        self.send_outputs(wave, self.tile_seq[self.slot(wave, 0)])
+
+    def send_outputs(self, wave, end):
+        """Starts to write the outputs of those sequences before `end` that have tiles in the wave before `wave`."""
+        first = self.tile_seq[self.slot(wave + LOOKAHEAD, 0)]  # that wave's buffer, which is fetched into next
+        for i in range(TILES_PER_WAVE):
+            pl.when(first + i < end)(functools.partial(self.send_output, first + i))
+
+    def send_output(self, seq):
+        pltpu.make_async_copy(self.out_all.at[seq], self.out_hbm.at[seq], self.out_sem.at[0]).start()
+
+    def write_results(self, wave):
+        """Sends the last outputs and waits for all; `wave` is the one after the last."""
+        pl.when(wave <= LATER_WAVE)(self.wait_for_later_copies)
+        self.send_outputs(wave, self.num_seqs)
+        for_each(0, jnp.minimum(self.num_seqs, WRITE_BUFFERS), self.drain_write)
+        for digit in range(MAX_ROWS.bit_length()):
+            as_large = self.out_all.at[pl.ds(0, 1 << digit)]
+            pl.when(self.num_seqs & (1 << digit) != 0)(functools.partial(wait_for_bytes, as_large, self.out_sem.at[0]))
 
     def iterate(self, carry):
         """Computes a wave's values and the next wave's scores; fetches a wave LOOKAHEAD waves later."""
         wave, _, *ahead = carry
         self.wait_and_patch(wave + 1)
-        state = self.row_max[...], self.row_sum[...], self.acc[...]
-        state, ahead = self.compute_tiles(wave, state, ahead)
-        self.row_max[...], self.row_sum[...], self.acc[...] = state
+        self.stream(wave)
+        ahead = self.compute_wave(wave, ahead)
         more = self.tile_left[self.slot(wave + 1, 0)] > 0
         return wave + 1, more, *ahead
 
@@ -220,11 +289,11 @@ class DecodeKernel(PagedKernel):
 
     # ---- fetch K and V: whole pages
 
-    def fetch_wave(self, wave, seq, first):
-        """Starts the fetch of a wave whose first tile is at token `first` of `seq`; returns where the next wave begins."""
+    def fetch_wave(self, wave, *ahead):
+        """Starts the fetch of a wave whose first tile is at `ahead`: a sequence, and a token of it; returns the next wave's."""
         for i in range(TILES_PER_WAVE):
-            seq, first = self.fetch_tile(wave, i, seq, first)
-        return seq, first
+            ahead = self.fetch_tile(wave, i, *ahead)
+        return ahead
 
     def fetch_tile(self, wave, i, seq, first):
         """The same for one tile."""
@@ -238,10 +307,14 @@ class DecodeKernel(PagedKernel):
             # Not under the condition: a load that waits for it costs more.
             physical = self.page_indices[first_entry + page]
             pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
+        seq, first = self.next_tile(seq, first, left)
+        return seq, first
+
+    def next_tile(self, seq, first, left):
+        """Where the tile after one at token `first` of `seq` is, which has `left` tokens from there on."""
         last = left <= TILE
         seq = jnp.where(last, seq + 1, seq)
-        first = jnp.where(last, 0, first + TILE)
-        return seq, first
+        return seq, jnp.where(last, 0, first + TILE)
 
     def fetch_page(self, physical, wave, i, page):
         slot, sem = self.slot(wave, i), self.kv_sem.at[lax.rem(wave, WAVE_BUFFERS)]
@@ -291,11 +364,6 @@ class DecodeKernel(PagedKernel):
 
     # ---- queries and outputs: a row of `q_in` and `out_all` is a sequence
 
-    def store_output(self, wave, i, row_max, row_sum, acc):
-        """The output of a tile's sequence, as it is after this tile."""
-        out = acc / broadcast_lanes(row_sum, RANK)
-        self.out_all[self.tile_seq[self.slot(wave, i)]] = out.astype(self.out_all.dtype)
-
     # ---- update cache: tokens share a sublane tile, so the new one is written with those around it
 
     def update_cache(self, seq, slot, left):
@@ -308,22 +376,22 @@ class DecodeKernel(PagedKernel):
             self.wait_for_writes(seq - WRITE_BUFFERS)
 
         page, place = quotient(token, PAGE_SIZE), remainder(token, SUBLANE_TILE)
-        tokens = sublane_tile(token)
-        rows = self.patched((slot, page, tokens), seq, place)
-        self.kv[slot, page, tokens] = rows
+        at = slot, page, tile_of_page(token)
+        rows = self.patched(at, seq, place)
+        self.kv[*at] = rows
         self.new_out[buffer] = rows
-        self.cache_write(seq).start()
+        entry = seq * PAGES_PER_SEQ + quotient(self.kv_lens[seq] - 1, PAGE_SIZE)
+        self.cache_write(seq, self.page_indices[entry]).start()
 
-    def cache_write(self, seq):
-        """The copy of the sublane tile with a sequence's new token to the cache."""
+    def cache_write(self, seq, page):
+        """The copy of the sublane tile with a sequence's new token to a page of the cache."""
         buffer = remainder(seq, WRITE_BUFFERS)
         position = self.kv_lens[seq] - 1
-        page = self.page_indices[seq * PAGES_PER_SEQ + quotient(position, PAGE_SIZE)]
-        target = self.cache_hbm.at[page, sublane_tile(position)]
+        target = self.cache_hbm.at[page, tile_of_page(position)]
         return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
 
     def wait_for_writes(self, seq):
-        self.cache_write(seq).wait()
+        self.cache_write(seq, 0).wait()  # as many bytes, whichever page they go to
 
     def patched(self, at, seq, place):
         """Rows of a tile in which a sequence's new token takes its place.
@@ -333,9 +401,9 @@ class DecodeKernel(PagedKernel):
         own_half = jnp.where(place % 2 == 0, jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000))
         word = lax.broadcasted_iota(jnp.int32, (SUBLANE_TILE // 2, ROW_LANES), 0)
         mask = jnp.where(word == place // 2, own_half, jnp.uint32(0))
-        bits = pltpu.bitcast(self.new_in[seq].astype(jnp.float32), jnp.uint32)  # a bfloat16 is the high half of a float32
+        bits = pltpu.bitcast(self.new_rows[pl.ds(seq, 1)], jnp.uint32)  # a bfloat16 is the high half of a float32
         both_halves = bits | (bits >> 16)
-        old = pltpu.bitcast(self.kv[at], jnp.uint32)
+        old = pltpu.bitcast(self.kv[*at], jnp.uint32)
         return pltpu.bitcast((old & ~mask) | (both_halves & mask), self.kv.dtype)
 
     def drain_write(self, i):
@@ -344,27 +412,56 @@ class DecodeKernel(PagedKernel):
 
     # ---- one tile: softmax, and the running softmax of its sequence
 
-    def compute_tiles(self, wave, state, ahead):
-        """The values of a wave's tiles, merged one by one, beside the scores of the next wave's; fetches before."""
-        ahead = self.fetch_wave(wave + LOOKAHEAD, *ahead)
-        softmaxes = [self.softmax(wave, i) for i in range(TILES_PER_WAVE)]
-        for i, (p, tile_max, tile_sum) in enumerate(softmaxes):
-            self.keep_scores(wave + 1, i)
-            state = self.merge(wave, i, state, tile_max, tile_sum, self.accumulate_pv(wave, i, p))
-        return state, ahead
+    def compute_tiles(self, wave, ahead):
+        """Each step takes four tiles in a row one stage on: transposed keys, scores, probabilities, values.
 
-    def keep_scores(self, wave, i):
-        """Makes the scores of a tile, for the next iteration."""
-        self.scores[i] = self.compute_scores(wave, i)
+        What a stage leaves for the next one is in VMEM, in arrays for two tiles. So the stages of a step do not wait for
+        each other, and the MXU takes keys and values without a break.
+        """
+        for i in range(TILES_PER_WAVE):
+            self.softmax(*tile_after(wave, i + 1))
+            self.transpose_keys(*tile_after(wave, i + 3))
+            values = self.compute_scores_and_values(wave, i)
+            self.merge(wave, i, values)
+            ahead = self.fetch_tile(wave + LOOKAHEAD, i, *ahead)
+        return ahead
+
+    def compute_scores_and_values(self, wave, i):
+        """The values of a tile, and the scores of the second tile after it, in turns for MXU_TOKENS tokens."""
+        scored = tile_after(wave, i + 2)
+        values, largest = jnp.zeros(self.acc.shape), []
+        for chunk in range(TILE_CHUNKS):
+            largest.append(self.keep_scores(*scored, chunk))
+            values = values + self.accumulate_pv(wave, i, chunk)
+        largest = jnp.max(functools.reduce(jnp.maximum, largest), axis=1, keepdims=True)
+        self.tile_max[i % 2] = jnp.broadcast_to(largest, self.row_max.shape)
+        return values
+
+    def keep_scores(self, wave, i, chunk):
+        """Makes scores of a tile, masked, for the next step; returns the largest of each LANES-th."""
+        columns = slice(chunk * MXU_TOKENS, (chunk + 1) * MXU_TOKENS)
+        scores = self.compute_scores(wave, i, chunk)
+        visible = self.visible_tokens(wave, i)[:, columns]
+        scores = jnp.where(visible, scores * SCORE_SCALE, MASKED)
+        self.scores[i % 2, :, columns] = scores
+        return functools.reduce(jnp.maximum, jnp.split(scores, MXU_TOKENS // LANES, axis=1))
 
     def softmax(self, wave, i):
-        """Probabilities relative to the tile's own maximum, with that and their sum, the same in every lane."""
-        scores = self.scores[i]
-        scores = jnp.where(self.visible_tokens(wave, i), scores * SCORE_SCALE, MASKED)
-        tile_max = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), self.row_max.shape)
-        p = jnp.exp2(scores - broadcast_lanes(tile_max, TILE))
-        tile_sum = jnp.broadcast_to(jnp.sum(p, axis=1, keepdims=True), self.row_sum.shape)
-        return p, tile_max, tile_sum
+        """Makes a tile's probabilities relative to the running maximum, for the next step, and updates maximum and sum."""
+        begins = self.tile_first[self.slot(wave, i)] == 0
+        old_max = jnp.where(begins, MASKED, self.row_max[...])
+        new_max = jnp.maximum(old_max, self.tile_max[i % 2])
+        alpha = jnp.exp2(old_max - new_max)
+        sums = jnp.zeros(self.row_sum.shape)
+        for first in range(0, TILE, MXU_TOKENS):
+            columns = slice(first, first + MXU_TOKENS)
+            p = jnp.exp2(self.scores[i % 2, :, columns] - broadcast_lanes(new_max, MXU_TOKENS))
+            self.p[i % 2, :, columns] = p.astype(self.p.dtype)
+            sums = sums + functools.reduce(jnp.add, jnp.split(p, MXU_TOKENS // LANES, axis=1))
+        old_sum = jnp.where(begins, 0.0, self.row_sum[...])
+        new_sum = old_sum * alpha + jnp.broadcast_to(jnp.sum(sums, axis=1, keepdims=True), self.row_sum.shape)
+        self.row_max[...], self.row_sum[...] = new_max, new_sum
+        self.alpha[i % 2], self.inverse_sum[i % 2] = alpha, 1.0 / new_sum
 
     def visible_tokens(self, wave, i):
         """Which scores of a tile count: those of the tokens before the end of its sequence."""
@@ -372,30 +469,48 @@ class DecodeKernel(PagedKernel):
         token = self.token_of_column(QUERY_ROWS)
         return token < left
 
-    def merge(self, wave, i, state, tile_max, tile_sum, values):
-        """Adds a tile to the running softmax of its sequence and leaves the output that it would be the last of."""
-        old_max, old_sum, old_acc = state
+    def compute_wave(self, wave, ahead):
+        """Computes a wave's tiles; the running softmax stays in VMEM."""
+        return self.compute_tiles(wave, ahead)
+
+    def merge(self, wave, i, values):
+        """Adds a tile's values to the running output of its sequence and leaves the output that it would be the last of.
+
+        The maximum and the sum are those that the tile's softmax stage has found.
+        """
         begins = self.tile_first[self.slot(wave, i)] == 0
-        old_max = jnp.where(begins, MASKED, old_max)
-        new_max = jnp.maximum(old_max, tile_max)
-        alpha, beta = jnp.exp2(old_max - new_max), jnp.exp2(tile_max - new_max)
-        new_sum = jnp.where(begins, 0.0, old_sum) * alpha + tile_sum * beta
-        new_acc = jnp.where(begins, 0.0, old_acc) * broadcast_lanes(alpha, RANK)
-        new_acc = new_acc + values * broadcast_lanes(beta, RANK)
-        self.store_output(wave, i, new_max, new_sum, new_acc)
-        return new_max, new_sum, new_acc
+        acc = jnp.where(begins, 0.0, self.acc[...]) * broadcast_lanes(self.alpha[i % 2], RANK) + values
+        self.acc[...] = acc
+        out = acc * broadcast_lanes(self.inverse_sum[i % 2], RANK)
+        self.out_all[self.tile_seq[self.slot(wave, i)]] = out.astype(self.out_all.dtype)
 
     # ---- scores and values: all query heads share a token's row of the cache
 
-    def compute_scores(self, wave, i):
-        """The scores of a tile, float32[Q_HEADS, TILE]."""
-        seq = self.tile_seq[self.slot(wave, i)]
-        queries = jnp.concatenate([self.q_in[seq], self.q_rope_in[seq]], axis=1)
-        return matmul_keys(queries, self.kv[self.slot(wave, i)].reshape(TILE, ROW_LANES))
+    def chunk_rows(self, wave, i, chunk):
+        """The rows of MXU_TOKENS tokens of a tile, `[MXU_TOKENS, ROW_LANES]`."""
+        pages = pl.ds(chunk * CHUNK_PAGES, CHUNK_PAGES)
+        return self.kv[self.slot(wave, i), pages].reshape(MXU_TOKENS, ROW_LANES)
 
-    def accumulate_pv(self, wave, i, p):
-        """The weighted values of a tile, float32[Q_HEADS, RANK]."""
-        return matmul_values(p, self.kv[self.slot(wave, i), :, :, :RANK].reshape(TILE, RANK))
+    def transpose_keys(self, wave, i):
+        """Transposes the latent vectors of a tile: the MXU takes them in half the time that it takes to transpose them itself.
+
+        As words, because the compiler would give the MXU the transposition back.
+        """
+        for chunk in range(TILE_CHUNKS):
+            latents = self.chunk_rows(wave, i, chunk)[:, :RANK]
+            self.latents_t[i % 2, chunk] = pltpu.bitcast(latents.T, jnp.uint32)
+
+    def compute_scores(self, wave, i, chunk):
+        """The scores of MXU_TOKENS tokens of a tile, float32[Q_HEADS, MXU_TOKENS]."""
+        seq = self.tile_seq[self.slot(wave, i)]
+        latents_t = pltpu.bitcast(self.latents_t[i % 2, chunk], self.kv.dtype)
+        scores = matmul(self.q_in[seq], latents_t, 0)
+        return scores + matmul_keys(self.q_rope_in[seq], self.chunk_rows(wave, i, chunk)[:, RANK : RANK + ROPE_DIM])
+
+    def accumulate_pv(self, wave, i, chunk):
+        """The weighted values of MXU_TOKENS tokens of a tile, float32[Q_HEADS, RANK]."""
+        p = self.p[i % 2, :, pl.ds(chunk * MXU_TOKENS, MXU_TOKENS)]
+        return matmul_values(p, self.chunk_rows(wave, i, chunk)[:, :RANK])
 
     def token_of_column(self, rows):
         """The token of each score of some query rows, int32[rows, TILE]."""
@@ -407,9 +522,15 @@ def more_waves(carry):
     return carry[1]
 
 
-def copy_of_tokens(source, target, sem):
-    """A copy of the rows of all new tokens."""
-    return pltpu.make_async_copy(source.at[pl.ds(0, MAX_TOKENS)], target.at[pl.ds(0, MAX_TOKENS)], sem)
+def tile_after(wave, i):
+    """The wave of the tile `i` tiles after the first of a wave, and its number there."""
+    return wave + i // TILES_PER_WAVE, i % TILES_PER_WAVE
+
+
+def copy_of_rows(source, target, sem):
+    """A copy of the rows of a matrix, as far as there are so many."""
+    rows = pl.ds(0, min(source.shape[0], target.shape[0]))
+    return pltpu.make_async_copy(source.at[rows], target.at[rows], sem)
 
 
 def wait_for_bytes(array, sem):
@@ -417,10 +538,9 @@ def wait_for_bytes(array, sem):
     pltpu.make_async_copy(array, array, sem).wait()
 
 
-def sublane_tile(token):
-    """The tokens of the sublane tile around a token of a sequence, within its page."""
-    first = remainder(token, PAGE_SIZE) - remainder(token, SUBLANE_TILE)
-    return pl.ds(pl.multiple_of(first, SUBLANE_TILE), SUBLANE_TILE)
+def tile_of_page(token):
+    """The sublane tile of a page that a token of a sequence lies in."""
+    return quotient(remainder(token, PAGE_SIZE), SUBLANE_TILE)
 
 
 def matmul_keys(queries, keys):
@@ -437,10 +557,10 @@ def decode_kernel(*refs):
     DecodeKernel(*refs).run()
 
 
-def attend_decode(queries, queries_rope, new_rows, cache, kv_lens, page_indices, distribution):
+def attend_decode(queries, queries_rope, new_kv, new_rope, cache, kv_lens, page_indices, distribution):
     """`(out, cache)` of the decode sequences; other rows of `out` are undefined."""
     scalars = (kv_lens, page_indices, distribution)
-    arrays = (queries, queries_rope, new_rows, cache)
+    arrays = (queries, queries_rope.swapaxes(1, 2), new_kv, new_rope, cache)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         decode_kernel,
@@ -450,14 +570,22 @@ def attend_decode(queries, queries_rope, new_rows, cache, kv_lens, page_indices,
             jax.ShapeDtypeStruct(queries.shape, queries.dtype),
             jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         ],
-        input_output_aliases={6: 1},  # results in the memory of operands
+        input_output_aliases={7: 1},  # results in the memory of operands
         scratch_shapes=[
-            pltpu.VMEM((TILE_BUFFERS, TILE_PAGES, PAGE_SIZE, ROW_LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((TILE_BUFFERS, TILE_PAGES, PAGE_TILES, SUBLANE_TILE, ROW_LANES), jnp.bfloat16),  # kv
             pltpu.VMEM((MAX_ROWS + 1, Q_HEADS, RANK), jnp.bfloat16),  # q_in
-            pltpu.VMEM((MAX_ROWS + 1, Q_HEADS, ROW_LANES - RANK), jnp.bfloat16),  # q_rope_in
-            pltpu.VMEM((MAX_ROWS, 1, ROW_LANES), jnp.bfloat16),  # new_in
+            pltpu.VMEM((MAX_ROWS, ROPE_DIM, Q_HEADS), jnp.bfloat16),  # q_rope_t
+            pltpu.VMEM((MAX_ROWS + 1, Q_HEADS, ROPE_DIM), jnp.bfloat16),  # q_rope_in
+            pltpu.VMEM((NEW_ROWS, RANK), jnp.bfloat16),  # new_latents
+            pltpu.VMEM((NEW_ROWS, ROPE_DIM), jnp.bfloat16),  # new_ropes
+            pltpu.VMEM((NEW_ROWS, ROW_LANES), jnp.float32),  # new_rows
             pltpu.VMEM((WRITE_BUFFERS, SUBLANE_TILE, ROW_LANES), jnp.bfloat16),  # new_out
-            pltpu.VMEM((TILES_PER_WAVE, Q_HEADS, TILE), jnp.float32),  # scores
+            pltpu.VMEM((2, TILE_CHUNKS, RANK // 2, MXU_TOKENS), jnp.uint32),  # latents_t
+            pltpu.VMEM((2, Q_HEADS, TILE), jnp.float32),  # scores
+            pltpu.VMEM((2, Q_HEADS, TILE), jnp.bfloat16),  # p
+            pltpu.VMEM((2, Q_HEADS, LANES), jnp.float32),  # tile_max
+            pltpu.VMEM((2, Q_HEADS, LANES), jnp.float32),  # alpha
+            pltpu.VMEM((2, Q_HEADS, LANES), jnp.float32),  # inverse_sum
             pltpu.VMEM((Q_HEADS, LANES), jnp.float32),  # row_max
             pltpu.VMEM((Q_HEADS, LANES), jnp.float32),  # row_sum
             pltpu.VMEM((Q_HEADS, RANK), jnp.float32),  # acc
@@ -480,6 +608,5 @@ def ragged_paged_attention(queries, queries_rope, new_kv, new_rope, kv_cache, kv
 
     Sequence s has row s of `queries`: `cu_q_lens` is not used.
     """
-    queries_rope, new_rows = pad_rope(queries_rope), rows_of_new_tokens(new_kv, new_rope)
-    out, cache = attend_decode(queries, queries_rope, new_rows, kv_cache, kv_lens, page_indices, distribution)
-    return out, cache
+    out, cache = attend_decode(queries, queries_rope, new_kv, new_rope, cache_rows(kv_cache), kv_lens, page_indices, distribution)
+    return out, rows_cache(cache, kv_cache.shape)

@@ -51,7 +51,8 @@ PRECISION = None  # of matmuls: bfloat16 products are exact in float32
 VMEM_LIMIT = 41943040  # bytes
 RANK = 512  # lanes of a latent vector, which is the value and part of the key
 ROW_LANES = 640  # of a token's row in the cache: the latent vector, 64 of the rotary key, 64 of padding
-SUBLANE_TILE = 16  # tokens of the smallest part of the cache that a DMA or store reaches
+SUBLANE_TILE = 8  # tokens of a tile of the cache in HBM, and in VMEM: a copy from one to the other moves no rows
+PAGE_TILES = 16
 
 Q_BLOCK = 16  # query tokens of a query block
 Q_ROWS = Q_BLOCK * Q_HEADS
@@ -68,6 +69,7 @@ NEW_BUFFERS = 5  # pages whose new tokens are fetched or in use
 UPDATE_LOOKAHEAD = 4  # pages that their fetch runs ahead
 NEW_TOKENS = 128  # tokens of such a fetch
 MERGE_TOKENS = 16  # new tokens that are put into a page at once
+MERGE_TILES = MERGE_TOKENS // SUBLANE_TILE
 
 
 def for_each(first, end, body):
@@ -99,6 +101,19 @@ def matmul(rows, matrix, contracted):
     return lax.dot_general(rows, matrix, dims, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
+def cache_rows(kv_cache):
+    """The cache by tiles of rows, `[pages, PAGE_TILES, SUBLANE_TILE, ROW_LANES]`, so that it has the same tiles in VMEM.
+
+    A page is then one run of bytes on both sides of a copy. The bytes lie the same: the compiler makes it a bitcast.
+    """
+    return kv_cache.reshape(kv_cache.shape[0], PAGE_TILES, SUBLANE_TILE, ROW_LANES)
+
+
+def rows_cache(rows, shape):
+    """The inverse of `cache_rows`."""
+    return rows.reshape(shape)
+
+
 def pad_rope(queries_rope):
     """The rotary queries with zeros up to whole registers, which is how they lie in memory anyway."""
     return jnp.pad(queries_rope, ((0, 0), (0, 0), (0, ROW_LANES - RANK - queries_rope.shape[2])))
@@ -113,16 +128,15 @@ def rows_of_new_tokens(new_kv, new_rope):
 class PagedKernel:
     """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
 
-    def page_copy(self, seq, block, buffer, page):
-        physical = self.page_indices[seq * PAGES_PER_SEQ + block * self.block_pages + page]
+    def start_page(self, first, buffer, page):
+        """Starts to fetch a page of a block; `first` is the place of the block's first page in the page table."""
+        physical = self.page_indices[first + page]
         place = self.kv.at[buffer, page]
-        return pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer])
+        pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer]).start()
 
-    def start_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).start()
-
-    def wait_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).wait()
+    def wait_page(self, buffer, page):
+        place = self.kv.at[buffer, page]
+        pltpu.make_async_copy(place, place, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
 
     def pages_of(self, kv_end, block):
         """How many pages of a block hold tokens below `kv_end`."""
@@ -130,7 +144,8 @@ class PagedKernel:
 
     def start_block(self, kv_end, seq, block, buffer):
         """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`."""
-        start_page = functools.partial(self.start_page, seq, block, buffer)
+        first = seq * PAGES_PER_SEQ + block * self.block_pages
+        start_page = functools.partial(self.start_page, first, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -140,9 +155,9 @@ class PagedKernel:
 
         pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, start_page))
 
-    def wait_block(self, kv_end, seq, block, buffer):
+    def wait_block(self, kv_end, block, buffer):
         """Waits for the copies that `start_block` started."""
-        wait_page = functools.partial(self.wait_page, seq, block, buffer)
+        wait_page = functools.partial(self.wait_page, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -160,9 +175,9 @@ class PagedKernel:
 
     def clear_tile(self, buffer, valid, token, tile):
         first = tile * SUBLANE_TILE
-        tokens = pl.ds(pl.multiple_of(lax.rem(first, PAGE_SIZE), SUBLANE_TILE), SUBLANE_TILE)
-        old = self.kv[buffer, first // PAGE_SIZE, tokens, :RANK].astype(jnp.float32)
-        self.kv[buffer, first // PAGE_SIZE, tokens, :RANK] = jnp.where(first + token < valid, old, 0.0).astype(self.kv.dtype)
+        at = buffer, first // PAGE_SIZE, lax.rem(tile, PAGE_TILES)
+        old = self.kv[*at, :, :RANK].astype(jnp.float32)
+        self.kv[*at, :, :RANK] = jnp.where(first + token < valid, old, 0.0).astype(self.kv.dtype)
 
 
 @dataclasses.dataclass
@@ -181,13 +196,13 @@ class PrefillKernel(PagedKernel):
     q_hbm: Ref  # bfloat16[tokens, Q_HEADS, RANK]
     q_rope_hbm: Ref  # bfloat16[tokens, Q_HEADS, ROW_LANES - RANK]
     new_hbm: Ref  # bfloat16[tokens, 1, ROW_LANES]
-    cache_in: Ref  # bfloat16[pages, PAGE_SIZE, ROW_LANES]: the memory of cache_hbm
+    cache_in: Ref  # bfloat16[pages, PAGE_TILES, SUBLANE_TILE, ROW_LANES]: the memory of cache_hbm
     out_hbm: Ref  # bfloat16[tokens, Q_HEADS, RANK]
-    cache_hbm: Ref  # bfloat16[pages, PAGE_SIZE, ROW_LANES]
+    cache_hbm: Ref  # bfloat16[pages, PAGE_TILES, SUBLANE_TILE, ROW_LANES]
     # Scratch arrays in VMEM, and semaphores.
-    kv: Ref  # bfloat16[KV_BUFFERS, KV_BLOCK // PAGE_SIZE, PAGE_SIZE, ROW_LANES]: fetched blocks
+    kv: Ref  # bfloat16[KV_BUFFERS, KV_BLOCK // PAGE_SIZE, PAGE_TILES, SUBLANE_TILE, ROW_LANES]: fetched blocks
     new_in: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, 1, ROW_LANES]: new tokens, around the page they go to
-    page_rows: Ref  # bfloat16[PAGE_BUFFERS, PAGE_SIZE, ROW_LANES]: pages to update
+    page_rows: Ref  # bfloat16[PAGE_BUFFERS, PAGE_TILES, SUBLANE_TILE, ROW_LANES]: pages to update
     merged: Ref  # float32[MERGE_TOKENS, ROW_LANES]: new tokens, side by side
     q_in: Ref  # bfloat16[KV_BUFFERS, Q_BLOCK, Q_HEADS, RANK]: query blocks as they come
     q_rope_in: Ref  # bfloat16[KV_BUFFERS, Q_BLOCK, Q_HEADS, ROW_LANES - RANK]: their rotary parts
@@ -237,7 +252,7 @@ class PrefillKernel(PagedKernel):
         end = self.kv_end(seq, q_block)
         last = (block + 1) * KV_BLOCK >= end
         pl.when(block == 0)(functools.partial(self.for_query_copies, seq, q_block, q_buffer, wait_copy))
-        self.wait_block(end, seq, block, buffer)
+        self.wait_block(end, block, buffer)
 
         @pl.when(last)
         def clear_last_block():
@@ -269,7 +284,7 @@ class PrefillKernel(PagedKernel):
 
     def for_copies(self, seq, q_block, make_copy, act):
         """Acts on the copy `make_copy(row of queries, token of the block, tokens)` that holds a query block."""
-        act(make_copy(self.q_start(seq) + q_block * Q_BLOCK, 0, Q_BLOCK))
+        act(make_copy(pl.multiple_of(self.q_start(seq) + q_block * Q_BLOCK, Q_BLOCK), 0, Q_BLOCK))
 
     # ---- Update of the cache: page by page, old tokens are kept and new ones put in.
 
@@ -319,6 +334,10 @@ class PrefillKernel(PagedKernel):
         """Starts the copies of a page's new tokens, and of its old ones if it has any; returns the page after it."""
         buffer = lax.rem(step, PAGE_BUFFERS)
         pl.when(seq < self.end_seq)(functools.partial(self.start_page_copies, step, seq, page, buffer))
+        return self.page_after(seq, page)
+
+    def page_after(self, seq, page):
+        """The page after a page, if there is one."""
         next_seq, next_index = self.next_page(jnp.minimum(seq, self.end_seq - 1), page)
         return jnp.where(seq < self.end_seq, next_seq, seq), jnp.where(seq < self.end_seq, next_index, page)
 
@@ -374,15 +393,16 @@ class PrefillKernel(PagedKernel):
         They are put in as words of two tokens, so that the old ones stay bit for bit whatever they are.
         """
         start = pl.multiple_of(index * MERGE_TOKENS, MERGE_TOKENS)
-        tokens = pl.ds(start, MERGE_TOKENS)
+        tiles = pl.ds(index * MERGE_TILES, MERGE_TILES)
         for i in range(MERGE_TOKENS):
             self.merged[i : i + 1] = self.new_in[new_buffer, PAGE_SIZE + start + i].astype(jnp.float32)
         words = pltpu.bitcast(self.merged[...].astype(self.page_rows.dtype), jnp.uint32)
         low = start + 2 * lax.broadcasted_iota(jnp.int32, words.shape, 0)
         low_mask = jnp.where((low >= first) & (low < end), jnp.uint32(0xFFFF), jnp.uint32(0))
         mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
-        old = pltpu.bitcast(self.page_rows[buffer, tokens], jnp.uint32)
-        self.page_rows[buffer, tokens] = pltpu.bitcast((words & mask) | (old & ~mask), self.page_rows.dtype)
+        old = pltpu.bitcast(self.page_rows[buffer, tiles].reshape(self.merged.shape), jnp.uint32)
+        merged = pltpu.bitcast((words & mask) | (old & ~mask), self.page_rows.dtype)
+        self.page_rows[buffer, tiles] = merged.reshape(MERGE_TILES, SUBLANE_TILE, ROW_LANES)
 
     # ---- Fetches.
 
@@ -518,7 +538,7 @@ class PrefillKernel(PagedKernel):
         self.row_max[rows] = new_max
         self.row_sum[rows] = alpha * self.row_sum[rows] + jnp.sum(p, axis=1, keepdims=True)
         p = p.astype(jnp.bfloat16)
-        values = matmul(p, self.kv[buffer, :, :, :RANK].reshape(KV_BLOCK, RANK), 0)
+        values = matmul(p, self.kv[buffer, ..., :RANK].reshape(KV_BLOCK, RANK), 0)
         self.acc[rows] = broadcast_lanes(alpha, RANK) * self.acc[rows] + values
 
 
@@ -526,10 +546,10 @@ def prefill_kernel(*refs):
     PrefillKernel(*refs).run()
 
 
-def attend_prefill(queries, queries_rope, new_rows, cache, kv_lens, page_indices, distribution):
+def attend_prefill(queries, padded_rope, new_rows, cache, kv_lens, page_indices, distribution):
     """`(out, cache)` of the prefill sequences; other rows of `out` are undefined."""
     scalars = (kv_lens, page_indices, distribution)
-    arrays = (queries, queries_rope, new_rows, cache)
+    arrays = (queries, padded_rope, new_rows, cache)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         prefill_kernel,
@@ -541,9 +561,9 @@ def attend_prefill(queries, queries_rope, new_rows, cache, kv_lens, page_indices
         ],
         input_output_aliases={6: 1},  # results in the memory of operands
         scratch_shapes=[
-            pltpu.VMEM((KV_BUFFERS, KV_BLOCK // PAGE_SIZE, PAGE_SIZE, ROW_LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((KV_BUFFERS, KV_BLOCK // PAGE_SIZE, PAGE_TILES, SUBLANE_TILE, ROW_LANES), jnp.bfloat16),  # kv
             pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, 1, ROW_LANES), jnp.bfloat16),  # new_in
-            pltpu.VMEM((PAGE_BUFFERS, PAGE_SIZE, ROW_LANES), jnp.bfloat16),  # page_rows
+            pltpu.VMEM((PAGE_BUFFERS, PAGE_TILES, SUBLANE_TILE, ROW_LANES), jnp.bfloat16),  # page_rows
             pltpu.VMEM((MERGE_TOKENS, ROW_LANES), jnp.float32),  # merged
             pltpu.VMEM((KV_BUFFERS, Q_BLOCK, Q_HEADS, RANK), jnp.bfloat16),  # q_in
             pltpu.VMEM((KV_BUFFERS, Q_BLOCK, Q_HEADS, ROW_LANES - RANK), jnp.bfloat16),  # q_rope_in
@@ -568,6 +588,6 @@ def ragged_paged_attention(queries, queries_rope, new_kv, new_rope, kv_cache, kv
 
     Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` is not used.
     """
-    queries_rope, new_rows = pad_rope(queries_rope), rows_of_new_tokens(new_kv, new_rope)
-    out, cache = attend_prefill(queries, queries_rope, new_rows, kv_cache, kv_lens, page_indices, distribution)
-    return out, cache
+    padded_rope, new_rows = pad_rope(queries_rope), rows_of_new_tokens(new_kv, new_rope)
+    out, cache = attend_prefill(queries, padded_rope, new_rows, cache_rows(kv_cache), kv_lens, page_indices, distribution)
+    return out, rows_cache(cache, kv_cache.shape)

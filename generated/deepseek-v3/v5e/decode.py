@@ -21,7 +21,7 @@ What was specialized:
 - decode, mask: by the length of each sequence; a row has one new token, the last of its sequence
 - decode, matmuls with K and V: as they are stored; the MXU takes elements of this dtype beside the rows
 - decode, starting fetches: before an iteration's matmuls; then no fetch waits for a matmul
-- VMEM: 39,813,120 bytes counted, 50,331,648 allowed, 134,217,728 available
+- VMEM: 40,861,696 bytes counted, 50,331,648 allowed, 134,217,728 available
 """
 
 import dataclasses
@@ -44,8 +44,10 @@ MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 PRECISION = None  # of matmuls: bfloat16 products are exact in float32
 VMEM_LIMIT = 50331648  # bytes
 RANK = 512  # lanes of a latent vector, which is the value and part of the key
+ROPE_DIM = 64  # lanes of a rotary key
 ROW_LANES = 640  # of a token's row in the cache: the latent vector, 64 of the rotary key, 64 of padding
-SUBLANE_TILE = 16  # tokens of the smallest part of the cache that a DMA or store reaches
+SUBLANE_TILE = 8  # tokens of a tile of the cache in HBM, and in VMEM: a copy from one to the other moves no rows
+PAGE_TILES = 16
 
 TILE = 1024  # tokens that are fetched and computed at once, of one sequence
 TILES_PER_WAVE = 2  # which fill the waits of each other
@@ -56,10 +58,14 @@ TILE_BUFFERS = WAVE_BUFFERS * TILES_PER_WAVE
 TILE_PAGES = TILE // PAGE_SIZE
 MAX_ROWS = 64  # sequences of the largest batch
 NO_SEQ = MAX_ROWS  # in place of a sequence where there is no tile
-MAX_TOKENS = MAX_ROWS  # new tokens of the largest batch
 WRITE_BUFFERS = 8  # sequences whose new tokens are on their way to the cache
 QUERY_ROWS = Q_HEADS
-LOADS = 3  # queries, their rotary parts, new tokens
+LOADS = 6  # queries, their rotary parts, both of later sequences, new latent vectors, new rotary keys
+FIRST_ROWS = 4  # sequences whose queries are loaded before the first iteration
+LATER_ROWS = 60  # those whose queries are loaded meanwhile
+LATER_WAVE = FIRST_ROWS // TILES_PER_WAVE  # the first whose iteration may need them
+TURNED_ROWS = 4  # whose rotary queries are transposed at once
+NEW_ROWS = 64  # new tokens that are loaded: whole tiles
 
 
 def for_each(first, end, body):
@@ -93,15 +99,17 @@ def matmul(rows, matrix, contracted):
     return lax.dot_general(rows, matrix, dims, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
-def pad_rope(queries_rope):
-    """The rotary queries with zeros up to whole registers, which is how they lie in memory anyway."""
-    return jnp.pad(queries_rope, ((0, 0), (0, 0), (0, ROW_LANES - RANK - queries_rope.shape[2])))
+def cache_rows(kv_cache):
+    """The cache by tiles of rows, `[pages, PAGE_TILES, SUBLANE_TILE, ROW_LANES]`, so that it has the same tiles in VMEM.
+
+    A page is then one run of bytes on both sides of a copy. The bytes lie the same: the compiler makes it a bitcast.
+    """
+    return kv_cache.reshape(kv_cache.shape[0], PAGE_TILES, SUBLANE_TILE, ROW_LANES)
 
 
-def rows_of_new_tokens(new_kv, new_rope):
-    """The new tokens as rows of the cache, `[tokens, 1, ROW_LANES]`: each in registers of its own, to be found by number."""
-    padding = jnp.zeros((len(new_kv), ROW_LANES - RANK - new_rope.shape[1]), new_kv.dtype)
-    return jnp.concatenate([new_kv, new_rope, padding], axis=1)[:, None]
+def rows_cache(rows, shape):
+    """The inverse of `cache_rows`."""
+    return rows.reshape(shape)
 
 
 class PagedKernel:
@@ -115,9 +123,9 @@ class PagedKernel:
 
     def clear_tile(self, buffer, valid, token, tile):
         first = tile * SUBLANE_TILE
-        tokens = pl.ds(pl.multiple_of(lax.rem(first, PAGE_SIZE), SUBLANE_TILE), SUBLANE_TILE)
-        old = self.kv[buffer, first // PAGE_SIZE, tokens, :RANK].astype(jnp.float32)
-        self.kv[buffer, first // PAGE_SIZE, tokens, :RANK] = jnp.where(first + token < valid, old, 0.0).astype(self.kv.dtype)
+        at = buffer, first // PAGE_SIZE, lax.rem(tile, PAGE_TILES)
+        old = self.kv[*at, :, :RANK].astype(jnp.float32)
+        self.kv[*at, :, :RANK] = jnp.where(first + token < valid, old, 0.0).astype(self.kv.dtype)
 
 
 @dataclasses.dataclass
@@ -136,16 +144,20 @@ class DecodeKernel(PagedKernel):
     distribution: Ref  # int32[3]
     # Arrays in HBM.
     q_hbm: Ref  # bfloat16[tokens, Q_HEADS, RANK]
-    q_rope_hbm: Ref  # bfloat16[tokens, Q_HEADS, ROW_LANES - RANK]
-    new_hbm: Ref  # bfloat16[tokens, 1, ROW_LANES]
-    cache_in: Ref  # bfloat16[pages, PAGE_SIZE, ROW_LANES]: the memory of cache_hbm
+    q_rope_hbm: Ref  # bfloat16[tokens, ROPE_DIM, Q_HEADS]
+    new_latents_hbm: Ref  # bfloat16[tokens, RANK]
+    new_ropes_hbm: Ref  # bfloat16[tokens, ROPE_DIM]
+    cache_in: Ref  # bfloat16[pages, PAGE_TILES, SUBLANE_TILE, ROW_LANES]: the memory of cache_hbm
     out_hbm: Ref  # bfloat16[tokens, Q_HEADS, RANK]
-    cache_hbm: Ref  # bfloat16[pages, PAGE_SIZE, ROW_LANES]
+    cache_hbm: Ref  # bfloat16[pages, PAGE_TILES, SUBLANE_TILE, ROW_LANES]
     # Scratch arrays in VMEM, and semaphores.
-    kv: Ref  # bfloat16[TILE_BUFFERS, TILE_PAGES, PAGE_SIZE, ROW_LANES]: fetched tiles
+    kv: Ref  # bfloat16[TILE_BUFFERS, TILE_PAGES, PAGE_TILES, SUBLANE_TILE, ROW_LANES]: fetched tiles
     q_in: Ref  # bfloat16[MAX_ROWS + 1, Q_HEADS, RANK]: queries of every sequence, and of no sequence
-    q_rope_in: Ref  # bfloat16[MAX_ROWS + 1, Q_HEADS, ROW_LANES - RANK]: their rotary parts
-    new_in: Ref  # bfloat16[MAX_ROWS, 1, ROW_LANES]: new tokens of every sequence
+    q_rope_t: Ref  # bfloat16[MAX_ROWS, ROPE_DIM, Q_HEADS]: their rotary parts, transposed
+    q_rope_in: Ref  # bfloat16[MAX_ROWS + 1, Q_HEADS, ROPE_DIM]: their rotary parts
+    new_latents: Ref  # bfloat16[NEW_ROWS, RANK]: new latent vectors of every sequence
+    new_ropes: Ref  # bfloat16[NEW_ROWS, ROPE_DIM]: their rotary keys
+    new_rows: Ref  # float32[NEW_ROWS, ROW_LANES]: both, as rows of the cache
     new_out: Ref  # bfloat16[WRITE_BUFFERS, SUBLANE_TILE, ROW_LANES]: new tokens on their way to the cache
     scores: Ref  # float32[TILES_PER_WAVE, Q_HEADS, TILE]: scores of a wave, for the next iteration
     row_max: Ref  # float32[Q_HEADS, LANES]: running maximum, the same in every lane
@@ -178,32 +190,80 @@ class DecodeKernel(PagedKernel):
             ahead = self.fetch_wave(wave, *ahead)
         for load in loads:
             load.wait()
-        lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
-        results = [
-            copy_of_tokens(self.out_all, self.out_hbm, self.out_sem.at[0]),
-        ]
-        for result in results:
-            result.start()
-        for_each(0, jnp.minimum(self.num_seqs, WRITE_BUFFERS), self.drain_write)
-        for result in results:
-            result.wait()
+        self.use_loads()
+        wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        self.write_results(wave)
 
     def load_copies(self):
-        """The copies of what the kernel loads at its start, of all sequences."""
-        arrays = [
-            (self.q_hbm, self.q_in),
-            (self.q_rope_hbm, self.q_rope_in),
-            (self.new_hbm, self.new_in),
+        """The copies of what the first iterations need: the queries of FIRST_ROWS sequences, and all new tokens."""
+        new = (self.new_latents_hbm, self.new_latents), (self.new_ropes_hbm, self.new_ropes)
+        return [
+            *self.query_copies(0, FIRST_ROWS, 0),
+            *(copy_of_rows(*pair, self.load_sem.at[4 + i]) for i, pair in enumerate(new)),
         ]
-        return [copy_of_tokens(source, target, self.load_sem.at[i]) for i, (source, target) in enumerate(arrays)]
+
+    def later_copies(self):
+        """Those of the other sequences' queries, which arrive during the first iterations."""
+        firsts = range(FIRST_ROWS, MAX_ROWS, LATER_ROWS)  # one, or none
+        return [copy for first in firsts for copy in self.query_copies(first, LATER_ROWS, 2)]
+
+    def query_copies(self, first, count, sem):
+        rows = pl.ds(first, count)
+        pairs = (self.q_hbm, self.q_in), (self.q_rope_hbm, self.q_rope_t)
+        return [
+            pltpu.make_async_copy(source.at[rows], target.at[rows], self.load_sem.at[sem + i])
+            for i, (source, target) in enumerate(pairs)
+        ]
+
+    def use_loads(self):
+        """Starts the later copies, and spreads the new tokens over rows of 32 bits, of which one can be loaded by its number."""
+        for copy in self.later_copies():
+            copy.start()
+        for_each(0, FIRST_ROWS // TURNED_ROWS, self.transpose_rope)
+        self.new_rows[...] = jnp.zeros(self.new_rows.shape)
+        self.new_rows[:, :RANK] = self.new_latents[...].astype(jnp.float32)
+        self.new_rows[:, RANK : RANK + ROPE_DIM] = self.new_ropes[...].astype(jnp.float32)
+
+    def transpose_rope(self, step):
+        """Transposes the rotary parts of TURNED_ROWS sequences: they come with a head in each lane."""
+        for i in range(TURNED_ROWS):
+            seq = step * TURNED_ROWS + i
+            self.q_rope_in[seq] = self.q_rope_t[seq].T
+
+    def wait_for_later_copies(self):
+        for copy in self.later_copies():
+            copy.wait()
+        for_each(FIRST_ROWS // TURNED_ROWS, MAX_ROWS // TURNED_ROWS, self.transpose_rope)
+
+    def stream(self, wave):
+        """Waits for the later copies before the first wave that needs them, and sends outputs that are complete."""
+        pl.when(wave == LATER_WAVE)(self.wait_for_later_copies)
+        self.send_outputs(wave, self.tile_seq[self.slot(wave, 0)])
+
+    def send_outputs(self, wave, end):
+        """Starts to write the outputs of those sequences before `end` that have tiles in the wave before `wave`."""
+        first = self.tile_seq[self.slot(wave + LOOKAHEAD, 0)]  # that wave's buffer, which is fetched into next
+        for i in range(TILES_PER_WAVE):
+            pl.when(first + i < end)(functools.partial(self.send_output, first + i))
+
+    def send_output(self, seq):
+        pltpu.make_async_copy(self.out_all.at[seq], self.out_hbm.at[seq], self.out_sem.at[0]).start()
+
+    def write_results(self, wave):
+        """Sends the last outputs and waits for all; `wave` is the one after the last."""
+        pl.when(wave <= LATER_WAVE)(self.wait_for_later_copies)
+        self.send_outputs(wave, self.num_seqs)
+        for_each(0, jnp.minimum(self.num_seqs, WRITE_BUFFERS), self.drain_write)
+        for digit in range(MAX_ROWS.bit_length()):
+            as_large = self.out_all.at[pl.ds(0, 1 << digit)]
+            pl.when(self.num_seqs & (1 << digit) != 0)(functools.partial(wait_for_bytes, as_large, self.out_sem.at[0]))
 
     def iterate(self, carry):
         """Computes a wave's values and the next wave's scores; fetches a wave LOOKAHEAD waves later."""
         wave, _, *ahead = carry
         self.wait_and_patch(wave + 1)
-        state = self.row_max[...], self.row_sum[...], self.acc[...]
-        state, ahead = self.compute_tiles(wave, state, ahead)
-        self.row_max[...], self.row_sum[...], self.acc[...] = state
+        self.stream(wave)
+        ahead = self.compute_wave(wave, ahead)
         more = self.tile_left[self.slot(wave + 1, 0)] > 0
         return wave + 1, more, *ahead
 
@@ -220,11 +280,11 @@ class DecodeKernel(PagedKernel):
 
     # ---- fetch K and V: whole pages
 
-    def fetch_wave(self, wave, seq, first):
-        """Starts the fetch of a wave whose first tile is at token `first` of `seq`; returns where the next wave begins."""
+    def fetch_wave(self, wave, *ahead):
+        """Starts the fetch of a wave whose first tile is at `ahead`: a sequence, and a token of it; returns the next wave's."""
         for i in range(TILES_PER_WAVE):
-            seq, first = self.fetch_tile(wave, i, seq, first)
-        return seq, first
+            ahead = self.fetch_tile(wave, i, *ahead)
+        return ahead
 
     def fetch_tile(self, wave, i, seq, first):
         """The same for one tile."""
@@ -238,10 +298,14 @@ class DecodeKernel(PagedKernel):
             # Not under the condition: a load that waits for it costs more.
             physical = self.page_indices[first_entry + page]
             pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
+        seq, first = self.next_tile(seq, first, left)
+        return seq, first
+
+    def next_tile(self, seq, first, left):
+        """Where the tile after one at token `first` of `seq` is, which has `left` tokens from there on."""
         last = left <= TILE
         seq = jnp.where(last, seq + 1, seq)
-        first = jnp.where(last, 0, first + TILE)
-        return seq, first
+        return seq, jnp.where(last, 0, first + TILE)
 
     def fetch_page(self, physical, wave, i, page):
         slot, sem = self.slot(wave, i), self.kv_sem.at[lax.rem(wave, WAVE_BUFFERS)]
@@ -308,22 +372,22 @@ class DecodeKernel(PagedKernel):
             self.wait_for_writes(seq - WRITE_BUFFERS)
 
         page, place = quotient(token, PAGE_SIZE), remainder(token, SUBLANE_TILE)
-        tokens = sublane_tile(token)
-        rows = self.patched((slot, page, tokens), seq, place)
-        self.kv[slot, page, tokens] = rows
+        at = slot, page, tile_of_page(token)
+        rows = self.patched(at, seq, place)
+        self.kv[*at] = rows
         self.new_out[buffer] = rows
-        self.cache_write(seq).start()
+        entry = seq * PAGES_PER_SEQ + quotient(self.kv_lens[seq] - 1, PAGE_SIZE)
+        self.cache_write(seq, self.page_indices[entry]).start()
 
-    def cache_write(self, seq):
-        """The copy of the sublane tile with a sequence's new token to the cache."""
+    def cache_write(self, seq, page):
+        """The copy of the sublane tile with a sequence's new token to a page of the cache."""
         buffer = remainder(seq, WRITE_BUFFERS)
         position = self.kv_lens[seq] - 1
-        page = self.page_indices[seq * PAGES_PER_SEQ + quotient(position, PAGE_SIZE)]
-        target = self.cache_hbm.at[page, sublane_tile(position)]
+        target = self.cache_hbm.at[page, tile_of_page(position)]
         return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
 
     def wait_for_writes(self, seq):
-        self.cache_write(seq).wait()
+        self.cache_write(seq, 0).wait()  # as many bytes, whichever page they go to
 
     def patched(self, at, seq, place):
         """Rows of a tile in which a sequence's new token takes its place.
@@ -333,9 +397,9 @@ class DecodeKernel(PagedKernel):
         own_half = jnp.where(place % 2 == 0, jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000))
         word = lax.broadcasted_iota(jnp.int32, (SUBLANE_TILE // 2, ROW_LANES), 0)
         mask = jnp.where(word == place // 2, own_half, jnp.uint32(0))
-        bits = pltpu.bitcast(self.new_in[seq].astype(jnp.float32), jnp.uint32)  # a bfloat16 is the high half of a float32
+        bits = pltpu.bitcast(self.new_rows[pl.ds(seq, 1)], jnp.uint32)  # a bfloat16 is the high half of a float32
         both_halves = bits | (bits >> 16)
-        old = pltpu.bitcast(self.kv[at], jnp.uint32)
+        old = pltpu.bitcast(self.kv[*at], jnp.uint32)
         return pltpu.bitcast((old & ~mask) | (both_halves & mask), self.kv.dtype)
 
     def drain_write(self, i):
@@ -372,6 +436,13 @@ class DecodeKernel(PagedKernel):
         token = self.token_of_column(QUERY_ROWS)
         return token < left
 
+    def compute_wave(self, wave, ahead):
+        """Computes a wave's tiles; the running softmax is loaded before and stored after them."""
+        state = self.row_max[...], self.row_sum[...], self.acc[...]
+        state, ahead = self.compute_tiles(wave, state, ahead)
+        self.row_max[...], self.row_sum[...], self.acc[...] = state
+        return ahead
+
     def merge(self, wave, i, state, tile_max, tile_sum, values):
         """Adds a tile to the running softmax of its sequence and leaves the output that it would be the last of."""
         old_max, old_sum, old_acc = state
@@ -391,11 +462,11 @@ class DecodeKernel(PagedKernel):
         """The scores of a tile, float32[Q_HEADS, TILE]."""
         seq = self.tile_seq[self.slot(wave, i)]
         queries = jnp.concatenate([self.q_in[seq], self.q_rope_in[seq]], axis=1)
-        return matmul_keys(queries, self.kv[self.slot(wave, i)].reshape(TILE, ROW_LANES))
+        return matmul_keys(queries, self.kv[self.slot(wave, i), ..., : RANK + ROPE_DIM].reshape(TILE, RANK + ROPE_DIM))
 
     def accumulate_pv(self, wave, i, p):
         """The weighted values of a tile, float32[Q_HEADS, RANK]."""
-        return matmul_values(p, self.kv[self.slot(wave, i), :, :, :RANK].reshape(TILE, RANK))
+        return matmul_values(p, self.kv[self.slot(wave, i), ..., :RANK].reshape(TILE, RANK))
 
     def token_of_column(self, rows):
         """The token of each score of some query rows, int32[rows, TILE]."""
@@ -407,9 +478,10 @@ def more_waves(carry):
     return carry[1]
 
 
-def copy_of_tokens(source, target, sem):
-    """A copy of the rows of all new tokens."""
-    return pltpu.make_async_copy(source.at[pl.ds(0, MAX_TOKENS)], target.at[pl.ds(0, MAX_TOKENS)], sem)
+def copy_of_rows(source, target, sem):
+    """A copy of the rows of a matrix, as far as there are so many."""
+    rows = pl.ds(0, min(source.shape[0], target.shape[0]))
+    return pltpu.make_async_copy(source.at[rows], target.at[rows], sem)
 
 
 def wait_for_bytes(array, sem):
@@ -417,10 +489,9 @@ def wait_for_bytes(array, sem):
     pltpu.make_async_copy(array, array, sem).wait()
 
 
-def sublane_tile(token):
-    """The tokens of the sublane tile around a token of a sequence, within its page."""
-    first = remainder(token, PAGE_SIZE) - remainder(token, SUBLANE_TILE)
-    return pl.ds(pl.multiple_of(first, SUBLANE_TILE), SUBLANE_TILE)
+def tile_of_page(token):
+    """The sublane tile of a page that a token of a sequence lies in."""
+    return quotient(remainder(token, PAGE_SIZE), SUBLANE_TILE)
 
 
 def matmul_keys(queries, keys):
@@ -437,10 +508,10 @@ def decode_kernel(*refs):
     DecodeKernel(*refs).run()
 
 
-def attend_decode(queries, queries_rope, new_rows, cache, kv_lens, page_indices, distribution):
+def attend_decode(queries, queries_rope, new_kv, new_rope, cache, kv_lens, page_indices, distribution):
     """`(out, cache)` of the decode sequences; other rows of `out` are undefined."""
     scalars = (kv_lens, page_indices, distribution)
-    arrays = (queries, queries_rope, new_rows, cache)
+    arrays = (queries, queries_rope.swapaxes(1, 2), new_kv, new_rope, cache)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         decode_kernel,
@@ -450,12 +521,15 @@ def attend_decode(queries, queries_rope, new_rows, cache, kv_lens, page_indices,
             jax.ShapeDtypeStruct(queries.shape, queries.dtype),
             jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         ],
-        input_output_aliases={6: 1},  # results in the memory of operands
+        input_output_aliases={7: 1},  # results in the memory of operands
         scratch_shapes=[
-            pltpu.VMEM((TILE_BUFFERS, TILE_PAGES, PAGE_SIZE, ROW_LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((TILE_BUFFERS, TILE_PAGES, PAGE_TILES, SUBLANE_TILE, ROW_LANES), jnp.bfloat16),  # kv
             pltpu.VMEM((MAX_ROWS + 1, Q_HEADS, RANK), jnp.bfloat16),  # q_in
-            pltpu.VMEM((MAX_ROWS + 1, Q_HEADS, ROW_LANES - RANK), jnp.bfloat16),  # q_rope_in
-            pltpu.VMEM((MAX_ROWS, 1, ROW_LANES), jnp.bfloat16),  # new_in
+            pltpu.VMEM((MAX_ROWS, ROPE_DIM, Q_HEADS), jnp.bfloat16),  # q_rope_t
+            pltpu.VMEM((MAX_ROWS + 1, Q_HEADS, ROPE_DIM), jnp.bfloat16),  # q_rope_in
+            pltpu.VMEM((NEW_ROWS, RANK), jnp.bfloat16),  # new_latents
+            pltpu.VMEM((NEW_ROWS, ROPE_DIM), jnp.bfloat16),  # new_ropes
+            pltpu.VMEM((NEW_ROWS, ROW_LANES), jnp.float32),  # new_rows
             pltpu.VMEM((WRITE_BUFFERS, SUBLANE_TILE, ROW_LANES), jnp.bfloat16),  # new_out
             pltpu.VMEM((TILES_PER_WAVE, Q_HEADS, TILE), jnp.float32),  # scores
             pltpu.VMEM((Q_HEADS, LANES), jnp.float32),  # row_max
@@ -480,6 +554,5 @@ def ragged_paged_attention(queries, queries_rope, new_kv, new_rope, kv_cache, kv
 
     Sequence s has row s of `queries`: `cu_q_lens` is not used.
     """
-    queries_rope, new_rows = pad_rope(queries_rope), rows_of_new_tokens(new_kv, new_rope)
-    out, cache = attend_decode(queries, queries_rope, new_rows, kv_cache, kv_lens, page_indices, distribution)
-    return out, cache
+    out, cache = attend_decode(queries, queries_rope, new_kv, new_rope, cache_rows(kv_cache), kv_lens, page_indices, distribution)
+    return out, rows_cache(cache, kv_cache.shape)

@@ -34,7 +34,7 @@ What was specialized:
 - mixed, between blocks: each block makes its own first scores; other tiles, or the splitting of words, may come between
 - mixed, sums of probabilities: on the vector unit; this needs no MXU lanes
 - mixed, values: whole registers of lanes; the MXU takes them as they lie in the cache
-- VMEM: 39,813,120 bytes counted, 50,331,648 allowed, 67,108,864 available
+- VMEM: 40,861,696 bytes counted, 50,331,648 allowed, 67,108,864 available
 """
 
 import dataclasses
@@ -57,8 +57,10 @@ MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 PRECISION = None  # of matmuls: bfloat16 products are exact in float32
 VMEM_LIMIT = 50331648  # bytes
 RANK = 512  # lanes of a latent vector, which is the value and part of the key
+ROPE_DIM = 64  # lanes of a rotary key
 ROW_LANES = 640  # of a token's row in the cache: the latent vector, 64 of the rotary key, 64 of padding
-SUBLANE_TILE = 16  # tokens of the smallest part of the cache that a DMA or store reaches
+SUBLANE_TILE = 8  # tokens of a tile of the cache in HBM, and in VMEM: a copy from one to the other moves no rows
+PAGE_TILES = 16
 
 DECODE_TILE = 1024  # tokens that are fetched and computed at once, of one sequence
 DECODE_TILES_PER_WAVE = 2  # which fill the waits of each other
@@ -69,10 +71,14 @@ DECODE_TILE_BUFFERS = DECODE_WAVE_BUFFERS * DECODE_TILES_PER_WAVE
 DECODE_TILE_PAGES = DECODE_TILE // PAGE_SIZE
 DECODE_MAX_ROWS = 64  # sequences of the largest batch
 DECODE_NO_SEQ = DECODE_MAX_ROWS  # in place of a sequence where there is no tile
-DECODE_MAX_TOKENS = DECODE_MAX_ROWS  # new tokens of the largest batch
 DECODE_WRITE_BUFFERS = 8  # sequences whose new tokens are on their way to the cache
 DECODE_QUERY_ROWS = Q_HEADS
-DECODE_LOADS = 3  # queries, their rotary parts, new tokens
+DECODE_LOADS = 6  # queries, their rotary parts, both of later sequences, new latent vectors, new rotary keys
+DECODE_FIRST_ROWS = 4  # sequences whose queries are loaded before the first iteration
+DECODE_LATER_ROWS = 60  # those whose queries are loaded meanwhile
+DECODE_LATER_WAVE = DECODE_FIRST_ROWS // DECODE_TILES_PER_WAVE  # the first whose iteration may need them
+DECODE_TURNED_ROWS = 4  # whose rotary queries are transposed at once
+DECODE_NEW_ROWS = 64  # new tokens that are loaded: whole tiles
 MIXED_Q_BLOCK = 16  # query tokens of a query block
 MIXED_Q_ROWS = MIXED_Q_BLOCK * Q_HEADS
 MIXED_KV_BLOCK = 512  # tokens that are fetched and computed at once
@@ -89,6 +95,7 @@ MIXED_NEW_BUFFERS = 5  # pages whose new tokens are fetched or in use
 MIXED_UPDATE_LOOKAHEAD = 4  # pages that their fetch runs ahead
 MIXED_NEW_TOKENS = 128  # tokens of such a fetch
 MIXED_MERGE_TOKENS = 16  # new tokens that are put into a page at once
+MIXED_MERGE_TILES = MIXED_MERGE_TOKENS // SUBLANE_TILE
 
 
 def for_each(first, end, body):
@@ -130,6 +137,19 @@ def matmul(rows, matrix, contracted):
     return lax.dot_general(rows, matrix, dims, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
+def cache_rows(kv_cache):
+    """The cache by tiles of rows, `[pages, PAGE_TILES, SUBLANE_TILE, ROW_LANES]`, so that it has the same tiles in VMEM.
+
+    A page is then one run of bytes on both sides of a copy. The bytes lie the same: the compiler makes it a bitcast.
+    """
+    return kv_cache.reshape(kv_cache.shape[0], PAGE_TILES, SUBLANE_TILE, ROW_LANES)
+
+
+def rows_cache(rows, shape):
+    """The inverse of `cache_rows`."""
+    return rows.reshape(shape)
+
+
 def pad_rope(queries_rope):
     """The rotary queries with zeros up to whole registers, which is how they lie in memory anyway."""
     return jnp.pad(queries_rope, ((0, 0), (0, 0), (0, ROW_LANES - RANK - queries_rope.shape[2])))
@@ -144,16 +164,15 @@ def rows_of_new_tokens(new_kv, new_rope):
 class PagedKernel:
     """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
 
-    def page_copy(self, seq, block, buffer, page):
-        physical = self.page_indices[seq * PAGES_PER_SEQ + block * self.block_pages + page]
+    def start_page(self, first, buffer, page):
+        """Starts to fetch a page of a block; `first` is the place of the block's first page in the page table."""
+        physical = self.page_indices[first + page]
         place = self.kv.at[buffer, page]
-        return pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer])
+        pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer]).start()
 
-    def start_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).start()
-
-    def wait_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).wait()
+    def wait_page(self, buffer, page):
+        place = self.kv.at[buffer, page]
+        pltpu.make_async_copy(place, place, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
 
     def pages_of(self, kv_end, block):
         """How many pages of a block hold tokens below `kv_end`."""
@@ -161,7 +180,8 @@ class PagedKernel:
 
     def start_block(self, kv_end, seq, block, buffer):
         """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`."""
-        start_page = functools.partial(self.start_page, seq, block, buffer)
+        first = seq * PAGES_PER_SEQ + block * self.block_pages
+        start_page = functools.partial(self.start_page, first, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -171,9 +191,9 @@ class PagedKernel:
 
         pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, start_page))
 
-    def wait_block(self, kv_end, seq, block, buffer):
+    def wait_block(self, kv_end, block, buffer):
         """Waits for the copies that `start_block` started."""
-        wait_page = functools.partial(self.wait_page, seq, block, buffer)
+        wait_page = functools.partial(self.wait_page, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -191,9 +211,9 @@ class PagedKernel:
 
     def clear_tile(self, buffer, valid, token, tile):
         first = tile * SUBLANE_TILE
-        tokens = pl.ds(pl.multiple_of(lax.rem(first, PAGE_SIZE), SUBLANE_TILE), SUBLANE_TILE)
-        old = self.kv[buffer, first // PAGE_SIZE, tokens, :RANK].astype(jnp.float32)
-        self.kv[buffer, first // PAGE_SIZE, tokens, :RANK] = jnp.where(first + token < valid, old, 0.0).astype(self.kv.dtype)
+        at = buffer, first // PAGE_SIZE, lax.rem(tile, PAGE_TILES)
+        old = self.kv[*at, :, :RANK].astype(jnp.float32)
+        self.kv[*at, :, :RANK] = jnp.where(first + token < valid, old, 0.0).astype(self.kv.dtype)
 
 
 @dataclasses.dataclass
@@ -212,16 +232,20 @@ class DecodeKernel(PagedKernel):
     distribution: Ref  # int32[3]
     # Arrays in HBM.
     q_hbm: Ref  # bfloat16[tokens, Q_HEADS, RANK]
-    q_rope_hbm: Ref  # bfloat16[tokens, Q_HEADS, ROW_LANES - RANK]
-    new_hbm: Ref  # bfloat16[tokens, 1, ROW_LANES]
-    cache_in: Ref  # bfloat16[pages, PAGE_SIZE, ROW_LANES]: the memory of cache_hbm
+    q_rope_hbm: Ref  # bfloat16[tokens, ROPE_DIM, Q_HEADS]
+    new_latents_hbm: Ref  # bfloat16[tokens, RANK]
+    new_ropes_hbm: Ref  # bfloat16[tokens, ROPE_DIM]
+    cache_in: Ref  # bfloat16[pages, PAGE_TILES, SUBLANE_TILE, ROW_LANES]: the memory of cache_hbm
     out_hbm: Ref  # bfloat16[tokens, Q_HEADS, RANK]
-    cache_hbm: Ref  # bfloat16[pages, PAGE_SIZE, ROW_LANES]
+    cache_hbm: Ref  # bfloat16[pages, PAGE_TILES, SUBLANE_TILE, ROW_LANES]
     # Scratch arrays in VMEM, and semaphores.
-    kv: Ref  # bfloat16[DECODE_TILE_BUFFERS, DECODE_TILE_PAGES, PAGE_SIZE, ROW_LANES]: fetched tiles
+    kv: Ref  # bfloat16[DECODE_TILE_BUFFERS, DECODE_TILE_PAGES, PAGE_TILES, SUBLANE_TILE, ROW_LANES]: fetched tiles
     q_in: Ref  # bfloat16[DECODE_MAX_ROWS + 1, Q_HEADS, RANK]: queries of every sequence, and of no sequence
-    q_rope_in: Ref  # bfloat16[DECODE_MAX_ROWS + 1, Q_HEADS, ROW_LANES - RANK]: their rotary parts
-    new_in: Ref  # bfloat16[DECODE_MAX_ROWS, 1, ROW_LANES]: new tokens of every sequence
+    q_rope_t: Ref  # bfloat16[DECODE_MAX_ROWS, ROPE_DIM, Q_HEADS]: their rotary parts, transposed
+    q_rope_in: Ref  # bfloat16[DECODE_MAX_ROWS + 1, Q_HEADS, ROPE_DIM]: their rotary parts
+    new_latents: Ref  # bfloat16[DECODE_NEW_ROWS, RANK]: new latent vectors of every sequence
+    new_ropes: Ref  # bfloat16[DECODE_NEW_ROWS, ROPE_DIM]: their rotary keys
+    new_rows: Ref  # float32[DECODE_NEW_ROWS, ROW_LANES]: both, as rows of the cache
     new_out: Ref  # bfloat16[DECODE_WRITE_BUFFERS, SUBLANE_TILE, ROW_LANES]: new tokens on their way to the cache
     scores: Ref  # float32[DECODE_TILES_PER_WAVE, Q_HEADS, DECODE_TILE]: scores of a wave, for the next iteration
     row_max: Ref  # float32[Q_HEADS, LANES]: running maximum, the same in every lane
@@ -254,32 +278,80 @@ class DecodeKernel(PagedKernel):
             ahead = self.fetch_wave(wave, *ahead)
         for load in loads:
             load.wait()
-        lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
-        results = [
-            copy_of_tokens(self.out_all, self.out_hbm, self.out_sem.at[0]),
-        ]
-        for result in results:
-            result.start()
-        for_each(0, jnp.minimum(self.num_seqs, DECODE_WRITE_BUFFERS), self.drain_write)
-        for result in results:
-            result.wait()
+        self.use_loads()
+        wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        self.write_results(wave)
 
     def load_copies(self):
-        """The copies of what the kernel loads at its start, of all sequences."""
-        arrays = [
-            (self.q_hbm, self.q_in),
-            (self.q_rope_hbm, self.q_rope_in),
-            (self.new_hbm, self.new_in),
+        """The copies of what the first iterations need: the queries of DECODE_FIRST_ROWS sequences, and all new tokens."""
+        new = (self.new_latents_hbm, self.new_latents), (self.new_ropes_hbm, self.new_ropes)
+        return [
+            *self.query_copies(0, DECODE_FIRST_ROWS, 0),
+            *(copy_of_rows(*pair, self.load_sem.at[4 + i]) for i, pair in enumerate(new)),
         ]
-        return [copy_of_tokens(source, target, self.load_sem.at[i]) for i, (source, target) in enumerate(arrays)]
+
+    def later_copies(self):
+        """Those of the other sequences' queries, which arrive during the first iterations."""
+        firsts = range(DECODE_FIRST_ROWS, DECODE_MAX_ROWS, DECODE_LATER_ROWS)  # one, or none
+        return [copy for first in firsts for copy in self.query_copies(first, DECODE_LATER_ROWS, 2)]
+
+    def query_copies(self, first, count, sem):
+        rows = pl.ds(first, count)
+        pairs = (self.q_hbm, self.q_in), (self.q_rope_hbm, self.q_rope_t)
+        return [
+            pltpu.make_async_copy(source.at[rows], target.at[rows], self.load_sem.at[sem + i])
+            for i, (source, target) in enumerate(pairs)
+        ]
+
+    def use_loads(self):
+        """Starts the later copies, and spreads the new tokens over rows of 32 bits, of which one can be loaded by its number."""
+        for copy in self.later_copies():
+            copy.start()
+        for_each(0, DECODE_FIRST_ROWS // DECODE_TURNED_ROWS, self.transpose_rope)
+        self.new_rows[...] = jnp.zeros(self.new_rows.shape)
+        self.new_rows[:, :RANK] = self.new_latents[...].astype(jnp.float32)
+        self.new_rows[:, RANK : RANK + ROPE_DIM] = self.new_ropes[...].astype(jnp.float32)
+
+    def transpose_rope(self, step):
+        """Transposes the rotary parts of DECODE_TURNED_ROWS sequences: they come with a head in each lane."""
+        for i in range(DECODE_TURNED_ROWS):
+            seq = step * DECODE_TURNED_ROWS + i
+            self.q_rope_in[seq] = self.q_rope_t[seq].T
+
+    def wait_for_later_copies(self):
+        for copy in self.later_copies():
+            copy.wait()
+        for_each(DECODE_FIRST_ROWS // DECODE_TURNED_ROWS, DECODE_MAX_ROWS // DECODE_TURNED_ROWS, self.transpose_rope)
+
+    def stream(self, wave):
+        """Waits for the later copies before the first wave that needs them, and sends outputs that are complete."""
+        pl.when(wave == DECODE_LATER_WAVE)(self.wait_for_later_copies)
+        self.send_outputs(wave, self.tile_seq[self.slot(wave, 0)])
+
+    def send_outputs(self, wave, end):
+        """Starts to write the outputs of those sequences before `end` that have tiles in the wave before `wave`."""
+        first = self.tile_seq[self.slot(wave + DECODE_LOOKAHEAD, 0)]  # that wave's buffer, which is fetched into next
+        for i in range(DECODE_TILES_PER_WAVE):
+            pl.when(first + i < end)(functools.partial(self.send_output, first + i))
+
+    def send_output(self, seq):
+        pltpu.make_async_copy(self.out_all.at[seq], self.out_hbm.at[seq], self.out_sem.at[0]).start()
+
+    def write_results(self, wave):
+        """Sends the last outputs and waits for all; `wave` is the one after the last."""
+        pl.when(wave <= DECODE_LATER_WAVE)(self.wait_for_later_copies)
+        self.send_outputs(wave, self.num_seqs)
+        for_each(0, jnp.minimum(self.num_seqs, DECODE_WRITE_BUFFERS), self.drain_write)
+        for digit in range(DECODE_MAX_ROWS.bit_length()):
+            as_large = self.out_all.at[pl.ds(0, 1 << digit)]
+            pl.when(self.num_seqs & (1 << digit) != 0)(functools.partial(wait_for_bytes, as_large, self.out_sem.at[0]))
 
     def iterate(self, carry):
         """Computes a wave's values and the next wave's scores; fetches a wave DECODE_LOOKAHEAD waves later."""
         wave, _, *ahead = carry
         self.wait_and_patch(wave + 1)
-        state = self.row_max[...], self.row_sum[...], self.acc[...]
-        state, ahead = self.compute_tiles(wave, state, ahead)
-        self.row_max[...], self.row_sum[...], self.acc[...] = state
+        self.stream(wave)
+        ahead = self.compute_wave(wave, ahead)
         more = self.tile_left[self.slot(wave + 1, 0)] > 0
         return wave + 1, more, *ahead
 
@@ -296,11 +368,11 @@ class DecodeKernel(PagedKernel):
 
     # ---- fetch K and V: whole pages
 
-    def fetch_wave(self, wave, seq, first):
-        """Starts the fetch of a wave whose first tile is at token `first` of `seq`; returns where the next wave begins."""
+    def fetch_wave(self, wave, *ahead):
+        """Starts the fetch of a wave whose first tile is at `ahead`: a sequence, and a token of it; returns the next wave's."""
         for i in range(DECODE_TILES_PER_WAVE):
-            seq, first = self.fetch_tile(wave, i, seq, first)
-        return seq, first
+            ahead = self.fetch_tile(wave, i, *ahead)
+        return ahead
 
     def fetch_tile(self, wave, i, seq, first):
         """The same for one tile."""
@@ -314,10 +386,14 @@ class DecodeKernel(PagedKernel):
             # Not under the condition: a load that waits for it costs more.
             physical = self.page_indices[first_entry + page]
             pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
+        seq, first = self.next_tile(seq, first, left)
+        return seq, first
+
+    def next_tile(self, seq, first, left):
+        """Where the tile after one at token `first` of `seq` is, which has `left` tokens from there on."""
         last = left <= DECODE_TILE
         seq = jnp.where(last, seq + 1, seq)
-        first = jnp.where(last, 0, first + DECODE_TILE)
-        return seq, first
+        return seq, jnp.where(last, 0, first + DECODE_TILE)
 
     def fetch_page(self, physical, wave, i, page):
         slot, sem = self.slot(wave, i), self.kv_sem.at[lax.rem(wave, DECODE_WAVE_BUFFERS)]
@@ -384,22 +460,22 @@ class DecodeKernel(PagedKernel):
             self.wait_for_writes(seq - DECODE_WRITE_BUFFERS)
 
         page, place = quotient(token, PAGE_SIZE), remainder(token, SUBLANE_TILE)
-        tokens = sublane_tile(token)
-        rows = self.patched((slot, page, tokens), seq, place)
-        self.kv[slot, page, tokens] = rows
+        at = slot, page, tile_of_page(token)
+        rows = self.patched(at, seq, place)
+        self.kv[*at] = rows
         self.new_out[buffer] = rows
-        self.cache_write(seq).start()
+        entry = seq * PAGES_PER_SEQ + quotient(self.kv_lens[seq] - 1, PAGE_SIZE)
+        self.cache_write(seq, self.page_indices[entry]).start()
 
-    def cache_write(self, seq):
-        """The copy of the sublane tile with a sequence's new token to the cache."""
+    def cache_write(self, seq, page):
+        """The copy of the sublane tile with a sequence's new token to a page of the cache."""
         buffer = remainder(seq, DECODE_WRITE_BUFFERS)
         position = self.kv_lens[seq] - 1
-        page = self.page_indices[seq * PAGES_PER_SEQ + quotient(position, PAGE_SIZE)]
-        target = self.cache_hbm.at[page, sublane_tile(position)]
+        target = self.cache_hbm.at[page, tile_of_page(position)]
         return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
 
     def wait_for_writes(self, seq):
-        self.cache_write(seq).wait()
+        self.cache_write(seq, 0).wait()  # as many bytes, whichever page they go to
 
     def patched(self, at, seq, place):
         """Rows of a tile in which a sequence's new token takes its place.
@@ -409,9 +485,9 @@ class DecodeKernel(PagedKernel):
         own_half = jnp.where(place % 2 == 0, jnp.uint32(0xFFFF), jnp.uint32(0xFFFF0000))
         word = lax.broadcasted_iota(jnp.int32, (SUBLANE_TILE // 2, ROW_LANES), 0)
         mask = jnp.where(word == place // 2, own_half, jnp.uint32(0))
-        bits = pltpu.bitcast(self.new_in[seq].astype(jnp.float32), jnp.uint32)  # a bfloat16 is the high half of a float32
+        bits = pltpu.bitcast(self.new_rows[pl.ds(seq, 1)], jnp.uint32)  # a bfloat16 is the high half of a float32
         both_halves = bits | (bits >> 16)
-        old = pltpu.bitcast(self.kv[at], jnp.uint32)
+        old = pltpu.bitcast(self.kv[*at], jnp.uint32)
         return pltpu.bitcast((old & ~mask) | (both_halves & mask), self.kv.dtype)
 
     def drain_write(self, i):
@@ -448,6 +524,13 @@ class DecodeKernel(PagedKernel):
         token = self.token_of_column(DECODE_QUERY_ROWS)
         return token < left
 
+    def compute_wave(self, wave, ahead):
+        """Computes a wave's tiles; the running softmax is loaded before and stored after them."""
+        state = self.row_max[...], self.row_sum[...], self.acc[...]
+        state, ahead = self.compute_tiles(wave, state, ahead)
+        self.row_max[...], self.row_sum[...], self.acc[...] = state
+        return ahead
+
     def merge(self, wave, i, state, tile_max, tile_sum, values):
         """Adds a tile to the running softmax of its sequence and leaves the output that it would be the last of."""
         old_max, old_sum, old_acc = state
@@ -467,11 +550,11 @@ class DecodeKernel(PagedKernel):
         """The scores of a tile, float32[Q_HEADS, DECODE_TILE]."""
         seq = self.tile_seq[self.slot(wave, i)]
         queries = jnp.concatenate([self.q_in[seq], self.q_rope_in[seq]], axis=1)
-        return matmul_keys(queries, self.kv[self.slot(wave, i)].reshape(DECODE_TILE, ROW_LANES))
+        return matmul_keys(queries, self.kv[self.slot(wave, i), ..., : RANK + ROPE_DIM].reshape(DECODE_TILE, RANK + ROPE_DIM))
 
     def accumulate_pv(self, wave, i, p):
         """The weighted values of a tile, float32[Q_HEADS, RANK]."""
-        return matmul_values(p, self.kv[self.slot(wave, i), :, :, :RANK].reshape(DECODE_TILE, RANK))
+        return matmul_values(p, self.kv[self.slot(wave, i), ..., :RANK].reshape(DECODE_TILE, RANK))
 
     def token_of_column(self, rows):
         """The token of each score of some query rows, int32[rows, DECODE_TILE]."""
@@ -483,9 +566,10 @@ def more_waves(carry):
     return carry[1]
 
 
-def copy_of_tokens(source, target, sem):
-    """A copy of the rows of all new tokens."""
-    return pltpu.make_async_copy(source.at[pl.ds(0, DECODE_MAX_TOKENS)], target.at[pl.ds(0, DECODE_MAX_TOKENS)], sem)
+def copy_of_rows(source, target, sem):
+    """A copy of the rows of a matrix, as far as there are so many."""
+    rows = pl.ds(0, min(source.shape[0], target.shape[0]))
+    return pltpu.make_async_copy(source.at[rows], target.at[rows], sem)
 
 
 def wait_for_bytes(array, sem):
@@ -493,10 +577,9 @@ def wait_for_bytes(array, sem):
     pltpu.make_async_copy(array, array, sem).wait()
 
 
-def sublane_tile(token):
-    """The tokens of the sublane tile around a token of a sequence, within its page."""
-    first = remainder(token, PAGE_SIZE) - remainder(token, SUBLANE_TILE)
-    return pl.ds(pl.multiple_of(first, SUBLANE_TILE), SUBLANE_TILE)
+def tile_of_page(token):
+    """The sublane tile of a page that a token of a sequence lies in."""
+    return quotient(remainder(token, PAGE_SIZE), SUBLANE_TILE)
 
 
 def matmul_keys(queries, keys):
@@ -513,10 +596,10 @@ def decode_kernel(*refs):
     DecodeKernel(*refs).run()
 
 
-def attend_decode(queries, queries_rope, new_rows, cache, kv_lens, page_indices, distribution):
+def attend_decode(queries, queries_rope, new_kv, new_rope, cache, kv_lens, page_indices, distribution):
     """`(out, cache)` of the decode sequences; other rows of `out` are undefined."""
     scalars = (kv_lens, page_indices, distribution)
-    arrays = (queries, queries_rope, new_rows, cache)
+    arrays = (queries, queries_rope.swapaxes(1, 2), new_kv, new_rope, cache)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         decode_kernel,
@@ -526,12 +609,15 @@ def attend_decode(queries, queries_rope, new_rows, cache, kv_lens, page_indices,
             jax.ShapeDtypeStruct(queries.shape, queries.dtype),
             jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         ],
-        input_output_aliases={6: 1},  # results in the memory of operands
+        input_output_aliases={7: 1},  # results in the memory of operands
         scratch_shapes=[
-            pltpu.VMEM((DECODE_TILE_BUFFERS, DECODE_TILE_PAGES, PAGE_SIZE, ROW_LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((DECODE_TILE_BUFFERS, DECODE_TILE_PAGES, PAGE_TILES, SUBLANE_TILE, ROW_LANES), jnp.bfloat16),  # kv
             pltpu.VMEM((DECODE_MAX_ROWS + 1, Q_HEADS, RANK), jnp.bfloat16),  # q_in
-            pltpu.VMEM((DECODE_MAX_ROWS + 1, Q_HEADS, ROW_LANES - RANK), jnp.bfloat16),  # q_rope_in
-            pltpu.VMEM((DECODE_MAX_ROWS, 1, ROW_LANES), jnp.bfloat16),  # new_in
+            pltpu.VMEM((DECODE_MAX_ROWS, ROPE_DIM, Q_HEADS), jnp.bfloat16),  # q_rope_t
+            pltpu.VMEM((DECODE_MAX_ROWS + 1, Q_HEADS, ROPE_DIM), jnp.bfloat16),  # q_rope_in
+            pltpu.VMEM((DECODE_NEW_ROWS, RANK), jnp.bfloat16),  # new_latents
+            pltpu.VMEM((DECODE_NEW_ROWS, ROPE_DIM), jnp.bfloat16),  # new_ropes
+            pltpu.VMEM((DECODE_NEW_ROWS, ROW_LANES), jnp.float32),  # new_rows
             pltpu.VMEM((DECODE_WRITE_BUFFERS, SUBLANE_TILE, ROW_LANES), jnp.bfloat16),  # new_out
             pltpu.VMEM((DECODE_TILES_PER_WAVE, Q_HEADS, DECODE_TILE), jnp.float32),  # scores
             pltpu.VMEM((Q_HEADS, LANES), jnp.float32),  # row_max
@@ -568,14 +654,14 @@ class MixedKernel(PagedKernel):
     q_hbm: Ref  # bfloat16[tokens, Q_HEADS, RANK]
     q_rope_hbm: Ref  # bfloat16[tokens, Q_HEADS, ROW_LANES - RANK]
     new_hbm: Ref  # bfloat16[tokens, 1, ROW_LANES]
-    cache_in: Ref  # bfloat16[pages, PAGE_SIZE, ROW_LANES]: the memory of cache_hbm
+    cache_in: Ref  # bfloat16[pages, PAGE_TILES, SUBLANE_TILE, ROW_LANES]: the memory of cache_hbm
     out_in: Ref  # bfloat16[tokens, Q_HEADS, RANK]: the memory of out_hbm
     out_hbm: Ref  # bfloat16[tokens, Q_HEADS, RANK]
-    cache_hbm: Ref  # bfloat16[pages, PAGE_SIZE, ROW_LANES]
+    cache_hbm: Ref  # bfloat16[pages, PAGE_TILES, SUBLANE_TILE, ROW_LANES]
     # Scratch arrays in VMEM, and semaphores.
-    kv: Ref  # bfloat16[MIXED_KV_BUFFERS, MIXED_KV_BLOCK // PAGE_SIZE, PAGE_SIZE, ROW_LANES]: fetched blocks
+    kv: Ref  # bfloat16[MIXED_KV_BUFFERS, MIXED_KV_BLOCK // PAGE_SIZE, PAGE_TILES, SUBLANE_TILE, ROW_LANES]: fetched blocks
     new_in: Ref  # bfloat16[MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, 1, ROW_LANES]: new tokens, around the page they go to
-    page_rows: Ref  # bfloat16[MIXED_PAGE_BUFFERS, PAGE_SIZE, ROW_LANES]: pages to update
+    page_rows: Ref  # bfloat16[MIXED_PAGE_BUFFERS, PAGE_TILES, SUBLANE_TILE, ROW_LANES]: pages to update
     merged: Ref  # float32[MIXED_MERGE_TOKENS, ROW_LANES]: new tokens, side by side
     q_in: Ref  # bfloat16[MIXED_KV_BUFFERS, MIXED_Q_BLOCK, Q_HEADS, RANK]: query blocks as they come
     q_rope_in: Ref  # bfloat16[MIXED_KV_BUFFERS, MIXED_Q_BLOCK, Q_HEADS, ROW_LANES - RANK]: their rotary parts
@@ -625,7 +711,7 @@ class MixedKernel(PagedKernel):
         end = self.kv_end(seq, q_block)
         last = (block + 1) * MIXED_KV_BLOCK >= end
         pl.when(block == 0)(functools.partial(self.for_query_copies, seq, q_block, q_buffer, wait_copy))
-        self.wait_block(end, seq, block, buffer)
+        self.wait_block(end, block, buffer)
 
         @pl.when(last)
         def clear_last_block():
@@ -717,6 +803,10 @@ class MixedKernel(PagedKernel):
         """Starts the copies of a page's new tokens, and of its old ones if it has any; returns the page after it."""
         buffer = lax.rem(step, MIXED_PAGE_BUFFERS)
         pl.when(seq < self.end_seq)(functools.partial(self.start_page_copies, step, seq, page, buffer))
+        return self.page_after(seq, page)
+
+    def page_after(self, seq, page):
+        """The page after a page, if there is one."""
         next_seq, next_index = self.next_page(jnp.minimum(seq, self.end_seq - 1), page)
         return jnp.where(seq < self.end_seq, next_seq, seq), jnp.where(seq < self.end_seq, next_index, page)
 
@@ -772,15 +862,16 @@ class MixedKernel(PagedKernel):
         They are put in as words of two tokens, so that the old ones stay bit for bit whatever they are.
         """
         start = pl.multiple_of(index * MIXED_MERGE_TOKENS, MIXED_MERGE_TOKENS)
-        tokens = pl.ds(start, MIXED_MERGE_TOKENS)
+        tiles = pl.ds(index * MIXED_MERGE_TILES, MIXED_MERGE_TILES)
         for i in range(MIXED_MERGE_TOKENS):
             self.merged[i : i + 1] = self.new_in[new_buffer, PAGE_SIZE + start + i].astype(jnp.float32)
         words = pltpu.bitcast(self.merged[...].astype(self.page_rows.dtype), jnp.uint32)
         low = start + 2 * lax.broadcasted_iota(jnp.int32, words.shape, 0)
         low_mask = jnp.where((low >= first) & (low < end), jnp.uint32(0xFFFF), jnp.uint32(0))
         mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
-        old = pltpu.bitcast(self.page_rows[buffer, tokens], jnp.uint32)
-        self.page_rows[buffer, tokens] = pltpu.bitcast((words & mask) | (old & ~mask), self.page_rows.dtype)
+        old = pltpu.bitcast(self.page_rows[buffer, tiles].reshape(self.merged.shape), jnp.uint32)
+        merged = pltpu.bitcast((words & mask) | (old & ~mask), self.page_rows.dtype)
+        self.page_rows[buffer, tiles] = merged.reshape(MIXED_MERGE_TILES, SUBLANE_TILE, ROW_LANES)
 
     # ---- Fetches.
 
@@ -916,7 +1007,7 @@ class MixedKernel(PagedKernel):
         self.row_max[rows] = new_max
         self.row_sum[rows] = alpha * self.row_sum[rows] + jnp.sum(p, axis=1, keepdims=True)
         p = p.astype(jnp.bfloat16)
-        values = matmul(p, self.kv[buffer, :, :, :RANK].reshape(MIXED_KV_BLOCK, RANK), 0)
+        values = matmul(p, self.kv[buffer, ..., :RANK].reshape(MIXED_KV_BLOCK, RANK), 0)
         self.acc[rows] = broadcast_lanes(alpha, RANK) * self.acc[rows] + values
 
 
@@ -924,10 +1015,10 @@ def mixed_kernel(*refs):
     MixedKernel(*refs).run()
 
 
-def attend_mixed(queries, queries_rope, new_rows, cache, out, kv_lens, page_indices, cu_q_lens, distribution):
+def attend_mixed(queries, padded_rope, new_rows, cache, out, kv_lens, page_indices, cu_q_lens, distribution):
     """`(out, cache)` of the sequences that are not decode; other rows of `out` stay as they are."""
     scalars = (kv_lens, page_indices, cu_q_lens, distribution)
-    arrays = (queries, queries_rope, new_rows, cache, out)
+    arrays = (queries, padded_rope, new_rows, cache, out)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         mixed_kernel,
@@ -939,9 +1030,9 @@ def attend_mixed(queries, queries_rope, new_rows, cache, out, kv_lens, page_indi
         ],
         input_output_aliases={7: 1, 8: 0},  # results in the memory of operands
         scratch_shapes=[
-            pltpu.VMEM((MIXED_KV_BUFFERS, MIXED_KV_BLOCK // PAGE_SIZE, PAGE_SIZE, ROW_LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((MIXED_KV_BUFFERS, MIXED_KV_BLOCK // PAGE_SIZE, PAGE_TILES, SUBLANE_TILE, ROW_LANES), jnp.bfloat16),  # kv
             pltpu.VMEM((MIXED_NEW_BUFFERS, 2 * PAGE_SIZE + MIXED_NEW_TOKENS, 1, ROW_LANES), jnp.bfloat16),  # new_in
-            pltpu.VMEM((MIXED_PAGE_BUFFERS, PAGE_SIZE, ROW_LANES), jnp.bfloat16),  # page_rows
+            pltpu.VMEM((MIXED_PAGE_BUFFERS, PAGE_TILES, SUBLANE_TILE, ROW_LANES), jnp.bfloat16),  # page_rows
             pltpu.VMEM((MIXED_MERGE_TOKENS, ROW_LANES), jnp.float32),  # merged
             pltpu.VMEM((MIXED_KV_BUFFERS, MIXED_Q_BLOCK, Q_HEADS, RANK), jnp.bfloat16),  # q_in
             pltpu.VMEM((MIXED_KV_BUFFERS, MIXED_Q_BLOCK, Q_HEADS, ROW_LANES - RANK), jnp.bfloat16),  # q_rope_in
@@ -964,7 +1055,7 @@ def attend_mixed(queries, queries_rope, new_rows, cache, out, kv_lens, page_indi
 def ragged_paged_attention(queries, queries_rope, new_kv, new_rope, kv_cache, kv_lens, page_indices, cu_q_lens, distribution):
     """Attention of any batch, decode rows first; returns `(out, kv_cache)`, the cache in the donated argument's memory.
     """
-    queries_rope, new_rows = pad_rope(queries_rope), rows_of_new_tokens(new_kv, new_rope)
-    out, cache = attend_decode(queries, queries_rope, new_rows, kv_cache, kv_lens, page_indices, distribution)
-    out, cache = attend_mixed(queries, queries_rope, new_rows, cache, out, kv_lens, page_indices, cu_q_lens, distribution)
-    return out, cache
+    padded_rope, new_rows = pad_rope(queries_rope), rows_of_new_tokens(new_kv, new_rope)
+    out, cache = attend_decode(queries, queries_rope, new_kv, new_rope, cache_rows(kv_cache), kv_lens, page_indices, distribution)
+    out, cache = attend_mixed(queries, padded_rope, new_rows, cache, out, kv_lens, page_indices, cu_q_lens, distribution)
+    return out, rows_cache(cache, kv_cache.shape)

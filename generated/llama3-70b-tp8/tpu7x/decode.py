@@ -21,7 +21,7 @@ What was specialized:
 - decode, matmuls with K and V: as they are stored; the MXU takes elements of this dtype beside the rows
 - decode, starting fetches: between the tiles of a wave; their scalar instructions take no time where the MXU takes K
   and V meanwhile
-- VMEM: 22,237,184 bytes counted, 33,554,432 allowed, 67,108,864 available
+- VMEM: 22,269,952 bytes counted, 33,554,432 allowed, 67,108,864 available
 """
 
 import dataclasses
@@ -75,6 +75,7 @@ NO_TOKEN = 1073741824  # a number that no token of a sequence has
 TOKEN_COLUMNS = 1  # rows of K of one token, all heads
 COLUMNS = TILE * TOKEN_COLUMNS  # rows of K, and of V, of all heads of a tile
 CLEARED_TILES = 16  # sublane tiles that are cleared at once
+SORTED_TOKENS = 16  # whose heads are sorted at once
 LOADS = 3  # queries, keys, values
 
 
@@ -162,6 +163,11 @@ def pack_token(keys, values, packed, token):
         packed[pl.ds(token * WORD_ROWS + tile, KV_HEADS, stride=LANE_TILES)] = words[:, lanes]
 
 
+def swap_heads(rows):
+    """`[tokens, heads, HEAD_DIM]` with tokens and heads swapped, or back. XLA keeps it by head, so nothing moves here."""
+    return jnp.swapaxes(rows, 0, 1)
+
+
 class PagedKernel:
     """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
 
@@ -204,13 +210,15 @@ class DecodeKernel(PagedKernel):
     distribution: Ref  # int32[3]
     # Arrays in HBM.
     q_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
-    k_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
-    v_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    k_hbm: Ref  # bfloat16[KV_HEADS, tokens, HEAD_DIM]
+    v_hbm: Ref  # bfloat16[KV_HEADS, tokens, HEAD_DIM]
     cache_in: Ref  # bfloat16[pages, PAGE_ROWS, LANES]: the memory of cache_hbm
     out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
     cache_hbm: Ref  # bfloat16[pages, PAGE_ROWS, LANES]
     # Scratch arrays in VMEM, and semaphores.
     kv: Ref  # bfloat16[TILE_BUFFERS, TILE * TOKEN_ROWS, LANES]: fetched tiles
+    k_by_head: Ref  # bfloat16[KV_HEADS, MAX_TOKENS, HEAD_DIM]: new keys as they come
+    v_by_head: Ref  # bfloat16[KV_HEADS, MAX_TOKENS, HEAD_DIM]: new values as they come
     q_in: Ref  # bfloat16[MAX_ROWS + 1, Q_HEADS, HEAD_DIM]: queries of every sequence, and of no sequence
     new_keys: Ref  # bfloat16[MAX_TOKENS, KV_HEADS, HEAD_DIM]: new keys of every sequence
     new_values: Ref  # bfloat16[MAX_TOKENS, KV_HEADS, HEAD_DIM]: new values of every sequence
@@ -250,7 +258,21 @@ class DecodeKernel(PagedKernel):
             ahead = self.fetch_wave(wave, *ahead)
         for load in loads:
             load.wait()
-        lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        for_each(0, self.sorting_steps(), self.sort_new_tokens)
+        wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        self.write_results(wave)
+
+    def load_copies(self):
+        """The copies of what the kernel loads at its start, of all sequences."""
+        arrays = [
+            (copy_of_tokens, self.q_hbm, self.q_in),
+            (copy_by_head, self.k_hbm, self.k_by_head),
+            (copy_by_head, self.v_hbm, self.v_by_head),
+        ]
+        return [copy(source, target, self.load_sem.at[i]) for i, (copy, source, target) in enumerate(arrays)]
+
+    def write_results(self, wave):
+        """Writes the outputs of all sequences; `wave` is the one after the last."""
         results = [
             copy_of_tokens(self.out_all, self.out_hbm, self.out_sem.at[0]),
         ]
@@ -260,22 +282,11 @@ class DecodeKernel(PagedKernel):
         for result in results:
             result.wait()
 
-    def load_copies(self):
-        """The copies of what the kernel loads at its start, of all sequences."""
-        arrays = [
-            (self.q_hbm, self.q_in),
-            (self.k_hbm, self.new_keys),
-            (self.v_hbm, self.new_values),
-        ]
-        return [copy_of_tokens(source, target, self.load_sem.at[i]) for i, (source, target) in enumerate(arrays)]
-
     def iterate(self, carry):
         """Computes a wave's values and the next wave's scores; fetches a wave LOOKAHEAD waves later."""
         wave, _, *ahead = carry
         self.wait_and_patch(wave + 1)
-        state = self.row_max[...], self.row_sum[...], self.acc[...]
-        state, ahead = self.compute_tiles(wave, state, ahead)
-        self.row_max[...], self.row_sum[...], self.acc[...] = state
+        ahead = self.compute_wave(wave, ahead)
         more = self.tile_left[self.slot(wave + 1, 0)] > 0
         return wave + 1, more, *ahead
 
@@ -292,11 +303,11 @@ class DecodeKernel(PagedKernel):
 
     # ---- fetch K and V: whole pages
 
-    def fetch_wave(self, wave, seq, first):
-        """Starts the fetch of a wave whose first tile is at token `first` of `seq`; returns where the next wave begins."""
+    def fetch_wave(self, wave, *ahead):
+        """Starts the fetch of a wave whose first tile is at `ahead`: a sequence, and a token of it; returns the next wave's."""
         for i in range(TILES_PER_WAVE):
-            seq, first = self.fetch_tile(wave, i, seq, first)
-        return seq, first
+            ahead = self.fetch_tile(wave, i, *ahead)
+        return ahead
 
     def fetch_tile(self, wave, i, seq, first):
         """The same for one tile."""
@@ -310,10 +321,14 @@ class DecodeKernel(PagedKernel):
             # Not under the condition: a load that waits for it costs more.
             physical = self.page_indices[first_entry + page]
             pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
+        seq, first = self.next_tile(seq, first, left)
+        return seq, first
+
+    def next_tile(self, seq, first, left):
+        """Where the tile after one at token `first` of `seq` is, which has `left` tokens from there on."""
         last = left <= TILE
         seq = jnp.where(last, seq + 1, seq)
-        first = jnp.where(last, 0, first + TILE)
-        return seq, first
+        return seq, jnp.where(last, 0, first + TILE)
 
     def fetch_page(self, physical, wave, i, page):
         slot, sem = self.slot(wave, i), self.kv_sem.at[lax.rem(wave, WAVE_BUFFERS)]
@@ -389,19 +404,19 @@ class DecodeKernel(PagedKernel):
         words = jnp.where(is_new, self.packed[...], rows_as_words(self.kv[buffer, rows]))
         self.kv[buffer, rows] = words_as_rows(words)
         self.new_out[lax.rem(seq, WRITE_BUFFERS)] = words_as_rows(words)
-        self.cache_write(seq).start()
+        entry = seq * PAGES_PER_SEQ + quotient(self.kv_lens[seq] - 1, PAGE_SIZE)
+        self.cache_write(seq, self.page_indices[entry]).start()
 
-    def cache_write(self, seq):
-        """The copy of the sublane tile with a sequence's new token to the cache."""
+    def cache_write(self, seq, page):
+        """The copy of the sublane tile with a sequence's new token to a page of the cache."""
         buffer = lax.rem(seq, WRITE_BUFFERS)
         position = self.kv_lens[seq] - 1
-        page = self.page_indices[seq * PAGES_PER_SEQ + quotient(position, PAGE_SIZE)]
         target = self.cache_hbm.at[page, rows_of_tile(quotient(remainder(position, PAGE_SIZE), SUBLANE_TILE))]
         return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
 
     def wait_for_writes(self, seq):
         """Waits until the new token of a sequence is in the cache."""
-        self.cache_write(seq).wait()
+        self.cache_write(seq, 0).wait()  # as many bytes, whichever page they go to
 
     def drain_write(self, i):
         """Waits for the writes of one of the last sequences."""
@@ -459,6 +474,13 @@ class DecodeKernel(PagedKernel):
         left = self.tile_left[self.slot(wave, i)]
         token = self.token_of_column(QUERY_ROWS)
         return token < left
+
+    def compute_wave(self, wave, ahead):
+        """Computes a wave's tiles; the running softmax is loaded before and stored after them."""
+        state = self.row_max[...], self.row_sum[...], self.acc[...]
+        state, ahead = self.compute_tiles(wave, state, ahead)
+        self.row_max[...], self.row_sum[...], self.acc[...] = state
+        return ahead
 
     def merge(self, wave, i, state, tile_max, tile_sum, values):
         """Adds a tile to the running softmax of its sequence and leaves the output that it would be the last of."""
@@ -521,6 +543,21 @@ class DecodeKernel(PagedKernel):
         token, head = self.place_of_column(column)
         self.column_token[...] = jnp.where(head == lax.div(query, HEAD_QUERY_ROWS), token, NO_TOKEN)
 
+    # ---- new tokens that come by head: they are sorted by token while the first waves are on their way
+
+    def sorting_steps(self):
+        return pl.cdiv(self.num_seqs, SORTED_TOKENS)
+
+    def sort_new_tokens(self, step):
+        """Sorts SORTED_TOKENS new tokens."""
+        arrays = [
+            (self.k_by_head, self.new_keys),
+            (self.v_by_head, self.new_values),
+        ]
+        for by_head, by_token in arrays:
+            rows = by_head[:, sorted_tokens(step)].astype(jnp.float32)
+            by_token[sorted_tokens(step)] = jnp.swapaxes(rows, 0, 1).astype(by_token.dtype)
+
 
 def paced_by(value, scores):
     """`value`, once some of the scores are made: none is below -inf, which the compiler does not know."""
@@ -536,6 +573,16 @@ def more_waves(carry):
 def copy_of_tokens(source, target, sem):
     """A copy of the rows of all new tokens."""
     return pltpu.make_async_copy(source.at[pl.ds(0, MAX_TOKENS)], target.at[pl.ds(0, MAX_TOKENS)], sem)
+
+
+def copy_by_head(source, target, sem):
+    """A copy of all new tokens of arrays by head."""
+    return pltpu.make_async_copy(source.at[:, pl.ds(0, MAX_TOKENS)], target.at[:, pl.ds(0, MAX_TOKENS)], sem)
+
+
+def sorted_tokens(step):
+    """The tokens that a step of sorting takes."""
+    return pl.ds(pl.multiple_of(step * SORTED_TOKENS, SORTED_TOKENS), SORTED_TOKENS)
 
 
 def wait_for_bytes(array, sem):
@@ -565,7 +612,7 @@ def decode_kernel(*refs):
 def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribution):
     """`(out, cache)` of the decode sequences; other rows of `out` are undefined."""
     scalars = (kv_lens, page_indices, distribution)
-    arrays = (queries, keys, values, cache)
+    arrays = (queries, swap_heads(keys), swap_heads(values), cache)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         decode_kernel,
@@ -578,6 +625,8 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
         input_output_aliases={6: 1},  # results in the memory of operands
         scratch_shapes=[
             pltpu.VMEM((TILE_BUFFERS, TILE * TOKEN_ROWS, LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((KV_HEADS, MAX_TOKENS, HEAD_DIM), jnp.bfloat16),  # k_by_head
+            pltpu.VMEM((KV_HEADS, MAX_TOKENS, HEAD_DIM), jnp.bfloat16),  # v_by_head
             pltpu.VMEM((MAX_ROWS + 1, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in
             pltpu.VMEM((MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
             pltpu.VMEM((MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values

@@ -28,7 +28,7 @@ What was specialized:
   between
 - prefill, sums of probabilities: on the vector unit; this needs no MXU lanes
 - prefill, values: whole registers of lanes; the MXU takes them as they lie in the cache
-- VMEM: 15,933,440 bytes counted, 25,165,824 allowed, 67,108,864 available
+- VMEM: 14,991,360 bytes counted, 25,165,824 allowed, 67,108,864 available
 """
 
 import dataclasses
@@ -101,7 +101,8 @@ CLEARED_TILES = 16  # sublane tiles that are zeroed at once
 PAGE_BUFFERS = 9  # pages under update
 NEW_BUFFERS = 5  # pages whose new tokens are fetched or in use
 UPDATE_LOOKAHEAD = 4  # pages that their fetch runs ahead
-NEW_TOKENS = 128  # tokens of such a fetch
+SORTED_TOKENS = 16  # of new keys and values: a copy begins at a multiple of them
+NEW_TOKENS = 144  # tokens of such a fetch
 MERGE_TOKENS = 16  # new tokens that are put into a page at once
 MERGE_ROWS = MERGE_TOKENS * TOKEN_ROWS
 
@@ -193,19 +194,23 @@ def pack_token(keys, values, packed, token):
         packed[pl.ds(token * WORD_ROWS + tile, KV_HEADS, stride=LANE_TILES)] = words[:, lanes]
 
 
+def swap_heads(rows):
+    """`[tokens, heads, HEAD_DIM]` with tokens and heads swapped, or back. XLA keeps it by head, so nothing moves here."""
+    return jnp.swapaxes(rows, 0, 1)
+
+
 class PagedKernel:
     """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
 
-    def page_copy(self, seq, block, buffer, page):
-        physical = self.page_indices[seq * PAGES_PER_SEQ + block * self.block_pages + page]
+    def start_page(self, first, buffer, page):
+        """Starts to fetch a page of a block; `first` is the place of the block's first page in the page table."""
+        physical = self.page_indices[first + page]
         place = self.kv.at[buffer, pl.ds(page * PAGE_ROWS, PAGE_ROWS)]
-        return pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer])
+        pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer]).start()
 
-    def start_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).start()
-
-    def wait_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).wait()
+    def wait_page(self, buffer, page):
+        place = self.kv.at[buffer, pl.ds(page * PAGE_ROWS, PAGE_ROWS)]
+        pltpu.make_async_copy(place, place, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
 
     def pages_of(self, kv_end, block):
         """How many pages of a block hold tokens below `kv_end`."""
@@ -213,7 +218,8 @@ class PagedKernel:
 
     def start_block(self, kv_end, seq, block, buffer):
         """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`."""
-        start_page = functools.partial(self.start_page, seq, block, buffer)
+        first = seq * PAGES_PER_SEQ + block * self.block_pages
+        start_page = functools.partial(self.start_page, first, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -223,9 +229,9 @@ class PagedKernel:
 
         pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, start_page))
 
-    def wait_block(self, kv_end, seq, block, buffer):
+    def wait_block(self, kv_end, block, buffer):
         """Waits for the copies that `start_block` started."""
-        wait_page = functools.partial(self.wait_page, seq, block, buffer)
+        wait_page = functools.partial(self.wait_page, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -271,8 +277,8 @@ class PrefillKernel(PagedKernel):
     distribution: Ref  # int32[3]
     # Arrays in HBM.
     q_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
-    k_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
-    v_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    k_hbm: Ref  # bfloat16[KV_HEADS, tokens, HEAD_DIM]
+    v_hbm: Ref  # bfloat16[KV_HEADS, tokens, HEAD_DIM]
     cache_in: Ref  # bfloat16[pages, PAGE_ROWS, LANES]: the memory of cache_hbm
     out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
     cache_hbm: Ref  # bfloat16[pages, PAGE_ROWS, LANES]
@@ -280,8 +286,8 @@ class PrefillKernel(PagedKernel):
     kv: Ref  # bfloat16[KV_BUFFERS, KV_BLOCK * TOKEN_ROWS, LANES]: fetched blocks
     k_words: Ref  # uint32[TILE // PACKING * WORD_ROWS, LANES]: keys of one tile, two tokens a word
     v_words: Ref  # uint32[TILE // PACKING * WORD_ROWS, LANES]: values of one tile, two tokens a word
-    new_keys: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new keys, around the page they go to
-    new_values: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new values, around the page they go to
+    new_keys: Ref  # bfloat16[NEW_BUFFERS, KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS, HEAD_DIM]: new keys, around the page they go to
+    new_values: Ref  # bfloat16[NEW_BUFFERS, KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS, HEAD_DIM]: new values, around the page they go to
     page_rows: Ref  # bfloat16[PAGE_BUFFERS, PAGE_ROWS, LANES]: pages to update
     packed: Ref  # uint32[MERGE_TOKENS * WORD_ROWS, LANES]: new tokens in the cache's form
     q_in: Ref  # bfloat16[KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM]: query blocks as they come
@@ -336,7 +342,7 @@ class PrefillKernel(PagedKernel):
         last = (block + 1) * KV_BLOCK >= end
         first_query = self.kv_lens[seq] - self.q_len(seq) + q_block * Q_BLOCK
         pl.when(block == 0)(functools.partial(self.load_query_block, seq, q_block, q_step))
-        self.wait_block(end, seq, block, buffer)
+        self.wait_block(end, block, buffer)
         pl.when(last)(functools.partial(self.clear_tail, buffer, valid))
         self.attend_block(buffer, block, valid, first_query)
         pl.when(last)(functools.partial(self.store_query_block, seq, q_block, q_step, sent))
@@ -377,7 +383,7 @@ class PrefillKernel(PagedKernel):
 
     def for_copies(self, seq, q_block, make_copy, act):
         """Acts on the copy `make_copy(row of queries, token of the block, tokens)` that holds a query block."""
-        act(make_copy(self.q_start(seq) + q_block * Q_BLOCK, 0, Q_BLOCK))
+        act(make_copy(pl.multiple_of(self.q_start(seq) + q_block * Q_BLOCK, Q_BLOCK), 0, Q_BLOCK))
 
     # ---- Update of the cache: page by page, old tokens are kept and new ones put in.
 
@@ -427,6 +433,10 @@ class PrefillKernel(PagedKernel):
         """Starts the copies of a page's new tokens, and of its old ones if it has any; returns the page after it."""
         buffer = lax.rem(step, PAGE_BUFFERS)
         pl.when(seq < self.end_seq)(functools.partial(self.start_page_copies, step, seq, page, buffer))
+        return self.page_after(seq, page)
+
+    def page_after(self, seq, page):
+        """The page after a page, if there is one."""
         next_seq, next_index = self.next_page(jnp.minimum(seq, self.end_seq - 1), page)
         return jnp.where(seq < self.end_seq, next_seq, seq), jnp.where(seq < self.end_seq, next_index, page)
 
@@ -464,6 +474,7 @@ class PrefillKernel(PagedKernel):
         def wait_for_old_tokens():
             self.old_page_copy(seq, page, buffer).wait()
 
+        self.tokens_before = remainder(self.q_start(seq) + self.q_len(seq) - self.kv_lens[seq], SORTED_TOKENS)
         merge = functools.partial(self.merge_tokens, buffer, new_buffer, first, end)
         for_each(lax.div(first, MERGE_TOKENS), pl.cdiv(end, MERGE_TOKENS), merge)
         self.page_write(seq, page, buffer).start()
@@ -472,24 +483,43 @@ class PrefillKernel(PagedKernel):
         """The copies of a page's new keys and values."""
         # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
         wanted = self.q_start(seq) + page * PAGE_SIZE - (self.kv_lens[seq] - self.q_len(seq))
-        source = jnp.clip(wanted, 0, self.k_hbm.shape[0] - NEW_TOKENS)
-        take, put = pl.ds(source, NEW_TOKENS), pl.ds(PAGE_SIZE + source - wanted, NEW_TOKENS)
+        wanted &= -SORTED_TOKENS  # whole sublane tiles; merging makes up for it
+        source = jnp.clip(wanted, 0, self.k_hbm.shape[1] - NEW_TOKENS)
+        take = pl.ds(pl.multiple_of(source, SORTED_TOKENS), NEW_TOKENS)
+        put = pl.ds(pl.multiple_of(PAGE_SIZE + source - wanted, SORTED_TOKENS), NEW_TOKENS)
         return (
-            pltpu.make_async_copy(self.k_hbm.at[take], self.new_keys.at[buffer, put], self.new_sem.at[buffer]),
-            pltpu.make_async_copy(self.v_hbm.at[take], self.new_values.at[buffer, put], self.new_sem.at[buffer]),
+            self.new_token_copy(self.k_hbm, self.new_keys, take, put, buffer),
+            self.new_token_copy(self.v_hbm, self.new_values, take, put, buffer),
         )
+
+    def new_token_copy(self, source, target, take, put, buffer):
+        place = target.at[buffer, :, put]
+        return pltpu.make_async_copy(source.at[:, take], place, self.new_sem.at[buffer])
 
     def merge_tokens(self, buffer, new_buffer, first, end, index):
         """Puts new tokens into MERGE_TOKENS tokens of a page, where they lie in `[first, end)`."""
         start = index * MERGE_TOKENS
+        keys_and_values = [self.new_rows(array, new_buffer, start) for array in (self.new_keys, self.new_values)]
+        all_keys, all_values = (jnp.swapaxes(rows, 0, 1) for rows in keys_and_values)
         for i in range(MERGE_TOKENS):
-            keys = self.new_keys[new_buffer, PAGE_SIZE + start + i]
-            pack_token(keys, self.new_values[new_buffer, PAGE_SIZE + start + i], self.packed, i)
+            keys = all_keys[i]
+            values = all_values[i]
+            pack_token(keys, values, self.packed, i)
         rows = pl.ds(pl.multiple_of(index * MERGE_ROWS, MERGE_ROWS), MERGE_ROWS)
         token = start + token_of_word(MERGE_TOKENS)
         is_new = (token >= first) & (token < end)
         words = jnp.where(is_new, self.packed[...], rows_as_words(self.page_rows[buffer, rows]))
         self.page_rows[buffer, rows] = words_as_rows(words)
+
+    def new_rows(self, array, buffer, start):
+        """MERGE_TOKENS new keys (or values) from a token of a page on, float32[KV_HEADS, MERGE_TOKENS, HEAD_DIM].
+
+        They lie `tokens_before` behind a whole sublane tile.
+        """
+        loaded = pl.ds(PAGE_SIZE + start, MERGE_TOKENS + SORTED_TOKENS)
+        back = MERGE_TOKENS + SORTED_TOKENS - self.tokens_before
+        rows = [pltpu.roll(array[buffer, head, loaded].astype(jnp.float32), back, 0) for head in range(KV_HEADS)]
+        return jnp.stack([one[:MERGE_TOKENS] for one in rows])
 
     # ---- Fetches.
 
@@ -539,11 +569,13 @@ class PrefillKernel(PagedKernel):
 
     def query_copy(self, buffer, row, first, size):
         place = self.q_in.at[buffer, pl.ds(first, size)]
-        return pltpu.make_async_copy(self.q_hbm.at[pl.ds(row, size)], place, self.q_sem.at[buffer])
+        source = self.q_hbm.at[pl.ds(row, size)]
+        return pltpu.make_async_copy(source, place, self.q_sem.at[buffer])
 
     def out_copy(self, row, first, size):
         source = self.out_rows.at[0, pl.ds(first, size)]
-        return pltpu.make_async_copy(source, self.out_hbm.at[pl.ds(row, size)], self.out_sem.at[0])
+        target = self.out_hbm.at[pl.ds(row, size)]
+        return pltpu.make_async_copy(source, target, self.out_sem.at[0])
 
     # ---- The order of query rows: by KV head, then query, then head of the group.
 
@@ -649,7 +681,8 @@ class PrefillKernel(PagedKernel):
 
     def score(self, buffer, first, tokens, head, rows):
         """The scores of some rows of a KV head against `tokens` tokens from token `first` of a block on."""
-        return self.scores_of(self.q_rows[head, rows], self.head_keys(buffer, first, tokens, head), head)
+        queries = self.q_rows[head, rows]
+        return self.scores_of(queries, self.head_keys(buffer, first, tokens, head), head)
 
     def state_before(self, head, rows, begins):
         """The running sum and output of some rows of a KV head; if they begin, what the block before left does not count."""
@@ -817,7 +850,7 @@ def prefill_kernel(*refs):
 def attend_prefill(queries, keys, values, cache, kv_lens, page_indices, distribution):
     """`(out, cache)` of the prefill sequences; other rows of `out` are undefined."""
     scalars = (kv_lens, page_indices, distribution)
-    arrays = (queries, keys, values, cache)
+    arrays = (queries, swap_heads(keys), swap_heads(values), cache)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         prefill_kernel,
@@ -832,8 +865,8 @@ def attend_prefill(queries, keys, values, cache, kv_lens, page_indices, distribu
             pltpu.VMEM((KV_BUFFERS, KV_BLOCK * TOKEN_ROWS, LANES), jnp.bfloat16),  # kv
             pltpu.VMEM((TILE // PACKING * WORD_ROWS, LANES), jnp.uint32),  # k_words
             pltpu.VMEM((TILE // PACKING * WORD_ROWS, LANES), jnp.uint32),  # v_words
-            pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
-            pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
+            pltpu.VMEM((NEW_BUFFERS, KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS, HEAD_DIM), jnp.bfloat16),  # new_keys
+            pltpu.VMEM((NEW_BUFFERS, KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS, HEAD_DIM), jnp.bfloat16),  # new_values
             pltpu.VMEM((PAGE_BUFFERS, PAGE_ROWS, LANES), jnp.bfloat16),  # page_rows
             pltpu.VMEM((MERGE_TOKENS * WORD_ROWS, LANES), jnp.uint32),  # packed
             pltpu.VMEM((KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in

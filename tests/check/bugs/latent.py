@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from mutation import Bug, BugSuite
-from small import latent, plan_of
+from small import latent, plan_of, staged
 
 # More sequences than a kernel has buffers for new tokens on their way.
 SPEC = latent(page_size=64, max_num_seqs=12, max_num_tokens=64, token_buckets=(16, 64))
@@ -13,8 +13,8 @@ DECODE = (
     Bug(
         "other lanes of the latent vector taken for the values",
         "DecodeKernel.accumulate_pv",
-        "self.kv[self.slot(wave, i), :, :, :RANK]",
-        "self.kv[self.slot(wave, i), :, :, 64 : 64 + RANK]",
+        "self.kv[self.slot(wave, i), ..., :RANK]",
+        "self.kv[self.slot(wave, i), ..., 64 : 64 + RANK]",
     ),
     Bug(
         "scores without the rotary part",
@@ -27,11 +27,37 @@ DECODE = (
         "DecodeKernel.patch_tile",
         "self.clear_tail(self.slot(wave, i), left)",
     ),
-    Bug("the new token not attended to", "DecodeKernel.update_cache", "self.kv[slot, page, tokens] = rows"),
+    Bug("the new token not attended to", "DecodeKernel.update_cache", "self.kv[*at] = rows"),
     Bug(
         "no wait for a cache write before its buffer is used again",
         "DecodeKernel.update_cache.wait_for_buffer",
         "self.wait_for_writes(seq - WRITE_BUFFERS)",
+    ),
+)
+STAGED = (
+    Bug(
+        "keys of the wrong tile",
+        "DecodeKernel.transpose_keys",
+        "self.latents_t[i % 2, chunk]",
+        "self.latents_t[(i + 1) % 2, chunk]",
+    ),
+    Bug(
+        "the output before a tile not rescaled", "DecodeKernel.merge", "* broadcast_lanes(self.alpha[i % 2], RANK)", ""
+    ),
+    Bug(
+        "the largest score of a part of a tile", "DecodeKernel.compute_scores_and_values", "largest)", "largest[:0:-1])"
+    ),
+    Bug("other tokens masked", "DecodeKernel.keep_scores", "[:, columns]", "[:, :MXU_TOKENS] | False"),
+    Bug(
+        "outputs sent before they are complete",
+        "DecodeKernel.stream",
+        "self.tile_seq[self.slot(wave, 0)]",
+        "self.tile_seq[self.slot(wave, 0)] + 1",
+    ),
+    Bug(
+        "no wait for the queries that come later",
+        "DecodeKernel.stream",
+        "pl.when(wave == LATER_WAVE)(self.wait_for_later_copies)",
     ),
 )
 PREFILL = (
@@ -74,6 +100,13 @@ PREFILL = (
 SUITES = [
     BugSuite(
         "latent decode", SPEC, partial(plan_of, kind="decode"), DECODE, ordinary=("scores without the rotary part",)
+    ),
+    BugSuite(
+        "latent stages",
+        staged(),
+        partial(plan_of, kind="decode"),
+        STAGED,
+        ordinary=("keys of the wrong tile",),
     ),
     BugSuite("latent prefill", SPEC, partial(plan_of, kind="prefill"), PREFILL, ordinary=("the next token seen",)),
 ]

@@ -204,7 +204,20 @@ class DecodeKernel(PagedKernel):
             ahead = self.fetch_wave(wave, *ahead)
         for load in loads:
             load.wait()
-        lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        self.write_results(wave)
+
+    def load_copies(self):
+        """The copies of what the kernel loads at its start, of all sequences."""
+        arrays = [
+            (copy_of_tokens, self.q_hbm, self.q_in),
+            (copy_of_tokens, self.k_hbm, self.new_keys),
+            (copy_of_tokens, self.v_hbm, self.new_values),
+        ]
+        return [copy(source, target, self.load_sem.at[i]) for i, (copy, source, target) in enumerate(arrays)]
+
+    def write_results(self, wave):
+        """Writes the outputs of all sequences; `wave` is the one after the last."""
         results = [
             copy_of_tokens(self.out_all, self.out_hbm, self.out_sem.at[0]),
         ]
@@ -214,22 +227,11 @@ class DecodeKernel(PagedKernel):
         for result in results:
             result.wait()
 
-    def load_copies(self):
-        """The copies of what the kernel loads at its start, of all sequences."""
-        arrays = [
-            (self.q_hbm, self.q_in),
-            (self.k_hbm, self.new_keys),
-            (self.v_hbm, self.new_values),
-        ]
-        return [copy_of_tokens(source, target, self.load_sem.at[i]) for i, (source, target) in enumerate(arrays)]
-
     def iterate(self, carry):
         """Computes a wave's values and the next wave's scores; fetches a wave LOOKAHEAD waves later."""
         wave, _, *ahead = carry
         self.wait_and_patch(wave + 1)
-        state = self.row_max[...], self.row_sum[...], self.acc[...]
-        state, ahead = self.compute_tiles(wave, state, ahead)
-        self.row_max[...], self.row_sum[...], self.acc[...] = state
+        ahead = self.compute_wave(wave, ahead)
         more = self.tile_left[self.slot(wave + 1, 0)] > 0
         return wave + 1, more, *ahead
 
@@ -246,11 +248,11 @@ class DecodeKernel(PagedKernel):
 
     # ---- fetch K and V: whole pages
 
-    def fetch_wave(self, wave, seq, first):
-        """Starts the fetch of a wave whose first tile is at token `first` of `seq`; returns where the next wave begins."""
+    def fetch_wave(self, wave, *ahead):
+        """Starts the fetch of a wave whose first tile is at `ahead`: a sequence, and a token of it; returns the next wave's."""
         for i in range(TILES_PER_WAVE):
-            seq, first = self.fetch_tile(wave, i, seq, first)
-        return seq, first
+            ahead = self.fetch_tile(wave, i, *ahead)
+        return ahead
 
     def fetch_tile(self, wave, i, seq, first):
         """The same for one tile."""
@@ -264,10 +266,14 @@ class DecodeKernel(PagedKernel):
             # Not under the condition: a load that waits for it costs more.
             physical = self.page_indices[first_entry + page]
             pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
+        seq, first = self.next_tile(seq, first, left)
+        return seq, first
+
+    def next_tile(self, seq, first, left):
+        """Where the tile after one at token `first` of `seq` is, which has `left` tokens from there on."""
         last = left <= TILE
         seq = jnp.where(last, seq + 1, seq)
-        first = jnp.where(last, 0, first + TILE)
-        return seq, first
+        return seq, jnp.where(last, 0, first + TILE)
 
     def fetch_page(self, physical, wave, i, page):
         slot, sem = self.slot(wave, i), self.kv_sem.at[lax.rem(wave, WAVE_BUFFERS)]
@@ -345,18 +351,18 @@ class DecodeKernel(PagedKernel):
                 rows = self.patched((slot, page, plane, head, tokens), head, new, mask)
                 self.kv[slot, page, plane, head, tokens] = rows
                 self.new_out[buffer, plane, head] = rows
-        self.cache_write(seq).start()
+        entry = seq * PAGES_PER_SEQ + quotient(self.kv_lens[seq] - 1, PAGE_SIZE)
+        self.cache_write(seq, self.page_indices[entry]).start()
 
-    def cache_write(self, seq):
-        """The copy of the sublane tile with a sequence's new token to the cache."""
+    def cache_write(self, seq, page):
+        """The copy of the sublane tile with a sequence's new token to a page of the cache."""
         buffer = remainder(seq, WRITE_BUFFERS)
         position = self.kv_lens[seq] - 1
-        page = self.page_indices[seq * PAGES_PER_SEQ + quotient(position, PAGE_SIZE)]
         target = self.cache_hbm.at[page, :, :, sublane_tile(position)]
         return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
 
     def wait_for_writes(self, seq):
-        self.cache_write(seq).wait()
+        self.cache_write(seq, 0).wait()  # as many bytes, whichever page they go to
 
     # As words of two tokens, so that the old ones stay bit for bit whatever they are.
 
@@ -431,6 +437,13 @@ class DecodeKernel(PagedKernel):
         left = self.tile_left[self.slot(wave, i)]
         token = self.token_of_column(QUERY_ROWS)
         return token < left
+
+    def compute_wave(self, wave, ahead):
+        """Computes a wave's tiles; the running softmax is loaded before and stored after them."""
+        state = self.row_max[...], self.row_sum[...], self.acc[...]
+        state, ahead = self.compute_tiles(wave, state, ahead)
+        self.row_max[...], self.row_sum[...], self.acc[...] = state
+        return ahead
 
     def merge(self, wave, i, state, tile_max, tile_sum, values):
         """Adds a tile to the running softmax of its sequence and leaves the output that it would be the last of."""

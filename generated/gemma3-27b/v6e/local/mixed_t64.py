@@ -168,16 +168,15 @@ def matmul(rows, matrix, contracted):
 class PagedKernel:
     """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
 
-    def page_copy(self, entry, block, buffer, page):
-        physical = self.page_indices[entry + block * self.block_pages + page]
+    def start_page(self, first, buffer, page):
+        """Starts to fetch a page of a block; `first` is the place of the block's first page in the page table."""
+        physical = self.page_indices[first + page]
         place = self.kv.at[buffer, page]
-        return pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer])
+        pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer]).start()
 
-    def start_page(self, entry, block, buffer, page):
-        self.page_copy(entry, block, buffer, page).start()
-
-    def wait_page(self, entry, block, buffer, page):
-        self.page_copy(entry, block, buffer, page).wait()
+    def wait_page(self, buffer, page):
+        place = self.kv.at[buffer, page]
+        pltpu.make_async_copy(place, place, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
 
     def pages_of(self, kv_end, block):
         """How many pages of a block hold tokens below `kv_end`."""
@@ -185,7 +184,8 @@ class PagedKernel:
 
     def start_block(self, kv_end, entry, block, buffer):
         """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`."""
-        start_page = functools.partial(self.start_page, entry, block, buffer)
+        first = entry + block * self.block_pages
+        start_page = functools.partial(self.start_page, first, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -195,9 +195,9 @@ class PagedKernel:
 
         pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, start_page))
 
-    def wait_block(self, kv_end, entry, block, buffer):
+    def wait_block(self, kv_end, block, buffer):
         """Waits for the copies that `start_block` started."""
-        wait_page = functools.partial(self.wait_page, entry, block, buffer)
+        wait_page = functools.partial(self.wait_page, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -301,7 +301,20 @@ class DecodeKernel(PagedKernel):
             ahead = self.fetch_wave(wave, *ahead)
         for load in loads:
             load.wait()
-        lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        self.write_results(wave)
+
+    def load_copies(self):
+        """The copies of what the kernel loads at its start, of all sequences."""
+        arrays = [
+            (copy_of_tokens, self.q_hbm, self.q_in),
+            (copy_of_tokens, self.k_hbm, self.new_keys),
+            (copy_of_tokens, self.v_hbm, self.new_values),
+        ]
+        return [copy(source, target, self.load_sem.at[i]) for i, (copy, source, target) in enumerate(arrays)]
+
+    def write_results(self, wave):
+        """Writes the outputs of all sequences; `wave` is the one after the last."""
         results = [
             copy_of_tokens(self.out_all, self.out_hbm, self.out_sem.at[0]),
         ]
@@ -311,22 +324,11 @@ class DecodeKernel(PagedKernel):
         for result in results:
             result.wait()
 
-    def load_copies(self):
-        """The copies of what the kernel loads at its start, of all sequences."""
-        arrays = [
-            (self.q_hbm, self.q_in),
-            (self.k_hbm, self.new_keys),
-            (self.v_hbm, self.new_values),
-        ]
-        return [copy_of_tokens(source, target, self.load_sem.at[i]) for i, (source, target) in enumerate(arrays)]
-
     def iterate(self, carry):
         """Computes a wave's values and the next wave's scores; fetches a wave DECODE_LOOKAHEAD waves later."""
         wave, _, *ahead = carry
         self.wait_and_patch(wave + 1)
-        state = self.row_max[...], self.row_sum[...], self.acc[...]
-        state, ahead = self.compute_tiles(wave, state, ahead)
-        self.row_max[...], self.row_sum[...], self.acc[...] = state
+        ahead = self.compute_wave(wave, ahead)
         more = self.tile_left[self.slot(wave + 1, 0)] > 0
         return wave + 1, more, *ahead
 
@@ -343,11 +345,11 @@ class DecodeKernel(PagedKernel):
 
     # ---- fetch K and V: whole pages
 
-    def fetch_wave(self, wave, seq, first):
-        """Starts the fetch of a wave whose first tile is at token `first` of `seq`; returns where the next wave begins."""
+    def fetch_wave(self, wave, *ahead):
+        """Starts the fetch of a wave whose first tile is at `ahead`: a sequence, and a token of it; returns the next wave's."""
         for i in range(DECODE_TILES_PER_WAVE):
-            seq, first = self.fetch_tile(wave, i, seq, first)
-        return seq, first
+            ahead = self.fetch_tile(wave, i, *ahead)
+        return ahead
 
     def fetch_tile(self, wave, i, seq, first):
         """The same for one tile."""
@@ -361,10 +363,14 @@ class DecodeKernel(PagedKernel):
             # Not under the condition: a load that waits for it costs more.
             physical = self.page_indices[jnp.minimum(first_entry + page, DECODE_LAST_ENTRY)]
             pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
+        seq, first = self.next_tile(seq, first, left)
+        return seq, first
+
+    def next_tile(self, seq, first, left):
+        """Where the tile after one at token `first` of `seq` is, which has `left` tokens from there on."""
         last = left <= DECODE_TILE
         seq = jnp.where(last, seq + 1, seq)
-        first = jnp.where(last, self.first_token(jnp.minimum(seq, self.num_seqs - 1)), first + DECODE_TILE)
-        return seq, first
+        return seq, jnp.where(last, self.first_token(jnp.minimum(seq, self.num_seqs - 1)), first + DECODE_TILE)
 
     def fetch_page(self, physical, wave, i, page):
         slot, sem = self.slot(wave, i), self.kv_sem.at[lax.rem(wave, DECODE_WAVE_BUFFERS)]
@@ -446,18 +452,18 @@ class DecodeKernel(PagedKernel):
                 rows = self.patched((slot, page, plane, head, tokens), head, new, mask)
                 self.kv[slot, page, plane, head, tokens] = rows
                 self.new_out[buffer, plane, head] = rows
-        self.cache_write(seq).start()
+        entry = seq * PAGES_PER_SEQ + quotient(self.kv_lens[seq] - 1, PAGE_SIZE)
+        self.cache_write(seq, self.page_indices[entry]).start()
 
-    def cache_write(self, seq):
-        """The copy of the sublane tile with a sequence's new token to the cache."""
+    def cache_write(self, seq, page):
+        """The copy of the sublane tile with a sequence's new token to a page of the cache."""
         buffer = remainder(seq, DECODE_WRITE_BUFFERS)
         position = self.kv_lens[seq] - 1
-        page = self.page_indices[seq * PAGES_PER_SEQ + quotient(position, PAGE_SIZE)]
         target = self.cache_hbm.at[page, :, :, sublane_tile(position)]
         return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
 
     def wait_for_writes(self, seq):
-        self.cache_write(seq).wait()
+        self.cache_write(seq, 0).wait()  # as many bytes, whichever page they go to
 
     # As words of two tokens, so that the old ones stay bit for bit whatever they are.
 
@@ -532,6 +538,13 @@ class DecodeKernel(PagedKernel):
         left = self.tile_left[self.slot(wave, i)]
         token = self.token_of_column(DECODE_QUERY_ROWS)
         return (token >= left - WINDOW) & (token < left)
+
+    def compute_wave(self, wave, ahead):
+        """Computes a wave's tiles; the running softmax is loaded before and stored after them."""
+        state = self.row_max[...], self.row_sum[...], self.acc[...]
+        state, ahead = self.compute_tiles(wave, state, ahead)
+        self.row_max[...], self.row_sum[...], self.acc[...] = state
+        return ahead
 
     def merge(self, wave, i, state, tile_max, tile_sum, values):
         """Adds a tile to the running softmax of its sequence and leaves the output that it would be the last of."""
@@ -781,7 +794,7 @@ class MixedKernel(PagedKernel):
         last = (block + 1) * MIXED_KV_BLOCK >= end
         first_query = self.kv_lens[seq] - self.q_len(seq) + q_block * MIXED_Q_BLOCK - self.first_token(seq, q_block)
         pl.when(block == 0)(functools.partial(self.load_query_block, seq, q_block, q_step))
-        self.wait_block(end, self.entry(seq, q_block), block, buffer)
+        self.wait_block(end, block, buffer)
         pl.when(last)(functools.partial(self.clear_tail, buffer, valid))
         self.attend_block(buffer, block, valid, first_query)
         pl.when(last)(functools.partial(self.store_query_block, seq, q_block, q_step, sent))
@@ -887,6 +900,10 @@ class MixedKernel(PagedKernel):
         """Starts the copies of a page's new tokens, and of its old ones if it has any; returns the page after it."""
         buffer = lax.rem(step, MIXED_PAGE_BUFFERS)
         pl.when(seq < self.end_seq)(functools.partial(self.start_page_copies, step, seq, page, buffer))
+        return self.page_after(seq, page)
+
+    def page_after(self, seq, page):
+        """The page after a page, if there is one."""
         next_seq, next_index = self.next_page(jnp.minimum(seq, self.end_seq - 1), page)
         return jnp.where(seq < self.end_seq, next_seq, seq), jnp.where(seq < self.end_seq, next_index, page)
 
@@ -933,11 +950,16 @@ class MixedKernel(PagedKernel):
         # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
         wanted = self.q_start(seq) + page * PAGE_SIZE - (self.kv_lens[seq] - self.q_len(seq))
         source = jnp.clip(wanted, 0, self.k_hbm.shape[0] - MIXED_NEW_TOKENS)
-        take, put = pl.ds(source, MIXED_NEW_TOKENS), pl.ds(PAGE_SIZE + source - wanted, MIXED_NEW_TOKENS)
+        take = pl.ds(source, MIXED_NEW_TOKENS)
+        put = pl.ds(PAGE_SIZE + source - wanted, MIXED_NEW_TOKENS)
         return (
-            pltpu.make_async_copy(self.k_hbm.at[take], self.new_keys.at[buffer, put], self.new_sem.at[buffer]),
-            pltpu.make_async_copy(self.v_hbm.at[take], self.new_values.at[buffer, put], self.new_sem.at[buffer]),
+            self.new_token_copy(self.k_hbm, self.new_keys, take, put, buffer),
+            self.new_token_copy(self.v_hbm, self.new_values, take, put, buffer),
         )
+
+    def new_token_copy(self, source, target, take, put, buffer):
+        place = target.at[buffer, put]
+        return pltpu.make_async_copy(source.at[take], place, self.new_sem.at[buffer])
 
     def merge_tokens(self, buffer, new_buffer, first, end, index):
         """Puts new tokens into MIXED_MERGE_TOKENS tokens of a page, where they lie in `[first, end)`.
@@ -1012,11 +1034,13 @@ class MixedKernel(PagedKernel):
 
     def query_copy(self, buffer, row, first, size):
         place = self.q_in.at[buffer, pl.ds(first, size)]
-        return pltpu.make_async_copy(self.q_hbm.at[pl.ds(row, size)], place, self.q_sem.at[buffer])
+        source = self.q_hbm.at[pl.ds(row, size)]
+        return pltpu.make_async_copy(source, place, self.q_sem.at[buffer])
 
     def out_copy(self, row, first, size):
         source = self.out_rows.at[0, pl.ds(first, size)]
-        return pltpu.make_async_copy(source, self.out_hbm.at[pl.ds(row, size)], self.out_sem.at[0])
+        target = self.out_hbm.at[pl.ds(row, size)]
+        return pltpu.make_async_copy(source, target, self.out_sem.at[0])
 
     # ---- The order of query rows: by query head, then query.
 
@@ -1115,7 +1139,8 @@ class MixedKernel(PagedKernel):
 
     def score(self, buffer, first, tokens, head, rows):
         """The scores of some rows of a KV head against `tokens` tokens from token `first` of a block on."""
-        return self.scores_of(self.q_rows[head, rows], self.head_keys(buffer, first, tokens, head), head)
+        queries = self.q_rows[head, rows]
+        return self.scores_of(queries, self.head_keys(buffer, first, tokens, head), head)
 
     def state_before(self, head, rows, begins):
         """The running sum and output of some rows of a KV head; if they begin, what the block before left does not count."""

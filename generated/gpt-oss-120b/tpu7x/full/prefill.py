@@ -19,19 +19,18 @@ What was specialized:
   and its V, because the elements have 8 bits or K and V share a row
 - prefill, writing new tokens: K and V side by side in a row, packed into words; K and V of a head fill one row of 128
   lanes
-- prefill, mask: in the matmul, beside the keys; MXU lanes to spare add it to the scores at no cost
+- prefill, mask: by comparing positions; this works with any mask and needs no MXU lanes
 - prefill, scores: a column for each query; queries fill the width of the MXU, which a head does not
 - prefill, softmax: waits for the scores of later steps, 8 steps' scores kept; otherwise the compiler would make
   probabilities early and spill them
 - prefill, lookahead: steps from a score to its probability: 3 in full tiles, 6 on the diagonal; the MXU works while the
   vector unit does softmax
-- prefill, sorting queries: by transposing parts of registers, 1 KV heads at a time; the queries of a token for these
-  heads fill one register
+- prefill, sorting queries: not at all; XLA keeps heads of half a row with tokens along lanes, as the MXU takes them
 - prefill, between blocks: each block makes its own first scores; other tiles, or the splitting of words, may come
   between
 - prefill, sums of probabilities: by ones beside the values; MXU lanes to spare add them at no cost
 - prefill, values: a head's own values, without padding; they are whole registers of rows, and the MXU takes fewer
-- VMEM: 15,151,104 bytes counted, 25,165,824 allowed, 67,108,864 available
+- VMEM: 12,984,320 bytes counted, 25,165,824 allowed, 67,108,864 available
 """
 
 import dataclasses
@@ -68,7 +67,6 @@ PAGE_ROWS = 256  # rows of one page
 SUBLANE_TILE = 8  # tokens of the smallest part of the cache that a DMA or store reaches
 SUBLANE_TILE_ROWS = 16  # its rows
 ONES_ROWS = 16  # a register of them
-TRANSPOSED_HEADS = 1  # KV heads whose queries of one token fill a register
 
 Q_BLOCK = 256  # query tokens of a query block
 Q_ROWS = GROUP * Q_BLOCK  # their rows of one KV head
@@ -77,7 +75,6 @@ BLOCK_PAGES = KV_BLOCK // PAGE_SIZE
 KV_BUFFERS = 3  # KV blocks, and query blocks, in VMEM
 FETCH_LOOKAHEAD = KV_BUFFERS - 1  # steps that the fetch runs ahead
 STEP_ROWS = 256  # query rows of a flash step
-ROW_STEPS = Q_ROWS // STEP_ROWS  # of a KV head
 TILE = 512  # tokens of a flash step
 TILES = KV_BLOCK // TILE
 STEP_HEADS = 1  # KV heads whose steps are one iteration
@@ -95,13 +92,6 @@ DIAGONAL_WAIT_FOR = 6
 TOKEN_AXIS = 0  # of scores
 VALUE_ROWS = HEAD_DIM
 SINK_SUM = 1.0  # what a sink adds to a sum, in every lane
-SINK_ROWS = 8
-SORT_TOKENS = 16  # tokens of a query block that are sorted at once
-SORT_STEPS = Q_BLOCK // SORT_TOKENS
-SORT_ROWS = SORT_TOKENS * GROUP
-UNSORT_TOKENS = 32  # tokens of the output that are put back in order at once
-UNSORT_STEPS = Q_BLOCK // UNSORT_TOKENS
-UNSORT_ROWS = UNSORT_TOKENS * GROUP
 TOKENS_APART = DIAGONAL_BLOCK // PACKING  # two neighbors in a word of a tile that is taken apart
 ROWS_APART = TOKENS_APART * TOKEN_ROWS
 TILE_ROWS = TILE * TOKEN_ROWS  # rows of a tile in the cache
@@ -145,11 +135,6 @@ def start_copy(copy):
 
 def wait_copy(copy):
     copy.wait()
-
-
-def pad_lanes(rows):
-    """Rows of HEAD_DIM lanes, with zeros up to HEAD_LANES."""
-    return jnp.concatenate([rows, jnp.zeros((*rows.shape[:-1], HEAD_LANES - HEAD_DIM), rows.dtype)], axis=-1)
 
 
 def kv_rows(keys, values):
@@ -233,19 +218,28 @@ def pack_token(keys, values, packed, token):
     packed[token * WORD_ROWS : (token + 1) * WORD_ROWS] = rows_as_words(rows.astype(jnp.bfloat16))
 
 
+def tokens_last(queries):
+    """`[tokens, heads, HEAD_DIM]` as `[heads, HEAD_DIM, tokens]`. XLA keeps it so, and nothing moves here."""
+    return jnp.transpose(queries, (1, 2, 0))
+
+
+def tokens_first(out):
+    """The inverse of `tokens_last`."""
+    return jnp.transpose(out, (2, 0, 1))
+
+
 class PagedKernel:
     """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
 
-    def page_copy(self, seq, block, buffer, page):
-        physical = self.page_indices[seq * PAGES_PER_SEQ + block * self.block_pages + page]
+    def start_page(self, first, buffer, page):
+        """Starts to fetch a page of a block; `first` is the place of the block's first page in the page table."""
+        physical = self.page_indices[first + page]
         place = self.kv.at[buffer, pl.ds(page * PAGE_ROWS, PAGE_ROWS)]
-        return pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer])
+        pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer]).start()
 
-    def start_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).start()
-
-    def wait_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).wait()
+    def wait_page(self, buffer, page):
+        place = self.kv.at[buffer, pl.ds(page * PAGE_ROWS, PAGE_ROWS)]
+        pltpu.make_async_copy(place, place, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
 
     def pages_of(self, kv_end, block):
         """How many pages of a block hold tokens below `kv_end`."""
@@ -253,7 +247,8 @@ class PagedKernel:
 
     def start_block(self, kv_end, seq, block, buffer):
         """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`."""
-        start_page = functools.partial(self.start_page, seq, block, buffer)
+        first = seq * PAGES_PER_SEQ + block * self.block_pages
+        start_page = functools.partial(self.start_page, first, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -263,9 +258,9 @@ class PagedKernel:
 
         pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, start_page))
 
-    def wait_block(self, kv_end, seq, block, buffer):
+    def wait_block(self, kv_end, block, buffer):
         """Waits for the copies that `start_block` started."""
-        wait_page = functools.partial(self.wait_page, seq, block, buffer)
+        wait_page = functools.partial(self.wait_page, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -311,11 +306,11 @@ class PrefillKernel(PagedKernel):
     distribution: Ref  # int32[3]
     sinks: Ref  # float32[Q_HEADS]
     # Arrays in HBM.
-    q_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
+    q_hbm: Ref  # bfloat16[Q_HEADS, HEAD_DIM, tokens]
     k_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
     v_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
     cache_in: Ref  # bfloat16[pages, PAGE_ROWS, LANES]: the memory of cache_hbm
-    out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
+    out_hbm: Ref  # bfloat16[Q_HEADS, HEAD_DIM, tokens]
     cache_hbm: Ref  # bfloat16[pages, PAGE_ROWS, LANES]
     # Scratch arrays in VMEM, and semaphores.
     kv: Ref  # bfloat16[KV_BUFFERS, KV_BLOCK * TOKEN_ROWS, LANES]: fetched blocks
@@ -324,17 +319,14 @@ class PrefillKernel(PagedKernel):
     new_values: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new values, around the page they go to
     page_rows: Ref  # bfloat16[PAGE_BUFFERS, PAGE_ROWS, LANES]: pages to update
     packed: Ref  # uint32[MERGE_TOKENS * WORD_ROWS, LANES]: new tokens in the cache's form
-    q_in: Ref  # bfloat16[KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM]: query blocks as they come
-    q_rows: Ref  # bfloat16[KV_HEADS, Q_ROWS, HEAD_LANES]: a query block by KV head
-    query_onehot: Ref  # bfloat16[STEP_ROWS, LANES]: 1 where a lane is the row's query
-    mask_bias: Ref  # bfloat16[DIAGONAL_BLOCKS, ROW_STEPS, DIAGONAL_BLOCK, LANES]: 0, or what masks a score, by token and query
+    q_in: Ref  # bfloat16[KV_BUFFERS, Q_HEADS, HEAD_DIM, Q_BLOCK]: query blocks as they come
+    q_rows: Ref  # bfloat16[KV_HEADS, HEAD_LANES, Q_ROWS]: a query block by KV head
     next_scores: Ref  # float32[SCORE_BUFFERS, TILE, STEP_ROWS]: scores of the next steps
     step_max: Ref  # float32[SCORE_BUFFERS, SUBLANES, STEP_ROWS]: largest score of each row
-    sink_rows: Ref  # float32[KV_HEADS, SINK_ROWS, LANES]: sinks, the same in every lane
     row_max: Ref  # float32[KV_HEADS, SUBLANES, Q_ROWS]: running maximum
     row_sum: Ref  # float32[KV_HEADS, SUBLANES, Q_ROWS]: running sum, the same in every sublane
     acc: Ref  # float32[KV_HEADS, VALUE_ROWS, Q_ROWS]: running output
-    out_rows: Ref  # bfloat16[1, Q_BLOCK, Q_HEADS, HEAD_DIM]: an output block on its way out
+    out_rows: Ref  # bfloat16[1, Q_HEADS, HEAD_DIM, Q_BLOCK]: an output block on its way out
     kv_sem: Ref  # DMA[KV_BUFFERS]: fetches
     new_sem: Ref  # DMA[NEW_BUFFERS]: new keys and values
     old_sem: Ref  # DMA[PAGE_BUFFERS]: pages that hold old tokens
@@ -356,8 +348,6 @@ class PrefillKernel(PagedKernel):
         # The first block comes while the last pages go, if none of these is in it.
         early = self.first_page(self.first_seq) >= self.block_pages
         self.update_pages(functools.partial(self.start_fetch, 0, start, early))
-        row, lane = (lax.broadcasted_iota(jnp.int32, self.query_onehot.shape, axis) for axis in range(2))
-        self.query_onehot[...] = jnp.where(self.query_of(row) == lane, 1.0, 0.0).astype(self.query_onehot.dtype)
         self.clear_all()
         self.start_fetch(0, start, ~early)
         fetched = self.next_fetch(start)
@@ -382,7 +372,7 @@ class PrefillKernel(PagedKernel):
         last = (block + 1) * KV_BLOCK >= end
         first_query = self.kv_lens[seq] - self.q_len(seq) + q_block * Q_BLOCK
         pl.when(block == 0)(functools.partial(self.load_query_block, seq, q_block, q_step))
-        self.wait_block(end, seq, block, buffer)
+        self.wait_block(end, block, buffer)
         pl.when(last)(functools.partial(self.clear_tail, buffer, valid))
         self.attend_block(buffer, block, valid, first_query)
         pl.when(last)(functools.partial(self.store_query_block, seq, q_block, q_step, sent))
@@ -423,16 +413,12 @@ class PrefillKernel(PagedKernel):
 
     def for_copies(self, seq, q_block, make_copy, act):
         """Acts on the copy `make_copy(row of queries, token of the block, tokens)` that holds a query block."""
-        act(make_copy(self.q_start(seq) + q_block * Q_BLOCK, 0, Q_BLOCK))
+        act(make_copy(pl.multiple_of(self.q_start(seq) + q_block * Q_BLOCK, Q_BLOCK), 0, Q_BLOCK))
 
-    def load_sinks(self):
-        """Lays the sinks of each KV head's queries along lanes, in the order in which query rows repeat them."""
-        head_of_group = lax.broadcasted_iota(jnp.int32, self.sink_rows.shape[1:], 1) % GROUP
-        for head in range(KV_HEADS):
-            row = jnp.full(head_of_group.shape, self.sinks[head * GROUP])
-            for i in range(1, GROUP):
-                row = jnp.where(head_of_group == i, self.sinks[head * GROUP + i], row)
-            self.sink_rows[head] = row * LOG2_E
+    def sinks_of(self, head, rows):
+        """The sink of each of some rows of one query head."""
+        sink = self.sinks[head * GROUP + rows.start // Q_BLOCK]
+        return jnp.full((SUBLANES, rows.size), sink) * LOG2_E
 
     # ---- Update of the cache: page by page, old tokens are kept and new ones put in.
 
@@ -482,6 +468,10 @@ class PrefillKernel(PagedKernel):
         """Starts the copies of a page's new tokens, and of its old ones if it has any; returns the page after it."""
         buffer = lax.rem(step, PAGE_BUFFERS)
         pl.when(seq < self.end_seq)(functools.partial(self.start_page_copies, step, seq, page, buffer))
+        return self.page_after(seq, page)
+
+    def page_after(self, seq, page):
+        """The page after a page, if there is one."""
         next_seq, next_index = self.next_page(jnp.minimum(seq, self.end_seq - 1), page)
         return jnp.where(seq < self.end_seq, next_seq, seq), jnp.where(seq < self.end_seq, next_index, page)
 
@@ -528,18 +518,24 @@ class PrefillKernel(PagedKernel):
         # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
         wanted = self.q_start(seq) + page * PAGE_SIZE - (self.kv_lens[seq] - self.q_len(seq))
         source = jnp.clip(wanted, 0, self.k_hbm.shape[0] - NEW_TOKENS)
-        take, put = pl.ds(source, NEW_TOKENS), pl.ds(PAGE_SIZE + source - wanted, NEW_TOKENS)
+        take = pl.ds(source, NEW_TOKENS)
+        put = pl.ds(PAGE_SIZE + source - wanted, NEW_TOKENS)
         return (
-            pltpu.make_async_copy(self.k_hbm.at[take], self.new_keys.at[buffer, put], self.new_sem.at[buffer]),
-            pltpu.make_async_copy(self.v_hbm.at[take], self.new_values.at[buffer, put], self.new_sem.at[buffer]),
+            self.new_token_copy(self.k_hbm, self.new_keys, take, put, buffer),
+            self.new_token_copy(self.v_hbm, self.new_values, take, put, buffer),
         )
+
+    def new_token_copy(self, source, target, take, put, buffer):
+        place = target.at[buffer, put]
+        return pltpu.make_async_copy(source.at[take], place, self.new_sem.at[buffer])
 
     def merge_tokens(self, buffer, new_buffer, first, end, index):
         """Puts new tokens into MERGE_TOKENS tokens of a page, where they lie in `[first, end)`."""
         start = index * MERGE_TOKENS
         for i in range(MERGE_TOKENS):
             keys = self.new_keys[new_buffer, PAGE_SIZE + start + i]
-            pack_token(keys, self.new_values[new_buffer, PAGE_SIZE + start + i], self.packed, i)
+            values = self.new_values[new_buffer, PAGE_SIZE + start + i]
+            pack_token(keys, values, self.packed, i)
         rows = pl.ds(pl.multiple_of(index * MERGE_ROWS, MERGE_ROWS), MERGE_ROWS)
         token = start + token_of_word(MERGE_TOKENS)
         is_new = (token >= first) & (token < end)
@@ -593,51 +589,49 @@ class PrefillKernel(PagedKernel):
         self.for_copies(seq, q_block, functools.partial(self.query_copy, buffer), act)
 
     def query_copy(self, buffer, row, first, size):
-        place = self.q_in.at[buffer, pl.ds(first, size)]
-        return pltpu.make_async_copy(self.q_hbm.at[pl.ds(row, size)], place, self.q_sem.at[buffer])
+        place = self.q_in.at[buffer, :, :, pl.ds(first, size)]
+        source = self.q_hbm.at[:, :, pl.ds(row, size)]
+        return pltpu.make_async_copy(source, place, self.q_sem.at[buffer])
 
     def out_copy(self, row, first, size):
-        source = self.out_rows.at[0, pl.ds(first, size)]
-        return pltpu.make_async_copy(source, self.out_hbm.at[pl.ds(row, size)], self.out_sem.at[0])
+        source = self.out_rows.at[0, :, :, pl.ds(first, size)]
+        target = self.out_hbm.at[:, :, pl.ds(row, size)]
+        return pltpu.make_async_copy(source, target, self.out_sem.at[0])
 
-    # ---- The order of query rows: by KV head, then query, then head of the group.
+    # ---- The order of query rows, which lie along lanes: by query head, then query, as they come.
 
     def query_of(self, row):
         """Which query of the block a row of a KV head is of."""
-        return row // GROUP
+        return remainder(row, Q_BLOCK)
+
+    def rows_of_head(self, head):
+        """Where one query head's queries are among the rows of its KV head."""
+        return pl.ds(head % GROUP * Q_BLOCK, Q_BLOCK)
 
     def clear_all(self):
-        """Sets all running maxima as they are before a first tile."""
-        self.load_sinks()
-        for_each(0, KV_HEADS * ROW_STEPS, self.clear_step)
+        """Sets all running maxima as they are before a first tile, and clears the queries where V lies beside K."""
+        for_each(0, KV_HEADS, self.clear_head)
 
-    def clear_step(self, step):
-        rows = pl.ds(lax.rem(step, ROW_STEPS) * STEP_ROWS, STEP_ROWS)
-        self.clear_max(lax.div(step, ROW_STEPS), rows)
+    def clear_head(self, kv_head):
+        self.q_rows[kv_head, HEAD_DIM:] = jnp.zeros((HEAD_LANES - HEAD_DIM, Q_ROWS), self.q_rows.dtype)
+        for i in range(GROUP):
+            self.clear_max(kv_head, self.rows_of_head(i))
 
     def load_queries(self, buffer):
-        """Sorts a query block by KV head, `[KV_HEADS, Q_ROWS, HEAD_LANES]`."""
-        for_each(0, SORT_STEPS, functools.partial(self.sort_tokens, buffer))
+        """Puts together the queries of each KV head, `[KV_HEADS, HEAD_LANES, Q_ROWS]`."""
+        for_each(0, KV_HEADS, functools.partial(self.load_group, buffer))
 
-    def sort_tokens(self, buffer, step):
-        """Sorts SORT_TOKENS tokens."""
-        tokens = pl.ds(pl.multiple_of(step * SORT_TOKENS, SORT_TOKENS), SORT_TOKENS)
-        rows = pl.ds(pl.multiple_of(step * SORT_ROWS, SORT_ROWS), SORT_ROWS)
-        for first in range(0, KV_HEADS, TRANSPOSED_HEADS):
-            queries = self.q_in[buffer, tokens, first * GROUP : (first + TRANSPOSED_HEADS) * GROUP]
-            self.q_rows[first, rows] = pad_lanes(queries).reshape(SORT_ROWS, HEAD_LANES)
+    def load_group(self, buffer, kv_head):
+        for i in range(GROUP):
+            self.q_rows[kv_head, :HEAD_DIM, self.rows_of_head(i)] = self.q_in[buffer, kv_head * GROUP + i]
 
     def store_output(self):
-        """Puts a block's output back in the order of its tokens, and sets the running maxima for the next one."""
-        for_each(0, UNSORT_STEPS, self.unsort_tokens)
+        """Puts a block's output into columns of its query heads, and sets the running maxima for the next one."""
+        for_each(0, KV_HEADS, self.store_group)
 
-    def unsort_tokens(self, step):
-        """Puts UNSORT_TOKENS tokens back."""
-        tokens = pl.ds(pl.multiple_of(step * UNSORT_TOKENS, UNSORT_TOKENS), UNSORT_TOKENS)
-        rows = pl.ds(pl.multiple_of(step * UNSORT_ROWS, UNSORT_ROWS), UNSORT_ROWS)
-        for first in range(0, KV_HEADS, TRANSPOSED_HEADS):
-            heads = slice(first * GROUP, (first + TRANSPOSED_HEADS) * GROUP)
-            self.out_rows[0, tokens, heads] = self.take_output(first, rows).reshape(UNSORT_TOKENS, GROUP, HEAD_DIM)
+    def store_group(self, kv_head):
+        for i in range(GROUP):
+            self.out_rows[0, kv_head * GROUP + i] = self.take_output(kv_head, self.rows_of_head(i))
 
     # ---- Reading of one head's K and V: `tokens` tokens, from token `first` of a block on.
 
@@ -682,18 +676,23 @@ class PrefillKernel(PagedKernel):
 
     def scores_of(self, queries, keys, head):
         """The scores of some query rows of a KV head against some tokens."""
-        return matmul(keys, queries, 1) * SCORE_SCALE
+        return matmul(keys, queries, 0) * SCORE_SCALE
+
+    def query_positions(self, first_query, first, rows, tokens):
+        """The position of each row's query, relative to token `first`, beside each of `tokens` tokens."""
+        row = rows.start + lax.broadcasted_iota(jnp.int32, (tokens, rows.size), 1)
+        return first_query - first + self.query_of(row)
 
     def clear_max(self, head, rows):
         """Sets the running maxima of some rows of a KV head as they are before a first tile."""
-        self.row_max[head, :, rows] = jnp.concatenate([self.sink_rows[head]] * (rows.size // LANES), axis=1)
+        self.row_max[head, :, rows] = self.sinks_of(head, rows)
 
     def take_output(self, head, rows):
-        """The output of some rows of a KV head, `[rows, HEAD_DIM]`; sets their running maxima for the next block."""
+        """The output of some rows of a KV head, as it leaves; sets their running maxima for the next block."""
         scale = 1.0 / self.sums(head, rows)
         out = in_rows(by_register(self.acc[head, :, rows]) * scale)
         self.clear_max(head, rows)
-        out = out.astype(self.out_rows.dtype).T
+        out = out.astype(self.out_rows.dtype)
         return out
 
     def at(self, head, rows):
@@ -714,7 +713,8 @@ class PrefillKernel(PagedKernel):
 
     def score(self, buffer, first, tokens, head, rows):
         """The scores of some rows of a KV head against `tokens` tokens from token `first` of a block on."""
-        return self.scores_of(self.q_rows[head, rows], self.head_keys(buffer, first, tokens, head), head)
+        queries = self.q_rows[head, :, rows]
+        return self.scores_of(queries, self.head_keys(buffer, first, tokens, head), head)
 
     def state_before(self, head, rows, begins):
         """The running sum and output of some rows of a KV head; if they begin, what the block before left does not count."""
@@ -850,7 +850,6 @@ class PartialTile:
         self.kernel.deinterleave_tile(self.buffer, self.tile)
         self.first_block = self.tile * DIAGONAL_BLOCKS
         blocks = jnp.minimum(DIAGONAL_BLOCKS, pl.cdiv(self.valid, DIAGONAL_BLOCK) - self.first_block)
-        for_each(0, blocks, self.make_mask_bias)
         self.iterations = blocks * DIAGONAL_ITERATIONS
         self.kernel.flash(self)
 
@@ -859,25 +858,13 @@ class PartialTile:
         block = self.first_block + lax.div(iteration, DIAGONAL_ITERATIONS)
         return block * DIAGONAL_BLOCK, lax.rem(iteration, DIAGONAL_ITERATIONS) * DIAGONAL_HEADS
 
-    def make_mask_bias(self, block):
-        """For each query of a step and each token of a diagonal block: 0, or what masks the score."""
-        kernel, shape = self.kernel, (DIAGONAL_BLOCK, LANES)
-        token = (self.first_block + block) * DIAGONAL_BLOCK + kernel.tokens_in_order(shape, 0)
-        for step, row in enumerate(range(0, Q_ROWS, STEP_ROWS)):
-            query = self.first_query + kernel.query_of(row) + lax.broadcasted_iota(jnp.int32, shape, 1)
-            bias = jnp.where(visible(token, query), 0.0, MASKED)
-            kernel.mask_bias[block, step] = bias.astype(kernel.mask_bias.dtype)
-
     def scores(self, first, tokens, head, rows):
-        """The scores of some rows against a diagonal block, masked where a query does not see a token.
-
-        The MXU is wider than a head: beside the keys it multiplies what masks them, for each query of the step.
-        """
+        """The scores of some rows against a diagonal block, masked where a query does not see a token."""
         kernel = self.kernel
-        queries = jnp.concatenate([kernel.q_rows[head, rows], kernel.query_onehot[...]], axis=1)
-        bias = kernel.mask_bias[lax.div(first, DIAGONAL_BLOCK) - self.first_block, rows.start // STEP_ROWS]
-        keys = jnp.concatenate([kernel.head_keys(self.buffer, first, DIAGONAL_BLOCK, head), bias], axis=1)
-        return kernel.scores_of(queries, keys, head)
+        scores = kernel.score(self.buffer, first, tokens, head, rows)
+        query = kernel.query_positions(self.first_query, first, rows, tokens)
+        token = kernel.tokens_in_order(scores.shape, TOKEN_AXIS)
+        return jnp.where(visible(token, query), scores, MASKED)
 
 
 def visible(token, query):
@@ -916,14 +903,14 @@ def prefill_kernel(*refs):
 def attend_prefill(queries, keys, values, cache, kv_lens, page_indices, distribution, sinks):
     """`(out, cache)` of the prefill sequences; other rows of `out` are undefined."""
     scalars = (kv_lens, page_indices, distribution, sinks)
-    arrays = (queries, keys, values, cache)
+    arrays = (tokens_last(queries), keys, values, cache)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         prefill_kernel,
         in_specs=[smem] * len(scalars) + [hbm] * len(arrays),
         out_specs=[hbm] * 2,
         out_shape=[
-            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+            jax.ShapeDtypeStruct((Q_HEADS, HEAD_DIM, len(queries)), queries.dtype),
             jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         ],
         input_output_aliases={7: 1},  # results in the memory of operands
@@ -934,17 +921,14 @@ def attend_prefill(queries, keys, values, cache, kv_lens, page_indices, distribu
             pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
             pltpu.VMEM((PAGE_BUFFERS, PAGE_ROWS, LANES), jnp.bfloat16),  # page_rows
             pltpu.VMEM((MERGE_TOKENS * WORD_ROWS, LANES), jnp.uint32),  # packed
-            pltpu.VMEM((KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in
-            pltpu.VMEM((KV_HEADS, Q_ROWS, HEAD_LANES), jnp.bfloat16),  # q_rows
-            pltpu.VMEM((STEP_ROWS, LANES), jnp.bfloat16),  # query_onehot
-            pltpu.VMEM((DIAGONAL_BLOCKS, ROW_STEPS, DIAGONAL_BLOCK, LANES), jnp.bfloat16),  # mask_bias
+            pltpu.VMEM((KV_BUFFERS, Q_HEADS, HEAD_DIM, Q_BLOCK), jnp.bfloat16),  # q_in
+            pltpu.VMEM((KV_HEADS, HEAD_LANES, Q_ROWS), jnp.bfloat16),  # q_rows
             pltpu.VMEM((SCORE_BUFFERS, TILE, STEP_ROWS), jnp.float32),  # next_scores
             pltpu.VMEM((SCORE_BUFFERS, SUBLANES, STEP_ROWS), jnp.float32),  # step_max
-            pltpu.VMEM((KV_HEADS, SINK_ROWS, LANES), jnp.float32),  # sink_rows
             pltpu.VMEM((KV_HEADS, SUBLANES, Q_ROWS), jnp.float32),  # row_max
             pltpu.VMEM((KV_HEADS, SUBLANES, Q_ROWS), jnp.float32),  # row_sum
             pltpu.VMEM((KV_HEADS, VALUE_ROWS, Q_ROWS), jnp.float32),  # acc
-            pltpu.VMEM((1, Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_rows
+            pltpu.VMEM((1, Q_HEADS, HEAD_DIM, Q_BLOCK), jnp.bfloat16),  # out_rows
             pltpu.SemaphoreType.DMA((KV_BUFFERS,)),  # kv_sem
             pltpu.SemaphoreType.DMA((NEW_BUFFERS,)),  # new_sem
             pltpu.SemaphoreType.DMA((PAGE_BUFFERS,)),  # old_sem
@@ -963,4 +947,4 @@ def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indice
     Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` is not used.
     """
     out, cache = attend_prefill(queries, keys, values, cache_rows(kv_cache), kv_lens, page_indices, distribution, sinks)
-    return out, rows_cache(cache, kv_cache.shape)
+    return tokens_first(out), rows_cache(cache, kv_cache.shape)

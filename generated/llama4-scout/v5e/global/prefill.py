@@ -23,13 +23,12 @@ What was specialized:
 - prefill, softmax: not paced; this needs no buffers but those of the lookahead, and steps of any length
 - prefill, lookahead: steps from a score to its probability: 2 in full tiles, 2 on the diagonal; the MXU works while the
   vector unit does softmax
-- prefill, sorting queries: by strided loads and stores; the queries of a token for a KV head are no whole part of a
-  register
+- prefill, sorting queries: not at all; XLA keeps them by head, and so the kernel takes them
 - prefill, between blocks: the last tile of a block makes the first scores of the next block; the MXU does not wait
   there
 - prefill, sums of probabilities: on the vector unit; this needs no MXU lanes
 - prefill, values: whole registers of lanes; the MXU takes them as they lie in the cache
-- VMEM: 16,384,000 bytes counted, 25,165,824 allowed, 134,217,728 available
+- VMEM: 13,606,912 bytes counted, 25,165,824 allowed, 134,217,728 available
 """
 
 import dataclasses
@@ -45,7 +44,6 @@ LANES = 128
 Q_HEADS = 5
 KV_HEADS = 1
 GROUP = 5  # query heads that share a KV head
-PADDED_Q_HEADS = 8  # Q_HEADS, up to whole sublane tiles
 HEAD_DIM = 128
 HEAD_LANES = 128  # of a row of the cache
 MAX_SEQS = 32
@@ -81,13 +79,12 @@ SCORE_LOOKAHEAD = 2  # flash steps that scores are made ahead
 DIAGONAL_LOOKAHEAD = 2
 SCORE_BUFFERS = SCORE_LOOKAHEAD
 TOKEN_AXIS = 1  # of scores
-SORT_TOKENS = 16  # tokens of a query block that are sorted at once
-SORT_STEPS = Q_BLOCK // SORT_TOKENS
 CLEARED_PLANES = (V_PLANE,)
 PAGE_BUFFERS = 9  # pages under update
 NEW_BUFFERS = 5  # pages whose new tokens are fetched or in use
 UPDATE_LOOKAHEAD = 4  # pages that their fetch runs ahead
-NEW_TOKENS = 128  # tokens of such a fetch
+SORTED_TOKENS = 16  # of new keys and values: a copy begins at a multiple of them
+NEW_TOKENS = 144  # tokens of such a fetch
 MERGE_TOKENS = 16  # new tokens that are put into a page at once
 
 
@@ -130,19 +127,23 @@ def matmul(rows, matrix, contracted):
     return lax.dot_general(rows, matrix, dims, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
+def swap_heads(rows):
+    """`[tokens, heads, HEAD_DIM]` with tokens and heads swapped, or back. XLA keeps it by head, so nothing moves here."""
+    return jnp.swapaxes(rows, 0, 1)
+
+
 class PagedKernel:
     """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
 
-    def page_copy(self, seq, block, buffer, page):
-        physical = self.page_indices[seq * PAGES_PER_SEQ + block * self.block_pages + page]
+    def start_page(self, first, buffer, page):
+        """Starts to fetch a page of a block; `first` is the place of the block's first page in the page table."""
+        physical = self.page_indices[first + page]
         place = self.kv.at[buffer, page]
-        return pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer])
+        pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer]).start()
 
-    def start_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).start()
-
-    def wait_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).wait()
+    def wait_page(self, buffer, page):
+        place = self.kv.at[buffer, page]
+        pltpu.make_async_copy(place, place, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
 
     def pages_of(self, kv_end, block):
         """How many pages of a block hold tokens below `kv_end`."""
@@ -150,7 +151,8 @@ class PagedKernel:
 
     def start_block(self, kv_end, seq, block, buffer):
         """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`."""
-        start_page = functools.partial(self.start_page, seq, block, buffer)
+        first = seq * PAGES_PER_SEQ + block * self.block_pages
+        start_page = functools.partial(self.start_page, first, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -160,9 +162,9 @@ class PagedKernel:
 
         pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, start_page))
 
-    def wait_block(self, kv_end, seq, block, buffer):
+    def wait_block(self, kv_end, block, buffer):
         """Waits for the copies that `start_block` started."""
-        wait_page = functools.partial(self.wait_page, seq, block, buffer)
+        wait_page = functools.partial(self.wait_page, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -220,25 +222,24 @@ class PrefillKernel(PagedKernel):
     page_indices: Ref  # int32[MAX_SEQS * PAGES_PER_SEQ]
     distribution: Ref  # int32[3]
     # Arrays in HBM.
-    q_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
-    k_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
-    v_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    q_hbm: Ref  # bfloat16[Q_HEADS, tokens, HEAD_DIM]
+    k_hbm: Ref  # bfloat16[KV_HEADS, tokens, HEAD_DIM]
+    v_hbm: Ref  # bfloat16[KV_HEADS, tokens, HEAD_DIM]
     cache_in: Ref  # bfloat16[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: the memory of cache_hbm
-    out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
+    out_hbm: Ref  # bfloat16[Q_HEADS, tokens, HEAD_DIM]
     cache_hbm: Ref  # bfloat16[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]
     # Scratch arrays in VMEM, and semaphores.
     kv: Ref  # bfloat16[KV_BUFFERS, BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched blocks
-    new_keys: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new keys, around the page they go to
-    new_values: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new values, around the page they go to
+    new_keys: Ref  # bfloat16[NEW_BUFFERS, KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS, HEAD_DIM]: new keys, around the page they go to
+    new_values: Ref  # bfloat16[NEW_BUFFERS, KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS, HEAD_DIM]: new values, around the page they go to
     page_rows: Ref  # bfloat16[PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: pages to update
-    q_in: Ref  # bfloat16[KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM]: query blocks as they come
-    by_token: Ref  # float32[Q_BLOCK * PADDED_Q_HEADS, LANES]: a query block by token
+    q_in: Ref  # bfloat16[KV_BUFFERS, Q_HEADS, Q_BLOCK, HEAD_DIM]: query blocks as they come
     q_rows: Ref  # bfloat16[KV_HEADS, Q_ROWS, HEAD_LANES]: a query block by KV head
     next_scores: Ref  # float32[SCORE_BUFFERS, STEP_ROWS, TILE]: the first scores of the next iteration
     row_max: Ref  # float32[KV_HEADS, Q_ROWS, LANES]: running maximum
     row_sum: Ref  # float32[KV_HEADS, Q_ROWS, LANES]: running sum, the same in every lane
     acc: Ref  # float32[KV_HEADS, Q_ROWS, HEAD_LANES]: running output
-    out_rows: Ref  # bfloat16[1, Q_BLOCK, Q_HEADS, HEAD_DIM]: an output block on its way out
+    out_rows: Ref  # bfloat16[1, Q_HEADS, Q_BLOCK, HEAD_DIM]: an output block on its way out
     kv_sem: Ref  # DMA[KV_BUFFERS]: fetches
     new_sem: Ref  # DMA[NEW_BUFFERS]: new keys and values
     old_sem: Ref  # DMA[PAGE_BUFFERS]: pages that hold old tokens
@@ -284,9 +285,9 @@ class PrefillKernel(PagedKernel):
         last = (block + 1) * KV_BLOCK >= end
         first_query = self.kv_lens[seq] - self.q_len(seq) + q_block * Q_BLOCK
         pl.when(block == 0)(functools.partial(self.load_query_block, seq, q_block, q_step))
-        pl.when(~scored)(functools.partial(self.wait_block, end, seq, block, buffer))
+        pl.when(~scored)(functools.partial(self.wait_block, end, block, buffer))
         pl.when(last)(functools.partial(self.clear_tail, buffer, valid))
-        wait_for_next = functools.partial(self.wait_next_block, end, seq, block, step)
+        wait_for_next = functools.partial(self.wait_next_block, end, block, step)
         scored = self.attend_block(buffer, block, valid, first_query, scored, last, wait_for_next)
         pl.when(last)(functools.partial(self.store_query_block, seq, q_block, q_step, sent))
         sent = tuple(jnp.where(last, new, old) for new, old in zip((seq, q_block), sent))
@@ -326,7 +327,7 @@ class PrefillKernel(PagedKernel):
 
     def for_copies(self, seq, q_block, make_copy, act):
         """Acts on the copy `make_copy(row of queries, token of the block, tokens)` that holds a query block."""
-        act(make_copy(self.q_start(seq) + q_block * Q_BLOCK, 0, Q_BLOCK))
+        act(make_copy(pl.multiple_of(self.q_start(seq) + q_block * Q_BLOCK, Q_BLOCK), 0, Q_BLOCK))
 
     # ---- Update of the cache: page by page, old tokens are kept and new ones put in.
 
@@ -376,6 +377,10 @@ class PrefillKernel(PagedKernel):
         """Starts the copies of a page's new tokens, and of its old ones if it has any; returns the page after it."""
         buffer = lax.rem(step, PAGE_BUFFERS)
         pl.when(seq < self.end_seq)(functools.partial(self.start_page_copies, step, seq, page, buffer))
+        return self.page_after(seq, page)
+
+    def page_after(self, seq, page):
+        """The page after a page, if there is one."""
         next_seq, next_index = self.next_page(jnp.minimum(seq, self.end_seq - 1), page)
         return jnp.where(seq < self.end_seq, next_seq, seq), jnp.where(seq < self.end_seq, next_index, page)
 
@@ -413,6 +418,7 @@ class PrefillKernel(PagedKernel):
         def wait_for_old_tokens():
             self.old_page_copy(seq, page, buffer).wait()
 
+        self.tokens_before = remainder(self.q_start(seq) + self.q_len(seq) - self.kv_lens[seq], SORTED_TOKENS)
         merge = functools.partial(self.merge_tokens, buffer, new_buffer, first, end)
         for_each(lax.div(first, MERGE_TOKENS), pl.cdiv(end, MERGE_TOKENS), merge)
         self.page_write(seq, page, buffer).start()
@@ -421,12 +427,18 @@ class PrefillKernel(PagedKernel):
         """The copies of a page's new keys and values."""
         # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
         wanted = self.q_start(seq) + page * PAGE_SIZE - (self.kv_lens[seq] - self.q_len(seq))
-        source = jnp.clip(wanted, 0, self.k_hbm.shape[0] - NEW_TOKENS)
-        take, put = pl.ds(source, NEW_TOKENS), pl.ds(PAGE_SIZE + source - wanted, NEW_TOKENS)
+        wanted &= -SORTED_TOKENS  # whole sublane tiles; merging makes up for it
+        source = jnp.clip(wanted, 0, self.k_hbm.shape[1] - NEW_TOKENS)
+        take = pl.ds(pl.multiple_of(source, SORTED_TOKENS), NEW_TOKENS)
+        put = pl.ds(pl.multiple_of(PAGE_SIZE + source - wanted, SORTED_TOKENS), NEW_TOKENS)
         return (
-            pltpu.make_async_copy(self.k_hbm.at[take], self.new_keys.at[buffer, put], self.new_sem.at[buffer]),
-            pltpu.make_async_copy(self.v_hbm.at[take], self.new_values.at[buffer, put], self.new_sem.at[buffer]),
+            self.new_token_copy(self.k_hbm, self.new_keys, take, put, buffer),
+            self.new_token_copy(self.v_hbm, self.new_values, take, put, buffer),
         )
+
+    def new_token_copy(self, source, target, take, put, buffer):
+        place = target.at[buffer, :, put]
+        return pltpu.make_async_copy(source.at[:, take], place, self.new_sem.at[buffer])
 
     def merge_tokens(self, buffer, new_buffer, first, end, index):
         """Puts new tokens into MERGE_TOKENS tokens of a page, where they lie in `[first, end)`.
@@ -439,19 +451,29 @@ class PrefillKernel(PagedKernel):
         low_mask = jnp.where((low >= first) & (low < end), jnp.uint32(0xFFFF), jnp.uint32(0))
         mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
         new_tokens = pl.ds(PAGE_SIZE + start, MERGE_TOKENS)
-        keys = self.new_keys[new_buffer, new_tokens].astype(jnp.float32)
-        values = self.new_values[new_buffer, new_tokens].astype(jnp.float32)
+        keys = self.new_rows(self.new_keys, new_buffer, start)
+        values = self.new_rows(self.new_values, new_buffer, start)
         for plane, rows in enumerate((keys, values)):
-            by_head = jnp.swapaxes(rows, 0, 1)
+            by_head = rows
             for head in range(KV_HEADS):
                 old = self.page_rows[buffer, plane, head, tokens]
                 words, old = pltpu.bitcast(by_head[head].astype(old.dtype), jnp.uint32), pltpu.bitcast(old, jnp.uint32)
                 words = (words & mask) | (old & ~mask)
                 self.page_rows[buffer, plane, head, tokens] = pltpu.bitcast(words, self.page_rows.dtype)
 
-    def wait_next_block(self, end, seq, block, step):
+    def wait_next_block(self, end, block, step):
         """Waits for the KV block after a block."""
-        self.wait_block(end, seq, block + 1, lax.rem(step + 1, KV_BUFFERS))
+        self.wait_block(end, block + 1, lax.rem(step + 1, KV_BUFFERS))
+
+    def new_rows(self, array, buffer, start):
+        """MERGE_TOKENS new keys (or values) from a token of a page on, float32[KV_HEADS, MERGE_TOKENS, HEAD_DIM].
+
+        They lie `tokens_before` behind a whole sublane tile.
+        """
+        loaded = pl.ds(PAGE_SIZE + start, MERGE_TOKENS + SORTED_TOKENS)
+        back = MERGE_TOKENS + SORTED_TOKENS - self.tokens_before
+        rows = [pltpu.roll(array[buffer, head, loaded].astype(jnp.float32), back, 0) for head in range(KV_HEADS)]
+        return jnp.stack([one[:MERGE_TOKENS] for one in rows])
 
     # ---- Fetches.
 
@@ -500,67 +522,48 @@ class PrefillKernel(PagedKernel):
         self.for_copies(seq, q_block, functools.partial(self.query_copy, buffer), act)
 
     def query_copy(self, buffer, row, first, size):
-        place = self.q_in.at[buffer, pl.ds(first, size)]
-        return pltpu.make_async_copy(self.q_hbm.at[pl.ds(row, size)], place, self.q_sem.at[buffer])
+        place = self.q_in.at[buffer, :, pl.ds(first, size)]
+        source = self.q_hbm.at[:, pl.ds(row, size)]
+        return pltpu.make_async_copy(source, place, self.q_sem.at[buffer])
 
     def out_copy(self, row, first, size):
-        source = self.out_rows.at[0, pl.ds(first, size)]
-        return pltpu.make_async_copy(source, self.out_hbm.at[pl.ds(row, size)], self.out_sem.at[0])
+        source = self.out_rows.at[0, :, pl.ds(first, size)]
+        target = self.out_hbm.at[:, pl.ds(row, size)]
+        return pltpu.make_async_copy(source, target, self.out_sem.at[0])
 
-    # ---- The order of query rows: by query head, then query.
+    # ---- The order of query rows: by query head, then query, as they come.
 
     def query_of(self, row):
         """Which query of the block a row of a KV head is of."""
-        return lax.rem(row, Q_BLOCK)
+        return remainder(row, Q_BLOCK)
 
     def rows_of_head(self, head):
         """Where one query head's queries are among the rows of its KV head."""
-        return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * Q_BLOCK, Q_BLOCK), Q_BLOCK)
+        return pl.ds(head % GROUP * Q_BLOCK, Q_BLOCK)
 
     def clear_all(self):
         """Sets all running maxima as they are before a first tile."""
         for_each(0, KV_HEADS * ROW_STEPS, self.clear_step)
 
     def clear_step(self, step):
-        rows = pl.ds(lax.rem(step, ROW_STEPS) * STEP_ROWS, STEP_ROWS)
+        rows = pl.ds(pl.multiple_of(lax.rem(step, ROW_STEPS) * STEP_ROWS, STEP_ROWS), STEP_ROWS)
         self.clear_max(lax.div(step, ROW_STEPS), rows)
 
     def load_queries(self, buffer):
-        """Sorts a query block by query head, `[KV_HEADS, Q_ROWS, HEAD_LANES]`."""
-        for_each(0, SORT_STEPS, functools.partial(self.spread_tokens, buffer))
-        for_each(0, Q_HEADS, self.sort_head)
+        """Puts together the queries of each KV head, `[KV_HEADS, Q_ROWS, HEAD_LANES]`."""
+        for_each(0, KV_HEADS, functools.partial(self.load_group, buffer))
 
-    def sort_head(self, head):
-        rows = self.rows_of_head(head)
-        sort_rows(self.by_token, pl.ds(head, Q_BLOCK, stride=PADDED_Q_HEADS), self.q_rows, head, rows)
+    def load_group(self, buffer, kv_head):
+        for i in range(GROUP):
+            self.q_rows[kv_head, self.rows_of_head(i)] = self.q_in[buffer, kv_head * GROUP + i]
 
     def store_output(self):
-        """Puts a block's output back in the order of its tokens, and sets the running maxima for the next one."""
-        for_each(0, Q_HEADS, self.unsort_head)
-        for_each(0, SORT_STEPS, self.gather_tokens)
+        """Puts a block's output into rows of its query heads, and sets the running maxima for the next one."""
+        for_each(0, KV_HEADS, self.store_group)
 
-    def unsort_head(self, head):
-        rows = self.rows_of_head(head)
-        strided = pl.ds(head, Q_BLOCK, stride=PADDED_Q_HEADS)
-        out = self.acc[head // GROUP, rows] / broadcast_lanes(self.sums(head // GROUP, rows), HEAD_LANES)
-        self.clear_max(head // GROUP, rows)
-        store_rows(self.by_token, strided, out)
-
-    def spread_tokens(self, buffer, step):
-        """Lays SORT_TOKENS tokens into rows of one query head each."""
-        for i in range(SORT_TOKENS):
-            token = step * SORT_TOKENS + i
-            queries = self.q_in[buffer, token].astype(jnp.float32)
-            rows = pl.ds(pl.multiple_of(token * PADDED_Q_HEADS, PADDED_Q_HEADS), Q_HEADS)
-            store_rows(self.by_token, rows, queries)
-
-    def gather_tokens(self, step):
-        """Gathers SORT_TOKENS tokens of the output from such rows."""
-        for i in range(SORT_TOKENS):
-            token = step * SORT_TOKENS + i
-            rows = pl.ds(pl.multiple_of(token * PADDED_Q_HEADS, PADDED_Q_HEADS), Q_HEADS)
-            out = load_rows(self.by_token, rows)
-            self.out_rows[0, token] = out.astype(self.out_rows.dtype)
+    def store_group(self, kv_head):
+        for i in range(GROUP):  # one fills the waits of another
+            self.out_rows[0, kv_head * GROUP + i] = self.take_output(kv_head, self.rows_of_head(i))
 
     # ---- Reading of one head's K and V: `tokens` tokens, from token `first` of a block on, both whole pages.
 
@@ -594,13 +597,20 @@ class PrefillKernel(PagedKernel):
         """Sets the running maxima of some rows of a KV head as they are before a first tile."""
         self.row_max[head, rows] = jnp.full((rows.size, LANES), MASKED)
 
+    def take_output(self, head, rows):
+        """The output of some rows of a KV head, `[rows, HEAD_DIM]`; sets their running maxima for the next block."""
+        out = self.acc[head, rows] / broadcast_lanes(self.sums(head, rows), HEAD_LANES)
+        self.clear_max(head, rows)
+        return out.astype(self.out_rows.dtype)
+
     def at(self, head, rows):
         """Where some rows of a KV head are in the running state."""
         return head, rows
 
     def score(self, buffer, first, tokens, head, rows):
         """The scores of some rows of a KV head against `tokens` tokens from token `first` of a block on."""
-        return self.scores_of(self.q_rows[head, rows], self.head_keys(buffer, first, tokens, head), head)
+        queries = self.q_rows[head, rows]
+        return self.scores_of(queries, self.head_keys(buffer, first, tokens, head), head)
 
     def state_before(self, head, rows, begins):
         """The running sum and output of some rows of a KV head; if they begin, what the block before left does not count."""
@@ -780,21 +790,6 @@ def flash_steps(heads):
     return [(head, pl.ds(row, STEP_ROWS)) for head in range(heads) for row in range(0, Q_ROWS, STEP_ROWS)]
 
 
-def store_rows(ref, rows, values):
-    """Stores rows of LANES lanes."""
-    ref[rows, :] = values
-
-
-def load_rows(ref, rows):
-    """Loads rows of LANES lanes."""
-    return ref[rows, :]
-
-
-def sort_rows(by_token, strided, q_rows, head, rows):
-    """Moves the rows of a query head to those of its KV head."""
-    q_rows[head // GROUP, rows] = by_token[strided, :].astype(q_rows.dtype)
-
-
 def prefill_kernel(*refs):
     PrefillKernel(*refs).run()
 
@@ -802,30 +797,29 @@ def prefill_kernel(*refs):
 def attend_prefill(queries, keys, values, cache, kv_lens, page_indices, distribution):
     """`(out, cache)` of the prefill sequences; other rows of `out` are undefined."""
     scalars = (kv_lens, page_indices, distribution)
-    arrays = (queries, keys, values, cache)
+    arrays = (swap_heads(queries), swap_heads(keys), swap_heads(values), cache)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         prefill_kernel,
         in_specs=[smem] * len(scalars) + [hbm] * len(arrays),
         out_specs=[hbm] * 2,
         out_shape=[
-            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+            jax.ShapeDtypeStruct((Q_HEADS, len(queries), HEAD_DIM), queries.dtype),
             jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         ],
         input_output_aliases={6: 1},  # results in the memory of operands
         scratch_shapes=[
             pltpu.VMEM((KV_BUFFERS, BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # kv
-            pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
-            pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
+            pltpu.VMEM((NEW_BUFFERS, KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS, HEAD_DIM), jnp.bfloat16),  # new_keys
+            pltpu.VMEM((NEW_BUFFERS, KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS, HEAD_DIM), jnp.bfloat16),  # new_values
             pltpu.VMEM((PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # page_rows
-            pltpu.VMEM((KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in
-            pltpu.VMEM((Q_BLOCK * PADDED_Q_HEADS, LANES), jnp.float32),  # by_token
+            pltpu.VMEM((KV_BUFFERS, Q_HEADS, Q_BLOCK, HEAD_DIM), jnp.bfloat16),  # q_in
             pltpu.VMEM((KV_HEADS, Q_ROWS, HEAD_LANES), jnp.bfloat16),  # q_rows
             pltpu.VMEM((SCORE_BUFFERS, STEP_ROWS, TILE), jnp.float32),  # next_scores
             pltpu.VMEM((KV_HEADS, Q_ROWS, LANES), jnp.float32),  # row_max
             pltpu.VMEM((KV_HEADS, Q_ROWS, LANES), jnp.float32),  # row_sum
             pltpu.VMEM((KV_HEADS, Q_ROWS, HEAD_LANES), jnp.float32),  # acc
-            pltpu.VMEM((1, Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_rows
+            pltpu.VMEM((1, Q_HEADS, Q_BLOCK, HEAD_DIM), jnp.bfloat16),  # out_rows
             pltpu.SemaphoreType.DMA((KV_BUFFERS,)),  # kv_sem
             pltpu.SemaphoreType.DMA((NEW_BUFFERS,)),  # new_sem
             pltpu.SemaphoreType.DMA((PAGE_BUFFERS,)),  # old_sem
@@ -844,4 +838,4 @@ def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indice
     Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` is not used.
     """
     out, cache = attend_prefill(queries, keys, values, kv_cache, kv_lens, page_indices, distribution)
-    return out, cache
+    return swap_heads(out), cache

@@ -23,7 +23,7 @@ What was specialized:
 - decode, matmuls with K and V: as they are stored; the MXU takes elements of this dtype beside the rows
 - decode, starting fetches: between the tiles of a wave; their scalar instructions take no time where the MXU takes K
   and V meanwhile
-- VMEM: 35,438,592 bytes counted, 50,331,648 allowed, 134,217,728 available
+- VMEM: 35,495,936 bytes counted, 50,331,648 allowed, 134,217,728 available
 """
 
 import dataclasses
@@ -73,6 +73,7 @@ SET_QUERIES = 5
 SET_ROWS = 8  # rows of these queries, whole registers
 P_ROWS = SET_ROWS  # rows of a set's probabilities in one matmul
 QUERY_ROWS = HEAD_SETS * SET_ROWS
+SORTED_TOKENS = 16  # whose heads are sorted at once
 LOADS = 3  # queries, keys, values
 
 
@@ -105,6 +106,11 @@ def matmul(rows, matrix, contracted):
     """`rows` times `matrix` along its dimension `contracted`, in float32."""
     dims = (((1,), (contracted,)), ((), ()))
     return lax.dot_general(rows, matrix, dims, precision=PRECISION, preferred_element_type=jnp.float32)
+
+
+def swap_heads(rows):
+    """`[tokens, heads, HEAD_DIM]` with tokens and heads swapped, or back. XLA keeps it by head, so nothing moves here."""
+    return jnp.swapaxes(rows, 0, 1)
 
 
 class PagedKernel:
@@ -161,14 +167,17 @@ class DecodeKernel(PagedKernel):
     page_indices: Ref  # int32[MAX_SEQS * PAGES_PER_SEQ]
     distribution: Ref  # int32[3]
     # Arrays in HBM.
-    q_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
-    k_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
-    v_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    q_hbm: Ref  # bfloat16[Q_HEADS, tokens, HEAD_DIM]
+    k_hbm: Ref  # bfloat16[KV_HEADS, tokens, HEAD_DIM]
+    v_hbm: Ref  # bfloat16[KV_HEADS, tokens, HEAD_DIM]
     cache_in: Ref  # bfloat16[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: the memory of cache_hbm
-    out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
+    out_hbm: Ref  # bfloat16[Q_HEADS, tokens, HEAD_DIM]
     cache_hbm: Ref  # bfloat16[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]
     # Scratch arrays in VMEM, and semaphores.
     kv: Ref  # bfloat16[TILE_BUFFERS, TILE_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched tiles
+    q_by_head: Ref  # bfloat16[Q_HEADS, MAX_TOKENS, HEAD_DIM]: queries as they come, then outputs as they go
+    k_by_head: Ref  # bfloat16[KV_HEADS, MAX_TOKENS, HEAD_DIM]: new keys as they come
+    v_by_head: Ref  # bfloat16[KV_HEADS, MAX_TOKENS, HEAD_DIM]: new values as they come
     q_in: Ref  # bfloat16[MAX_ROWS + 1, Q_HEADS, HEAD_DIM]: queries of every sequence, and of no sequence
     new_keys: Ref  # bfloat16[MAX_TOKENS, KV_HEADS, HEAD_DIM]: new keys of every sequence
     new_values: Ref  # bfloat16[MAX_TOKENS, KV_HEADS, HEAD_DIM]: new values of every sequence
@@ -204,9 +213,24 @@ class DecodeKernel(PagedKernel):
             ahead = self.fetch_wave(wave, *ahead)
         for load in loads:
             load.wait()
-        lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        for_each(0, self.sorting_steps(), self.sort_new_tokens)
+        wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        self.write_results(wave)
+
+    def load_copies(self):
+        """The copies of what the kernel loads at its start, of all sequences."""
+        arrays = [
+            (copy_by_head, self.q_hbm, self.q_by_head),
+            (copy_by_head, self.k_hbm, self.k_by_head),
+            (copy_by_head, self.v_hbm, self.v_by_head),
+        ]
+        return [copy(source, target, self.load_sem.at[i]) for i, (copy, source, target) in enumerate(arrays)]
+
+    def write_results(self, wave):
+        """Writes the outputs of all sequences; `wave` is the one after the last."""
+        for_each(0, self.sorting_steps(), self.sort_outputs)
         results = [
-            copy_of_tokens(self.out_all, self.out_hbm, self.out_sem.at[0]),
+            copy_by_head(self.q_by_head, self.out_hbm, self.out_sem.at[0]),
         ]
         for result in results:
             result.start()
@@ -214,22 +238,11 @@ class DecodeKernel(PagedKernel):
         for result in results:
             result.wait()
 
-    def load_copies(self):
-        """The copies of what the kernel loads at its start, of all sequences."""
-        arrays = [
-            (self.q_hbm, self.q_in),
-            (self.k_hbm, self.new_keys),
-            (self.v_hbm, self.new_values),
-        ]
-        return [copy_of_tokens(source, target, self.load_sem.at[i]) for i, (source, target) in enumerate(arrays)]
-
     def iterate(self, carry):
         """Computes a wave's values and the next wave's scores; fetches a wave LOOKAHEAD waves later."""
         wave, _, *ahead = carry
         self.wait_and_patch(wave + 1)
-        state = self.row_max[...], self.row_sum[...], self.acc[...]
-        state, ahead = self.compute_tiles(wave, state, ahead)
-        self.row_max[...], self.row_sum[...], self.acc[...] = state
+        ahead = self.compute_wave(wave, ahead)
         more = self.tile_left[self.slot(wave + 1, 0)] > 0
         return wave + 1, more, *ahead
 
@@ -246,11 +259,11 @@ class DecodeKernel(PagedKernel):
 
     # ---- fetch K and V: whole pages
 
-    def fetch_wave(self, wave, seq, first):
-        """Starts the fetch of a wave whose first tile is at token `first` of `seq`; returns where the next wave begins."""
+    def fetch_wave(self, wave, *ahead):
+        """Starts the fetch of a wave whose first tile is at `ahead`: a sequence, and a token of it; returns the next wave's."""
         for i in range(TILES_PER_WAVE):
-            seq, first = self.fetch_tile(wave, i, seq, first)
-        return seq, first
+            ahead = self.fetch_tile(wave, i, *ahead)
+        return ahead
 
     def fetch_tile(self, wave, i, seq, first):
         """The same for one tile."""
@@ -264,10 +277,14 @@ class DecodeKernel(PagedKernel):
             # Not under the condition: a load that waits for it costs more.
             physical = self.page_indices[first_entry + page]
             pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
+        seq, first = self.next_tile(seq, first, left)
+        return seq, first
+
+    def next_tile(self, seq, first, left):
+        """Where the tile after one at token `first` of `seq` is, which has `left` tokens from there on."""
         last = left <= TILE
         seq = jnp.where(last, seq + 1, seq)
-        first = jnp.where(last, self.first_token(jnp.minimum(seq, self.num_seqs - 1)), first + TILE)
-        return seq, first
+        return seq, jnp.where(last, self.first_token(jnp.minimum(seq, self.num_seqs - 1)), first + TILE)
 
     def fetch_page(self, physical, wave, i, page):
         slot, sem = self.slot(wave, i), self.kv_sem.at[lax.rem(wave, WAVE_BUFFERS)]
@@ -345,18 +362,18 @@ class DecodeKernel(PagedKernel):
                 rows = self.patched((slot, page, plane, head, tokens), head, new, mask)
                 self.kv[slot, page, plane, head, tokens] = rows
                 self.new_out[buffer, plane, head] = rows
-        self.cache_write(seq).start()
+        entry = seq * PAGES_PER_SEQ + quotient(self.kv_lens[seq] - 1, PAGE_SIZE)
+        self.cache_write(seq, self.page_indices[entry]).start()
 
-    def cache_write(self, seq):
-        """The copy of the sublane tile with a sequence's new token to the cache."""
+    def cache_write(self, seq, page):
+        """The copy of the sublane tile with a sequence's new token to a page of the cache."""
         buffer = remainder(seq, WRITE_BUFFERS)
         position = self.kv_lens[seq] - 1
-        page = self.page_indices[seq * PAGES_PER_SEQ + quotient(position, PAGE_SIZE)]
         target = self.cache_hbm.at[page, :, :, sublane_tile(position)]
         return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
 
     def wait_for_writes(self, seq):
-        self.cache_write(seq).wait()
+        self.cache_write(seq, 0).wait()  # as many bytes, whichever page they go to
 
     # As words of two tokens, so that the old ones stay bit for bit whatever they are.
 
@@ -432,6 +449,13 @@ class DecodeKernel(PagedKernel):
         token = self.token_of_column(QUERY_ROWS)
         return token < left
 
+    def compute_wave(self, wave, ahead):
+        """Computes a wave's tiles; the running softmax is loaded before and stored after them."""
+        state = self.row_max[...], self.row_sum[...], self.acc[...]
+        state, ahead = self.compute_tiles(wave, state, ahead)
+        self.row_max[...], self.row_sum[...], self.acc[...] = state
+        return ahead
+
     def merge(self, wave, i, state, tile_max, tile_sum, values):
         """Adds a tile to the running softmax of its sequence and leaves the output that it would be the last of."""
         old_max, old_sum, old_acc = state
@@ -503,15 +527,45 @@ class DecodeKernel(PagedKernel):
         first_query = jnp.maximum(self.kv_lens[seq] - 1, 0)
         return lax.div(first_query, ATTENTION_CHUNK) * ATTENTION_CHUNK
 
+    def entry(self, seq):
+        """Where the page of a sequence's `first_token` is in the page table."""
+        return seq * PAGES_PER_SEQ + lax.div(self.first_token(seq), PAGE_SIZE)
+
+    # ---- new tokens that come by head: they are sorted by token while the first waves are on their way
+
+    def sorting_steps(self):
+        return pl.cdiv(self.num_seqs, SORTED_TOKENS)
+
+    def sort_new_tokens(self, step):
+        """Sorts SORTED_TOKENS new tokens."""
+        arrays = [
+            (self.q_by_head, self.q_in),
+            (self.k_by_head, self.new_keys),
+            (self.v_by_head, self.new_values),
+        ]
+        for by_head, by_token in arrays:
+            rows = by_head[:, sorted_tokens(step)].astype(jnp.float32)
+            by_token[sorted_tokens(step)] = jnp.swapaxes(rows, 0, 1).astype(by_token.dtype)
+
+    def sort_outputs(self, step):
+        """Sorts the outputs of SORTED_TOKENS tokens by head."""
+        rows = self.out_all[sorted_tokens(step)].astype(jnp.float32)
+        self.q_by_head[:, sorted_tokens(step)] = jnp.swapaxes(rows, 0, 1).astype(self.q_by_head.dtype)
+
 
 def more_waves(carry):
     """Whether there are tiles in the wave of the next iteration."""
     return carry[1]
 
 
-def copy_of_tokens(source, target, sem):
-    """A copy of the rows of all new tokens."""
-    return pltpu.make_async_copy(source.at[pl.ds(0, MAX_TOKENS)], target.at[pl.ds(0, MAX_TOKENS)], sem)
+def copy_by_head(source, target, sem):
+    """A copy of all new tokens of arrays by head."""
+    return pltpu.make_async_copy(source.at[:, pl.ds(0, MAX_TOKENS)], target.at[:, pl.ds(0, MAX_TOKENS)], sem)
+
+
+def sorted_tokens(step):
+    """The tokens that a step of sorting takes."""
+    return pl.ds(pl.multiple_of(step * SORTED_TOKENS, SORTED_TOKENS), SORTED_TOKENS)
 
 
 def wait_for_bytes(array, sem):
@@ -548,19 +602,22 @@ def decode_kernel(*refs):
 def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribution):
     """`(out, cache)` of the decode sequences; other rows of `out` are undefined."""
     scalars = (kv_lens, page_indices, distribution)
-    arrays = (queries, keys, values, cache)
+    arrays = (swap_heads(queries), swap_heads(keys), swap_heads(values), cache)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         decode_kernel,
         in_specs=[smem] * len(scalars) + [hbm] * len(arrays),
         out_specs=[hbm] * 2,
         out_shape=[
-            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+            jax.ShapeDtypeStruct((Q_HEADS, len(queries), HEAD_DIM), queries.dtype),
             jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         ],
         input_output_aliases={6: 1},  # results in the memory of operands
         scratch_shapes=[
             pltpu.VMEM((TILE_BUFFERS, TILE_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # kv
+            pltpu.VMEM((Q_HEADS, MAX_TOKENS, HEAD_DIM), jnp.bfloat16),  # q_by_head
+            pltpu.VMEM((KV_HEADS, MAX_TOKENS, HEAD_DIM), jnp.bfloat16),  # k_by_head
+            pltpu.VMEM((KV_HEADS, MAX_TOKENS, HEAD_DIM), jnp.bfloat16),  # v_by_head
             pltpu.VMEM((MAX_ROWS + 1, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in
             pltpu.VMEM((MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
             pltpu.VMEM((MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
@@ -589,4 +646,4 @@ def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indice
     Sequence s has row s of `queries`: `cu_q_lens` is not used.
     """
     out, cache = attend_decode(queries, keys, values, kv_cache, kv_lens, page_indices, distribution)
-    return out, cache
+    return swap_heads(out), cache

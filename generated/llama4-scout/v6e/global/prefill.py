@@ -19,17 +19,17 @@ What was specialized:
   needs no shuffle before the MXU
 - prefill, writing new tokens: halves of the words of a sublane tile; 16-bit elements of two tokens share a word
 - prefill, mask: by comparing positions; this works with any mask and needs no MXU lanes
-- prefill, scores: a row for each query; this needs neither MXU lanes to spare nor whole registers of rows
-- prefill, softmax: not paced; this needs no buffers but those of the lookahead, and steps of any length
-- prefill, lookahead: steps from a score to its probability: 2 in full tiles, 2 on the diagonal; the MXU works while the
+- prefill, scores: a column for each query; queries fill the width of the MXU, which a head does not
+- prefill, softmax: waits for the scores of later steps, 5 steps' scores kept; otherwise the compiler would make
+  probabilities early and spill them
+- prefill, lookahead: steps from a score to its probability: 3 in full tiles, 4 on the diagonal; the MXU works while the
   vector unit does softmax
-- prefill, sorting queries: by strided loads and stores; the queries of a token for a KV head are no whole part of a
-  register
+- prefill, sorting queries: not at all; XLA keeps them by head, and so the kernel takes them
 - prefill, between blocks: the last tile of a block makes the first scores of the next block; the MXU does not wait
   there
 - prefill, sums of probabilities: by ones beside the values; MXU lanes to spare add them at no cost
 - prefill, values: whole registers of lanes; the MXU takes them as they lie in the cache
-- VMEM: 16,384,000 bytes counted, 25,165,824 allowed, 134,217,728 available
+- VMEM: 11,894,784 bytes counted, 25,165,824 allowed, 134,217,728 available
 """
 
 import dataclasses
@@ -42,10 +42,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
+SUBLANES = 8
 Q_HEADS = 5
 KV_HEADS = 1
 GROUP = 5  # query heads that share a KV head
-PADDED_Q_HEADS = 8  # Q_HEADS, up to whole sublane tiles
 HEAD_DIM = 128
 HEAD_LANES = 128  # of a row of the cache
 MAX_SEQS = 32
@@ -60,6 +60,7 @@ KV_PLANES = 2  # K and V
 K_PLANE = 0  # where K is among them
 V_PLANE = 1  # where V is
 SUBLANE_TILE = 16  # tokens of the smallest part of the cache that a DMA or store reaches
+ONES_ROWS = 16  # a register of them
 
 Q_BLOCK = 256  # query tokens of a query block
 Q_ROWS = GROUP * Q_BLOCK  # their rows of one KV head
@@ -77,17 +78,20 @@ DIAGONAL_BLOCK = 256  # tokens of a flash step where not all of a tile's tokens 
 DIAGONAL_BLOCKS = TILE // DIAGONAL_BLOCK
 DIAGONAL_HEADS = 1  # KV heads whose steps are one iteration there
 DIAGONAL_ITERATIONS = KV_HEADS // DIAGONAL_HEADS  # of a diagonal block
-SCORE_LOOKAHEAD = 2  # flash steps that scores are made ahead
-DIAGONAL_LOOKAHEAD = 2
-SCORE_BUFFERS = SCORE_LOOKAHEAD
-TOKEN_AXIS = 1  # of scores
-SORT_TOKENS = 16  # tokens of a query block that are sorted at once
-SORT_STEPS = Q_BLOCK // SORT_TOKENS
+SCORE_LOOKAHEAD = 3  # flash steps that scores are made ahead
+DIAGONAL_LOOKAHEAD = 4
+SCORE_BUFFERS = 5  # flash steps whose scores are kept
+SCORE_TOKENS = 256  # tokens whose scores are made at once
+WAIT_FOR = 5  # probabilities wait for the scores that are made so many chunks before
+DIAGONAL_WAIT_FOR = 4
+TOKEN_AXIS = 0  # of scores
+VALUE_ROWS = HEAD_LANES
 CLEARED_PLANES = (V_PLANE,)
 PAGE_BUFFERS = 9  # pages under update
 NEW_BUFFERS = 5  # pages whose new tokens are fetched or in use
 UPDATE_LOOKAHEAD = 4  # pages that their fetch runs ahead
-NEW_TOKENS = 128  # tokens of such a fetch
+SORTED_TOKENS = 16  # of new keys and values: a copy begins at a multiple of them
+NEW_TOKENS = 144  # tokens of such a fetch
 MERGE_TOKENS = 16  # new tokens that are put into a page at once
 
 
@@ -119,30 +123,49 @@ def wait_copy(copy):
     copy.wait()
 
 
-def broadcast_lanes(rows, lanes):
-    """Rows that hold one value in all LANES lanes, over `lanes` lanes: cheaper than a broadcast from one lane."""
-    return jnp.concatenate([rows] * (lanes // LANES), axis=1)
-
-
 def matmul(rows, matrix, contracted):
     """`rows` times `matrix` along its dimension `contracted`, in float32."""
     dims = (((1,), (contracted,)), ((), ()))
     return lax.dot_general(rows, matrix, dims, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
+def by_register(rows):
+    """`[rows / SUBLANES, SUBLANES, lanes]`: what is the same in all sublanes is spread over registers at no cost."""
+    return rows.reshape(rows.shape[0] // SUBLANES, SUBLANES, rows.shape[1])
+
+
+def in_rows(registers):
+    """The inverse of `by_register`."""
+    return registers.reshape(registers.shape[0] * SUBLANES, registers.shape[2])
+
+
+def max_in_all_rows(parts):
+    """The largest of SUBLANES rows, in each of them."""
+    return jnp.broadcast_to(jnp.max(parts, axis=0, keepdims=True), parts.shape)
+
+
+def with_rows_of_ones(values):
+    """Values `[rows, tokens]` and ONES_ROWS rows of ones below: these make the sums of the probabilities in the same matmul."""
+    return jnp.concatenate([values, jnp.ones((ONES_ROWS, values.shape[1]), values.dtype)])
+
+
+def swap_heads(rows):
+    """`[tokens, heads, HEAD_DIM]` with tokens and heads swapped, or back. XLA keeps it by head, so nothing moves here."""
+    return jnp.swapaxes(rows, 0, 1)
+
+
 class PagedKernel:
     """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
 
-    def page_copy(self, seq, block, buffer, page):
-        physical = self.page_indices[seq * PAGES_PER_SEQ + block * self.block_pages + page]
+    def start_page(self, first, buffer, page):
+        """Starts to fetch a page of a block; `first` is the place of the block's first page in the page table."""
+        physical = self.page_indices[first + page]
         place = self.kv.at[buffer, page]
-        return pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer])
+        pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer]).start()
 
-    def start_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).start()
-
-    def wait_page(self, seq, block, buffer, page):
-        self.page_copy(seq, block, buffer, page).wait()
+    def wait_page(self, buffer, page):
+        place = self.kv.at[buffer, page]
+        pltpu.make_async_copy(place, place, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
 
     def pages_of(self, kv_end, block):
         """How many pages of a block hold tokens below `kv_end`."""
@@ -150,7 +173,8 @@ class PagedKernel:
 
     def start_block(self, kv_end, seq, block, buffer):
         """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`."""
-        start_page = functools.partial(self.start_page, seq, block, buffer)
+        first = seq * PAGES_PER_SEQ + block * self.block_pages
+        start_page = functools.partial(self.start_page, first, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -160,9 +184,9 @@ class PagedKernel:
 
         pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, start_page))
 
-    def wait_block(self, kv_end, seq, block, buffer):
+    def wait_block(self, kv_end, block, buffer):
         """Waits for the copies that `start_block` started."""
-        wait_page = functools.partial(self.wait_page, seq, block, buffer)
+        wait_page = functools.partial(self.wait_page, buffer)
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -220,25 +244,25 @@ class PrefillKernel(PagedKernel):
     page_indices: Ref  # int32[MAX_SEQS * PAGES_PER_SEQ]
     distribution: Ref  # int32[3]
     # Arrays in HBM.
-    q_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
-    k_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
-    v_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    q_hbm: Ref  # bfloat16[Q_HEADS, tokens, HEAD_DIM]
+    k_hbm: Ref  # bfloat16[KV_HEADS, tokens, HEAD_DIM]
+    v_hbm: Ref  # bfloat16[KV_HEADS, tokens, HEAD_DIM]
     cache_in: Ref  # bfloat16[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: the memory of cache_hbm
-    out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
+    out_hbm: Ref  # bfloat16[Q_HEADS, tokens, HEAD_DIM]
     cache_hbm: Ref  # bfloat16[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]
     # Scratch arrays in VMEM, and semaphores.
     kv: Ref  # bfloat16[KV_BUFFERS, BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched blocks
-    new_keys: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new keys, around the page they go to
-    new_values: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new values, around the page they go to
+    new_keys: Ref  # bfloat16[NEW_BUFFERS, KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS, HEAD_DIM]: new keys, around the page they go to
+    new_values: Ref  # bfloat16[NEW_BUFFERS, KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS, HEAD_DIM]: new values, around the page they go to
     page_rows: Ref  # bfloat16[PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: pages to update
-    q_in: Ref  # bfloat16[KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM]: query blocks as they come
-    by_token: Ref  # float32[Q_BLOCK * PADDED_Q_HEADS, LANES]: a query block by token
+    q_in: Ref  # bfloat16[KV_BUFFERS, Q_HEADS, Q_BLOCK, HEAD_DIM]: query blocks as they come
     q_rows: Ref  # bfloat16[KV_HEADS, Q_ROWS, HEAD_LANES]: a query block by KV head
-    next_scores: Ref  # float32[SCORE_BUFFERS, STEP_ROWS, TILE]: the first scores of the next iteration
-    row_max: Ref  # float32[KV_HEADS, Q_ROWS, LANES]: running maximum
-    row_sum: Ref  # float32[KV_HEADS, Q_ROWS, LANES]: running sum, the same in every lane
-    acc: Ref  # float32[KV_HEADS, Q_ROWS, HEAD_LANES]: running output
-    out_rows: Ref  # bfloat16[1, Q_BLOCK, Q_HEADS, HEAD_DIM]: an output block on its way out
+    next_scores: Ref  # float32[SCORE_BUFFERS, TILE, STEP_ROWS]: scores of the next steps
+    step_max: Ref  # float32[SCORE_BUFFERS, SUBLANES, STEP_ROWS]: largest score of each row
+    row_max: Ref  # float32[KV_HEADS, SUBLANES, Q_ROWS]: running maximum
+    row_sum: Ref  # float32[KV_HEADS, SUBLANES, Q_ROWS]: running sum, the same in every sublane
+    acc: Ref  # float32[KV_HEADS, VALUE_ROWS, Q_ROWS]: running output
+    out_rows: Ref  # bfloat16[1, Q_HEADS, Q_BLOCK, HEAD_DIM]: an output block on its way out
     kv_sem: Ref  # DMA[KV_BUFFERS]: fetches
     new_sem: Ref  # DMA[NEW_BUFFERS]: new keys and values
     old_sem: Ref  # DMA[PAGE_BUFFERS]: pages that hold old tokens
@@ -284,9 +308,9 @@ class PrefillKernel(PagedKernel):
         last = (block + 1) * KV_BLOCK >= end
         first_query = self.kv_lens[seq] - self.q_len(seq) + q_block * Q_BLOCK
         pl.when(block == 0)(functools.partial(self.load_query_block, seq, q_block, q_step))
-        pl.when(~scored)(functools.partial(self.wait_block, end, seq, block, buffer))
+        pl.when(~scored)(functools.partial(self.wait_block, end, block, buffer))
         pl.when(last)(functools.partial(self.clear_tail, buffer, valid))
-        wait_for_next = functools.partial(self.wait_next_block, end, seq, block, step)
+        wait_for_next = functools.partial(self.wait_next_block, end, block, step)
         scored = self.attend_block(buffer, block, valid, first_query, scored, last, wait_for_next)
         pl.when(last)(functools.partial(self.store_query_block, seq, q_block, q_step, sent))
         sent = tuple(jnp.where(last, new, old) for new, old in zip((seq, q_block), sent))
@@ -326,7 +350,7 @@ class PrefillKernel(PagedKernel):
 
     def for_copies(self, seq, q_block, make_copy, act):
         """Acts on the copy `make_copy(row of queries, token of the block, tokens)` that holds a query block."""
-        act(make_copy(self.q_start(seq) + q_block * Q_BLOCK, 0, Q_BLOCK))
+        act(make_copy(pl.multiple_of(self.q_start(seq) + q_block * Q_BLOCK, Q_BLOCK), 0, Q_BLOCK))
 
     # ---- Update of the cache: page by page, old tokens are kept and new ones put in.
 
@@ -376,6 +400,10 @@ class PrefillKernel(PagedKernel):
         """Starts the copies of a page's new tokens, and of its old ones if it has any; returns the page after it."""
         buffer = lax.rem(step, PAGE_BUFFERS)
         pl.when(seq < self.end_seq)(functools.partial(self.start_page_copies, step, seq, page, buffer))
+        return self.page_after(seq, page)
+
+    def page_after(self, seq, page):
+        """The page after a page, if there is one."""
         next_seq, next_index = self.next_page(jnp.minimum(seq, self.end_seq - 1), page)
         return jnp.where(seq < self.end_seq, next_seq, seq), jnp.where(seq < self.end_seq, next_index, page)
 
@@ -413,6 +441,7 @@ class PrefillKernel(PagedKernel):
         def wait_for_old_tokens():
             self.old_page_copy(seq, page, buffer).wait()
 
+        self.tokens_before = remainder(self.q_start(seq) + self.q_len(seq) - self.kv_lens[seq], SORTED_TOKENS)
         merge = functools.partial(self.merge_tokens, buffer, new_buffer, first, end)
         for_each(lax.div(first, MERGE_TOKENS), pl.cdiv(end, MERGE_TOKENS), merge)
         self.page_write(seq, page, buffer).start()
@@ -421,12 +450,18 @@ class PrefillKernel(PagedKernel):
         """The copies of a page's new keys and values."""
         # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
         wanted = self.q_start(seq) + page * PAGE_SIZE - (self.kv_lens[seq] - self.q_len(seq))
-        source = jnp.clip(wanted, 0, self.k_hbm.shape[0] - NEW_TOKENS)
-        take, put = pl.ds(source, NEW_TOKENS), pl.ds(PAGE_SIZE + source - wanted, NEW_TOKENS)
+        wanted &= -SORTED_TOKENS  # whole sublane tiles; merging makes up for it
+        source = jnp.clip(wanted, 0, self.k_hbm.shape[1] - NEW_TOKENS)
+        take = pl.ds(pl.multiple_of(source, SORTED_TOKENS), NEW_TOKENS)
+        put = pl.ds(pl.multiple_of(PAGE_SIZE + source - wanted, SORTED_TOKENS), NEW_TOKENS)
         return (
-            pltpu.make_async_copy(self.k_hbm.at[take], self.new_keys.at[buffer, put], self.new_sem.at[buffer]),
-            pltpu.make_async_copy(self.v_hbm.at[take], self.new_values.at[buffer, put], self.new_sem.at[buffer]),
+            self.new_token_copy(self.k_hbm, self.new_keys, take, put, buffer),
+            self.new_token_copy(self.v_hbm, self.new_values, take, put, buffer),
         )
+
+    def new_token_copy(self, source, target, take, put, buffer):
+        place = target.at[buffer, :, put]
+        return pltpu.make_async_copy(source.at[:, take], place, self.new_sem.at[buffer])
 
     def merge_tokens(self, buffer, new_buffer, first, end, index):
         """Puts new tokens into MERGE_TOKENS tokens of a page, where they lie in `[first, end)`.
@@ -439,19 +474,29 @@ class PrefillKernel(PagedKernel):
         low_mask = jnp.where((low >= first) & (low < end), jnp.uint32(0xFFFF), jnp.uint32(0))
         mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
         new_tokens = pl.ds(PAGE_SIZE + start, MERGE_TOKENS)
-        keys = self.new_keys[new_buffer, new_tokens].astype(jnp.float32)
-        values = self.new_values[new_buffer, new_tokens].astype(jnp.float32)
+        keys = self.new_rows(self.new_keys, new_buffer, start)
+        values = self.new_rows(self.new_values, new_buffer, start)
         for plane, rows in enumerate((keys, values)):
-            by_head = jnp.swapaxes(rows, 0, 1)
+            by_head = rows
             for head in range(KV_HEADS):
                 old = self.page_rows[buffer, plane, head, tokens]
                 words, old = pltpu.bitcast(by_head[head].astype(old.dtype), jnp.uint32), pltpu.bitcast(old, jnp.uint32)
                 words = (words & mask) | (old & ~mask)
                 self.page_rows[buffer, plane, head, tokens] = pltpu.bitcast(words, self.page_rows.dtype)
 
-    def wait_next_block(self, end, seq, block, step):
+    def wait_next_block(self, end, block, step):
         """Waits for the KV block after a block."""
-        self.wait_block(end, seq, block + 1, lax.rem(step + 1, KV_BUFFERS))
+        self.wait_block(end, block + 1, lax.rem(step + 1, KV_BUFFERS))
+
+    def new_rows(self, array, buffer, start):
+        """MERGE_TOKENS new keys (or values) from a token of a page on, float32[KV_HEADS, MERGE_TOKENS, HEAD_DIM].
+
+        They lie `tokens_before` behind a whole sublane tile.
+        """
+        loaded = pl.ds(PAGE_SIZE + start, MERGE_TOKENS + SORTED_TOKENS)
+        back = MERGE_TOKENS + SORTED_TOKENS - self.tokens_before
+        rows = [pltpu.roll(array[buffer, head, loaded].astype(jnp.float32), back, 0) for head in range(KV_HEADS)]
+        return jnp.stack([one[:MERGE_TOKENS] for one in rows])
 
     # ---- Fetches.
 
@@ -500,67 +545,48 @@ class PrefillKernel(PagedKernel):
         self.for_copies(seq, q_block, functools.partial(self.query_copy, buffer), act)
 
     def query_copy(self, buffer, row, first, size):
-        place = self.q_in.at[buffer, pl.ds(first, size)]
-        return pltpu.make_async_copy(self.q_hbm.at[pl.ds(row, size)], place, self.q_sem.at[buffer])
+        place = self.q_in.at[buffer, :, pl.ds(first, size)]
+        source = self.q_hbm.at[:, pl.ds(row, size)]
+        return pltpu.make_async_copy(source, place, self.q_sem.at[buffer])
 
     def out_copy(self, row, first, size):
-        source = self.out_rows.at[0, pl.ds(first, size)]
-        return pltpu.make_async_copy(source, self.out_hbm.at[pl.ds(row, size)], self.out_sem.at[0])
+        source = self.out_rows.at[0, :, pl.ds(first, size)]
+        target = self.out_hbm.at[:, pl.ds(row, size)]
+        return pltpu.make_async_copy(source, target, self.out_sem.at[0])
 
-    # ---- The order of query rows: by query head, then query.
+    # ---- The order of query rows: by query head, then query, as they come.
 
     def query_of(self, row):
         """Which query of the block a row of a KV head is of."""
-        return lax.rem(row, Q_BLOCK)
+        return remainder(row, Q_BLOCK)
 
     def rows_of_head(self, head):
         """Where one query head's queries are among the rows of its KV head."""
-        return pl.ds(pl.multiple_of(lax.rem(head, GROUP) * Q_BLOCK, Q_BLOCK), Q_BLOCK)
+        return pl.ds(head % GROUP * Q_BLOCK, Q_BLOCK)
 
     def clear_all(self):
         """Sets all running maxima as they are before a first tile."""
         for_each(0, KV_HEADS * ROW_STEPS, self.clear_step)
 
     def clear_step(self, step):
-        rows = pl.ds(lax.rem(step, ROW_STEPS) * STEP_ROWS, STEP_ROWS)
+        rows = pl.ds(pl.multiple_of(lax.rem(step, ROW_STEPS) * STEP_ROWS, STEP_ROWS), STEP_ROWS)
         self.clear_max(lax.div(step, ROW_STEPS), rows)
 
     def load_queries(self, buffer):
-        """Sorts a query block by query head, `[KV_HEADS, Q_ROWS, HEAD_LANES]`."""
-        for_each(0, SORT_STEPS, functools.partial(self.spread_tokens, buffer))
-        for_each(0, Q_HEADS, self.sort_head)
+        """Puts together the queries of each KV head, `[KV_HEADS, Q_ROWS, HEAD_LANES]`."""
+        for_each(0, KV_HEADS, functools.partial(self.load_group, buffer))
 
-    def sort_head(self, head):
-        rows = self.rows_of_head(head)
-        sort_rows(self.by_token, pl.ds(head, Q_BLOCK, stride=PADDED_Q_HEADS), self.q_rows, head, rows)
+    def load_group(self, buffer, kv_head):
+        for i in range(GROUP):
+            self.q_rows[kv_head, self.rows_of_head(i)] = self.q_in[buffer, kv_head * GROUP + i]
 
     def store_output(self):
-        """Puts a block's output back in the order of its tokens, and sets the running maxima for the next one."""
-        for_each(0, Q_HEADS, self.unsort_head)
-        for_each(0, SORT_STEPS, self.gather_tokens)
+        """Puts a block's output into rows of its query heads, and sets the running maxima for the next one."""
+        for_each(0, KV_HEADS, self.store_group)
 
-    def unsort_head(self, head):
-        rows = self.rows_of_head(head)
-        strided = pl.ds(head, Q_BLOCK, stride=PADDED_Q_HEADS)
-        out = self.acc[head // GROUP, rows] / broadcast_lanes(self.sums(head // GROUP, rows), HEAD_LANES)
-        self.clear_max(head // GROUP, rows)
-        store_rows(self.by_token, strided, out)
-
-    def spread_tokens(self, buffer, step):
-        """Lays SORT_TOKENS tokens into rows of one query head each."""
-        for i in range(SORT_TOKENS):
-            token = step * SORT_TOKENS + i
-            queries = self.q_in[buffer, token].astype(jnp.float32)
-            rows = pl.ds(pl.multiple_of(token * PADDED_Q_HEADS, PADDED_Q_HEADS), Q_HEADS)
-            store_rows(self.by_token, rows, queries)
-
-    def gather_tokens(self, step):
-        """Gathers SORT_TOKENS tokens of the output from such rows."""
-        for i in range(SORT_TOKENS):
-            token = step * SORT_TOKENS + i
-            rows = pl.ds(pl.multiple_of(token * PADDED_Q_HEADS, PADDED_Q_HEADS), Q_HEADS)
-            out = load_rows(self.by_token, rows)
-            self.out_rows[0, token] = out.astype(self.out_rows.dtype)
+    def store_group(self, kv_head):
+        for i in range(GROUP):  # one fills the waits of another
+            self.out_rows[0, kv_head * GROUP + i] = self.take_output(kv_head, self.rows_of_head(i))
 
     # ---- Reading of one head's K and V: `tokens` tokens, from token `first` of a block on, both whole pages.
 
@@ -579,28 +605,51 @@ class PrefillKernel(PagedKernel):
         """The token of each index along an axis."""
         return lax.broadcasted_iota(jnp.int32, shape, axis)
 
-    # ---- Scores `[query rows, tokens]`, as logarithms to base 2; running maxima and sums are the same in every lane.
+    # ---- Scores `[tokens, query rows]`, as logarithms to base 2; running maxima and sums are the same in every sublane.
+    # So probabilities are the matrix that the MXU keeps, and values what it multiplies: its width is full of query rows,
+    # where it would be half empty with a head, which is narrower.
 
     def scores_of(self, queries, keys, head):
         """The scores of some query rows of a KV head against some tokens."""
-        return matmul(queries, keys, 1) * SCORE_SCALE
+        return matmul(keys, queries, 1) * SCORE_SCALE
 
     def query_positions(self, first_query, first, rows, tokens):
         """The position of each row's query, relative to token `first`, beside each of `tokens` tokens."""
-        row = rows.start + lax.broadcasted_iota(jnp.int32, (rows.size, LANES), 0)
-        return broadcast_lanes(first_query - first + self.query_of(row), tokens)
+        row = rows.start + lax.broadcasted_iota(jnp.int32, (tokens, rows.size), 1)
+        return first_query - first + self.query_of(row)
 
     def clear_max(self, head, rows):
         """Sets the running maxima of some rows of a KV head as they are before a first tile."""
-        self.row_max[head, rows] = jnp.full((rows.size, LANES), MASKED)
+        self.row_max[head, :, rows] = jnp.full((SUBLANES, rows.size), MASKED)
+
+    def take_output(self, head, rows):
+        """The output of some rows of a KV head, as it leaves; sets their running maxima for the next block."""
+        scale = 1.0 / self.sums(head, rows)
+        out = in_rows(by_register(self.acc[head, :, rows]) * scale)
+        self.clear_max(head, rows)
+        out = out.astype(self.out_rows.dtype).T
+        return out
 
     def at(self, head, rows):
         """Where some rows of a KV head are in the running state."""
-        return head, rows
+        return head, slice(None), rows
+
+    def at_tokens(self, step, tokens):
+        """Where a step's scores of some tokens are in `next_scores`."""
+        return step % SCORE_BUFFERS, tokens
+
+    def keep_max(self, step, largest):
+        """Keeps the largest of a step's scores."""
+        self.step_max[step % SCORE_BUFFERS] = max_in_all_rows(jnp.max(jnp.stack(largest), axis=0))
+
+    def tile_max(self, step):
+        """The largest of a step's scores."""
+        return self.step_max[step % SCORE_BUFFERS]
 
     def score(self, buffer, first, tokens, head, rows):
         """The scores of some rows of a KV head against `tokens` tokens from token `first` of a block on."""
-        return self.scores_of(self.q_rows[head, rows], self.head_keys(buffer, first, tokens, head), head)
+        queries = self.q_rows[head, rows]
+        return self.scores_of(queries, self.head_keys(buffer, first, tokens, head), head)
 
     def state_before(self, head, rows, begins):
         """The running sum and output of some rows of a KV head; if they begin, what the block before left does not count."""
@@ -625,7 +674,10 @@ class PrefillKernel(PagedKernel):
         """Takes the iterations of some tiles: each is the flash steps of some heads against one tile.
 
         A step is STEP_ROWS query rows of one head. An iteration is one piece of code, in which scores are made `lookahead`
-        steps before they are used, the first of the next iteration at its end: so the MXU and the vector units work at once.
+        steps before they are used, SCORE_TOKENS tokens at a time, the first of the next iteration at its end.
+
+        The compiler would make probabilities as soon as it can, far ahead of the MXU, and spill them: so each chunk of them
+        waits for scores that the MXU makes meanwhile, the `wait_for`-th last.
         """
         tiles.start(functools.partial(self.make_first_scores, tiles))
         for_each(0, tiles.iterations, functools.partial(self.flash_iteration, tiles))
@@ -633,50 +685,49 @@ class PrefillKernel(PagedKernel):
     def make_first_scores(self, tiles):
         """The scores that the first iteration finds."""
         for i in range(tiles.lookahead):
-            self.next_scores[i, :, : tiles.tokens] = self.step_scores(tiles, 0, i)
+            self.keep_max(i, [self.make_scores(tiles, 0, i, chunk) for chunk in score_chunks(tiles.tokens)])
 
-    def step_scores(self, tiles, iteration, step):
-        """The scores of one step of an iteration."""
+    def make_scores(self, tiles, iteration, step, chunk):
+        """Makes the scores of one step of an iteration against some tokens of its tile; returns their largest."""
         first, first_head = tiles.tile_of(iteration)
         head, rows = flash_steps(tiles.heads)[step]
-        return tiles.scores(first, tiles.tokens, first_head + head, rows)
+        scores = tiles.scores(first + chunk.start, SCORE_TOKENS, first_head + head, rows)
+        self.next_scores[self.at_tokens(step, chunk)] = scores
+        return largest_of(scores)
 
     def flash_iteration(self, tiles, iteration):
         """One iteration, with the first scores of the next."""
         tiles.wait_for_next(iteration)
         first, first_head = tiles.tile_of(iteration)
         begins = tiles.begins & (first == tiles.tile_of(0)[0])
-        steps = flash_steps(tiles.heads)
-        scores = [self.next_scores[i, :, : tiles.tokens] for i in range(tiles.lookahead)]
+        steps, chunks = flash_steps(tiles.heads), score_chunks(tiles.tokens)
+        made = []
         for i, (head, rows) in enumerate(steps):
-            later = i + tiles.lookahead
-            if later < len(steps):
-                scores.append(self.step_scores(tiles, iteration, later))
-            else:
-                following = jnp.minimum(iteration + 1, tiles.last)
-                next_scores = self.step_scores(tiles, following, later - len(steps))
-                self.next_scores[later - len(steps), :, : tiles.tokens] = next_scores
-            self.add_tokens(scores[i], tiles.buffer, first, first_head + head, rows, begins)
-
-    def add_tokens(self, scores, buffer, first, head, rows, begins):
-        """Adds the tokens of some scores to the running softmax of some rows of a head."""
-        tokens = scores.shape[1]
-        old_sum, old_acc = self.state_before(head, rows, begins)
-        old_max = self.row_max[head, rows]
-        new_max = jnp.maximum(old_max, jnp.max(scores, axis=1, keepdims=True))
-        p = jnp.exp2(scores - broadcast_lanes(new_max, tokens))
-        alpha = jnp.exp2(old_max - new_max)
-        self.row_max[head, rows] = new_max
-        # The MXU is wider than a head: ones beside the values make the sum of the probabilities at no cost.
-        values = self.head_values(buffer, first, tokens, head)
-        values = jnp.concatenate([values, jnp.ones((tokens, LANES), jnp.bfloat16)], axis=1)
-        pv = matmul(p.astype(jnp.bfloat16), values, 0)
-        self.row_sum[head, rows] = alpha * old_sum + pv[:, HEAD_LANES:]
-        self.acc[head, rows] = broadcast_lanes(alpha, HEAD_LANES) * old_acc + pv[:, :HEAD_LANES]
+            head = first_head + head
+            if rows.start == 0:
+                values = self.head_values(tiles.buffer, first, tiles.tokens, head).T
+                values = with_rows_of_ones(values)
+            later = (i + tiles.lookahead) % len(steps)
+            iteration_of_later = iteration if later > i else jnp.minimum(iteration + 1, tiles.last)
+            old_max = self.row_max[self.at(head, rows)]
+            new_max = jnp.maximum(old_max, self.tile_max(i))
+            alpha = jnp.exp2(old_max - new_max)
+            p = []
+            for chunk in chunks:
+                made.append(self.make_scores(tiles, iteration_of_later, later, chunk))
+                base = depend_on(new_max, made[-tiles.wait_for]) if len(made) >= tiles.wait_for else new_max
+                p.append(probabilities(self.next_scores[self.at_tokens(i, chunk)], base))
+            self.keep_max(later, made[-len(chunks) :])
+            p = jnp.concatenate(p, axis=TOKEN_AXIS)
+            self.row_max[self.at(head, rows)] = new_max
+            old_sum, old_acc = self.state_before(head, rows, begins)
+            pv = matmul(values, p.astype(jnp.bfloat16), 0)
+            self.row_sum[head, :, rows] = alpha * old_sum + pv[VALUE_ROWS : VALUE_ROWS + SUBLANES]
+            self.acc[head, :, rows] = in_rows(alpha * by_register(old_acc) + by_register(pv[:VALUE_ROWS]))
 
     def sums(self, head, rows):
         """The running sums of some rows of a KV head."""
-        return self.row_sum[head, rows]
+        return self.row_sum[head, :, rows]
 
 
 @dataclasses.dataclass
@@ -698,6 +749,7 @@ class FullTiles:
     wait_for_block: functools.partial
 
     tokens, heads, lookahead = TILE, STEP_HEADS, SCORE_LOOKAHEAD
+    wait_for = WAIT_FOR
 
     def run(self):
         pl.when(self.count > 0)(self.take_tiles)
@@ -744,6 +796,7 @@ class PartialTile:
     first_query: jax.Array
 
     tokens, heads, lookahead = DIAGONAL_BLOCK, DIAGONAL_HEADS, DIAGONAL_LOOKAHEAD
+    wait_for = DIAGONAL_WAIT_FOR
 
     def run(self):
         self.first_block = self.tile * DIAGONAL_BLOCKS
@@ -783,19 +836,23 @@ def flash_steps(heads):
     return [(head, pl.ds(row, STEP_ROWS)) for head in range(heads) for row in range(0, Q_ROWS, STEP_ROWS)]
 
 
-def store_rows(ref, rows, values):
-    """Stores rows of LANES lanes."""
-    ref[rows, :] = values
+def score_chunks(tokens):
+    """The tokens of a tile whose scores are made at once."""
+    return [pl.ds(first, SCORE_TOKENS) for first in range(0, tokens, SCORE_TOKENS)]
 
 
-def load_rows(ref, rows):
-    """Loads rows of LANES lanes."""
-    return ref[rows, :]
+def depend_on(value, largest):
+    """`value`, once scores are made of which `largest` is the largest: none is below -inf, which the compiler does not know."""
+    return jnp.where(largest < -jnp.inf, largest, value)
 
 
-def sort_rows(by_token, strided, q_rows, head, rows):
-    """Moves the rows of a query head to those of its KV head."""
-    q_rows[head // GROUP, rows] = by_token[strided, :].astype(q_rows.dtype)
+def largest_of(scores):
+    """The largest of each query row's scores, by sublane."""
+    return jnp.max(by_register(scores), axis=0)
+
+
+def probabilities(scores, row_max):
+    return in_rows(jnp.exp2(by_register(scores) - row_max))
 
 
 def prefill_kernel(*refs):
@@ -805,30 +862,30 @@ def prefill_kernel(*refs):
 def attend_prefill(queries, keys, values, cache, kv_lens, page_indices, distribution):
     """`(out, cache)` of the prefill sequences; other rows of `out` are undefined."""
     scalars = (kv_lens, page_indices, distribution)
-    arrays = (queries, keys, values, cache)
+    arrays = (swap_heads(queries), swap_heads(keys), swap_heads(values), cache)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         prefill_kernel,
         in_specs=[smem] * len(scalars) + [hbm] * len(arrays),
         out_specs=[hbm] * 2,
         out_shape=[
-            jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+            jax.ShapeDtypeStruct((Q_HEADS, len(queries), HEAD_DIM), queries.dtype),
             jax.ShapeDtypeStruct(cache.shape, cache.dtype),
         ],
         input_output_aliases={6: 1},  # results in the memory of operands
         scratch_shapes=[
             pltpu.VMEM((KV_BUFFERS, BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # kv
-            pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
-            pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
+            pltpu.VMEM((NEW_BUFFERS, KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS, HEAD_DIM), jnp.bfloat16),  # new_keys
+            pltpu.VMEM((NEW_BUFFERS, KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS, HEAD_DIM), jnp.bfloat16),  # new_values
             pltpu.VMEM((PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.bfloat16),  # page_rows
-            pltpu.VMEM((KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in
-            pltpu.VMEM((Q_BLOCK * PADDED_Q_HEADS, LANES), jnp.float32),  # by_token
+            pltpu.VMEM((KV_BUFFERS, Q_HEADS, Q_BLOCK, HEAD_DIM), jnp.bfloat16),  # q_in
             pltpu.VMEM((KV_HEADS, Q_ROWS, HEAD_LANES), jnp.bfloat16),  # q_rows
-            pltpu.VMEM((SCORE_BUFFERS, STEP_ROWS, TILE), jnp.float32),  # next_scores
-            pltpu.VMEM((KV_HEADS, Q_ROWS, LANES), jnp.float32),  # row_max
-            pltpu.VMEM((KV_HEADS, Q_ROWS, LANES), jnp.float32),  # row_sum
-            pltpu.VMEM((KV_HEADS, Q_ROWS, HEAD_LANES), jnp.float32),  # acc
-            pltpu.VMEM((1, Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_rows
+            pltpu.VMEM((SCORE_BUFFERS, TILE, STEP_ROWS), jnp.float32),  # next_scores
+            pltpu.VMEM((SCORE_BUFFERS, SUBLANES, STEP_ROWS), jnp.float32),  # step_max
+            pltpu.VMEM((KV_HEADS, SUBLANES, Q_ROWS), jnp.float32),  # row_max
+            pltpu.VMEM((KV_HEADS, SUBLANES, Q_ROWS), jnp.float32),  # row_sum
+            pltpu.VMEM((KV_HEADS, VALUE_ROWS, Q_ROWS), jnp.float32),  # acc
+            pltpu.VMEM((1, Q_HEADS, Q_BLOCK, HEAD_DIM), jnp.bfloat16),  # out_rows
             pltpu.SemaphoreType.DMA((KV_BUFFERS,)),  # kv_sem
             pltpu.SemaphoreType.DMA((NEW_BUFFERS,)),  # new_sem
             pltpu.SemaphoreType.DMA((PAGE_BUFFERS,)),  # old_sem
@@ -847,4 +904,4 @@ def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indice
     Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` is not used.
     """
     out, cache = attend_prefill(queries, keys, values, kv_cache, kv_lens, page_indices, distribution)
-    return out, cache
+    return swap_heads(out), cache
