@@ -118,13 +118,16 @@ class Batch:
         cu_q_lens = np.zeros(layout.cu_q_lens_shape(limits), np.int32)
         cu_q_lens[1 : k + 1] = np.cumsum(new[order])
         cu_q_lens[k + 1 :] = cu_q_lens[k]
-        as_given = np.zeros((k, limits.pages_per_seq), np.int32)
-        as_given[np.arange(limits.pages_per_seq) < sizes[:, None]] = pages
+        width = int(sizes.max(initial=0))
+        as_given = np.zeros((k, width), np.int32)
+        as_given[np.arange(width) < sizes[:, None]] = pages
         page_indices = np.zeros(layout.page_indices_shape(limits), np.int32)
-        page_indices[: as_given.size] = as_given[order].reshape(-1)
+        page_indices.reshape(limits.max_num_seqs, limits.pages_per_seq)[:k, :width] = as_given[order]
         distribution = np.array([decodes, decodes + prefills, k], np.int32)
         tokens = limits.bucket(int(cu_q_lens[k]))
         arrays = lens_of_rows, page_indices, cu_q_lens, distribution
+        for array in arrays:
+            array.flags.writeable = False
         return cls.of_arrays(limits, tokens, *arrays, order=tuple(order.tolist()))
 
     @classmethod
@@ -255,6 +258,9 @@ def _check_sizes(limits: Limits, new: Int64s, lens: Int64s, sizes: Int64s) -> No
 
 
 def _frozen(array: Int32s) -> Int32s:
+    """The array where it can be written no more and is no view of another, else a copy: page tables may be of 256 MiB."""
+    if array.flags.owndata and not array.flags.writeable:
+        return array
     copy = array.copy()
     copy.flags.writeable = False
     return copy

@@ -124,17 +124,19 @@ def _check_pages(
     distribution: Int32s,
 ) -> None:
     k = len(lens)
-    column = np.arange(limits.pages_per_seq)
+    # No further than the longest sequence: a table may have 2^16 entries for each.
+    width = int(-(-lens.max(initial=0) // limits.page_size))
+    column = np.arange(width)
     used = column < -(-lens // limits.page_size)[:, None]
     if limits.is_local:
         used &= column >= limits.first_entries(lens - q_lens)[:, None]
-    table = page_indices.reshape(limits.max_num_seqs, limits.pages_per_seq)[:k]
+    table = page_indices.reshape(limits.max_num_seqs, limits.pages_per_seq)[:k, :width]
     ids = table[used]
     if not ids.size:
         return
     if ids.min() < 0 or ids.max() >= limits.num_pages:
         bad = used & ((table < 0) | (table >= limits.num_pages))
-        row, entry = divmod(int(bad.argmax()), limits.pages_per_seq)
+        row, entry = divmod(int(bad.argmax()), width)
         raise BatchError(
             f"row {row} ({row_kind(distribution, row)}): entry {entry} of its page table is {table[row, entry]}; "
             f"must be 0 to {limits.num_pages - 1}, the pages of the cache{_more(int(bad.sum()) - 1, 'entries')}"

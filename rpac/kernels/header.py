@@ -55,7 +55,7 @@ def _specialized(spec: Spec, plan: KernelPlan) -> list[str]:
     if plan.kind != "mixed":
         lines.append(f"only {plan.kind} batches: the other kernels are not in this program")
     lines += _tile_lines(plan)
-    lines += [str(one) for one in decisions(plan.recipe, plan.kind) if one.kernel]
+    lines += [str(one) for one in decisions(plan.recipe, plan.kind) if one.name != "features"]
     lines = [_wrapped(prose(line)) for line in lines]
     if plan.origin != RULE:
         lines.append(prose(plan.origin))
