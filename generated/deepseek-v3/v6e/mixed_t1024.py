@@ -309,6 +309,7 @@ class DecodeKernel(PagedKernel):
         """Starts the later copies, and spreads the new tokens over rows of 32 bits, of which one can be loaded by its number."""
         for copy in self.later_copies():
             copy.start()
+        self.clear_slot(DECODE_LOOKAHEAD * DECODE_TILES_PER_WAVE)  # the first iteration looks there for outputs, and finds none
         for_each(0, DECODE_FIRST_ROWS // DECODE_TURNED_ROWS, self.transpose_rope)
         self.new_rows[...] = jnp.zeros(self.new_rows.shape)
         self.new_rows[:, :RANK] = self.new_latents[...].astype(jnp.float32)
