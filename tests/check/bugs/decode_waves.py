@@ -251,7 +251,7 @@ SOFTMAX = (
     ),
     Bug(
         "the running softmax not kept for the next iteration",
-        "DecodeKernel.iterate",
+        "DecodeKernel.compute_wave",
         "self.row_max[...], self.row_sum[...], self.acc[...] = state",
     ),
 )
