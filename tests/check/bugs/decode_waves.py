@@ -323,8 +323,8 @@ UPDATES = (
     Bug(
         "the new token of the first sequence for all",
         "DecodeKernel.update_cache",
-        "self.packed[seq, plane]",
-        "self.packed[0, plane]",
+        "self.packed[seq, i]",
+        "self.packed[0, i]",
     ),
     Bug("the first head's new token for all", "DecodeKernel.patched", "new[head : head + 1]", "new[0:1]"),
     Bug(
