@@ -973,6 +973,20 @@ class MixedKernel(PagedKernel):
         place = target.at[buffer, put]
         return pltpu.make_async_copy(source.at[take], place, self.new_sem.at[buffer])
 
+    def new_rows(self, array, buffer, start):
+        """MIXED_MERGE_TOKENS new keys (or values) from a token of a page on, float32[MIXED_MERGE_TOKENS, KV_HEADS, HEAD_DIM]."""
+        return array[buffer, pl.ds(PAGE_SIZE + start, MIXED_MERGE_TOKENS)].astype(jnp.float32)
+
+    def store_new_rows(self, plane, buffer, start):
+        """Lays MIXED_MERGE_TOKENS new tokens' K, or V, into rows to be read by head."""
+        for i in range(MIXED_MERGE_TOKENS):
+            new = self.new_token_rows(plane, buffer, start, i)
+            store_rows(self.by_head, pl.ds(i * PADDED_KV_HEADS, KV_HEADS), new)
+
+    def new_token_rows(self, plane, buffer, start, i):
+        """The row of each head of one new token's K, or of its V."""
+        return (self.new_keys, self.new_values)[plane][buffer, PAGE_SIZE + start + i].astype(jnp.float32)
+
     def merge_tokens(self, buffer, new_buffer, first, end, index):
         """Puts new tokens into MIXED_MERGE_TOKENS tokens of a page, where they lie in `[first, end)`.
 
@@ -982,18 +996,12 @@ class MixedKernel(PagedKernel):
         tokens = pl.ds(start, MIXED_MERGE_TOKENS)
         mask = bytes_below(end, start, MIXED_MERGE_TOKENS) & ~bytes_below(first, start, MIXED_MERGE_TOKENS)
         for plane in range(KV_PLANES):
-            for i in range(MIXED_MERGE_TOKENS):
-                new = self.new_token_rows(plane, new_buffer, start, i)
-                store_rows(self.by_head, pl.ds(i * PADDED_KV_HEADS, KV_HEADS), new)
+            self.store_new_rows(plane, new_buffer, start)
             for head in range(KV_HEADS):
                 words = self.words_of_head(head)
                 old = pltpu.bitcast(self.page_rows[buffer, plane, head, tokens], jnp.uint32)
                 words = (words & mask) | (old & ~mask)
                 self.page_rows[buffer, plane, head, tokens] = pltpu.bitcast(words, self.page_rows.dtype)
-
-    def new_token_rows(self, plane, buffer, start, i):
-        """The row of each head of one new token's K, or of its V."""
-        return (self.new_keys, self.new_values)[plane][buffer, PAGE_SIZE + start + i].astype(jnp.float32)
 
     def words_of_head(self, head):
         """One head's new rows as words of PACKING tokens."""

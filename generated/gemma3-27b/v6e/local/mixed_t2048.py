@@ -980,6 +980,10 @@ class MixedKernel(PagedKernel):
         place = target.at[buffer, put]
         return pltpu.make_async_copy(source.at[take], place, self.new_sem.at[buffer])
 
+    def new_rows(self, array, buffer, start):
+        """MIXED_MERGE_TOKENS new keys (or values) from a token of a page on, float32[MIXED_MERGE_TOKENS, KV_HEADS, HEAD_DIM]."""
+        return array[buffer, pl.ds(PAGE_SIZE + start, MIXED_MERGE_TOKENS)].astype(jnp.float32)
+
     def merge_tokens(self, buffer, new_buffer, first, end, index):
         """Puts new tokens into MIXED_MERGE_TOKENS tokens of a page, where they lie in `[first, end)`.
 
@@ -990,9 +994,8 @@ class MixedKernel(PagedKernel):
         low = start + 2 * lax.broadcasted_iota(jnp.int32, (MIXED_MERGE_TOKENS // 2, HEAD_LANES), 0)
         low_mask = jnp.where((low >= first) & (low < end), jnp.uint32(0xFFFF), jnp.uint32(0))
         mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
-        new_tokens = pl.ds(PAGE_SIZE + start, MIXED_MERGE_TOKENS)
-        keys = self.new_keys[new_buffer, new_tokens].astype(jnp.float32)
-        values = self.new_values[new_buffer, new_tokens].astype(jnp.float32)
+        keys = self.new_rows(self.new_keys, new_buffer, start)
+        values = self.new_rows(self.new_values, new_buffer, start)
         for plane, rows in enumerate((keys, values)):
             by_head = jnp.swapaxes(rows, 0, 1)
             for head in range(KV_HEADS):
