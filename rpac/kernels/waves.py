@@ -109,7 +109,6 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "order": _order(recipe.decode),
         "state": "carried",
         "ends": "at_once",
-        "cleared_slots": "TILES_PER_WAVE",
         "softmax": "masked_first" if recipe.decode.read == "all_heads" else "whole",
         "tiles_fit": _tiles_fit(spec, tiles),
         "window_begin": window_begin(spec, tiles),
