@@ -20,7 +20,7 @@ from rpac.contract.features import ARGUMENTS
 from rpac.kernels.constants import Constant
 from rpac.kernels.literals import dtype, dtype_name
 from rpac.kernels.model_constants import computed_in, padding_rows
-from rpac.plan import Buffer, KernelPlan, RowDims
+from rpac.plan import Buffer, DecodeWaves, KernelPlan, RowDims
 from rpac.plan.buffers import sublane_tile_tokens
 from rpac.plan.page_table import entries_of, padded_entries
 from rpac.plan.recipe import PageTable, Recipe, Write
@@ -199,15 +199,15 @@ def shared_context(
     `rows_ahead` for new tokens whose words or rows are made before they are needed.
     """
     all_heads = recipe.decode is not None and recipe.decode.read == "all_heads"
-    one_new_token = spec.model.update_cache and spec.serving.decode_len == 1
+    ahead = isinstance(plan.decode, DecodeWaves) and plan.decode.packs_ahead(spec)
     ways = {
         "local": spec.model.late,
         "all_heads": all_heads,
         "row_scales": all_heads and spec.model.kv_scale is not None,
         "hbm_table": recipe.page_table == "hbm",
         **by_head_features(recipe),
-        "packed_ahead": all_heads and one_new_token,
-        "rows_ahead": recipe.decode is not None and spec.serving.kv_layout == "separate" and one_new_token,
+        "packed_ahead": all_heads and ahead,
+        "rows_ahead": not all_heads and ahead,
     }
     features = (*recipe.features, *(way for way, used in ways.items() if used))
     return {

@@ -87,7 +87,7 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     context = {
         "kernel_class": "DecodeKernel",
         "call": call_of(spec, "decode", plan.recipe),
-        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _shapes(spec, recipe), constants, NAMES),
+        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _shapes(spec, tiles, recipe), constants, NAMES),
         "summary": _summary(spec),
         "patches": _patches(spec),
         "loads": _loads(spec, recipe),
@@ -100,7 +100,10 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "columns": _columns(recipe),
         "score_rows": "own" if sets.keeps_own else "all",
         "score_lanes": "halves" if sets.halves > 1 else "whole",
-        "new_words": "ahead",
+        "new_words": "ahead" if tiles.packs_ahead(spec) else "on_demand",
+        "new_rows": "[self.packed[seq, i] for i in range(KV_PLANES)]"
+        if tiles.packs_ahead(spec)
+        else "self.new_rows(seq)",
         "cleared_slots": "TILES_PER_WAVE",
         "tile_rows": _tile_rows(spec.model),
         "order": _order(recipe.decode),
@@ -248,14 +251,14 @@ def _own_constants(spec: Spec, tiles: DecodeWaves, recipe: Recipe) -> list[Const
     ]
 
 
-def _shapes(spec: Spec, recipe: Recipe) -> dict[str, str]:
+def _shapes(spec: Spec, tiles: DecodeWaves, recipe: Recipe) -> dict[str, str]:
     """The shapes of scratch arrays, in constants."""
     several = spec.serving.decode_len > 1
     rows = "(MAX_ROWS + 1) * DECODE_LEN" if several else "MAX_ROWS + 1"
     new_tiles = "NEW_TILES, " * several
     if spec.serving.kv_layout == "interleaved":
         kv, new_out = "TILE_BUFFERS, TILE * TOKEN_ROWS, LANES", f"WRITE_BUFFERS, {new_tiles}SUBLANE_TILE_ROWS, LANES"
-        packed = f"{'' if several else 'MAX_ROWS, '}SUBLANE_TILE * WORD_ROWS, LANES"
+        packed = f"{'MAX_ROWS, ' if tiles.packs_ahead(spec) else ''}SUBLANE_TILE * WORD_ROWS, LANES"
     else:
         kv = "TILE_BUFFERS, TILE_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES"
         packed = "MAX_ROWS, KV_PLANES, KV_HEADS, HEAD_LANES"

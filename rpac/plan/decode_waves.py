@@ -51,6 +51,7 @@ LEAST_TILE_BYTES: Final = MIB // 2
 LEAST_TILE_TOKENS: Final = (
     1024  # of K and V of few bytes: a longer tile costs sequences of this length more than it gains
 )
+PACKED_BYTES: Final = 4 * MIB  # of new tokens, made ahead
 WAVE_BYTES: Final = 8 * MIB  # fetched in a few times the DMA's latency
 MOST_TILES: Final[Mapping[str, int]] = {"decode": 6, "mixed": 4}  # of a wave: more are little faster, and each is code
 LOADED_BYTES: Final = MIB // 2  # of K and V that the compiler may load early, beside its fetches
@@ -79,6 +80,19 @@ class DecodeWaves:
     def wave_buffers(self) -> int:
         """Waves that are fetched or in use at once."""
         return self.lookahead + 1
+
+    def packs_ahead(self, spec: Spec) -> bool:
+        """Whether the words or rows of all new tokens are made before the first wave has arrived: where they are few bytes."""
+        model = spec.model
+        if spec.serving.decode_len > 1 or not model.update_cache or spec.serving.kv_layout == "latent":
+            return False
+        if spec.serving.kv_layout == "interleaved":
+            rows = RowDims.of(model)
+            of_token = nbytes((rows.sublane_tile * rows.packed_rows, LANES), "float32")
+        else:
+            kinds, heads, _, lanes = kv_page_shape(spec)
+            of_token = nbytes((kinds, align(heads, SUBLANES), lanes), "float32")
+        return self.max_rows * of_token <= PACKED_BYTES
 
     def tiles_loaded(self, spec: Spec) -> int:
         """Tiles that fill the registers twice: as many hide the latency of the MXU, and more would be spilled."""
@@ -167,7 +181,7 @@ class DecodeWaves:
             tiles = sublane_tiles_by_sequence(spec, self.write_buffers, rows.sublane_tile)
             unit: tuple[int, ...] = (*tiles, rows.sublane_tile_rows, LANES)
             packed: tuple[int, ...] = (rows.sublane_tile * rows.packed_rows, LANES)
-            if spec.serving.decode_len == 1:  # more lie in a sublane tile in several ways
+            if self.packs_ahead(spec):
                 packed = (self.max_rows, *packed)
             query_rows = self._query_rows(spec, recipe)
             tile_max = self.tiles_per_wave, query_rows, LANES
@@ -194,7 +208,7 @@ class DecodeWaves:
             words = (self.tiles_per_wave, heads, self.tile // 2 // packing(model.kv_dtype), lanes)
             swapped = Buffer("kv_swapped", words, "uint32", "second halves of a wave's tiles, K and V swapped")
             others = [swapped] if recipe.decode.read == "token_pairs" else []
-            if spec.serving.decode_len == 1:
+            if self.packs_ahead(spec):
                 new = self.max_rows, kinds, heads, lanes
                 others.append(Buffer("packed", new, word_dtype(model), "rows of new tokens, in every place of a word"))
         return (

@@ -251,7 +251,7 @@ SOFTMAX = (
     ),
     Bug(
         "the running softmax not kept for the next iteration",
-        "DecodeKernel.iterate",
+        "DecodeKernel.compute_wave",
         "self.row_max[...], self.row_sum[...], self.acc[...] = state",
     ),
 )
@@ -323,8 +323,8 @@ UPDATES = (
     Bug(
         "the new token of the first sequence for all",
         "DecodeKernel.update_cache",
-        "self.packed[seq, plane]",
-        "self.packed[0, plane]",
+        "self.packed[seq, i]",
+        "self.packed[0, i]",
     ),
     Bug("the first head's new token for all", "DecodeKernel.patched", "new[head : head + 1]", "new[0:1]"),
     Bug(
