@@ -116,8 +116,8 @@ def engines_of(engine: Any) -> list[Programs]:
         if devices > 1:
             raise SelectionError(
                 f"bundle {one.name} is for {devices} devices; must be for one: the server itself spreads attention over devices, "
-                "and calls it with the heads, rows and pages of one; build with the heads of one device in model, and "
-                "without parallel"
+                "and calls it with the heads, rows and pages of one; build without parallel, and with\n"
+                + _of_one_device(one)
             )
     layouts = {one.kv_layout for one in found}
     if len(layouts) > 1:
@@ -180,6 +180,15 @@ def refusing(what: str, why: str) -> Callable[[Any], Callable[..., NoReturn]]:
         raise SelectionError(f"{what}: {why}")
 
     return lambda old: refuse
+
+
+def _of_one_device(engine: Programs) -> str:
+    """The lines of a spec for one device's part of what the bundle is for."""
+    model, limits = engine.model, engine.limits
+    heads = {"q_heads": model.q_heads, **({"kv_heads": model.kv_heads} if model.rope_dim is None else {})}
+    sizes = {"max_num_seqs": limits.max_num_seqs, "num_pages": limits.num_pages}
+    lines = ("model:", *(f"  {key}: {value}" for key, value in heads.items()))
+    return "\n".join((*lines, "serving:", *(f"  {key}: {value}" for key, value in sizes.items())))
 
 
 def named(module: str, name: str) -> Any:

@@ -92,6 +92,7 @@ def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     staged = recipe.decode.read == "latent_staged"
     own = [
         tile("QUERY_ROWS", "Q_HEADS"),
+        tile("SCORE_ROWS", "QUERY_ROWS"),
         *_load_constants(tiles),
         tile("MXU_TOKENS", MXU_TOKENS, "tokens whose scores and values are made at once: an MXU takes as many"),
         tile("TILE_CHUNKS", "TILE // MXU_TOKENS"),
@@ -113,6 +114,7 @@ def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "columns": "TILE",
         "order": "staged" if staged else "one_by_one",
         "ends": "streamed",
+        "cleared_slots": "TILE_BUFFERS",  # the first iterations also look for outputs in waves before the first
         "state": "stored" if staged else "carried",
         "softmax": "staged" if staged else "whole",
         "window_begin": window_begin(spec, tiles),

@@ -38,21 +38,23 @@ class QueryBlocks:
     """The ways of a kernel of query blocks that its recipe does not name.
 
     `walk`: which tiles of a KV block are full and which partial. `full_tiles`: tile after tile, or all at once. `merge`: how
-    new tokens get into a page. `q_head_rows`: whether a token's query heads are whole sublane tiles. `cleared`: what
-    says which tokens behind a sequence's end are zeroed. `values`: which rows of transposed values the MXU takes.
+    new tokens get into a page, and `new_rows`: the order in which they come. `q_head_rows`: whether a token's query heads are
+    whole sublane tiles. `cleared`: what says which tokens behind a sequence's end are zeroed. `values`: which rows of
+    transposed values the MXU takes.
     """
 
     flash: Literal["plain", "paced"]
     walk: Literal["causal", "local", "lengths"]
     full_tiles: Literal["at_once", "one_by_one"]
     merge: str
+    new_rows: Literal["by_token", "by_head"]
     lane_tiles: Literal["one", "several"]
     q_head_rows: Literal["whole", "padded"]
     cleared: Literal["cleared_planes", "cleared_tiles"]
     values: Literal["all", "lower", "upper"]
 
     @classmethod
-    def of(cls, spec: Spec, recipe: BlockRecipe) -> QueryBlocks:
+    def of(cls, spec: Spec, recipe: BlockRecipe, by_head: tuple[str, ...]) -> QueryBlocks:
         """The ways of a spec's kernel."""
         model = spec.model
         return cls(
@@ -60,6 +62,7 @@ class QueryBlocks:
             walk="local" if model.late else "causal" if model.causal else "lengths",
             full_tiles="one_by_one" if recipe.read in ("split_words", "split_rows") else "at_once",
             merge="packed" if recipe.write.startswith("packed") else recipe.write,
+            new_rows="by_head" if "keys" in by_head else "by_token",
             lane_tiles="one" if RowDims.of(model).lane_tiles == 1 else "several",
             q_head_rows="whole" if model.q_heads % SUBLANES == 0 else "padded",
             cleared="cleared_planes" if recipe.read == "separate" else "cleared_tiles",
@@ -88,7 +91,7 @@ def query_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "call": call_of(spec, plan.kind, recipe),
         "kernel_class": f"{plan.kind.capitalize()}Kernel",
         "summary": _SUMMARIES[plan.kind],
-        "block": QueryBlocks.of(spec, made),
+        "block": QueryBlocks.of(spec, made, recipe.by_head),
         "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _shapes(spec, plan.recipe), constants, _NAMES),
     }
     return Kernel("skeletons/query_blocks.py.jinja", context, constants, f"{plan.kind.upper()}_")

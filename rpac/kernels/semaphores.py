@@ -12,6 +12,7 @@ WAVE_SHAPES: Final[Mapping[str, str]] = {
     "tile_seq": "TILE_BUFFERS",
     "tile_first": "TILE_BUFFERS",
     "tile_left": "TILE_BUFFERS",
+    "last_slot": "MAX_ROWS + 1",
     "windows": "TABLE_WINDOWS * WINDOW_ENTRIES",
     "windows_end": "TABLE_WAVES",
     "tile_place": "TABLE_WAVES * TILES_PER_WAVE",

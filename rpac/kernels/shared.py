@@ -195,14 +195,19 @@ def shared_context(
     `local` stands among the features for what a sliding window and attention chunks have in common: queries that do not
     see their sequence from its start. `all_heads` stands there for what a decode kernel has that reads K and V so, and
     `hbm_table` for what kernels have that fetch parts of page tables in HBM, and `by_head` and `queries_by_head` for new
-    tokens that come by head.
+    tokens that come by head. `row_scales` stands for the scales of K and V of all heads, and `packed_ahead` and
+    `rows_ahead` for new tokens whose words or rows are made before they are needed.
     """
     all_heads = recipe.decode is not None and recipe.decode.read == "all_heads"
+    one_new_token = spec.model.update_cache and spec.serving.decode_len == 1
     ways = {
         "local": spec.model.late,
         "all_heads": all_heads,
+        "row_scales": all_heads and spec.model.kv_scale is not None,
         "hbm_table": recipe.page_table == "hbm",
         **by_head_features(recipe),
+        "packed_ahead": all_heads and one_new_token,
+        "rows_ahead": recipe.decode is not None and spec.serving.kv_layout == "separate" and one_new_token,
     }
     features = (*recipe.features, *(way for way, used in ways.items() if used))
     return {
@@ -276,14 +281,10 @@ def call_of(spec: Spec, kind: str, recipe: Recipe) -> Call:
         Operand(dims.name, _FLAT.get(dims.name, dims.name), _comment(dims.dtype, dims.name))
         for dims in in_smem(batch, recipe.page_table)
     )
-    arrays = [
-        *tables_in_hbm(recipe.page_table),
-        *(_array(spec, dims, _order_of(recipe, dims.name)) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM),
-    ]
-    names = [
-        *(one.argument for one in tables_in_hbm(recipe.page_table)),
-        *(_NAMES.get(dims.name, dims.name) for dims in arg_specs(spec, 0) if dims.name in _IN_HBM),
-    ]
+    own = [dims for dims in arg_specs(spec, 0) if dims.name in _IN_HBM]
+    tables = tables_in_hbm(recipe.page_table)
+    arrays = [*tables, *(_array(spec, dims, _order_of(recipe, dims.name)) for dims in own)]
+    names = [*(one.argument for one in tables), *(_NAMES.get(dims.name, dims.name) for dims in own)]
     cache = len(scalars) + len(arrays) - 1
     results = [
         _output(spec, _order_of(recipe, "queries")),

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rpac.contract.arrays import LANES, joins_rows
+from rpac.contract.arrays import BITS, LANES, WORD_BITS, joins_rows
 from rpac.contract.attention import Attention
 from rpac.kernels.assemble import Kernel
 from rpac.kernels.constants import Constant, tile
@@ -23,6 +23,7 @@ from rpac.spec import Spec
 
 NAMES = {"unit_out": "new_out", "unit_sem": "write_sem"}  # of scratch arrays, other than in the plan
 ORDERS = {"token_pairs": "values_first", "all_heads": "paced"}  # of the work of an iteration, by how K and V are read
+PACKED_AT_ONCE = 8  # new tokens: as many hide each other's latencies
 NEW_TOKENS = {  # an argument: its array in HBM, the one that the kernel reads, and the one in between if it comes by head
     "queries": ("q_hbm", "q_in", "q_by_head"),
     "keys": ("k_hbm", "new_keys", "k_by_head"),
@@ -35,12 +36,14 @@ class Queries:
     """How the queries of a sequence lie in registers.
 
     `heads`: the rows of a matmul are those of one KV head, or shared by several. `padding`: there are rows of no query at the
-    end of each head's, at the end of the last ones, or nowhere. `pairs`: two tokens share a row of K, and of V.
+    end of each head's, at the end of the last ones, or nowhere. `pairs`: two tokens share a row of K, and of V. `halves`: a
+    head's lanes are two registers, and have rows each.
     """
 
     heads: Literal["own", "shared"]
     padding: Literal["none", "last", "each"]
     pairs: bool
+    halves: bool = False
 
     @classmethod
     def of(cls, spec: Spec, recipe: Recipe) -> Queries:
@@ -53,11 +56,22 @@ class Queries:
             heads="shared" if shared else "own",
             padding=padding if sets.padded(spec.model) else "none",
             pairs=recipe.decode.read == "token_pairs",
+            halves=sets.halves > 1,
         )
 
     def drop(self, rows: str) -> str:
-        """Rows of queries without padding."""
+        """Rows of queries without padding, of all lanes of a head."""
+        if self.halves:
+            rows = f"join_halves({rows})"
         return rows if self.padding == "none" else f"without_padding({rows})"
+
+    def drop_of_register(self, rows: str) -> str:
+        """The same of rows whose lanes all hold one value."""
+        return f"{self.drop(rows)}[:, :LANES]" if self.halves else self.drop(rows)
+
+    def each(self, rows: str) -> str:
+        """The places of rows of queries, of all lanes."""
+        return f"rows_of_halves({rows})" if self.halves else rows
 
     def by_half(self, p: str) -> str:
         """Probabilities as the rows of matmuls with values."""
@@ -68,6 +82,7 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     """The kernel of a plan."""
     tiles = plan.decode
     assert isinstance(tiles, DecodeWaves) and recipe.decode is not None
+    sets = Sets.of(spec, recipe.decode.read)
     constants = [*model_constants(spec, plan), *wave_constants(spec, tiles), *_own_constants(spec, tiles, recipe)]
     context = {
         "kernel_class": "DecodeKernel",
@@ -79,10 +94,14 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "sorted_arrays": [(by_head, by_token) for _, by_token, by_head in map(NEW_TOKENS.__getitem__, recipe.by_head)],
         "decode_tokens": "self.num_seqs * DECODE_LEN" if spec.serving.decode_len > 1 else "self.num_seqs",
         "queries": Queries.of(spec, recipe),
-        "value_lanes": "HEAD_LANES",
+        "value_lanes": _value_lanes(recipe),
         "updates": _updates(spec, recipe),
         "attention": "all_heads" if recipe.decode.read == "all_heads" else "grouped",
         "columns": _columns(recipe),
+        "score_rows": "own" if sets.keeps_own else "all",
+        "score_lanes": "halves" if sets.halves > 1 else "whole",
+        "new_words": "ahead",
+        "cleared_slots": "TILES_PER_WAVE",
         "tile_rows": _tile_rows(spec.model),
         "order": _order(recipe.decode),
         "state": "carried",
@@ -137,11 +156,19 @@ def _updates(spec: Spec, recipe: Recipe) -> list[str]:
     return [f"wave_store/{new_tokens}", f"wave_write/{recipe.decode.write}"]
 
 
+def _value_lanes(recipe: Recipe) -> str:
+    """The lanes of a row of weighted values."""
+    return "LANES" if recipe.decode is not None and recipe.decode.read == "all_heads" else "HEAD_LANES"
+
+
 def _tile_rows(model: Attention) -> str:
-    """How rows of K and V of all heads lie where they are interleaved: in words, joined, or that with padding in each word."""
-    if not joins_rows(model):
-        return "words"
-    return "joined" if model.kv_heads > 1 else "padded_joined"
+    """Whether rows of all heads go into the MXU as they lie, or words of the cache are split first."""
+    return "joined" if joins_rows(model) and model.kv_heads > 1 else "words"
+
+
+def _pair_bits(model: Attention) -> int:
+    """Bits of the integers whose lower bits are K, and those above V, or padding."""
+    return WORD_BITS if model.kv_heads == 1 else 2 * BITS[model.kv_dtype]
 
 
 def _columns(recipe: Recipe) -> str:
@@ -163,6 +190,9 @@ def wave_constants(spec: Spec, tiles: DecodeWaves) -> list[Constant]:
         tile("TILE_BUFFERS", "WAVE_BUFFERS * TILES_PER_WAVE"),
         tile("TILE_PAGES", "TILE // PAGE_SIZE"),
         tile("MAX_ROWS", tiles.max_rows, "sequences of the largest batch"),
+        tile(
+            "PACKED_AT_ONCE", math.gcd(tiles.max_rows, PACKED_AT_ONCE), "sequences whose new tokens are packed at once"
+        ),
         tile("NO_SEQ", "MAX_ROWS", "in place of a sequence where there is no tile"),
         tile("MAX_TOKENS", "MAX_ROWS * DECODE_LEN" if several else "MAX_ROWS", "new tokens of the largest batch"),
         tile("WRITE_BUFFERS", tiles.write_buffers, "sequences whose new tokens are on their way to the cache"),
@@ -180,7 +210,8 @@ def _own_constants(spec: Spec, tiles: DecodeWaves, recipe: Recipe) -> list[Const
     assert recipe.decode is not None
     sets, updates = Sets.of(spec, recipe.decode.read), spec.model.update_cache
     pairs = recipe.decode.read == "token_pairs"
-    query_rows = sets.queries if recipe.decode.read == "all_heads" else sets.rows // sets.heads
+    one_set = recipe.decode.read == "all_heads" and sets.count == 1
+    query_rows = sets.queries if one_set else sets.rows // sets.heads
     apart = spec.serving.kv_layout == "separate"
     tile_tokens = sublane_tile_tokens(spec.model) if apart else RowDims.of(spec.model).sublane_tile
     new_tiles = sublane_tiles_by_sequence(spec, 1, tile_tokens)[-1]
@@ -192,9 +223,18 @@ def _own_constants(spec: Spec, tiles: DecodeWaves, recipe: Recipe) -> list[Const
         tile("SET_ROWS", sets.rows, "rows of these queries, whole registers"),
         tile("P_ROWS", "2 * SET_ROWS" if pairs else "SET_ROWS", "rows of a set's probabilities in one matmul"),
         tile("HEAD_QUERY_ROWS", query_rows, "of them those of one KV head"),
-        tile("QUERY_ROWS", "HEAD_SETS * SET_ROWS"),
+        tile("ROW_SETS", "2 * HEAD_SETS" if sets.halves > 1 else "HEAD_SETS"),
+        tile("QUERY_ROWS", "ROW_SETS * SET_ROWS"),
+        tile("SCORE_SETS", sets.kept, "whose rows of scores are kept"),
+        tile("SCORE_ROWS", "SCORE_SETS * SET_ROWS", "of them, for each row of K"),
         tile("NO_TOKEN", 1 << 30, "a number that no token of a sequence has"),
+        tile(
+            "VALUES_SHIFT", 0 if joins_rows(spec.model) else BITS[spec.model.kv_dtype], "bits of K in a pair of K and V"
+        ),
+        tile("ROW_DTYPE", f"jnp.int{BITS[spec.model.kv_dtype]}", "of as many bits as an element of the cache"),
+        tile("PAIR_DTYPE", f"jnp.int{_pair_bits(spec.model)}", "of K and V; with one KV head, of all rows of a token"),
         tile("TOKEN_COLUMNS", all_heads_rows(spec.model), "rows of K of one token, all heads"),
+        tile("HEAD_COLUMNS", sets.halves, "of them those of one head"),
         tile("COLUMNS", "TILE * TOKEN_COLUMNS", "rows of K, and of V, of all heads of a tile"),
         tile(
             "CLEARED_TILES",
@@ -215,8 +255,10 @@ def _shapes(spec: Spec, recipe: Recipe) -> dict[str, str]:
     new_tiles = "NEW_TILES, " * several
     if spec.serving.kv_layout == "interleaved":
         kv, new_out = "TILE_BUFFERS, TILE * TOKEN_ROWS, LANES", f"WRITE_BUFFERS, {new_tiles}SUBLANE_TILE_ROWS, LANES"
+        packed = f"{'' if several else 'MAX_ROWS, '}SUBLANE_TILE * WORD_ROWS, LANES"
     else:
         kv = "TILE_BUFFERS, TILE_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES"
+        packed = "MAX_ROWS, KV_PLANES, KV_HEADS, HEAD_LANES"
         new_out = f"WRITE_BUFFERS, {new_tiles}KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES"
     return {
         "kv": kv,
@@ -227,15 +269,17 @@ def _shapes(spec: Spec, recipe: Recipe) -> dict[str, str]:
         "new_keys": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
         "new_values": "MAX_TOKENS, KV_HEADS, HEAD_DIM",
         "unit_out": new_out,
-        "packed": "SUBLANE_TILE * WORD_ROWS, LANES",
-        "column_token": "QUERY_ROWS, COLUMNS",
+        "packed": packed,
+        "column_token": "SCORE_ROWS, COLUMNS",
+        "key_scale_rows": "QUERY_ROWS, LANES",
+        "value_scale_rows": "QUERY_ROWS, LANES",
         "kv_swapped": "TILES_PER_WAVE, KV_HEADS, PAIR_WORDS, HEAD_LANES",
-        "scores": f"TILES_PER_WAVE, QUERY_ROWS, {_columns(recipe)}",
+        "scores": f"TILES_PER_WAVE, SCORE_ROWS, {_columns(recipe)}",
         **query_row_shapes("QUERY_ROWS"),
         "tile_max": "TILES_PER_WAVE, QUERY_ROWS, LANES",
         "row_max": "QUERY_ROWS, LANES",
         "row_sum": "QUERY_ROWS, LANES",
-        "acc": "QUERY_ROWS, HEAD_LANES",
+        "acc": f"QUERY_ROWS, {_value_lanes(recipe)}",
         "out_all": f"{rows}, Q_HEADS, HEAD_DIM",
         "lse_rows": f"{rows}, PADDED_Q_HEADS, LANES",
         **WAVE_SHAPES,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Final
 
 from rpac.contract.arrays import LANES, head_lanes, joins_rows, packing
+from rpac.plan.query_rows import Sets
 from rpac.plan.recipe import DecodeMask, KvMatmul, Read, Write
 from rpac.spec import Spec
 
 INT8_MXU: Final = ("v6e", "v5p", "v5e")  # targets whose MXU takes 8-bit integers
 MOST_ALL_HEADS_ROWS: Final = 40  # with 64, 64 x 4096 takes 394 us on TPU7x, by blocks 377
+MOST_OWN_ROWS: Final = 128  # of which scores of one KV head's set are kept
 
 
 def read_of(spec: Spec) -> Read:
@@ -45,14 +47,17 @@ def kv_matmul_options(spec: Spec, target: str) -> tuple[KvMatmul, ...]:
 def reads_all_heads(spec: Spec) -> bool:
     """Whether a decode kernel can take interleaved K and V of all heads as they lie, and gains by it.
 
-    Each word must hold a K and its V, or each row of registers both, and a row of registers a whole head. Query rows cost
-    vector work in proportion to the bytes that are fetched beside it: with more than `MOST_ALL_HEADS_ROWS` it would take
-    longer than the fetch.
+    Each word must hold a K and its V, or each row of registers both. A head must be a row of registers; or two, of 16 bits, if
+    scores of one KV head's set are kept. Query rows cost
+    work in proportion to the bytes that are fetched beside it: of the MXU, with more than `MOST_OWN_ROWS`; or of the vector
+    unit, where all rows of scores are kept, with more than `MOST_ALL_HEADS_ROWS`.
     """
     model = spec.model
-    of_words = packing(model.kv_dtype) == 2 and head_lanes(model) == LANES
-    rows = model.q_heads * spec.serving.decode_len
-    return spec.serving.kv_layout == "interleaved" and of_words and rows <= MOST_ALL_HEADS_ROWS
+    sets, pack = Sets.of(spec, "all_heads"), packing(model.kv_dtype)
+    of_words = pack > 1 if head_lanes(model) == LANES else pack == 2 and sets.keeps_own
+    most = MOST_OWN_ROWS if sets.keeps_own else MOST_ALL_HEADS_ROWS
+    rows = model.q_heads * spec.serving.decode_len * sets.halves
+    return spec.serving.kv_layout == "interleaved" and of_words and rows <= most
 
 
 def write_of(spec: Spec) -> Write:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from rpac.contract.arrays import LANES, SUBLANES, align, joins_rows, kv_row_shape, nbytes, packing
+from rpac.contract.arrays import LANES, SUBLANES, align, kv_row_shape, kv_rows, nbytes, packing
 from rpac.contract.attention import Attention
 from rpac.contract.features import features_used
 from rpac.plan.recipe import SPLIT, Read
@@ -69,11 +69,17 @@ class RowDims:
 
 
 def all_heads_rows(model: Attention) -> int:
-    """Rows of K of one token, where those of all heads are read in the order of the cache.
+    """Rows of K of one token, of 128 lanes, where those of all heads are read in the order of the cache.
 
-    Padding is among them where K and V share rows, and words hold such rows of two heads.
+    Padding is among them where words hold rows of several heads.
     """
-    return RowDims.of(model).token_rows if joins_rows(model) and model.kv_heads > 1 else model.kv_heads
+    rows, heads = RowDims.of(model), heads_per_word(model)
+    return rows.packed_rows * heads if model.kv_heads > 1 else rows.lane_tiles
+
+
+def heads_per_word(model: Attention) -> int:
+    """KV heads whose rows share the 32-bit words of an interleaved cache, or could where there are no more heads."""
+    return max(packing(model.kv_dtype) * model.kv_heads // kv_rows(model), 1)
 
 
 @dataclass(frozen=True)

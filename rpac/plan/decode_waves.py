@@ -35,7 +35,14 @@ from rpac.plan.by_head import SORTED_TOKENS, laid_out_by_head
 from rpac.plan.page_table import WaveWindows
 from rpac.plan.query_rows import Sets, sublane_tiles_by_sequence
 from rpac.plan.recipe import Chooser, DecodeRecipe, Fetch, Read, Recipe
-from rpac.plan.sizes import IN_FLIGHT_BYTES, MIB, power_of_two_from, power_of_two_to, visible_tokens
+from rpac.plan.sizes import (
+    IN_FLIGHT_BYTES,
+    MIB,
+    most_visible_tokens,
+    power_of_two_from,
+    power_of_two_to,
+    visible_tokens,
+)
 from rpac.spec import Spec
 
 WRITE_BUFFERS: Final = 16  # outputs and cache rows on their way: as many sequences as a wave may end
@@ -83,11 +90,11 @@ class DecodeWaves:
         assert recipe.decode is not None
         model = spec.model
         drafts = spec.serving.decode_len
-        query_rows = self._query_rows(spec, recipe)
+        sets, query_rows = Sets.of(spec, recipe.decode.read), self._query_rows(spec, recipe)
         new = (self.max_rows * drafts, model.kv_heads, model.head_dim)
         queries = ((self.max_rows + 1) * drafts, model.q_heads, model.head_dim)
         buffers = self.wave_buffers * self.tiles_per_wave
-        kv, unit, *others = self._of_cache(spec, recipe.decode.read)
+        kv, unit, *others = self._of_cache(spec, recipe)
         return needed(
             spec,
             kv,
@@ -99,19 +106,20 @@ class DecodeWaves:
             *others,
             Buffer(
                 "scores",
-                (self.tiles_per_wave, query_rows, self.columns(spec, recipe)),
+                (self.tiles_per_wave, *self._scores(spec, recipe)),
                 "float32",
                 "scores of a wave, for the next iteration",
             ),
             *query_row_arguments(spec, (query_rows, LANES)),
             Buffer("row_max", (query_rows, LANES), "float32", "running maximum, the same in every lane"),
             Buffer("row_sum", (query_rows, LANES), "float32", "running sum, the same in every lane"),
-            Buffer("acc", (query_rows, head_lanes(model)), "float32", "running output"),
+            Buffer("acc", (query_rows, head_lanes(model) // sets.halves), "float32", "running output"),
             Buffer("out_all", queries, model.q_dtype, "outputs of every sequence, and of no sequence"),
             *lse_rows(spec, (queries[0], align(model.q_heads, SUBLANES), LANES)),
             Buffer("tile_seq", (buffers,), "smem", "the sequence of each tile in flight"),
             Buffer("tile_first", (buffers,), "smem", "its first token"),
             Buffer("tile_left", (buffers,), "smem", "tokens of its sequence from there on"),
+            Buffer("last_slot", (self.max_rows + 1,), "smem", "the last tile of each sequence so far"),
             *self.windows(spec, recipe),
             Buffer("kv_sem", (self.wave_buffers,), "dma", "fetches"),
             *load_sem(spec),
@@ -129,7 +137,7 @@ class DecodeWaves:
 
     def temporaries(self, spec: Spec, recipe: Recipe) -> int:
         """Bytes of the values of one iteration that registers cannot hold: probabilities, and scores on their way."""
-        scores = (self._query_rows(spec, recipe), self.columns(spec, recipe))
+        scores = self._scores(spec, recipe)
         return 2 * self.tiles_per_wave * nbytes(scores, "float32")
 
     def columns(self, spec: Spec, recipe: Recipe) -> int:
@@ -140,10 +148,17 @@ class DecodeWaves:
     def _query_rows(self, spec: Spec, recipe: Recipe) -> int:
         assert recipe.decode is not None
         sets = Sets.of(spec, recipe.decode.read)
-        return sets.count * sets.rows
+        return sets.count * sets.halves * sets.rows
 
-    def _of_cache(self, spec: Spec, read: Read) -> tuple[Buffer, ...]:
+    def _scores(self, spec: Spec, recipe: Recipe) -> tuple[int, int]:
+        """The scores of a tile that are kept, rows and columns."""
+        assert recipe.decode is not None
+        sets = Sets.of(spec, recipe.decode.read)
+        return sets.kept * sets.rows, self.columns(spec, recipe)
+
+    def _of_cache(self, spec: Spec, recipe: Recipe) -> tuple[Buffer, ...]:
         """Fetched tiles, new tokens on their way to the cache, and what only one way to read has."""
+        assert recipe.decode is not None
         model = spec.model
         buffers = self.wave_buffers * self.tiles_per_wave
         if spec.serving.kv_layout == "interleaved":
@@ -151,15 +166,26 @@ class DecodeWaves:
             kv: tuple[int, ...] = (buffers, self.tile * rows.token_rows, LANES)
             tiles = sublane_tiles_by_sequence(spec, self.write_buffers, rows.sublane_tile)
             unit: tuple[int, ...] = (*tiles, rows.sublane_tile_rows, LANES)
-            packed = (rows.sublane_tile * rows.packed_rows, LANES)
-            query_rows = Sets.of(spec, read).rows
-            scores = query_rows, self.tile * all_heads_rows(model)
+            packed: tuple[int, ...] = (rows.sublane_tile * rows.packed_rows, LANES)
+            if spec.serving.decode_len == 1:  # more lie in a sublane tile in several ways
+                packed = (self.max_rows, *packed)
+            query_rows = self._query_rows(spec, recipe)
             tile_max = self.tiles_per_wave, query_rows, LANES
             others = [
-                Buffer("packed", packed, word_dtype(model), "a new token in the cache's form"),
+                Buffer("packed", packed, word_dtype(model), "new tokens in the cache's form"),
                 Buffer("tile_max", tile_max, "float32", "the largest score of each tile, the same in every lane"),
-                Buffer("column_token", scores, "int32", "the token of each score of a query with its own KV head"),
+                Buffer(
+                    "column_token", self._scores(spec, recipe), "int32", "the token of each score of an own KV head"
+                ),
             ]
+            if model.kv_scale is not None:
+                scales = query_rows, LANES
+                others += [
+                    Buffer(
+                        "key_scale_rows", scales, "float32", "scales of K and of the softmax, the same in every lane"
+                    ),
+                    Buffer("value_scale_rows", scales, "float32", "scales of V, the same in every lane"),
+                ]
         else:
             kinds, heads, _, lanes = kv_page_shape(spec)
             kv = (buffers, self.tile // spec.serving.page_size, *kv_page_shape(spec))
@@ -167,7 +193,10 @@ class DecodeWaves:
             unit = (*sublane_tiles_by_sequence(spec, self.write_buffers, tokens), kinds, heads, tokens, lanes)
             words = (self.tiles_per_wave, heads, self.tile // 2 // packing(model.kv_dtype), lanes)
             swapped = Buffer("kv_swapped", words, "uint32", "second halves of a wave's tiles, K and V swapped")
-            others = [swapped] if read == "token_pairs" else []
+            others = [swapped] if recipe.decode.read == "token_pairs" else []
+            if spec.serving.decode_len == 1:
+                new = self.max_rows, kinds, heads, lanes
+                others.append(Buffer("packed", new, word_dtype(model), "rows of new tokens, in every place of a word"))
         return (
             Buffer("kv", kv, model.kv_dtype, "fetched tiles"),
             Buffer("unit_out", unit, model.kv_dtype, "new tokens on their way to the cache"),
@@ -238,14 +267,28 @@ def is_legal(spec: Spec, tiles: DecodeWaves) -> bool:
     return whole_pages and (spec.serving.kv_layout != "interleaved" or reads_all_heads(spec))
 
 
-def is_short(kind: str, tiles: DecodeWaves) -> bool:
+def is_short(spec: Spec, kind: str, tiles: DecodeWaves) -> bool:
     """Whether a wave has no more tiles than the rules may give it."""
-    return tiles.tiles_per_wave <= (MORE_TILES if kind == "decode" else MOST_TILES[kind])
+    most = max(most_tiles(spec, kind, tiles.tile), MORE_TILES if kind == "decode" else 0)
+    return tiles.tiles_per_wave <= most
 
 
 def most_tiles(spec: Spec, kind: str, tile: int) -> int:
-    """Tiles that a wave may have: each is code, which an executable pays for in size."""
-    return MORE_TILES if kind == "decode" and tile > FEW_PAGES * spec.serving.page_size else MOST_TILES[kind]
+    """Tiles that a wave may have: each is code, which an executable pays for in size.
+
+    More pay where a tile has many pages, or where interleaved heads are two registers: then an iteration waits longer at
+    its end. 64 x 4096 of 32/2 heads take 159 us on TPU7x, not 163. Where each sequence is one tile or two, because its window
+    is short, an iteration has little else than waits: 64 windows of 128 take 16 us, not 19.
+    """
+    if kind == "decode" and most_visible_tokens(spec, spec.serving.decode_len) <= 2 * tile:
+        return WRITE_BUFFERS
+    many_pages = tile > FEW_PAGES * spec.serving.page_size
+    return MORE_TILES if kind == "decode" and (many_pages or _scores_halves(spec)) else MOST_TILES[kind]
+
+
+def _scores_halves(spec: Spec) -> bool:
+    """Whether a head is two registers, interleaved, so that its halves are scored apart."""
+    return reads_all_heads(spec) and head_lanes(spec.model) > LANES
 
 
 def _token_bytes(spec: Spec) -> int:
@@ -264,10 +307,16 @@ def choices(spec: Spec, kind: str, tokens: int) -> Iterator[DecodeWaves]:
     shortest = max(min(seen), min(max(seen), least), LANES)
     tile = max(min(power_of_two_to(TILE_BYTES // token_bytes), shortest), serving.page_size, LANES)
     max_rows = min(tokens // serving.decode_len, serving.max_num_seqs)
+    longest = most_visible_tokens(spec, serving.decode_len)
     while tile >= max(serving.page_size, LANES):
         tiles = min(max(WAVE_BYTES // (tile * token_bytes), 1), most_tiles(spec, kind, tile))
+        tiles = min(tiles, max_rows * math.ceil(max(seen) / tile))
         while tiles:
             most = 2 + math.ceil(IN_FLIGHT_BYTES / (tiles * tile * token_bytes))
+            # With 4 buffers 64 x 4096 of 32/2 heads of 256 take 165 us on TPU7x, with 5 158: fewer registers are spilled.
+            most += _scores_halves(spec)
+            # No more than the largest batch has: fetching none takes time, too.
+            most = max(min(most, math.ceil(max_rows * math.ceil(longest / tile) / tiles)), 2)
             for lookahead in range(most, 1, -1):
                 yield DecodeWaves(tile, tiles, lookahead, WRITE_BUFFERS, max_rows)
             tiles //= 2

@@ -173,7 +173,7 @@ def is_short(spec: Spec, device: Chip, kind: str, tiles: Tiles, recipe: Recipe) 
     """Whether no piece of code is longer than the rules make it: what that wins, an executable pays for in size."""
     match tiles:
         case DecodeWaves():
-            return decode_waves.is_short(kind, tiles)
+            return decode_waves.is_short(spec, kind, tiles)
         case BlockTiles():
             assert recipe.block is not None
             return prefill.is_short(spec, device, kind, tiles, recipe.block)

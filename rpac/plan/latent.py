@@ -77,6 +77,7 @@ class LatentWaves(DecodeWaves):
             Buffer("tile_seq", (buffers,), "smem", "the sequence of each tile in flight"),
             Buffer("tile_first", (buffers,), "smem", "its first token"),
             Buffer("tile_left", (buffers,), "smem", "tokens of its sequence from there on"),
+            Buffer("last_slot", (self.max_rows + 1,), "smem", "the last tile of each sequence so far"),
             *self.windows(spec, recipe),
             Buffer("kv_sem", (self.wave_buffers,), "dma", "fetches"),
             Buffer("load_sem", (LOADS,), "dma", "queries, their rotary parts, new tokens"),

@@ -248,7 +248,7 @@ def by_head(spec: Spec, tiles: BlockTiles) -> tuple[str, ...]:
     )
     taken = {
         "queries": not (model.sinks or model.alibi or serving.log_sum_exp),
-        **dict.fromkeys(("keys", "values"), early and write_of(spec) != "bytes"),
+        **dict.fromkeys(("keys", "values"), early),
     }
     return tuple(name for name in laid_out_by_head(spec) if taken[name])
 

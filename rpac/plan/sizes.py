@@ -37,6 +37,16 @@ def power_of_two_from(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
+def most_visible_tokens(spec: Spec, queries: int) -> int:
+    """How many tokens `queries` queries in a row can see, and those before them in the page of the first."""
+    most = spec.serving.max_model_len
+    if spec.model.attention_chunk is not None:
+        most = min(most, spec.model.attention_chunk + queries - 1)
+    if spec.model.sliding_window is not None:
+        most = min(most, spec.model.sliding_window + queries - 1)
+    return most + spec.serving.page_size - 1
+
+
 def visible_tokens(spec: Spec, queries: int) -> tuple[int, ...]:
     """How many tokens `queries` queries in a row see at each of the expected lengths."""
     window = spec.model.sliding_window

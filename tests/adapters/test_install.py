@@ -252,7 +252,10 @@ def test_an_engine_that_a_server_cannot_use_is_refused(server: None) -> None:
     before = snapshot()
     several = engine_of()
     several.placement = SimpleNamespace(mesh=SimpleNamespace(devices=8))
-    with pytest.raises(SelectionError, match=r"bundle tiny is for 8 devices; must be for one: .* without parallel"):
+    with pytest.raises(
+        SelectionError,
+        match=r"(?s)bundle tiny is for 8 devices; must be for one: .* without parallel, .*\n  kv_heads: 2\n.*num_pages: 32$",
+    ):
         tpu_inference.install(several)
     with pytest.raises(SelectionError, match="bundle tiny has attention_chunk 32; must have none"):
         tpu_inference.install(engine_of(attention_chunk=32))

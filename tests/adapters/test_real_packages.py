@@ -8,10 +8,11 @@ that the package makes.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -32,6 +33,10 @@ SERVED = {
     "with-lse": {"serving": {"log_sum_exp": True}},
     "wide-interleaved": {"serving": {"kv_layout": "interleaved"}},
     "wide-separate": {"serving": {"kv_layout": "separate"}},
+    "wide-8-bits": {
+        "model": {"kv_dtype": "float8_e4m3fn", "kv_scale": "tensor"},
+        "serving": {"kv_layout": "separate", "page_size": 32},
+    },
     "narrow-interleaved": {"model": {"head_dim": 64, "sinks": True}},
     "narrow-separate": {"model": {"head_dim": 64, "sinks": True}, "serving": {"kv_layout": "separate"}},
     "latent": {"latent": {**LATENT, "kv_dtype": "bfloat16", "sm_scale": 0.07}, "serving": {"page_size": 32}},
@@ -39,9 +44,10 @@ SERVED = {
 
 
 @pytest.fixture(scope="module")
-def served_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The bundle of one of SERVED for the CPU, built when it is first asked for."""
     folder = tmp_path_factory.mktemp("served")
-    return {name: build(name, folder, "cpu") for name in SERVED}
+    return functools.cache(lambda name: build(name, folder, "cpu"))
 
 
 def build(name: str, folder: Path, target: str, **serving: object) -> Path:
@@ -84,22 +90,23 @@ def test_the_adapter_does_what_the_package_does(name: str, in_server: str, tiny_
     [
         ("wide-interleaved", ("Llama on 2 devices", "Attention")),
         ("wide-separate", ("Llama on 2 devices", "Attention")),
+        ("wide-8-bits", ("Llama on 2 devices",)),
         ("narrow-interleaved", ("GptOssAttention",)),
         ("narrow-separate", ("GptOssAttention",)),
         ("latent", ("mla_attention",)),
     ],
 )
 def test_tpu_inference_serves_an_installed_bundle(
-    bundle: str, whats: tuple[str, ...], served_bundles: dict[str, Path], tmp_path: Path
+    bundle: str, whats: tuple[str, ...], served: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    claims = run_in("tpu_inference", tmp_path, "serve_tpu_inference.py", SEED, served_bundles[bundle])
+    claims = run_in("tpu_inference", tmp_path, "serve_tpu_inference.py", SEED, served(bundle))
     for what in whats:
         assert f"{what}, bundle {bundle}: engine.traced was called" in claims
 
 
 @pytest.mark.slow
-def test_the_adapter_does_what_tokamax_does(served_bundles: dict[str, Path], tmp_path: Path) -> None:
-    claims = run_in("tokamax", tmp_path, "check_tokamax.py", served_bundles["with-lse"], SEED)
+def test_the_adapter_does_what_tokamax_does(served: Callable[[str], Path], tmp_path: Path) -> None:
+    claims = run_in("tokamax", tmp_path, "check_tokamax.py", served("with-lse"), SEED)
     assert sum(claim.startswith("in jit") and "lse within" in claim for claim in claims) == 7
 
 
@@ -110,7 +117,7 @@ def test_the_adapter_does_what_tokamax_does(served_bundles: dict[str, Path], tmp
 def test_tpu_inferences_attention_compiles_for_a_tpu_with_an_installed_bundle(
     bundle: str, devices: tuple[int, ...], tmp_path: Path
 ) -> None:
-    built = build(bundle, tmp_path, "v6e", token_buckets=[32])
+    built = build(bundle, tmp_path, "v6e", token_buckets=[32], num_pages=4096)
     claims = run_in("tpu_inference", tmp_path, "compile_tpu_inference.py", "v6e:2x2", built, env=toolchain.ENVIRONMENT)
     for count in devices:
         assert any(claim.startswith(f"{bundle} on {count} devices, ") and "compiled" in claim for claim in claims)
@@ -118,8 +125,8 @@ def test_tpu_inferences_attention_compiles_for_a_tpu_with_an_installed_bundle(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bundle", ["wide-interleaved", "wide-separate"])
-def test_sglang_jax_serves_an_installed_bundle(bundle: str, served_bundles: dict[str, Path], tmp_path: Path) -> None:
-    claims = run_in("sglang_jax", tmp_path, "serve_sglang_jax.py", SEED, served_bundles[bundle])
+def test_sglang_jax_serves_an_installed_bundle(bundle: str, served: Callable[[str], Path], tmp_path: Path) -> None:
+    claims = run_in("sglang_jax", tmp_path, "serve_sglang_jax.py", SEED, served(bundle))
     for devices in (1, 2):
         assert f"Llama on {devices} devices, bundle {bundle}: engine.traced was called" in claims
 

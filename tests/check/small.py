@@ -105,8 +105,8 @@ def latent(q_heads: int = 16, rank: int = 128, rope_dim: int = 64, dtype: str = 
 
 def staged() -> Spec:
     """A spec of latent attention whose tiles go through stages, with sequences of a whole wave and more."""
-    lens: dict[str, Any] = {"page_size": 64, "max_model_len": 1280, "context_lens": (256, 1280)}
-    return latent(**lens, max_num_seqs=5, max_num_tokens=16, token_buckets=(16,))
+    lens: dict[str, Any] = {"page_size": 64, "max_model_len": 1024, "context_lens": (512, 1024)}
+    return latent(**lens, max_num_seqs=3, max_num_tokens=16, token_buckets=(16,))
 
 
 def plan_of(spec: Spec, kind: str, target: str = "tpu7x") -> KernelPlan:

@@ -57,12 +57,12 @@ def test_decode_kernels_agree_with_the_oracle_in_the_interpreter(heads: str, lay
     ("layout", "features", "arrays"),
     [
         ("separate", {}, ALL),
-        ("interleaved", KEYS, ALL[1:]),
+        pytest.param("interleaved", KEYS, ALL[1:], marks=SLOW),
         pytest.param("interleaved", {"soft_cap": 2.0}, ALL, marks=SLOW),
         pytest.param("separate", {"sliding_window": 30, "kv_dtype": "float32", "q_dtype": "float32"}, ALL, marks=SLOW),
         pytest.param("separate", {"update_cache": False}, ALL[:1], marks=SLOW),
         pytest.param("interleaved", {"kv_dtype": "float8_e4m3fn"}, ALL, marks=SLOW),
-        pytest.param("separate", {"kv_dtype": "float8_e4m3fn"}, ALL[:1], marks=SLOW),
+        pytest.param("separate", {"kv_dtype": "float8_e4m3fn"}, ALL, marks=SLOW),
         pytest.param("separate", {"log_sum_exp": True}, ALL[1:], marks=SLOW),
     ],
     ids=str,
@@ -73,7 +73,7 @@ def test_prefill_kernels_agree_with_the_oracle_in_the_interpreter(
     spec = by_head(layout, **(HEADS["several heads"] | features))
     plan = small_plan(spec, "prefill")
     assert plan.recipe.by_head == arrays
-    assert failures(spec, plan, few=features in ({}, KEYS)) == []
+    assert failures(spec, plan, few=not features) == []
 
 
 @pytest.mark.interpreter
@@ -109,6 +109,7 @@ def test_prefill_kernels_of_tokens_along_lanes_do_too(layout: str, features: dic
 
 
 @pytest.mark.compile
+@pytest.mark.slow
 def test_a_decode_kernel_compiles() -> None:
     spec = by_head("separate", **HEADS["several heads"])
     compiled([(spec, plan_of(spec, "decode", "tpu7x"))])

@@ -31,7 +31,7 @@ from rpac.plan.families import vmem_need
 from rpac.plan.page_table import SMEM_RESERVE
 from rpac.plan.planner import VMEM_HEADROOM
 from rpac.plan.query_rows import Sets
-from rpac.plan.sizes import IN_FLIGHT_BYTES, power_of_two_from, power_of_two_to
+from rpac.plan.sizes import IN_FLIGHT_BYTES, most_visible_tokens, power_of_two_from, power_of_two_to
 from rpac.plan.tuned import Entry, TunedTiles, key_of
 from rpac.spec import Spec
 
@@ -78,11 +78,14 @@ def test_all_heads_are_read_at_once_where_words_hold_k_and_v_of_whole_heads_and_
     assert read(q_heads=10, kv_heads=1, head_dim=80) == "all_heads"
     assert read(decode_len=4) == "all_heads"
     assert read(q_heads=40, kv_heads=10) == "all_heads"
-    assert read(q_heads=64, kv_heads=8) == "split_words", "so many rows of scores take longer than the fetch"
-    assert read(decode_len=8, q_heads=32, kv_heads=8) == "split_words"
-    assert read(head_dim=256) == "split_words", "a head is two rows of registers"
+    assert read(q_heads=50, kv_heads=10) == "split_words", "so many rows of scores take longer than the fetch"
+    assert read(q_heads=128, kv_heads=8) == "all_heads", "scores of one KV head's set are kept"
+    assert read(decode_len=4, q_heads=32, kv_heads=8) == "all_heads"
+    assert read(decode_len=8, q_heads=32, kv_heads=8) == "split_words", "so many rows of a matmul take longer, too"
+    assert read(head_dim=256) == "all_heads", "a head is two rows of registers"
+    assert read(head_dim=256, q_heads=10, kv_heads=5) == "split_words", "a lane is not of one KV head alone"
     assert read(head_dim=64) == "all_heads", "a row that holds K and V is taken as both"
-    assert read(kv_dtype="float8_e4m3fn") == "split_rows", "a word holds four rows"
+    assert read(kv_dtype="float8_e4m3fn") == "all_heads", "a word holds K and V of two heads"
     assert read(q_dtype="float32", kv_dtype="float32") == "strided"
 
 
@@ -131,7 +134,8 @@ def test_waves_fit_and_are_fetched_far_enough_ahead_where_there_is_room(spec: Sp
         tiles = plan.decode
         if not isinstance(tiles, DecodeWaves):
             continue
-        assert 1 <= tiles.tiles_per_wave <= 8
+        few_tiles = most_visible_tokens(spec, spec.serving.decode_len) <= 2 * tiles.tile
+        assert 1 <= tiles.tiles_per_wave <= (16 if few_tiles else 8)
         assert tiles.lookahead >= 2, "one wave has its scores made, one its probabilities, one is fetched"
         assert tiles.wave_buffers == tiles.lookahead + 1
         assert tiles.tiles_per_wave <= tiles.write_buffers, "a wave may end as many sequences"
@@ -140,7 +144,10 @@ def test_waves_fit_and_are_fetched_far_enough_ahead_where_there_is_room(spec: Sp
         assert tiles.tiles_per_wave == 1 or wave <= WAVE_BYTES
         more = replace(tiles, lookahead=tiles.lookahead + 1)
         room = plan.vmem_bytes - plan.vmem_bytes // 16 - VMEM_HEADROOM
-        assert (tiles.lookahead - 1) * wave >= IN_FLIGHT_BYTES or vmem_need(spec, more, plan.recipe) > room
+        tiles_of_all = tiles.max_rows * math.ceil(most_visible_tokens(spec, spec.serving.decode_len) / tiles.tile)
+        whole_batch = tiles.lookahead * tiles.tiles_per_wave >= tiles_of_all
+        enough = (tiles.lookahead - 1) * wave >= IN_FLIGHT_BYTES or whole_batch
+        assert enough or vmem_need(spec, more, plan.recipe) > room
         scalars = sum(math.prod(buffer.shape) for buffer in tiles.scratch(spec, plan.recipe) if buffer.dtype == "smem")
         if plan.recipe.page_table == "smem":
             assert 4 * scalars < SMEM_RESERVE // 2, "the budget does not count them"

@@ -11,7 +11,7 @@ from command import ROOT
 from rpac.devices.chip import chip
 from rpac.kernels import render
 from rpac.plan import BlockTiles, DecodeBlocks, DecodeWaves, KernelPlan, plan_spec
-from rpac.plan.decode_waves import MORE_TILES, MOST_TILES
+from rpac.plan.decode_waves import MORE_TILES, most_tiles
 from rpac.plan.families import OPTIONS, override_of, vmem_need
 from rpac.plan.planner import VMEM_HEADROOM, with_tiles
 from rpac.plan.prefill import most_steps
@@ -137,4 +137,5 @@ def test_no_candidate_has_longer_pieces_of_code_than_the_rules_make(spec: Spec, 
                 assert other.block.heads * steps <= most or other.block.heads == 1
                 assert other.block.diagonal_heads * steps <= most_diagonal or other.block.diagonal_heads == 1
             if isinstance(other.decode, DecodeWaves):
-                assert other.decode.tiles_per_wave <= (MORE_TILES if plan.kind == "decode" else MOST_TILES[plan.kind])
+                most = max(most_tiles(spec, plan.kind, other.decode.tile), MORE_TILES * (plan.kind == "decode"))
+                assert other.decode.tiles_per_wave <= most

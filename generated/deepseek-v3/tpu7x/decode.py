@@ -14,7 +14,6 @@ What was specialized:
 - only decode batches: the other kernels are not in this program
 - decode: tiles of 1024 tokens, no longer than the expected lengths; waves of 4, so that one fills the other's waits;
   fetched 4 waves ahead, which hides the latency of DMAs
-- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
 - decode, loop: waves of tiles of any sequences; tiles of short sequences hide each other's latency
 - decode, reading K and V: one row of a token for all query heads; latent vectors are transposed before the MXU takes
   them as keys; that takes the MXU half the time; a tile goes through stages, so that no stage waits for another
@@ -62,6 +61,7 @@ MAX_ROWS = 64  # sequences of the largest batch
 NO_SEQ = MAX_ROWS  # in place of a sequence where there is no tile
 WRITE_BUFFERS = 8  # sequences whose new tokens are on their way to the cache
 QUERY_ROWS = Q_HEADS
+SCORE_ROWS = QUERY_ROWS
 LOADS = 6  # queries, their rotary parts, both of later sequences, new latent vectors, new rotary keys
 FIRST_ROWS = 8  # sequences whose queries are loaded before the first iteration
 LATER_ROWS = 56  # those whose queries are loaded meanwhile
@@ -177,6 +177,7 @@ class DecodeKernel(PagedKernel):
     tile_seq: Ref  # int32[TILE_BUFFERS]: the sequence of each tile in flight
     tile_first: Ref  # int32[TILE_BUFFERS]: its first token
     tile_left: Ref  # int32[TILE_BUFFERS]: tokens of its sequence from there on
+    last_slot: Ref  # int32[MAX_ROWS + 1]: the last tile of each sequence so far
     kv_sem: Ref  # DMA[WAVE_BUFFERS]: fetches
     load_sem: Ref  # DMA[LOADS]: queries, their rotary parts, new tokens
     write_sem: Ref  # DMA[WRITE_BUFFERS]: cache writes
@@ -196,8 +197,7 @@ class DecodeKernel(PagedKernel):
         # The first iteration finds a wave before the first, with no tile in it: nobody reads what that leaves.
         for_each(0, TILE_BUFFERS, self.clear_slot)
         ahead = (jnp.int32(0), jnp.int32(0))
-        for wave in range(1, LOOKAHEAD):
-            ahead = self.fetch_wave(wave, *ahead)
+        ahead = lax.fori_loop(1, LOOKAHEAD, self.fetch_first_wave, ahead)
         for load in loads:
             load.wait()
         self.use_loads()
@@ -290,6 +290,11 @@ class DecodeKernel(PagedKernel):
 
     # ---- fetch K and V: whole pages
 
+    def fetch_first_wave(self, wave, ahead):
+        """Starts the fetch of a wave before the loop, as `fetch_wave`."""
+        ahead = self.fetch_wave(wave, *ahead)
+        return ahead
+
     def fetch_wave(self, wave, *ahead):
         """Starts the fetch of a wave whose first tile is at `ahead`: a sequence, and a token of it; returns the next wave's."""
         for i in range(TILES_PER_WAVE):
@@ -301,6 +306,7 @@ class DecodeKernel(PagedKernel):
         live, some_seq = seq < self.num_seqs, jnp.minimum(seq, self.num_seqs - 1)
         left = jnp.where(live, self.kv_lens[some_seq] - first, 0)
         self.tile_seq[self.slot(wave, i)] = jnp.where(live, seq, NO_SEQ)
+        self.last_slot[jnp.where(live, seq, NO_SEQ)] = self.slot(wave, i)
         self.tile_first[self.slot(wave, i)] = first
         self.tile_left[self.slot(wave, i)] = left
         first_entry = some_seq * PAGES_PER_SEQ + quotient(first, PAGE_SIZE)
@@ -344,24 +350,23 @@ class DecodeKernel(PagedKernel):
             return self.kv.at[slot, pl.ds(0, count)]
         return self.kv.at[pl.ds(slot, count // TILE_PAGES)]
 
+    def first_open(self, wave):
+        """The first sequence that goes on after a wave. Those before it, from that of the wave's first tile on, end in it."""
+        last = self.slot(wave, TILES_PER_WAVE - 1)
+        seq = self.tile_seq[last]
+        return jnp.where(self.tile_left[last] > TILE, seq, jnp.minimum(seq + 1, self.num_seqs))
+
     def wait_and_patch(self, wave):
         """Waits for a wave; stores the new token and clears what lies behind it where a sequence ends."""
         self.wait_for_wave(wave)
-
         # Not before all tiles have arrived: the bytes that a wait counts may be another tile's.
-        @pl.when(self.tile_left[self.slot(wave, 0)] <= WAVE_TOKENS)
-        def patch_tiles():
-            for i in range(TILES_PER_WAVE):
-                self.patch_tile(wave, i)
+        for_each(self.tile_seq[self.slot(wave, 0)], self.first_open(wave), self.patch_last_tile)
 
-    def patch_tile(self, wave, i):
-        seq = self.tile_seq[self.slot(wave, i)]
-        left = self.tile_left[self.slot(wave, i)]
-
-        @pl.when((left > 0) & (left <= TILE))
-        def patch_last_tile():
-            self.update_cache(seq, self.slot(wave, i), left)
-            self.clear_tail(self.slot(wave, i), left)
+    def patch_last_tile(self, seq):
+        slot = self.last_slot[seq]
+        left = self.tile_left[slot]
+        self.update_cache(seq, slot, left)
+        self.clear_tail(slot, left)
 
     # ---- queries and outputs: a row of `q_in` and `out_all` is a sequence
 
@@ -467,7 +472,7 @@ class DecodeKernel(PagedKernel):
     def visible_tokens(self, wave, i):
         """Which scores of a tile count: those of the tokens before the end of its sequence."""
         left = self.tile_left[self.slot(wave, i)]
-        token = self.token_of_column(QUERY_ROWS)
+        token = self.token_of_column(SCORE_ROWS)
         return token < left
 
     def compute_wave(self, wave, ahead):
@@ -594,6 +599,7 @@ def attend_decode(queries, queries_rope, new_kv, new_rope, cache, kv_lens, page_
             pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_seq
             pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_first
             pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_left
+            pltpu.SMEM((MAX_ROWS + 1,), jnp.int32),  # last_slot
             pltpu.SemaphoreType.DMA((WAVE_BUFFERS,)),  # kv_sem
             pltpu.SemaphoreType.DMA((LOADS,)),  # load_sem
             pltpu.SemaphoreType.DMA((WRITE_BUFFERS,)),  # write_sem

@@ -15,7 +15,6 @@ What was specialized:
   fetched 5 waves ahead, which hides the latency of DMAs
 - mixed: blocks of 16 queries with all their heads against 512 fetched tokens (3 buffers); computes 256 query rows at
   once
-- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
 - decode, loop: waves of tiles of any sequences; tiles of short sequences hide each other's latency
 - decode, reading K and V: one row of a token for all query heads; the latent vector is part of every key and is every
   value
@@ -74,6 +73,7 @@ DECODE_MAX_ROWS = 64  # sequences of the largest batch
 DECODE_NO_SEQ = DECODE_MAX_ROWS  # in place of a sequence where there is no tile
 DECODE_WRITE_BUFFERS = 8  # sequences whose new tokens are on their way to the cache
 DECODE_QUERY_ROWS = Q_HEADS
+DECODE_SCORE_ROWS = DECODE_QUERY_ROWS
 DECODE_LOADS = 6  # queries, their rotary parts, both of later sequences, new latent vectors, new rotary keys
 DECODE_FIRST_ROWS = 4  # sequences whose queries are loaded before the first iteration
 DECODE_LATER_ROWS = 60  # those whose queries are loaded meanwhile
@@ -256,6 +256,7 @@ class DecodeKernel(PagedKernel):
     tile_seq: Ref  # int32[DECODE_TILE_BUFFERS]: the sequence of each tile in flight
     tile_first: Ref  # int32[DECODE_TILE_BUFFERS]: its first token
     tile_left: Ref  # int32[DECODE_TILE_BUFFERS]: tokens of its sequence from there on
+    last_slot: Ref  # int32[DECODE_MAX_ROWS + 1]: the last tile of each sequence so far
     kv_sem: Ref  # DMA[DECODE_WAVE_BUFFERS]: fetches
     load_sem: Ref  # DMA[DECODE_LOADS]: queries, their rotary parts, new tokens
     write_sem: Ref  # DMA[DECODE_WRITE_BUFFERS]: cache writes
@@ -275,8 +276,7 @@ class DecodeKernel(PagedKernel):
         # The first iteration finds a wave before the first, with no tile in it: nobody reads what that leaves.
         for_each(0, DECODE_TILE_BUFFERS, self.clear_slot)
         ahead = (jnp.int32(0), jnp.int32(0))
-        for wave in range(1, DECODE_LOOKAHEAD):
-            ahead = self.fetch_wave(wave, *ahead)
+        ahead = lax.fori_loop(1, DECODE_LOOKAHEAD, self.fetch_first_wave, ahead)
         for load in loads:
             load.wait()
         self.use_loads()
@@ -369,6 +369,11 @@ class DecodeKernel(PagedKernel):
 
     # ---- fetch K and V: whole pages
 
+    def fetch_first_wave(self, wave, ahead):
+        """Starts the fetch of a wave before the loop, as `fetch_wave`."""
+        ahead = self.fetch_wave(wave, *ahead)
+        return ahead
+
     def fetch_wave(self, wave, *ahead):
         """Starts the fetch of a wave whose first tile is at `ahead`: a sequence, and a token of it; returns the next wave's."""
         for i in range(DECODE_TILES_PER_WAVE):
@@ -380,6 +385,7 @@ class DecodeKernel(PagedKernel):
         live, some_seq = seq < self.num_seqs, jnp.minimum(seq, self.num_seqs - 1)
         left = jnp.where(live, self.kv_lens[some_seq] - first, 0)
         self.tile_seq[self.slot(wave, i)] = jnp.where(live, seq, DECODE_NO_SEQ)
+        self.last_slot[jnp.where(live, seq, DECODE_NO_SEQ)] = self.slot(wave, i)
         self.tile_first[self.slot(wave, i)] = first
         self.tile_left[self.slot(wave, i)] = left
         first_entry = some_seq * PAGES_PER_SEQ + quotient(first, PAGE_SIZE)
@@ -423,24 +429,23 @@ class DecodeKernel(PagedKernel):
             return self.kv.at[slot, pl.ds(0, count)]
         return self.kv.at[pl.ds(slot, count // DECODE_TILE_PAGES)]
 
+    def first_open(self, wave):
+        """The first sequence that goes on after a wave. Those before it, from that of the wave's first tile on, end in it."""
+        last = self.slot(wave, DECODE_TILES_PER_WAVE - 1)
+        seq = self.tile_seq[last]
+        return jnp.where(self.tile_left[last] > DECODE_TILE, seq, jnp.minimum(seq + 1, self.num_seqs))
+
     def wait_and_patch(self, wave):
         """Waits for a wave; stores the new token and clears what lies behind it where a sequence ends."""
         self.wait_for_wave(wave)
-
         # Not before all tiles have arrived: the bytes that a wait counts may be another tile's.
-        @pl.when(self.tile_left[self.slot(wave, 0)] <= DECODE_WAVE_TOKENS)
-        def patch_tiles():
-            for i in range(DECODE_TILES_PER_WAVE):
-                self.patch_tile(wave, i)
+        for_each(self.tile_seq[self.slot(wave, 0)], self.first_open(wave), self.patch_last_tile)
 
-    def patch_tile(self, wave, i):
-        seq = self.tile_seq[self.slot(wave, i)]
-        left = self.tile_left[self.slot(wave, i)]
-
-        @pl.when((left > 0) & (left <= DECODE_TILE))
-        def patch_last_tile():
-            self.update_cache(seq, self.slot(wave, i), left)
-            self.clear_tail(self.slot(wave, i), left)
+    def patch_last_tile(self, seq):
+        slot = self.last_slot[seq]
+        left = self.tile_left[slot]
+        self.update_cache(seq, slot, left)
+        self.clear_tail(slot, left)
 
     # ---- queries and outputs: a row of `q_in` and `out_all` is a sequence
 
@@ -522,7 +527,7 @@ class DecodeKernel(PagedKernel):
     def visible_tokens(self, wave, i):
         """Which scores of a tile count: those of the tokens before the end of its sequence."""
         left = self.tile_left[self.slot(wave, i)]
-        token = self.token_of_column(DECODE_QUERY_ROWS)
+        token = self.token_of_column(DECODE_SCORE_ROWS)
         return token < left
 
     def compute_wave(self, wave, ahead):
@@ -628,6 +633,7 @@ def attend_decode(queries, queries_rope, new_kv, new_rope, cache, kv_lens, page_
             pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_seq
             pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_first
             pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_left
+            pltpu.SMEM((DECODE_MAX_ROWS + 1,), jnp.int32),  # last_slot
             pltpu.SemaphoreType.DMA((DECODE_WAVE_BUFFERS,)),  # kv_sem
             pltpu.SemaphoreType.DMA((DECODE_LOADS,)),  # load_sem
             pltpu.SemaphoreType.DMA((DECODE_WRITE_BUFFERS,)),  # write_sem

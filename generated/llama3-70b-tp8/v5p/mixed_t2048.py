@@ -14,7 +14,6 @@ What was specialized:
   fetched 6 waves ahead, which hides the latency of DMAs
 - mixed: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512
   tokens at once
-- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
 - decode, loop: waves of tiles of any sequences; tiles of short sequences hide each other's latency
 - decode, reading K and V: all heads at once, in the order of the cache; 32-bit words are split into K and V in
   registers; a mask leaves each query the scores of its own KV head, so that no row has to be moved or stored
@@ -81,6 +80,7 @@ DECODE_WAVE_BUFFERS = DECODE_LOOKAHEAD + 1  # waves that are fetched or computed
 DECODE_TILE_BUFFERS = DECODE_WAVE_BUFFERS * DECODE_TILES_PER_WAVE
 DECODE_TILE_PAGES = DECODE_TILE // PAGE_SIZE
 DECODE_MAX_ROWS = 64  # sequences of the largest batch
+DECODE_PACKED_AT_ONCE = 8  # sequences whose new tokens are packed at once
 DECODE_NO_SEQ = DECODE_MAX_ROWS  # in place of a sequence where there is no tile
 DECODE_MAX_TOKENS = DECODE_MAX_ROWS  # new tokens of the largest batch
 DECODE_WRITE_BUFFERS = 16  # sequences whose new tokens are on their way to the cache
@@ -88,9 +88,16 @@ DECODE_TILES_LOADED = 1  # whose loads may be early: those after them wait for t
 DECODE_HEAD_SETS = 1
 DECODE_SET_ROWS = 8  # rows of these queries, whole registers
 DECODE_HEAD_QUERY_ROWS = 8  # of them those of one KV head
-DECODE_QUERY_ROWS = DECODE_HEAD_SETS * DECODE_SET_ROWS
+DECODE_ROW_SETS = DECODE_HEAD_SETS
+DECODE_QUERY_ROWS = DECODE_ROW_SETS * DECODE_SET_ROWS
+DECODE_SCORE_SETS = 1  # whose rows of scores are kept
+DECODE_SCORE_ROWS = DECODE_SCORE_SETS * DECODE_SET_ROWS  # of them, for each row of K
 DECODE_NO_TOKEN = 1073741824  # a number that no token of a sequence has
+DECODE_VALUES_SHIFT = 16  # bits of K in a pair of K and V
+DECODE_ROW_DTYPE = jnp.int16  # of as many bits as an element of the cache
+DECODE_PAIR_DTYPE = jnp.int32  # of K and V; with one KV head, of all rows of a token
 DECODE_TOKEN_COLUMNS = 1  # rows of K of one token, all heads
+DECODE_HEAD_COLUMNS = 1  # of them those of one head
 DECODE_COLUMNS = DECODE_TILE * DECODE_TOKEN_COLUMNS  # rows of K, and of V, of all heads of a tile
 DECODE_CLEARED_TILES = 16  # sublane tiles that are cleared at once
 DECODE_LOADS = 3  # queries, keys, values
@@ -181,6 +188,21 @@ def matmul(rows, matrix, contracted):
     return lax.dot_general(rows, matrix, dims, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
+def lane_partial_sum(p):
+    """The sums of probabilities, a part of each in every lane."""
+    return sum(p[:, lane : lane + LANES] for lane in range(0, p.shape[1], LANES))
+
+
+def lane_partial_max(scores):
+    """The largest of scores, a part of each in every lane."""
+    return functools.reduce(jnp.maximum, [scores[:, lane : lane + LANES] for lane in range(0, scores.shape[1], LANES)])
+
+
+def reduce_lanes(parts):
+    """Such sums whole, the same in every lane: a block of queries needs it once."""
+    return jnp.broadcast_to(jnp.sum(parts, axis=1, keepdims=True), parts.shape)
+
+
 def rows_as_words(rows):
     """Rows of the cache as 32-bit words, each of PACKING rows."""
     return pltpu.bitcast(rows, jnp.uint32)
@@ -199,11 +221,6 @@ def token_of_word(tokens):
 def rows_of_tile(index):
     """The rows of a sublane tile, the `index`-th from where rows are counted."""
     return pl.ds(pl.multiple_of(index * SUBLANE_TILE_ROWS, SUBLANE_TILE_ROWS), SUBLANE_TILE_ROWS)
-
-
-def transpose_halves(low, high):
-    """Words of two rows of one token each, of two tokens, as words of two tokens of one row each."""
-    return (low & jnp.uint32(0xFFFF)) | (high << HALF_BITS), (low >> HALF_BITS) | (high & jnp.uint32(0xFFFF0000))
 
 
 def cache_rows(kv_cache):
@@ -321,17 +338,18 @@ class DecodeKernel(PagedKernel):
     new_keys: Ref  # bfloat16[DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM]: new keys of every sequence
     new_values: Ref  # bfloat16[DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM]: new values of every sequence
     new_out: Ref  # bfloat16[DECODE_WRITE_BUFFERS, SUBLANE_TILE_ROWS, LANES]: new tokens on their way to the cache
-    packed: Ref  # uint32[SUBLANE_TILE * WORD_ROWS, LANES]: a new token in the cache's form
+    packed: Ref  # uint32[DECODE_MAX_ROWS, SUBLANE_TILE * WORD_ROWS, LANES]: new tokens in the cache's form
     tile_max: Ref  # float32[DECODE_TILES_PER_WAVE, DECODE_QUERY_ROWS, LANES]: the largest score of each tile, the same in every lane
-    column_token: Ref  # int32[DECODE_QUERY_ROWS, DECODE_COLUMNS]: the token of each score of a query with its own KV head
-    scores: Ref  # float32[DECODE_TILES_PER_WAVE, DECODE_QUERY_ROWS, DECODE_COLUMNS]: scores of a wave, for the next iteration
+    column_token: Ref  # int32[DECODE_SCORE_ROWS, DECODE_COLUMNS]: the token of each score of an own KV head
+    scores: Ref  # float32[DECODE_TILES_PER_WAVE, DECODE_SCORE_ROWS, DECODE_COLUMNS]: scores of a wave, for the next iteration
     row_max: Ref  # float32[DECODE_QUERY_ROWS, LANES]: running maximum, the same in every lane
     row_sum: Ref  # float32[DECODE_QUERY_ROWS, LANES]: running sum, the same in every lane
-    acc: Ref  # float32[DECODE_QUERY_ROWS, HEAD_LANES]: running output
+    acc: Ref  # float32[DECODE_QUERY_ROWS, LANES]: running output
     out_all: Ref  # bfloat16[DECODE_MAX_ROWS + 1, Q_HEADS, HEAD_DIM]: outputs of every sequence, and of no sequence
     tile_seq: Ref  # int32[DECODE_TILE_BUFFERS]: the sequence of each tile in flight
     tile_first: Ref  # int32[DECODE_TILE_BUFFERS]: its first token
     tile_left: Ref  # int32[DECODE_TILE_BUFFERS]: tokens of its sequence from there on
+    last_slot: Ref  # int32[DECODE_MAX_ROWS + 1]: the last tile of each sequence so far
     kv_sem: Ref  # DMA[DECODE_WAVE_BUFFERS]: fetches
     load_sem: Ref  # DMA[DECODE_LOADS]: queries, keys, values
     write_sem: Ref  # DMA[DECODE_WRITE_BUFFERS]: cache writes
@@ -349,13 +367,13 @@ class DecodeKernel(PagedKernel):
         for load in loads:
             load.start()
         # The first iteration finds a wave before the first, with no tile in it: nobody reads what that leaves.
-        for_each(0, DECODE_TILE_BUFFERS, self.clear_slot)
+        for_each(0, DECODE_TILES_PER_WAVE, self.clear_slot)
         self.load_column_tokens()
         ahead = (jnp.int32(0), jnp.int32(0))
-        for wave in range(1, DECODE_LOOKAHEAD):
-            ahead = self.fetch_wave(wave, *ahead)
+        ahead = lax.fori_loop(1, DECODE_LOOKAHEAD, self.fetch_first_wave, ahead)
         for load in loads:
             load.wait()
+        for_each(0, pl.cdiv(self.num_seqs, DECODE_PACKED_AT_ONCE), self.pack_new_tokens)
         wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
         self.write_results(wave)
 
@@ -400,6 +418,11 @@ class DecodeKernel(PagedKernel):
 
     # ---- fetch K and V: whole pages
 
+    def fetch_first_wave(self, wave, ahead):
+        """Starts the fetch of a wave before the loop, as `fetch_wave`."""
+        ahead = self.fetch_wave(wave, *ahead)
+        return ahead
+
     def fetch_wave(self, wave, *ahead):
         """Starts the fetch of a wave whose first tile is at `ahead`: a sequence, and a token of it; returns the next wave's."""
         for i in range(DECODE_TILES_PER_WAVE):
@@ -411,6 +434,7 @@ class DecodeKernel(PagedKernel):
         live, some_seq = seq < self.num_seqs, jnp.minimum(seq, self.num_seqs - 1)
         left = jnp.where(live, self.kv_lens[some_seq] - first, 0)
         self.tile_seq[self.slot(wave, i)] = jnp.where(live, seq, DECODE_NO_SEQ)
+        self.last_slot[jnp.where(live, seq, DECODE_NO_SEQ)] = self.slot(wave, i)
         self.tile_first[self.slot(wave, i)] = first
         self.tile_left[self.slot(wave, i)] = left
         first_entry = some_seq * PAGES_PER_SEQ + quotient(first, PAGE_SIZE)
@@ -454,24 +478,23 @@ class DecodeKernel(PagedKernel):
             return self.kv.at[slot, pl.ds(0, count * PAGE_ROWS)]
         return self.kv.at[pl.ds(slot, count // DECODE_TILE_PAGES)]
 
+    def first_open(self, wave):
+        """The first sequence that goes on after a wave. Those before it, from that of the wave's first tile on, end in it."""
+        last = self.slot(wave, DECODE_TILES_PER_WAVE - 1)
+        seq = self.tile_seq[last]
+        return jnp.where(self.tile_left[last] > DECODE_TILE, seq, jnp.minimum(seq + 1, self.num_seqs))
+
     def wait_and_patch(self, wave):
         """Waits for a wave; stores the new token and clears what lies behind it where a sequence ends."""
         self.wait_for_wave(wave)
-
         # Not before all tiles have arrived: the bytes that a wait counts may be another tile's.
-        @pl.when(self.tile_left[self.slot(wave, 0)] <= DECODE_WAVE_TOKENS)
-        def patch_tiles():
-            for i in range(DECODE_TILES_PER_WAVE):
-                self.patch_tile(wave, i)
+        for_each(self.tile_seq[self.slot(wave, 0)], self.first_open(wave), self.patch_last_tile)
 
-    def patch_tile(self, wave, i):
-        seq = self.tile_seq[self.slot(wave, i)]
-        left = self.tile_left[self.slot(wave, i)]
-
-        @pl.when((left > 0) & (left <= DECODE_TILE))
-        def patch_last_tile():
-            self.update_cache(seq, self.slot(wave, i), left)
-            self.clear_tail(self.slot(wave, i), left)
+    def patch_last_tile(self, seq):
+        slot = self.last_slot[seq]
+        left = self.tile_left[slot]
+        self.update_cache(seq, slot, left)
+        self.clear_tail(slot, left)
 
     # ---- queries and outputs: a row of `q_in` and `out_all` is a sequence
 
@@ -481,7 +504,7 @@ class DecodeKernel(PagedKernel):
 
     def store_output(self, wave, i, row_max, row_sum, acc):
         """The output of a tile's sequence, as it is after this tile."""
-        out = acc / broadcast_lanes(row_sum, HEAD_LANES)
+        out = acc / broadcast_lanes(row_sum, LANES)
         self.out_all[self.tile_seq[self.slot(wave, i)]] = out.astype(self.out_all.dtype)
 
     # The new token goes into the fetched tokens, and from a copy of its sublane tile back to its page.
@@ -495,18 +518,16 @@ class DecodeKernel(PagedKernel):
 
         token = left - 1
         rows = rows_of_tile(quotient(token, SUBLANE_TILE))
-        for i in range(SUBLANE_TILE):
-            pack_token(self.new_keys[seq], self.new_values[seq], self.packed, i)
         is_new = token_of_word(SUBLANE_TILE) == remainder(token, SUBLANE_TILE)
-        words = jnp.where(is_new, self.packed[...], rows_as_words(self.kv[buffer, rows]))
+        words = jnp.where(is_new, self.new_words(seq), rows_as_words(self.kv[buffer, rows]))
         self.kv[buffer, rows] = words_as_rows(words)
-        self.new_out[lax.rem(seq, DECODE_WRITE_BUFFERS)] = words_as_rows(words)
+        self.new_out[remainder(seq, DECODE_WRITE_BUFFERS)] = words_as_rows(words)
         entry = seq * PAGES_PER_SEQ + quotient(self.kv_lens[seq] - 1, PAGE_SIZE)
         self.cache_write(seq, self.page_indices[entry]).start()
 
     def cache_write(self, seq, page):
         """The copy of the sublane tile with a sequence's new token to a page of the cache."""
-        buffer = lax.rem(seq, DECODE_WRITE_BUFFERS)
+        buffer = remainder(seq, DECODE_WRITE_BUFFERS)
         position = self.kv_lens[seq] - 1
         target = self.cache_hbm.at[page, rows_of_tile(quotient(remainder(position, PAGE_SIZE), SUBLANE_TILE))]
         return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
@@ -514,6 +535,10 @@ class DecodeKernel(PagedKernel):
     def wait_for_writes(self, seq):
         """Waits until the new token of a sequence is in the cache."""
         self.cache_write(seq, 0).wait()  # as many bytes, whichever page they go to
+
+    def new_words(self, seq):
+        """The words of a sequence's new token, in the place of each token of a sublane tile."""
+        return self.packed[seq]
 
     def drain_write(self, i):
         """Waits for the writes of one of the last sequences."""
@@ -546,7 +571,7 @@ class DecodeKernel(PagedKernel):
         them, and loads behind fetches. It would load tiles long before the MXU can take them, and spill them. A store to
         where `kv` is free again keeps its place among these loads and fetches, and it waits for what it stores.
         """
-        made = self.scores[i, DECODE_QUERY_ROWS - SUBLANES :, pl.ds(DECODE_COLUMNS // 2 // LANES * LANES, LANES)]
+        made = self.scores[i, DECODE_SCORE_ROWS - SUBLANES :, pl.ds(DECODE_COLUMNS // 2 // LANES * LANES, LANES)]
         self.kv[self.slot(wave, i), pl.ds(0, SUBLANES * PACKING), pl.ds(0, LANES)] = pltpu.bitcast(made, self.kv.dtype)
 
     def keep_scores(self, wave, i):
@@ -554,22 +579,24 @@ class DecodeKernel(PagedKernel):
 
         That is done here, beside the MXU, because the next iteration begins with probabilities.
         """
-        made = scores = self.compute_scores(wave, i)
+        made = self.compute_scores(wave, i)
+        scores = self.whole_scores(self.score_rows(made))
         scores = jnp.where(self.visible_tokens(wave, i), scores * SCORE_SCALE, MASKED)
         self.scores[i] = scores
-        self.tile_max[i] = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), self.row_max.shape)
+        largest = self.spread_maxima(lane_partial_max(scores))
+        self.tile_max[i] = jnp.broadcast_to(jnp.max(largest, axis=1, keepdims=True), self.row_max.shape)
         return made[:SUBLANES, :LANES]
 
     def softmax(self, wave, i, tile_max):
         """Probabilities relative to the tile's own maximum, with that and their sum, the same in every lane."""
-        p = jnp.exp2(self.scores[i] - broadcast_lanes(tile_max, DECODE_COLUMNS))
-        tile_sum = jnp.broadcast_to(jnp.sum(p, axis=1, keepdims=True), self.row_sum.shape)
-        return p, tile_max, tile_sum
+        p = jnp.exp2(self.scores[i] - broadcast_lanes(self.score_rows(tile_max), DECODE_COLUMNS))
+        tile_sum = reduce_lanes(self.spread_weights(lane_partial_sum(p)))
+        return self.spread_weights(p), tile_max, tile_sum
 
     def visible_tokens(self, wave, i):
         """Which scores of a tile count: those of the tokens before the end of its sequence."""
         left = self.tile_left[self.slot(wave, i)]
-        token = self.token_of_column(DECODE_QUERY_ROWS)
+        token = self.token_of_column(DECODE_SCORE_ROWS)
         return token < left
 
     def compute_wave(self, wave, ahead):
@@ -587,8 +614,8 @@ class DecodeKernel(PagedKernel):
         new_max = jnp.maximum(old_max, tile_max)
         alpha, beta = jnp.exp2(old_max - new_max), jnp.exp2(tile_max - new_max)
         new_sum = jnp.where(begins, 0.0, old_sum) * alpha + tile_sum * beta
-        new_acc = jnp.where(begins, 0.0, old_acc) * broadcast_lanes(alpha, HEAD_LANES)
-        new_acc = new_acc + values * broadcast_lanes(beta, HEAD_LANES)
+        new_acc = jnp.where(begins, 0.0, old_acc) * broadcast_lanes(alpha, LANES)
+        new_acc = new_acc + values * broadcast_lanes(beta, LANES)
         self.store_output(wave, i, new_max, new_sum, new_acc)
         return new_max, new_sum, new_acc
 
@@ -598,35 +625,53 @@ class DecodeKernel(PagedKernel):
 
     def compute_scores(self, wave, i):
         """The scores of a tile, float32[DECODE_QUERY_ROWS, DECODE_COLUMNS]: of all queries with K of all heads."""
-        (queries,) = self.query_sets(self.load_queries(wave, i))
-        return matmul_keys(queries, self.tile_keys(wave, i))
+        queries = jnp.concatenate(list(self.query_sets(self.load_queries(wave, i))), axis=0)
+        return matmul_keys(self.split_queries(queries), self.tile_keys(wave, i))
 
     def accumulate_pv(self, wave, i, p):
-        """The weighted values of a tile, float32[DECODE_QUERY_ROWS, HEAD_LANES]."""
+        """The weighted values of a tile, float32[DECODE_QUERY_ROWS, LANES]."""
         return matmul_values(p, self.tile_values(wave, i))
 
     def token_of_column(self, rows):
         """The token of each score, int32[rows, DECODE_COLUMNS]; of another KV head's than the query's none that a sequence has."""
         return self.column_token[...]
 
-    # The words of a tile hold K in the low half and V in the high one. The halves of a tile are put together: of two columns
-    # the first is a row of the first half of the tile, the other a row of the second.
+    # ---- scores of all queries with each row of K: a mask leaves those of its own KV head
+
+    def score_rows(self, rows):
+        """The rows of which scores are kept, out of those of all queries."""
+        return rows
+
+    def spread_maxima(self, rows):
+        """The inverse, of maxima."""
+        return rows
+
+    def spread_weights(self, rows):
+        """The inverse, of probabilities or their sums."""
+        return rows
+
+    def is_own(self, row, head):
+        """Whether a row of scores is of a query of a KV head."""
+        return head == lax.div(row, DECODE_HEAD_QUERY_ROWS)
+
+    def whole_scores(self, scores):
+        """Scores with whole rows of K."""
+        return scores
+
+    def split_queries(self, queries):
+        """The rows of a matmul with K of all heads."""
+        return queries
+
+    # A word holds K in the lower bits of an integer of DECODE_PAIR_DTYPE, and V above. Or it holds a row of both, and padding above: the
+    # MXU takes such a row as either, beside queries that have zeros where V is.
 
     def tile_keys(self, wave, i):
-        """K of all heads of a tile, `[DECODE_COLUMNS, HEAD_LANES]`."""
-        return words_as_rows(transpose_halves(*self.words_by_half(wave, i))[0])
+        """K of all heads of a tile, `[DECODE_COLUMNS, LANES]`."""
+        return lower_rows(self.kv[self.slot(wave, i)])
 
     def tile_values(self, wave, i):
-        """V of all heads of a tile, `[DECODE_COLUMNS, HEAD_LANES]`."""
-        return words_as_rows(transpose_halves(*self.words_by_half(wave, i))[1])
-
-    def words_by_half(self, wave, i):
-        return jnp.split(rows_as_words(self.kv[self.slot(wave, i)]), 2, axis=0)
-
-    def place_of_column(self, column):
-        """The token of a column of scores, and its KV head."""
-        row = (column & 1) * (DECODE_COLUMNS // 2) + (column >> 1)
-        return lax.div(row, DECODE_TOKEN_COLUMNS), lax.rem(row, DECODE_TOKEN_COLUMNS)
+        """V of all heads of a tile, `[DECODE_COLUMNS, LANES]`."""
+        return lower_rows(rows_as_words(self.kv[self.slot(wave, i)]) >> DECODE_VALUES_SHIFT)
 
     def query_sets(self, queries):
         """The queries of each set of heads."""
@@ -635,10 +680,16 @@ class DecodeKernel(PagedKernel):
 
     def load_column_tokens(self):
         """Says for each score which token it is of; DECODE_NO_TOKEN where the query has another KV head than K."""
-        query = lax.broadcasted_iota(jnp.int32, self.column_token.shape, 0)
+        row = lax.broadcasted_iota(jnp.int32, self.column_token.shape, 0)
         column = lax.broadcasted_iota(jnp.int32, self.column_token.shape, 1)
-        token, head = self.place_of_column(column)
-        self.column_token[...] = jnp.where(head == lax.div(query, DECODE_HEAD_QUERY_ROWS), token, DECODE_NO_TOKEN)
+        token, head = lax.div(column, DECODE_TOKEN_COLUMNS), lax.div(lax.rem(column, DECODE_TOKEN_COLUMNS), DECODE_HEAD_COLUMNS)
+        self.column_token[...] = jnp.where(self.is_own(row, head), token, DECODE_NO_TOKEN)
+
+    def pack_new_tokens(self, index):
+        """Packs the new tokens of some sequences, so that their latencies hide each other, and the first wave's hides them."""
+        for seq in [index * DECODE_PACKED_AT_ONCE + i for i in range(DECODE_PACKED_AT_ONCE)]:
+            for place in range(SUBLANE_TILE):
+                pack_token(self.new_keys[seq], self.new_values[seq], self.packed.at[seq], place)
 
 
 def paced_by(value, scores):
@@ -662,9 +713,9 @@ def wait_for_bytes(array, sem):
     pltpu.make_async_copy(array, array, sem).wait()
 
 
-def words_by_half(rows):
-    """The words of the rows of a tile: of its first half, and of its second."""
-    return jnp.split(pltpu.bitcast(rows.reshape(DECODE_TILE, HEAD_LANES), jnp.uint32), 2, axis=0)
+def lower_rows(pairs):
+    """The rows in the lower bits of integers of DECODE_PAIR_DTYPE. One operation of the vector unit takes two registers."""
+    return pltpu.bitcast(pltpu.bitcast(pairs, DECODE_PAIR_DTYPE).astype(DECODE_ROW_DTYPE), jnp.bfloat16)
 
 
 def matmul_keys(queries, keys):
@@ -701,17 +752,18 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
             pltpu.VMEM((DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
             pltpu.VMEM((DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
             pltpu.VMEM((DECODE_WRITE_BUFFERS, SUBLANE_TILE_ROWS, LANES), jnp.bfloat16),  # new_out
-            pltpu.VMEM((SUBLANE_TILE * WORD_ROWS, LANES), jnp.uint32),  # packed
+            pltpu.VMEM((DECODE_MAX_ROWS, SUBLANE_TILE * WORD_ROWS, LANES), jnp.uint32),  # packed
             pltpu.VMEM((DECODE_TILES_PER_WAVE, DECODE_QUERY_ROWS, LANES), jnp.float32),  # tile_max
-            pltpu.VMEM((DECODE_QUERY_ROWS, DECODE_COLUMNS), jnp.int32),  # column_token
-            pltpu.VMEM((DECODE_TILES_PER_WAVE, DECODE_QUERY_ROWS, DECODE_COLUMNS), jnp.float32),  # scores
+            pltpu.VMEM((DECODE_SCORE_ROWS, DECODE_COLUMNS), jnp.int32),  # column_token
+            pltpu.VMEM((DECODE_TILES_PER_WAVE, DECODE_SCORE_ROWS, DECODE_COLUMNS), jnp.float32),  # scores
             pltpu.VMEM((DECODE_QUERY_ROWS, LANES), jnp.float32),  # row_max
             pltpu.VMEM((DECODE_QUERY_ROWS, LANES), jnp.float32),  # row_sum
-            pltpu.VMEM((DECODE_QUERY_ROWS, HEAD_LANES), jnp.float32),  # acc
+            pltpu.VMEM((DECODE_QUERY_ROWS, LANES), jnp.float32),  # acc
             pltpu.VMEM((DECODE_MAX_ROWS + 1, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_all
             pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_seq
             pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_first
             pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_left
+            pltpu.SMEM((DECODE_MAX_ROWS + 1,), jnp.int32),  # last_slot
             pltpu.SemaphoreType.DMA((DECODE_WAVE_BUFFERS,)),  # kv_sem
             pltpu.SemaphoreType.DMA((DECODE_LOADS,)),  # load_sem
             pltpu.SemaphoreType.DMA((DECODE_WRITE_BUFFERS,)),  # write_sem

@@ -13,9 +13,6 @@ What was specialized:
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 1024 fetched tokens (3 buffers); computes 256 query rows of a head against 512
   tokens at once
-- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
-- arrays by head: keys, values; XLA keeps arrays so where the heads of a token fill no sublane tiles; then nothing is
-  copied around a kernel
 - prefill, loop: blocks of queries over blocks of tokens; a fetched token serves all queries of a block
 - prefill, reading K and V: 32-bit words are split into K and V; interleaved K and V narrower than 32 bits share words,
   which the MXU cannot take
@@ -526,6 +523,16 @@ class PrefillKernel(PagedKernel):
         place = target.at[buffer, :, put]
         return pltpu.make_async_copy(source.at[:, take], place, self.new_sem.at[buffer])
 
+    def new_rows(self, array, buffer, start):
+        """MERGE_TOKENS new keys (or values) from a token of a page on, float32[KV_HEADS, MERGE_TOKENS, HEAD_DIM].
+
+        They lie `tokens_before` behind a whole sublane tile.
+        """
+        loaded = pl.ds(PAGE_SIZE + start, MERGE_TOKENS + SORTED_TOKENS)
+        back = MERGE_TOKENS + SORTED_TOKENS - self.tokens_before
+        rows = [pltpu.roll(array[buffer, head, loaded].astype(jnp.float32), back, 0) for head in range(KV_HEADS)]
+        return jnp.stack([one[:MERGE_TOKENS] for one in rows])
+
     def merge_tokens(self, buffer, new_buffer, first, end, index):
         """Puts new tokens into MERGE_TOKENS tokens of a page, where they lie in `[first, end)`."""
         start = index * MERGE_TOKENS
@@ -540,16 +547,6 @@ class PrefillKernel(PagedKernel):
         is_new = (token >= first) & (token < end)
         words = jnp.where(is_new, self.packed[...], rows_as_words(self.page_rows[buffer, rows]))
         self.page_rows[buffer, rows] = words_as_rows(words)
-
-    def new_rows(self, array, buffer, start):
-        """MERGE_TOKENS new keys (or values) from a token of a page on, float32[KV_HEADS, MERGE_TOKENS, HEAD_DIM].
-
-        They lie `tokens_before` behind a whole sublane tile.
-        """
-        loaded = pl.ds(PAGE_SIZE + start, MERGE_TOKENS + SORTED_TOKENS)
-        back = MERGE_TOKENS + SORTED_TOKENS - self.tokens_before
-        rows = [pltpu.roll(array[buffer, head, loaded].astype(jnp.float32), back, 0) for head in range(KV_HEADS)]
-        return jnp.stack([one[:MERGE_TOKENS] for one in rows])
 
     # ---- Fetches.
 

@@ -15,7 +15,6 @@ What was specialized:
   fetched 6 waves ahead, which hides the latency of DMAs
 - mixed: blocks of 64 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512
   tokens at once
-- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
 - decode, loop: waves of tiles of any sequences; tiles of short sequences hide each other's latency
 - decode, reading K and V: as they lie in the cache, one array for K and one for V of each head; kv_layout separate
   needs no shuffle before the MXU
@@ -79,6 +78,7 @@ DECODE_WAVE_BUFFERS = DECODE_LOOKAHEAD + 1  # waves that are fetched or computed
 DECODE_TILE_BUFFERS = DECODE_WAVE_BUFFERS * DECODE_TILES_PER_WAVE
 DECODE_TILE_PAGES = DECODE_TILE // PAGE_SIZE
 DECODE_MAX_ROWS = 64  # sequences of the largest batch
+DECODE_PACKED_AT_ONCE = 8  # sequences whose new tokens are packed at once
 DECODE_NO_SEQ = DECODE_MAX_ROWS  # in place of a sequence where there is no tile
 DECODE_MAX_TOKENS = DECODE_MAX_ROWS  # new tokens of the largest batch
 DECODE_WRITE_BUFFERS = 16  # sequences whose new tokens are on their way to the cache
@@ -90,7 +90,10 @@ DECODE_SET_QUERIES = 8
 DECODE_SET_ROWS = 8  # rows of these queries, whole registers
 DECODE_P_ROWS = DECODE_SET_ROWS  # rows of a set's probabilities in one matmul
 DECODE_HEAD_QUERY_ROWS = 4  # of them those of one KV head
-DECODE_QUERY_ROWS = DECODE_HEAD_SETS * DECODE_SET_ROWS
+DECODE_ROW_SETS = DECODE_HEAD_SETS
+DECODE_QUERY_ROWS = DECODE_ROW_SETS * DECODE_SET_ROWS
+DECODE_SCORE_SETS = 3  # whose rows of scores are kept
+DECODE_SCORE_ROWS = DECODE_SCORE_SETS * DECODE_SET_ROWS  # of them, for each row of K
 DECODE_LOADS = 3  # queries, keys, values
 MIXED_Q_BLOCK = 64  # query tokens of a query block
 MIXED_Q_ROWS = GROUP * MIXED_Q_BLOCK  # their rows of one KV head
@@ -267,7 +270,8 @@ class DecodeKernel(PagedKernel):
     new_keys: Ref  # bfloat16[DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM]: new keys of every sequence
     new_values: Ref  # bfloat16[DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM]: new values of every sequence
     new_out: Ref  # bfloat16[DECODE_WRITE_BUFFERS, KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES]: new tokens on their way to the cache
-    scores: Ref  # float32[DECODE_TILES_PER_WAVE, DECODE_QUERY_ROWS, DECODE_TILE]: scores of a wave, for the next iteration
+    packed: Ref  # uint32[DECODE_MAX_ROWS, KV_PLANES, KV_HEADS, HEAD_LANES]: rows of new tokens, in every place of a word
+    scores: Ref  # float32[DECODE_TILES_PER_WAVE, DECODE_SCORE_ROWS, DECODE_TILE]: scores of a wave, for the next iteration
     row_max: Ref  # float32[DECODE_QUERY_ROWS, LANES]: running maximum, the same in every lane
     row_sum: Ref  # float32[DECODE_QUERY_ROWS, LANES]: running sum, the same in every lane
     acc: Ref  # float32[DECODE_QUERY_ROWS, HEAD_LANES]: running output
@@ -275,6 +279,7 @@ class DecodeKernel(PagedKernel):
     tile_seq: Ref  # int32[DECODE_TILE_BUFFERS]: the sequence of each tile in flight
     tile_first: Ref  # int32[DECODE_TILE_BUFFERS]: its first token
     tile_left: Ref  # int32[DECODE_TILE_BUFFERS]: tokens of its sequence from there on
+    last_slot: Ref  # int32[DECODE_MAX_ROWS + 1]: the last tile of each sequence so far
     kv_sem: Ref  # DMA[DECODE_WAVE_BUFFERS]: fetches
     load_sem: Ref  # DMA[DECODE_LOADS]: queries, keys, values
     write_sem: Ref  # DMA[DECODE_WRITE_BUFFERS]: cache writes
@@ -292,12 +297,12 @@ class DecodeKernel(PagedKernel):
         for load in loads:
             load.start()
         # The first iteration finds a wave before the first, with no tile in it: nobody reads what that leaves.
-        for_each(0, DECODE_TILE_BUFFERS, self.clear_slot)
+        for_each(0, DECODE_TILES_PER_WAVE, self.clear_slot)
         ahead = (jnp.int32(0), jnp.int32(0))
-        for wave in range(1, DECODE_LOOKAHEAD):
-            ahead = self.fetch_wave(wave, *ahead)
+        ahead = lax.fori_loop(1, DECODE_LOOKAHEAD, self.fetch_first_wave, ahead)
         for load in loads:
             load.wait()
+        for_each(0, pl.cdiv(self.num_seqs, DECODE_PACKED_AT_ONCE), self.make_new_rows)
         wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
         self.write_results(wave)
 
@@ -342,6 +347,11 @@ class DecodeKernel(PagedKernel):
 
     # ---- fetch K and V: whole pages
 
+    def fetch_first_wave(self, wave, ahead):
+        """Starts the fetch of a wave before the loop, as `fetch_wave`."""
+        ahead = self.fetch_wave(wave, *ahead)
+        return ahead
+
     def fetch_wave(self, wave, *ahead):
         """Starts the fetch of a wave whose first tile is at `ahead`: a sequence, and a token of it; returns the next wave's."""
         for i in range(DECODE_TILES_PER_WAVE):
@@ -353,6 +363,7 @@ class DecodeKernel(PagedKernel):
         live, some_seq = seq < self.num_seqs, jnp.minimum(seq, self.num_seqs - 1)
         left = jnp.where(live, self.kv_lens[some_seq] - first, 0)
         self.tile_seq[self.slot(wave, i)] = jnp.where(live, seq, DECODE_NO_SEQ)
+        self.last_slot[jnp.where(live, seq, DECODE_NO_SEQ)] = self.slot(wave, i)
         self.tile_first[self.slot(wave, i)] = first
         self.tile_left[self.slot(wave, i)] = left
         first_entry = some_seq * PAGES_PER_SEQ + quotient(first, PAGE_SIZE)
@@ -396,24 +407,23 @@ class DecodeKernel(PagedKernel):
             return self.kv.at[slot, pl.ds(0, count)]
         return self.kv.at[pl.ds(slot, count // DECODE_TILE_PAGES)]
 
+    def first_open(self, wave):
+        """The first sequence that goes on after a wave. Those before it, from that of the wave's first tile on, end in it."""
+        last = self.slot(wave, DECODE_TILES_PER_WAVE - 1)
+        seq = self.tile_seq[last]
+        return jnp.where(self.tile_left[last] > DECODE_TILE, seq, jnp.minimum(seq + 1, self.num_seqs))
+
     def wait_and_patch(self, wave):
         """Waits for a wave; stores the new token and clears what lies behind it where a sequence ends."""
         self.wait_for_wave(wave)
-
         # Not before all tiles have arrived: the bytes that a wait counts may be another tile's.
-        @pl.when(self.tile_left[self.slot(wave, 0)] <= DECODE_WAVE_TOKENS)
-        def patch_tiles():
-            for i in range(DECODE_TILES_PER_WAVE):
-                self.patch_tile(wave, i)
+        for_each(self.tile_seq[self.slot(wave, 0)], self.first_open(wave), self.patch_last_tile)
 
-    def patch_tile(self, wave, i):
-        seq = self.tile_seq[self.slot(wave, i)]
-        left = self.tile_left[self.slot(wave, i)]
-
-        @pl.when((left > 0) & (left <= DECODE_TILE))
-        def patch_last_tile():
-            self.update_cache(seq, self.slot(wave, i), left)
-            self.clear_tail(self.slot(wave, i), left)
+    def patch_last_tile(self, seq):
+        slot = self.last_slot[seq]
+        left = self.tile_left[slot]
+        self.update_cache(seq, slot, left)
+        self.clear_tail(slot, left)
 
     # ---- queries and outputs: a row of `q_in` and `out_all` is a sequence
 
@@ -444,7 +454,8 @@ class DecodeKernel(PagedKernel):
         page, place = quotient(token, PAGE_SIZE), remainder(token, SUBLANE_TILE)
         tokens = sublane_tile(token)
         mask = self.new_token_mask(place)
-        for plane, new in enumerate(self.new_rows(seq)):
+        for plane in range(KV_PLANES):
+            new = self.packed[seq, plane]
             for head in range(KV_HEADS):
                 rows = self.patched((slot, page, plane, head, tokens), head, new, mask)
                 self.kv[slot, page, plane, head, tokens] = rows
@@ -533,7 +544,7 @@ class DecodeKernel(PagedKernel):
     def visible_tokens(self, wave, i):
         """Which scores of a tile count: those of the tokens before the end of its sequence."""
         left = self.tile_left[self.slot(wave, i)]
-        token = self.token_of_column(DECODE_QUERY_ROWS)
+        token = self.token_of_column(DECODE_SCORE_ROWS)
         return token < left
 
     def compute_wave(self, wave, ahead):
@@ -577,7 +588,7 @@ class DecodeKernel(PagedKernel):
 
     def query_sets(self, queries):
         """The queries of each set of heads; the last set has rows of no query too."""
-        queries = jnp.concatenate([queries, jnp.zeros((DECODE_QUERY_ROWS - queries.shape[0], HEAD_LANES))], axis=0)
+        queries = jnp.concatenate([queries, jnp.zeros((DECODE_HEAD_SETS * DECODE_SET_ROWS - queries.shape[0], HEAD_LANES))], axis=0)
         for index in range(DECODE_HEAD_SETS):
             yield queries[index * DECODE_SET_ROWS : (index + 1) * DECODE_SET_ROWS]
 
@@ -610,6 +621,12 @@ class DecodeKernel(PagedKernel):
     def head_pv(self, rows, wave, i, head):
         """A head's values, weighted by some rows of probabilities."""
         return matmul_values(rows, self.head_values(wave, i, head))
+
+    def make_new_rows(self, index):
+        """Makes the rows of the new tokens of some sequences, so that their latencies hide each other, and the first wave's them."""
+        for seq in [index * DECODE_PACKED_AT_ONCE + i for i in range(DECODE_PACKED_AT_ONCE)]:
+            for plane, rows in enumerate(self.new_rows(seq)):
+                self.packed[seq, plane] = rows
 
 
 def more_waves(carry):
@@ -687,7 +704,8 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
             pltpu.VMEM((DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
             pltpu.VMEM((DECODE_MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
             pltpu.VMEM((DECODE_WRITE_BUFFERS, KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES), jnp.bfloat16),  # new_out
-            pltpu.VMEM((DECODE_TILES_PER_WAVE, DECODE_QUERY_ROWS, DECODE_TILE), jnp.float32),  # scores
+            pltpu.VMEM((DECODE_MAX_ROWS, KV_PLANES, KV_HEADS, HEAD_LANES), jnp.uint32),  # packed
+            pltpu.VMEM((DECODE_TILES_PER_WAVE, DECODE_SCORE_ROWS, DECODE_TILE), jnp.float32),  # scores
             pltpu.VMEM((DECODE_QUERY_ROWS, LANES), jnp.float32),  # row_max
             pltpu.VMEM((DECODE_QUERY_ROWS, LANES), jnp.float32),  # row_sum
             pltpu.VMEM((DECODE_QUERY_ROWS, HEAD_LANES), jnp.float32),  # acc
@@ -695,6 +713,7 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
             pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_seq
             pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_first
             pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_left
+            pltpu.SMEM((DECODE_MAX_ROWS + 1,), jnp.int32),  # last_slot
             pltpu.SemaphoreType.DMA((DECODE_WAVE_BUFFERS,)),  # kv_sem
             pltpu.SemaphoreType.DMA((DECODE_LOADS,)),  # load_sem
             pltpu.SemaphoreType.DMA((DECODE_WRITE_BUFFERS,)),  # write_sem
@@ -946,6 +965,10 @@ class MixedKernel(PagedKernel):
         place = target.at[buffer, put]
         return pltpu.make_async_copy(source.at[take], place, self.new_sem.at[buffer])
 
+    def new_rows(self, array, buffer, start):
+        """MIXED_MERGE_TOKENS new keys (or values) from a token of a page on, float32[MIXED_MERGE_TOKENS, KV_HEADS, HEAD_DIM]."""
+        return array[buffer, pl.ds(PAGE_SIZE + start, MIXED_MERGE_TOKENS)].astype(jnp.float32)
+
     def merge_tokens(self, buffer, new_buffer, first, end, index):
         """Puts new tokens into MIXED_MERGE_TOKENS tokens of a page, where they lie in `[first, end)`.
 
@@ -956,9 +979,8 @@ class MixedKernel(PagedKernel):
         low = start + 2 * lax.broadcasted_iota(jnp.int32, (MIXED_MERGE_TOKENS // 2, HEAD_LANES), 0)
         low_mask = jnp.where((low >= first) & (low < end), jnp.uint32(0xFFFF), jnp.uint32(0))
         mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
-        new_tokens = pl.ds(PAGE_SIZE + start, MIXED_MERGE_TOKENS)
-        keys = self.new_keys[new_buffer, new_tokens].astype(jnp.float32)
-        values = self.new_values[new_buffer, new_tokens].astype(jnp.float32)
+        keys = self.new_rows(self.new_keys, new_buffer, start)
+        values = self.new_rows(self.new_values, new_buffer, start)
         for plane, rows in enumerate((keys, values)):
             by_head = jnp.swapaxes(rows, 0, 1)
             for head in range(KV_HEADS):

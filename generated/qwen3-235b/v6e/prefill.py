@@ -16,7 +16,6 @@ What was specialized:
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512
   tokens at once
-- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
 - prefill, loop: blocks of queries over blocks of tokens; a fetched token serves all queries of a block
 - prefill, reading K and V: as they lie in the cache, one array for K and one for V of each head; kv_layout separate
   needs no shuffle before the MXU
@@ -33,7 +32,7 @@ What was specialized:
   there
 - prefill, sums of probabilities: by ones beside the values; MXU lanes to spare add them at no cost
 - prefill, values: whole registers of lanes; the MXU takes them as they lie in the cache
-- VMEM: 15,237,120 bytes counted, 25,165,824 allowed, 134,217,728 available
+- VMEM: 14,295,040 bytes counted, 25,165,824 allowed, 134,217,728 available
 """
 
 import dataclasses
@@ -109,7 +108,8 @@ CLEARED_PLANES = range(KV_PLANES)
 PAGE_BUFFERS = 9  # pages under update
 NEW_BUFFERS = 5  # pages whose new tokens are fetched or in use
 UPDATE_LOOKAHEAD = 4  # pages that their fetch runs ahead
-NEW_TOKENS = 128  # tokens of such a fetch
+SORTED_TOKENS = 16  # of new keys and values: a copy begins at a multiple of them
+NEW_TOKENS = 144  # tokens of such a fetch
 MERGE_TOKENS = 32  # new tokens that are put into a page at once
 
 
@@ -199,6 +199,11 @@ def rounded(ratio):
     exponent = lax.bitcast_convert_type(ratio, jnp.uint32) & jnp.uint32(EXPONENT_BITS)
     step = jnp.maximum(lax.bitcast_convert_type(exponent, jnp.float32), KV_SMALLEST_NORMAL) * KV_STEP
     return (jnp.round(ratio / step) * step).astype(KV_DTYPE)
+
+
+def swap_heads(rows):
+    """`[tokens, heads, HEAD_DIM]` with tokens and heads swapped, or back. XLA keeps it by head, so nothing moves here."""
+    return jnp.swapaxes(rows, 0, 1)
 
 
 class PagedKernel:
@@ -292,15 +297,15 @@ class PrefillKernel(PagedKernel):
     kv_scales: Ref  # float32[2, KV_HEADS]
     # Arrays in HBM.
     q_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
-    k_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
-    v_hbm: Ref  # bfloat16[tokens, KV_HEADS, HEAD_DIM]
+    k_hbm: Ref  # bfloat16[KV_HEADS, tokens, HEAD_DIM]
+    v_hbm: Ref  # bfloat16[KV_HEADS, tokens, HEAD_DIM]
     cache_in: Ref  # float8_e4m3fn[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: the memory of cache_hbm
     out_hbm: Ref  # bfloat16[tokens, Q_HEADS, HEAD_DIM]
     cache_hbm: Ref  # float8_e4m3fn[pages, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]
     # Scratch arrays in VMEM, and semaphores.
     kv: Ref  # float8_e4m3fn[KV_BUFFERS, BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: fetched blocks
-    new_keys: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new keys, around the page they go to
-    new_values: Ref  # bfloat16[NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM]: new values, around the page they go to
+    new_keys: Ref  # bfloat16[NEW_BUFFERS, KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS, HEAD_DIM]: new keys, around the page they go to
+    new_values: Ref  # bfloat16[NEW_BUFFERS, KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS, HEAD_DIM]: new values, around the page they go to
     page_rows: Ref  # float8_e4m3fn[PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES]: pages to update
     by_head: Ref  # float32[MERGE_TOKENS * PADDED_KV_HEADS, LANES]: new tokens, to be read by head
     q_in: Ref  # bfloat16[KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM]: query blocks as they come
@@ -493,6 +498,7 @@ class PrefillKernel(PagedKernel):
         def wait_for_old_tokens():
             self.old_page_copy(seq, page, buffer).wait()
 
+        self.tokens_before = remainder(self.q_start(seq) + self.q_len(seq) - self.kv_lens[seq], SORTED_TOKENS)
         merge = functools.partial(self.merge_tokens, buffer, new_buffer, first, end)
         for_each(lax.div(first, MERGE_TOKENS), pl.cdiv(end, MERGE_TOKENS), merge)
         self.page_write(seq, page, buffer).start()
@@ -501,17 +507,33 @@ class PrefillKernel(PagedKernel):
         """The copies of a page's new keys and values."""
         # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
         wanted = self.q_start(seq) + page * PAGE_SIZE - (self.kv_lens[seq] - self.q_len(seq))
-        source = jnp.clip(wanted, 0, self.k_hbm.shape[0] - NEW_TOKENS)
-        take = pl.ds(source, NEW_TOKENS)
-        put = pl.ds(PAGE_SIZE + source - wanted, NEW_TOKENS)
+        wanted &= -SORTED_TOKENS  # whole sublane tiles; merging makes up for it
+        source = jnp.clip(wanted, 0, self.k_hbm.shape[1] - NEW_TOKENS)
+        take = pl.ds(pl.multiple_of(source, SORTED_TOKENS), NEW_TOKENS)
+        put = pl.ds(pl.multiple_of(PAGE_SIZE + source - wanted, SORTED_TOKENS), NEW_TOKENS)
         return (
             self.new_token_copy(self.k_hbm, self.new_keys, take, put, buffer),
             self.new_token_copy(self.v_hbm, self.new_values, take, put, buffer),
         )
 
     def new_token_copy(self, source, target, take, put, buffer):
-        place = target.at[buffer, put]
-        return pltpu.make_async_copy(source.at[take], place, self.new_sem.at[buffer])
+        place = target.at[buffer, :, put]
+        return pltpu.make_async_copy(source.at[:, take], place, self.new_sem.at[buffer])
+
+    def new_rows(self, array, buffer, start):
+        """MERGE_TOKENS new keys (or values) from a token of a page on, float32[KV_HEADS, MERGE_TOKENS, HEAD_DIM].
+
+        They lie `tokens_before` behind a whole sublane tile.
+        """
+        loaded = pl.ds(PAGE_SIZE + start, MERGE_TOKENS + SORTED_TOKENS)
+        back = MERGE_TOKENS + SORTED_TOKENS - self.tokens_before
+        rows = [pltpu.roll(array[buffer, head, loaded].astype(jnp.float32), back, 0) for head in range(KV_HEADS)]
+        return jnp.stack([one[:MERGE_TOKENS] for one in rows])
+
+    def store_new_rows(self, plane, buffer, start):
+        """Lays MERGE_TOKENS new tokens' K, or V, into rows to be read by head."""
+        for head, rows in enumerate(self.new_rows((self.new_keys, self.new_values)[plane], buffer, start)):
+            store_rows(self.by_head, pl.ds(head, MERGE_TOKENS, stride=PADDED_KV_HEADS), rows)
 
     def merge_tokens(self, buffer, new_buffer, first, end, index):
         """Puts new tokens into MERGE_TOKENS tokens of a page, where they lie in `[first, end)`.
@@ -522,18 +544,12 @@ class PrefillKernel(PagedKernel):
         tokens = pl.ds(start, MERGE_TOKENS)
         mask = bytes_below(end, start, MERGE_TOKENS) & ~bytes_below(first, start, MERGE_TOKENS)
         for plane in range(KV_PLANES):
-            for i in range(MERGE_TOKENS):
-                new = self.new_token_rows(plane, new_buffer, start, i)
-                store_rows(self.by_head, pl.ds(i * PADDED_KV_HEADS, KV_HEADS), new)
+            self.store_new_rows(plane, new_buffer, start)
             for head in range(KV_HEADS):
                 words = self.words_of_head(head)
                 old = pltpu.bitcast(self.page_rows[buffer, plane, head, tokens], jnp.uint32)
                 words = (words & mask) | (old & ~mask)
                 self.page_rows[buffer, plane, head, tokens] = pltpu.bitcast(words, self.page_rows.dtype)
-
-    def new_token_rows(self, plane, buffer, start, i):
-        """The row of each head of one new token's K, or of its V."""
-        return (self.new_keys, self.new_values)[plane][buffer, PAGE_SIZE + start + i].astype(jnp.float32)
 
     def words_of_head(self, head):
         """One head's new rows as words of PACKING tokens."""
@@ -937,7 +953,7 @@ def prefill_kernel(*refs):
 def attend_prefill(queries, keys, values, cache, kv_lens, page_indices, distribution, kv_scales):
     """`(out, cache)` of the prefill sequences; other rows of `out` are undefined."""
     scalars = (kv_lens, page_indices, distribution, kv_scales)
-    arrays = (queries, keys, values, cache)
+    arrays = (queries, swap_heads(keys), swap_heads(values), cache)
     smem, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         prefill_kernel,
@@ -950,8 +966,8 @@ def attend_prefill(queries, keys, values, cache, kv_lens, page_indices, distribu
         input_output_aliases={7: 1},  # results in the memory of operands
         scratch_shapes=[
             pltpu.VMEM((KV_BUFFERS, BLOCK_PAGES, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.float8_e4m3fn),  # kv
-            pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
-            pltpu.VMEM((NEW_BUFFERS, 2 * PAGE_SIZE + NEW_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
+            pltpu.VMEM((NEW_BUFFERS, KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS, HEAD_DIM), jnp.bfloat16),  # new_keys
+            pltpu.VMEM((NEW_BUFFERS, KV_HEADS, 2 * PAGE_SIZE + NEW_TOKENS, HEAD_DIM), jnp.bfloat16),  # new_values
             pltpu.VMEM((PAGE_BUFFERS, KV_PLANES, KV_HEADS, PAGE_SIZE, HEAD_LANES), jnp.float8_e4m3fn),  # page_rows
             pltpu.VMEM((MERGE_TOKENS * PADDED_KV_HEADS, LANES), jnp.float32),  # by_head
             pltpu.VMEM((KV_BUFFERS, Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # q_in

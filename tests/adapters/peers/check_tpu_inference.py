@@ -64,6 +64,11 @@ def main(path: str, seed: int) -> None:
         for device, (half, got) in enumerate(zip(both, parts, strict=True)):
             wanted = reference(*half.arrays, *half.metadata)
             require_equal(f"attention interface in jit, device {device} of 2", half, got, wanted)
+        out, kv_cache = in_server(attention_interface, stacked(*both), replicas=2)
+        parts = zip(jnp.split(out, 2), jnp.split(kv_cache, 2), strict=True)
+        for replica, (half, got) in enumerate(zip(both, parts, strict=True)):
+            wanted = reference(*half.arrays, *half.metadata)
+            require_equal(f"attention interface in jit, replica {replica} of 2", half, got, wanted)
     claim("the interface called engine.traced", engine.traces > 0)
     try:
         in_server(attention_interface, call, attention_chunk_size=4096)
@@ -84,12 +89,20 @@ def joined(first: Call, second: Call) -> Call:
     return replace(first, kv_cache=cache, **{name: jnp.concatenate(both, axis=1) for name, both in heads.items()})
 
 
-def in_server(interface: object, call: Call, devices: int = 1, **layer: object) -> tuple[jax.Array, jax.Array]:
+def stacked(first: Call, second: Call) -> Call:
+    """The call of two data-parallel replicas, each with tokens and pages of its own; the batch is of one."""
+    names = ("queries", "keys", "values", "kv_cache")
+    return replace(first, **{name: jnp.concatenate([getattr(one, name) for one in (first, second)]) for name in names})
+
+
+def in_server(
+    interface: object, call: Call, devices: int = 1, replicas: int = 1, **layer: object
+) -> tuple[jax.Array, jax.Array]:
     """A layer's call as a model makes it: under jit, on a mesh."""
-    mesh = Mesh(np.array(jax.devices()[:devices]).reshape(1, devices), ("data", "model"))
-    kv_lens, page_indices, cu_q_lens, distribution = call.as_mixed
+    mesh = Mesh(np.array(jax.devices()[: devices * replicas]).reshape(replicas, devices), ("data", "model"))
+    kv_lens, page_indices, cu_q_lens, distribution = (jnp.tile(array, replicas) for array in call.as_mixed)
     metadata = interface.AttentionMetadata(
-        input_positions=jnp.zeros(call.batch.tokens, jnp.int32),
+        input_positions=jnp.zeros(call.batch.tokens * replicas, jnp.int32),
         block_tables=page_indices,
         seq_lens=kv_lens,
         query_start_loc=cu_q_lens,

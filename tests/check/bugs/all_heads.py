@@ -11,21 +11,21 @@ HEADS = (
     Bug("which token a score is of not said", "DecodeKernel.attend", "self.load_column_tokens()"),
     Bug(
         "the heads of other queries seen",
-        "DecodeKernel.load_column_tokens",
-        "head == lax.div(query, HEAD_QUERY_ROWS)",
+        "DecodeKernel.is_own",
+        "head == lax.div(row, HEAD_QUERY_ROWS)",
         "head >= 0",
     ),
     Bug(
         "the last query of each head given to the next",
-        "DecodeKernel.load_column_tokens",
-        "lax.div(query, HEAD_QUERY_ROWS)",
-        "lax.div(query + 1, HEAD_QUERY_ROWS)",
+        "DecodeKernel.is_own",
+        "lax.div(row, HEAD_QUERY_ROWS)",
+        "lax.div(row + 1, HEAD_QUERY_ROWS)",
     ),
     Bug(
-        "the halves of a tile not put together",
-        "DecodeKernel.place_of_column",
-        "(column & 1) * (COLUMNS // 2) + (column >> 1)",
-        "column",
+        "each row of K taken for the one of the head before",
+        "DecodeKernel.load_column_tokens",
+        "lax.rem(column, TOKEN_COLUMNS)",
+        "lax.rem(column + 1, TOKEN_COLUMNS)",
     ),
     Bug("K read for V", "DecodeKernel.accumulate_pv", "self.tile_values(wave, i)", "self.tile_keys(wave, i)"),
     Bug(
@@ -45,7 +45,7 @@ SOFTMAX = (
     Bug(
         "the largest score not kept",
         "DecodeKernel.keep_scores",
-        "self.tile_max[i] = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), self.row_max.shape)",
+        "self.tile_max[i] = jnp.broadcast_to(jnp.max(largest, axis=1, keepdims=True), self.row_max.shape)",
     ),
     Bug(
         "probabilities of a wave's first tile for all",
@@ -63,11 +63,53 @@ SOFTMAX = (
     Bug("the last token not seen", "DecodeKernel.visible_tokens", "token < left", "token < left - 1"),
     Bug(
         "what lies behind the last token not cleared",
-        "DecodeKernel.patch_tile.patch_last_tile",
-        "self.clear_tail(self.slot(wave, i), left)",
+        "DecodeKernel.patch_last_tile",
+        "self.clear_tail(slot, left)",
+    ),
+)
+OWN_ROWS = (
+    Bug(
+        "rows of the set before for each lane", "DecodeKernel.score_rows", "set_of_lane >= index", "set_of_lane > index"
+    ),
+    Bug(
+        "probabilities for the queries of all sets", "DecodeKernel.spread_rows", "set_of_lane == i", "set_of_lane >= 0"
+    ),
+    Bug(
+        "the other heads of a set seen",
+        "DecodeKernel.is_own",
+        "lax.rem(head, HEADS_PER_SET) == lax.div(row, HEAD_QUERY_ROWS)",
+        "head >= 0",
+    ),
+    Bug(
+        "each lane taken for one of the next set",
+        "DecodeKernel.set_of_lane",
+        "lax.div(lax.div(column, HEAD_COLUMNS), HEADS_PER_SET)",
+        "lax.div(lax.div(column, HEAD_COLUMNS) + 1, HEADS_PER_SET)",
+    ),
+)
+HALVES = (
+    Bug("scores with the wrong half of the next head", "DecodeKernel.whole_scores", "lane & 1 == 0", "lane & 1 == 1"),
+    Bug("scores with one half of K", "DecodeKernel.whole_scores", "part + other", "part"),
+    Bug(
+        "halves of outputs in the place of the other set's",
+        "join_halves",
+        "range(0, ROW_SETS, 2)",
+        "reversed(range(0, ROW_SETS, 2))",
     ),
 )
 UPDATES = (
+    Bug(
+        "the new token of the first sequence for all",
+        "DecodeKernel.new_words",
+        "self.packed[seq]",
+        "self.packed[0]",
+    ),
+    Bug(
+        "the new tokens of some sequences not packed",
+        "DecodeKernel.attend",
+        "pl.cdiv(self.num_seqs, PACKED_AT_ONCE)",
+        "pl.cdiv(self.num_seqs, PACKED_AT_ONCE) - 1",
+    ),
     Bug("the new token behind its place", "DecodeKernel.update_cache", "left - 1", "left"),
     Bug(
         "the new token written to the next page",
@@ -112,10 +154,23 @@ SUITES = [
         HEADS + SOFTMAX + UPDATES,
         ordinary=(
             "the last query of each head given to the next",
-            "the halves of a tile not put together",
+            "each row of K taken for the one of the head before",
             "scores masked by the lengths of the wave before",
             "what lies behind the last token not cleared",
         ),
+    ),
+    BugSuite(
+        "decode, all heads, rows of the own set",
+        featured(INTERLEAVED, {"q_heads": 16, "kv_heads": 4}),
+        plan,
+        OWN_ROWS,
+        ordinary=("the other heads of a set seen",),
+    ),
+    BugSuite(
+        "decode, all heads, rows of two registers",
+        featured(INTERLEAVED, {"q_heads": 16, "kv_heads": 2, "head_dim": 256}),
+        plan,
+        HALVES,
     ),
     BugSuite("decode, all heads, features", featured(INTERLEAVED, ALL_FEATURES), plan, FEATURES),
 ]

@@ -45,14 +45,14 @@ FETCHES = (
     Bug(
         "a wave too few fetched at first",
         "DecodeKernel.attend",
-        "range(1, LOOKAHEAD)",
-        "range(1, LOOKAHEAD - 1)",
+        "lax.fori_loop(1, LOOKAHEAD, self.fetch_first_wave, ahead)",
+        "lax.fori_loop(1, LOOKAHEAD - 1, self.fetch_first_wave, ahead)",
         hangs=True,
     ),
     Bug(
         "tiles of the wave before the first not cleared",
         "DecodeKernel.attend",
-        "for_each(0, TILE_BUFFERS, self.clear_slot)",
+        "for_each(0, TILES_PER_WAVE, self.clear_slot)",
     ),
     Bug("an empty tile after a full last one", "DecodeKernel.next_tile", "left <= TILE", "left < TILE"),
     Bug(
@@ -132,32 +132,33 @@ WAITS = (
         "self.wait_for_writes(seq - WRITE_BUFFERS)",
     ),
     Bug("no wait for the last cache writes", "DecodeKernel.drain_write", "self.wait_for_writes(self.num_seqs - 1 - i)"),
-    Bug("no wait for the outputs", "DecodeKernel.attend", "result.wait()"),
+    Bug("no wait for the outputs", "DecodeKernel.write_results", "result.wait()"),
 )
 ENDS = (
     Bug(
         "a sequence that ends with a wave's last tile not patched",
-        "DecodeKernel.wait_and_patch",
-        "self.tile_left[self.slot(wave, 0)] <= WAVE_TOKENS",
-        "self.tile_left[self.slot(wave, 0)] < WAVE_TOKENS",
-    ),
-    Bug(
-        "a sequence that ends with a full tile not patched",
-        "DecodeKernel.patch_tile",
-        "left <= TILE",
-        "left < TILE",
+        "DecodeKernel.first_open",
+        "seq + 1",
+        "seq",
         hangs=True,
     ),
     Bug(
-        "tiles of no sequence patched",
-        "DecodeKernel.patch_tile",
-        "(left > 0) & (left <= TILE)",
-        "left <= TILE",
+        "a sequence that ends with a full tile not patched",
+        "DecodeKernel.first_open",
+        "self.tile_left[last] > TILE",
+        "self.tile_left[last] >= TILE",
+        hangs=True,
+    ),
+    Bug(
+        "the tile of another sequence patched",
+        "DecodeKernel.patch_last_tile",
+        "self.last_slot[seq]",
+        "self.last_slot[jnp.maximum(seq - 1, 0)]",
     ),
     Bug(
         "what lies behind the last token not cleared",
-        "DecodeKernel.patch_tile.patch_last_tile",
-        "self.clear_tail(self.slot(wave, i), left)",
+        "DecodeKernel.patch_last_tile",
+        "self.clear_tail(slot, left)",
     ),
     Bug(
         "the last token of V cleared",
@@ -319,11 +320,17 @@ UPDATES = (
         "(self.new_keys, self.new_values)",
         "(self.new_values, self.new_values)",
     ),
+    Bug(
+        "the new token of the first sequence for all",
+        "DecodeKernel.update_cache",
+        "self.packed[seq, plane]",
+        "self.packed[0, plane]",
+    ),
     Bug("the first head's new token for all", "DecodeKernel.patched", "new[head : head + 1]", "new[0:1]"),
     Bug(
         "the new token neither attended to nor written",
-        "DecodeKernel.patch_tile.patch_last_tile",
-        "self.update_cache(seq, self.slot(wave, i), left)",
+        "DecodeKernel.patch_last_tile",
+        "self.update_cache(seq, slot, left)",
         hangs=True,
     ),
     Bug(

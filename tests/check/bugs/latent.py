@@ -24,8 +24,8 @@ DECODE = (
     ),
     Bug(
         "what lies behind the last token not cleared",
-        "DecodeKernel.patch_tile",
-        "self.clear_tail(self.slot(wave, i), left)",
+        "DecodeKernel.patch_last_tile",
+        "self.clear_tail(slot, left)",
     ),
     Bug("the new token not attended to", "DecodeKernel.update_cache", "self.kv[*at] = rows"),
     Bug(
@@ -42,12 +42,17 @@ STAGED = (
         "self.latents_t[(i + 1) % 2, chunk]",
     ),
     Bug(
-        "the output before a tile not rescaled", "DecodeKernel.merge", "* broadcast_lanes(self.alpha[i % 2], RANK)", ""
+        "the output before a tile not rescaled",
+        "DecodeKernel.merge",
+        "broadcast_lanes(self.alpha[i % 2], RANK)",
+        "1.0",
     ),
     Bug(
-        "the largest score of a part of a tile", "DecodeKernel.compute_scores_and_values", "largest)", "largest[:0:-1])"
+        "the mask of other tokens",
+        "DecodeKernel.keep_scores",
+        "self.visible_tokens(wave, i)[:, columns]",
+        "self.visible_tokens(wave, i)[:, :MXU_TOKENS]",
     ),
-    Bug("other tokens masked", "DecodeKernel.keep_scores", "[:, columns]", "[:, :MXU_TOKENS] | False"),
     Bug(
         "outputs sent before they are complete",
         "DecodeKernel.stream",

@@ -33,8 +33,8 @@ PAIRS = (
     ),
     Bug(
         "what lies behind the last token not cleared",
-        "DecodeKernel.patch_tile.patch_last_tile",
-        "self.clear_tail(self.slot(wave, i), left)",
+        "DecodeKernel.patch_last_tile",
+        "self.clear_tail(slot, left)",
     ),
 )
 SUITES = [BugSuite("decode, token pairs", pairing(), pairs_plan, PAIRS, ordinary=("K read for V",))]

@@ -15,7 +15,6 @@ What was specialized:
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512
   tokens at once
-- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
 - prefill, loop: blocks of queries over blocks of tokens; a fetched token serves all queries of a block
 - prefill, reading K and V: as they lie in the cache, one array for K and one for V of each head; kv_layout separate
   needs no shuffle before the MXU
@@ -445,6 +444,10 @@ class PrefillKernel(PagedKernel):
         place = target.at[buffer, put]
         return pltpu.make_async_copy(source.at[take], place, self.new_sem.at[buffer])
 
+    def new_rows(self, array, buffer, start):
+        """MERGE_TOKENS new keys (or values) from a token of a page on, float32[MERGE_TOKENS, KV_HEADS, HEAD_DIM]."""
+        return array[buffer, pl.ds(PAGE_SIZE + start, MERGE_TOKENS)].astype(jnp.float32)
+
     def merge_tokens(self, buffer, new_buffer, first, end, index):
         """Puts new tokens into MERGE_TOKENS tokens of a page, where they lie in `[first, end)`.
 
@@ -455,9 +458,8 @@ class PrefillKernel(PagedKernel):
         low = start + 2 * lax.broadcasted_iota(jnp.int32, (MERGE_TOKENS // 2, HEAD_LANES), 0)
         low_mask = jnp.where((low >= first) & (low < end), jnp.uint32(0xFFFF), jnp.uint32(0))
         mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
-        new_tokens = pl.ds(PAGE_SIZE + start, MERGE_TOKENS)
-        keys = self.new_keys[new_buffer, new_tokens].astype(jnp.float32)
-        values = self.new_values[new_buffer, new_tokens].astype(jnp.float32)
+        keys = self.new_rows(self.new_keys, new_buffer, start)
+        values = self.new_rows(self.new_values, new_buffer, start)
         for plane, rows in enumerate((keys, values)):
             by_head = jnp.swapaxes(rows, 0, 1)
             for head in range(KV_HEADS):

@@ -12,11 +12,8 @@ What was specialized:
 - causal, cache updated; a window of 128 tokens, nothing fetched before its page; attention sinks, an argument, in the
   softmax's sum; no soft cap, ALiBi or KV scales in the spec: none is in the code
 - only decode batches: the other kernels are not in this program
-- decode: tiles of 128 tokens, no longer than the expected lengths; waves of 6, so that one fills the other's waits;
-  fetched 24 waves ahead, which hides the latency of DMAs
-- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
-- arrays by head: keys, values; XLA keeps arrays so where the heads of a token fill no sublane tiles; then nothing is
-  copied around a kernel
+- decode: tiles of 128 tokens, no longer than the expected lengths; waves of 16, so that one fills the other's waits;
+  fetched 8 waves ahead, which hides the latency of DMAs
 - decode, loop: waves of tiles of any sequences; tiles of short sequences hide each other's latency
 - decode, reading K and V: all heads at once, in the order of the cache; 32-bit words are split into K and V in
   registers; a mask leaves each query the scores of its own KV head, so that no row has to be moved or stored
@@ -26,7 +23,7 @@ What was specialized:
 - decode, matmuls with K and V: as they are stored; the MXU takes elements of this dtype beside the rows
 - decode, starting fetches: between the tiles of a wave; their scalar instructions take no time where the MXU takes K
   and V meanwhile
-- VMEM: 10,383,360 bytes counted, 25,165,824 allowed, 134,217,728 available
+- VMEM: 10,412,032 bytes counted, 25,165,824 allowed, 134,217,728 available
 """
 
 import dataclasses
@@ -54,7 +51,6 @@ LOG2_E = 1.4426950408889634  # from natural logarithms to those of base 2
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 PRECISION = None  # of matmuls: bfloat16 products are exact in float32
 VMEM_LIMIT = 25165824  # bytes
-HALF_BITS = 16  # of a 32-bit word
 PACKING = 2  # elements of the cache in one 32-bit word
 PADDING_ROWS = 1  # rows of a token that hold zeros
 TOKEN_ROWS = 2  # rows of one token in the cache
@@ -64,24 +60,32 @@ SUBLANE_TILE = 8  # tokens of the smallest part of the cache that a DMA or store
 SUBLANE_TILE_ROWS = 16  # its rows
 
 TILE = 128  # tokens that are fetched and computed at once, of one sequence
-TILES_PER_WAVE = 6  # which fill the waits of each other
-LOOKAHEAD = 24  # waves from the fetch of one to its softmax
+TILES_PER_WAVE = 16  # which fill the waits of each other
+LOOKAHEAD = 8  # waves from the fetch of one to its softmax
 WAVE_TOKENS = TILES_PER_WAVE * TILE
 WAVE_BUFFERS = LOOKAHEAD + 1  # waves that are fetched or computed
 TILE_BUFFERS = WAVE_BUFFERS * TILES_PER_WAVE
 TILE_PAGES = TILE // PAGE_SIZE
 MAX_ROWS = 64  # sequences of the largest batch
+PACKED_AT_ONCE = 8  # sequences whose new tokens are packed at once
 NO_SEQ = MAX_ROWS  # in place of a sequence where there is no tile
 MAX_TOKENS = MAX_ROWS  # new tokens of the largest batch
 WRITE_BUFFERS = 16  # sequences whose new tokens are on their way to the cache
-TILES_LOADED = 5  # whose loads may be early: those after them wait for the MXU
+TILES_LOADED = 8  # whose loads may be early: those after them wait for the MXU
 LAST_ENTRY = MAX_SEQS * PAGES_PER_SEQ - 1  # of the page tables
 HEAD_SETS = 1
 SET_ROWS = 8  # rows of these queries, whole registers
 HEAD_QUERY_ROWS = 8  # of them those of one KV head
-QUERY_ROWS = HEAD_SETS * SET_ROWS
+ROW_SETS = HEAD_SETS
+QUERY_ROWS = ROW_SETS * SET_ROWS
+SCORE_SETS = 1  # whose rows of scores are kept
+SCORE_ROWS = SCORE_SETS * SET_ROWS  # of them, for each row of K
 NO_TOKEN = 1073741824  # a number that no token of a sequence has
+VALUES_SHIFT = 0  # bits of K in a pair of K and V
+ROW_DTYPE = jnp.int16  # of as many bits as an element of the cache
+PAIR_DTYPE = jnp.int32  # of K and V; with one KV head, of all rows of a token
 TOKEN_COLUMNS = 1  # rows of K of one token, all heads
+HEAD_COLUMNS = 1  # of them those of one head
 COLUMNS = TILE * TOKEN_COLUMNS  # rows of K, and of V, of all heads of a tile
 CLEARED_TILES = 16  # sublane tiles that are cleared at once
 SORTED_TOKENS = 16  # whose heads are sorted at once
@@ -139,6 +143,21 @@ def matmul(rows, matrix, contracted):
     return lax.dot_general(rows, matrix, dims, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
+def lane_partial_sum(p):
+    """The sums of probabilities, a part of each in every lane."""
+    return sum(p[:, lane : lane + LANES] for lane in range(0, p.shape[1], LANES))
+
+
+def lane_partial_max(scores):
+    """The largest of scores, a part of each in every lane."""
+    return functools.reduce(jnp.maximum, [scores[:, lane : lane + LANES] for lane in range(0, scores.shape[1], LANES)])
+
+
+def reduce_lanes(parts):
+    """Such sums whole, the same in every lane: a block of queries needs it once."""
+    return jnp.broadcast_to(jnp.sum(parts, axis=1, keepdims=True), parts.shape)
+
+
 def rows_as_words(rows):
     """Rows of the cache as 32-bit words, each of PACKING rows."""
     return pltpu.bitcast(rows, jnp.uint32)
@@ -157,11 +176,6 @@ def token_of_word(tokens):
 def rows_of_tile(index):
     """The rows of a sublane tile, the `index`-th from where rows are counted."""
     return pl.ds(pl.multiple_of(index * SUBLANE_TILE_ROWS, SUBLANE_TILE_ROWS), SUBLANE_TILE_ROWS)
-
-
-def transpose_halves(low, high):
-    """Words of two rows of one token each, of two tokens, as words of two tokens of one row each."""
-    return (low & jnp.uint32(0xFFFF)) | (high << HALF_BITS), (low >> HALF_BITS) | (high & jnp.uint32(0xFFFF0000))
 
 
 def cache_rows(kv_cache):
@@ -245,18 +259,19 @@ class DecodeKernel(PagedKernel):
     new_keys: Ref  # bfloat16[MAX_TOKENS, KV_HEADS, HEAD_DIM]: new keys of every sequence
     new_values: Ref  # bfloat16[MAX_TOKENS, KV_HEADS, HEAD_DIM]: new values of every sequence
     new_out: Ref  # bfloat16[WRITE_BUFFERS, SUBLANE_TILE_ROWS, LANES]: new tokens on their way to the cache
-    packed: Ref  # uint32[SUBLANE_TILE * WORD_ROWS, LANES]: a new token in the cache's form
+    packed: Ref  # uint32[MAX_ROWS, SUBLANE_TILE * WORD_ROWS, LANES]: new tokens in the cache's form
     tile_max: Ref  # float32[TILES_PER_WAVE, QUERY_ROWS, LANES]: the largest score of each tile, the same in every lane
-    column_token: Ref  # int32[QUERY_ROWS, COLUMNS]: the token of each score of a query with its own KV head
-    scores: Ref  # float32[TILES_PER_WAVE, QUERY_ROWS, COLUMNS]: scores of a wave, for the next iteration
+    column_token: Ref  # int32[SCORE_ROWS, COLUMNS]: the token of each score of an own KV head
+    scores: Ref  # float32[TILES_PER_WAVE, SCORE_ROWS, COLUMNS]: scores of a wave, for the next iteration
     sink_rows: Ref  # float32[QUERY_ROWS, LANES]: sinks, the same in every lane
     row_max: Ref  # float32[QUERY_ROWS, LANES]: running maximum, the same in every lane
     row_sum: Ref  # float32[QUERY_ROWS, LANES]: running sum, the same in every lane
-    acc: Ref  # float32[QUERY_ROWS, HEAD_LANES]: running output
+    acc: Ref  # float32[QUERY_ROWS, LANES]: running output
     out_all: Ref  # bfloat16[MAX_ROWS + 1, Q_HEADS, HEAD_DIM]: outputs of every sequence, and of no sequence
     tile_seq: Ref  # int32[TILE_BUFFERS]: the sequence of each tile in flight
     tile_first: Ref  # int32[TILE_BUFFERS]: its first token
     tile_left: Ref  # int32[TILE_BUFFERS]: tokens of its sequence from there on
+    last_slot: Ref  # int32[MAX_ROWS + 1]: the last tile of each sequence so far
     kv_sem: Ref  # DMA[WAVE_BUFFERS]: fetches
     load_sem: Ref  # DMA[LOADS]: queries, keys, values
     write_sem: Ref  # DMA[WRITE_BUFFERS]: cache writes
@@ -274,15 +289,15 @@ class DecodeKernel(PagedKernel):
         for load in loads:
             load.start()
         # The first iteration finds a wave before the first, with no tile in it: nobody reads what that leaves.
-        for_each(0, TILE_BUFFERS, self.clear_slot)
+        for_each(0, TILES_PER_WAVE, self.clear_slot)
         self.load_sinks()
         self.load_column_tokens()
         ahead = (jnp.int32(0), self.first_token(0))
-        for wave in range(1, LOOKAHEAD):
-            ahead = self.fetch_wave(wave, *ahead)
+        ahead = lax.fori_loop(1, LOOKAHEAD, self.fetch_first_wave, ahead)
         for load in loads:
             load.wait()
         for_each(0, self.sorting_steps(), self.sort_new_tokens)
+        for_each(0, pl.cdiv(self.num_seqs, PACKED_AT_ONCE), self.pack_new_tokens)
         wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
         self.write_results(wave)
 
@@ -327,6 +342,11 @@ class DecodeKernel(PagedKernel):
 
     # ---- fetch K and V: whole pages
 
+    def fetch_first_wave(self, wave, ahead):
+        """Starts the fetch of a wave before the loop, as `fetch_wave`."""
+        ahead = self.fetch_wave(wave, *ahead)
+        return ahead
+
     def fetch_wave(self, wave, *ahead):
         """Starts the fetch of a wave whose first tile is at `ahead`: a sequence, and a token of it; returns the next wave's."""
         for i in range(TILES_PER_WAVE):
@@ -338,6 +358,7 @@ class DecodeKernel(PagedKernel):
         live, some_seq = seq < self.num_seqs, jnp.minimum(seq, self.num_seqs - 1)
         left = jnp.where(live, self.kv_lens[some_seq] - first, 0)
         self.tile_seq[self.slot(wave, i)] = jnp.where(live, seq, NO_SEQ)
+        self.last_slot[jnp.where(live, seq, NO_SEQ)] = self.slot(wave, i)
         self.tile_first[self.slot(wave, i)] = first - self.first_token(some_seq)
         self.tile_left[self.slot(wave, i)] = left
         first_entry = some_seq * PAGES_PER_SEQ + quotient(first, PAGE_SIZE)
@@ -381,24 +402,23 @@ class DecodeKernel(PagedKernel):
             return self.kv.at[slot, pl.ds(0, count * PAGE_ROWS)]
         return self.kv.at[pl.ds(slot, count // TILE_PAGES)]
 
+    def first_open(self, wave):
+        """The first sequence that goes on after a wave. Those before it, from that of the wave's first tile on, end in it."""
+        last = self.slot(wave, TILES_PER_WAVE - 1)
+        seq = self.tile_seq[last]
+        return jnp.where(self.tile_left[last] > TILE, seq, jnp.minimum(seq + 1, self.num_seqs))
+
     def wait_and_patch(self, wave):
         """Waits for a wave; stores the new token and clears what lies behind it where a sequence ends."""
         self.wait_for_wave(wave)
-
         # Not before all tiles have arrived: the bytes that a wait counts may be another tile's.
-        @pl.when(self.tile_left[self.slot(wave, 0)] <= WAVE_TOKENS)
-        def patch_tiles():
-            for i in range(TILES_PER_WAVE):
-                self.patch_tile(wave, i)
+        for_each(self.tile_seq[self.slot(wave, 0)], self.first_open(wave), self.patch_last_tile)
 
-    def patch_tile(self, wave, i):
-        seq = self.tile_seq[self.slot(wave, i)]
-        left = self.tile_left[self.slot(wave, i)]
-
-        @pl.when((left > 0) & (left <= TILE))
-        def patch_last_tile():
-            self.update_cache(seq, self.slot(wave, i), left)
-            self.clear_tail(self.slot(wave, i), left)
+    def patch_last_tile(self, seq):
+        slot = self.last_slot[seq]
+        left = self.tile_left[slot]
+        self.update_cache(seq, slot, left)
+        self.clear_tail(slot, left)
 
     # ---- queries and outputs: a row of `q_in` and `out_all` is a sequence
 
@@ -408,7 +428,7 @@ class DecodeKernel(PagedKernel):
 
     def store_output(self, wave, i, row_max, row_sum, acc):
         """The output of a tile's sequence, as it is after this tile."""
-        out = acc / broadcast_lanes(row_sum, HEAD_LANES)
+        out = acc / broadcast_lanes(row_sum, LANES)
         self.out_all[self.tile_seq[self.slot(wave, i)]] = unpad_lanes(out).astype(self.out_all.dtype)
 
     def rows_of_head(self, head):
@@ -426,18 +446,16 @@ class DecodeKernel(PagedKernel):
 
         token = left - 1
         rows = rows_of_tile(quotient(token, SUBLANE_TILE))
-        for i in range(SUBLANE_TILE):
-            pack_token(self.new_keys[seq], self.new_values[seq], self.packed, i)
         is_new = token_of_word(SUBLANE_TILE) == remainder(token, SUBLANE_TILE)
-        words = jnp.where(is_new, self.packed[...], rows_as_words(self.kv[buffer, rows]))
+        words = jnp.where(is_new, self.new_words(seq), rows_as_words(self.kv[buffer, rows]))
         self.kv[buffer, rows] = words_as_rows(words)
-        self.new_out[lax.rem(seq, WRITE_BUFFERS)] = words_as_rows(words)
+        self.new_out[remainder(seq, WRITE_BUFFERS)] = words_as_rows(words)
         entry = seq * PAGES_PER_SEQ + quotient(self.kv_lens[seq] - 1, PAGE_SIZE)
         self.cache_write(seq, self.page_indices[entry]).start()
 
     def cache_write(self, seq, page):
         """The copy of the sublane tile with a sequence's new token to a page of the cache."""
-        buffer = lax.rem(seq, WRITE_BUFFERS)
+        buffer = remainder(seq, WRITE_BUFFERS)
         position = self.kv_lens[seq] - 1
         target = self.cache_hbm.at[page, rows_of_tile(quotient(remainder(position, PAGE_SIZE), SUBLANE_TILE))]
         return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
@@ -445,6 +463,10 @@ class DecodeKernel(PagedKernel):
     def wait_for_writes(self, seq):
         """Waits until the new token of a sequence is in the cache."""
         self.cache_write(seq, 0).wait()  # as many bytes, whichever page they go to
+
+    def new_words(self, seq):
+        """The words of a sequence's new token, in the place of each token of a sublane tile."""
+        return self.packed[seq]
 
     def drain_write(self, i):
         """Waits for the writes of one of the last sequences."""
@@ -477,7 +499,7 @@ class DecodeKernel(PagedKernel):
         them, and loads behind fetches. It would load tiles long before the MXU can take them, and spill them. A store to
         where `kv` is free again keeps its place among these loads and fetches, and it waits for what it stores.
         """
-        made = self.scores[i, QUERY_ROWS - SUBLANES :, pl.ds(COLUMNS // 2 // LANES * LANES, LANES)]
+        made = self.scores[i, SCORE_ROWS - SUBLANES :, pl.ds(COLUMNS // 2 // LANES * LANES, LANES)]
         self.kv[self.slot(wave, i), pl.ds(0, SUBLANES * PACKING), pl.ds(0, LANES)] = pltpu.bitcast(made, self.kv.dtype)
 
     def keep_scores(self, wave, i):
@@ -485,22 +507,24 @@ class DecodeKernel(PagedKernel):
 
         That is done here, beside the MXU, because the next iteration begins with probabilities.
         """
-        made = scores = self.compute_scores(wave, i)
+        made = self.compute_scores(wave, i)
+        scores = self.whole_scores(self.score_rows(made))
         scores = jnp.where(self.visible_tokens(wave, i), scores * SCORE_SCALE, MASKED)
         self.scores[i] = scores
-        self.tile_max[i] = jnp.broadcast_to(jnp.max(scores, axis=1, keepdims=True), self.row_max.shape)
+        largest = self.spread_maxima(lane_partial_max(scores))
+        self.tile_max[i] = jnp.broadcast_to(jnp.max(largest, axis=1, keepdims=True), self.row_max.shape)
         return made[:SUBLANES, :LANES]
 
     def softmax(self, wave, i, tile_max):
         """Probabilities relative to the tile's own maximum, with that and their sum, the same in every lane."""
-        p = jnp.exp2(self.scores[i] - broadcast_lanes(tile_max, COLUMNS))
-        tile_sum = jnp.broadcast_to(jnp.sum(p, axis=1, keepdims=True), self.row_sum.shape)
-        return p, tile_max, tile_sum
+        p = jnp.exp2(self.scores[i] - broadcast_lanes(self.score_rows(tile_max), COLUMNS))
+        tile_sum = reduce_lanes(self.spread_weights(lane_partial_sum(p)))
+        return self.spread_weights(p), tile_max, tile_sum
 
     def visible_tokens(self, wave, i):
         """Which scores of a tile count: those of the tokens before the end of its sequence."""
         left = self.tile_left[self.slot(wave, i)]
-        token = self.token_of_column(QUERY_ROWS)
+        token = self.token_of_column(SCORE_ROWS)
         return (token >= left - WINDOW) & (token < left)
 
     def compute_wave(self, wave, ahead):
@@ -518,8 +542,8 @@ class DecodeKernel(PagedKernel):
         new_max = jnp.maximum(old_max, tile_max)
         alpha, beta = jnp.exp2(old_max - new_max), jnp.exp2(tile_max - new_max)
         new_sum = jnp.where(begins, 1.0, old_sum) * alpha + tile_sum * beta
-        new_acc = jnp.where(begins, 0.0, old_acc) * broadcast_lanes(alpha, HEAD_LANES)
-        new_acc = new_acc + values * broadcast_lanes(beta, HEAD_LANES)
+        new_acc = jnp.where(begins, 0.0, old_acc) * broadcast_lanes(alpha, LANES)
+        new_acc = new_acc + values * broadcast_lanes(beta, LANES)
         self.store_output(wave, i, new_max, new_sum, new_acc)
         return new_max, new_sum, new_acc
 
@@ -529,36 +553,53 @@ class DecodeKernel(PagedKernel):
 
     def compute_scores(self, wave, i):
         """The scores of a tile, float32[QUERY_ROWS, COLUMNS]: of all queries with K of all heads."""
-        (queries,) = self.query_sets(self.load_queries(wave, i))
-        return matmul_keys(queries, self.tile_keys(wave, i))
+        queries = jnp.concatenate(list(self.query_sets(self.load_queries(wave, i))), axis=0)
+        return matmul_keys(self.split_queries(queries), self.tile_keys(wave, i))
 
     def accumulate_pv(self, wave, i, p):
-        """The weighted values of a tile, float32[QUERY_ROWS, HEAD_LANES]."""
+        """The weighted values of a tile, float32[QUERY_ROWS, LANES]."""
         return matmul_values(p, self.tile_values(wave, i))
 
     def token_of_column(self, rows):
         """The token of each score, int32[rows, COLUMNS]; of another KV head's than the query's none that a sequence has."""
         return self.column_token[...]
 
-    # A row holds K in the lower lanes and V in the upper, so that the MXU takes it as both; queries have zeros where V is. It is
-    # the low half of its word, and the high half is padding. The halves of a tile are put together without that: of two columns
-    # the first is a row of the first half of the tile, the other a row of the second.
+    # ---- scores of all queries with each row of K: a mask leaves those of its own KV head
+
+    def score_rows(self, rows):
+        """The rows of which scores are kept, out of those of all queries."""
+        return rows
+
+    def spread_maxima(self, rows):
+        """The inverse, of maxima."""
+        return rows
+
+    def spread_weights(self, rows):
+        """The inverse, of probabilities or their sums."""
+        return rows
+
+    def is_own(self, row, head):
+        """Whether a row of scores is of a query of a KV head."""
+        return head == lax.div(row, HEAD_QUERY_ROWS)
+
+    def whole_scores(self, scores):
+        """Scores with whole rows of K."""
+        return scores
+
+    def split_queries(self, queries):
+        """The rows of a matmul with K of all heads."""
+        return queries
+
+    # A word holds K in the lower bits of an integer of PAIR_DTYPE, and V above. Or it holds a row of both, and padding above: the
+    # MXU takes such a row as either, beside queries that have zeros where V is.
 
     def tile_keys(self, wave, i):
-        """K of a tile, in the lower lanes of `[COLUMNS, HEAD_LANES]`."""
-        return words_as_rows(transpose_halves(*self.words_by_half(wave, i))[0])
+        """K of all heads of a tile, `[COLUMNS, LANES]`."""
+        return lower_rows(self.kv[self.slot(wave, i)])
 
     def tile_values(self, wave, i):
-        """V of a tile, in the upper lanes of `[COLUMNS, HEAD_LANES]`."""
-        return self.tile_keys(wave, i)
-
-    def words_by_half(self, wave, i):
-        return jnp.split(rows_as_words(self.kv[self.slot(wave, i)]), 2, axis=0)
-
-    def place_of_column(self, column):
-        """The token of a column of scores, and its KV head."""
-        row = (column & 1) * (COLUMNS // 2) + (column >> 1)
-        return lax.div(row, TOKEN_COLUMNS), lax.rem(row, TOKEN_COLUMNS)
+        """V of all heads of a tile, `[COLUMNS, LANES]`."""
+        return lower_rows(rows_as_words(self.kv[self.slot(wave, i)]) >> VALUES_SHIFT)
 
     def query_sets(self, queries):
         """The queries of each set of heads."""
@@ -582,10 +623,10 @@ class DecodeKernel(PagedKernel):
 
     def load_column_tokens(self):
         """Says for each score which token it is of; NO_TOKEN where the query has another KV head than K."""
-        query = lax.broadcasted_iota(jnp.int32, self.column_token.shape, 0)
+        row = lax.broadcasted_iota(jnp.int32, self.column_token.shape, 0)
         column = lax.broadcasted_iota(jnp.int32, self.column_token.shape, 1)
-        token, head = self.place_of_column(column)
-        self.column_token[...] = jnp.where(head == lax.div(query, HEAD_QUERY_ROWS), token, NO_TOKEN)
+        token, head = lax.div(column, TOKEN_COLUMNS), lax.div(lax.rem(column, TOKEN_COLUMNS), HEAD_COLUMNS)
+        self.column_token[...] = jnp.where(self.is_own(row, head), token, NO_TOKEN)
 
     # ---- new tokens that come by head: they are sorted by token while the first waves are on their way
 
@@ -601,6 +642,12 @@ class DecodeKernel(PagedKernel):
         for by_head, by_token in arrays:
             rows = by_head[:, sorted_tokens(step)].astype(jnp.float32)
             by_token[sorted_tokens(step)] = jnp.swapaxes(rows, 0, 1).astype(by_token.dtype)
+
+    def pack_new_tokens(self, index):
+        """Packs the new tokens of some sequences, so that their latencies hide each other, and the first wave's hides them."""
+        for seq in [index * PACKED_AT_ONCE + i for i in range(PACKED_AT_ONCE)]:
+            for place in range(SUBLANE_TILE):
+                pack_token(self.new_keys[seq], self.new_values[seq], self.packed.at[seq], place)
 
 
 def paced_by(value, scores):
@@ -634,9 +681,9 @@ def wait_for_bytes(array, sem):
     pltpu.make_async_copy(array, array, sem).wait()
 
 
-def words_by_half(rows):
-    """The words of the rows of a tile: of its first half, and of its second."""
-    return jnp.split(pltpu.bitcast(rows.reshape(TILE, HEAD_LANES), jnp.uint32), 2, axis=0)
+def lower_rows(pairs):
+    """The rows in the lower bits of integers of PAIR_DTYPE. One operation of the vector unit takes two registers."""
+    return pltpu.bitcast(pltpu.bitcast(pairs, PAIR_DTYPE).astype(ROW_DTYPE), jnp.bfloat16)
 
 
 def matmul_keys(queries, keys):
@@ -675,18 +722,19 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
             pltpu.VMEM((MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
             pltpu.VMEM((MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
             pltpu.VMEM((WRITE_BUFFERS, SUBLANE_TILE_ROWS, LANES), jnp.bfloat16),  # new_out
-            pltpu.VMEM((SUBLANE_TILE * WORD_ROWS, LANES), jnp.uint32),  # packed
+            pltpu.VMEM((MAX_ROWS, SUBLANE_TILE * WORD_ROWS, LANES), jnp.uint32),  # packed
             pltpu.VMEM((TILES_PER_WAVE, QUERY_ROWS, LANES), jnp.float32),  # tile_max
-            pltpu.VMEM((QUERY_ROWS, COLUMNS), jnp.int32),  # column_token
-            pltpu.VMEM((TILES_PER_WAVE, QUERY_ROWS, COLUMNS), jnp.float32),  # scores
+            pltpu.VMEM((SCORE_ROWS, COLUMNS), jnp.int32),  # column_token
+            pltpu.VMEM((TILES_PER_WAVE, SCORE_ROWS, COLUMNS), jnp.float32),  # scores
             pltpu.VMEM((QUERY_ROWS, LANES), jnp.float32),  # sink_rows
             pltpu.VMEM((QUERY_ROWS, LANES), jnp.float32),  # row_max
             pltpu.VMEM((QUERY_ROWS, LANES), jnp.float32),  # row_sum
-            pltpu.VMEM((QUERY_ROWS, HEAD_LANES), jnp.float32),  # acc
+            pltpu.VMEM((QUERY_ROWS, LANES), jnp.float32),  # acc
             pltpu.VMEM((MAX_ROWS + 1, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_all
             pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_seq
             pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_first
             pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_left
+            pltpu.SMEM((MAX_ROWS + 1,), jnp.int32),  # last_slot
             pltpu.SemaphoreType.DMA((WAVE_BUFFERS,)),  # kv_sem
             pltpu.SemaphoreType.DMA((LOADS,)),  # load_sem
             pltpu.SemaphoreType.DMA((WRITE_BUFFERS,)),  # write_sem

@@ -15,9 +15,6 @@ What was specialized:
 - only decode batches: the other kernels are not in this program
 - decode: tiles of 2048 tokens, no longer than the expected lengths; waves of 8, so that one fills the other's waits;
   fetched 3 waves ahead, which hides the latency of DMAs
-- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
-- arrays by head: queries, keys, values; XLA keeps arrays so where the heads of a token fill no sublane tiles; then
-  nothing is copied around a kernel
 - decode, loop: waves of tiles of any sequences; tiles of short sequences hide each other's latency
 - decode, reading K and V: as they lie in the cache, one array for K and one for V of each head; kv_layout separate
   needs no shuffle before the MXU
@@ -26,7 +23,7 @@ What was specialized:
 - decode, matmuls with K and V: as they are stored; the MXU takes elements of this dtype beside the rows
 - decode, starting fetches: between the tiles of a wave; their scalar instructions take no time where the MXU takes K
   and V meanwhile
-- VMEM: 35,495,936 bytes counted, 50,331,648 allowed, 67,108,864 available
+- VMEM: 35,528,704 bytes counted, 50,331,648 allowed, 67,108,864 available
 """
 
 import dataclasses
@@ -66,6 +63,7 @@ WAVE_BUFFERS = LOOKAHEAD + 1  # waves that are fetched or computed
 TILE_BUFFERS = WAVE_BUFFERS * TILES_PER_WAVE
 TILE_PAGES = TILE // PAGE_SIZE
 MAX_ROWS = 32  # sequences of the largest batch
+PACKED_AT_ONCE = 8  # sequences whose new tokens are packed at once
 NO_SEQ = MAX_ROWS  # in place of a sequence where there is no tile
 MAX_TOKENS = MAX_ROWS  # new tokens of the largest batch
 WRITE_BUFFERS = 16  # sequences whose new tokens are on their way to the cache
@@ -75,7 +73,10 @@ HEAD_SETS = 1
 SET_QUERIES = 5
 SET_ROWS = 8  # rows of these queries, whole registers
 P_ROWS = SET_ROWS  # rows of a set's probabilities in one matmul
-QUERY_ROWS = HEAD_SETS * SET_ROWS
+ROW_SETS = HEAD_SETS
+QUERY_ROWS = ROW_SETS * SET_ROWS
+SCORE_SETS = 1  # whose rows of scores are kept
+SCORE_ROWS = SCORE_SETS * SET_ROWS  # of them, for each row of K
 SORTED_TOKENS = 16  # whose heads are sorted at once
 LOADS = 3  # queries, keys, values
 
@@ -185,7 +186,8 @@ class DecodeKernel(PagedKernel):
     new_keys: Ref  # bfloat16[MAX_TOKENS, KV_HEADS, HEAD_DIM]: new keys of every sequence
     new_values: Ref  # bfloat16[MAX_TOKENS, KV_HEADS, HEAD_DIM]: new values of every sequence
     new_out: Ref  # bfloat16[WRITE_BUFFERS, KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES]: new tokens on their way to the cache
-    scores: Ref  # float32[TILES_PER_WAVE, QUERY_ROWS, TILE]: scores of a wave, for the next iteration
+    packed: Ref  # uint32[MAX_ROWS, KV_PLANES, KV_HEADS, HEAD_LANES]: rows of new tokens, in every place of a word
+    scores: Ref  # float32[TILES_PER_WAVE, SCORE_ROWS, TILE]: scores of a wave, for the next iteration
     row_max: Ref  # float32[QUERY_ROWS, LANES]: running maximum, the same in every lane
     row_sum: Ref  # float32[QUERY_ROWS, LANES]: running sum, the same in every lane
     acc: Ref  # float32[QUERY_ROWS, HEAD_LANES]: running output
@@ -193,6 +195,7 @@ class DecodeKernel(PagedKernel):
     tile_seq: Ref  # int32[TILE_BUFFERS]: the sequence of each tile in flight
     tile_first: Ref  # int32[TILE_BUFFERS]: its first token
     tile_left: Ref  # int32[TILE_BUFFERS]: tokens of its sequence from there on
+    last_slot: Ref  # int32[MAX_ROWS + 1]: the last tile of each sequence so far
     kv_sem: Ref  # DMA[WAVE_BUFFERS]: fetches
     load_sem: Ref  # DMA[LOADS]: queries, keys, values
     write_sem: Ref  # DMA[WRITE_BUFFERS]: cache writes
@@ -210,13 +213,13 @@ class DecodeKernel(PagedKernel):
         for load in loads:
             load.start()
         # The first iteration finds a wave before the first, with no tile in it: nobody reads what that leaves.
-        for_each(0, TILE_BUFFERS, self.clear_slot)
+        for_each(0, TILES_PER_WAVE, self.clear_slot)
         ahead = (jnp.int32(0), self.first_token(0))
-        for wave in range(1, LOOKAHEAD):
-            ahead = self.fetch_wave(wave, *ahead)
+        ahead = lax.fori_loop(1, LOOKAHEAD, self.fetch_first_wave, ahead)
         for load in loads:
             load.wait()
         for_each(0, self.sorting_steps(), self.sort_new_tokens)
+        for_each(0, pl.cdiv(self.num_seqs, PACKED_AT_ONCE), self.make_new_rows)
         wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
         self.write_results(wave)
 
@@ -262,6 +265,11 @@ class DecodeKernel(PagedKernel):
 
     # ---- fetch K and V: whole pages
 
+    def fetch_first_wave(self, wave, ahead):
+        """Starts the fetch of a wave before the loop, as `fetch_wave`."""
+        ahead = self.fetch_wave(wave, *ahead)
+        return ahead
+
     def fetch_wave(self, wave, *ahead):
         """Starts the fetch of a wave whose first tile is at `ahead`: a sequence, and a token of it; returns the next wave's."""
         for i in range(TILES_PER_WAVE):
@@ -273,6 +281,7 @@ class DecodeKernel(PagedKernel):
         live, some_seq = seq < self.num_seqs, jnp.minimum(seq, self.num_seqs - 1)
         left = jnp.where(live, self.kv_lens[some_seq] - first, 0)
         self.tile_seq[self.slot(wave, i)] = jnp.where(live, seq, NO_SEQ)
+        self.last_slot[jnp.where(live, seq, NO_SEQ)] = self.slot(wave, i)
         self.tile_first[self.slot(wave, i)] = first - self.first_token(some_seq)
         self.tile_left[self.slot(wave, i)] = left
         first_entry = some_seq * PAGES_PER_SEQ + quotient(first, PAGE_SIZE)
@@ -316,24 +325,23 @@ class DecodeKernel(PagedKernel):
             return self.kv.at[slot, pl.ds(0, count)]
         return self.kv.at[pl.ds(slot, count // TILE_PAGES)]
 
+    def first_open(self, wave):
+        """The first sequence that goes on after a wave. Those before it, from that of the wave's first tile on, end in it."""
+        last = self.slot(wave, TILES_PER_WAVE - 1)
+        seq = self.tile_seq[last]
+        return jnp.where(self.tile_left[last] > TILE, seq, jnp.minimum(seq + 1, self.num_seqs))
+
     def wait_and_patch(self, wave):
         """Waits for a wave; stores the new token and clears what lies behind it where a sequence ends."""
         self.wait_for_wave(wave)
-
         # Not before all tiles have arrived: the bytes that a wait counts may be another tile's.
-        @pl.when(self.tile_left[self.slot(wave, 0)] <= WAVE_TOKENS)
-        def patch_tiles():
-            for i in range(TILES_PER_WAVE):
-                self.patch_tile(wave, i)
+        for_each(self.tile_seq[self.slot(wave, 0)], self.first_open(wave), self.patch_last_tile)
 
-    def patch_tile(self, wave, i):
-        seq = self.tile_seq[self.slot(wave, i)]
-        left = self.tile_left[self.slot(wave, i)]
-
-        @pl.when((left > 0) & (left <= TILE))
-        def patch_last_tile():
-            self.update_cache(seq, self.slot(wave, i), left)
-            self.clear_tail(self.slot(wave, i), left)
+    def patch_last_tile(self, seq):
+        slot = self.last_slot[seq]
+        left = self.tile_left[slot]
+        self.update_cache(seq, slot, left)
+        self.clear_tail(slot, left)
 
     # ---- queries and outputs: a row of `q_in` and `out_all` is a sequence
 
@@ -360,7 +368,8 @@ class DecodeKernel(PagedKernel):
         page, place = quotient(token, PAGE_SIZE), remainder(token, SUBLANE_TILE)
         tokens = sublane_tile(token)
         mask = self.new_token_mask(place)
-        for plane, new in enumerate(self.new_rows(seq)):
+        for plane in range(KV_PLANES):
+            new = self.packed[seq, plane]
             for head in range(KV_HEADS):
                 rows = self.patched((slot, page, plane, head, tokens), head, new, mask)
                 self.kv[slot, page, plane, head, tokens] = rows
@@ -449,7 +458,7 @@ class DecodeKernel(PagedKernel):
     def visible_tokens(self, wave, i):
         """Which scores of a tile count: those of the tokens before the end of its sequence."""
         left = self.tile_left[self.slot(wave, i)]
-        token = self.token_of_column(QUERY_ROWS)
+        token = self.token_of_column(SCORE_ROWS)
         return token < left
 
     def compute_wave(self, wave, ahead):
@@ -555,6 +564,12 @@ class DecodeKernel(PagedKernel):
         rows = self.out_all[sorted_tokens(step)].astype(jnp.float32)
         self.q_by_head[:, sorted_tokens(step)] = jnp.swapaxes(rows, 0, 1).astype(self.q_by_head.dtype)
 
+    def make_new_rows(self, index):
+        """Makes the rows of the new tokens of some sequences, so that their latencies hide each other, and the first wave's them."""
+        for seq in [index * PACKED_AT_ONCE + i for i in range(PACKED_AT_ONCE)]:
+            for plane, rows in enumerate(self.new_rows(seq)):
+                self.packed[seq, plane] = rows
+
 
 def more_waves(carry):
     """Whether there are tiles in the wave of the next iteration."""
@@ -625,7 +640,8 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
             pltpu.VMEM((MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_keys
             pltpu.VMEM((MAX_TOKENS, KV_HEADS, HEAD_DIM), jnp.bfloat16),  # new_values
             pltpu.VMEM((WRITE_BUFFERS, KV_PLANES, KV_HEADS, SUBLANE_TILE, HEAD_LANES), jnp.bfloat16),  # new_out
-            pltpu.VMEM((TILES_PER_WAVE, QUERY_ROWS, TILE), jnp.float32),  # scores
+            pltpu.VMEM((MAX_ROWS, KV_PLANES, KV_HEADS, HEAD_LANES), jnp.uint32),  # packed
+            pltpu.VMEM((TILES_PER_WAVE, SCORE_ROWS, TILE), jnp.float32),  # scores
             pltpu.VMEM((QUERY_ROWS, LANES), jnp.float32),  # row_max
             pltpu.VMEM((QUERY_ROWS, LANES), jnp.float32),  # row_sum
             pltpu.VMEM((QUERY_ROWS, HEAD_LANES), jnp.float32),  # acc
@@ -633,6 +649,7 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
             pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_seq
             pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_first
             pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_left
+            pltpu.SMEM((MAX_ROWS + 1,), jnp.int32),  # last_slot
             pltpu.SemaphoreType.DMA((WAVE_BUFFERS,)),  # kv_sem
             pltpu.SemaphoreType.DMA((LOADS,)),  # load_sem
             pltpu.SemaphoreType.DMA((WRITE_BUFFERS,)),  # write_sem

@@ -14,9 +14,6 @@ What was specialized:
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512
   tokens at once
-- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
-- arrays by head: queries, keys, values; XLA keeps arrays so where the heads of a token fill no sublane tiles; then
-  nothing is copied around a kernel
 - prefill, loop: blocks of queries over blocks of tokens; a fetched token serves all queries of a block
 - prefill, reading K and V: as they lie in the cache, one array for K and one for V of each head; kv_layout separate
   needs no shuffle before the MXU
@@ -443,6 +440,16 @@ class PrefillKernel(PagedKernel):
         place = target.at[buffer, :, put]
         return pltpu.make_async_copy(source.at[:, take], place, self.new_sem.at[buffer])
 
+    def new_rows(self, array, buffer, start):
+        """MERGE_TOKENS new keys (or values) from a token of a page on, float32[KV_HEADS, MERGE_TOKENS, HEAD_DIM].
+
+        They lie `tokens_before` behind a whole sublane tile.
+        """
+        loaded = pl.ds(PAGE_SIZE + start, MERGE_TOKENS + SORTED_TOKENS)
+        back = MERGE_TOKENS + SORTED_TOKENS - self.tokens_before
+        rows = [pltpu.roll(array[buffer, head, loaded].astype(jnp.float32), back, 0) for head in range(KV_HEADS)]
+        return jnp.stack([one[:MERGE_TOKENS] for one in rows])
+
     def merge_tokens(self, buffer, new_buffer, first, end, index):
         """Puts new tokens into MERGE_TOKENS tokens of a page, where they lie in `[first, end)`.
 
@@ -453,7 +460,6 @@ class PrefillKernel(PagedKernel):
         low = start + 2 * lax.broadcasted_iota(jnp.int32, (MERGE_TOKENS // 2, HEAD_LANES), 0)
         low_mask = jnp.where((low >= first) & (low < end), jnp.uint32(0xFFFF), jnp.uint32(0))
         mask = low_mask | jnp.where((low + 1 >= first) & (low + 1 < end), jnp.uint32(0xFFFF0000), jnp.uint32(0))
-        new_tokens = pl.ds(PAGE_SIZE + start, MERGE_TOKENS)
         keys = self.new_rows(self.new_keys, new_buffer, start)
         values = self.new_rows(self.new_values, new_buffer, start)
         for plane, rows in enumerate((keys, values)):
@@ -467,16 +473,6 @@ class PrefillKernel(PagedKernel):
     def wait_next_block(self, end, block, step):
         """Waits for the KV block after a block."""
         self.wait_block(end, block + 1, lax.rem(step + 1, KV_BUFFERS))
-
-    def new_rows(self, array, buffer, start):
-        """MERGE_TOKENS new keys (or values) from a token of a page on, float32[KV_HEADS, MERGE_TOKENS, HEAD_DIM].
-
-        They lie `tokens_before` behind a whole sublane tile.
-        """
-        loaded = pl.ds(PAGE_SIZE + start, MERGE_TOKENS + SORTED_TOKENS)
-        back = MERGE_TOKENS + SORTED_TOKENS - self.tokens_before
-        rows = [pltpu.roll(array[buffer, head, loaded].astype(jnp.float32), back, 0) for head in range(KV_HEADS)]
-        return jnp.stack([one[:MERGE_TOKENS] for one in rows])
 
     # ---- Fetches.
 
