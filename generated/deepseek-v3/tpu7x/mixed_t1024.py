@@ -15,6 +15,7 @@ What was specialized:
   fetched 4 waves ahead, which hides the latency of DMAs
 - mixed: blocks of 16 queries with all their heads against 512 fetched tokens (3 buffers); computes 256 query rows at
   once
+- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
 - decode, loop: waves of tiles of any sequences; tiles of short sequences hide each other's latency
 - decode, reading K and V: one row of a token for all query heads; latent vectors are transposed before the MXU takes
   them as keys; that takes the MXU half the time; a tile goes through stages, so that no stage waits for another

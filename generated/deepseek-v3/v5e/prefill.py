@@ -14,6 +14,7 @@ What was specialized:
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 16 queries with all their heads against 512 fetched tokens (3 buffers); computes 256 query rows at
   once
+- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
 - prefill, loop: blocks of queries with all their heads; all heads read the same row of a token
 - prefill, reading K and V: one row of a token for all query heads; the latent vector is part of every key and is every
   value

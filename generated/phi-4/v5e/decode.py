@@ -14,6 +14,9 @@ What was specialized:
 - only decode batches: the other kernels are not in this program
 - decode: tiles of 256 tokens, no longer than the expected lengths; waves of 6, so that one fills the other's waits;
   fetched 5 waves ahead, which hides the latency of DMAs
+- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
+- arrays by head: queries, keys, values; XLA keeps arrays so where the heads of a token fill no sublane tiles; then
+  nothing is copied around a kernel
 - decode, loop: waves of tiles of any sequences; tiles of short sequences hide each other's latency
 - decode, reading K and V: as they lie in the cache, one array for K and one for V of each head; kv_layout separate
   needs no shuffle before the MXU

@@ -12,6 +12,7 @@ What was specialized:
 - only decode batches: the other kernels are not in this program
 - decode: tiles of 1024 tokens, no longer than the expected lengths; waves of 8, so that one fills the other's waits;
   fetched 3 waves ahead, which hides the latency of DMAs
+- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
 - decode, loop: waves of tiles of any sequences; tiles of short sequences hide each other's latency
 - decode, reading K and V: all heads at once, in the order of the cache; 32-bit words are split into K and V in
   registers; a mask leaves each query the scores of its own KV head, so that no row has to be moved or stored

@@ -12,6 +12,7 @@ What was specialized:
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 16 queries against 128 fetched tokens (3 buffers); computes 32 query rows of a head against 128
   tokens at once
+- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
 - prefill, loop: blocks of queries over blocks of tokens; a fetched token serves all queries of a block
 - prefill, reading K and V: 32-bit words are split into K and V; interleaved K and V narrower than 32 bits share words,
   which the MXU cannot take

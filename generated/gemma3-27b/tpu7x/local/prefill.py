@@ -15,6 +15,7 @@ What was specialized:
 - only prefill batches: the other kernels are not in this program
 - prefill: blocks of 256 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512
   tokens at once
+- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
 - prefill, loop: blocks of queries over blocks of tokens; a fetched token serves all queries of a block
 - prefill, reading K and V: as they lie in the cache, one array for K and one for V of each head; kv_layout separate
   needs no shuffle before the MXU

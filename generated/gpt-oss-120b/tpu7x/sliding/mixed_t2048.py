@@ -15,6 +15,7 @@ What was specialized:
   fetched 32 waves ahead, which hides the latency of DMAs
 - mixed: blocks of 256 queries against 512 fetched tokens (3 buffers); computes 256 query rows of a head against 512
   tokens at once
+- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
 - decode, loop: waves of tiles of any sequences; tiles of short sequences hide each other's latency
 - decode, reading K and V: all heads at once, in the order of the cache; 32-bit words are split into K and V in
   registers; a mask leaves each query the scores of its own KV head, so that no row has to be moved or stored

@@ -15,6 +15,7 @@ What was specialized:
   fetched 4 waves ahead, which hides the latency of DMAs
 - mixed: blocks of 256 queries against 2048 fetched tokens (3 buffers); computes 256 query rows of a head against 512
   tokens at once
+- page tables: in SMEM; the tables of all sequences fit there, where a page id is one load away
 - decode, loop: waves of tiles of any sequences; tiles of short sequences hide each other's latency
 - decode, reading K and V: as they lie in the cache, one array for K and one for V of each head; kv_layout separate
   needs no shuffle before the MXU
