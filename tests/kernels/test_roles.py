@@ -13,9 +13,14 @@ from rpac.kernels import templates_dir
 ROLES = sorted(folder for folder in templates_dir().glob("*/parts/*") if folder.is_dir())
 
 # Functions that one way defines itself, another in a role of its own (wave_heads), and a third never needs: latent attention
-# has no drafts, whose masks ask for it. And those that only latent attention asks for: its keys are transposed in stages, and
-# its queries and outputs come and go during the iterations.
-ELSEWHERE = {"wave_tiles": {"row_of_head", "transpose_keys"}, "wave_ends": {"use_loads", "stream"}}
+# has no drafts, whose masks ask for it. Those that only latent attention asks for: its keys are transposed in stages, and
+# its queries and outputs come and go during the iterations. And what only rows of several new tokens need, which may lie in
+# two tiles.
+ELSEWHERE = {
+    "wave_tiles": {"row_of_head", "transpose_keys"},
+    "wave_ends": {"use_loads", "stream"},
+    "wave_rows": {"patch_tile"},
+}
 
 
 def included(path: Path) -> set[Path]:

@@ -59,15 +59,15 @@ HEADS = (
     ),
     Bug(
         "the new token before put in place of each",
-        "PrefillKernel.merge_tokens",
+        "PrefillKernel.new_rows",
         "PAGE_SIZE + start",
         "PAGE_SIZE + start - 1",
     ),
     Bug(
         "new values put in place of new keys",
         "PrefillKernel.merge_tokens",
-        "self.new_keys[new_buffer, new_tokens]",
-        "self.new_values[new_buffer, new_tokens]",
+        "self.new_rows(self.new_keys, new_buffer, start)",
+        "self.new_rows(self.new_values, new_buffer, start)",
     ),
     Bug("new tokens of the first head for all", "PrefillKernel.merge_tokens", "by_head[head]", "by_head[0]"),
     Bug(
