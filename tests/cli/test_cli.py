@@ -148,9 +148,9 @@ def test_plan_shows_the_groups_of_a_decode_kernel_where_k_and_v_lie_apart(tmp_pa
     done = rpac("plan", tmp_path / "apart.yaml", "--target", "tpu7x", cache=tmp_path)
     assert done.returncode == 0, done.stderr
     decode, prefill, *mixed = done.stdout.partition("\n\n")[0].splitlines()[2:]
-    assert re.fullmatch(r"tpu7x/decode\.py +8 32 +8 x 128 x11 +- .* rule", decode.strip())
+    assert re.fullmatch(r"tpu7x/decode\.py +8 32 +4 x 128 x6 +- .* rule", decode.strip())
     assert re.fullmatch(r"tpu7x/prefill\.py +32 +- +16 q, 128/128 x3 .* rule", prefill.strip())
-    assert all(re.search(r" 4 x 128 x19 +\d+ q, ", row) for row in mixed)
+    assert all(re.search(r" 4 x 128 x6 +\d+ q, ", row) for row in mixed)
 
 
 def test_plan_tells_the_recipe_of_each_program_in_words(tmp_path: Path) -> None:
