@@ -31,7 +31,7 @@ from rpac.plan.buffers import (
 from rpac.plan.by_head import SORTED_TOKENS, laid_out_by_head
 from rpac.plan.page_table import query_windows
 from rpac.plan.recipe import SPLIT, BlockMask, BlockRecipe, Chooser, QueryOrder, Read, Recipe, Scores, SoftmaxPacing
-from rpac.plan.sizes import copy_sizes_of, largest_divisor, power_of_two_from, step_rows_of, visible_tokens
+from rpac.plan.sizes import copy_sizes_of, largest_divisor, power_of_two_from, visible_tokens
 from rpac.spec import Spec
 
 MIN_Q_BLOCK: Final = 16
@@ -418,7 +418,7 @@ def _choices(spec: Spec, device: Chip, kind: str, tokens: int) -> Iterator[Block
     for tile in (LONG_TILE, TILE) if long and most >= LONG_TILE else (TILE,):
         for q_block in _q_blocks(spec, kind, tokens):
             rows = model.group * q_block
-            step_rows = step_rows_of(rows, STEP_ROWS)
+            step_rows = largest_divisor(rows, STEP_ROWS)
             heads, diagonal_heads = (heads_of(model, rows // step_rows, steps) for steps in limits)
             copy_sizes = copy_sizes_of(kind, q_block, tokens)
             for block in blocks:

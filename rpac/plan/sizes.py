@@ -17,11 +17,6 @@ def copy_sizes_of(kind: str, q_block: int, tokens: int) -> tuple[int, ...]:
     return tuple(1 << bit for bit in reversed(range(power_of_two_to(min(q_block, tokens)).bit_length())))
 
 
-def step_rows_of(rows: int, most: int) -> int:
-    """The largest equal part of a block of query rows that is at most `most`."""
-    return next(rows // parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= most)
-
-
 def largest_divisor(value: int, most: int) -> int:
     """The largest divisor of `value` that is at most `most` (at least 1)."""
     return next(divisor for divisor in range(min(value, most), 0, -1) if value % divisor == 0)

@@ -13,7 +13,7 @@ from rpac.plan.kernel_plan import RULE
 from rpac.plan.planner import with_tiles
 from rpac.plan.prefill import STEP_ROWS, heads_of, most_steps
 from rpac.plan.recipe import Scores
-from rpac.plan.sizes import copy_sizes_of, step_rows_of
+from rpac.plan.sizes import copy_sizes_of, largest_divisor
 from rpac.spec import Spec
 
 
@@ -136,6 +136,6 @@ def _changed(spec: Spec, plan: KernelPlan, tiles: Tiles, axis: Axis, value: int)
     return replace(
         changed,
         tile=min(changed.tile, changed.block),
-        step_rows=step_rows_of(spec.model.group * changed.q_block, most_rows),
+        step_rows=largest_divisor(spec.model.group * changed.q_block, most_rows),
         copy_sizes=copy_sizes_of(plan.kind, changed.q_block, plan.tokens[0]),
     )
