@@ -81,7 +81,7 @@ def _tile_constants(spec: Spec, tiles: DecodeBlocks, *, shared: bool) -> list[Co
         tile("BLOCK_PAGES", "BLOCK // PAGE_SIZE"),
         tile("KV_BUFFERS", tiles.buffers, "blocks in VMEM: one that is computed, the others on their way"),
         tile("LOOKAHEAD", "KV_BUFFERS - 1", "iterations that the fetch is ahead"),
-        *window_constants(BlockWindows.of_decode(spec, tiles.block, tiles.buffers - 1)),
+        *window_constants(BlockWindows.of_decode(spec, tiles.block, tiles.buffers)),
         tile("WRITE_BUFFERS", tiles.write_buffers, "sequences whose results may be on their way out"),
         tile("MAX_TOKENS", tiles.max_rows * drafts, "new tokens, loaded all at once"),
         tile("LOADS", 3 if model.update_cache else 1, "arrays of new tokens"),

@@ -16,7 +16,7 @@ from rpac.kernels.shared import Call, Operand, in_smem, scratch_of, shared_conte
 from rpac.kernels.waves import NAMES, Queries, wave_constants, window_begin
 from rpac.plan import KernelPlan, LatentBlockTiles, LatentWaves
 from rpac.plan.buffers import new_buffers, page_buffers
-from rpac.plan.latent import LOADS, MXU_TOKENS, TILE_TOKENS
+from rpac.plan.latent import LOADS, MXU_TOKENS, TILE_TOKENS, is_staged
 from rpac.plan.page_table import BlockWindows
 from rpac.plan.recipe import Recipe
 from rpac.spec import Spec
@@ -89,7 +89,7 @@ def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     tiles = plan.decode
     assert isinstance(tiles, LatentWaves)
     assert recipe.decode is not None
-    staged = recipe.decode.read == "latent_staged"
+    staged = is_staged(recipe)
     own = [
         tile("QUERY_ROWS", "Q_HEADS"),
         tile("SCORE_ROWS", "QUERY_ROWS"),
@@ -193,7 +193,7 @@ def _block_constants(spec: Spec, tiles: LatentBlockTiles) -> list[Constant]:
         tile("ROW_STEPS", "Q_ROWS // STEP_ROWS", "flash steps of a query block"),
         tile("DIAGONAL_STEPS", math.gcd(row_steps, DIAGONAL_STEPS), "of them, one piece of code on the diagonal"),
         tile("DIAGONAL_ITERATIONS", "ROW_STEPS // DIAGONAL_STEPS"),
-        *window_constants(BlockWindows.of_queries(spec, tiles.block, tiles.buffers - 1)),
+        *window_constants(BlockWindows.of_queries(spec, tiles.block, tiles.buffers)),
         tile("PAGE_BUFFERS", page_buffers(tiles.update_lookahead), "pages under update"),
         tile("NEW_BUFFERS", new_buffers(tiles.update_lookahead), "pages whose new tokens are fetched or in use"),
         tile("UPDATE_LOOKAHEAD", tiles.update_lookahead, "pages that their fetch runs ahead"),

@@ -182,7 +182,7 @@ def _tile_constants(spec: Spec, tiles: BlockTiles, recipe: BlockRecipe, by_head:
             "sublane tiles that are zeroed at once",
         ),
         tile("CLEARED_PLANES", "range(KV_PLANES)" if recipe.mask == "matmul" else "(V_PLANE,)"),
-        *window_constants(BlockWindows.of_queries(spec, tiles.block, tiles.buffers - 1)),
+        *window_constants(BlockWindows.of_queries(spec, tiles.block, tiles.buffers)),
         tile("PAGE_BUFFERS", page_buffers(tiles.update_lookahead), "pages under update"),
         tile("NEW_BUFFERS", new_buffers(tiles.update_lookahead), "pages whose new tokens are fetched or in use"),
         tile("UPDATE_LOOKAHEAD", tiles.update_lookahead, "pages that their fetch runs ahead"),

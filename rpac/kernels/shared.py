@@ -277,9 +277,9 @@ def call_of(spec: Spec, kind: str, recipe: Recipe) -> Call:
     # Only mixed batches have sequences of different numbers of new tokens, and a tree is of decode rows alone.
     batch = [dims for dims in metadata_specs(spec.serving) if mixed or dims.name != "cu_q_lens"]
     batch += [dims for dims in extra_specs(spec) if kind == "decode" or dims.name != "tree"]
+    batch = in_smem(batch, recipe.page_table)
     scalars = tuple(
-        Operand(dims.name, _FLAT.get(dims.name, dims.name), _comment(dims.dtype, dims.name))
-        for dims in in_smem(batch, recipe.page_table)
+        Operand(dims.name, _FLAT.get(dims.name, dims.name), _comment(dims.dtype, dims.name)) for dims in batch
     )
     own = [dims for dims in arg_specs(spec, 0) if dims.name in _IN_HBM]
     tables = tables_in_hbm(recipe.page_table)
@@ -310,7 +310,7 @@ def call_of(spec: Spec, kind: str, recipe: Recipe) -> Call:
         tuple(arrays),
         tuple(results),
         aliases,
-        (*names, *(dims.name for dims in in_smem(batch, recipe.page_table))),
+        (*names, *(dims.name for dims in batch)),
         ", ".join(returned),
         _OTHER_ROWS[kind],
     )

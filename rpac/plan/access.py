@@ -48,9 +48,9 @@ def reads_all_heads(spec: Spec) -> bool:
     """Whether a decode kernel can take interleaved K and V of all heads as they lie, and gains by it.
 
     Each word must hold a K and its V, or each row of registers both. A head must be a row of registers; or two, of 16 bits, if
-    scores of one KV head's set are kept. Query rows cost
-    work in proportion to the bytes that are fetched beside it: of the MXU, with more than `MOST_OWN_ROWS`; or of the vector
-    unit, where all rows of scores are kept, with more than `MOST_ALL_HEADS_ROWS`.
+    scores of one KV head's set are kept. Query rows cost work in proportion to the bytes that are fetched beside it. With more
+    than `MOST_OWN_ROWS`, the MXU would take longer than the fetch; where all rows of scores are kept, the vector unit would
+    with more than `MOST_ALL_HEADS_ROWS`.
     """
     model = spec.model
     sets, pack = Sets.of(spec, "all_heads"), packing(model.kv_dtype)

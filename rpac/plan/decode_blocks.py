@@ -99,7 +99,7 @@ class DecodeBlocks:
         """The scratch arrays of page tables in HBM; none where they are in SMEM."""
         if recipe.page_table == "smem":
             return ()
-        return BlockWindows.of_decode(spec, self.block, self.buffers - 1).buffers(self.buffers)
+        return BlockWindows.of_decode(spec, self.block, self.buffers).buffers(self.buffers)
 
     def temporaries(self, spec: Spec, recipe: Recipe) -> int:
         """Bytes of the values of one flash step that registers cannot hold: scores and probabilities."""

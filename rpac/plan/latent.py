@@ -88,7 +88,7 @@ class LatentWaves(DecodeWaves):
     def _of_tiles(self, spec: Spec, recipe: Recipe) -> tuple[Buffer, ...]:
         """What tiles leave for the next iteration, or in stages for the next step."""
         heads = spec.model.q_heads
-        if not _is_staged(recipe):
+        if not is_staged(recipe):
             scores = (self.tiles_per_wave, heads, self.tile)
             return (Buffer("scores", scores, "float32", "scores of a wave, for the next iteration"),)
         latents = (2, self.tile // MXU_TOKENS, spec.model.head_dim // 2, MXU_TOKENS)
@@ -107,7 +107,7 @@ class LatentWaves(DecodeWaves):
 
         In stages only what a step has under way.
         """
-        tiles = 2 if _is_staged(recipe) else self.tiles_per_wave
+        tiles = 2 if is_staged(recipe) else self.tiles_per_wave
         return 2 * tiles * nbytes((spec.model.q_heads, self.tile + spec.model.head_dim), "float32")
 
 
@@ -161,7 +161,8 @@ class LatentBlockTiles:
         return 4 * nbytes((self.step_rows, self.block + spec.model.head_dim), "float32")
 
 
-def _is_staged(recipe: Recipe) -> bool:
+def is_staged(recipe: Recipe) -> bool:
+    """Whether tiles of a decode kernel go through stages."""
     return recipe.decode is not None and recipe.decode.read == "latent_staged"
 
 

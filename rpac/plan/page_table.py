@@ -120,14 +120,15 @@ class BlockWindows:
     position: int
 
     @classmethod
-    def of_decode(cls, spec: Spec, block: int, lookahead: int) -> BlockWindows:
+    def of_decode(cls, spec: Spec, block: int, buffers: int) -> BlockWindows:
         """Those of blocks of decode rows, whose patches need them to the end of a block's fetch, `lookahead` blocks later."""
+        lookahead = buffers - 1
         return cls(window_entries(spec, block // spec.serving.page_size), lookahead, 2 * lookahead + 1, 2)
 
     @classmethod
-    def of_queries(cls, spec: Spec, block: int, lookahead: int) -> BlockWindows:
+    def of_queries(cls, spec: Spec, block: int, buffers: int) -> BlockWindows:
         """Those of blocks that query blocks attend to."""
-        return cls(window_entries(spec, block // spec.serving.page_size), lookahead, lookahead + 1, 4)
+        return cls(window_entries(spec, block // spec.serving.page_size), buffers - 1, buffers, 4)
 
     def buffers(self, kv_buffers: int) -> tuple[Buffer, ...]:
         """The scratch arrays."""
@@ -155,7 +156,7 @@ def query_windows(spec: Spec, recipe: Recipe, block: int, buffers: int, update_l
     """The scratch arrays of a kernel of query blocks that has page tables in HBM; none where they are in SMEM."""
     if recipe.page_table == "smem":
         return ()
-    windows = BlockWindows.of_queries(spec, block, buffers - 1)
+    windows = BlockWindows.of_queries(spec, block, buffers)
     return (*windows.buffers(buffers), *update_buffers(update_lookahead, page_buffers(update_lookahead)))
 
 

@@ -258,7 +258,7 @@ def recipe(spec: Spec, tiles: BlockTiles, chooser: Chooser) -> BlockRecipe:
     model, read = spec.model, read_of(spec)
     order = _query_order(spec, tiles)
     heads = transposed_heads(model) if order == "transpose" else 0
-    scores = chooser.choose("scores", *_scores(spec, tiles, heads))
+    scores = chooser.choose("scores", *_scores(tiles, model, order, heads))
     pacing, lookahead = None, _lookahead(tiles, model)
     paced = _paced(spec, tiles, read, scores)
     if chooser.choose("paced", *paced):
@@ -291,16 +291,15 @@ def _query_order(spec: Spec, tiles: BlockTiles) -> QueryOrder:
     return "transpose" if transposed_heads(spec.model) else "strided"
 
 
-def _scores(spec: Spec, tiles: BlockTiles, heads: int) -> tuple[Scores, ...]:
+def _scores(tiles: BlockTiles, model: Attention, order: QueryOrder, heads: int) -> tuple[Scores, ...]:
     """Transposed scores have query rows along lanes, which fill the width of the MXU where a head does not. Rows must be whole
     registers, and those of a query, or those of a query head, side by side; and the steps of every iteration go around the
     scores that are kept.
     """
-    model = spec.model
-    if queries_by_lane(spec, tiles):
+    if order == "by_lane":
         return ("transposed",)
     by_query = LANES % model.group == 0 and heads > 0
-    by_query_head = "queries" in by_head(spec, tiles) and tiles.q_block % LANES == 0
+    by_query_head = order == "by_head" and tiles.q_block % LANES == 0
     whole = tiles.step_rows % LANES == 0 and (by_query or by_query_head)
     if tiles.spare_mxu_lanes and whole and _slots(tiles, model, TRANSPOSED_SLOTS) > TRANSPOSED_LOOKAHEAD:
         return "transposed", "rows"
