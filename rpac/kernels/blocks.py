@@ -7,10 +7,11 @@ from typing import Final
 
 from rpac.contract.arrays import packing
 from rpac.kernels.assemble import Kernel
+from rpac.kernels.calls import call_of
 from rpac.kernels.constants import Constant, tile
 from rpac.kernels.model_constants import model_constants
 from rpac.kernels.semaphores import BLOCK_WINDOW_SHAPES, window_constants
-from rpac.kernels.shared import CLEARED_AT_ONCE, call_of, query_row_shapes, scratch_of
+from rpac.kernels.shared import CLEARED_AT_ONCE, query_row_shapes, scratch_of
 from rpac.plan import DecodeBlocks, KernelPlan, RowDims
 from rpac.plan.page_table import BlockWindows
 from rpac.plan.query_rows import head_rows

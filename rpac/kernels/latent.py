@@ -8,11 +8,12 @@ from typing import Any, Final
 
 from rpac.contract.arrays import SUBLANES, align, latent_lanes, metadata_specs, packing
 from rpac.kernels.assemble import Kernel
+from rpac.kernels.calls import Call, Operand, in_smem, tables_in_hbm
 from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.literals import dtype_name
 from rpac.kernels.model_constants import model_constants
 from rpac.kernels.semaphores import BLOCK_SHAPES, WAVE_SHAPES, window_constants
-from rpac.kernels.shared import Call, Operand, in_smem, scratch_of, shared_context, tables_in_hbm
+from rpac.kernels.shared import scratch_of, shared_context
 from rpac.kernels.waves import NAMES, Queries, wave_constants, window_begin
 from rpac.plan import KernelPlan, LatentBlockTiles, LatentWaves
 from rpac.plan.buffers import new_buffers, page_buffers

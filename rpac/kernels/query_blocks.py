@@ -9,10 +9,11 @@ from typing import Final, Literal
 from rpac.contract.arrays import LANES, SUBLANES, align, joins_rows, packing
 from rpac.contract.attention import Attention
 from rpac.kernels.assemble import Kernel
+from rpac.kernels.calls import call_of
 from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.model_constants import model_constants
 from rpac.kernels.semaphores import BLOCK_SHAPES, window_constants
-from rpac.kernels.shared import CLEARED_AT_ONCE, by_head_features, call_of, scratch_of
+from rpac.kernels.shared import CLEARED_AT_ONCE, by_head_features, scratch_of
 from rpac.plan import BlockTiles, KernelPlan, RowDims
 from rpac.plan.buffers import new_buffers, page_buffers
 from rpac.plan.by_head import SORTED_TOKENS

@@ -9,10 +9,11 @@ from typing import Literal
 from rpac.contract.arrays import BITS, LANES, WORD_BITS, joins_rows
 from rpac.contract.attention import Attention
 from rpac.kernels.assemble import Kernel
+from rpac.kernels.calls import call_of
 from rpac.kernels.constants import Constant, tile
 from rpac.kernels.model_constants import model_constants
 from rpac.kernels.semaphores import WAVE_SHAPES
-from rpac.kernels.shared import CLEARED_AT_ONCE, Shared, call_of, query_row_shapes, scratch_of
+from rpac.kernels.shared import CLEARED_AT_ONCE, Shared, query_row_shapes, scratch_of
 from rpac.plan import DecodeWaves, KernelPlan, RowDims
 from rpac.plan.buffers import all_heads_rows, sublane_tile_tokens
 from rpac.plan.by_head import SORTED_TOKENS
