@@ -115,7 +115,6 @@ def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "columns": "TILE",
         "order": "staged" if staged else "one_by_one",
         "ends": "streamed",
-        "cleared_slots": "TILE_BUFFERS",  # the first iterations also look for outputs in waves before the first
         "state": "stored" if staged else "carried",
         "softmax": "staged" if staged else "whole",
         "window_begin": window_begin(spec, tiles),

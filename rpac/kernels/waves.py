@@ -102,10 +102,6 @@ def decode_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "score_rows": "own" if sets.keeps_own else "all",
         "score_lanes": "halves" if sets.halves > 1 else "whole",
         "new_words": "ahead" if tiles.packs_ahead(spec) else "on_demand",
-        "new_rows": "[self.packed[seq, i] for i in range(KV_PLANES)]"
-        if tiles.packs_ahead(spec)
-        else "self.new_rows(seq)",
-        "cleared_slots": "TILES_PER_WAVE",
         "tile_rows": _tile_rows(spec.model),
         "order": _order(recipe.decode),
         "state": "carried",

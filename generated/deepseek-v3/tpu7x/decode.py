@@ -84,6 +84,12 @@ def for_each(first, end, body):
     lax.fori_loop(first, end, run, 0)
 
 
+def for_each_digit(count, most, body):
+    """Runs `body(size)` for each binary digit of `count`, which is at most `most`: that is code for a few sizes, and no loop."""
+    for digit in range(most.bit_length()):
+        pl.when(count & (1 << digit) != 0)(functools.partial(body, 1 << digit))
+
+
 def quotient(value, divisor):
     """`value // divisor` of what is not negative, by a power of two: one shift, where a division of signed numbers is ten."""
     return value >> (divisor.bit_length() - 1)
@@ -103,6 +109,21 @@ def matmul(rows, matrix, contracted):
     """`rows` times `matrix` along its dimension `contracted`, in float32."""
     dims = (((1,), (contracted,)), ((), ()))
     return lax.dot_general(rows, matrix, dims, precision=PRECISION, preferred_element_type=jnp.float32)
+
+
+def lane_partial_sum(p):
+    """The sums of probabilities, a part of each in every lane."""
+    return sum(p[:, lane : lane + LANES] for lane in range(0, p.shape[1], LANES))
+
+
+def lane_partial_max(scores):
+    """The largest of scores, a part of each in every lane."""
+    return functools.reduce(jnp.maximum, [scores[:, lane : lane + LANES] for lane in range(0, scores.shape[1], LANES)])
+
+
+def reduce_lanes(parts):
+    """Such sums whole, the same in every lane: a block of queries needs it once."""
+    return jnp.broadcast_to(jnp.sum(parts, axis=1, keepdims=True), parts.shape)
 
 
 def cache_rows(kv_cache):
@@ -196,7 +217,7 @@ class DecodeKernel(PagedKernel):
         for load in loads:
             load.start()
         # The first iteration finds a wave before the first, with no tile in it: nobody reads what that leaves.
-        for_each(0, TILE_BUFFERS, self.clear_slot)
+        for_each(0, TILES_PER_WAVE, self.clear_slot)
         ahead = (jnp.int32(0), jnp.int32(0))
         ahead = lax.fori_loop(1, LOOKAHEAD, self.fetch_first_wave, ahead)
         for load in loads:
@@ -266,9 +287,9 @@ class DecodeKernel(PagedKernel):
         pl.when(wave <= LATER_WAVE)(self.wait_for_later_copies)
         self.send_outputs(wave, self.num_seqs)
         for_each(0, jnp.minimum(self.num_seqs, WRITE_BUFFERS), self.drain_write)
-        for digit in range(MAX_ROWS.bit_length()):
-            as_large = self.out_all.at[pl.ds(0, 1 << digit)]
-            pl.when(self.num_seqs & (1 << digit) != 0)(functools.partial(wait_for_bytes, as_large, self.out_sem.at[0]))
+        for_each_digit(
+            self.num_seqs, MAX_ROWS, lambda size: wait_for_bytes(self.out_all.at[pl.ds(0, size)], self.out_sem.at[0])
+        )
 
     def iterate(self, carry):
         """Computes a wave's values and the next wave's scores; fetches a wave LOOKAHEAD waves later."""
@@ -341,10 +362,11 @@ class DecodeKernel(PagedKernel):
         def wait_for_pages():
             tokens = (jnp.clip(self.tile_left[self.slot(wave, i)], 0, TILE) for i in range(TILES_PER_WAVE))
             pages = sum(quotient(some + (PAGE_SIZE - 1), PAGE_SIZE) for some in tokens)
-            # By the binary digits of their count: that is code for a few waits, and no loop.
-            for digit in range((TILES_PER_WAVE * TILE_PAGES).bit_length()):
-                as_large = self.some_pages(first_slot, 1 << digit)
-                pl.when(pages & (1 << digit) != 0)(functools.partial(wait_for_bytes, as_large, sem))
+
+            def wait_for_some(count):
+                wait_for_bytes(self.some_pages(first_slot, count), sem)
+
+            for_each_digit(pages, TILES_PER_WAVE * TILE_PAGES, wait_for_some)
 
     def some_pages(self, slot, count):
         """The buffers of a power of two of pages: some of a tile, or those of several tiles."""
@@ -452,7 +474,7 @@ class DecodeKernel(PagedKernel):
         visible = self.visible_tokens(wave, i)[:, columns]
         scores = jnp.where(visible, scores * SCORE_SCALE, MASKED)
         self.scores[i % 2, :, columns] = scores
-        return functools.reduce(jnp.maximum, jnp.split(scores, MXU_TOKENS // LANES, axis=1))
+        return lane_partial_max(scores)
 
     def softmax(self, wave, i):
         """Makes a tile's probabilities relative to the running maximum, for the next step, and updates maximum and sum."""
@@ -465,9 +487,9 @@ class DecodeKernel(PagedKernel):
             columns = slice(first, first + MXU_TOKENS)
             p = jnp.exp2(self.scores[i % 2, :, columns] - broadcast_lanes(new_max, MXU_TOKENS))
             self.p[i % 2, :, columns] = p.astype(self.p.dtype)
-            sums = sums + functools.reduce(jnp.add, jnp.split(p, MXU_TOKENS // LANES, axis=1))
+            sums = sums + lane_partial_sum(p)
         old_sum = jnp.where(begins, 0.0, self.row_sum[...])
-        new_sum = old_sum * alpha + jnp.broadcast_to(jnp.sum(sums, axis=1, keepdims=True), self.row_sum.shape)
+        new_sum = old_sum * alpha + reduce_lanes(sums)
         self.row_max[...], self.row_sum[...] = new_max, new_sum
         self.alpha[i % 2], self.inverse_sum[i % 2] = alpha, 1.0 / new_sum
 

@@ -95,6 +95,12 @@ def for_each(first, end, body):
     lax.fori_loop(first, end, run, 0)
 
 
+def for_each_digit(count, most, body):
+    """Runs `body(size)` for each binary digit of `count`, which is at most `most`: that is code for a few sizes, and no loop."""
+    for digit in range(most.bit_length()):
+        pl.when(count & (1 << digit) != 0)(functools.partial(body, 1 << digit))
+
+
 def quotient(value, divisor):
     """`value // divisor` of what is not negative, by a power of two: one shift, where a division of signed numbers is ten."""
     return value >> (divisor.bit_length() - 1)
@@ -348,10 +354,11 @@ class DecodeKernel(PagedKernel):
         def wait_for_pages():
             tokens = (jnp.clip(self.tile_left[self.slot(wave, i)], 0, TILE) for i in range(TILES_PER_WAVE))
             pages = sum(quotient(some + (PAGE_SIZE - 1), PAGE_SIZE) for some in tokens)
-            # By the binary digits of their count: that is code for a few waits, and no loop.
-            for digit in range((TILES_PER_WAVE * TILE_PAGES).bit_length()):
-                as_large = self.some_pages(first_slot, 1 << digit)
-                pl.when(pages & (1 << digit) != 0)(functools.partial(wait_for_bytes, as_large, sem))
+
+            def wait_for_some(count):
+                wait_for_bytes(self.some_pages(first_slot, count), sem)
+
+            for_each_digit(pages, TILES_PER_WAVE * TILE_PAGES, wait_for_some)
 
     def some_pages(self, slot, count):
         """The buffers of a power of two of pages: some of a tile, or those of several tiles."""

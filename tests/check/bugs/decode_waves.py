@@ -73,13 +73,13 @@ WAITS = (
     Bug(
         "no wait for the pages of a partial wave",
         "DecodeKernel.wait_for_wave.wait_for_pages",
-        "pl.when(pages & (1 << digit) != 0)(functools.partial(wait_for_bytes, as_large, sem))",
+        "for_each_digit(pages, TILES_PER_WAVE * TILE_PAGES, wait_for_some)",
     ),
     Bug(
         "no wait for a single page of a partial wave",
-        "DecodeKernel.wait_for_wave.wait_for_pages",
-        "pages & (1 << digit) != 0",
-        "pages & (2 << digit) != 0",
+        "for_each_digit",
+        "count & (1 << digit) != 0",
+        "count & (2 << digit) != 0",
         hangs=True,
     ),
     Bug(

@@ -572,6 +572,23 @@ class PrefillKernel(PagedKernel):
         """Where one query head's queries are among the rows of its KV head."""
         return pl.ds(head % GROUP * Q_BLOCK, Q_BLOCK)
 
+    def load_queries(self, buffer):
+        """Puts together the queries of each KV head."""
+        for_each(0, KV_HEADS, functools.partial(self.load_group, buffer))
+
+    def store_output(self):
+        """Puts a block's output together by query head, and sets the running maxima for the next one."""
+        for_each(0, KV_HEADS, self.store_group)
+
+    def store_group(self, kv_head):
+        for i in range(GROUP):  # one fills the waits of another
+            self.out_rows[0, kv_head * GROUP + i] = self.take_output(kv_head, self.rows_of_head(i))
+
+    def load_group(self, buffer, kv_head):
+        """Puts together the queries of a KV head, `[Q_ROWS, HEAD_LANES]`."""
+        for i in range(GROUP):
+            self.q_rows[kv_head, self.rows_of_head(i)] = self.q_in[buffer, kv_head * GROUP + i]
+
     def clear_all(self):
         """Sets all running maxima as they are before a first tile."""
         for_each(0, KV_HEADS * ROW_STEPS, self.clear_step)
@@ -579,22 +596,6 @@ class PrefillKernel(PagedKernel):
     def clear_step(self, step):
         rows = pl.ds(pl.multiple_of(lax.rem(step, ROW_STEPS) * STEP_ROWS, STEP_ROWS), STEP_ROWS)
         self.clear_max(lax.div(step, ROW_STEPS), rows)
-
-    def load_queries(self, buffer):
-        """Puts together the queries of each KV head, `[KV_HEADS, Q_ROWS, HEAD_LANES]`."""
-        for_each(0, KV_HEADS, functools.partial(self.load_group, buffer))
-
-    def load_group(self, buffer, kv_head):
-        for i in range(GROUP):
-            self.q_rows[kv_head, self.rows_of_head(i)] = self.q_in[buffer, kv_head * GROUP + i]
-
-    def store_output(self):
-        """Puts a block's output into rows of its query heads, and sets the running maxima for the next one."""
-        for_each(0, KV_HEADS, self.store_group)
-
-    def store_group(self, kv_head):
-        for i in range(GROUP):  # one fills the waits of another
-            self.out_rows[0, kv_head * GROUP + i] = self.take_output(kv_head, self.rows_of_head(i))
 
     # ---- Reading of one head's K and V: `tokens` tokens, from token `first` of a block on, both whole pages.
 
