@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from kept import write
+
 from rpac.schedule.dump import Dump
 
 
@@ -18,6 +20,5 @@ def kept(folder: Path, name: str, request: str, make: Callable[[], Dump]) -> Dum
     if path.exists():
         return Dump(**json.loads(gzip.decompress(path.read_bytes())))
     found = make()
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(json.dumps(asdict(found)).encode(), 5))
+    write(path, gzip.compress(json.dumps(asdict(found)).encode(), 5, mtime=0))
     return found

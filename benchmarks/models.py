@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from kept import Results, digest, walker_digest
-from models.bound import bound_of
+from models.bound import floor_of
 from models.cases import Case, Place, cases, places
 from models.document import COLORS, NOT_RUN, Result, Row, document, draw
 
@@ -25,8 +25,8 @@ from rpac.devices.toolchain import toolchain
 from rpac.errors import PlanError, RpacError, ScheduleError
 from rpac.files.store import Store, default_cache_dir
 from rpac.plan.tuned import TunedTiles
-from rpac.predict import Programs, predict, programs_of
-from rpac.report.bound import bound_of as limit_of
+from rpac.predict import Programs, predict_on, programs_of
+from rpac.report.bound import bound_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "models" / "results.json"
@@ -54,12 +54,12 @@ class Bench:
             return kept or Result(error=NOT_RUN)
         print(name, file=sys.stderr, flush=True)
         try:
-            report = predict(programs, case.workload).report
+            report = predict_on(programs, variant, batch, case.workload).report
         except ScheduleError as error:
             found = Result(str(variant), error=str(error).split("\n")[0])
         else:
-            bound = bound_of(report, programs.model)
-            found = Result(str(variant), report.seconds, bound.name, bound.seconds, limit_of(report).words)
+            floor = floor_of(report, programs.model)
+            found = Result(str(variant), report.seconds, floor.name, floor.seconds, bound_of(report).words)
         self.results.keep(name, key, found)
         return found
 

@@ -155,10 +155,9 @@ def built(shared: Path, cache: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(shared: Path) -> Path:
     """The bundle of small.yaml, built once a run through the command line, however many test processes ask."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "rpac-small"
+    folder = shared / "rpac-small"
     folder.mkdir(exist_ok=True)
     with (folder / "once").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -169,10 +168,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def dumps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dumps(shared: Path) -> Path:
     """Where schedules are kept, for all test processes of this run."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "rpac-dumps"
+    return shared / "rpac-dumps"
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ FIXED_DMAS: Final = 3
 
 
 @dataclass(frozen=True)
-class Bound:
+class Floor:
     """`name`: HBM, MXU or fixed cost. seconds: at least, for this batch."""
 
     name: str
     seconds: float
 
 
-def bound_of(report: CallReport, model: Attention) -> Bound:
+def floor_of(report: CallReport, model: Attention) -> Floor:
     """The longest of three times. Of the needed bytes over the HBM's bandwidth; of the needed flops over the MXU's rate at
     the clock of the timing model, where products of a head_dim narrower than the MXU leave a part of it empty; and of DMAs that
     must wait for one another (FIXED_DMAS).
@@ -37,4 +37,4 @@ def bound_of(report: CallReport, model: Attention) -> Bound:
     filled = min(1.0, model.head_dim / one.mxu_size)
     mxu = report.needed_flops / 2 / multiply_adds * (1 / filled + 1) / 2
     fixed = FIXED_DMAS * report.model.latency_s
-    return max(Bound("HBM", hbm), Bound("MXU", mxu), Bound("fixed cost", fixed), key=lambda bound: bound.seconds)
+    return max(Floor("HBM", hbm), Floor("MXU", mxu), Floor("fixed cost", fixed), key=lambda floor: floor.seconds)

@@ -9,6 +9,7 @@ from typing import Final
 
 import yaml
 
+from rpac.devices.chip import is_tpu
 from rpac.spec import Spec, load_spec, parse_spec
 from rpac.traffic.trace import Workload
 
@@ -43,11 +44,11 @@ def places(folder: Path, names: list[str], targets: list[str]) -> Iterator[Place
     for path in sorted(SPECS.glob("*.yaml")):
         for variant in layouts(path, folder):
             spec = load_spec(variant)
-            if spec.name.removesuffix("-separate") not in names and spec.name not in names and names:
+            if names and not {spec.name, spec.name.removesuffix("-separate")} & {*names}:
                 continue
             for part in spec.parts:
                 for target in part.targets:
-                    if target in (targets or part.targets) and target not in ("cpu", "gpu"):
+                    if target in (targets or part.targets) and is_tpu(target):
                         yield Place(part, variant, target)
 
 

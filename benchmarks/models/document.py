@@ -51,7 +51,7 @@ def document(template: str, results: Mapping[Row, Result]) -> str:
 
 
 def _summary(results: Mapping[Row, Result]) -> list[str]:
-    lines = ["| target | rows | at least 0.75 | lowest fraction | not run |", "|---|--:|--:|---|--:|"]
+    lines = [f"| target | rows | at least {ENOUGH} | lowest fraction | not run |", "|---|--:|--:|---|--:|"]
     for target in dict.fromkeys(place.target for place, _ in results):
         rows = {row: result for row, result in results.items() if row[0].target == target}
         ran = {row: result for row, result in rows.items() if not result.error}

@@ -23,7 +23,7 @@ from rpac.devices.toolchain import toolchain
 from rpac.errors import PlanError, ScheduleError
 from rpac.files.store import Store as ProgramStore
 from rpac.files.store import default_cache_dir
-from rpac.predict import Programs, predict, programs_of
+from rpac.predict import Programs, predict_on, programs_of
 from rpac.schedule import Call, Work, attention_work
 from rpac.schedule.report import KernelOperands
 from rpac.spec import load_spec
@@ -183,7 +183,7 @@ class Bench:
             return kept or Result(str(variant), error=NOT_RUN)
         progress(name)
         try:
-            report = predict(programs, case.workload).report
+            report = predict_on(programs, variant, batch, case.workload).report
             result = Result(str(variant), report.seconds, report.kernel_seconds, report.mbu or 0.0, report.mfu or 0.0)
         except ScheduleError as error:
             result = Result(str(variant), error=reason(str(error)))

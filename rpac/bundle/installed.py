@@ -20,7 +20,7 @@ COMPILED: Final = "__pycache__"
 """What an installer adds to a folder of Python files, such as the sources of a bundle's kernels. Nothing here reads it."""
 
 _PREFIX: Final = "rpac-bundle-"
-_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", re.ASCII)
+_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", re.ASCII | re.IGNORECASE)
 
 
 def normalized(name: str) -> str:
@@ -30,9 +30,7 @@ def normalized(name: str) -> str:
 
 def is_name(name: str) -> bool:
     """Whether `name` can be a part of a distribution's name, in any spelling."""
-    return (
-        _NAME.fullmatch(normalized(name)) is not None and re.fullmatch(r"[A-Za-z0-9].*[A-Za-z0-9]|.", name) is not None
-    )
+    return _NAME.fullmatch(name) is not None
 
 
 def distribution_of(name: str) -> str:

@@ -59,9 +59,12 @@ def verify_bundle(path: str | os.PathLike[str], timeout_s: float | None = None) 
     return _in_time(path, timeout_s, lambda: _read(path, _verify))
 
 
-def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `rpac inspect` shows, as plain data: the manifest, its digest, the bundle's path and its size in bytes."""
-    manifest = read_manifest(path)
+def describe(path: str | os.PathLike[str], manifest: Manifest | None = None) -> dict[str, Any]:
+    """What `rpac inspect` shows, as plain data: the manifest, its digest, the bundle's path and its size in bytes.
+
+    `manifest`: of the bundle at `path`, where the caller has read it.
+    """
+    manifest = manifest or read_manifest(path)
     size = len(render(manifest)) + sum(content.size for content in (*manifest.blobs, *manifest.files.values()))
     return {"path": os.fspath(path), "size": size, "digest": digest(manifest), **as_data(manifest)}
 
@@ -70,24 +73,21 @@ def read_files(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, bytes]
     """Every file of the bundle at `path` by its name, each checked against its hash. Raises as `verify_bundle` does."""
 
     def read(storage: Storage) -> tuple[Manifest, dict[str, bytes]]:
-        manifest = _verify(storage)
-        blobs = {blob_name(blob): storage.blob(blob) for blob in manifest.blobs}
-        files = {name: storage.read(name, content) for name, content in manifest.files.items()}
-        return manifest, {MANIFEST: render(manifest), **blobs, **files}
+        files: dict[str, bytes] = {}
+        manifest = _verify(storage, files.__setitem__)
+        return manifest, {MANIFEST: render(manifest), **files}
 
     return _read(path, read)
 
 
-def _verify(storage: Storage) -> Manifest:
+def _verify(storage: Storage, keep: Callable[[str, bytes], None] = lambda name, data: None) -> Manifest:
+    """Reads and hashes every file, and calls `keep` with its name and its bytes."""
     manifest = storage.manifest()
-    expected = {MANIFEST}
     for blob in sorted(manifest.blobs):
-        storage.blob(blob)
-        expected.add(blob_name(blob))
+        keep(blob_name(blob), storage.blob(blob))
     for name, content in sorted(manifest.files.items()):
-        storage.read(name, content)
-        expected.add(name)
-    extra = storage.extra(expected)
+        keep(name, storage.read(name, content))
+    extra = storage.extra({MANIFEST, *map(blob_name, manifest.blobs), *manifest.files})
     if extra:
         more = f" and {len(extra) - 5} more" if len(extra) > 5 else ""
         raise BundleError(

@@ -23,8 +23,7 @@ HEADER = ("target", "device kind", "program", "tokens", "source", "export", "exe
 @json_option
 def inspect(bundle: str, as_json: bool) -> None:
     """Verify every byte of BUNDLE, a path or a URL, and list its contents."""
-    verify_bundle(bundle)
-    facts = describe(bundle)
+    facts = describe(bundle, verify_bundle(bundle))
     if as_json:
         print_json(facts)
         return

@@ -35,6 +35,7 @@ from rpac.predict import (
     emit,
     expected,
     layers_in,
+    names_apart,
     predict,
     programs_of,
 )
@@ -123,12 +124,8 @@ def _programs(path: Path, target: str, layer: str, store: Store, any_compiler: b
 
 
 def _named_apart(programs: Sequence[Programs], paths: Sequence[Path]) -> list[Programs]:
-    """Adds the path to each name that occurs twice, because two bundles of one spec can be compared too."""
-    names = [one.name for one in programs]
-    return [
-        replace(one, name=f"{one.name} ({path})") if names.count(one.name) > 1 else one
-        for one, path in zip(programs, paths, strict=True)
-    ]
+    names = names_apart([one.name for one in programs], paths)
+    return [replace(one, name=name) for one, name in zip(programs, names, strict=True)]
 
 
 def _print(predictions: Sequence[Prediction], targets: Sequence[str], detail: bool) -> None:

@@ -23,7 +23,8 @@ _CALL: Final = re.compile(r'custom_call\s*@(?:"([^"]*)"|([\w$.-]+))|call_target_
 
 def refuse_custom_calls(variant: Variant, exported: export.Exported) -> None:
     """Raises BundleError where a program calls anything that programs of its platforms never need."""
-    allowed = frozenset.intersection(*(_ALLOWED.get(platform, frozenset()) for platform in exported.platforms))
+    of_each = [_ALLOWED.get(platform, frozenset()) for platform in exported.platforms]
+    allowed = frozenset.intersection(*of_each) if of_each else frozenset()
     found = {next(filter(None, call), "") for call in _CALL.findall(exported.mlir_module())} - allowed
     if found:
         needs = "call only " + ", ".join(sorted(allowed)) if allowed else "call nothing outside of itself"

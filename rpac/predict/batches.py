@@ -68,10 +68,16 @@ class Asked:
         return [*(parse_decode(text, decode_len) for text in self.decode), *self.others]
 
 
-def expected(limits: Limits, context_lens: tuple[int, ...]) -> Iterator[Workload]:
+def expected(limits: Limits, context_lens: Iterable[int]) -> Iterator[Workload]:
     """What a spec expects: all sequences decoding at each of its lengths, and one chunk prefilled up to it."""
-    for length in context_lens:
-        yield parse_decode(f"{limits.max_num_seqs}x{max(length, limits.decode_len)}", limits.decode_len)
-    for length in context_lens:
+    lengths = tuple(context_lens)
+    yield from expected_decode(limits, lengths)
+    for length in lengths:
         if length >= limits.prefill_chunk:
             yield parse_prefill(f"1x{limits.prefill_chunk}/{length}")
+
+
+def expected_decode(limits: Limits, context_lens: Iterable[int]) -> Iterator[Workload]:
+    """All sequences decoding at each of some lengths."""
+    for length in context_lens:
+        yield parse_decode(f"{limits.max_num_seqs}x{max(length, limits.decode_len)}", limits.decode_len)

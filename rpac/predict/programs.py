@@ -6,7 +6,7 @@ import gzip
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -91,6 +91,11 @@ def programs_of(
     return replace(found, any_compiler=any_compiler)
 
 
+def names_apart(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    """Names, with the path behind each that occurs twice, because two bundles of one spec can be compared too."""
+    return [f"{name} ({path})" if names.count(name) > 1 else name for name, path in zip(names, paths, strict=True)]
+
+
 def layers_in(path: Path) -> list[str]:
     """The kinds of layers of a spec or a bundle, by name; the empty name where there is one kind."""
     if path.is_dir():
@@ -115,8 +120,7 @@ def _of_spec(path: Path, target: str, layer: str, store: Store, progress: Progre
 
 
 def _of_bundle(path: Path, target: str, layer: str, store: Store, progress: Progress) -> Programs:
-    verify_bundle(path)
-    manifest = read_manifest(path)
+    manifest = verify_bundle(path)
     key = f"{target}.{layer}" if layer else target
     if key not in manifest.targets:
         raise TargetError(f"{path}: holds no programs for {key}; it has {', '.join(manifest.targets)}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from rpac.batch import Limits
-from rpac.predict.batches import expected
+from rpac.predict import expected, expected_decode
 from rpac.traffic.trace import Workload
 
 SHORTEST: Final = 256
@@ -20,13 +20,11 @@ def report_batches(limits: Limits, context_lens: tuple[int, ...], quick: bool) -
     """
     longest = max(context_lens)
     if quick:
-        lengths = {min(context_lens), longest}
-    else:
-        lengths = set(context_lens)
-        length = SHORTEST
-        while length < longest:
-            lengths.add(length)
-            length *= STEP
-    for workload in expected(limits, tuple(sorted(lengths))):
-        if not quick or workload.label.startswith("decode"):
-            yield workload
+        yield from expected_decode(limits, sorted({min(context_lens), longest}))
+        return
+    lengths = set(context_lens)
+    length = SHORTEST
+    while length < longest:
+        lengths.add(length)
+        length *= STEP
+    yield from expected(limits, sorted(lengths))

@@ -39,13 +39,7 @@ def check_charts() -> None:
         raise OutputError("matplotlib is not installed; install rpac[plot], or give --json alone")
 
 
-def chart(
-    name: str,
-    ylabel: str,
-    lines: Sequence[Line],
-    scale: Literal["log", "share"],
-    xlabel: str = "context length, tokens",
-) -> str:
+def chart(name: str, ylabel: str, lines: Sequence[Line], scale: Literal["log", "share"]) -> str:
     """An `<svg>` element of lines against context length. `scale` of the values: logarithmic, or a share from 0 to 1.
 
     The same lines make the same bytes. `name` is what a screen reader says.
@@ -92,7 +86,7 @@ def chart(
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.minorticks_off()
-        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set(xlabel="context length, tokens", ylabel=ylabel)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color=_GRID, linewidth=0.6)
         axes.set_axisbelow(True)

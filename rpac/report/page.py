@@ -66,12 +66,16 @@ def check_page(path: Path) -> None:
 
 def is_page(path: Path) -> bool:
     """Whether a file is a page that `page` made."""
-    with path.open("rb") as file:
-        return MARK.encode() in file.read(_MARK_WITHIN)
+    try:
+        with path.open("rb") as file:
+            return MARK.encode() in file.read(_MARK_WITHIN)
+    except OSError:
+        return False
 
 
 def page(report: Report) -> str:
     """The HTML. The same report makes the same bytes with the same matplotlib."""
+    rows = list(_rows(report))
     sections = [
         section
         for kind, title, measure, about in (
@@ -79,9 +83,9 @@ def page(report: Report) -> str:
             ("prefill", "Prefill", "MFU", "Chunks of prompts, each up to the given length. Arithmetic is what counts."),
             ("mixed", "Mixed batches", "MBU", "Batches of several kinds of rows."),
         )
-        if (section := _section(report, kind, title, measure, about)) is not None  # type: ignore[arg-type]
+        if (section := _section(report, rows, kind, title, measure, about)) is not None  # type: ignore[arg-type]
     ]
-    headlines = [(batch, tuple(_summaries(report, batch))) for batch in _headline_batches(report)]
+    headlines = [(batch, tuple(_summaries(report, batch))) for batch in _headline_batches(report, rows)]
     text = _environment().get_template("page.html.jinja").render(
         report=report,
         mark=MARK,
@@ -89,7 +93,7 @@ def page(report: Report) -> str:
         title=_title(report),
         headlines=headlines,
         sections=sections,
-        rows=list(_rows(report)),
+        rows=rows,
         decisions=list(_decisions(report)),
         name_of=functools.partial(_name, report),
         data=report.to_json(),
@@ -139,9 +143,8 @@ def _title(report: Report) -> str:
     return f"{', '.join(names)} on {', '.join(targets)}"
 
 
-def _headline_batches(report: Report) -> Iterator[str]:
+def _headline_batches(report: Report, rows: Sequence[Row]) -> Iterator[str]:
     """Decode batches and prefill batches that stand for all: of each spec, that of the longest sequences."""
-    rows = list(_rows(report))
     found = [
         max(timings, key=lambda one: (one.context, one.new_tokens)).batch
         for kind in ("decode", "prefill")
@@ -205,8 +208,10 @@ def _name(report: Report, option: Option, layer: Layer | None = None) -> str:
     return f"{what}, {layer.name}" if layer is not None and layer.name else what
 
 
-def _section(report: Report, kind: str, title: str, measure: Literal["MBU", "MFU"], about: str) -> Section | None:
-    found = [row for row in _rows(report) if row.timing.kind == kind]
+def _section(
+    report: Report, rows: Sequence[Row], kind: str, title: str, measure: Literal["MBU", "MFU"], about: str
+) -> Section | None:
+    found = [row for row in rows if row.timing.kind == kind]
     if not found:
         return None
     batches = [(batch, tuple(row for row in found if row.timing.batch == batch)) for batch in report.batches]
@@ -232,21 +237,19 @@ Drawn = list[tuple[str, list[Timing], tuple[int, int]]]
 def _lines(report: Report, rows: Sequence[Row]) -> Drawn:
     """The batches that one line connects: those that differ in their context alone. A chip has a color of its own."""
     targets = list(dict.fromkeys(option.target for option in report.options))
-    found: dict[tuple[Row, str], list[Timing]] = {}
-    named: dict[tuple[str, str], Row] = {}
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         batch = f"{row.timing.sequences} x {row.timing.new_tokens // row.timing.sequences} new"
-        key = (row.name, batch)
-        first = named.setdefault(key, row)
-        found.setdefault((first, batch), []).append(row.timing)
+        found.setdefault((row.name, batch), []).append(row)
     batches = list(dict.fromkeys(batch for _, batch in found))
     styles: dict[str, int] = {}
     drawn: Drawn = []
-    for (row, batch), members in found.items():
-        without_chip = f"{row.option.name} {row.layer.name} {batch}"
+    for (what, batch), members in found.items():
+        first = members[0]
+        without_chip = f"{first.option.name} {first.layer.name} {batch}"
         style = styles.setdefault(without_chip, len(styles))
-        name = f"{row.name}, {batch}" if len(batches) > 1 else row.name
-        drawn.append((name, members, (targets.index(row.option.target), style)))
+        name = f"{what}, {batch}" if len(batches) > 1 else what
+        drawn.append((name, [row.timing for row in members], (targets.index(first.option.target), style)))
     return drawn
 
 

@@ -10,7 +10,7 @@ from rpac.bundle import digest, read_manifest
 from rpac.devices.chip import TPU_TARGETS, is_tpu
 from rpac.errors import Problem, SpecError, TargetError
 from rpac.plan.tuned import Tuned, TunedTiles
-from rpac.predict import Asked
+from rpac.predict import Asked, names_apart
 from rpac.report.checks import Check
 from rpac.report.facts import Subject
 from rpac.spec import Spec, load_spec
@@ -59,8 +59,8 @@ def givens_of(paths: Sequence[Path], request: Request) -> list[Given]:
     the request says of nothing in the report: a slip of the pen must not vanish in it.
     """
     givens = [_given(path, request) for path in dict.fromkeys(paths)]
-    names = [one.name for one in givens]
-    apart = [replace(one, name=f"{one.name} ({one.path})") if names.count(one.name) > 1 else one for one in givens]
+    names = names_apart([one.name for one in givens], [one.path for one in givens])
+    apart = [replace(one, name=name) for one, name in zip(givens, names, strict=True)]
     _check_layers(apart, request)
     _check_prices(apart, request)
     _check_checks(apart, request)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,15 +14,7 @@ from rpac.contract.attention import Attention
 from rpac.devices.chip import TPU_TARGETS
 from rpac.schedule.model import model_of
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MODEL = Attention(32, 8, 128, "bfloat16", "bfloat16", 0.1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def benchmarks_on_path():
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
 
 
 def module(name: str):
@@ -65,14 +56,14 @@ def report(needed_bytes: int, needed_flops: int, target: str = "tpu7x"):
 
 
 def test_a_bound_is_the_longest_of_bytes_flops_and_latency():
-    bound_of = module("bound").bound_of
-    hbm = bound_of(report(3_690_000_000, 1), MODEL)
+    floor_of = module("bound").floor_of
+    hbm = floor_of(report(3_690_000_000, 1), MODEL)
     assert (hbm.name, hbm.seconds) == ("HBM", pytest.approx(1e-3, rel=0.01))
-    assert bound_of(report(1, 1), MODEL).name == "fixed cost"
-    narrow, wide = (bound_of(report(1, 10**12), replace(MODEL, head_dim=head_dim)) for head_dim in (128, 256))
+    assert floor_of(report(1, 1), MODEL).name == "fixed cost"
+    narrow, wide = (floor_of(report(1, 10**12), replace(MODEL, head_dim=head_dim)) for head_dim in (128, 256))
     assert narrow.name == wide.name == "MXU"
     assert narrow.seconds == pytest.approx(1.5 * wide.seconds)  # half of one of two matmuls is empty
-    assert bound_of(report(1, 10**12, "v5e"), MODEL) == bound_of(report(1, 10**12, "v5e"), replace(MODEL, head_dim=256))
+    assert floor_of(report(1, 10**12, "v5e"), MODEL) == floor_of(report(1, 10**12, "v5e"), replace(MODEL, head_dim=256))
 
 
 def test_the_page_has_a_sentence_for_a_row_far_from_its_bound_and_marks_earlier_figures(places):
