@@ -89,9 +89,9 @@ WAITS = (
     ),
     Bug(
         "no wait for as many pages as a wave has",
-        "DecodeKernel.wait_for_wave.wait_for_pages",
-        "(TILES_PER_WAVE * TILE_PAGES).bit_length()",
-        "(TILES_PER_WAVE * TILE_PAGES).bit_length() - 1",
+        "for_each_digit",
+        "most.bit_length()",
+        "most.bit_length() - 1",
     ),
     Bug(
         "pages behind a tile waited for",

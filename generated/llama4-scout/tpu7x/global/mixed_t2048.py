@@ -461,7 +461,7 @@ class DecodeKernel(PagedKernel):
         page, place = quotient(token, PAGE_SIZE), remainder(token, SUBLANE_TILE)
         tokens = sublane_tile(token)
         mask = self.new_token_mask(place)
-        for plane, new in enumerate([self.packed[seq, plane] for plane in range(KV_PLANES)]):
+        for plane, new in enumerate([self.packed[seq, i] for i in range(KV_PLANES)]):
             for head in range(KV_HEADS):
                 rows = self.patched((slot, page, plane, head, tokens), head, new, mask)
                 self.kv[slot, page, plane, head, tokens] = rows
