@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from fake import FakeEngine, arguments
-from fake_server import BATCHED, INTERFACE, LAYER, MANAGER, MLA, RPA_V3, serving
+from fake import FakeEngine, arguments, engine_of
+from fake_server import BATCHED, INTERFACE, LAYER, MANAGER, MLA, RPA_V3, module, serving
 from signatures import TPU_INFERENCE_MLA, signature
 
 from rpac.adapters import tpu_inference
@@ -20,22 +20,12 @@ from rpac.adapters.tpu_inference import worker
 from rpac.errors import BatchError, SelectionError, TargetError
 
 
-def of(name: str) -> Any:
-    return sys.modules[name]
-
-
 def snapshot() -> dict[str, dict[str, Any]]:
     """All that the stand-ins have by name."""
     names = [name for name in sys.modules if name.startswith("tpu_inference")]
-    found = {name: {key: value for key, value in vars(of(name)).items() if key[0] != "_"} for name in names}
-    manager = of(MANAGER).KVCacheManager
+    found = {name: {key: value for key, value in vars(module(name)).items() if key[0] != "_"} for name in names}
+    manager = module(MANAGER).KVCacheManager
     return {**found, "manager": {key: value for key, value in vars(manager).items() if not key.startswith("__")}}
-
-
-def engine_of(kv_layout: str = "interleaved", **model: Any) -> FakeEngine:
-    engine = FakeEngine(kv_layout=kv_layout)
-    engine.model = dataclasses.replace(engine.model, **model)
-    return engine
 
 
 class LatentEngine(FakeEngine):
@@ -71,13 +61,13 @@ def test_every_name_of_the_kernel_becomes_the_bundle_and_is_the_servers_again(se
     before = snapshot()
     engine = engine_of(kv_layout)
     with tpu_inference.install(engine) as installed:
-        attention = of(INTERFACE).ragged_paged_attention
-        assert attention is of(LAYER).ragged_paged_attention is of(RPA_V3).ragged_paged_attention
+        attention = module(INTERFACE).ragged_paged_attention
+        assert attention is module(LAYER).ragged_paged_attention is module(RPA_V3).ragged_paged_attention
         attention(*arguments("tpu_inference", engine), sm_scale=engine.model.sm_scale)
         assert len(engine.calls) == 1
         assert f"{INTERFACE}.ragged_paged_attention" in installed.replaced
-        assert of(INTERFACE).ragged_paged_attention_hd64 is before[INTERFACE]["ragged_paged_attention_hd64"]
-        assert of(INTERFACE).mla_ragged_paged_attention is before[INTERFACE]["mla_ragged_paged_attention"]
+        assert module(INTERFACE).ragged_paged_attention_hd64 is before[INTERFACE]["ragged_paged_attention_hd64"]
+        assert module(INTERFACE).mla_ragged_paged_attention is before[INTERFACE]["mla_ragged_paged_attention"]
     assert snapshot() == before
     assert installed.replaced == []
     installed.uninstall()  # again
@@ -89,8 +79,8 @@ def test_every_name_of_the_kernel_becomes_the_bundle_and_is_the_servers_again(se
 )
 def test_the_server_makes_the_bundles_cache(server: None, kv_layout: str, page: tuple[int, ...]) -> None:
     with tpu_inference.install(engine_of(kv_layout)):
-        for module, name in ((RPA_V3, "get_kv_cache_shape"), (INTERFACE, "get_kv_cache_shape")):
-            assert getattr(of(module), name)(7, 16, 2, 128, jnp.bfloat16) == (7, *page)
+        for name in (RPA_V3, INTERFACE):
+            assert module(name).get_kv_cache_shape(7, 16, 2, 128, jnp.bfloat16) == (7, *page)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +96,7 @@ def test_the_server_makes_the_bundles_cache(server: None, kv_layout: str, page: 
 )
 def test_a_cache_of_other_pages_is_refused_before_it_is_made(server: None, asked: Any, line: str) -> None:
     with tpu_inference.install(engine_of()), pytest.raises(SelectionError) as raised:
-        of(RPA_V3).get_kv_cache_shape(7, *asked)
+        module(RPA_V3).get_kv_cache_shape(7, *asked)
     assert str(raised.value).endswith(f"\n{line}")
     assert "as in bundle tiny" in str(raised.value)
 
@@ -120,10 +110,10 @@ def test_head_dim_64_replaces_the_kernel_that_the_server_has_for_it(
     before = snapshot()
     engine = engine_of(kv_layout, head_dim=64, sinks=True)
     with tpu_inference.install(engine):
-        assert of(INTERFACE).ragged_paged_attention is before[INTERFACE]["ragged_paged_attention"]
-        assert of(INTERFACE).get_kv_cache_shape_hd64(3, 16, 2, 64, jnp.bfloat16) == (3, *page)
+        assert module(INTERFACE).ragged_paged_attention is before[INTERFACE]["ragged_paged_attention"]
+        assert module(INTERFACE).get_kv_cache_shape_hd64(3, 16, 2, 64, jnp.bfloat16) == (3, *page)
         sinks = jnp.zeros(4, jnp.float32)
-        of(INTERFACE).ragged_paged_attention_hd64(
+        module(INTERFACE).ragged_paged_attention_hd64(
             *arguments("tpu_inference hd64", engine), sinks, sm_scale=engine.model.sm_scale
         )
         assert engine.extra[0]["sinks"] is sinks
@@ -134,38 +124,38 @@ def test_batched_rpa_is_replaced_where_the_server_runs_it() -> None:
     engine = engine_of("separate")
     engine.limits = dataclasses.replace(engine.limits, decode_len=3)
     with serving(batched=True), tpu_inference.install(engine):
-        attention = of(INTERFACE).ragged_paged_attention
-        assert attention is of(BATCHED).ragged_paged_attention is not of(RPA_V3).ragged_paged_attention
+        attention = module(INTERFACE).ragged_paged_attention
+        assert attention is module(BATCHED).ragged_paged_attention is not module(RPA_V3).ragged_paged_attention
         args = arguments("tpu_inference batched", engine, [3, 3])
         attention(*args, sm_scale=engine.model.sm_scale, decode_query_size=3)
         assert engine.calls[0][-1].tolist() == [2, 2, 2]
         with pytest.raises(SelectionError, match=r"decode_query_size is 5; must be 3, .*\nserving:\n  decode_len: 5$"):
             attention(*args, sm_scale=engine.model.sm_scale, decode_query_size=5)
-        assert of(BATCHED).get_kv_cache_shape(7, 16, 2, 128, jnp.bfloat16) == (7, 2, 2, 16, 128)
+        assert module(BATCHED).get_kv_cache_shape(7, 16, 2, 128, jnp.bfloat16) == (7, 2, 2, 16, 128)
         with pytest.raises(SelectionError, match=r"kv_layout is 'seq_along_lane'; must be None"):
-            of(BATCHED).get_kv_cache_shape(7, 16, 2, 128, jnp.bfloat16, "seq_along_lane")
+            module(BATCHED).get_kv_cache_shape(7, 16, 2, 128, jnp.bfloat16, "seq_along_lane")
 
 
 def test_a_bundle_of_latent_attention_replaces_mla_alone(server: None) -> None:
     before = snapshot()
     engine = latent_engine()
     with tpu_inference.install(engine):
-        assert of(INTERFACE).ragged_paged_attention is before[INTERFACE]["ragged_paged_attention"]
-        assert of(MLA).get_kv_cache_shape(5, 16, 576, jnp.bfloat16, 32) == (5, 16, 640)
+        assert module(INTERFACE).ragged_paged_attention is before[INTERFACE]["ragged_paged_attention"]
+        assert module(MLA).get_kv_cache_shape(5, 16, 576, jnp.bfloat16, 32) == (5, 16, 640)
         queries = jnp.zeros((4, 8, 512), jnp.bfloat16)  # heads first
         rope, new = jnp.zeros((8, 4, 64), jnp.bfloat16), jnp.zeros((8, 512), jnp.bfloat16)
         metadata = arguments("tpu_inference", engine_of())[4:]
         for cache in (jnp.zeros((32, 16, 640), jnp.bfloat16), jnp.zeros((32, 8, 2, 640), jnp.bfloat16)):
-            out, after = of(INTERFACE).mla_ragged_paged_attention(
+            out, after = module(INTERFACE).mla_ragged_paged_attention(
                 queries, rope, new, new[:, :64], cache, *metadata, sm_scale=engine.model.sm_scale
             )
             assert out.shape == queries.shape
             assert after.shape == cache.shape
         assert [args[0].shape for args in engine.calls] == [(8, 4, 512)] * 2
         with pytest.raises(SelectionError, match="has 300 numbers a token; must have 512"):
-            of(MLA).get_kv_cache_shape(5, 16, 300, jnp.bfloat16)
+            module(MLA).get_kv_cache_shape(5, 16, 300, jnp.bfloat16)
         with pytest.raises(SelectionError, match=r"\nserving:\n  page_size: 64$"):
-            of(MLA).get_kv_cache_shape(5, 64, 576, jnp.bfloat16)
+            module(MLA).get_kv_cache_shape(5, 64, 576, jnp.bfloat16)
     assert snapshot() == before
 
 
@@ -173,7 +163,7 @@ def test_each_kind_of_layers_goes_to_its_own_engine(server: None) -> None:
     full, sliding = engine_of("separate"), engine_of("separate", sliding_window=64)
     for given in ({"full": full, "sliding": sliding}, [sliding, full]):
         with tpu_inference.install(given):
-            attention = of(INTERFACE).ragged_paged_attention
+            attention = module(INTERFACE).ragged_paged_attention
             args, scale = arguments("tpu_inference", full), full.model.sm_scale
             attention(*args, sm_scale=scale, sliding_window=64)
             attention(*args, sm_scale=scale)
@@ -183,7 +173,7 @@ def test_each_kind_of_layers_goes_to_its_own_engine(server: None) -> None:
 
 
 def test_what_cuts_pages_by_the_servers_shape_is_refused_unless_the_layout_is_its_own(server: None) -> None:
-    manager = of(MANAGER).KVCacheManager
+    manager = module(MANAGER).KVCacheManager
     moves = ("get_kv_cache_for_block_ids", "transfer_kv_cache", "insert_request_with_kv_cache")
     with tpu_inference.install(engine_of()):
         assert [getattr(manager(), name)(None) for name in moves] == ["moved"] * 3
@@ -211,7 +201,7 @@ def test_context_parallelism_is_refused_for_it_runs_a_kernel_of_its_own(server: 
         tpu_inference.install(engine_of()),
         pytest.raises(SelectionError, match="context parallelism is used with bundle tiny"),
     ):
-        getattr(of(INTERFACE), name)(None)
+        getattr(module(INTERFACE), name)(None)
 
 
 @pytest.mark.parametrize("version", ["0.31.0", "0.33.0.dev1"])
@@ -273,7 +263,7 @@ def test_a_cache_that_was_made_before_is_refused_by_its_shape(server: None) -> N
         with pytest.raises(
             BatchError, match=r"kv_cache is bfloat16\[32, 16, 2, 2, 128\]; must have pages of \[2, 2, 16, 128\]"
         ):
-            of(INTERFACE).ragged_paged_attention(*args, sm_scale=engine.model.sm_scale)
+            module(INTERFACE).ragged_paged_attention(*args, sm_scale=engine.model.sm_scale)
 
 
 def test_the_function_for_latent_attention_has_the_peers_signature_and_refuses_what_no_program_does() -> None:
@@ -321,7 +311,7 @@ def test_a_worker_of_vllm_installs_the_bundle_that_its_config_names(
     one = SimpleNamespace(vllm_config=SimpleNamespace(additional_config=config))
     worker.WorkerExtension.init_worker_extension(one)
     assert loaded == [("build/tiny.rpac", {"allow_compile": True})]
-    of(INTERFACE).ragged_paged_attention(
+    module(INTERFACE).ragged_paged_attention(
         *arguments("tpu_inference", full), sm_scale=full.model.sm_scale, sliding_window=64
     )
     assert len(sliding.calls) == 1
