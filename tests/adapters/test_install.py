@@ -296,6 +296,15 @@ def test_the_function_for_latent_attention_has_the_peers_signature_and_refuses_w
         tpu_inference.mla_ragged_paged_attention(engine_of())
 
 
+def worker_of(config: Any) -> Any:
+    """A worker with rpac's extension among its bases, where vLLM puts it."""
+
+    class Worker(worker.WorkerExtension):
+        vllm_config = SimpleNamespace(additional_config=config)
+
+    return Worker()
+
+
 def test_a_worker_of_vllm_installs_the_bundle_that_its_config_names(
     server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,19 +317,23 @@ def test_a_worker_of_vllm_installs_the_bundle_that_its_config_names(
 
     monkeypatch.setattr(worker, "load_layers", load_layers)
     config = {"rpac_bundle": "build/tiny.rpac", "rpac_allow_compile": True, "other": 1}
-    one = SimpleNamespace(vllm_config=SimpleNamespace(additional_config=config))
-    worker.WorkerExtension.init_worker_extension(one)
+    one = worker_of(config)
+    worker.WorkerExtension.init_worker_extension(one)  # as vLLM calls it
     assert loaded == [("build/tiny.rpac", {"allow_compile": True})]
     module(INTERFACE).ragged_paged_attention(
         *arguments("tpu_inference", full), sm_scale=full.model.sm_scale, sliding_window=64
     )
     assert len(sliding.calls) == 1
     one.rpac_installation.uninstall()
+    one.init_worker_extension()  # as a method
+    one.rpac_installation.uninstall()
+    assert len(loaded) == 2
     for missing in ({}, None, {"rpac_bundle": ""}):
         one.vllm_config.additional_config = missing
         with pytest.raises(TargetError, match="additional_config has no rpac_bundle; must name a bundle; start vLLM"):
-            worker.WorkerExtension.init_worker_extension(one)
+            one.init_worker_extension()
 
 
 def test_an_extension_adds_nothing_else_to_a_worker_of_vllm() -> None:
+    """vLLM refuses an extension that has an attribute of its worker class."""
     assert [name for name in vars(worker.WorkerExtension) if name[0] != "_"] == ["init_worker_extension"]
