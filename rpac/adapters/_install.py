@@ -111,6 +111,10 @@ def engines_of(engine: Any) -> list[Programs]:
     if isinstance(engine, Mapping):
         engine = list(engine.values())
     found = list(engine) if isinstance(engine, Sequence) else [engine]
+    if not found:
+        raise SelectionError(
+            "found no engine; must be at least one; give one of `rpac.load`, or those of `rpac.load_layers`"
+        )
     for one in found:
         devices = one.placement.mesh.devices
         if devices > 1:

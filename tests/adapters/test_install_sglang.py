@@ -85,6 +85,8 @@ def test_a_pool_of_other_sizes_is_refused(shape: tuple[int, ...], words: str) ->
 def test_an_engine_that_the_server_cannot_use_is_refused() -> None:
     with pytest.raises(SelectionError, match="found 2 engines; must be one: sglang-jax"):
         sglang_jax.install([engine_of(), engine_of(sliding_window=64)])
+    with pytest.raises(SelectionError, match="found no engine; must be at least one"):
+        sglang_jax.install([])
     with pytest.raises(SelectionError, match="bundle tiny has head_dim 64, K and V of a token in one row of lanes"):
         sglang_jax.install(engine_of("separate", head_dim=64))
     with pytest.raises(SelectionError, match="bundle tiny has latent attention; must have grouped"):
