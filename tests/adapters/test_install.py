@@ -253,6 +253,14 @@ def test_an_engine_that_a_server_cannot_use_is_refused(server: None) -> None:
         SelectionError, match="the engines have kv_layout interleaved and separate; must all have the same"
     ):
         tpu_inference.install([engine_of(), engine_of("separate")])
+    with pytest.raises(
+        SelectionError,
+        match=r"^found 2 engines of latent attention, bundles tiny and tiny; must be at most one: .*; install one",
+    ):
+        tpu_inference.install([latent_engine(), latent_engine()])
+    for none in ([], {}, ()):
+        with pytest.raises(SelectionError, match=r"^found no engine; must be at least one; give one of `rpac\.load`"):
+            tpu_inference.install(none)
     assert snapshot() == before
 
 

@@ -60,6 +60,11 @@ def _replace(installed: Installation, engines: Sequence[Programs], validate: boo
     of_heads = [one for one in engines if one.model.rope_dim is None]
     narrow = [one for one in of_heads if one.model.head_dim == HEAD_DIM_64]
     wide = [one for one in of_heads if one.model.head_dim != HEAD_DIM_64]
+    if len(of_latent) > 1:
+        raise SelectionError(
+            f"found {len(of_latent)} engines of latent attention, bundles {' and '.join(one.name for one in of_latent)}; must be "
+            f"at most one: no argument of {grouped.PEER}'s MLA v2 says which layers a call is of; install one of them"
+        )
 
     def serve(module: str, name: str, make: Callable[[Adapter], Any], served: Sequence[Programs]) -> None:
         functions = [make(Adapter(one, grouped.PEER, validate, LAYOUTS)) for one in served]
@@ -73,7 +78,7 @@ def _replace(installed: Installation, engines: Sequence[Programs], validate: boo
         if named(f"{PACKAGE}.envs", "USE_BATCHED_RPA_KERNEL"):
             serve(_BATCHED, "ragged_paged_attention", grouped.batched_rpa, wide)
     if of_latent:
-        (one,) = of_latent  # latent attention has one kind of layer
+        one = of_latent[0]
         installed.replace(
             _MLA, "mla_ragged_paged_attention", lambda old: latent.mla_ragged_paged_attention(one, validate=validate)
         )
