@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from rpac.adapters._arguments import Arguments, Result, require_axes, shown, traced
+from rpac.adapters._arguments import Arguments, Result, require_axes, shown, spec_lines, traced
 from rpac.bundle.manifest import ARGS, LATENT_ARGS
 from rpac.contract import arrays as layout
 from rpac.contract.features import features_of
@@ -49,7 +49,7 @@ class Adapter(Arguments):
             raise SelectionError(
                 f"{self.bundle} has kv_layout {self.engine.kv_layout}; must be interleaved, as {self.peer} keeps "
                 "K and V in its cache; install it, where the package's adapter has `install`, which replaces the shape of "
-                "the cache too, or build with\nserving:\n  kv_layout: interleaved"
+                "the cache too, or build with" + spec_lines(serving={"kv_layout": "interleaved"})
             )
         for feature in features_of("model"):
             value = getattr(self.engine.model, feature.key)
@@ -131,8 +131,8 @@ class Adapter(Arguments):
         """Raises where the bundle's programs return no lse, which the argument of that name asks for."""
         if not any(dims.name == "lse" for program in self.engine.programs.values() for dims in program.results):
             raise SelectionError(
-                f"{name} is True; must be False: {self.bundle} returns no lse; pass that, or build with\n"
-                "serving:\n  log_sum_exp: true"
+                f"{name} is True; must be False: {self.bundle} returns no lse; pass that, or build with"
+                + spec_lines(serving={"log_sum_exp": True})
             )
 
     def rows_size(self, rows: int) -> Size:
@@ -148,12 +148,12 @@ class Adapter(Arguments):
         found = "; ".join(f"{one.key} of {one.array} is {one.found}, must be {one.built}" for one in wrong)
         if any(one.key.endswith("dtype") and one.found not in layout.BITS for one in wrong):
             raise SelectionError(f"{found}, as in {self.bundle}; no line of a spec adds that dtype; convert the arrays")
-        lines = []
-        for section in dict.fromkeys(one.section for one in wrong):
-            lines += [f"{section}:", *(f"  {one.key}: {one.found}" for one in wrong if one.section == section)]
+        sections: dict[str, dict[str, Any]] = {}
+        for one in wrong:
+            sections.setdefault(one.section, {})[one.key] = one.found
         raise SelectionError(
-            f"{found}, as in {self.bundle}; pass arrays of its sizes, or build with these lines, where a spec allows "
-            "them\n" + "\n".join(lines)
+            f"{found}, as in {self.bundle}; pass arrays of its sizes, or build with these lines, where a spec allows them"
+            + spec_lines(**sections)
         )
 
     @property
@@ -206,7 +206,7 @@ class Adapter(Arguments):
         if chunk_prefill_size not in (None, built):
             raise SelectionError(
                 f"chunk_prefill_size is {chunk_prefill_size}; must be None or {built}, the prefill_chunk of "
-                f"{self.bundle}; pass that, or build with\nserving:\n  prefill_chunk: {chunk_prefill_size}"
+                f"{self.bundle}; pass that, or build with" + spec_lines(serving={"prefill_chunk": chunk_prefill_size})
             )
 
     def _row_sizes(self, kv_cache: Any, kv_lens: Any, page_indices: Any) -> Iterator[Size]:
@@ -239,7 +239,7 @@ class LatentAdapter(Adapter):
         if self.engine.model.rope_dim is None:
             raise SelectionError(
                 f"{self.bundle} has grouped attention; must have latent attention, which is all that this function of "
-                f"{self.peer} computes; build with\nmodel:\n  attention: latent"
+                f"{self.peer} computes; build with" + spec_lines(model={"attention": "latent"})
             )
 
     def array_sizes(self, *arrays: Any) -> Iterator[Size]:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from rpac.adapters._arguments import Programs
+from rpac.adapters._arguments import Programs, spec_lines
 from rpac.errors import SelectionError, TargetError
 
 _MARK = "rpac_installed"
@@ -120,7 +120,7 @@ def engines_of(engine: Any) -> list[Programs]:
         if devices > 1:
             raise SelectionError(
                 f"bundle {one.name} is for {devices} devices; must be for one: the server itself spreads attention over devices, "
-                "and calls it with the heads, rows and pages of one; build without parallel, and with\n"
+                "and calls it with the heads, rows and pages of one; build without parallel, and with"
                 + _of_one_device(one)
             )
     layouts = {one.kv_layout for one in found}
@@ -156,7 +156,7 @@ def require_page(asked: Mapping[str, Any], engines: Iterable[Programs]) -> Progr
 
     Raises SelectionError with the lines of a spec where there is none.
     """
-    lines: list[str] = []
+    refusal = ""
     for one in engines:
         built = {
             "page_size": one.limits.page_size,
@@ -165,16 +165,17 @@ def require_page(asked: Mapping[str, Any], engines: Iterable[Programs]) -> Progr
         wrong = {key: value for key, value in asked.items() if built[key] != value}
         if not wrong:
             return one
-        lines = lines or [
-            "; ".join(
-                f"{key} is {value}, must be {built[key]}, as in bundle {one.name}" for key, value in wrong.items()
-            ),
-            *_spec_lines(wrong),
-        ]
-    raise SelectionError(
-        f"the cache that the server asks for: {lines[0]}; start it with those, or build with these lines, where a spec "
-        "allows them\n" + "\n".join(lines[1:])
-    )
+        sections: dict[str, dict[str, Any]] = {}
+        for key, value in wrong.items():
+            sections.setdefault("serving" if key == "page_size" else "model", {})[key] = value
+        found = "; ".join(
+            f"{key} is {value}, must be {built[key]}, as in bundle {one.name}" for key, value in wrong.items()
+        )
+        refusal = refusal or (
+            f"the cache that the server asks for: {found}; start it with those, or build with these lines, where a spec "
+            "allows them" + spec_lines(**sections)
+        )
+    raise SelectionError(refusal)
 
 
 def refusing(what: str, why: str) -> Callable[[Any], Callable[..., NoReturn]]:
@@ -191,8 +192,7 @@ def _of_one_device(engine: Programs) -> str:
     model, limits = engine.model, engine.limits
     heads = {"q_heads": model.q_heads, **({"kv_heads": model.kv_heads} if model.rope_dim is None else {})}
     sizes = {"max_num_seqs": limits.max_num_seqs, "num_pages": limits.num_pages}
-    lines = ("model:", *(f"  {key}: {value}" for key, value in heads.items()))
-    return "\n".join((*lines, "serving:", *(f"  {key}: {value}" for key, value in sizes.items())))
+    return spec_lines(model=heads, serving=sizes)
 
 
 def named(module: str, name: str) -> Any:
@@ -201,12 +201,6 @@ def named(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise TargetError(f"{_missing(f'{module}.{name}')}: {error}") from error
-
-
-def _spec_lines(wrong: Mapping[str, Any]) -> list[str]:
-    model = [f"  {key}: {value}" for key, value in wrong.items() if key != "page_size"]
-    serving = [f"  page_size: {wrong['page_size']}"] if "page_size" in wrong else []
-    return [*(["model:", *model] if model else []), *(["serving:", *serving] if serving else [])]
 
 
 def _missing(name: str) -> str:

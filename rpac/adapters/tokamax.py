@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rpac.adapters._arguments import Programs, Result
+from rpac.adapters._arguments import Programs, Result, spec_lines
 from rpac.adapters._common import Adapter
 from rpac.errors import SelectionError
 
@@ -72,7 +72,7 @@ def ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Callab
         if skip_kv_update == updates:
             raise SelectionError(
                 f"skip_kv_update is {skip_kv_update}; must be {not updates}, the update_cache of {adapter.bundle}; pass that, or "
-                f"build with this, where a spec allows it\nmodel:\n  update_cache: {str(not updates).lower()}"
+                "build with this, where a spec allows it" + spec_lines(model={"update_cache": not updates})
             )
         adapter.require_scale("sm_scale", sm_scale)
         adapter.require_out_dtype(out_dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from rpac.adapters._arguments import spec_lines
 from rpac.adapters._common import Adapter
 from rpac.adapters._install import Installation, begin, engines_of, refusing
 from rpac.adapters.sglang_jax.grouped import PEER, fused
@@ -63,7 +64,8 @@ def install(engine: Any, *, validate: bool = True, any_version: bool = False) ->
         if one.kv_layout != "interleaved":
             why = (
                 f"must not be with kv_layout {one.kv_layout}: it takes single tokens out of pages of the server's layout; run "
-                "the backend fa and keep the cache on the device, or build with\nserving:\n  kv_layout: interleaved"
+                "the backend fa and keep the cache on the device, or build with"
+                + spec_lines(serving={"kv_layout": "interleaved"})
             )
             for name in _BY_TOKEN:
                 used = f"the server's MHATokenToKVPool.{name} is called with bundle {one.name}"

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from rpac.adapters._arguments import Programs
+from rpac.adapters._arguments import Programs, spec_lines
 from rpac.adapters._common import Adapter
 from rpac.adapters._install import Installation, begin, engines_of, named, of_layers, refusing, require_page
 from rpac.adapters.tpu_inference import grouped, latent
@@ -144,7 +144,7 @@ def _latent_shape(engine: Programs) -> Callable[..., tuple[int, ...]]:
 def _refuse_moves(installed: Installation, engine: Programs) -> None:
     """Refuses what moves pages by the server's own shape: prefill on other devices, connectors, offloading."""
     fix = (
-        "use\nserving:\n  kv_layout: interleaved"
+        "use" + spec_lines(serving={"kv_layout": "interleaved"})
         if engine.kv_layout == "separate"
         else "serve this model on one server"
     )
