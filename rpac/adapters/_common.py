@@ -14,6 +14,7 @@ import numpy as np
 from rpac.adapters._arguments import Arguments, Result, require_axes, shown, spec_lines, traced
 from rpac.bundle.manifest import ARGS, LATENT_ARGS
 from rpac.contract import arrays as layout
+from rpac.contract.attention import LATENT_LAYOUT
 from rpac.contract.features import features_of
 from rpac.errors import BatchError, SelectionError
 
@@ -230,7 +231,7 @@ class Adapter(Arguments):
 class LatentAdapter(Adapter):
     """As `Adapter`, of latent attention; the tokens are `queries`, `queries_rope`, `new_kv` and `new_rope` of the contract."""
 
-    layouts: tuple[str, ...] = ("latent",)
+    layouts: tuple[str, ...] = (LATENT_LAYOUT,)
 
     names: ClassVar[tuple[str, ...]] = LATENT_ARGS
     axes: ClassVar[tuple[int, ...]] = (3, 3, 2, 2, 3, 1, 1, 1, 1)

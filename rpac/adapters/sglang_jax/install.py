@@ -13,6 +13,7 @@ from rpac.adapters._common import Adapter
 from rpac.adapters._install import Installation, begin, engines_of, refusing
 from rpac.adapters.sglang_jax.grouped import PEER, fused
 from rpac.contract.arrays import joins_rows
+from rpac.contract.attention import KV_LAYOUTS
 from rpac.errors import SelectionError
 
 TESTED: Final = ("0.0.2",)
@@ -20,8 +21,6 @@ PACKAGE: Final = "sgl_jax"
 
 _KERNEL: Final = f"{PACKAGE}.srt.layers.attention.flash_attn_kernel.flash_attention"
 _POOL: Final = f"{PACKAGE}.srt.mem_cache.memory_pool"
-
-LAYOUTS: Final = ("interleaved", "separate")
 
 # Methods of the server's pool that take its rows for tokens, with K and V of each head side by side.
 _BY_TOKEN: Final = (
@@ -57,7 +56,7 @@ def install(engine: Any, *, validate: bool = True, any_version: bool = False) ->
             f"more: the pool of {PEER} has them in two rows, and its own kernel takes no such heads either; use the server's "
             "backend native for this model"
         )
-    function = fused(Adapter(one, PEER, validate, LAYOUTS))
+    function = fused(Adapter(one, PEER, validate, KV_LAYOUTS))
     installed = begin("sglang-jax", PACKAGE, TESTED, any_version)
     try:
         installed.replace(_KERNEL, "ragged_paged_attention", lambda old: function)

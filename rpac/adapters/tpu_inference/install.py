@@ -13,6 +13,7 @@ from rpac.adapters._common import Adapter
 from rpac.adapters._install import Installation, begin, engines_of, named, of_layers, refusing, require_page
 from rpac.adapters.tpu_inference import grouped, latent
 from rpac.contract.arrays import LANES, align, latent_lanes
+from rpac.contract.attention import KV_LAYOUTS
 from rpac.errors import SelectionError
 
 TESTED: Final = ("0.32.0",)
@@ -26,8 +27,6 @@ _BATCHED: Final = f"{_KERNELS}.experimental.batched_rpa.wrapper"
 _MLA: Final = f"{_KERNELS}.mla.v2.kernel"
 _INTERFACE: Final = f"{PACKAGE}.layers.common.attention_interface"
 _MANAGER: Final = f"{PACKAGE}.runner.kv_cache_manager"
-
-LAYOUTS: Final = ("interleaved", "separate")
 
 # Methods of the server's KVCacheManager that cut pages into tokens along the second axis of the cache.
 _BY_TOKEN: Final = ("get_kv_cache_for_block_ids", "transfer_kv_cache", "insert_request_with_kv_cache")
@@ -67,7 +66,7 @@ def _replace(installed: Installation, engines: Sequence[Programs], validate: boo
         )
 
     def serve(module: str, name: str, make: Callable[[Adapter], Any], served: Sequence[Programs]) -> None:
-        functions = [make(Adapter(one, grouped.PEER, validate, LAYOUTS)) for one in served]
+        functions = [make(Adapter(one, grouped.PEER, validate, KV_LAYOUTS)) for one in served]
         installed.replace(module, name, lambda old: of_layers(served, functions))
         installed.replace(module, "get_kv_cache_shape", lambda old: _grouped_shape(served))
 
@@ -93,7 +92,7 @@ def _replace(installed: Installation, engines: Sequence[Programs], validate: boo
 
 
 def _grouped_shape(engines: Sequence[Programs]) -> Callable[..., tuple[int, ...]]:
-    adapters = {id(one): Adapter(one, grouped.PEER, layouts=LAYOUTS) for one in engines}
+    adapters = {id(one): Adapter(one, grouped.PEER, layouts=KV_LAYOUTS) for one in engines}
 
     def get_kv_cache_shape(
         total_num_pages: int,
