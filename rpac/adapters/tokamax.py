@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from rpac.adapters._arguments import Programs, Result, spec_lines
 from rpac.adapters._common import Adapter
 from rpac.errors import SelectionError
@@ -79,7 +81,7 @@ def ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Callab
         adapter.require_drafts(decode_query_size)
         if return_lse:
             adapter.require_lse("return_lse")
-        by_head = len(getattr(kv_cache, "shape", ())) == 4
+        by_head = np.ndim(kv_cache) == REFERENCE_AXES
         out, cache, *lse = adapter.run(
             queries,
             keys,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from rpac.adapters._arguments import Programs, Result, require_axes
 from rpac.adapters._common import LatentAdapter
@@ -65,7 +66,7 @@ def mla_ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Ca
         adapter.require_scale("sm_scale", sm_scale)
         adapter.kv_scales(k_scale, v_scale)
         require_axes(("ql_nope",), (ql_nope,), (3,))
-        packed = len(getattr(cache_kv, "shape", ())) == PACKED_AXES
+        packed = np.ndim(cache_kv) == PACKED_AXES
         out, cache = adapter.run(
             ql_nope.swapaxes(0, 1),
             q_pe,
