@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NoReturn
@@ -29,30 +30,26 @@ class Installation:
     package: str
     version: str
     replaced: list[str] = field(default_factory=list)
-    _functions: list[tuple[Any, Any]] = field(default_factory=list, repr=False)  # the server's and ours
-    _attributes: list[tuple[Any, str, Any]] = field(default_factory=list, repr=False)  # of classes, and what they were
+    _undo: ExitStack = field(default_factory=ExitStack, repr=False)
 
-    def replace(self, module: str, name: str, make: Callable[[Any], Any]) -> None:
-        """Puts `make(old)` in place of a function wherever a module of the package names it; modules that are imported
-        later take it from the first. Raises TargetError where there is no such function, or another installation."""
+    def replace(self, module: str, name: str, new: Callable[..., Any]) -> None:
+        """Puts `new` in place of a function wherever a module of the package names it; modules that are imported later take
+        it from the first. Raises TargetError where there is no such function, or another installation."""
         old = named(module, name)
         if hasattr(old, _MARK):
             raise TargetError(
                 f"{module}.{name} is rpac's already; must be the server's; uninstall the first installation"
             )
-        new = make(old)
         setattr(new, _MARK, True)
-        self._functions.append((old, new))
+        self._undo.callback(self._swap, new, old)
         self._swap(old, new)
 
-    def override(self, module: str, owner: str, name: str, make: Callable[[Any], Any]) -> None:
-        """Puts `make(old)` in place of a method of a class. Raises TargetError where there is none."""
+    def override(self, module: str, owner: str, name: str, new: Callable[..., Any]) -> None:
+        """Puts `new` in place of a method of a class. Raises TargetError where there is none."""
+        old = method(module, owner, name)
         target = named(module, owner)
-        if name not in vars(target):
-            raise TargetError(_missing(f"{module}.{owner}.{name}"))
-        old = vars(target)[name]
-        self._attributes.append((target, name, old))
-        setattr(target, name, make(old))
+        self._undo.callback(setattr, target, name, old)
+        setattr(target, name, new)
         self.replaced.append(f"{module}.{owner}.{name}")
 
     def finish(self) -> Installation:
@@ -63,11 +60,8 @@ class Installation:
 
     def uninstall(self) -> None:
         """Puts the server's own functions back; a second call does nothing."""
-        for old, new in reversed(self._functions):
-            self._swap(new, old)
-        for target, name, old in reversed(self._attributes):
-            setattr(target, name, old)
-        self._functions, self._attributes, self.replaced = [], [], []
+        self._undo.close()
+        self.replaced = []
         jax.clear_caches()
 
     def __enter__(self) -> Installation:
@@ -178,13 +172,13 @@ def require_page(asked: Mapping[str, Any], engines: Iterable[Programs]) -> Progr
     raise SelectionError(refusal)
 
 
-def refusing(what: str, why: str) -> Callable[[Any], Callable[..., NoReturn]]:
-    """Makes a function that stands where the server would do what an installed bundle cannot follow."""
+def refusing(what: str, why: str) -> Callable[..., NoReturn]:
+    """A function that stands where the server would do what an installed bundle cannot follow."""
 
     def refuse(*args: Any, **options: Any) -> NoReturn:
         raise SelectionError(f"{what}: {why}")
 
-    return lambda old: refuse
+    return refuse
 
 
 def _of_one_device(engine: Programs) -> str:
@@ -201,6 +195,14 @@ def named(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise TargetError(f"{_missing(f'{module}.{name}')}: {error}") from error
+
+
+def method(module: str, owner: str, name: str) -> Any:
+    """A method of one of the server's classes. Raises TargetError where the class has none of that name of its own."""
+    methods = vars(named(module, owner))
+    if name not in methods:
+        raise TargetError(_missing(f"{module}.{owner}.{name}"))
+    return methods[name]
 
 
 def _missing(name: str) -> str:

@@ -59,7 +59,7 @@ def install(engine: Any, *, validate: bool = True, any_version: bool = False) ->
     function = fused(Adapter(one, PEER, validate, KV_LAYOUTS))
     installed = begin("sglang-jax", PACKAGE, TESTED, any_version)
     try:
-        installed.replace(_KERNEL, "ragged_paged_attention", lambda old: function)
+        installed.replace(_KERNEL, "ragged_paged_attention", function)
         if one.kv_layout != "interleaved":
             why = (
                 f"must not be with kv_layout {one.kv_layout}: it takes single tokens out of pages of the server's layout; run "

@@ -10,7 +10,7 @@ import numpy as np
 
 from rpac.adapters._arguments import Programs, spec_lines
 from rpac.adapters._common import Adapter
-from rpac.adapters._install import Installation, begin, engines_of, named, of_layers, refusing, require_page
+from rpac.adapters._install import Installation, begin, engines_of, method, named, of_layers, refusing, require_page
 from rpac.adapters.tpu_inference import grouped, latent
 from rpac.contract.arrays import LANES, align, latent_lanes
 from rpac.contract.attention import KV_LAYOUTS
@@ -67,8 +67,8 @@ def _replace(installed: Installation, engines: Sequence[Programs], validate: boo
 
     def serve(module: str, name: str, make: Callable[[Adapter], Any], served: Sequence[Programs]) -> None:
         functions = [make(Adapter(one, grouped.PEER, validate, KV_LAYOUTS)) for one in served]
-        installed.replace(module, name, lambda old: of_layers(served, functions))
-        installed.replace(module, "get_kv_cache_shape", lambda old: _grouped_shape(served))
+        installed.replace(module, name, of_layers(served, functions))
+        installed.replace(module, "get_kv_cache_shape", _grouped_shape(served))
 
     if narrow:
         serve(_RPA_HD64, "ragged_paged_attention_hd64", grouped.rpa_hd64, narrow)
@@ -78,10 +78,9 @@ def _replace(installed: Installation, engines: Sequence[Programs], validate: boo
             serve(_BATCHED, "ragged_paged_attention", grouped.batched_rpa, wide)
     if of_latent:
         one = of_latent[0]
-        installed.replace(
-            _MLA, "mla_ragged_paged_attention", lambda old: latent.mla_ragged_paged_attention(one, validate=validate)
-        )
-        installed.replace(_MLA, "get_kv_cache_shape", lambda old: _latent_shape(one))
+        function = latent.mla_ragged_paged_attention(one, validate=validate)
+        installed.replace(_MLA, "mla_ragged_paged_attention", function)
+        installed.replace(_MLA, "get_kv_cache_shape", _latent_shape(one))
     if of_heads:
         for name, axis in (("dcp_forward", "decode"), ("pcp_forward", "prefill")):
             why = "must not be used: it runs a kernel of its own, which no bundle replaces; start the server without it"
@@ -154,18 +153,17 @@ def _refuse_moves(installed: Installation, engine: Programs) -> None:
         used = f"the server's {name}, which moves pages between its engines, is used"
         installed.override(_MANAGER, "KVCacheManager", name, refusing(used, by_token))
 
-    def make(old: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(old)
-        def initialize_kv_cache(self: Any, *args: Any, **options: Any) -> Any:
-            config = self.runner.vllm_config.kv_transfer_config
-            if config is not None:
-                raise SelectionError(
-                    f"kv_connector is {config.kv_connector}; must be none with kv_layout {engine.kv_layout}: it moves "
-                    f"pages, and was never tested with pages of bundle {engine.name}'s layout; start the server without "
-                    f"--kv-transfer-config, or {fix}"
-                )
-            return old(self, *args, **options)
+    old = method(_MANAGER, "KVCacheManager", "initialize_kv_cache")
 
-        return initialize_kv_cache
+    @wraps(old)
+    def initialize_kv_cache(self: Any, *args: Any, **options: Any) -> Any:
+        config = self.runner.vllm_config.kv_transfer_config
+        if config is not None:
+            raise SelectionError(
+                f"kv_connector is {config.kv_connector}; must be none with kv_layout {engine.kv_layout}: it moves "
+                f"pages, and was never tested with pages of bundle {engine.name}'s layout; start the server without "
+                f"--kv-transfer-config, or {fix}"
+            )
+        return old(self, *args, **options)
 
-    installed.override(_MANAGER, "KVCacheManager", "initialize_kv_cache", make)
+    installed.override(_MANAGER, "KVCacheManager", "initialize_kv_cache", initialize_kv_cache)
