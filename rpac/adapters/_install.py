@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import update_wrapper
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -34,12 +35,15 @@ class Installation:
 
     def replace(self, module: str, name: str, new: Callable[..., Any]) -> None:
         """Puts `new` in place of a function wherever a module of the package names it; modules that are imported later take
-        it from the first. Raises TargetError where there is no such function, or another installation."""
+        it from the first. `new` gets the name, the docs and the signature of what it replaces. Raises TargetError where
+        there is no such function, or another installation."""
         old = named(module, name)
         if hasattr(old, _MARK):
             raise TargetError(
                 f"{module}.{name} is rpac's already; must be the server's; uninstall the first installation"
             )
+        # Without its attributes: those of a jitted function, such as `lower`, are of the server's own kernel.
+        update_wrapper(new, old, updated=())
         setattr(new, _MARK, True)
         self._undo.callback(self._swap, new, old)
         self._swap(old, new)

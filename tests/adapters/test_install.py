@@ -172,6 +172,24 @@ def test_each_kind_of_layers_goes_to_its_own_engine(server: None) -> None:
     assert [len(full.calls), len(sliding.calls)] == [2, 2]
 
 
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_what_is_put_in_place_has_the_name_docs_and_signature_of_what_it_replaces(server: None, kinds: int) -> None:
+    @jax.jit
+    def ragged_paged_attention(queries: Any, *, sm_scale: float = 1.0) -> Any:
+        """RPA v3."""
+        return queries * sm_scale
+
+    for name in (RPA_V3, INTERFACE, LAYER):
+        module(name).ragged_paged_attention = ragged_paged_attention
+    with tpu_inference.install([engine_of(), engine_of(sliding_window=64)][:kinds]):
+        attention = module(LAYER).ragged_paged_attention
+        assert attention is not ragged_paged_attention
+        assert (attention.__name__, attention.__doc__) == ("ragged_paged_attention", "RPA v3.")
+        assert signature(attention) == signature(ragged_paged_attention) == "(queries, *, sm_scale=1.0)"
+        assert not hasattr(attention, "lower")  # that of the server's kernel
+    assert module(LAYER).ragged_paged_attention is ragged_paged_attention
+
+
 def test_what_cuts_pages_by_the_servers_shape_is_refused_unless_the_layout_is_its_own(server: None) -> None:
     manager = module(MANAGER).KVCacheManager
     moves = ("get_kv_cache_for_block_ids", "transfer_kv_cache", "insert_request_with_kv_cache")
