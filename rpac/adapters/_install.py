@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import jax
 
 from rpac.adapters._arguments import Programs, spec_lines
+from rpac.adapters._common import Adapter
 from rpac.errors import SelectionError, TargetError
 
 _MARK = "rpac_installed"
@@ -127,9 +128,10 @@ def engines_of(engine: Any) -> list[Programs]:
     return found
 
 
-def of_layers(engines: Sequence[Programs], functions: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
-    """One function of a peer's signature out of those of several engines: a call goes to the one whose bundle has built in
-    what is asked for, or, where none has, to the one that has most of it, which says what is missing."""
+def of_layers(adapters: Sequence[Adapter], make: Callable[[Adapter], Callable[..., Any]]) -> Callable[..., Any]:
+    """One function out of those that `make` makes of each adapter, all of a peer's signature: a call goes to the one whose
+    bundle has built in what is asked for, or, where none has, to the one that has most of it, which says what is missing."""
+    functions = [make(one) for one in adapters]
     if len(functions) == 1:
         return functions[0]
 
@@ -143,26 +145,27 @@ def of_layers(engines: Sequence[Programs], functions: Sequence[Callable[..., Any
             "update_cache": bool(options.get("update_kv_cache", True)),
             "causal": bool(options.get("use_causal_mask", True)),
         }
-        fits = [sum(getattr(one.model, key) == value for key, value in asked.items()) for one in engines]
+        fits = [sum(getattr(one.engine.model, key) == value for key, value in asked.items()) for one in adapters]
         return functions[fits.index(max(fits))](queries, keys, *args, **options)
 
     return attention
 
 
-def require_page(asked: Mapping[str, Any], engines: Iterable[Programs]) -> Programs:
-    """The engine whose cache has pages as `asked`: some of `kv_heads`, `head_dim`, `kv_dtype`, `page_size` and their values.
+def require_page(adapters: Iterable[Adapter], **asked: Any) -> Adapter:
+    """The adapter whose bundle's cache has pages as `asked`: some of `kv_heads`, `head_dim`, `kv_dtype`, `page_size`.
 
     Raises SelectionError with the lines of a spec where there is none.
     """
     refusal = ""
-    for one in engines:
+    for adapter in adapters:
+        one = adapter.engine
         built = {
             "page_size": one.limits.page_size,
             **{key: getattr(one.model, key, None) for key in asked if key != "page_size"},
         }
         wrong = {key: value for key, value in asked.items() if built[key] != value}
         if not wrong:
-            return one
+            return adapter
         sections: dict[str, dict[str, Any]] = {}
         for key, value in wrong.items():
             sections.setdefault("serving" if key == "page_size" else "model", {})[key] = value

@@ -25,7 +25,11 @@ def mla_ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Ca
     `num_kv_pages_per_block`, `num_queries_per_block`, `vmem_limit_bytes`, `decode_batch_size`, `mixed_q_split`, `s_dtype`,
     `two_step_flash_attention`, `p_same_dtype_as_v`.
     """
-    adapter = LatentAdapter(engine, PEER, validate)
+    return mla(LatentAdapter(engine, PEER, validate))
+
+
+def mla(adapter: LatentAdapter) -> Callable[..., Result]:
+    """The function of MLA v2's signature over an adapter."""
 
     def attention(
         ql_nope: Any,
