@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -14,7 +14,7 @@ import numpy as np
 from rpac.adapters._arguments import Arguments, Result, require_axes, shown, spec_lines, traced
 from rpac.bundle.manifest import ARGS, LATENT_ARGS
 from rpac.contract import arrays as layout
-from rpac.contract.attention import LATENT_LAYOUT
+from rpac.contract.attention import DTYPES, KV_DTYPES, LATENT_LAYOUT
 from rpac.contract.features import features_of
 from rpac.errors import BatchError, SelectionError
 
@@ -31,6 +31,11 @@ class Size(NamedTuple):
     built: Any
 
 
+def wrong_ones(sizes: Iterable[Size]) -> list[Size]:
+    """Those that are not the bundle's."""
+    return [one for one in sizes if one.found != one.built]
+
+
 @dataclass(frozen=True)
 class Adapter(Arguments):
     """One engine behind a function of `peer`. Raises SelectionError at once where its cache is not the peer's.
@@ -43,6 +48,7 @@ class Adapter(Arguments):
 
     names: ClassVar[tuple[str, ...]] = ARGS
     axes: ClassVar[tuple[int, ...]] = (3, 3, 3, 5, 1, 1, 1, 1)  # of each of `names`
+    dtypes: ClassVar[Mapping[str, tuple[str, ...]]] = {"q_dtype": DTYPES, "kv_dtype": KV_DTYPES}  # those of specs
 
     def __post_init__(self) -> None:
         self.require_kind()
@@ -141,19 +147,32 @@ class Adapter(Arguments):
         most = self.engine.limits.max_num_seqs
         return Size("kv_lens", "serving", "max_num_seqs", max(rows, most), most)
 
+    def page_sizes(self, **asked: Any) -> list[Size]:
+        """What a server asks of the pages of its cache: some of `kv_heads`, `head_dim`, `kv_dtype`, `page_size`."""
+        parts = {key: "serving" if key == "page_size" else "model" for key in asked}
+        built = {"serving": self.engine.limits, "model": self.engine.model}
+        return [
+            Size("the server's cache", parts[key], key, found, getattr(built[parts[key]], key))
+            for key, found in asked.items()
+        ]
+
     def require_sizes(self, sizes: Iterable[Size]) -> None:
         """Raises SelectionError naming those that are not the bundle's, with the lines of a spec that build for them."""
-        wrong = [one for one in sizes if one.found != one.built]
-        if not wrong:
-            return
+        wrong = wrong_ones(sizes)
+        if wrong:
+            raise self.refusal(wrong, "pass arrays of its sizes", "convert the arrays")
+
+    def refusal(self, wrong: Sequence[Size], fix: str, convert: str) -> SelectionError:
+        """What to raise for sizes that are not the bundle's: `fix` is what to do instead of a build with the lines of a spec,
+        and `convert` what to do about a dtype that no spec has."""
         found = "; ".join(f"{one.key} of {one.array} is {one.found}, must be {one.built}" for one in wrong)
-        if any(one.key.endswith("dtype") and one.found not in layout.BITS for one in wrong):
-            raise SelectionError(f"{found}, as in {self.bundle}; no line of a spec adds that dtype; convert the arrays")
+        if any(one.found not in self.dtypes.get(one.key, (one.found,)) for one in wrong):
+            return SelectionError(f"{found}, as in {self.bundle}; no line of a spec adds that dtype; {convert}")
         sections: dict[str, dict[str, Any]] = {}
         for one in wrong:
             sections.setdefault(one.section, {})[one.key] = one.found
-        raise SelectionError(
-            f"{found}, as in {self.bundle}; pass arrays of its sizes, or build with these lines, where a spec allows them"
+        return SelectionError(
+            f"{found}, as in {self.bundle}; {fix}, or build with these lines, where a spec allows them"
             + spec_lines(**sections)
         )
 
@@ -235,6 +254,7 @@ class LatentAdapter(Adapter):
 
     names: ClassVar[tuple[str, ...]] = LATENT_ARGS
     axes: ClassVar[tuple[int, ...]] = (3, 3, 2, 2, 3, 1, 1, 1, 1)
+    dtypes: ClassVar[Mapping[str, tuple[str, ...]]] = {"q_dtype": DTYPES, "kv_dtype": DTYPES}
 
     def require_kind(self) -> None:
         if self.engine.model.rope_dim is None:

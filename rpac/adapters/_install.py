@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import update_wrapper
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import jax
 
 from rpac.adapters._arguments import Programs, spec_lines
-from rpac.adapters._common import Adapter
+from rpac.adapters._common import Adapter, wrong_ones
 from rpac.errors import SelectionError, TargetError
 
 _MARK = "rpac_installed"
@@ -151,32 +151,20 @@ def of_layers(adapters: Sequence[Adapter], make: Callable[[Adapter], Callable[..
     return attention
 
 
-def require_page(adapters: Iterable[Adapter], **asked: Any) -> Adapter:
-    """The adapter whose bundle's cache has pages as `asked`: some of `kv_heads`, `head_dim`, `kv_dtype`, `page_size`.
+def require_page(adapters: Sequence[Adapter], **asked: Any) -> Adapter:
+    """The adapter whose bundle's cache has pages as `asked`, the keys of `Adapter.page_sizes`.
 
     Raises SelectionError with the lines of a spec where there is none.
     """
-    refusal = ""
-    for adapter in adapters:
-        one = adapter.engine
-        built = {
-            "page_size": one.limits.page_size,
-            **{key: getattr(one.model, key, None) for key in asked if key != "page_size"},
-        }
-        wrong = {key: value for key, value in asked.items() if built[key] != value}
+    refusals = []
+    for one in adapters:
+        wrong = wrong_ones(one.page_sizes(**asked))
         if not wrong:
-            return adapter
-        sections: dict[str, dict[str, Any]] = {}
-        for key, value in wrong.items():
-            sections.setdefault("serving" if key == "page_size" else "model", {})[key] = value
-        found = "; ".join(
-            f"{key} is {value}, must be {built[key]}, as in bundle {one.name}" for key, value in wrong.items()
+            return one
+        refusals.append(
+            one.refusal(wrong, "start the server with the bundle's sizes", "start the server with the bundle's dtype")
         )
-        refusal = refusal or (
-            f"the cache that the server asks for: {found}; start it with those, or build with these lines, where a spec "
-            "allows them" + spec_lines(**sections)
-        )
-    raise SelectionError(refusal)
+    raise refusals[0]
 
 
 def refusing(what: str, why: str) -> Callable[..., NoReturn]:

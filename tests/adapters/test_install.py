@@ -97,8 +97,31 @@ def test_the_server_makes_the_bundles_cache(server: None, kv_layout: str, page: 
 def test_a_cache_of_other_pages_is_refused_before_it_is_made(server: None, asked: Any, line: str) -> None:
     with tpu_inference.install(engine_of()), pytest.raises(SelectionError) as raised:
         module(RPA_V3).get_kv_cache_shape(7, *asked)
-    assert str(raised.value).endswith(f"\n{line}")
-    assert "as in bundle tiny" in str(raised.value)
+    assert str(raised.value).endswith(
+        ", as in bundle tiny; start the server with the bundle's sizes, or build with these lines, where a spec allows them\n"
+        + line
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.int32, jnp.float8_e4m3b11fnuz])
+def test_a_cache_of_a_dtype_that_no_spec_has_is_refused_without_lines(server: None, dtype: Any) -> None:
+    name = jnp.dtype(dtype).name
+    refusal = (
+        f"^kv_dtype of the server's cache is {name}, must be bfloat16, as in bundle tiny; no line of a spec adds that dtype; "
+        "start the server with the bundle's dtype$"
+    )
+    with tpu_inference.install(engine_of()), pytest.raises(SelectionError, match=refusal):
+        module(RPA_V3).get_kv_cache_shape(7, 16, 2, 128, dtype)
+    with tpu_inference.install(latent_engine()), pytest.raises(SelectionError, match=refusal):
+        module(MLA).get_kv_cache_shape(7, 16, 576, dtype)
+
+
+def test_a_cache_of_latent_attention_has_no_8_bits_in_a_spec(server: None) -> None:
+    with (
+        tpu_inference.install(latent_engine()),
+        pytest.raises(SelectionError, match=r"int8, .* no line of a spec adds that"),
+    ):
+        module(MLA).get_kv_cache_shape(7, 16, 576, jnp.int8)
 
 
 @pytest.mark.parametrize(
