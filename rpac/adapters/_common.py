@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -73,6 +74,36 @@ class Adapter(Arguments):
                 f"{self.bundle} has latent attention; must have grouped attention, which is all that this function of "
                 f"{self.peer} computes; call the engine itself, with the arguments of docs/batch-contract.md"
             )
+
+    def attend(
+        self,
+        *args: Any,
+        sm_scale: Any,
+        sliding_window: Any,
+        soft_cap: Any,
+        k_scale: Any,
+        v_scale: Any,
+        chunk_prefill_size: int | None,
+        use_causal_mask: Any = True,
+        update_kv_cache: Any = True,
+        out_dtype: Any = None,
+        sinks: Mapping[str, Any] = MappingProxyType({}),
+        results: int = 2,
+        **neutral: Any,
+    ) -> Result:
+        """`run`, after what a peer's call asks for by those names was held against the bundle. `sinks` is from `sinks`, and
+        `neutral` are arguments that no program follows. Raises SelectionError and BatchError as the checks of each do."""
+        self.require_neutral(**neutral)
+        self.require_built(
+            use_causal_mask=use_causal_mask,
+            update_kv_cache=update_kv_cache,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+        )
+        self.require_scale("sm_scale", sm_scale)
+        self.require_out_dtype(out_dtype)
+        extra = {**sinks, **self.kv_scales(k_scale, v_scale)}
+        return self.run(*args, chunk_prefill_size=chunk_prefill_size, results=results, **extra)
 
     def run(self, *args: Any, chunk_prefill_size: int | None = None, results: int = 2, **extra: Any) -> Result:
         """The call on the contract's arguments: `engine.traced` where one is a tracer, else `engine` itself.

@@ -60,29 +60,17 @@ def ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Callab
         return_lse: bool = False,
         implementation: str | None = None,
     ) -> Result:
-        adapter.require_neutral(
-            mask_value=mask_value,
-            q_scale=q_scale,
-            debug_mode=debug_mode,
-            kv_layout=kv_layout,
-            cp_group_size=cp_group_size,
-            cp_rank=cp_rank,
-            attention_scope=attention_scope,
-        )
-        adapter.require_built(use_causal_mask=use_causal_mask, sliding_window=sliding_window, soft_cap=soft_cap)
         updates = engine.model.update_cache
         if skip_kv_update == updates:
             raise SelectionError(
                 f"skip_kv_update is {skip_kv_update}; must be {not updates}, the update_cache of {adapter.bundle}; pass that, or "
                 "build with this, where a spec allows it" + spec_lines(model={"update_cache": not updates})
             )
-        adapter.require_scale("sm_scale", sm_scale)
-        adapter.require_out_dtype(out_dtype)
         adapter.require_drafts(decode_query_size)
         if return_lse:
             adapter.require_lse("return_lse")
         by_head = np.ndim(kv_cache) == REFERENCE_AXES
-        out, cache, *lse = adapter.run(
+        out, cache, *lse = adapter.attend(
             queries,
             keys,
             values,
@@ -91,9 +79,23 @@ def ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Callab
             page_indices,
             cu_q_lens,
             distribution,
+            use_causal_mask=use_causal_mask,
+            update_kv_cache=not skip_kv_update,
+            sm_scale=sm_scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            out_dtype=out_dtype,
+            k_scale=k_scale,
+            v_scale=v_scale,
             chunk_prefill_size=chunk_prefill_size,
             results=3 if return_lse else 2,
-            **adapter.kv_scales(k_scale, v_scale),
+            mask_value=mask_value,
+            q_scale=q_scale,
+            debug_mode=debug_mode,
+            kv_layout=kv_layout,
+            cp_group_size=cp_group_size,
+            cp_rank=cp_rank,
+            attention_scope=attention_scope,
         )
         return (out, cache.reshape(kv_cache.shape) if by_head else cache, *lse)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -125,10 +127,10 @@ class Engine:
             raise BatchError(f"{name!r} is no argument or result; must be one of {', '.join(arrays)}")
         return self.placement.sharding(arrays[name])
 
-    @property
+    @cached_property
     def programs(self) -> Mapping[Variant, Program]:
         """What the bundle says of each variant that this engine can run."""
-        return {variant: slot.program for variant, slot in self._slots.items()}
+        return MappingProxyType({variant: slot.program for variant, slot in self._slots.items()})
 
     @property
     def counts(self) -> Mapping[Variant, Count]:

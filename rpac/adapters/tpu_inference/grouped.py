@@ -77,21 +77,7 @@ def rpa_v3(adapter: Adapter) -> Callable[..., Result]:
         disable_bounds_checks: bool = True,
         disable_semaphore_checks: bool = True,
     ) -> Result:
-        adapter.require_neutral(
-            skip_kv_mask=skip_kv_mask,
-            mask_value=mask_value,
-            q_scale=q_scale,
-            debug_mode=debug_mode,
-        )
-        adapter.require_built(
-            use_causal_mask=use_causal_mask,
-            update_kv_cache=update_kv_cache,
-            sliding_window=sliding_window,
-            soft_cap=soft_cap,
-        )
-        adapter.require_scale("sm_scale", sm_scale)
-        adapter.require_out_dtype(out_dtype)
-        return adapter.run(
+        return adapter.attend(
             queries,
             keys,
             values,
@@ -100,8 +86,19 @@ def rpa_v3(adapter: Adapter) -> Callable[..., Result]:
             page_indices,
             cu_q_lens,
             distribution,
+            use_causal_mask=use_causal_mask,
+            update_kv_cache=update_kv_cache,
+            sm_scale=sm_scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            out_dtype=out_dtype,
+            k_scale=k_scale,
+            v_scale=v_scale,
             chunk_prefill_size=chunk_prefill_size,
-            **adapter.kv_scales(k_scale, v_scale),
+            skip_kv_mask=skip_kv_mask,
+            mask_value=mask_value,
+            q_scale=q_scale,
+            debug_mode=debug_mode,
         )
 
     return attention
@@ -134,12 +131,7 @@ def rpa_hd64(adapter: Adapter) -> Callable[..., Result]:
         vmem_limit_bytes: int | None = None,
         debug_mode: bool = False,
     ) -> Result:
-        adapter.require_neutral(mask_value=mask_value, q_scale=q_scale, debug_mode=debug_mode)
-        adapter.require_built(
-            use_causal_mask=True, update_kv_cache=True, sliding_window=sliding_window, soft_cap=soft_cap
-        )
-        adapter.require_scale("sm_scale", sm_scale)
-        return adapter.run(
+        return adapter.attend(
             queries,
             keys,
             values,
@@ -148,9 +140,16 @@ def rpa_hd64(adapter: Adapter) -> Callable[..., Result]:
             page_indices,
             cu_q_lens,
             distribution,
+            sm_scale=sm_scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            k_scale=k_scale,
+            v_scale=v_scale,
             chunk_prefill_size=chunk_prefill_size,
-            **adapter.sinks("attention_sink", attention_sink),
-            **adapter.kv_scales(k_scale, v_scale),
+            mask_value=mask_value,
+            q_scale=q_scale,
+            debug_mode=debug_mode,
+            sinks=adapter.sinks("attention_sink", attention_sink),
         )
 
     return attention
@@ -187,17 +186,8 @@ def batched_rpa(adapter: Adapter) -> Callable[..., Result]:
         kv_layout: Any = None,
         decode_query_size: int = 1,
     ) -> Result:
-        adapter.require_neutral(mask_value=mask_value, q_scale=q_scale, debug_mode=debug_mode, kv_layout=kv_layout)
-        adapter.require_built(
-            use_causal_mask=use_causal_mask,
-            update_kv_cache=update_kv_cache,
-            sliding_window=sliding_window,
-            soft_cap=soft_cap,
-        )
-        adapter.require_scale("sm_scale", sm_scale)
-        adapter.require_out_dtype(out_dtype)
         adapter.require_drafts(decode_query_size)
-        return adapter.run(
+        return adapter.attend(
             queries,
             keys,
             values,
@@ -206,8 +196,19 @@ def batched_rpa(adapter: Adapter) -> Callable[..., Result]:
             page_indices,
             cu_q_lens,
             distribution,
+            use_causal_mask=use_causal_mask,
+            update_kv_cache=update_kv_cache,
+            sm_scale=sm_scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            out_dtype=out_dtype,
+            k_scale=k_scale,
+            v_scale=v_scale,
             chunk_prefill_size=chunk_prefill_size,
-            **adapter.kv_scales(k_scale, v_scale),
+            mask_value=mask_value,
+            q_scale=q_scale,
+            debug_mode=debug_mode,
+            kv_layout=kv_layout,
         )
 
     return attention

@@ -61,17 +61,9 @@ def mla(adapter: LatentAdapter) -> Callable[..., Result]:
         p_same_dtype_as_v: bool = True,
         debug_mode: bool = False,
     ) -> Result:
-        adapter.require_neutral(
-            mask_value=mask_value, q_scale=q_scale, transpose_kv_cache=transpose_kv_cache, debug_mode=debug_mode
-        )
-        adapter.require_built(
-            use_causal_mask=True, update_kv_cache=True, sliding_window=sliding_window, soft_cap=soft_cap
-        )
-        adapter.require_scale("sm_scale", sm_scale)
-        adapter.kv_scales(k_scale, v_scale)
         require_axes(("ql_nope",), (ql_nope,), (3,))
         packed = np.ndim(cache_kv) == PACKED_AXES
-        out, cache = adapter.run(
+        out, cache = adapter.attend(
             ql_nope.swapaxes(0, 1),
             q_pe,
             new_kv_c,
@@ -81,7 +73,16 @@ def mla(adapter: LatentAdapter) -> Callable[..., Result]:
             page_indices,
             cu_q_lens,
             distribution,
+            sm_scale=sm_scale,
+            sliding_window=sliding_window,
+            soft_cap=soft_cap,
+            k_scale=k_scale,
+            v_scale=v_scale,
             chunk_prefill_size=chunk_prefill_size,
+            mask_value=mask_value,
+            q_scale=q_scale,
+            transpose_kv_cache=transpose_kv_cache,
+            debug_mode=debug_mode,
         )
         return out.swapaxes(0, 1), cache.reshape(cache_kv.shape) if packed else cache
 
