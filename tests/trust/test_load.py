@@ -14,6 +14,7 @@ from signing import TESTED, PolicyFile, Sign
 import rpac
 from rpac.bundle.storage import ATTESTATIONS, attestation_path
 from rpac.bundle.wheel import wheel_of
+from rpac.check.deployment import serve_check
 from rpac.engine import load, load_layers, loading
 from rpac.errors import BundleError
 from rpac.trust import load_policy
@@ -89,6 +90,13 @@ def test_a_folder_in_its_place_is_refused(bundle: Path, policy_file: PolicyFile)
     attestation_path(bundle).mkdir()
     with pytest.raises(BundleError, match=r"intoto\.jsonl: cannot be read \(Is a directory\)"):
         load(bundle, target="cpu", trust=policy_file())
+
+
+def test_a_check_before_traffic_holds_the_policy_too(bundle: Path, policy_file: PolicyFile) -> None:
+    report = serve_check(bundle, "cpu", seed=1, trust=policy_file())
+    assert [(step.name, step.ok) for step in report.steps] == [("verify", True), ("load", False)]
+    assert "found no such file; must hold the bundle's attestations" in report.steps[1].detail
+    assert report.exit_code == 4
 
 
 def test_without_a_policy_the_log_says_so_once(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
