@@ -20,6 +20,7 @@ from rpac.cli.pack import pack
 from rpac.cli.plan import plan
 from rpac.cli.predict import predict_command
 from rpac.cli.rebuild import rebuild_command
+from rpac.cli.receipt import receipt_command
 from rpac.cli.report import report_command
 from rpac.cli.serve_check import serve_check_command
 from rpac.cli.show_config import show_config_command
@@ -63,8 +64,8 @@ def main() -> None:
 
 COMMANDS = (
     init_command, plan, buckets, build, check, bench_command, diff_command, explain_command, generate, inspect, keygen_command,
-    pack, predict_command, rebuild_command, report_command, serve_check_command, show_config_command, sign_command, specs_command,
-    support_command, tune_command, verify_command,
+    pack, predict_command, rebuild_command, receipt_command, report_command, serve_check_command, show_config_command,
+    sign_command, specs_command, support_command, tune_command, verify_command,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)
