@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,6 +12,15 @@ from command import ROOT, RPAC, TINY, environment
 
 Tree = Callable[[Path], dict[str, bytes]]
 SMALL = ROOT / "tests" / "engine" / "small.yaml"
+# In the new process: a function that runs between fork and exec is not safe beside JAX's threads.
+START = """
+import os, sys
+umask, cores, *command = sys.argv[1:]
+os.umask(int(umask))
+if int(cores):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])
+os.execv(command[0], command)
+"""
 ONE_CORE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 CASES: Mapping[str, tuple[dict[str, str], int, tuple[str, ...]]] = {
@@ -29,14 +38,9 @@ def build(spec: Path, folder: Path, env: Mapping[str, str], umask: int, *options
     home.mkdir(parents=True)
     own = {name: value.replace("HOME", str(home)) for name, value in env.items()}
 
-    def prepare() -> None:
-        os.umask(umask)
-        if cores:
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-
     done = subprocess.run(
-        [*RPAC, "build", str(spec), "-o", str(folder / "out"), *options],
-        capture_output=True, text=True, timeout=600, env=environment(folder / "cache", own), cwd=home, preexec_fn=prepare,
+        [sys.executable, "-c", START, str(umask), str(cores), *RPAC, "build", str(spec), "-o", str(folder / "out"), *options],
+        capture_output=True, text=True, timeout=600, env=environment(folder / "cache", own), cwd=home,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (bundle,) = (folder / "out").glob("*.rpac")
