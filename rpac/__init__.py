@@ -34,6 +34,7 @@ from rpac.errors import (
     SelectionError,
     SpecError,
     TargetError,
+    TrustError,
 )
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ __all__ = [
     "SelectionError",
     "SpecError",
     "TargetError",
+    "TrustError",
     "Variant",
     "alibi_slopes",
     "load",

@@ -3,7 +3,8 @@
     RpacError               the base; catch it to catch them all
     ├── CheckError       1  a generated kernel differs from the oracle
     ├── SpecError        2  the spec file breaks its rules; carries every problem found
-    │   └── ModelError   2  a model's config that no spec can be made of
+    │   ├── ModelError   2  a model's config that no spec can be made of
+    │   └── TrustError   2  a key, a trust policy or a file of results that nothing can be signed or verified with
     ├── BatchError       2  metadata or arrays break the batch contract
     ├── SelectionError   2  a sound batch outside what was built; names the spec lines that would add it
     ├── PageError        2  pages of the cache that are not the caller's to use
@@ -70,6 +71,10 @@ class SpecError(RpacError):
 
 class ModelError(SpecError):
     """A model's config, or what a server would do with it, that no spec can be made of."""
+
+
+class TrustError(SpecError):
+    """A key or a trust policy that nothing can be verified with, or results that cannot be signed for a bundle."""
 
 
 class BatchError(RpacError):

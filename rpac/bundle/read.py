@@ -20,6 +20,11 @@ from rpac.errors import BundleError
 
 T = TypeVar("T")
 
+Approve = Callable[[str, Manifest, bytes | None], object]
+"""Is asked about a bundle's place, its manifest and the file of attestations beside it, if there is one, before any other byte of
+the bundle is used. Raises what refuses it.
+"""
+
 _REPLACED_TRIES = 10
 
 
@@ -38,25 +43,31 @@ def read_manifest(path: str | os.PathLike[str], timeout_s: float | None = None) 
 
 
 def read_target(
-    path: str | os.PathLike[str], choose: Callable[[Manifest], Target], timeout_s: float | None = None
+    path: str | os.PathLike[str],
+    choose: Callable[[Manifest], Target],
+    timeout_s: float | None = None,
+    approve: Approve | None = None,
 ) -> LoadedTarget:
     """The bytes of the target that `choose` picks. Raises BundleError, also where that takes longer than `timeout_s`, and
-    what `choose` raises.
+    what `choose` and `approve` raise.
     """
 
     def read(storage: Storage) -> LoadedTarget:
-        manifest = storage.manifest()
+        manifest = _approved(storage, approve)
         target = choose(manifest)
         return LoadedTarget(manifest, target, {blob.sha256: storage.blob(blob) for blob in target.blobs})
 
     return _in_time(path, timeout_s, lambda: _read(path, read))
 
 
-def verify_bundle(path: str | os.PathLike[str], timeout_s: float | None = None) -> Manifest:
+def verify_bundle(
+    path: str | os.PathLike[str], timeout_s: float | None = None, approve: Approve | None = None
+) -> Manifest:
     """Reads and hashes everything in the bundle at `path`. Raises BundleError, also for anything beside the
-    files that the manifest lists: another file, a folder, or a link in the place of one.
+    files that the manifest lists: another file, a folder, or a link in the place of one; and what `approve` raises.
     """
-    return _in_time(path, timeout_s, lambda: _read(path, _verify))
+
+    return _in_time(path, timeout_s, lambda: _read(path, lambda storage: _verify(storage, approve=approve)))
 
 
 def describe(path: str | os.PathLike[str], manifest: Manifest | None = None) -> dict[str, Any]:
@@ -69,20 +80,31 @@ def describe(path: str | os.PathLike[str], manifest: Manifest | None = None) -> 
     return {"path": os.fspath(path), "size": size, "digest": digest(manifest), **as_data(manifest)}
 
 
-def read_files(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, bytes]]:
-    """Every file of the bundle at `path` by its name, each checked against its hash. Raises as `verify_bundle` does."""
+@dataclass(frozen=True)
+class BundleFiles:
+    """Every file of a bundle by its name, each checked against its hash; and the file beside it, unverified, if there is one."""
 
-    def read(storage: Storage) -> tuple[Manifest, dict[str, bytes]]:
+    manifest: Manifest
+    files: Mapping[str, bytes]
+    attestations: bytes | None
+
+
+def read_files(path: str | os.PathLike[str]) -> BundleFiles:
+    """All files of the bundle at `path`. Raises as `verify_bundle` does."""
+
+    def read(storage: Storage) -> BundleFiles:
         files: dict[str, bytes] = {}
         manifest = _verify(storage, files.__setitem__)
-        return manifest, {MANIFEST: render(manifest), **files}
+        return BundleFiles(manifest, {MANIFEST: render(manifest), **files}, storage.attestations())
 
     return _read(path, read)
 
 
-def _verify(storage: Storage, keep: Callable[[str, bytes], None] = lambda name, data: None) -> Manifest:
-    """Reads and hashes every file, and calls `keep` with its name and its bytes."""
-    manifest = storage.manifest()
+def _verify(
+    storage: Storage, keep: Callable[[str, bytes], None] = lambda name, data: None, approve: Approve | None = None
+) -> Manifest:
+    """Reads and hashes every file, once `approve` has nothing against it, and calls `keep` with its name and its bytes."""
+    manifest = _approved(storage, approve)
     for blob in sorted(manifest.blobs):
         keep(blob_name(blob), storage.blob(blob))
     for name, content in sorted(manifest.files.items()):
@@ -94,6 +116,14 @@ def _verify(storage: Storage, keep: Callable[[str, bytes], None] = lambda name, 
             f"{storage.place}: found {', '.join(extra[:5])}{more}; must hold only what {MANIFEST} lists, and no links; "
             f"remove it, or {REBUILD}"
         )
+    return manifest
+
+
+def _approved(storage: Storage, approve: Approve | None) -> Manifest:
+    """The manifest, which `approve` has nothing against. It is read once: a store could answer the second time otherwise."""
+    manifest = storage.manifest()
+    if approve is not None:
+        approve(storage.place, manifest, storage.attestations())
     return manifest
 
 

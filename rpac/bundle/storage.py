@@ -5,6 +5,7 @@ All hand out a file whole or refuse it, and know whether another build took the 
 
 from __future__ import annotations
 
+import copy
 import errno
 import functools
 import hashlib
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 REBUILD = "copy or build the bundle again"
+
+ATTESTATIONS = ".intoto.jsonl"
+"""What the name of the file beside a bundle ends with that holds signed statements about it."""
+
+MAX_ATTESTATIONS_BYTES = 64 << 20
 
 _CHUNK_BYTES = 1 << 20
 
@@ -51,6 +57,10 @@ class Storage(AbstractContextManager["Storage"], ABC):
         """What is in the bundle beside the `expected` files and the folders that they lie in: other files, links, folders
         (which are not looked into) and anything else, each by its path, in order.
         """
+
+    @abstractmethod
+    def attestations(self) -> bytes | None:
+        """The file beside the bundle that ends with `ATTESTATIONS`, unread and unverified; None where there is none."""
 
     @abstractmethod
     def _open(self, name: str, limit: int) -> IO[bytes]:
@@ -155,6 +165,13 @@ class Folder(Storage):
                     ) from error
         return sorted(found)
 
+    def attestations(self) -> bytes | None:
+        path = attestation_path(self.place)
+        if not path.exists():
+            return None
+        with Folder(str(path.parent)) as beside:
+            return beside._read(path.name, MAX_ATTESTATIONS_BYTES)[0]
+
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._descriptor)
         try:
@@ -219,6 +236,12 @@ class Remote(Storage):
         names = {path.removeprefix(f"{self._root}/").rstrip("/") for path in found} - {self._root, ""}
         return sorted(names - expected - folders)
 
+    def attestations(self) -> bytes | None:
+        beside = copy.copy(self)
+        beside._root, _, name = f"{self._root}{ATTESTATIONS}".rpartition("/")
+        beside.place = self.place.rpartition("/")[0]
+        return beside._read(name, MAX_ATTESTATIONS_BYTES)[0] if beside._files.exists(f"{beside._root}/{name}") else None
+
     def _open(self, name: str, limit: int) -> IO[bytes]:
         path = f"{self._root}/{name}"
         info = self._files.info(path)
@@ -237,6 +260,11 @@ class Remote(Storage):
 def folders_of(names: Iterable[str]) -> set[str]:
     """Every folder that some files of a bundle lie in."""
     return {parent.as_posix() for name in names for parent in PurePosixPath(name).parents} - {"."}
+
+
+def attestation_path(bundle: str | os.PathLike[str]) -> Path:
+    """The file beside the bundle in a folder; of a link, beside the folder that it leads to."""
+    return Path(os.path.realpath(bundle) + ATTESTATIONS)
 
 
 def blob_name(blob: Content) -> str:

@@ -17,6 +17,7 @@ from rpac._version import __version__
 from rpac.bundle.installed import FOLDER, distribution_of, is_name, package_of
 from rpac.bundle.manifest import MANIFEST, Manifest, digest
 from rpac.bundle.read import read_files
+from rpac.bundle.storage import ATTESTATIONS
 from rpac.errors import TargetError
 
 _TIME: Final = (1980, 1, 1, 0, 0, 0)  # the first that a zip file can tell
@@ -42,9 +43,11 @@ def wheel_of(bundle: str | os.PathLike[str], name: str = "", version: str = "") 
     """The wheel of a bundle, a path or a URL, each file of which is hashed on its way.
 
     `name` is by default the bundle's own; `version` is by default 0.0.0 and the first 12 digits of the manifest's digest, so
-    that other programs have another version. Raises BundleError, or TargetError for what cannot be a name or a version.
+    that other programs have another version. Attestations beside the bundle go with it as they are. Raises BundleError, or
+    TargetError for what cannot be a name or a version.
     """
-    manifest, files = read_files(bundle)
+    found = read_files(bundle)
+    manifest, beside = found.manifest, found.attestations
     name = name or manifest.name
     version = version or f"0.0.0+{digest(manifest)[:12]}"
     if not is_name(name):
@@ -58,7 +61,9 @@ def wheel_of(bundle: str | os.PathLike[str], name: str = "", version: str = "") 
         )
     package = package_of(name)
     info = f"{package}-{version}.dist-info"
-    entries = {f"{package}/{FOLDER}/{path}": data for path, data in sorted(files.items())}
+    entries = {f"{package}/{FOLDER}/{path}": data for path, data in sorted(found.files.items())}
+    if beside is not None:
+        entries[f"{package}/{FOLDER}{ATTESTATIONS}"] = beside
     entries |= {f"{info}/METADATA": _metadata(manifest, name, version), f"{info}/WHEEL": _wheel_facts()}
     entries[f"{info}/RECORD"] = _record(entries, f"{info}/RECORD")
     return Wheel(name, distribution_of(name), version, f"{package}-{version}-py3-none-any.whl", _zipped(entries))

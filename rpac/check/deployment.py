@@ -81,12 +81,14 @@ def serve_check(
     seed: int,
     batches: int = 1,
     allow_compile: bool = False,
+    trust: str | os.PathLike[str] | None = None,
     progress: Callable[[Step], None] = lambda step: None,
 ) -> ServeReport:
     """Checks that a bundle, a path or a URL, serves on this process's first device (`target="cpu"`: its CPU). In each of
     several processes of `jax.distributed`, with one `seed`: on all of their devices, and each judges its own.
 
-    `batches` random batches are drawn from `seed` for each program. Takes the device memory of one cache. Never raises
+    `batches` random batches are drawn from `seed` for each program. `trust`: the file of a trust policy, which must hold before
+    anything is loaded. Takes the device memory of one cache. Never raises
     for a bundle that does not serve: the report says why, and a step that others need ends it.
     """
     steps = _Steps(progress)
@@ -95,7 +97,14 @@ def serve_check(
 
     def opened() -> str:
         engines.update(
-            load_layers(bundle, target, devices=_devices(bundle), allow_compile=allow_compile, observer=events.append)
+            load_layers(
+                bundle,
+                target,
+                devices=_devices(bundle),
+                allow_compile=allow_compile,
+                observer=events.append,
+                trust=trust,
+            )
         )
         engine, *_ = engines.values()
         device = engine.device

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rpac.errors import CheckError
@@ -49,13 +49,14 @@ class CompileResult:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """A whole check; the same `spec_hash` and `seed` give the same batches."""
+    """A whole check; the same `spec_hash` and `seed` give the same batches. `sources`: sha256 of each source by its path."""
 
     spec: str
     spec_hash: str
     seed: int
     results: tuple[Result, ...]
     compiled: tuple[CompileResult, ...]
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def failed(self) -> tuple[Result | CompileResult, ...]:

@@ -95,7 +95,8 @@ def check_spec(
             ]
             compiled.append(_compile(compile, target, tasks))
             progress(compiled[-1])
-    return CheckReport(spec.name, spec.hash, seed, tuple(results), tuple(compiled))
+    sources = {source.path: source.sha256 for _, _, source in planned}
+    return CheckReport(spec.name, spec.hash, seed, tuple(results), tuple(compiled), sources)
 
 
 def check_source(

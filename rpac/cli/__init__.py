@@ -19,9 +19,12 @@ from rpac.cli.inspect import inspect
 from rpac.cli.pack import pack
 from rpac.cli.plan import plan
 from rpac.cli.predict import predict_command
+from rpac.cli.rebuild import rebuild_command
+from rpac.cli.receipt import receipt_command
 from rpac.cli.report import report_command
 from rpac.cli.serve_check import serve_check_command
 from rpac.cli.show_config import show_config_command
+from rpac.cli.sign import keygen_command, sign_command, verify_command
 from rpac.cli.specs import specs_command
 from rpac.cli.streams import INTERRUPTED, checked_streams
 from rpac.cli.support import support_command
@@ -54,14 +57,15 @@ def main() -> None:
 
     \b
     Exit codes: 0 done, 1 a check failed, 2 bad spec, batch or usage, 3 incompatible target or toolchain,
-    4 corrupt bundle, 5 output cannot be written, 6 schedule cannot be read, 130 interrupted, 141 nobody reads the
+    4 corrupt or untrusted bundle, 5 output cannot be written, 6 schedule cannot be read, 130 interrupted, 141 nobody reads the
     output any more.
     """
 
 
 COMMANDS = (
-    init_command, plan, buckets, build, check, bench_command, diff_command, explain_command, generate, inspect, pack,
-    predict_command, report_command, serve_check_command, show_config_command, specs_command, support_command, tune_command,
+    init_command, plan, buckets, build, check, bench_command, diff_command, explain_command, generate, inspect, keygen_command,
+    pack, predict_command, rebuild_command, receipt_command, report_command, serve_check_command, show_config_command,
+    sign_command, specs_command, support_command, tune_command, verify_command,
 )  # fmt: skip
 for command in COMMANDS:
     main.add_command(command)

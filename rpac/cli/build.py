@@ -68,7 +68,7 @@ def build(
     as_json: bool,
 ) -> None:
     """Build SPEC into the bundle OUT/NAME.rpac, for all of its targets or for those given."""
-    observer = _Observer()
+    observer = BuildObserver()
     for_server = server(server_name) if server_name is not None else None
     spec = load_spec(spec_file)
     chosen = job.chosen_targets(spec, targets)
@@ -99,7 +99,7 @@ def build(
     click.echo(f"{built.path}: {len(rows)} programs in {seconds:.1f} s")
 
 
-class _Observer(job.Observer):
+class BuildObserver(job.Observer):
     """Prints the progress of a build to stderr."""
 
     def __init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -31,9 +32,21 @@ if TYPE_CHECKING:
     "--seed", type=click.IntRange(0), help="Seed of the random batches. Default: a new one, which is printed."
 )
 @click.option("--allow-compile", is_flag=True, help="Compile portable programs where the executables do not fit.")
+@click.option(
+    "--policy",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Trust policy that must hold before anything is loaded.",
+)
 @json_option
 def serve_check_command(
-    bundle: str, target: str | None, batches: int, seed: int | None, allow_compile: bool, as_json: bool
+    bundle: str,
+    target: str | None,
+    batches: int,
+    seed: int | None,
+    allow_compile: bool,
+    policy: Path | None,
+    as_json: bool,
 ) -> None:
     """Check that BUNDLE, a path or a URL, serves on this machine.
 
@@ -41,7 +54,7 @@ def serve_check_command(
 
     \b
     Exit codes: 0 it serves, 1 the output of a program is wrong, 2 wrong usage, 3 incompatible target or toolchain,
-    4 corrupt bundle.
+    4 corrupt or untrusted bundle.
     """
     if target == "cpu":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported, which would look for a TPU otherwise
@@ -51,7 +64,9 @@ def serve_check_command(
         click.echo(f"{step.seconds:7.1f} s  {step.name}: {'ok' if step.ok else 'FAILED'}", err=True)
 
     seed = secrets.randbits(32) if seed is None else seed
-    report = serve_check(bundle, target, seed=seed, batches=batches, allow_compile=allow_compile, progress=progress)
+    report = serve_check(
+        bundle, target, seed=seed, batches=batches, allow_compile=allow_compile, trust=policy, progress=progress
+    )
     if as_json:
         print_json(asdict(report))
     else:

@@ -55,9 +55,14 @@ def toolchain() -> dict[str, str]:
             raise TargetError(
                 f"{name} is not installed; install jax[tpu], which pins the libtpu that matches"
             ) from None
-        record = distribution.read_text("RECORD") or ""
-        # Byte-compiled files and installer notes differ between machines with the same package.
-        files = sorted(line for line in record.splitlines() if ".pyc," not in line and ".dist-info/" not in line)
         found[name] = distribution.version
-        found[f"{name}_files"] = hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
+        found[f"{name}_files"] = record_hash(distribution)[:16]
     return found
+
+
+def record_hash(distribution: importlib.metadata.Distribution) -> str:
+    """A hash of the hashes of a package's installed files, 64 hex digits."""
+    record = distribution.read_text("RECORD") or ""
+    # Byte-compiled files and installer notes differ between machines with the same package.
+    files = sorted(line for line in record.splitlines() if ".pyc," not in line and ".dist-info/" not in line)
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()

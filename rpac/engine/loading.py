@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -18,6 +19,10 @@ from rpac.devices.process import own_runtime
 from rpac.engine.engine import Engine
 from rpac.engine.events import Observer
 from rpac.errors import BundleError, TargetError
+
+if TYPE_CHECKING:
+    from rpac.bundle.read import Approve
+    from rpac.trust import Policy
 
 _LOG = logging.getLogger("rpac")
 
@@ -33,6 +38,7 @@ def load(
     observer: Observer | None = None,
     timeout_s: float | None = None,
     expect_digest: str | None = None,
+    trust: str | os.PathLike[str] | Policy | None = None,
 ) -> Engine:
     """The engine of a bundle for one device, by default this process's first (`target="cpu"`: its CPU); or for as many
     `devices` as its spec's `parallel` says, in the order of its mesh, by default this process's first ones.
@@ -44,12 +50,17 @@ def load(
     programs instead, and logs that. `observer` is called with every event of the engine. `timeout_s`: seconds that reading
     the bundle may take, of a store that may be slow; by default as long as it takes. `expect_digest`: the digest that `rpac
     inspect` shows of the bundle that you mean; it covers every file, and another bundle is refused before anything of it is
-    used.
-    Raises BundleError, or TargetError naming what the bundle has and what was found.
+    used. `trust`: the file of a trust policy, or what `rpac.trust.load_policy` made of one; nothing of the bundle is deserialized
+    before its attestations hold what the policy asks.
+    Raises BundleError; TrustError for a policy that cannot be used; or TargetError naming what the bundle has and what was found.
     """
     own_runtime()
+    if trust is None and expect_digest is None:
+        _say_once_that_nothing_is_trusted()
     found = _local_devices(target) if device is None and devices is None else _given_devices(device, devices)
-    loaded = read_target(path, partial(_choose, os.fspath(path), target, layer, found[0], expect_digest), timeout_s)
+    loaded = read_target(
+        path, partial(_choose, os.fspath(path), target, layer, found[0], expect_digest), timeout_s, _approve(trust)
+    )
     count = loaded.manifest.mesh.devices
     chosen = device is not None or devices is not None
     if len(found) < count or (chosen and len(found) > count):
@@ -68,6 +79,22 @@ def load(
         )
     use_executables = _use_executables(os.fspath(path), loaded.target, found[0], allow_compile)
     return Engine(loaded, found[:count], use_executables, observer)
+
+
+def _approve(trust: str | os.PathLike[str] | Policy | None) -> Approve | None:
+    """What a policy asks of a bundle; None without one, and then the packages that verify need not be installed."""
+    if trust is None:
+        return None
+    from rpac.trust import Policy, approved, load_policy
+
+    return partial(approved, trust if isinstance(trust, Policy) else load_policy(trust))
+
+
+@functools.cache
+def _say_once_that_nothing_is_trusted() -> None:
+    _LOG.info(
+        "bundles are loaded without a trust policy: their hashes show damage, not who made them (rpac.load, trust=)"
+    )
 
 
 def _given_devices(device: object, devices: object) -> list[jax.Device]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rpac.batch import Batch
 from rpac.batch.select import select
 from rpac.contract.arrays import BITS, ArrayDims, index_of
 from rpac.contract.attention import Attention
-from rpac.contract.program import Variant
+from rpac.contract.program import Source, Variant
 from rpac.errors import OutputError
 from rpac.files.publish import listing, publish
 from rpac.predict.programs import Programs
@@ -25,12 +26,14 @@ OPERANDS = "operands.json"
 
 @dataclass(frozen=True)
 class Prediction:
-    """One batch on the program that it selects."""
+    """One batch on the program that it selects. `source`: the kernel's. `schedules`: sha256 of each kernel's schedule by name."""
 
     name: str
     workload: Workload
     variant: Variant
     report: CallReport
+    source: Source | None = None
+    schedules: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The report's fields at the top, so that `seconds`, `mbu` and the rest are where one looks."""
@@ -39,7 +42,9 @@ class Prediction:
             "q_lens": list(self.workload.q_lens),
             "kv_lens": list(self.workload.kv_lens),
         }
-        return {"name": self.name, "program": str(self.variant), "batch": batch, **self.report.to_json()}
+        source = None if self.source is None else {"path": self.source.path, "sha256": self.source.sha256}
+        of_kernels = {"source": source, "schedules": dict(self.schedules)}
+        return {"name": self.name, "program": str(self.variant), "batch": batch, **of_kernels, **self.report.to_json()}
 
 
 def predict(programs: Programs, workload: Workload) -> Prediction:
@@ -53,8 +58,10 @@ def predict_on(programs: Programs, variant: Variant, batch: Batch, workload: Wor
 
     Raises ScheduleError from the walk.
     """
-    report = programs.call(variant).predict(_scalars(programs, variant, batch), needed_work(programs.model, workload))
-    return Prediction(programs.name, workload, variant, report)
+    call = programs.call(variant)
+    report = call.predict(_scalars(programs, variant, batch), needed_work(programs.model, workload))
+    schedules = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in call.dump.schedules.items()}
+    return Prediction(programs.name, workload, variant, report, programs.tasks[variant].source, schedules)
 
 
 def needed_work(model: Attention, workload: Workload) -> Work:

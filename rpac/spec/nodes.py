@@ -6,10 +6,12 @@ Numbers are read as they look, in plain decimal: YAML 1.1 takes 010 for eight an
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from types import MappingProxyType
 
 import yaml
@@ -55,6 +57,7 @@ ABSENT: Mapping[str, str] = MappingProxyType(
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _LINE_END = re.compile(r"\r\n|[\n\r\x85\u2028\u2029]")  # as YAML has them
 _TAG = "tag:yaml.org,2002:"
 _KINDS = {"bool": "a bool", "timestamp": "a date"}
@@ -78,10 +81,11 @@ class _Loader(yaml.SafeLoader):
 
 
 class Report:
-    """Collects the problems of one file."""
+    """Collects the problems of one file. `what` it must be, such as "a spec"."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, what: str = "a spec") -> None:
         self.file = file
+        self.what = what
         self.problems: list[Problem] = []
 
     def at(self, line: int | None, column: int | None, where: str, found: str, allowed: str, fix: str) -> None:
@@ -94,7 +98,9 @@ class Report:
         self.at_mark(node.start_mark, where, found or describe(node), allowed, fix)
 
     def too_large(self) -> None:
-        self.at(None, None, "", f"more than {MAX_SIZE} bytes", "must be a spec", "check that it is the right file")
+        self.at(
+            None, None, "", f"more than {MAX_SIZE} bytes", f"must be {self.what}", "check that it is the right file"
+        )
 
     def in_order(self) -> tuple[Problem, ...]:
         """The problems from the top of the file to its end: the first `MAX_PROBLEMS`, and how many more there are."""
@@ -164,9 +170,16 @@ def compose(text: str, report: Report) -> yaml.MappingNode | None:
         report.at(None, None, "", f"a syntax error ({error})", "must be YAML", "correct the escape or directive")
         return None
     if len(roots) > 1:
-        report.at_node(roots[1], "", "must be one document", "keep one spec a file", "a second document")
+        report.at_node(
+            roots[1],
+            "",
+            "must be one document",
+            f"keep one {report.what.removeprefix('a ')} a file",
+            "a second document",
+        )
     if not roots or _tag(roots[0]) == "null":
-        report.at(1, 1, "", "an empty file", "must be a spec", "start from one of the shipped specs")
+        fix = "start from one of the shipped specs" if report.what == "a spec" else "check that it is the right file"
+        report.at(1, 1, "", "an empty file", f"must be {report.what}", fix)
         return None
     root = roots[0]
     if not isinstance(root, yaml.MappingNode):
@@ -318,6 +331,15 @@ class Section:
             return float(node.value)
         allowed = f"must be a number from {low:g} to {high:g}"
         self.report.at_node(node, self.where(key), allowed, "write a number in that range, unquoted")
+        return None
+
+    def day(self, key: str) -> date | None:
+        """A day, written as 2026-12-31, quoted or not. The key must be there."""
+        node = self._values[key]
+        if isinstance(node, yaml.ScalarNode) and _DAY.fullmatch(node.value):
+            with contextlib.suppress(ValueError):  # no such day
+                return date.fromisoformat(node.value)
+        self.report.at_node(node, self.where(key), "must be a day, as year-month-day", "write it as 2026-12-31")
         return None
 
     def flag(self, key: str) -> bool | None:

@@ -365,10 +365,10 @@ def test_a_worker_of_vllm_installs_the_bundle_that_its_config_names(
         return {"full": full, "sliding": sliding}
 
     monkeypatch.setattr(worker, "load_layers", load_layers)
-    config = {"rpac_bundle": "build/tiny.rpac", "rpac_allow_compile": True, "other": 1}
+    config = {"rpac_bundle": "build/tiny.rpac", "rpac_allow_compile": True, "rpac_trust": "policy.yaml", "other": 1}
     one = worker_of(config)
     worker.WorkerExtension.init_worker_extension(one)  # as vLLM calls it
-    assert loaded == [("build/tiny.rpac", {"allow_compile": True})]
+    assert loaded == [("build/tiny.rpac", {"allow_compile": True, "trust": "policy.yaml"})]
     module(INTERFACE).ragged_paged_attention(
         *arguments("tpu_inference", full), sm_scale=full.model.sm_scale, sliding_window=64
     )

@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_package_its_data_the_templates_and_the_specs_alone(
     specs = {f"rpac/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "specs").glob("*.yaml")}
     assert templates
     report = {f"rpac/report/{name}" for name in ("page.html.jinja", "page.css", "peers.json")}
-    assert names == sources | templates | tuned | specs | report | {"rpac/py.typed"}
+    assert names == sources | templates | tuned | specs | report | {"rpac/py.typed", "rpac/trust/receipt.schema.json"}
 
 
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:

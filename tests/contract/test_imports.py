@@ -19,8 +19,8 @@ ORDER = [
     "errors", "_version",
     "contract", "spec", "batch", "files", "devices", "serving",
     "plan", "init", "traffic", "kernels", "oracle",
-    "lower", "bundle", "schedule", "engine", "adapters",
-    "check", "build", "diff", "predict", "report", "tune", "bench", "cli",
+    "lower", "bundle", "trust", "schedule", "engine", "adapters",
+    "check", "build", "rebuild", "diff", "predict", "report", "tune", "bench", "cli",
 ]  # fmt: skip
 
 # May be imported where it is needed, because it imports nothing but `errors`: `rpac.__version__` is there.

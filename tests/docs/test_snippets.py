@@ -24,7 +24,10 @@ from jax import lax
 from samples import PAGES, ROOT
 
 import rpac
+from rpac.bundle import read_manifest
 from rpac.bundle.wheel import wheel_of
+from rpac.trust.keys import generate, policy_lines, read_private
+from rpac.trust.sign import sign
 
 SPEC = Path(__file__).with_name("snippets.yaml")
 SNIPPET = re.compile(r"^<!-- snippet: (\w+) -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -114,6 +117,14 @@ def test_package(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         archive.extractall(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert run("package", {"rpac": rpac})["engine"].limits == rpac.load(folder / "build" / "llama3-8b.rpac").limits
+
+
+def test_trust(names: dict[str, Any], folder: Path) -> None:
+    bundle = folder / "build" / "llama3-8b.rpac"
+    key = generate(folder / "ci")
+    sign(bundle, read_manifest(bundle), {"bench": {}}, read_private(folder / "ci.key"))
+    (folder / "policy.yaml").write_text(policy_lines("ci", key))
+    assert run("trust", {"rpac": rpac})["engine"].limits == names["engine"].limits
 
 
 def test_warm(names: dict[str, Any]) -> None:

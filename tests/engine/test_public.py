@@ -14,7 +14,8 @@ def test_the_public_names_are_these_and_all_there() -> None:
     assert rpac.__all__ == [
         "Batch", "BatchError", "BundleError", "CheckError", "CompileError", "Count", "Engine", "Limits",
         "ModelError", "OutOfPagesError", "OutputError", "PageError", "PlanError", "Problem", "RpacError", "ScheduleError",
-        "SelectionError", "SpecError", "TargetError", "Variant", "alibi_slopes", "load", "load_layers", "merge", "merge_across",
+        "SelectionError", "SpecError", "TargetError", "TrustError", "Variant", "alibi_slopes", "load", "load_layers", "merge",
+        "merge_across",
     ]  # fmt: skip
     assert all(getattr(rpac, name) is not None for name in rpac.__all__)
     assert set(rpac.__all__) <= set(dir(rpac))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,9 @@ def test_json_of_one_batch_is_a_list_of_one_and_nothing_else_is_on_stdout(dumps:
     names = {f"{kernel['name']}.txt" for kernel in data["kernels"]}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, OPERANDS}
     assert json.loads((tmp_path / "out" / OPERANDS).read_text()).keys() == names
+    hashes = {f"{name}.txt": sha256 for name, sha256 in data["schedules"].items()}
+    assert hashes == {name: hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() for name in names}
+    assert data["source"]["path"] == "tpu7x/decode.py"
 
 
 @pytest.mark.compile

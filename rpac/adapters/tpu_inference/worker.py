@@ -16,6 +16,7 @@ from rpac.errors import TargetError
 BUNDLE: Final = "rpac_bundle"
 ALLOW_COMPILE: Final = "rpac_allow_compile"
 ANY_VERSION: Final = "rpac_any_version"
+TRUST: Final = "rpac_trust"
 
 
 class WorkerExtension:
@@ -26,7 +27,8 @@ class WorkerExtension:
 
     def init_worker_extension(self) -> None:
         """Loads the bundle that the worker's `additional_config` names as `rpac_bundle`, with all its kinds of layers, and
-        installs it. `rpac_allow_compile` and `rpac_any_version` are those arguments of `rpac.load` and `install`.
+        installs it. `rpac_allow_compile`, `rpac_any_version` and `rpac_trust`, the file of a trust policy, are those arguments of
+        `rpac.load` and `install`.
 
         Raises TargetError where it names none, and as `rpac.load` and `install` do: then the worker does not start.
         """
@@ -36,5 +38,7 @@ class WorkerExtension:
                 f"additional_config has no {BUNDLE}; must name a bundle; start vLLM with "
                 f'--additional-config \'{{"{BUNDLE}": "build/NAME.rpac"}}\''
             )
-        engines = load_layers(config[BUNDLE], allow_compile=bool(config.get(ALLOW_COMPILE, False)))
+        engines = load_layers(
+            config[BUNDLE], allow_compile=bool(config.get(ALLOW_COMPILE, False)), trust=config.get(TRUST)
+        )
         self.rpac_installation = install(engines, any_version=bool(config.get(ANY_VERSION, False)))
