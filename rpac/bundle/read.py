@@ -1,8 +1,8 @@
 """Opens a bundle in the one safe order: size limits, manifest, hash of the very bytes that are used.
 
 A bundle is given by its path, by a URL that fsspec opens, or as `package:NAME` where it is installed; all are read in this
-order. Nothing is deserialized
-here. A bundle that is replaced while it is read is read again: all that a caller gets comes from one bundle.
+order. Nothing is deserialized here. A bundle that is replaced while it is read is read again: all that a caller gets comes
+from one bundle.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rpac.bundle.manifest import MANIFEST, Manifest, Target, as_data, digest, render
-from rpac.bundle.storage import REBUILD, Storage, blob_name, open_bundle
+from rpac.bundle.manifest import MANIFEST, SPEC, Manifest, Target, as_data, digest, render
+from rpac.bundle.storage import REBUILD, Place, Storage, blob_name, open_bundle
 from rpac.errors import BundleError
+from rpac.spec import Spec, parse_spec
 
 T = TypeVar("T")
 
@@ -32,14 +33,21 @@ class LoadedTarget:
     blobs: Mapping[str, bytes]
 
 
-def read_manifest(path: str | os.PathLike[str], timeout_s: float | None = None) -> Manifest:
+@dataclass(frozen=True)
+class Texts:
+    """What a bundle was built from: its spec, and its kernels by their path under `source/`."""
+
+    manifest: Manifest
+    spec: Spec
+    sources: Mapping[str, str]
+
+
+def read_manifest(path: Place, timeout_s: float | None = None) -> Manifest:
     """What the bundle at `path` says of itself. Raises BundleError, also where that takes longer than `timeout_s`."""
     return _in_time(path, timeout_s, lambda: _read(path, lambda storage: storage.manifest()))
 
 
-def read_target(
-    path: str | os.PathLike[str], choose: Callable[[Manifest], Target], timeout_s: float | None = None
-) -> LoadedTarget:
+def read_target(path: Place, choose: Callable[[Manifest], Target], timeout_s: float | None = None) -> LoadedTarget:
     """The bytes of the target that `choose` picks. Raises BundleError, also where that takes longer than `timeout_s`, and
     what `choose` raises.
     """
@@ -52,14 +60,14 @@ def read_target(
     return _in_time(path, timeout_s, lambda: _read(path, read))
 
 
-def verify_bundle(path: str | os.PathLike[str], timeout_s: float | None = None) -> Manifest:
+def verify_bundle(path: Place, timeout_s: float | None = None) -> Manifest:
     """Reads and hashes everything in the bundle at `path`. Raises BundleError, also for anything beside the
     files that the manifest lists: another file, a folder, or a link in the place of one.
     """
     return _in_time(path, timeout_s, lambda: _read(path, _verify))
 
 
-def describe(path: str | os.PathLike[str], manifest: Manifest | None = None) -> dict[str, Any]:
+def describe(path: Place, manifest: Manifest | None = None) -> dict[str, Any]:
     """What `rpac inspect` shows, as plain data: the manifest, its digest, the bundle's path and its size in bytes.
 
     `manifest`: of the bundle at `path`, where the caller has read it.
@@ -69,7 +77,23 @@ def describe(path: str | os.PathLike[str], manifest: Manifest | None = None) -> 
     return {"path": os.fspath(path), "size": size, "digest": digest(manifest), **as_data(manifest)}
 
 
-def read_files(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, bytes]]:
+def read_texts(path: Place) -> Texts:
+    """The spec and the kernels of the bundle at `path`, each checked against its hash. Programs are not read.
+
+    Raises BundleError, and SpecError where this version of rpac does not take the spec.
+    """
+
+    def read(storage: Storage) -> tuple[Manifest, dict[str, bytes]]:
+        manifest = storage.manifest()
+        return manifest, {name: storage.read(name, content) for name, content in manifest.files.items()}
+
+    manifest, files = _read(path, read)
+    texts = {name: data.decode("utf-8", "replace") for name, data in files.items()}
+    spec = parse_spec(texts.pop(SPEC), f"{os.fspath(path)}/{SPEC}")
+    return Texts(manifest, spec, {name.removeprefix("source/"): text for name, text in texts.items()})
+
+
+def read_files(path: Place) -> tuple[Manifest, dict[str, bytes]]:
     """Every file of the bundle at `path` by its name, each checked against its hash. Raises as `verify_bundle` does."""
 
     def read(storage: Storage) -> tuple[Manifest, dict[str, bytes]]:
@@ -97,7 +121,7 @@ def _verify(storage: Storage, keep: Callable[[str, bytes], None] = lambda name, 
     return manifest
 
 
-def _read(place: str | os.PathLike[str], use: Callable[[Storage], T]) -> T:
+def _read(place: Place, use: Callable[[Storage], T]) -> T:
     """What `use` makes of the bundle; once more from the start where a build replaced it meanwhile."""
     for _ in range(_REPLACED_TRIES):
         with open_bundle(place) as storage:
@@ -109,7 +133,7 @@ def _read(place: str | os.PathLike[str], use: Callable[[Storage], T]) -> T:
     raise BundleError(f"{os.fspath(place)}: was replaced {_REPLACED_TRIES} times while it was read; stop its builds")
 
 
-def _in_time(place: str | os.PathLike[str], timeout_s: float | None, read: Callable[[], T]) -> T:
+def _in_time(place: Place, timeout_s: float | None, read: Callable[[], T]) -> T:
     """What `read` returns. Raises BundleError where it takes longer than `timeout_s` seconds."""
     if timeout_s is None:
         return read()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rpac.cli.common import command, json_option, print_json
+from rpac.bundle import Place
+from rpac.cli.common import PLACE, command, json_option, print_json
 from rpac.cli.terminal import table
 from rpac.spec import TARGETS
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @command("serve-check")
-@click.argument("bundle")
+@click.argument("bundle", type=PLACE)
 @click.option(
     "--target",
     type=click.Choice(TARGETS),
@@ -33,9 +34,9 @@ if TYPE_CHECKING:
 @click.option("--allow-compile", is_flag=True, help="Compile portable programs where the executables do not fit.")
 @json_option
 def serve_check_command(
-    bundle: str, target: str | None, batches: int, seed: int | None, allow_compile: bool, as_json: bool
+    bundle: Place, target: str | None, batches: int, seed: int | None, allow_compile: bool, as_json: bool
 ) -> None:
-    """Check that BUNDLE, a path or a URL, serves on this machine.
+    """Check that BUNDLE serves on this machine.
 
     Hashes every file, loads the bundle, warms it up, and runs every canary and some random batches.
 
