@@ -12,12 +12,14 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rpac.bundle.manifest import MANIFEST, SPEC, Manifest, Target, as_data, digest, render
 from rpac.bundle.storage import REBUILD, Place, Storage, blob_name, open_bundle
 from rpac.errors import BundleError
-from rpac.spec import Spec, parse_spec
+
+if TYPE_CHECKING:
+    from rpac.spec import Spec
 
 T = TypeVar("T")
 
@@ -82,6 +84,8 @@ def read_texts(path: Place) -> Texts:
 
     Raises BundleError, and SpecError where this version of rpac does not take the spec.
     """
+
+    from rpac.spec import parse_spec  # which needs yaml: a server that only loads bundles does without
 
     def read(storage: Storage) -> tuple[Manifest, dict[str, bytes]]:
         manifest = storage.manifest()
