@@ -123,6 +123,7 @@ same: $(VENV)/ready
 	$(BIN)/python benchmarks/same.py $(OTHER) --schedules
 
 # The source archive and the wheel in dist/, checked in an environment that has nothing else.
+# RPAC_HOME=https://github.com/OWNER/rpac makes the links of the package's description absolute; see hatch_build.py.
 release: $(VENV)/ready
 	rm -rf dist build/release
 	$(BIN)/python -m build --outdir dist

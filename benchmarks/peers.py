@@ -1,4 +1,4 @@
-"""Compares rpac with its peers on the same batches, predicted from the compiler's schedules; writes docs/benchmarks.md.
+"""Compares rpac with its peers, predicted from the compiler's schedules; writes docs/benchmarks.md and the README's table.
 
     python benchmarks/peers.py [--quick] [--heads LABEL]... [--only NAME]... [--case TEXT]... [--target T]... [--page N]...
 
@@ -17,6 +17,7 @@ from peers import environment
 from peers.cases import HEADS, LLAMA_8B, MEASURED, SHARDS, Case, Heads, Place
 from peers.contenders import CONTENDERS, OURS
 from peers.document import OURS_NAMES, Section, bullet, choices, not_run, refusals, shards, summary, table
+from peers.headline import PAGE, README, rewritten
 from peers.picture import draw
 from peers.run import NOT_RUN, Bench, progress
 from peers.store import Result
@@ -119,10 +120,12 @@ def main() -> None:
     pythons = dict(pair.split("=", 1) for pair in options.python)
     bench = Bench(RESULTS, ROOT / "build" / "bench-peers", pythons)
     for found in sections(bench, options):
-        (ROOT / "docs" / "benchmarks.md").write_text(document(found))
+        page = document(found)
+        PAGE.write_text(page)
+        README.write_text(rewritten(README.read_text(), page))
         draw([section for section in found if section.heads == LLAMA_8B], ROOT / "docs" / "img" / "benchmarks.png")
     bench.store.results.drop_unasked()
-    progress("docs/benchmarks.md and docs/img/benchmarks.png written")
+    progress("docs/benchmarks.md, the README's table and docs/img/benchmarks.png written")
 
 
 if __name__ == "__main__":

@@ -6,18 +6,15 @@ import difflib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rpac.build import chosen_targets, sources_of
-from rpac.bundle import verify_bundle
+from rpac.bundle import Place, names_bundle, read_texts
 from rpac.contract.attention import plain
 from rpac.contract.program import Source
 from rpac.errors import TargetError
 from rpac.plan.tuned import Tuned, TunedTiles
 from rpac.spec import Spec, load_spec
-
-SPEC = "spec.yaml"  # of a bundle
 
 
 @dataclass(frozen=True)
@@ -64,12 +61,12 @@ class Difference:
         return bool(self.spec or self.toolchains or self.plans or self.kernels)
 
 
-def side_of(path: Path, targets: Sequence[str] = (), tuned: Tuned = TunedTiles.of) -> Side:
-    """What a spec would build with `tuned` tiles, or what a bundle (a folder) holds, for all targets or for those given.
+def side_of(path: Place, targets: Sequence[str] = (), tuned: Tuned = TunedTiles.of) -> Side:
+    """What a spec would build with `tuned` tiles, or what a bundle holds, for all targets or for those given.
 
     Raises SpecError, PlanError, BundleError, or TargetError for a target that is not there.
     """
-    return _of_bundle(path, targets) if path.is_dir() else _of_spec(load_spec(path), targets, tuned)
+    return _of_bundle(path, targets) if names_bundle(path) else _of_spec(load_spec(path), targets, tuned)
 
 
 def difference(before: Side, after: Side) -> Difference:
@@ -94,18 +91,19 @@ def _of_spec(spec: Spec, targets: Sequence[str], tuned: Tuned) -> Side:
     return Side(_facts(spec), {}, plans, {source.path: source for _, source in made})
 
 
-def _of_bundle(path: Path, targets: Sequence[str]) -> Side:
-    manifest = verify_bundle(path)
+def _of_bundle(path: Place, targets: Sequence[str]) -> Side:
+    texts = read_texts(path)
+    manifest = texts.manifest
     found = [one for one in manifest.targets.values() if not targets or one.name in targets]
     missing = [name for name in targets if name not in {one.name for one in found}]
     if missing:
         raise TargetError(f"{path}: holds no programs for {missing[0]}; it has {', '.join(manifest.targets)}")
     programs = [program for one in found for program in one.programs]
     return Side(
-        _facts(load_spec(path / SPEC)),
+        _facts(texts.spec),
         dict(_flat({one.key: dict(one.toolchain) for one in found})),
         {program.source: dict(_flat(program.plan)) for program in programs},
-        {one.source: Source(one.source, (path / "source" / one.source).read_text()) for one in programs},
+        {one.source: Source(one.source, texts.sources[one.source]) for one in programs},
     )
 
 

@@ -119,8 +119,8 @@ def engines_of(engine: Any) -> list[Programs]:
         if devices > 1:
             raise SelectionError(
                 f"bundle {one.name} is for {devices} devices; must be for one: the server itself spreads attention over devices, "
-                "and calls it with the heads, rows and pages of one; build without parallel, and with"
-                + _of_one_device(one)
+                "and calls it with the heads, rows and pages of one; write a spec with `rpac init --per-device`, or build "
+                "without parallel, and with" + _of_one_device(one)
             )
     layouts = {one.kv_layout for one in found}
     if len(layouts) > 1:

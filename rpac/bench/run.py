@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from pathlib import Path
 
 import jax
 
@@ -20,13 +19,12 @@ from rpac.bench.result import Bench, Entry, Predicted, Timing
 from rpac.bench.stream import stream_bandwidth
 from rpac.bench.time import Timed, between_fences, estimate, plan
 from rpac.bench.verify import Checked, verify
-from rpac.bundle import Manifest, digest, verify_bundle
+from rpac.bundle import Manifest, Place, digest, read_texts, verify_bundle
 from rpac.devices.chip import is_tpu
 from rpac.engine import Engine, load_layers
 from rpac.errors import BatchError, CheckError, RpacError, TargetError
 from rpac.files.store import Store
 from rpac.predict import Asked, Programs, needed_work, predict_on, programs_of
-from rpac.spec import load_spec
 
 Progress = Callable[[str], None]
 
@@ -50,13 +48,13 @@ class Options:
 
 
 def bench(
-    path: Path,
+    path: Place,
     options: Options,
     store: Store,
     progress: Progress = lambda line: None,
     keep: Callable[[Bench], None] = lambda bench: None,
 ) -> Bench:
-    """Times the programs of the bundle in the folder `path` on this process's first device, or on the devices of its mesh.
+    """Times the programs of the bundle at `path` on this process's first device, or on the devices of its mesh.
 
     `keep` is called with all that is known after each time and each prediction, so that nothing is lost where the run ends
     early. Schedules are cached in `store`. Raises BundleError; TargetError where the bundle has nothing for this device;
@@ -109,7 +107,7 @@ def _bundle(manifest: Manifest, target: str) -> dict[str, object]:
     }
 
 
-def _opened(path: Path, options: Options) -> dict[str, Engine]:
+def _opened(path: Place, options: Options) -> dict[str, Engine]:
     engines = load_layers(path, options.target, allow_compile=options.allow_compile)
     if jax.process_count() > 1:
         raise TargetError(
@@ -118,9 +116,9 @@ def _opened(path: Path, options: Options) -> dict[str, Engine]:
     return engines
 
 
-def _cases(path: Path, engines: Mapping[str, Engine], options: Options) -> list[Case]:
+def _cases(path: Place, engines: Mapping[str, Engine], options: Options) -> list[Case]:
     """Programs and batches in the order in which they are timed. Raises BatchError where nothing is left."""
-    context_lens = load_spec(path / "spec.yaml").serving.context_lens
+    context_lens = read_texts(path).spec.serving.context_lens
     cases: list[Case] = []
     for layer, engine in engines.items():
         asked = options.asked.workloads(engine.limits.decode_len)
@@ -197,7 +195,7 @@ def timed(calls: Timed, seconds: float, count: int | None, profile: bool) -> Tim
     return Timing("fences", between_fences(calls, fenced), fenced.calls_each, why)
 
 
-def _with_prediction(path: Path, engine: Engine, entry: Entry, programs: Callable[[str], Programs]) -> Entry:
+def _with_prediction(path: Place, engine: Engine, entry: Entry, programs: Callable[[str], Programs]) -> Entry:
     """The entry with the prediction of its batch, or with the reason why there is none."""
     if not is_tpu(engine.target):
         return replace(entry, not_predicted=f"the target {engine.target} has no schedule to predict from")

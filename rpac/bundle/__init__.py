@@ -11,7 +11,8 @@ is the engine's.
 """
 
 from rpac.bundle.manifest import Manifest, Target, digest
-from rpac.bundle.read import LoadedTarget, describe, read_manifest, read_target, verify_bundle
+from rpac.bundle.read import LoadedTarget, Texts, describe, read_manifest, read_target, read_texts, verify_bundle
+from rpac.bundle.storage import Place, is_reference, names_bundle
 from rpac.bundle.write import is_bundle, stage_bundle, write_bundle
 from rpac.contract.program import Content, Program, Variant
 
@@ -19,14 +20,19 @@ __all__ = [
     "Content",
     "LoadedTarget",
     "Manifest",
+    "Place",
     "Program",
     "Target",
+    "Texts",
     "Variant",
     "describe",
     "digest",
     "is_bundle",
+    "is_reference",
+    "names_bundle",
     "read_manifest",
     "read_target",
+    "read_texts",
     "stage_bundle",
     "verify_bundle",
     "write_bundle",

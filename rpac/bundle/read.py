@@ -1,8 +1,8 @@
 """Opens a bundle in the one safe order: size limits, manifest, hash of the very bytes that are used.
 
 A bundle is given by its path, by a URL that fsspec opens, or as `package:NAME` where it is installed; all are read in this
-order. Nothing is deserialized
-here. A bundle that is replaced while it is read is read again: all that a caller gets comes from one bundle.
+order. Nothing is deserialized here. A bundle that is replaced while it is read is read again: all that a caller gets comes
+from one bundle.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from rpac.bundle.manifest import MANIFEST, Manifest, Target, as_data, digest, render
-from rpac.bundle.storage import REBUILD, Storage, blob_name, open_bundle
+from rpac.bundle.manifest import MANIFEST, SPEC, Manifest, Target, as_data, digest, render
+from rpac.bundle.storage import REBUILD, Place, Storage, blob_name, open_bundle
 from rpac.errors import BundleError
+
+if TYPE_CHECKING:
+    from rpac.spec import Spec
 
 T = TypeVar("T")
 
@@ -37,13 +40,22 @@ class LoadedTarget:
     blobs: Mapping[str, bytes]
 
 
-def read_manifest(path: str | os.PathLike[str], timeout_s: float | None = None) -> Manifest:
+@dataclass(frozen=True)
+class Texts:
+    """What a bundle was built from: its spec, and its kernels by their path under `source/`."""
+
+    manifest: Manifest
+    spec: Spec
+    sources: Mapping[str, str]
+
+
+def read_manifest(path: Place, timeout_s: float | None = None) -> Manifest:
     """What the bundle at `path` says of itself. Raises BundleError, also where that takes longer than `timeout_s`."""
     return _in_time(path, timeout_s, lambda: _read(path, lambda storage: storage.manifest()))
 
 
 def read_target(
-    path: str | os.PathLike[str],
+    path: Place,
     choose: Callable[[Manifest], Target],
     timeout_s: float | None = None,
     approve: Approve | None = None,
@@ -60,9 +72,7 @@ def read_target(
     return _in_time(path, timeout_s, lambda: _read(path, read))
 
 
-def verify_bundle(
-    path: str | os.PathLike[str], timeout_s: float | None = None, approve: Approve | None = None
-) -> Manifest:
+def verify_bundle(path: Place, timeout_s: float | None = None, approve: Approve | None = None) -> Manifest:
     """Reads and hashes everything in the bundle at `path`. Raises BundleError, also for anything beside the
     files that the manifest lists: another file, a folder, or a link in the place of one; and what `approve` raises.
     """
@@ -70,7 +80,7 @@ def verify_bundle(
     return _in_time(path, timeout_s, lambda: _read(path, lambda storage: _verify(storage, approve=approve)))
 
 
-def describe(path: str | os.PathLike[str], manifest: Manifest | None = None) -> dict[str, Any]:
+def describe(path: Place, manifest: Manifest | None = None) -> dict[str, Any]:
     """What `rpac inspect` shows, as plain data: the manifest, its digest, the bundle's path and its size in bytes.
 
     `manifest`: of the bundle at `path`, where the caller has read it.
@@ -78,6 +88,23 @@ def describe(path: str | os.PathLike[str], manifest: Manifest | None = None) -> 
     manifest = manifest or read_manifest(path)
     size = len(render(manifest)) + sum(content.size for content in (*manifest.blobs, *manifest.files.values()))
     return {"path": os.fspath(path), "size": size, "digest": digest(manifest), **as_data(manifest)}
+
+
+def read_texts(path: Place) -> Texts:
+    """The spec and the kernels of the bundle at `path`, each checked against its hash. Programs are not read.
+
+    Raises BundleError, and SpecError where this version of rpac does not take the spec.
+    """
+    from rpac.spec import parse_spec  # which needs yaml: a server that only loads bundles does without
+
+    def read(storage: Storage) -> tuple[Manifest, dict[str, bytes]]:
+        manifest = storage.manifest()
+        return manifest, {name: storage.read(name, content) for name, content in manifest.files.items()}
+
+    manifest, files = _read(path, read)
+    texts = {name: data.decode("utf-8", "replace") for name, data in files.items()}
+    spec = parse_spec(texts.pop(SPEC), f"{os.fspath(path)}/{SPEC}")
+    return Texts(manifest, spec, {name.removeprefix("source/"): text for name, text in texts.items()})
 
 
 @dataclass(frozen=True)
@@ -89,7 +116,7 @@ class BundleFiles:
     attestations: bytes | None
 
 
-def read_files(path: str | os.PathLike[str]) -> BundleFiles:
+def read_files(path: Place) -> BundleFiles:
     """All files of the bundle at `path`. Raises as `verify_bundle` does."""
 
     def read(storage: Storage) -> BundleFiles:
@@ -127,7 +154,7 @@ def _approved(storage: Storage, approve: Approve | None) -> Manifest:
     return manifest
 
 
-def _read(place: str | os.PathLike[str], use: Callable[[Storage], T]) -> T:
+def _read(place: Place, use: Callable[[Storage], T]) -> T:
     """What `use` makes of the bundle; once more from the start where a build replaced it meanwhile."""
     for _ in range(_REPLACED_TRIES):
         with open_bundle(place) as storage:
@@ -139,7 +166,7 @@ def _read(place: str | os.PathLike[str], use: Callable[[Storage], T]) -> T:
     raise BundleError(f"{os.fspath(place)}: was replaced {_REPLACED_TRIES} times while it was read; stop its builds")
 
 
-def _in_time(place: str | os.PathLike[str], timeout_s: float | None, read: Callable[[], T]) -> T:
+def _in_time(place: Place, timeout_s: float | None, read: Callable[[], T]) -> T:
     """What `read` returns. Raises BundleError where it takes longer than `timeout_s` seconds."""
     if timeout_s is None:
         return read()

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Set
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from rpac.bundle.installed import COMPILED, SCHEME, installed_bundle
 from rpac.bundle.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, parse
@@ -24,6 +24,9 @@ from rpac.errors import BundleError
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
+
+Place: TypeAlias = str | os.PathLike[str]
+"""Where a bundle is: a folder, a URL that fsspec opens, or `package:NAME`."""
 
 REBUILD = "copy or build the bundle again"
 
@@ -35,12 +38,23 @@ MAX_ATTESTATIONS_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
 
 
-def open_bundle(place: str | os.PathLike[str]) -> Storage:
+def is_reference(place: Place) -> bool:
+    """Whether `place` is a URL or `package:NAME`, which only bundles have; else it is a path."""
+    text = os.fspath(place)
+    return text.startswith(SCHEME) or "://" in text
+
+
+def names_bundle(place: Place) -> bool:
+    """Whether a bundle is meant where a spec may stand too: by a URL, by `package:NAME`, or by a folder."""
+    return is_reference(place) or Path(place).is_dir()
+
+
+def open_bundle(place: Place) -> Storage:
     """The bundle at a path or URL, or `package:NAME`, to be used as a context. Raises BundleError where nothing can be opened."""
     text = os.fspath(place)
     if text.startswith(SCHEME):
         return Installed(text.removeprefix(SCHEME))
-    return Remote(text) if "://" in text else Folder(text)
+    return Remote(text) if is_reference(text) else Folder(text)
 
 
 class Storage(AbstractContextManager["Storage"], ABC):

@@ -17,7 +17,7 @@ from rpac._version import __version__
 from rpac.bundle.installed import FOLDER, distribution_of, is_name, package_of
 from rpac.bundle.manifest import MANIFEST, Manifest, digest
 from rpac.bundle.read import read_files
-from rpac.bundle.storage import ATTESTATIONS
+from rpac.bundle.storage import ATTESTATIONS, Place
 from rpac.errors import TargetError
 
 _TIME: Final = (1980, 1, 1, 0, 0, 0)  # the first that a zip file can tell
@@ -39,7 +39,7 @@ class Wheel:
     data: bytes
 
 
-def wheel_of(bundle: str | os.PathLike[str], name: str = "", version: str = "") -> Wheel:
+def wheel_of(bundle: Place, name: str = "", version: str = "") -> Wheel:
     """The wheel of a bundle, a path or a URL, each file of which is hashed on its way.
 
     `name` is by default the bundle's own; `version` is by default 0.0.0 and the first 12 digits of the manifest's digest, so

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from rpac.batch import Limits
-from rpac.bundle import read_manifest, verify_bundle
+from rpac.bundle import Place, read_manifest, verify_bundle
 from rpac.contract.arrays import cdiv
 from rpac.contract.program import Variant
 from rpac.devices.backends import skip_absent_tpu
@@ -75,7 +75,7 @@ class _Steps:
 
 
 def serve_check(
-    bundle: str | os.PathLike[str],
+    bundle: Place,
     target: str | None = None,
     *,
     seed: int,
@@ -119,7 +119,7 @@ def serve_check(
     return ServeReport(os.fspath(bundle), seed, tuple(steps.done), steps.exit_code)
 
 
-def _devices(bundle: str | os.PathLike[str]) -> list[jax.Device] | None:
+def _devices(bundle: Place) -> list[jax.Device] | None:
     """Those of all processes, for a mesh that one of several has too few for; else what `load` takes by itself."""
     count = read_manifest(bundle).mesh.devices
     if count == 1:
@@ -130,7 +130,7 @@ def _devices(bundle: str | os.PathLike[str]) -> list[jax.Device] | None:
     return list(jax.devices()[:count])
 
 
-def _verified(bundle: str | os.PathLike[str]) -> str:
+def _verified(bundle: Place) -> str:
     manifest = verify_bundle(bundle)
     files = len(manifest.blobs) + len(manifest.files)
     return f"{manifest.name}, spec {manifest.spec_hash[:16]}: {files} files hashed"

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from rpac.bench.result import check_output, write
+from rpac.bundle import Place
 from rpac.cli.common import (
+    PLACE,
     Amount,
     any_compiler_option,
     batch_options,
@@ -43,7 +45,7 @@ HEADER = (
 
 
 @command("bench")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=PLACE)
 @click.option(
     "--target",
     type=click.Choice(TARGETS),
@@ -78,7 +80,7 @@ HEADER = (
 )
 @json_option
 def bench_command(
-    bundle: Path,
+    bundle: Place,
     target: str | None,
     kinds: tuple[str, ...],
     decode: tuple[str, ...],

@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
+from rpac.bundle import Place, is_reference
 from rpac.errors import PlanError
 from rpac.files.store import Store, default_cache_dir
 from rpac.lower import Cache
@@ -30,6 +31,20 @@ class Amount(click.FloatRange):
         if math.isnan(number):
             self.fail(f"{value!r} is not in the range {self._describe_range()}.", param, ctx)
         return number
+
+
+class PlaceType(click.Path):
+    """Where a bundle is: a path, a URL or `package:NAME`, as `rpac.load` takes it. A spec is a path, or "-"."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Place:
+        # As text: a path would make one slash of the two in a URL.
+        return value if is_reference(value) else Path(super().convert(value, param, ctx))  # type: ignore[arg-type]
+
+
+PLACE: Final = PlaceType()
 
 
 class Command(click.Command):

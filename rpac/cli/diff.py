@@ -10,7 +10,8 @@ from pathlib import Path
 
 import click
 
-from rpac.cli.common import command, json_option, print_json, store_of, target_option, tuned_of, tuned_option
+from rpac.bundle import Place
+from rpac.cli.common import PLACE, command, json_option, print_json, store_of, target_option, tuned_of, tuned_option
 from rpac.cli.terminal import table
 from rpac.devices.chip import TPU_TARGETS
 from rpac.diff import Change, Difference, KernelChange, difference, side_of
@@ -25,8 +26,8 @@ Times = list[tuple[Prediction, Prediction]]
 
 
 @command("diff")
-@click.argument("first", metavar="SPEC|BUNDLE", type=click.Path(path_type=Path))
-@click.argument("second", metavar="SPEC|BUNDLE", type=click.Path(path_type=Path))
+@click.argument("first", metavar="SPEC|BUNDLE", type=PLACE)
+@click.argument("second", metavar="SPEC|BUNDLE", type=PLACE)
 @target_option
 @click.option(
     "--time",
@@ -38,8 +39,8 @@ Times = list[tuple[Prediction, Prediction]]
 @tuned_option
 @json_option
 def diff_command(
-    first: Path,
-    second: Path,
+    first: Place,
+    second: Place,
     targets: tuple[str, ...],
     timed: str | None,
     with_code: bool,
@@ -61,7 +62,7 @@ def diff_command(
         sys.exit(CheckError.exit_code)
 
 
-def _times(first: Path, second: Path, target: str, tuned: Tuned) -> Times:
+def _times(first: Place, second: Place, target: str, tuned: Tuned) -> Times:
     """The predictions of the batches that the first expects and both take, by layer."""
     store, progress = store_of(False), partial(click.echo, err=True)
     layers = [layer for layer in layers_in(first) if layer in layers_in(second)]

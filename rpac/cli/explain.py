@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 
 from rpac.batch import Limits
-from rpac.bundle import read_manifest
-from rpac.cli.common import batch_options, command, json_option, print_json
+from rpac.bundle import Place, names_bundle, read_manifest
+from rpac.cli.common import PLACE, batch_options, command, json_option, print_json
 from rpac.cli.terminal import table
 from rpac.contract.program import Variant
 from rpac.errors import BatchError, SelectionError, TargetError
@@ -23,12 +23,17 @@ HEADER = ("layer", "batch", "sequences", "new tokens", "distribution", "program"
 
 
 @command("explain")
-@click.argument("path", metavar="SPEC|BUNDLE", type=click.Path(path_type=Path))
+@click.argument("path", metavar="SPEC|BUNDLE", type=PLACE)
 @batch_options
 @click.option("--target", type=click.Choice(TARGETS), help="Target of a bundle whose targets hold different programs.")
 @json_option
 def explain_command(
-    path: Path, decode: tuple[str, ...], prefill: tuple[str, ...], mixed: Path | None, target: str | None, as_json: bool
+    path: Place,
+    decode: tuple[str, ...],
+    prefill: tuple[str, ...],
+    mixed: Path | None,
+    target: str | None,
+    as_json: bool,
 ) -> None:
     """Print which program of SPEC or BUNDLE each batch runs on, and why. Nothing is compiled or run.
 
@@ -50,9 +55,9 @@ def explain_command(
         sys.exit(SelectionError.exit_code)
 
 
-def _parts(path: Path, target: str | None) -> Iterator[tuple[str, frozenset[Variant], Limits]]:
+def _parts(path: Place, target: str | None) -> Iterator[tuple[str, frozenset[Variant], Limits]]:
     """Each kind of layers, with the programs that there are for it and what they take."""
-    if not path.is_dir():
+    if not names_bundle(path):
         for part in load_spec(path).parts:
             limits = Limits.of(part)
             built = frozenset(Variant(kind, n) for n in limits.token_buckets for kind in kinds_of(part, n))

@@ -53,6 +53,11 @@ def _server_options(run: Callable[..., None]) -> Callable[..., None]:
     "--devices", type=click.IntRange(1, MAX_DEVICES), help="Devices that serve it. Default: one, or what flags ask for."
 )
 @click.option(
+    "--per-device",
+    is_flag=True,
+    help="Write the share of one of the devices, as the adapters' install needs it, in place of `parallel`.",
+)
+@click.option(
     "--like",
     type=click.Choice(list(SERVERS)),
     default="vllm",
@@ -68,6 +73,7 @@ def init_command(
     model: Path,
     chip: str,
     devices: int | None,
+    per_device: bool,
     like: str,
     dtype: str,
     kv_cache_dtype: str,
@@ -83,7 +89,7 @@ def init_command(
     from rpac.init.draft import make_draft
 
     server = SERVERS[like]
-    request = Request(server, chip, devices, _given(server, flags), dtype, kv_cache_dtype)
+    request = Request(server, chip, devices, _given(server, flags), dtype, kv_cache_dtype, per_device)
     _refuse_existing(output, force)
     draft = make_draft(model, request, _command_line(click.get_current_context()))
     for line in (*draft.budget.lines(), *draft.notes):
@@ -112,7 +118,7 @@ def _command_line(ctx: click.Context) -> str:
     for param in ctx.command.params:
         given = param.name and ctx.get_parameter_source(param.name) is ParameterSource.COMMANDLINE
         if given and isinstance(param, click.Option) and param.name not in ("output", "force"):
-            words += [param.opts[0], str(ctx.params[param.name])]
+            words += [param.opts[0], *([] if param.is_flag else [str(ctx.params[param.name])])]
     return shlex.join(words)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from rpac.bundle import describe, verify_bundle
-from rpac.cli.common import command, json_option, print_json
+from rpac.bundle import Place, describe, verify_bundle
+from rpac.cli.common import PLACE, command, json_option, print_json
 from rpac.cli.terminal import table
 from rpac.contract.mesh import Mesh
 from rpac.contract.units import size
@@ -19,10 +19,10 @@ HEADER = ("target", "device kind", "program", "tokens", "source", "export", "exe
 
 
 @command()
-@click.argument("bundle")
+@click.argument("bundle", type=PLACE)
 @json_option
-def inspect(bundle: str, as_json: bool) -> None:
-    """Verify every byte of BUNDLE, a path or a URL, and list its contents."""
+def inspect(bundle: Place, as_json: bool) -> None:
+    """Verify every byte of BUNDLE and list its contents."""
     facts = describe(bundle, verify_bundle(bundle))
     if as_json:
         print_json(facts)

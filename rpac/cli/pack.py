@@ -7,14 +7,15 @@ from pathlib import Path
 
 import click
 
+from rpac.bundle import Place
 from rpac.bundle.wheel import is_wheel, wheel_of
-from rpac.cli.common import command, json_option, print_json
+from rpac.cli.common import PLACE, command, json_option, print_json
 from rpac.contract.units import size
 from rpac.files.publish import publish_file
 
 
 @command()
-@click.argument("bundle")
+@click.argument("bundle", type=PLACE)
 @click.option(
     "-o", "folder", metavar="FOLDER", type=click.Path(path_type=Path), default="dist", show_default=True,
     help="Folder for the wheel.",
@@ -24,8 +25,8 @@ from rpac.files.publish import publish_file
     "--version", default="", help="Version of the package. Default: 0.0.0+ and a part of the bundle's digest."
 )
 @json_option
-def pack(bundle: str, folder: Path, name: str, version: str, as_json: bool) -> None:
-    """Make an installable wheel of BUNDLE, a path or a URL, for rpac.load("package:NAME").
+def pack(bundle: Place, folder: Path, name: str, version: str, as_json: bool) -> None:
+    """Make an installable wheel of BUNDLE for rpac.load("package:NAME").
 
     Every byte of the bundle is verified. The same bundle, name and version make the same wheel.
     """

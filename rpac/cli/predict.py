@@ -9,7 +9,9 @@ from pathlib import Path
 
 import click
 
+from rpac.bundle import Place
 from rpac.cli.common import (
+    PLACE,
     any_compiler_option,
     batch_options,
     command,
@@ -45,7 +47,7 @@ HEADER = ("batch", "name", "program", "us", "MBU", "MFU", "kernels us", "compute
 
 
 @command("predict")
-@click.argument("paths", metavar="SPEC|BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", metavar="SPEC|BUNDLE...", nargs=-1, required=True, type=PLACE)
 @click.option(
     "--target",
     "targets",
@@ -65,7 +67,7 @@ HEADER = ("batch", "name", "program", "us", "MBU", "MFU", "kernels us", "compute
 @tuned_option
 @json_option
 def predict_command(
-    paths: tuple[Path, ...],
+    paths: tuple[Place, ...],
     targets: tuple[str, ...],
     decode: tuple[str, ...],
     prefill: tuple[str, ...],
@@ -118,12 +120,12 @@ def predict_command(
         _print(predictions, targets, detail)
 
 
-def _programs(path: Path, target: str, layer: str, store: Store, any_compiler: bool, tuned: Tuned) -> Programs:
+def _programs(path: Place, target: str, layer: str, store: Store, any_compiler: bool, tuned: Tuned) -> Programs:
     progress = partial(click.echo, err=True)
     return programs_of(path, target, store, progress, any_compiler=any_compiler, layer=layer, tuned=tuned)
 
 
-def _named_apart(programs: Sequence[Programs], paths: Sequence[Path]) -> list[Programs]:
+def _named_apart(programs: Sequence[Programs], paths: Sequence[Place]) -> list[Programs]:
     names = names_apart([one.name for one in programs], paths)
     return [replace(one, name=name) for one, name in zip(programs, names, strict=True)]
 

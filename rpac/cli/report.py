@@ -14,7 +14,9 @@ from typing import Final, TypeVar
 
 import click
 
+from rpac.bundle import Place
 from rpac.cli.common import (
+    PLACE,
     any_compiler_option,
     batch_options,
     command,
@@ -36,7 +38,7 @@ Number = TypeVar("Number", int, float)
 
 
 @command("report")
-@click.argument("paths", metavar="SPEC|BUNDLE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", metavar="SPEC|BUNDLE...", nargs=-1, required=True, type=PLACE)
 @click.option(
     "-o", "output", metavar="FILE", type=click.Path(path_type=Path), help="The page to write, such as report.html."
 )
@@ -72,7 +74,7 @@ Number = TypeVar("Number", int, float)
 @tuned_option
 @json_option
 def report_command(
-    paths: tuple[Path, ...],
+    paths: tuple[Place, ...],
     output: Path | None,
     targets: tuple[str, ...],
     decode: tuple[str, ...],

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rpac.cli.common import command, json_option, print_json
+from rpac.bundle import Place
+from rpac.cli.common import PLACE, command, json_option, print_json
 from rpac.cli.terminal import table
 from rpac.spec import TARGETS
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @command("serve-check")
-@click.argument("bundle")
+@click.argument("bundle", type=PLACE)
 @click.option(
     "--target",
     type=click.Choice(TARGETS),
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 )
 @json_option
 def serve_check_command(
-    bundle: str,
+    bundle: Place,
     target: str | None,
     batches: int,
     seed: int | None,
@@ -48,7 +49,7 @@ def serve_check_command(
     policy: Path | None,
     as_json: bool,
 ) -> None:
-    """Check that BUNDLE, a path or a URL, serves on this machine.
+    """Check that BUNDLE serves on this machine.
 
     Hashes every file, loads the bundle, warms it up, and runs every canary and some random batches.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,6 +12,7 @@ from rpac.init.attention import Description
 from rpac.init.config import Found
 from rpac.init.layers import Kind
 from rpac.init.servers import Request, Wanted
+from rpac.init.share import mesh_notes, share_notes, share_of
 from rpac.init.write import Document, Layer
 from rpac.spec.parse import MAX_BYTES_DIM
 
@@ -95,6 +96,11 @@ class Composer:
                 own = kind.own.get(key)
                 if own is not None and own.value >= length:
                     notes.append(f"{own.why}: it hides nothing at max_model_len {length}, so the spec has none.")
+        adapter = self.request.server.adapter
+        if self.request.per_device:
+            notes += share_notes(self.model, self.settings, adapter)
+        else:
+            notes += mesh_notes(self.settings, self.request.server.title, adapter)
         notes.append(f"Start {self.request.server.title} with {' '.join(self._flags(sizes, length))}.")
         return tuple(dict.fromkeys(notes))
 
@@ -105,7 +111,7 @@ class Composer:
         if kv_dtype.value in QUANTIZED:
             dtypes["kv_scale"] = Found("tensor", f"{self.request.server.title} has one k_scale and one v_scale a layer")
         keys: dict[str, Found] = {}
-        for name, found in self.model.keys.items():
+        for name, found in self._of_device(self.model.keys).items():
             keys[name] = found
             if name == ("rope_dim" if self.model.is_latent else "head_dim"):
                 keys |= dtypes
@@ -114,8 +120,15 @@ class Composer:
     def _own(self, kind: Kind, length: int) -> dict[str, Found]:
         """The keys of a kind of layers, without masks that hide nothing at this length and shapes that are the model's."""
         keys = {key: one for key, one in kind.own.items() if key not in MASKS or one.value < length}
-        shared = self.model.keys
-        return {key: one for key, one in keys.items() if key not in SHAPES or one.value != shared[key].value}
+        shared = self._of_device(self.model.keys)
+        return {
+            key: one
+            for key, one in self._of_device(keys).items()
+            if key not in SHAPES or one.value != shared[key].value
+        }
+
+    def _of_device(self, keys: Mapping[str, Found]) -> Mapping[str, Found]:
+        return share_of(keys, self.settings.tensor) if self.request.per_device else keys
 
     def _layout(self) -> Found:
         server, shared = self.request.server, self.model.keys["head_dim"]
@@ -141,7 +154,7 @@ class Composer:
 
     def _parallel(self) -> dict[str, Found]:
         tensor, data = self.settings.tensor, self.settings.data
-        if tensor.value * data.value == 1:
+        if tensor.value * data.value == 1 or self.request.per_device:
             return {}
         kv_heads = self.model.keys.get("kv_heads", Found(1, "latent"))
         mesh = Mesh.of(self.model.keys["q_heads"].value, kv_heads.value, tensor.value, data.value)

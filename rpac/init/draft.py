@@ -16,6 +16,7 @@ from rpac.init.config import Found, load_config, refuse, weights_bytes
 from rpac.init.layers import Kind
 from rpac.init.memory import Budget, weights_of
 from rpac.init.servers import Request, Wanted, wanted
+from rpac.init.share import check_share
 from rpac.init.write import spec_name
 from rpac.plan import plan_spec
 from rpac.plan.cache_memory import check_hbm, padding_reason, page_bytes
@@ -47,7 +48,7 @@ def make_draft(model_path: Path, request: Request, command: str) -> Draft:
     """
     model = describe(load_config(model_path))
     settings = wanted(request, model)
-    _check_heads(model, settings)
+    _check_heads(model, settings, request.per_device)
     composer = Composer(model, request, settings, _name(model_path, model), command)
     sizes, spec = _first_that_plans(composer)
     budget = _budget(composer, spec, weights_bytes(model_path))
@@ -76,13 +77,15 @@ def _name(path: Path, model: Description) -> Found:
     return Found(spec_name(path.resolve().parent.name), "the folder's name")
 
 
-def _check_heads(model: Description, settings: Wanted) -> None:
+def _check_heads(model: Description, settings: Wanted, per_device: bool) -> None:
     """Refuses heads that no kernel takes on a device, by the model's key and with the devices that would do."""
     tensor = settings.tensor.value
     several = tensor * settings.data.value > 1
     for kind in model.kinds:
         keys = {**model.keys, **kind.own}
         q_heads = keys["q_heads"]
+        if per_device:
+            check_share(model, keys, settings.tensor)
         if model.is_latent:
             on_device = q_heads.value // Mesh.of(q_heads.value, 1, tensor, 1).query_parts
             if on_device % HEADS_STEP or on_device > MAX_LATENT_HEADS:
@@ -98,9 +101,14 @@ def _check_heads(model: Description, settings: Wanted) -> None:
             allowed = f"must be at most {most}, {MAX_GROUP} for each KV head of a device ({kv_heads.why})"
             _refuse_key(model, q_heads, allowed, fix)
         for key in ("q_heads", "kv_heads"):
-            if several and keys[key].value != model.keys[key].value:
+            if several and not per_device and keys[key].value != model.keys[key].value:
                 allowed = f"must be {model.keys[key].value}, as in other layers, where devices share the heads"
-                _refuse_key(model, keys[key], allowed, "write `--devices 1`, or a spec for each kind of layers")
+                _refuse_key(
+                    model,
+                    keys[key],
+                    allowed,
+                    "write `--devices 1` or `--per-device`, or a spec for each kind of layers",
+                )
 
 
 def _group(q_heads: int, kv_heads: int, tensor: int) -> int:

@@ -100,7 +100,8 @@ DTYPE_WORDS: Final = {
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asked for. `given` are the values of the server's flags, by `Flag.key`."""
+    """What a user asked for. `given` are the values of the server's flags, by `Flag.key`. `per_device`: for the
+    share of one device."""
 
     server: Server
     chip: str
@@ -108,6 +109,7 @@ class Request:
     given: Mapping[str, Any]
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
+    per_device: bool = False
 
     def value(self, key: str) -> Found | None:
         """The value of a flag, and how it was written."""

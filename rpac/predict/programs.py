@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rpac.batch import Limits
 from rpac.build import chosen_targets, sources_of
-from rpac.bundle import read_manifest, verify_bundle
+from rpac.bundle import Place, names_bundle, read_manifest, read_texts
 from rpac.contract.attention import Attention
 from rpac.contract.program import Source, Variant
 from rpac.devices.chip import TPU_TARGETS, is_tpu
@@ -65,7 +65,7 @@ class Programs:
 
 
 def programs_of(
-    path: Path,
+    path: Place,
     target: str,
     store: Store,
     progress: Progress = lambda line: None,
@@ -74,8 +74,8 @@ def programs_of(
     layer: str = "",
     tuned: Tuned = TunedTiles.of,
 ) -> Programs:
-    """The programs that a spec would build for a TPU target with `tuned` tiles, or that a bundle (a folder) holds for it; of
-    one kind of `layer` where the model has several.
+    """The programs that a spec would build for a TPU target with `tuned` tiles, or that a bundle holds for it; of one kind of
+    `layer` where the model has several.
 
     Raises SpecError, BundleError, PlanError; TargetError where there is nothing for that target, or where a bundle was
     built with other compilers than are here; ScheduleError where those are not verified, unless `any_compiler`.
@@ -84,26 +84,26 @@ def programs_of(
         raise TargetError(f"target {target!r} has no schedule to predict from; must be one of {', '.join(TPU_TARGETS)}")
     if not any_compiler:
         check_compiler(toolchain()["libtpu"])
-    if path.is_dir():
+    if names_bundle(path):
         found = _of_bundle(path, target, layer, store, progress)
     else:
         found = _of_spec(path, target, layer, store, progress, tuned)
     return replace(found, any_compiler=any_compiler)
 
 
-def names_apart(names: Sequence[str], paths: Sequence[Path]) -> list[str]:
+def names_apart(names: Sequence[str], paths: Sequence[Place]) -> list[str]:
     """Names, with the path behind each that occurs twice, because two bundles of one spec can be compared too."""
     return [f"{name} ({path})" if names.count(name) > 1 else name for name, path in zip(names, paths, strict=True)]
 
 
-def layers_in(path: Path) -> list[str]:
+def layers_in(path: Place) -> list[str]:
     """The kinds of layers of a spec or a bundle, by name; the empty name where there is one kind."""
-    if path.is_dir():
+    if names_bundle(path):
         return list(dict.fromkeys(one.layer for one in read_manifest(path).targets.values()))
     return [part.layer for part in load_spec(path).parts]
 
 
-def _of_spec(path: Path, target: str, layer: str, store: Store, progress: Progress, tuned: Tuned) -> Programs:
+def _of_spec(path: Place, target: str, layer: str, store: Store, progress: Progress, tuned: Tuned) -> Programs:
     spec = load_spec(path).part(layer)
     chosen_targets(spec, [target])
     tasks = tasks_of(spec, sources_of(spec, [target], tuned))
@@ -119,8 +119,9 @@ def _of_spec(path: Path, target: str, layer: str, store: Store, progress: Progre
     )
 
 
-def _of_bundle(path: Path, target: str, layer: str, store: Store, progress: Progress) -> Programs:
-    manifest = verify_bundle(path)
+def _of_bundle(path: Place, target: str, layer: str, store: Store, progress: Progress) -> Programs:
+    texts = read_texts(path)
+    manifest = texts.manifest
     key = f"{target}.{layer}" if layer else target
     if key not in manifest.targets:
         raise TargetError(f"{path}: holds no programs for {key}; it has {', '.join(manifest.targets)}")
@@ -134,14 +135,13 @@ def _of_bundle(path: Path, target: str, layer: str, store: Store, progress: Prog
             )
     tasks = []
     for program in found.programs:
-        text = (path / "source" / program.source).read_text()
         variant = program.variant
         tasks.append(
             Task(
                 target,
                 variant.kind,
                 variant.tokens,
-                Source(program.source, text),
+                Source(program.source, texts.sources[program.source]),
                 program.plan,
                 program.args,
                 manifest.mesh,
@@ -150,9 +150,15 @@ def _of_bundle(path: Path, target: str, layer: str, store: Store, progress: Prog
             )
         )
     model = found.model or manifest.model
-    context_lens = load_spec(path / "spec.yaml").serving.context_lens
     return Programs(
-        _name(manifest.name, layer), target, model, manifest.limits, context_lens, _by_variant(tasks), store, progress
+        _name(manifest.name, layer),
+        target,
+        model,
+        manifest.limits,
+        texts.spec.serving.context_lens,
+        _by_variant(tasks),
+        store,
+        progress,
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
+from rpac.bundle import Place
 from rpac.contract.kind import KINDS
 from rpac.devices.chip import chip
 from rpac.devices.toolchain import toolchain
@@ -24,7 +24,7 @@ SECONDS_AN_HOUR = 3600.0
 
 
 def gather(
-    paths: Sequence[Path],
+    paths: Sequence[Place],
     request: Request,
     store: Store,
     observer: Observer | None = None,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-from rpac.bundle import digest, read_manifest
+from rpac.bundle import Place, digest, names_bundle, read_texts
 from rpac.devices.chip import TPU_TARGETS, is_tpu
 from rpac.errors import Problem, SpecError, TargetError
 from rpac.plan.tuned import Tuned, TunedTiles
@@ -37,9 +36,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Given:
-    """A path with the spec that it is, or that its bundle was built from."""
+    """Where a spec or a bundle is, with the spec that it is or was built from."""
 
-    path: Path
+    path: Place
     name: str
     spec: Spec
     spec_hash: str
@@ -51,9 +50,9 @@ class Given:
         return request.layers.get(f"{self.spec.name}:{kind}", request.layers.get(kind))
 
 
-def givens_of(paths: Sequence[Path], request: Request) -> list[Given]:
-    """The specs and bundles (folders) at some paths. A name that occurs twice gets its path, because two bundles of one spec can
-    be compared too.
+def givens_of(paths: Sequence[Place], request: Request) -> list[Given]:
+    """The specs and bundles at some places. A name that occurs twice gets its place, because two bundles of one spec can be
+    compared too.
 
     Raises SpecError or BundleError for what cannot be read, TargetError where there is no TPU target, and SpecError for what
     the request says of nothing in the report: a slip of the pen must not vanish in it.
@@ -67,10 +66,10 @@ def givens_of(paths: Sequence[Path], request: Request) -> list[Given]:
     return apart
 
 
-def _given(path: Path, request: Request) -> Given:
-    if path.is_dir():
-        manifest = read_manifest(path)
-        spec = load_spec(path / "spec.yaml")
+def _given(path: Place, request: Request) -> Given:
+    if names_bundle(path):
+        texts = read_texts(path)
+        manifest, spec = texts.manifest, texts.spec
         names = tuple(dict.fromkeys(one.name for one in manifest.targets.values()))
         found = digest(manifest)
         name, spec_hash = manifest.name, manifest.spec_hash

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -109,3 +110,32 @@ def test_an_installed_wheel_plans_and_builds_what_the_checkout_does(
 
 def test_the_command_is_installed_under_its_name(installed: Path, tmp_path: Path) -> None:
     assert python(installed / "bin" / "rpac", "--version", **away(installed, tmp_path)).startswith("rpac, version ")
+
+
+def described(home: str) -> tuple[dict[str, Any], str]:
+    """What the build backend says of the package where the repository is at `home`, and what it prints."""
+    env = {**os.environ, "RPAC_HOME": home}
+    command = [sys.executable, "-m", "hatchling", "metadata"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def test_links_of_the_description_are_absolute_where_the_address_is_known() -> None:
+    home = "https://example.org/owner/rpac"
+    found, _ = described(f"{home}/")
+    text, tag = found["readme"]["text"], f"v{found['version']}"
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    assert f"![The stages of rpac, from the spec to the engine]({home}/raw/{tag}/docs/img/pipeline.svg)" in text
+    assert f"]({home}/blob/{tag}/docs/getting-started.md)" in text
+    assert found["urls"]["Source"] == home
+    for url in found["urls"].values():
+        assert (ROOT / url.removeprefix(home).removeprefix(f"/blob/{tag}").lstrip("/")).exists(), url
+
+
+def test_without_an_address_the_description_is_the_readme_and_the_build_says_so() -> None:
+    found, said = described("")
+    assert found["readme"]["text"] == (ROOT / "README.md").read_text()
+    assert "urls" not in found
+    assert "RPAC_HOME is not set: the links of the package's description stay relative" in said

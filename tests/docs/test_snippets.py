@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import io
 import re
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +84,15 @@ def test_each_snippet_has_a_test() -> None:
     assert sorted(labels) == sorted(
         name.removeprefix("test_") for name in globals() if name.removeprefix("test_") in labels
     )
+
+
+def test_first(built: Callable[[str], Path], tmp_path: Path) -> None:
+    """As a reader runs it: a script in a process of its own, beside the bundle."""
+    (tmp_path / "build").symlink_to(built("cpu").parent)
+    done = subprocess.run(
+        [sys.executable, "-c", snippet("first")], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout == "[(1, 4, 128), (3, 4, 128)]\n", done.stderr
 
 
 def test_serve(names: dict[str, Any]) -> None:

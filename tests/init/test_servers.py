@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from rpac.errors import ModelError
 from rpac.init.config import INDEX
 from rpac.init.draft import Draft, make_draft
 from rpac.init.servers import SERVERS, Request
@@ -31,11 +32,12 @@ def made(
     devices: int | None = None,
     kv: str = "auto",
     dtype: str = "auto",
+    per_device: bool = False,
     config: dict[str, Any] = LLAMA,
     **flags: Any,
 ) -> Draft:
     (folder / "config.json").write_text(json.dumps(config))
-    return make_draft(folder, Request(SERVERS[like], chip, devices, flags, dtype, kv), "rpac init model")
+    return make_draft(folder, Request(SERVERS[like], chip, devices, flags, dtype, kv, per_device), "rpac init model")
 
 
 def lines(draft: Draft, section: str = "serving") -> dict[str, Any]:
@@ -180,3 +182,76 @@ def test_heads_of_a_length_without_kernels_are_padded(tmp_path: Path) -> None:
     model = lines(draft, "model")
     assert (model["head_dim"], model["sm_scale"]) == (80, 72**-0.5)
     assert any("pad queries, keys and values with zeros" in note for note in draft.notes)
+
+
+SHARES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, int]]] = {
+    "70B over 8": (
+        {**LLAMA, "hidden_size": 8192, "num_attention_heads": 64, "num_hidden_layers": 80},
+        {"devices": 8},
+        {"q_heads": 8, "kv_heads": 1},
+    ),
+    "Qwen3 235B over 8": (
+        {**LLAMA, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128, "num_hidden_layers": 94},
+        {"devices": 8},
+        {"q_heads": 8, "kv_heads": 1},
+    ),
+    "two replicas": (LLAMA, {"devices": 4, "tensor": 2, "max_model_len": 32768}, {"q_heads": 16, "kv_heads": 4}),
+    "latent, a replica on each": (LATENT, {"devices": 16, "chip": "tpu7x"}, {"q_heads": 128}),
+    "latent, heads shared": (LATENT, {"devices": 8, "tensor": 8, "chip": "tpu7x"}, {"q_heads": 16}),
+    "one device": (LLAMA, {"max_model_len": 8192}, {"q_heads": 32, "kv_heads": 8}),
+}
+
+
+@pytest.mark.parametrize("like", ["vllm", "sglang"])
+@pytest.mark.parametrize("name", SHARES)
+def test_the_share_of_one_device_has_its_heads_and_the_budget_that_each_device_of_all_has(
+    name: str, like: str, tmp_path: Path
+) -> None:
+    config, asked, heads = SHARES[name]
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {"total_size": 14 << 30}}))
+    share, whole = (made(tmp_path, like, config=config, per_device=one, **asked) for one in (True, False))
+    assert share.spec.mesh.devices == 1
+    assert {key: value for key, value in lines(share, "model").items() if key in ("q_heads", "kv_heads")} == heads
+    assert share.spec.model == whole.spec.model
+    assert share.budget == whole.budget
+    assert lines(share) == lines(whole)
+    note = f"{SERVERS[like].adapter}.install needs such a bundle."
+    assert any(note in one for one in share.notes) == (name != "one device")
+    assert any("add --per-device" in one for one in whole.notes) == (name != "one device")
+
+
+def test_kv_heads_that_several_devices_hold_say_so(tmp_path: Path) -> None:
+    text = made(tmp_path, devices=16, per_device=True).text
+    assert "q_heads: 2          # config.json: num_attention_heads 32, over 16 devices\n" in text
+    assert "kv_heads: 1         # config.json: num_key_value_heads 8, over 16 devices, each on 2 of them\n" in text
+
+
+def test_layers_of_other_heads_are_shared_too(tmp_path: Path) -> None:
+    config = {
+        **LLAMA, "model_type": "gemma4_text", "num_key_value_heads": 16, "num_global_key_value_heads": 4, "head_dim": 256,
+        "global_head_dim": 256, "sliding_window": 1024, "layer_types": ["sliding_attention", "full_attention"] * 16,
+    }  # fmt: skip
+    draft = made(tmp_path, devices=8, config=config, max_model_len=8192, chip="tpu7x", per_device=True)
+    found = {part.layer: (part.model.q_heads, part.model.kv_heads) for part in draft.spec.parts}
+    assert found == {"sliding": (4, 2), "full": (4, 1)}
+    with pytest.raises(ModelError, match="write `--devices 1` or `--per-device`"):
+        made(tmp_path, devices=8, config=config, max_model_len=8192, chip="tpu7x")
+
+
+@pytest.mark.parametrize(
+    ("heads", "devices", "words"),
+    [
+        (
+            (20, 5),
+            8,
+            r"num_attention_heads.* must be shared evenly by 8 devices \(--devices 8\), .*take 1, 5, 10 or 20 devices",
+        ),
+        ((24, 6), 4, r"num_key_value_heads.* must be shared evenly by 4 devices .*take 1, 2, 3, 6, 12 or 24 devices"),
+    ],
+)
+def test_heads_that_no_server_shares_evenly_are_refused(
+    heads: tuple[int, int], devices: int, words: str, tmp_path: Path
+) -> None:
+    config = {**LLAMA, "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": 128}
+    with pytest.raises(ModelError, match=words):
+        made(tmp_path, devices=devices, config=config, max_model_len=8192, per_device=True)
