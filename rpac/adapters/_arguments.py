@@ -97,7 +97,7 @@ class Arguments:
         if decode_query_size not in (1, built):
             raise SelectionError(
                 f"decode_query_size is {decode_query_size}; must be {built}, the decode_len of {self.bundle}; pass that, or "
-                f"build with this, where a spec allows it\nserving:\n  decode_len: {decode_query_size}"
+                "build with this, where a spec allows it" + spec_lines(serving={"decode_len": decode_query_size})
             )
 
     def require_neutral(self, **given: Any) -> None:
@@ -118,8 +118,8 @@ class Arguments:
             if isinstance(value, jax.core.Tracer):
                 raise BatchError(f"{name} is traced; must be {built}: {self.bundle} has it built in; pass a number")
             if (value is None) != (built is None) or (value is not None and float(value) != built):
-                line = str(bool(value)).lower() if isinstance(built, bool) else value
-                build = f"with this, where a spec allows it\nmodel:\n  {key}: {line}"
+                line = bool(value) if isinstance(built, bool) else value
+                build = "with this, where a spec allows it" + spec_lines(model={key: line})
                 if value is None:
                     build = f"without model.{key}"
                 raise SelectionError(
@@ -129,10 +129,10 @@ class Arguments:
     def sinks(self, name: str, value: Any) -> dict[str, Any]:
         """The engine's argument for a peer's sinks. Raises SelectionError where one of the two has them alone."""
         if (value is not None) != self.engine.model.sinks:
-            has, line = ("has no sinks", "true") if value is not None else ("takes sinks", "false")
+            has = "takes sinks" if value is None else "has no sinks"
             raise SelectionError(
-                f"{name} is {shown(value)}, and {self.bundle} {has}; pass what it takes, or build with\nmodel:\n"
-                f"  sinks: {line}"
+                f"{name} is {shown(value)}, and {self.bundle} {has}; pass what it takes, or build with"
+                + spec_lines(model={"sinks": value is not None})
             )
         return {} if value is None else {"sinks": value}
 
@@ -162,7 +162,7 @@ class Arguments:
     def _refuse_scale(self, name: str, value: Any) -> NoReturn:
         found = "traced" if isinstance(value, jax.core.Tracer) else shown(value)
         if self.engine.model.quantized:
-            fix = "build with\nmodel:\n  kv_scale: tensor"
+            fix = "build with" + spec_lines(model={"kv_scale": "tensor"})
         elif name == "k_scale":
             fix = "multiply sm_scale by it, for scores are linear in K, and build with that"
         else:
@@ -176,8 +176,8 @@ class Arguments:
             raise BatchError(f"{name} is traced; must be a number: {self.bundle} has {built} built in; pass a float")
         if not math.isclose(float(value), built, rel_tol=1e-6):
             raise SelectionError(
-                f"{name} is {float(value)}; must be {built}, the sm_scale of {self.bundle}; pass that, or build with\n"
-                f"model:\n  sm_scale: {float(value)}"
+                f"{name} is {float(value)}; must be {built}, the sm_scale of {self.bundle}; pass that, or build with"
+                + spec_lines(model={"sm_scale": float(value)})
             )
 
     def require_out_dtype(self, out_dtype: Any) -> None:
@@ -188,6 +188,15 @@ class Arguments:
                 f"out_dtype is {np.dtype(out_dtype).name}; must be None or {built}: programs accumulate in float32 and "
                 "return the dtype of queries; no line of a spec adds another; convert the output"
             )
+
+
+def spec_lines(**sections: Mapping[str, Any]) -> str:
+    """The end of a refusal: keys and values of a spec by section, such as `model={"sinks": True}`, each on a line of its own."""
+    lines = []
+    for section, keys in sections.items():
+        values = {key: str(value).lower() if isinstance(value, bool) else value for key, value in keys.items()}
+        lines += [f"{section}:", *(f"  {key}: {value}" for key, value in values.items())]
+    return "".join(f"\n{line}" for line in lines)
 
 
 def require_axes(names: Sequence[str], arrays: Sequence[Any], axes: Sequence[int]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -11,9 +11,10 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from rpac.adapters._arguments import Arguments, Result, require_axes, shown, traced
+from rpac.adapters._arguments import Arguments, Result, require_axes, shown, spec_lines, traced
 from rpac.bundle.manifest import ARGS, LATENT_ARGS
 from rpac.contract import arrays as layout
+from rpac.contract.attention import DTYPES, KV_DTYPES, LATENT_LAYOUT
 from rpac.contract.features import features_of
 from rpac.errors import BatchError, SelectionError
 
@@ -30,6 +31,11 @@ class Size(NamedTuple):
     built: Any
 
 
+def wrong_ones(sizes: Iterable[Size]) -> list[Size]:
+    """Those that are not the bundle's."""
+    return [one for one in sizes if one.found != one.built]
+
+
 @dataclass(frozen=True)
 class Adapter(Arguments):
     """One engine behind a function of `peer`. Raises SelectionError at once where its cache is not the peer's.
@@ -42,6 +48,7 @@ class Adapter(Arguments):
 
     names: ClassVar[tuple[str, ...]] = ARGS
     axes: ClassVar[tuple[int, ...]] = (3, 3, 3, 5, 1, 1, 1, 1)  # of each of `names`
+    dtypes: ClassVar[Mapping[str, tuple[str, ...]]] = {"q_dtype": DTYPES, "kv_dtype": KV_DTYPES}  # those of specs
 
     def __post_init__(self) -> None:
         self.require_kind()
@@ -49,7 +56,7 @@ class Adapter(Arguments):
             raise SelectionError(
                 f"{self.bundle} has kv_layout {self.engine.kv_layout}; must be interleaved, as {self.peer} keeps "
                 "K and V in its cache; install it, where the package's adapter has `install`, which replaces the shape of "
-                "the cache too, or build with\nserving:\n  kv_layout: interleaved"
+                "the cache too, or build with" + spec_lines(serving={"kv_layout": "interleaved"})
             )
         for feature in features_of("model"):
             value = getattr(self.engine.model, feature.key)
@@ -131,8 +138,8 @@ class Adapter(Arguments):
         """Raises where the bundle's programs return no lse, which the argument of that name asks for."""
         if not any(dims.name == "lse" for program in self.engine.programs.values() for dims in program.results):
             raise SelectionError(
-                f"{name} is True; must be False: {self.bundle} returns no lse; pass that, or build with\n"
-                "serving:\n  log_sum_exp: true"
+                f"{name} is True; must be False: {self.bundle} returns no lse; pass that, or build with"
+                + spec_lines(serving={"log_sum_exp": True})
             )
 
     def rows_size(self, rows: int) -> Size:
@@ -140,20 +147,33 @@ class Adapter(Arguments):
         most = self.engine.limits.max_num_seqs
         return Size("kv_lens", "serving", "max_num_seqs", max(rows, most), most)
 
+    def page_sizes(self, **asked: Any) -> list[Size]:
+        """What a server asks of the pages of its cache: some of `kv_heads`, `head_dim`, `kv_dtype`, `page_size`."""
+        parts = {key: "serving" if key == "page_size" else "model" for key in asked}
+        built = {"serving": self.engine.limits, "model": self.engine.model}
+        return [
+            Size("the server's cache", parts[key], key, found, getattr(built[parts[key]], key))
+            for key, found in asked.items()
+        ]
+
     def require_sizes(self, sizes: Iterable[Size]) -> None:
         """Raises SelectionError naming those that are not the bundle's, with the lines of a spec that build for them."""
-        wrong = [one for one in sizes if one.found != one.built]
-        if not wrong:
-            return
+        wrong = wrong_ones(sizes)
+        if wrong:
+            raise self.refusal(wrong, "pass arrays of its sizes", "convert the arrays")
+
+    def refusal(self, wrong: Sequence[Size], fix: str, convert: str) -> SelectionError:
+        """What to raise for sizes that are not the bundle's: `fix` is what to do instead of a build with the lines of a spec,
+        and `convert` what to do about a dtype that no spec has."""
         found = "; ".join(f"{one.key} of {one.array} is {one.found}, must be {one.built}" for one in wrong)
-        if any(one.key.endswith("dtype") and one.found not in layout.BITS for one in wrong):
-            raise SelectionError(f"{found}, as in {self.bundle}; no line of a spec adds that dtype; convert the arrays")
-        lines = []
-        for section in dict.fromkeys(one.section for one in wrong):
-            lines += [f"{section}:", *(f"  {one.key}: {one.found}" for one in wrong if one.section == section)]
-        raise SelectionError(
-            f"{found}, as in {self.bundle}; pass arrays of its sizes, or build with these lines, where a spec allows "
-            "them\n" + "\n".join(lines)
+        if any(one.found not in self.dtypes.get(one.key, (one.found,)) for one in wrong):
+            return SelectionError(f"{found}, as in {self.bundle}; no line of a spec adds that dtype; {convert}")
+        sections: dict[str, dict[str, Any]] = {}
+        for one in wrong:
+            sections.setdefault(one.section, {})[one.key] = one.found
+        return SelectionError(
+            f"{found}, as in {self.bundle}; {fix}, or build with these lines, where a spec allows them"
+            + spec_lines(**sections)
         )
 
     @property
@@ -206,7 +226,7 @@ class Adapter(Arguments):
         if chunk_prefill_size not in (None, built):
             raise SelectionError(
                 f"chunk_prefill_size is {chunk_prefill_size}; must be None or {built}, the prefill_chunk of "
-                f"{self.bundle}; pass that, or build with\nserving:\n  prefill_chunk: {chunk_prefill_size}"
+                f"{self.bundle}; pass that, or build with" + spec_lines(serving={"prefill_chunk": chunk_prefill_size})
             )
 
     def _row_sizes(self, kv_cache: Any, kv_lens: Any, page_indices: Any) -> Iterator[Size]:
@@ -230,16 +250,17 @@ class Adapter(Arguments):
 class LatentAdapter(Adapter):
     """As `Adapter`, of latent attention; the tokens are `queries`, `queries_rope`, `new_kv` and `new_rope` of the contract."""
 
-    layouts: tuple[str, ...] = ("latent",)
+    layouts: tuple[str, ...] = (LATENT_LAYOUT,)
 
     names: ClassVar[tuple[str, ...]] = LATENT_ARGS
     axes: ClassVar[tuple[int, ...]] = (3, 3, 2, 2, 3, 1, 1, 1, 1)
+    dtypes: ClassVar[Mapping[str, tuple[str, ...]]] = {"q_dtype": DTYPES, "kv_dtype": DTYPES}
 
     def require_kind(self) -> None:
         if self.engine.model.rope_dim is None:
             raise SelectionError(
                 f"{self.bundle} has grouped attention; must have latent attention, which is all that this function of "
-                f"{self.peer} computes; build with\nmodel:\n  attention: latent"
+                f"{self.peer} computes; build with" + spec_lines(model={"attention": "latent"})
             )
 
     def array_sizes(self, *arrays: Any) -> Iterator[Size]:

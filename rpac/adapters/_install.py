@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import update_wrapper
 from types import TracebackType
 from typing import Any, NoReturn
 
 import jax
 
-from rpac.adapters._arguments import Programs
+from rpac.adapters._arguments import Programs, spec_lines
+from rpac.adapters._common import Adapter, wrong_ones
 from rpac.errors import SelectionError, TargetError
 
 _MARK = "rpac_installed"
@@ -29,30 +32,29 @@ class Installation:
     package: str
     version: str
     replaced: list[str] = field(default_factory=list)
-    _functions: list[tuple[Any, Any]] = field(default_factory=list, repr=False)  # the server's and ours
-    _attributes: list[tuple[Any, str, Any]] = field(default_factory=list, repr=False)  # of classes, and what they were
+    _undo: ExitStack = field(default_factory=ExitStack, repr=False)
 
-    def replace(self, module: str, name: str, make: Callable[[Any], Any]) -> None:
-        """Puts `make(old)` in place of a function wherever a module of the package names it; modules that are imported
-        later take it from the first. Raises TargetError where there is no such function, or another installation."""
+    def replace(self, module: str, name: str, new: Callable[..., Any]) -> None:
+        """Puts `new` in place of a function wherever a module of the package names it; modules that are imported later take
+        it from the first. `new` gets the name, the docs and the signature of what it replaces. Raises TargetError where
+        there is no such function, or another installation."""
         old = named(module, name)
         if hasattr(old, _MARK):
             raise TargetError(
                 f"{module}.{name} is rpac's already; must be the server's; uninstall the first installation"
             )
-        new = make(old)
+        # Without its attributes: those of a jitted function, such as `lower`, are of the server's own kernel.
+        update_wrapper(new, old, updated=())
         setattr(new, _MARK, True)
-        self._functions.append((old, new))
+        self._undo.callback(self._swap, new, old)
         self._swap(old, new)
 
-    def override(self, module: str, owner: str, name: str, make: Callable[[Any], Any]) -> None:
-        """Puts `make(old)` in place of a method of a class. Raises TargetError where there is none."""
+    def override(self, module: str, owner: str, name: str, new: Callable[..., Any]) -> None:
+        """Puts `new` in place of a method of a class. Raises TargetError where there is none."""
+        old = method(module, owner, name)
         target = named(module, owner)
-        if name not in vars(target):
-            raise TargetError(_missing(f"{module}.{owner}.{name}"))
-        old = vars(target)[name]
-        self._attributes.append((target, name, old))
-        setattr(target, name, make(old))
+        self._undo.callback(setattr, target, name, old)
+        setattr(target, name, new)
         self.replaced.append(f"{module}.{owner}.{name}")
 
     def finish(self) -> Installation:
@@ -63,11 +65,8 @@ class Installation:
 
     def uninstall(self) -> None:
         """Puts the server's own functions back; a second call does nothing."""
-        for old, new in reversed(self._functions):
-            self._swap(new, old)
-        for target, name, old in reversed(self._attributes):
-            setattr(target, name, old)
-        self._functions, self._attributes, self.replaced = [], [], []
+        self._undo.close()
+        self.replaced = []
         jax.clear_caches()
 
     def __enter__(self) -> Installation:
@@ -111,12 +110,16 @@ def engines_of(engine: Any) -> list[Programs]:
     if isinstance(engine, Mapping):
         engine = list(engine.values())
     found = list(engine) if isinstance(engine, Sequence) else [engine]
+    if not found:
+        raise SelectionError(
+            "found no engine; must be at least one; give one of `rpac.load`, or those of `rpac.load_layers`"
+        )
     for one in found:
         devices = one.placement.mesh.devices
         if devices > 1:
             raise SelectionError(
                 f"bundle {one.name} is for {devices} devices; must be for one: the server itself spreads attention over devices, "
-                "and calls it with the heads, rows and pages of one; build without parallel, and with\n"
+                "and calls it with the heads, rows and pages of one; build without parallel, and with"
                 + _of_one_device(one)
             )
     layouts = {one.kv_layout for one in found}
@@ -125,9 +128,10 @@ def engines_of(engine: Any) -> list[Programs]:
     return found
 
 
-def of_layers(engines: Sequence[Programs], functions: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
-    """One function of a peer's signature out of those of several engines: a call goes to the one whose bundle has built in
-    what is asked for, or, where none has, to the one that has most of it, which says what is missing."""
+def of_layers(adapters: Sequence[Adapter], make: Callable[[Adapter], Callable[..., Any]]) -> Callable[..., Any]:
+    """One function out of those that `make` makes of each adapter, all of a peer's signature: a call goes to the one whose
+    bundle has built in what is asked for, or, where none has, to the one that has most of it, which says what is missing."""
+    functions = [make(one) for one in adapters]
     if len(functions) == 1:
         return functions[0]
 
@@ -141,45 +145,35 @@ def of_layers(engines: Sequence[Programs], functions: Sequence[Callable[..., Any
             "update_cache": bool(options.get("update_kv_cache", True)),
             "causal": bool(options.get("use_causal_mask", True)),
         }
-        fits = [sum(getattr(one.model, key) == value for key, value in asked.items()) for one in engines]
+        fits = [sum(getattr(one.engine.model, key) == value for key, value in asked.items()) for one in adapters]
         return functions[fits.index(max(fits))](queries, keys, *args, **options)
 
     return attention
 
 
-def require_page(asked: Mapping[str, Any], engines: Iterable[Programs]) -> Programs:
-    """The engine whose cache has pages as `asked`: some of `kv_heads`, `head_dim`, `kv_dtype`, `page_size` and their values.
+def require_page(adapters: Sequence[Adapter], **asked: Any) -> Adapter:
+    """The adapter whose bundle's cache has pages as `asked`, the keys of `Adapter.page_sizes`.
 
     Raises SelectionError with the lines of a spec where there is none.
     """
-    lines: list[str] = []
-    for one in engines:
-        built = {
-            "page_size": one.limits.page_size,
-            **{key: getattr(one.model, key, None) for key in asked if key != "page_size"},
-        }
-        wrong = {key: value for key, value in asked.items() if built[key] != value}
+    refusals = []
+    for one in adapters:
+        wrong = wrong_ones(one.page_sizes(**asked))
         if not wrong:
             return one
-        lines = lines or [
-            "; ".join(
-                f"{key} is {value}, must be {built[key]}, as in bundle {one.name}" for key, value in wrong.items()
-            ),
-            *_spec_lines(wrong),
-        ]
-    raise SelectionError(
-        f"the cache that the server asks for: {lines[0]}; start it with those, or build with these lines, where a spec "
-        "allows them\n" + "\n".join(lines[1:])
-    )
+        refusals.append(
+            one.refusal(wrong, "start the server with the bundle's sizes", "start the server with the bundle's dtype")
+        )
+    raise refusals[0]
 
 
-def refusing(what: str, why: str) -> Callable[[Any], Callable[..., NoReturn]]:
-    """Makes a function that stands where the server would do what an installed bundle cannot follow."""
+def refusing(what: str, why: str) -> Callable[..., NoReturn]:
+    """A function that stands where the server would do what an installed bundle cannot follow."""
 
     def refuse(*args: Any, **options: Any) -> NoReturn:
         raise SelectionError(f"{what}: {why}")
 
-    return lambda old: refuse
+    return refuse
 
 
 def _of_one_device(engine: Programs) -> str:
@@ -187,8 +181,7 @@ def _of_one_device(engine: Programs) -> str:
     model, limits = engine.model, engine.limits
     heads = {"q_heads": model.q_heads, **({"kv_heads": model.kv_heads} if model.rope_dim is None else {})}
     sizes = {"max_num_seqs": limits.max_num_seqs, "num_pages": limits.num_pages}
-    lines = ("model:", *(f"  {key}: {value}" for key, value in heads.items()))
-    return "\n".join((*lines, "serving:", *(f"  {key}: {value}" for key, value in sizes.items())))
+    return spec_lines(model=heads, serving=sizes)
 
 
 def named(module: str, name: str) -> Any:
@@ -199,10 +192,12 @@ def named(module: str, name: str) -> Any:
         raise TargetError(f"{_missing(f'{module}.{name}')}: {error}") from error
 
 
-def _spec_lines(wrong: Mapping[str, Any]) -> list[str]:
-    model = [f"  {key}: {value}" for key, value in wrong.items() if key != "page_size"]
-    serving = [f"  page_size: {wrong['page_size']}"] if "page_size" in wrong else []
-    return [*(["model:", *model] if model else []), *(["serving:", *serving] if serving else [])]
+def method(module: str, owner: str, name: str) -> Any:
+    """A method of one of the server's classes. Raises TargetError where the class has none of that name of its own."""
+    methods = vars(named(module, owner))
+    if name not in methods:
+        raise TargetError(_missing(f"{module}.{owner}.{name}"))
+    return methods[name]
 
 
 def _missing(name: str) -> str:

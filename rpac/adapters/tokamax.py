@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rpac.adapters._arguments import Programs, Result
+import numpy as np
+
+from rpac.adapters._arguments import Programs, Result, spec_lines
 from rpac.adapters._common import Adapter
 from rpac.errors import SelectionError
 
@@ -72,14 +74,14 @@ def ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Callab
         if skip_kv_update == updates:
             raise SelectionError(
                 f"skip_kv_update is {skip_kv_update}; must be {not updates}, the update_cache of {adapter.bundle}; pass that, or "
-                f"build with this, where a spec allows it\nmodel:\n  update_cache: {str(not updates).lower()}"
+                "build with this, where a spec allows it" + spec_lines(model={"update_cache": not updates})
             )
         adapter.require_scale("sm_scale", sm_scale)
         adapter.require_out_dtype(out_dtype)
         adapter.require_drafts(decode_query_size)
         if return_lse:
             adapter.require_lse("return_lse")
-        by_head = len(getattr(kv_cache, "shape", ())) == 4
+        by_head = np.ndim(kv_cache) == REFERENCE_AXES
         out, cache, *lse = adapter.run(
             queries,
             keys,

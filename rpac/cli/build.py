@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -30,6 +31,7 @@ from rpac.lower.pool import COMPILING
 from rpac.plan.tuned import Tuned
 from rpac.spec import Spec, load_spec
 
+GENERATED = Path("generated")
 MOST_LINES = 40  # of the difference in one file
 
 
@@ -116,7 +118,7 @@ class _Observer(job.Observer):
 @command()
 @spec_argument
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), default=Path("generated"), show_default=True, help="Output folder."
+    "-o", "--out", type=click.Path(path_type=Path), default=GENERATED, show_default=True, help="Output folder."
 )
 @click.option(
     "--check", "only_check", is_flag=True, help="Write nothing; print what differs, and exit with 1 if something does."
@@ -126,13 +128,16 @@ def generate(spec_file: Path, out: Path, only_check: bool, tuned_in: Path | None
     """Write the kernels of SPEC to OUT/NAME/, to be read or compared. Nothing is compiled."""
     spec, tuned = load_spec(spec_file), tuned_of(tuned_in)
     if only_check:
-        _check_generated(spec, out, tuned)
+        words = ["rpac", "generate", str(spec_file)]
+        words += [] if out == GENERATED else ["-o", str(out)]
+        words += [] if tuned_in is None else ["--tuned", str(tuned_in)]
+        _check_generated(spec, out, tuned, shlex.join(words))
         return
     sources = job.generate(spec, out, tuned)
     click.echo(f"{out / spec.name}: {len(sources)} sources")
 
 
-def _check_generated(spec: Spec, out: Path, tuned: Tuned) -> None:
+def _check_generated(spec: Spec, out: Path, tuned: Tuned, fix: str) -> None:
     changed = job.stale(spec, out, tuned)
     for lines in changed.values():
         click.echo("\n".join(lines[:MOST_LINES]))
@@ -141,7 +146,7 @@ def _check_generated(spec: Spec, out: Path, tuned: Tuned) -> None:
     if changed:
         raise CheckError(
             f"{out / spec.name}: {len(changed)} files are not what this rpac makes of {spec.file}: "
-            f"{listing(changed)}; run `rpac generate {spec.file}`, and commit what it writes"
+            f"{listing(changed)}; run `{fix}`, and commit what it writes"
         )
     click.echo(f"{out / spec.name}: up to date")
 

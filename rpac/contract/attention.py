@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 KV_LAYOUTS = ("interleaved", "separate")  # the first is the default; `rpac.contract.arrays` says what they are
+DTYPES = ("bfloat16", "float32")  # of queries, and of a cache that stores values unchanged
 QUANTIZED = ("float8_e4m3fn", "float8_e5m2", "int8")  # dtypes of KV alone: each element is a stored code
+KV_DTYPES = (*DTYPES, *QUANTIZED)  # of grouped attention
 LATENT_LAYOUT = "latent"  # that of latent attention, which has no other
 ATTENTIONS = ("grouped", "latent")  # the first is the default
 KV_SCALES = ("tensor", "head")

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from rpac.contract.attention import QUANTIZED
+from rpac.contract.attention import DTYPES, QUANTIZED
 from rpac.contract.features import MAX_MODEL_LEN
 from rpac.init.attention import Description
 from rpac.init.config import Found, refuse, shown
-from rpac.spec.parse import DTYPES, MAX_DEVICES, MAX_SEQS, MAX_TOKENS, PAGE_SIZES
+from rpac.spec.parse import MAX_DEVICES, MAX_SEQS, MAX_TOKENS, PAGE_SIZES
 
 DEFAULT_LENGTH: Final = 2048  # vLLM's, where config.json gives none
 FLAGS: Final = "the command line"  # in place of a file's name

@@ -64,6 +64,7 @@ def decode_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "kernel_class": "DecodeKernel",
         "heads_per_matmul": "one" if tiles.heads_per_matmul == 1 else "several",
         "new_words": "on_demand",
+        "write_buffers": "ring",
         "scratch": scratch_of(tiles.scratch(spec, plan.recipe), shapes, constants, _NAMES),
     }
     return Kernel("skeletons/decode_blocks.py.jinja", context, constants, "DECODE_")

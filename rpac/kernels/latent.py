@@ -114,6 +114,8 @@ def latent_waves(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "attention": recipe.decode.read,
         "columns": "TILE",
         "order": "staged" if staged else "one_by_one",
+        "start": "empty",
+        "write_buffers": "ring",
         "ends": "streamed",
         "state": "stored" if staged else "carried",
         "softmax": "staged" if staged else "whole",

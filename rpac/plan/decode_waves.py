@@ -38,6 +38,7 @@ from rpac.plan.recipe import Chooser, DecodeRecipe, Fetch, Read, Recipe
 from rpac.plan.sizes import (
     IN_FLIGHT_BYTES,
     MIB,
+    largest_divisor,
     most_visible_tokens,
     power_of_two_from,
     power_of_two_to,
@@ -45,13 +46,16 @@ from rpac.plan.sizes import (
 )
 from rpac.spec import Spec
 
-WRITE_BUFFERS: Final = 16  # outputs and cache rows on their way: as many sequences as a wave may end
+WRITE_BUFFERS: Final = 16  # of new tokens, where not every sequence has one: as many as a wave may end
 TILE_BYTES: Final = MIB  # K and V of one tile: long enough that its DMA hides what it costs by itself
 LEAST_TILE_BYTES: Final = MIB // 2
 LEAST_TILE_TOKENS: Final = (
     1024  # of K and V of few bytes: a longer tile costs sequences of this length more than it gains
 )
 PACKED_BYTES: Final = 4 * MIB  # of new tokens, made ahead
+STEPS_BYTES: Final = 2 * MIB  # of a wave: of less, the DMA is shorter than the latencies of steps
+WRITE_BYTES: Final = 4 * MIB  # of new tokens on their way to the cache, of all sequences
+MOST_SHORT_TILES: Final = 16  # of a wave where a sequence is one tile or two
 WAVE_BYTES: Final = 8 * MIB  # fetched in a few times the DMA's latency
 MOST_TILES: Final[Mapping[str, int]] = {"decode": 6, "mixed": 4}  # of a wave: more are little faster, and each is code
 LOADED_BYTES: Final = MIB // 2  # of K and V that the compiler may load early, beside its fetches
@@ -67,7 +71,7 @@ class DecodeWaves:
     sequences, and is fetched `lookahead` waves before it is computed.
 
     `write_buffers`: sequences whose new tokens are on their way to the cache; `max_rows`: those of the largest batch, whose
-    queries are loaded at once.
+    queries are loaded at once. `starts_early`: the scores of the first wave are made before the loop, while it arrives.
     """
 
     tile: int
@@ -75,6 +79,7 @@ class DecodeWaves:
     lookahead: int
     write_buffers: int
     max_rows: int
+    starts_early: bool = False
 
     @property
     def wave_buffers(self) -> int:
@@ -94,10 +99,25 @@ class DecodeWaves:
             of_token = nbytes((kinds, align(heads, SUBLANES), lanes), "float32")
         return self.max_rows * of_token <= PACKED_BYTES
 
+    def writes_apart(self, spec: Spec) -> bool:
+        """Whether each sequence has a buffer of its own for its new token, so that no write is waited for before the last."""
+        return spec.serving.decode_len == 1 and self.write_buffers >= self.max_rows
+
     def tiles_loaded(self, spec: Spec) -> int:
         """Tiles that fill the registers twice: as many hide the latency of the MXU, and more would be spilled."""
         of_bytes = LOADED_BYTES // (self.tile * _token_bytes(spec))
         return max(min(of_bytes, self.tiles_per_wave - 1), 1)
+
+    @property
+    def first_tiles(self) -> int:
+        """Tiles of the first wave whose scores are made at once, while the others are on their way."""
+        return self.tiles_per_wave // largest_divisor(self.tiles_per_wave, 4)
+
+    def first_steps(self, recipe: Recipe) -> int:
+        """In how many steps the first wave is waited for before the loop; 0 where the loop does it, as for token pairs."""
+        assert recipe.decode is not None
+        starts_early = self.starts_early and recipe.decode.read != "token_pairs"
+        return self.tiles_per_wave // self.first_tiles if starts_early else 0
 
     def scratch(self, spec: Spec, recipe: Recipe) -> tuple[Buffer, ...]:
         """The scratch arrays, in the order of the kernel's parameters."""
@@ -135,9 +155,9 @@ class DecodeWaves:
             Buffer("tile_left", (buffers,), "smem", "tokens of its sequence from there on"),
             Buffer("last_slot", (self.max_rows + 1,), "smem", "the last tile of each sequence so far"),
             *self.windows(spec, recipe),
-            Buffer("kv_sem", (self.wave_buffers,), "dma", "fetches"),
+            Buffer("kv_sem", (self.wave_buffers + self.first_steps(recipe),), "dma", "fetches"),
             *load_sem(spec),
-            Buffer("unit_sem", (self.write_buffers,), "dma", "cache writes"),
+            Buffer("unit_sem", (1 if self.writes_apart(spec) else self.write_buffers,), "dma", "cache writes"),
             Buffer("out_sem", (1,), "dma", "outputs"),
             *lse_sem(spec, 1),
         )
@@ -295,7 +315,7 @@ def most_tiles(spec: Spec, kind: str, tile: int) -> int:
     is short, an iteration has little else than waits: 64 windows of 128 take 16 us, not 19.
     """
     if kind == "decode" and most_visible_tokens(spec, spec.serving.decode_len) <= 2 * tile:
-        return WRITE_BUFFERS
+        return MOST_SHORT_TILES
     many_pages = tile > FEW_PAGES * spec.serving.page_size
     return MORE_TILES if kind == "decode" and (many_pages or _scores_halves(spec)) else MOST_TILES[kind]
 
@@ -308,6 +328,18 @@ def _scores_halves(spec: Spec) -> bool:
 def _token_bytes(spec: Spec) -> int:
     """Bytes of K and V of one token in the cache."""
     return nbytes(kv_page_shape(spec), spec.model.kv_dtype) // spec.serving.page_size
+
+
+def _write_buffers(spec: Spec, max_rows: int) -> int:
+    """One for each sequence where that is little memory: writes wait behind all fetches that were started before them."""
+    separate = spec.serving.kv_layout == "separate"
+    tokens = sublane_tile_tokens(spec.model) if separate else RowDims.of(spec.model).sublane_tile
+    return max_rows if max_rows * tokens * _token_bytes(spec) <= WRITE_BYTES else WRITE_BUFFERS
+
+
+def _starts_early(spec: Spec, wave_tokens: int) -> bool:
+    """Where the DMA of a wave takes longer than the latencies of scoring it in steps."""
+    return wave_tokens * _token_bytes(spec) >= STEPS_BYTES
 
 
 def choices(spec: Spec, kind: str, tokens: int) -> Iterator[DecodeWaves]:
@@ -331,7 +363,8 @@ def choices(spec: Spec, kind: str, tokens: int) -> Iterator[DecodeWaves]:
             most += _scores_halves(spec)
             # No more than the largest batch has: fetching none takes time, too.
             most = max(min(most, math.ceil(max_rows * math.ceil(longest / tile) / tiles)), 2)
+            early = _starts_early(spec, tiles * tile)
             for lookahead in range(most, 1, -1):
-                yield DecodeWaves(tile, tiles, lookahead, WRITE_BUFFERS, max_rows)
+                yield DecodeWaves(tile, tiles, lookahead, _write_buffers(spec, max_rows), max_rows, early)
             tiles //= 2
         tile //= 2

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Final
 
-from rpac.contract.attention import QUANTIZED, Attention
+from rpac.contract.attention import DTYPES, QUANTIZED, Attention
 from rpac.contract.features import features_of
 from rpac.spec.nodes import Section
 
 LATENT_KEYS: Final = ("kv_lora_rank", "rope_dim")  # of latent attention alone
 KV_LORA_RANKS: Final = (128, 256, 384, 512)
 ROPE_DIMS: Final = (64, 128)
-DTYPES: Final = ("bfloat16", "float32")
 MAX_DIM: Final = 1 << 20
 MAX_HEADS: Final = 128  # of one device: a token's queries are one product's rows
 HEADS_STEP: Final = 16  # as many share a register

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from rpac.contract.attention import (
     ATTENTIONS,
+    DTYPES,
+    KV_DTYPES,
     KV_LAYOUTS,
     LATENT_LAYOUT,
     QUANTIZED,
@@ -57,8 +59,6 @@ HOMES = {
     **dict.fromkeys(SERVING_KEYS, "serving"),
     **dict.fromkeys(PARALLEL_KEYS, "parallel"),
 }
-DTYPES = ("bfloat16", "float32")
-KV_DTYPES = (*DTYPES, *QUANTIZED)
 HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 PAGE_SIZES = (8, 16, 32, 64, 128, 256, 512)
 # Of a cache whose tokens lie along sublanes: they share a register of 8 words with others of their head.

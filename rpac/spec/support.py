@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from tabulate import tabulate
 
 from rpac.contract import features
-from rpac.contract.attention import KV_LAYOUTS
+from rpac.contract.attention import DTYPES, KV_DTYPES, KV_LAYOUTS
 from rpac.errors import SpecError
 from rpac.spec import TARGETS, parse_spec
 from rpac.spec import parse as rules
@@ -110,8 +110,8 @@ def _keys() -> list[tuple[str, str, str]]:
         ("model.q_heads", f"a multiple of kv_heads; on each device at most {rules.MAX_GROUP} times its kv_heads", ""),
         ("model.kv_heads", f"1 to {rules.MAX_HEADS}", ""),
         ("model.head_dim", either(rules.HEAD_DIMS), ""),
-        ("model.q_dtype", either(rules.DTYPES), ""),
-        ("model.kv_dtype", either(rules.KV_DTYPES), ""),
+        ("model.q_dtype", either(DTYPES), ""),
+        ("model.kv_dtype", either(KV_DTYPES), ""),
         ("model.sm_scale", f"{rules.SM_SCALES[0]:g} to {rules.SM_SCALES[1]:g}", "head_dim ** -0.5"),
         *_feature_rows("model"),
         (

@@ -43,7 +43,7 @@ AXES: Final = (
     Axis("decode", "tile", (128, 256, 512, 1024), keeps="tiles_per_wave"),
     Axis("decode", "tiles_per_wave", (2, 4, 6, 8), keeps="lookahead"),
     Axis("decode", "lookahead", (2, 3, 4, 6)),
-    Axis("decode", "write_buffers", (2, 4, 8)),
+    Axis("decode", "write_buffers", (4, 8, 16)),
     Axis("block", "q_block", (16, 32, 64, 128, 256, 512)),
     Axis("block", "block", (128, 256, 512, 1024, 2048)),
     Axis("block", "tile", (128, 256, 512, 1024)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,6 +53,13 @@ class FakeEngine:
         self.traces.append(args)
         self.extra.append(extra)
         return args[4:], args[3]
+
+
+def engine_of(kv_layout: str = "interleaved", **model: Any) -> FakeEngine:
+    """A stand-in of a cache's layout, with some fields of its model replaced."""
+    engine = FakeEngine(kv_layout=kv_layout)
+    engine.model = replace(engine.model, **model)
+    return engine
 
 
 @dataclass(frozen=True)

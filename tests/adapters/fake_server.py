@@ -99,6 +99,11 @@ def _sglang_jax() -> dict[str, dict[str, Any]]:
     }
 
 
+def module(name: str) -> Any:
+    """One of the stand-ins, while they are importable."""
+    return sys.modules[name]
+
+
 @contextmanager
 def serving(version: str | None = "0.32.0", batched: bool = False, without: str = "") -> Iterator[None]:
     """tpu-inference's stand-ins importable, as of a version of the package; `without` is a name that none of them has."""

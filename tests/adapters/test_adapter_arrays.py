@@ -61,11 +61,20 @@ def test_arrays_of_another_size_are_refused_with_the_lines_that_build_for_them(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_cache_of_a_dtype_that_no_spec_has_is_refused_without_lines(name: str) -> None:
+@pytest.mark.parametrize(
+    ("at", "dtype", "key"),
+    [
+        (3, jnp.float16, "kv_dtype of kv_cache"),
+        (3, jnp.int32, "kv_dtype of kv_cache"),
+        (0, jnp.int8, "q_dtype of queries"),
+    ],
+)
+def test_arrays_of_a_dtype_that_no_spec_has_are_refused_without_lines(name: str, at: int, dtype: Any, key: str) -> None:
     engine = FakeEngine()
     args = list(arguments(name, engine))
-    args[3] = args[3].astype(jnp.float16)
-    with pytest.raises(SelectionError, match=r"kv_dtype of kv_cache is float16.*; no line of a spec adds that"):
+    args[at] = args[at].astype(dtype)
+    words = f"{key} is {jnp.dtype(dtype).name}, .*; no line of a spec adds that dtype; convert the arrays$"
+    with pytest.raises(SelectionError, match=words):
         call(name, engine, *args)
 
 

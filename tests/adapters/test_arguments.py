@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import re
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from calling import NAMES, call
-from fake import ADAPTERS, FakeEngine, arguments
+from fake import ADAPTERS, FakeEngine, arguments, engine_of
 from signatures import signature
 
 from rpac.adapters._arguments import DEFAULT_MASK_VALUE
@@ -118,8 +117,7 @@ def test_what_no_program_does_is_refused_by_name(name: str, argument: str) -> No
 @pytest.mark.parametrize(("name", "argument"), of(BUILT_IN))
 def test_what_the_bundle_has_built_in_is_asked_for_exactly(name: str, argument: str) -> None:
     key, value = BUILT_IN[argument]
-    plain, built = FakeEngine(), FakeEngine()
-    built.model = dataclasses.replace(built.model, **{key: value})
+    plain, built = FakeEngine(), engine_of(**{key: value})
     message = f"^{argument} is {value}; must be None, the {key} of bundle tiny; .*\nmodel:\n  {key}: {value}$"
     with pytest.raises(SelectionError, match=message):
         call(name, plain, **{argument: value})
@@ -136,8 +134,7 @@ def test_what_the_bundle_has_built_in_is_asked_for_exactly(name: str, argument: 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bundle_is_as_causal_as_it_is_asked_for(name: str) -> None:
-    causal, other = FakeEngine(), FakeEngine()
-    other.model = dataclasses.replace(other.model, causal=False)
+    causal, other = FakeEngine(), engine_of(causal=False)
     with pytest.raises(
         SelectionError, match=r"^(use_causal_mask|causal) is (True|1); must be False, the causal of bundle tiny"
     ):
@@ -151,8 +148,7 @@ def test_a_bundle_is_as_causal_as_it_is_asked_for(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bundle_updates_the_cache_as_it_is_asked_to(name: str) -> None:
-    updating, reading = FakeEngine(), FakeEngine()
-    reading.model = dataclasses.replace(reading.model, update_cache=False)
+    updating, reading = FakeEngine(), engine_of(update_cache=False)
     with pytest.raises(
         SelectionError,
         match=r"^(update_kv_cache is True; must be False|skip_kv_update is False; must be True), the update_cache of bundle tiny",
@@ -172,8 +168,7 @@ def test_a_bundle_updates_the_cache_as_it_is_asked_to(name: str) -> None:
 
 
 def test_tokamaxs_skip_of_the_update_and_its_lse_are_followed() -> None:
-    engine, reading = FakeEngine(), FakeEngine()
-    reading.model = dataclasses.replace(reading.model, update_cache=False)
+    engine, reading = FakeEngine(), engine_of(update_cache=False)
     with pytest.raises(
         SelectionError, match=r"skip_kv_update is True; must be False, .*\nmodel:\n  update_cache: false$"
     ):
@@ -198,17 +193,14 @@ def test_tokamax_takes_the_cache_of_its_kernel_and_of_its_reference() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bundle_of_chunks_is_refused_for_nobody_can_ask_for_them(name: str) -> None:
-    engine = FakeEngine()
-    engine.model = dataclasses.replace(engine.model, attention_chunk=32)
     with pytest.raises(SelectionError, match=r"^bundle tiny has attention_chunk 32; must have none, "):
-        ADAPTERS[name].make(engine)
+        ADAPTERS[name].make(engine_of(attention_chunk=32))
 
 
 @pytest.mark.parametrize(("name", "argument"), of(dict.fromkeys(SINKS)))
 def test_sinks_reach_a_bundle_that_takes_them(name: str, argument: str) -> None:
     sinks = np.zeros(4, np.float32)
-    plain, taking = FakeEngine(), FakeEngine()
-    taking.model = dataclasses.replace(taking.model, sinks=True)
+    plain, taking = FakeEngine(), engine_of(sinks=True)
     with pytest.raises(
         SelectionError, match=rf"^{argument} is float32\[4\], and bundle tiny has no sinks; .*\nmodel:\n  sinks: true$"
     ):
@@ -225,8 +217,7 @@ def test_sinks_reach_a_bundle_that_takes_them(name: str, argument: str) -> None:
 
 @pytest.mark.parametrize(("name", "argument"), of(dict.fromkeys(SCALES)))
 def test_scales_that_a_bundle_has_none_of_are_refused_with_what_to_do(name: str, argument: str) -> None:
-    plain, quantized = FakeEngine(), FakeEngine()
-    quantized.model = dataclasses.replace(quantized.model, kv_dtype="int8")
+    plain, quantized = FakeEngine(), engine_of(kv_dtype="int8")
     instead = {"k_scale": "multiply sm_scale by it", "v_scale": "multiply the output by it"}[argument]
     with pytest.raises(
         SelectionError, match=f"^{argument} is 0.5; must be None or 1: bundle tiny has no .*; {instead}"
@@ -242,9 +233,7 @@ def test_scales_that_a_bundle_has_none_of_are_refused_with_what_to_do(name: str,
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scales_reach_a_bundle_that_takes_them(name: str) -> None:
-    by_tensor, by_head = FakeEngine(), FakeEngine()
-    by_tensor.model = dataclasses.replace(by_tensor.model, kv_dtype="int8", kv_scale="tensor")
-    by_head.model = dataclasses.replace(by_head.model, kv_dtype="int8", kv_scale="head")
+    by_tensor, by_head = (engine_of(kv_dtype="int8", kv_scale=kv_scale) for kv_scale in ("tensor", "head"))
     call(name, by_tensor, k_scale=0.5, v_scale=np.float32(2))
     call(name, by_tensor)  # none is 1, as the peers have it
     call(name, by_head, k_scale=0.5)
@@ -305,9 +294,8 @@ def test_a_traced_scale_is_refused(name: str) -> None:
 def test_ejkernel_takes_none_for_the_scale_of_head_dim() -> None:
     engine = FakeEngine()
     call("ejkernel operation", engine, softmax_scale=None)
-    other = FakeEngine(model=dataclasses.replace(engine.model, sm_scale=0.5))
     with pytest.raises(SelectionError, match=r"softmax_scale is 0\.0883"):
-        call("ejkernel operation", other, softmax_scale=None)
+        call("ejkernel operation", engine_of(sm_scale=0.5), softmax_scale=None)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "ejkernel operation"])
@@ -339,13 +327,12 @@ def test_a_bundle_that_keeps_k_and_v_apart_is_refused_at_once(name: str) -> None
     with pytest.raises(
         SelectionError, match=r"(?s)kv_layout separate; must be interleaved.*\n  kv_layout: interleaved$"
     ):
-        ADAPTERS[name].make(FakeEngine(kv_layout="separate"))
+        ADAPTERS[name].make(engine_of("separate"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bundle_of_latent_attention_is_not_told_to_change_its_layout(name: str) -> None:
-    latent = FakeEngine(kv_layout="latent")
-    latent.model = dataclasses.replace(latent.model, kv_heads=1, rope_dim=64)
+    latent = engine_of("latent", kv_heads=1, rope_dim=64)
     with pytest.raises(
         SelectionError, match=r"^bundle tiny has latent attention; must have grouped .*; call the engine itself"
     ):

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from fake import FakeEngine, arguments
-from fake_server import BATCHED, INTERFACE, LAYER, MANAGER, MLA, RPA_V3, serving
+from fake import FakeEngine, arguments, engine_of
+from fake_server import BATCHED, INTERFACE, LAYER, MANAGER, MLA, RPA_V3, module, serving
 from signatures import TPU_INFERENCE_MLA, signature
 
 from rpac.adapters import tpu_inference
@@ -20,22 +20,12 @@ from rpac.adapters.tpu_inference import worker
 from rpac.errors import BatchError, SelectionError, TargetError
 
 
-def of(name: str) -> Any:
-    return sys.modules[name]
-
-
 def snapshot() -> dict[str, dict[str, Any]]:
     """All that the stand-ins have by name."""
     names = [name for name in sys.modules if name.startswith("tpu_inference")]
-    found = {name: {key: value for key, value in vars(of(name)).items() if key[0] != "_"} for name in names}
-    manager = of(MANAGER).KVCacheManager
+    found = {name: {key: value for key, value in vars(module(name)).items() if key[0] != "_"} for name in names}
+    manager = module(MANAGER).KVCacheManager
     return {**found, "manager": {key: value for key, value in vars(manager).items() if not key.startswith("__")}}
-
-
-def engine_of(kv_layout: str = "interleaved", **model: Any) -> FakeEngine:
-    engine = FakeEngine(kv_layout=kv_layout)
-    engine.model = dataclasses.replace(engine.model, **model)
-    return engine
 
 
 class LatentEngine(FakeEngine):
@@ -71,13 +61,13 @@ def test_every_name_of_the_kernel_becomes_the_bundle_and_is_the_servers_again(se
     before = snapshot()
     engine = engine_of(kv_layout)
     with tpu_inference.install(engine) as installed:
-        attention = of(INTERFACE).ragged_paged_attention
-        assert attention is of(LAYER).ragged_paged_attention is of(RPA_V3).ragged_paged_attention
+        attention = module(INTERFACE).ragged_paged_attention
+        assert attention is module(LAYER).ragged_paged_attention is module(RPA_V3).ragged_paged_attention
         attention(*arguments("tpu_inference", engine), sm_scale=engine.model.sm_scale)
         assert len(engine.calls) == 1
         assert f"{INTERFACE}.ragged_paged_attention" in installed.replaced
-        assert of(INTERFACE).ragged_paged_attention_hd64 is before[INTERFACE]["ragged_paged_attention_hd64"]
-        assert of(INTERFACE).mla_ragged_paged_attention is before[INTERFACE]["mla_ragged_paged_attention"]
+        assert module(INTERFACE).ragged_paged_attention_hd64 is before[INTERFACE]["ragged_paged_attention_hd64"]
+        assert module(INTERFACE).mla_ragged_paged_attention is before[INTERFACE]["mla_ragged_paged_attention"]
     assert snapshot() == before
     assert installed.replaced == []
     installed.uninstall()  # again
@@ -89,8 +79,8 @@ def test_every_name_of_the_kernel_becomes_the_bundle_and_is_the_servers_again(se
 )
 def test_the_server_makes_the_bundles_cache(server: None, kv_layout: str, page: tuple[int, ...]) -> None:
     with tpu_inference.install(engine_of(kv_layout)):
-        for module, name in ((RPA_V3, "get_kv_cache_shape"), (INTERFACE, "get_kv_cache_shape")):
-            assert getattr(of(module), name)(7, 16, 2, 128, jnp.bfloat16) == (7, *page)
+        for name in (RPA_V3, INTERFACE):
+            assert module(name).get_kv_cache_shape(7, 16, 2, 128, jnp.bfloat16) == (7, *page)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +96,32 @@ def test_the_server_makes_the_bundles_cache(server: None, kv_layout: str, page: 
 )
 def test_a_cache_of_other_pages_is_refused_before_it_is_made(server: None, asked: Any, line: str) -> None:
     with tpu_inference.install(engine_of()), pytest.raises(SelectionError) as raised:
-        of(RPA_V3).get_kv_cache_shape(7, *asked)
-    assert str(raised.value).endswith(f"\n{line}")
-    assert "as in bundle tiny" in str(raised.value)
+        module(RPA_V3).get_kv_cache_shape(7, *asked)
+    assert str(raised.value).endswith(
+        ", as in bundle tiny; start the server with the bundle's sizes, or build with these lines, where a spec allows them\n"
+        + line
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.int32, jnp.float8_e4m3b11fnuz])
+def test_a_cache_of_a_dtype_that_no_spec_has_is_refused_without_lines(server: None, dtype: Any) -> None:
+    name = jnp.dtype(dtype).name
+    refusal = (
+        f"^kv_dtype of the server's cache is {name}, must be bfloat16, as in bundle tiny; no line of a spec adds that dtype; "
+        "start the server with the bundle's dtype$"
+    )
+    with tpu_inference.install(engine_of()), pytest.raises(SelectionError, match=refusal):
+        module(RPA_V3).get_kv_cache_shape(7, 16, 2, 128, dtype)
+    with tpu_inference.install(latent_engine()), pytest.raises(SelectionError, match=refusal):
+        module(MLA).get_kv_cache_shape(7, 16, 576, dtype)
+
+
+def test_a_cache_of_latent_attention_has_no_8_bits_in_a_spec(server: None) -> None:
+    with (
+        tpu_inference.install(latent_engine()),
+        pytest.raises(SelectionError, match=r"int8, .* no line of a spec adds that"),
+    ):
+        module(MLA).get_kv_cache_shape(7, 16, 576, jnp.int8)
 
 
 @pytest.mark.parametrize(
@@ -120,10 +133,10 @@ def test_head_dim_64_replaces_the_kernel_that_the_server_has_for_it(
     before = snapshot()
     engine = engine_of(kv_layout, head_dim=64, sinks=True)
     with tpu_inference.install(engine):
-        assert of(INTERFACE).ragged_paged_attention is before[INTERFACE]["ragged_paged_attention"]
-        assert of(INTERFACE).get_kv_cache_shape_hd64(3, 16, 2, 64, jnp.bfloat16) == (3, *page)
+        assert module(INTERFACE).ragged_paged_attention is before[INTERFACE]["ragged_paged_attention"]
+        assert module(INTERFACE).get_kv_cache_shape_hd64(3, 16, 2, 64, jnp.bfloat16) == (3, *page)
         sinks = jnp.zeros(4, jnp.float32)
-        of(INTERFACE).ragged_paged_attention_hd64(
+        module(INTERFACE).ragged_paged_attention_hd64(
             *arguments("tpu_inference hd64", engine), sinks, sm_scale=engine.model.sm_scale
         )
         assert engine.extra[0]["sinks"] is sinks
@@ -134,38 +147,38 @@ def test_batched_rpa_is_replaced_where_the_server_runs_it() -> None:
     engine = engine_of("separate")
     engine.limits = dataclasses.replace(engine.limits, decode_len=3)
     with serving(batched=True), tpu_inference.install(engine):
-        attention = of(INTERFACE).ragged_paged_attention
-        assert attention is of(BATCHED).ragged_paged_attention is not of(RPA_V3).ragged_paged_attention
+        attention = module(INTERFACE).ragged_paged_attention
+        assert attention is module(BATCHED).ragged_paged_attention is not module(RPA_V3).ragged_paged_attention
         args = arguments("tpu_inference batched", engine, [3, 3])
         attention(*args, sm_scale=engine.model.sm_scale, decode_query_size=3)
         assert engine.calls[0][-1].tolist() == [2, 2, 2]
         with pytest.raises(SelectionError, match=r"decode_query_size is 5; must be 3, .*\nserving:\n  decode_len: 5$"):
             attention(*args, sm_scale=engine.model.sm_scale, decode_query_size=5)
-        assert of(BATCHED).get_kv_cache_shape(7, 16, 2, 128, jnp.bfloat16) == (7, 2, 2, 16, 128)
+        assert module(BATCHED).get_kv_cache_shape(7, 16, 2, 128, jnp.bfloat16) == (7, 2, 2, 16, 128)
         with pytest.raises(SelectionError, match=r"kv_layout is 'seq_along_lane'; must be None"):
-            of(BATCHED).get_kv_cache_shape(7, 16, 2, 128, jnp.bfloat16, "seq_along_lane")
+            module(BATCHED).get_kv_cache_shape(7, 16, 2, 128, jnp.bfloat16, "seq_along_lane")
 
 
 def test_a_bundle_of_latent_attention_replaces_mla_alone(server: None) -> None:
     before = snapshot()
     engine = latent_engine()
     with tpu_inference.install(engine):
-        assert of(INTERFACE).ragged_paged_attention is before[INTERFACE]["ragged_paged_attention"]
-        assert of(MLA).get_kv_cache_shape(5, 16, 576, jnp.bfloat16, 32) == (5, 16, 640)
+        assert module(INTERFACE).ragged_paged_attention is before[INTERFACE]["ragged_paged_attention"]
+        assert module(MLA).get_kv_cache_shape(5, 16, 576, jnp.bfloat16, 32) == (5, 16, 640)
         queries = jnp.zeros((4, 8, 512), jnp.bfloat16)  # heads first
         rope, new = jnp.zeros((8, 4, 64), jnp.bfloat16), jnp.zeros((8, 512), jnp.bfloat16)
         metadata = arguments("tpu_inference", engine_of())[4:]
         for cache in (jnp.zeros((32, 16, 640), jnp.bfloat16), jnp.zeros((32, 8, 2, 640), jnp.bfloat16)):
-            out, after = of(INTERFACE).mla_ragged_paged_attention(
+            out, after = module(INTERFACE).mla_ragged_paged_attention(
                 queries, rope, new, new[:, :64], cache, *metadata, sm_scale=engine.model.sm_scale
             )
             assert out.shape == queries.shape
             assert after.shape == cache.shape
         assert [args[0].shape for args in engine.calls] == [(8, 4, 512)] * 2
         with pytest.raises(SelectionError, match="has 300 numbers a token; must have 512"):
-            of(MLA).get_kv_cache_shape(5, 16, 300, jnp.bfloat16)
+            module(MLA).get_kv_cache_shape(5, 16, 300, jnp.bfloat16)
         with pytest.raises(SelectionError, match=r"\nserving:\n  page_size: 64$"):
-            of(MLA).get_kv_cache_shape(5, 64, 576, jnp.bfloat16)
+            module(MLA).get_kv_cache_shape(5, 64, 576, jnp.bfloat16)
     assert snapshot() == before
 
 
@@ -173,7 +186,7 @@ def test_each_kind_of_layers_goes_to_its_own_engine(server: None) -> None:
     full, sliding = engine_of("separate"), engine_of("separate", sliding_window=64)
     for given in ({"full": full, "sliding": sliding}, [sliding, full]):
         with tpu_inference.install(given):
-            attention = of(INTERFACE).ragged_paged_attention
+            attention = module(INTERFACE).ragged_paged_attention
             args, scale = arguments("tpu_inference", full), full.model.sm_scale
             attention(*args, sm_scale=scale, sliding_window=64)
             attention(*args, sm_scale=scale)
@@ -182,8 +195,26 @@ def test_each_kind_of_layers_goes_to_its_own_engine(server: None) -> None:
     assert [len(full.calls), len(sliding.calls)] == [2, 2]
 
 
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_what_is_put_in_place_has_the_name_docs_and_signature_of_what_it_replaces(server: None, kinds: int) -> None:
+    @jax.jit
+    def ragged_paged_attention(queries: Any, *, sm_scale: float = 1.0) -> Any:
+        """RPA v3."""
+        return queries * sm_scale
+
+    for name in (RPA_V3, INTERFACE, LAYER):
+        module(name).ragged_paged_attention = ragged_paged_attention
+    with tpu_inference.install([engine_of(), engine_of(sliding_window=64)][:kinds]):
+        attention = module(LAYER).ragged_paged_attention
+        assert attention is not ragged_paged_attention
+        assert (attention.__name__, attention.__doc__) == ("ragged_paged_attention", "RPA v3.")
+        assert signature(attention) == signature(ragged_paged_attention) == "(queries, *, sm_scale=1.0)"
+        assert not hasattr(attention, "lower")  # that of the server's kernel
+    assert module(LAYER).ragged_paged_attention is ragged_paged_attention
+
+
 def test_what_cuts_pages_by_the_servers_shape_is_refused_unless_the_layout_is_its_own(server: None) -> None:
-    manager = of(MANAGER).KVCacheManager
+    manager = module(MANAGER).KVCacheManager
     moves = ("get_kv_cache_for_block_ids", "transfer_kv_cache", "insert_request_with_kv_cache")
     with tpu_inference.install(engine_of()):
         assert [getattr(manager(), name)(None) for name in moves] == ["moved"] * 3
@@ -211,7 +242,7 @@ def test_context_parallelism_is_refused_for_it_runs_a_kernel_of_its_own(server: 
         tpu_inference.install(engine_of()),
         pytest.raises(SelectionError, match="context parallelism is used with bundle tiny"),
     ):
-        getattr(of(INTERFACE), name)(None)
+        getattr(module(INTERFACE), name)(None)
 
 
 @pytest.mark.parametrize("version", ["0.31.0", "0.33.0.dev1"])
@@ -263,6 +294,14 @@ def test_an_engine_that_a_server_cannot_use_is_refused(server: None) -> None:
         SelectionError, match="the engines have kv_layout interleaved and separate; must all have the same"
     ):
         tpu_inference.install([engine_of(), engine_of("separate")])
+    with pytest.raises(
+        SelectionError,
+        match=r"^found 2 engines of latent attention, bundles tiny and tiny; must be at most one: .*; install one",
+    ):
+        tpu_inference.install([latent_engine(), latent_engine()])
+    for none in ([], {}, ()):
+        with pytest.raises(SelectionError, match=r"^found no engine; must be at least one; give one of `rpac\.load`"):
+            tpu_inference.install(none)
     assert snapshot() == before
 
 
@@ -273,7 +312,7 @@ def test_a_cache_that_was_made_before_is_refused_by_its_shape(server: None) -> N
         with pytest.raises(
             BatchError, match=r"kv_cache is bfloat16\[32, 16, 2, 2, 128\]; must have pages of \[2, 2, 16, 128\]"
         ):
-            of(INTERFACE).ragged_paged_attention(*args, sm_scale=engine.model.sm_scale)
+            module(INTERFACE).ragged_paged_attention(*args, sm_scale=engine.model.sm_scale)
 
 
 def test_the_function_for_latent_attention_has_the_peers_signature_and_refuses_what_no_program_does() -> None:
@@ -306,6 +345,15 @@ def test_the_function_for_latent_attention_has_the_peers_signature_and_refuses_w
         tpu_inference.mla_ragged_paged_attention(engine_of())
 
 
+def worker_of(config: Any) -> Any:
+    """A worker with rpac's extension among its bases, where vLLM puts it."""
+
+    class Worker(worker.WorkerExtension):
+        vllm_config = SimpleNamespace(additional_config=config)
+
+    return Worker()
+
+
 def test_a_worker_of_vllm_installs_the_bundle_that_its_config_names(
     server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,19 +366,23 @@ def test_a_worker_of_vllm_installs_the_bundle_that_its_config_names(
 
     monkeypatch.setattr(worker, "load_layers", load_layers)
     config = {"rpac_bundle": "build/tiny.rpac", "rpac_allow_compile": True, "other": 1}
-    one = SimpleNamespace(vllm_config=SimpleNamespace(additional_config=config))
-    worker.WorkerExtension.init_worker_extension(one)
+    one = worker_of(config)
+    worker.WorkerExtension.init_worker_extension(one)  # as vLLM calls it
     assert loaded == [("build/tiny.rpac", {"allow_compile": True})]
-    of(INTERFACE).ragged_paged_attention(
+    module(INTERFACE).ragged_paged_attention(
         *arguments("tpu_inference", full), sm_scale=full.model.sm_scale, sliding_window=64
     )
     assert len(sliding.calls) == 1
     one.rpac_installation.uninstall()
+    one.init_worker_extension()  # as a method
+    one.rpac_installation.uninstall()
+    assert len(loaded) == 2
     for missing in ({}, None, {"rpac_bundle": ""}):
         one.vllm_config.additional_config = missing
         with pytest.raises(TargetError, match="additional_config has no rpac_bundle; must name a bundle; start vLLM"):
-            worker.WorkerExtension.init_worker_extension(one)
+            one.init_worker_extension()
 
 
 def test_an_extension_adds_nothing_else_to_a_worker_of_vllm() -> None:
+    """vLLM refuses an extension that has an attribute of its worker class."""
     assert [name for name in vars(worker.WorkerExtension) if name[0] != "_"] == ["init_worker_extension"]

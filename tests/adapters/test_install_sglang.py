@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake import FakeEngine, arguments
-from fake_server import SGLANG_BACKEND, SGLANG_KERNEL, SGLANG_POOL, serving_sglang
+from fake import arguments, engine_of
+from fake_server import SGLANG_BACKEND, SGLANG_KERNEL, SGLANG_POOL, module, serving_sglang
 
 from rpac.adapters import sglang_jax
 from rpac.errors import BatchError, SelectionError, TargetError
@@ -21,16 +18,6 @@ BY_TOKEN = (
     "clear_cache", "get_cpu_copy", "get_kv_buffer", "get_kv_data", "load_cpu_copy", "move_kv_cache", "set_kv_buffer",
     "set_kv_buffer_legacy",
 )  # fmt: skip
-
-
-def of(name: str) -> Any:
-    return sys.modules[name]
-
-
-def engine_of(kv_layout: str = "interleaved", **model: Any) -> FakeEngine:
-    engine = FakeEngine(kv_layout=kv_layout)
-    engine.model = dataclasses.replace(engine.model, **model)
-    return engine
 
 
 @pytest.fixture(autouse=True)
@@ -43,16 +30,16 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(("kv_layout", "page"), [("interleaved", (16, 2, 2, 128)), ("separate", (2, 2, 16, 128))])
 def test_the_backend_runs_the_bundle_on_the_servers_pool(kv_layout: str, page: tuple[int, ...]) -> None:
     engine = engine_of(kv_layout)
-    theirs = of(SGLANG_BACKEND).ragged_paged_attention
+    theirs = module(SGLANG_BACKEND).ragged_paged_attention
     args = arguments("sglang_jax", engine_of())
     with sglang_jax.install(engine) as installed:
         assert installed.replaced[0] == f"{SGLANG_KERNEL}.ragged_paged_attention"
-        ours = of(SGLANG_BACKEND).ragged_paged_attention
-        assert ours is of(SGLANG_KERNEL).ragged_paged_attention
+        ours = module(SGLANG_BACKEND).ragged_paged_attention
+        assert ours is module(SGLANG_KERNEL).ragged_paged_attention
         _, pool = ours(*args, sm_scale=engine.model.sm_scale)
         assert engine.calls[0][3].shape == (32, *page)
         assert pool.shape == (32 * 16, 4, 128)
-    assert of(SGLANG_BACKEND).ragged_paged_attention is theirs
+    assert module(SGLANG_BACKEND).ragged_paged_attention is theirs
 
 
 def test_pages_of_the_pool_are_the_same_bytes_on_the_axes_of_the_bundle() -> None:
@@ -61,12 +48,12 @@ def test_pages_of_the_pool_are_the_same_bytes_on_the_axes_of_the_bundle() -> Non
     cache = np.arange(args[3].size, dtype=np.int32).reshape(args[3].shape)
     args[3] = cache.astype(jnp.bfloat16)
     with sglang_jax.install(engine):
-        _, pool = of(SGLANG_BACKEND).ragged_paged_attention(*args, sm_scale=engine.model.sm_scale)
+        _, pool = module(SGLANG_BACKEND).ragged_paged_attention(*args, sm_scale=engine.model.sm_scale)
     assert np.asarray(pool).tobytes() == args[3].tobytes()
 
 
 def test_what_takes_single_tokens_out_of_the_pool_is_refused_unless_the_layout_is_its_own() -> None:
-    pool = of(SGLANG_POOL).MHATokenToKVPool()
+    pool = module(SGLANG_POOL).MHATokenToKVPool()
     with sglang_jax.install(engine_of()):
         assert {getattr(pool, name)(None) for name in BY_TOKEN} == {"tokens"}
     with sglang_jax.install(engine_of("separate")):
@@ -92,12 +79,14 @@ def test_a_pool_of_other_sizes_is_refused(shape: tuple[int, ...], words: str) ->
     args = arguments("sglang_jax", engine_of())
     args[3] = np.zeros(shape, jnp.bfloat16)
     with sglang_jax.install(engine), pytest.raises((SelectionError, BatchError), match=f"(?s){words}"):
-        of(SGLANG_BACKEND).ragged_paged_attention(*args, sm_scale=engine.model.sm_scale)
+        module(SGLANG_BACKEND).ragged_paged_attention(*args, sm_scale=engine.model.sm_scale)
 
 
 def test_an_engine_that_the_server_cannot_use_is_refused() -> None:
     with pytest.raises(SelectionError, match="found 2 engines; must be one: sglang-jax"):
         sglang_jax.install([engine_of(), engine_of(sliding_window=64)])
+    with pytest.raises(SelectionError, match="found no engine; must be at least one"):
+        sglang_jax.install([])
     with pytest.raises(SelectionError, match="bundle tiny has head_dim 64, K and V of a token in one row of lanes"):
         sglang_jax.install(engine_of("separate", head_dim=64))
     with pytest.raises(SelectionError, match="bundle tiny has latent attention; must have grouped"):

@@ -31,7 +31,7 @@ LONG_WINDOW: dict[str, Any] = {**ALL_FEATURES, "sliding_window": 300}
 # Sequences of several tiles of 256, and a page table that is no multiple of one.
 SEVERAL_TILES = {"max_model_len": 1088, "context_lens": (300,), "num_pages": 120}
 
-SMALL_WAVES = {"tile": 128, "tiles_per_wave": 2, "lookahead": 2, "write_buffers": 4}
+SMALL_WAVES = {"tile": 128, "tiles_per_wave": 2, "lookahead": 2, "write_buffers": 4, "starts_early": True}
 
 # Sequences whose tiles take several iterations: the last queries see whole tiles beyond the first block.
 _ITERATED = replace(

@@ -91,8 +91,8 @@ def with_bug(bug: Bug, spec: Spec, plan: KernelPlan, batch: CheckBatch) -> Any:
         pytest.param(
             Bug(
                 "no wait for windows",
-                "DecodeKernel.wait_for_wave.wait_for_full_wave",
-                "self.wait_for_windows(wave + LOOKAHEAD - 1)",
+                "DecodeKernel.iterate",
+                "self.wait_for_windows(wave + LOOKAHEAD)",
             ),
             marks=SLOW,
         ),

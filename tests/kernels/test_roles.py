@@ -14,9 +14,14 @@ ROLES = sorted(folder for folder in templates_dir().glob("*/parts/*") if folder.
 
 # Functions that one way defines itself, another in a role of its own (wave_heads), and a third never needs: latent attention
 # has no drafts, whose masks ask for it. Those that only latent attention asks for: its keys are transposed in stages, and
-# its queries and outputs come and go during the iterations. And what only rows of several new tokens need, which may lie in
+# its queries and outputs come and go during the iterations. Writes of new tokens are waited for one by one where buffers
+# are used again. Paced orders of the work ask for maxima, which only scores that are masked first have. And what only rows of several new tokens need, which may lie in
 # two tiles.
 ELSEWHERE = {
+    "packed_write": {"wait_for_writes", "wait_for_all_writes"},
+    "wave_store": {"wait_for_writes", "wait_for_all_writes"},
+    "write_buffers": {"wait_for_writes"},
+    "wave_softmax": {"largest_of_tile"},
     "wave_tiles": {"row_of_head", "transpose_keys"},
     "wave_ends": {"use_loads", "stream"},
     "wave_rows": {"patch_tile"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,16 @@ def test_every_command_that_compiles_takes_them(name: str, folder: Path, monkeyp
 def test_what_is_generated_is_what_is_built(folder: Path, tmp_path: Path) -> None:
     assert run("generate", TINY, "-o", tmp_path / "out", "--tuned", folder).exit_code == 0
     assert "- tuned: " in (tmp_path / "out" / "tiny" / "tpu7x" / "decode.py").read_text()
+
+
+def test_a_stale_folder_is_mended_by_the_command_that_its_check_names(folder: Path, tmp_path: Path) -> None:
+    options = ("-o", tmp_path / "an out", "--tuned", folder)
+    done = run("generate", TINY, *options, "--check")
+    assert done.exit_code == 1
+    command = shlex.join(["rpac", "generate", *map(str, (TINY, *options))])
+    assert f"; run `{command}`, and commit what it writes\n" in done.stderr
+    assert run(*shlex.split(command)[1:]).exit_code == 0
+    assert run("generate", TINY, *options, "--check").exit_code == 0
 
 
 @pytest.mark.parametrize("name", ["plan", "build", "generate", "check", "predict"])

@@ -67,7 +67,6 @@ PAGE_TILES = 16
 DECODE_TILE = 1024  # tokens that are fetched and computed at once, of one sequence
 DECODE_TILES_PER_WAVE = 4  # which fill the waits of each other
 DECODE_LOOKAHEAD = 4  # waves from the fetch of one to its softmax
-DECODE_WAVE_TOKENS = DECODE_TILES_PER_WAVE * DECODE_TILE
 DECODE_WAVE_BUFFERS = DECODE_LOOKAHEAD + 1  # waves that are fetched or computed
 DECODE_TILE_BUFFERS = DECODE_WAVE_BUFFERS * DECODE_TILES_PER_WAVE
 DECODE_TILE_PAGES = DECODE_TILE // PAGE_SIZE
@@ -314,6 +313,15 @@ class DecodeKernel(PagedKernel):
         wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
         self.write_results(wave)
 
+    def fetch_first_wave(self, wave, ahead):
+        """Starts the fetch of a wave before the loop, as `fetch_wave`."""
+        ahead = self.fetch_wave(wave, *ahead)
+        return ahead
+
+    def fetch_sem(self, wave, i):
+        """The semaphore of the pages of a tile."""
+        return lax.rem(wave, DECODE_WAVE_BUFFERS)
+
     def load_copies(self):
         """The copies of what the first iterations need: the queries of DECODE_FIRST_ROWS sequences, and all new tokens."""
         new = (self.new_latents_hbm, self.new_latents), (self.new_ropes_hbm, self.new_ropes)
@@ -374,7 +382,7 @@ class DecodeKernel(PagedKernel):
         """Sends the last outputs and waits for all; `wave` is the one after the last."""
         pl.when(wave <= DECODE_LATER_WAVE)(self.wait_for_later_copies)
         self.send_outputs(wave, self.num_seqs)
-        for_each(0, jnp.minimum(self.num_seqs, DECODE_WRITE_BUFFERS), self.drain_write)
+        self.wait_for_all_writes()
         for_each_digit(
             self.num_seqs, DECODE_MAX_ROWS, lambda size: wait_for_bytes(self.out_all.at[pl.ds(0, size)], self.out_sem.at[0])
         )
@@ -382,7 +390,7 @@ class DecodeKernel(PagedKernel):
     def iterate(self, carry):
         """Computes a wave's values and the next wave's scores; fetches a wave DECODE_LOOKAHEAD waves later."""
         wave, _, *ahead = carry
-        self.wait_and_patch(wave + 1)
+        self.wait_and_patch(self.slot(wave + 1, 0), DECODE_TILES_PER_WAVE, lax.rem(wave + 1, DECODE_WAVE_BUFFERS))
         self.stream(wave)
         ahead = self.compute_wave(wave, ahead)
         more = self.tile_left[self.slot(wave + 1, 0)] > 0
@@ -400,11 +408,6 @@ class DecodeKernel(PagedKernel):
         self.tile_left[slot] = 0
 
     # ---- fetch K and V: whole pages
-
-    def fetch_first_wave(self, wave, ahead):
-        """Starts the fetch of a wave before the loop, as `fetch_wave`."""
-        ahead = self.fetch_wave(wave, *ahead)
-        return ahead
 
     def fetch_wave(self, wave, *ahead):
         """Starts the fetch of a wave whose first tile is at `ahead`: a sequence, and a token of it; returns the next wave's."""
@@ -435,50 +438,39 @@ class DecodeKernel(PagedKernel):
         return seq, jnp.where(last, 0, first + DECODE_TILE)
 
     def fetch_page(self, physical, wave, i, page):
-        slot, sem = self.slot(wave, i), self.kv_sem.at[lax.rem(wave, DECODE_WAVE_BUFFERS)]
-        pltpu.make_async_copy(self.cache_hbm.at[physical], self.kv.at[slot, page], sem).start()
+        target = self.kv.at[self.slot(wave, i), page]
+        pltpu.make_async_copy(self.cache_hbm.at[physical], target, self.kv_sem.at[self.fetch_sem(wave, i)]).start()
 
-    def wait_for_wave(self, wave):
-        left = self.tile_left[self.slot(wave, 0)]
-        first_slot, sem = self.slot(wave, 0), self.kv_sem.at[lax.rem(wave, DECODE_WAVE_BUFFERS)]
+    def wait_for_tiles(self, first, count, sem):
+        """Waits for all pages of some tiles at once, by their bytes."""
+        tokens = (jnp.clip(self.tile_left[first + i], 0, DECODE_TILE) for i in range(count))
+        pages = sum(quotient(some + (PAGE_SIZE - 1), PAGE_SIZE) for some in tokens)
+        # Not for none, because nothing may ever have come by that semaphore.
+        pl.when(pages > 0)(functools.partial(wait_for_bytes, self.cache_hbm.at[pl.ds(0, pages)], self.kv_sem.at[sem]))
 
-        @pl.when(left >= DECODE_WAVE_TOKENS)
-        def wait_for_full_wave():
-            wait_for_bytes(self.kv.at[pl.ds(first_slot, DECODE_TILES_PER_WAVE)], sem)
+    def first_open(self, slot):
+        """The first sequence that goes on after a tile."""
+        seq = self.tile_seq[slot]
+        return jnp.where(self.tile_left[slot] > DECODE_TILE, seq, jnp.minimum(seq + 1, self.num_seqs))
 
-        @pl.when(left < DECODE_WAVE_TOKENS)
-        def wait_for_pages():
-            tokens = (jnp.clip(self.tile_left[self.slot(wave, i)], 0, DECODE_TILE) for i in range(DECODE_TILES_PER_WAVE))
-            pages = sum(quotient(some + (PAGE_SIZE - 1), PAGE_SIZE) for some in tokens)
-
-            def wait_for_some(count):
-                wait_for_bytes(self.some_pages(first_slot, count), sem)
-
-            for_each_digit(pages, DECODE_TILES_PER_WAVE * DECODE_TILE_PAGES, wait_for_some)
-
-    def some_pages(self, slot, count):
-        """The buffers of a power of two of pages: some of a tile, or those of several tiles."""
-        if count < DECODE_TILE_PAGES:
-            return self.kv.at[slot, pl.ds(0, count)]
-        return self.kv.at[pl.ds(slot, count // DECODE_TILE_PAGES)]
-
-    def first_open(self, wave):
-        """The first sequence that goes on after a wave. Those before it, from that of the wave's first tile on, end in it."""
-        last = self.slot(wave, DECODE_TILES_PER_WAVE - 1)
-        seq = self.tile_seq[last]
-        return jnp.where(self.tile_left[last] > DECODE_TILE, seq, jnp.minimum(seq + 1, self.num_seqs))
-
-    def wait_and_patch(self, wave):
-        """Waits for a wave; stores the new token and clears what lies behind it where a sequence ends."""
-        self.wait_for_wave(wave)
+    def wait_and_patch(self, first_tile, tiles, sem):
+        """Waits for some tiles in a row; stores the new token and clears what lies behind it where a sequence ends."""
+        self.wait_for_tiles(first_tile, tiles, sem)
         # Not before all tiles have arrived: the bytes that a wait counts may be another tile's.
-        for_each(self.tile_seq[self.slot(wave, 0)], self.first_open(wave), self.patch_last_tile)
+        first, end = self.tile_seq[first_tile], self.first_open(first_tile + tiles - 1)
+        for_each(0, quotient(end - first + 1, 2), functools.partial(self.patch_last_tiles, first, end))
 
-    def patch_last_tile(self, seq):
-        slot = self.last_slot[seq]
-        left = self.tile_left[slot]
-        self.update_cache(seq, slot, left)
-        self.clear_tail(slot, left)
+    def patch_last_tiles(self, first, end, pair):
+        """Patches the last tiles of two sequences, whose latencies hide each other; the last of an odd number is both of them."""
+        seqs = first + 2 * pair, jnp.minimum(first + 2 * pair + 1, end - 1)
+        slots = [self.last_slot[seq] for seq in seqs]
+        lefts = [self.tile_left[slot] for slot in slots]
+        self.update_cache(seqs, slots, lefts)
+
+        @pl.when(jnp.minimum(*lefts) < DECODE_TILE)
+        def clear_tails():
+            for slot, left in zip(slots, lefts, strict=True):
+                self.clear_tail(slot, left)
 
     # ---- queries and outputs: a row of `q_in` and `out_all` is a sequence
 
@@ -489,32 +481,55 @@ class DecodeKernel(PagedKernel):
 
     # ---- update cache: tokens share a sublane tile, so the new one is written with those around it
 
-    def update_cache(self, seq, slot, left):
-        """Puts the new token into the tile in which its sequence ends after `left` tokens; starts its way to the cache."""
-        token = left - 1
-        buffer = remainder(seq, DECODE_WRITE_BUFFERS)
+    def update_cache(self, seqs, buffers, lefts):
+        """Puts new tokens into the buffers in which their sequences end after `lefts` tokens; starts their way to the cache.
 
-        @pl.when(seq >= DECODE_WRITE_BUFFERS)
-        def wait_for_buffer():
-            self.wait_for_writes(seq - DECODE_WRITE_BUFFERS)
+        All are put in before any is on its way: so the latencies of several hide each other, and one may be there twice.
+        """
+        copies = [functools.partial(self.start_write, *ends) for ends in zip(seqs, buffers, lefts, strict=True)]
+        wanted = [*(seq != seqs[-1] for seq in seqs[:-1]), True]
+        for seq, is_wanted in zip(seqs, wanted, strict=True):
+            pl.when(is_wanted & (seq >= DECODE_WRITE_BUFFERS))(functools.partial(self.wait_for_writes, seq - DECODE_WRITE_BUFFERS))
+        for seq, buffer, left in zip(seqs, buffers, lefts, strict=True):
+            self.put_new_token(seq, buffer, left)
+        for start, is_wanted in zip(copies, wanted, strict=True):
+            pl.when(is_wanted)(start)
 
-        page, place = quotient(token, PAGE_SIZE), remainder(token, SUBLANE_TILE)
-        at = slot, page, tile_of_page(token)
-        rows = self.patched(at, seq, place)
-        self.kv[*at] = rows
-        self.new_out[buffer] = rows
+    def start_write(self, seq, buffer, left):
+        """Starts the way of a sequence's new token to the cache."""
         entry = seq * PAGES_PER_SEQ + quotient(self.kv_lens[seq] - 1, PAGE_SIZE)
         self.cache_write(seq, self.page_indices[entry]).start()
 
-    def cache_write(self, seq, page):
-        """The copy of the sublane tile with a sequence's new token to a page of the cache."""
-        buffer = remainder(seq, DECODE_WRITE_BUFFERS)
-        position = self.kv_lens[seq] - 1
-        target = self.cache_hbm.at[page, tile_of_page(position)]
-        return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
+    def write_place(self, seq):
+        """The buffer of a sequence's new token on its way to the cache, and the number of its semaphore."""
+        return remainder(seq, DECODE_WRITE_BUFFERS), remainder(seq, DECODE_WRITE_BUFFERS)
 
     def wait_for_writes(self, seq):
+        """Waits until the new token of a sequence is in the cache."""
         self.cache_write(seq, 0).wait()  # as many bytes, whichever page they go to
+
+    def wait_for_all_writes(self):
+        """Waits for the writes of the last sequences."""
+        for_each(0, jnp.minimum(self.num_seqs, DECODE_WRITE_BUFFERS), self.drain_write)
+
+    def drain_write(self, i):
+        self.wait_for_writes(self.num_seqs - 1 - i)
+
+    def put_new_token(self, seq, slot, left):
+        """Puts the new token into the tile in which its sequence ends after `left` tokens, and into its copy."""
+        token = left - 1
+        at = slot, quotient(token, PAGE_SIZE), tile_of_page(token)
+        rows = self.patched(at, seq, remainder(token, SUBLANE_TILE))
+        self.kv[*at] = rows
+        buffer, _ = self.write_place(seq)
+        self.new_out[buffer] = rows
+
+    def cache_write(self, seq, page):
+        """The copy of the sublane tile with a sequence's new token to a page of the cache."""
+        buffer, sem = self.write_place(seq)
+        position = self.kv_lens[seq] - 1
+        target = self.cache_hbm.at[page, tile_of_page(position)]
+        return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[sem])
 
     def patched(self, at, seq, place):
         """Rows of a tile in which a sequence's new token takes its place.
@@ -528,10 +543,6 @@ class DecodeKernel(PagedKernel):
         both_halves = bits | (bits >> 16)
         old = pltpu.bitcast(self.kv[*at], jnp.uint32)
         return pltpu.bitcast((old & ~mask) | (both_halves & mask), self.kv.dtype)
-
-    def drain_write(self, i):
-        """Waits for the writes of one of the last sequences."""
-        self.wait_for_writes(self.num_seqs - 1 - i)
 
     # ---- one tile: softmax, and the running softmax of its sequence
 

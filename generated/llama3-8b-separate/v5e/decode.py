@@ -22,7 +22,7 @@ What was specialized:
 - decode, matmuls with K and V: as they are stored; the MXU takes elements of this dtype beside the rows
 - decode, starting fetches: between the tiles of a wave; their scalar instructions take no time where the MXU takes K
   and V meanwhile
-- VMEM: 34,996,224 bytes counted, 50,331,648 allowed, 134,217,728 available
+- VMEM: 38,141,952 bytes counted, 50,331,648 allowed, 134,217,728 available
 """
 
 import dataclasses
@@ -56,7 +56,6 @@ SUBLANE_TILE = 16  # tokens of the smallest part of the cache that a DMA or stor
 TILE = 256  # tokens that are fetched and computed at once, of one sequence
 TILES_PER_WAVE = 6  # which fill the waits of each other
 LOOKAHEAD = 4  # waves from the fetch of one to its softmax
-WAVE_TOKENS = TILES_PER_WAVE * TILE
 WAVE_BUFFERS = LOOKAHEAD + 1  # waves that are fetched or computed
 TILE_BUFFERS = WAVE_BUFFERS * TILES_PER_WAVE
 TILE_PAGES = TILE // PAGE_SIZE
@@ -64,7 +63,7 @@ MAX_ROWS = 64  # sequences of the largest batch
 PACKED_AT_ONCE = 8  # sequences whose new tokens are packed at once
 NO_SEQ = MAX_ROWS  # in place of a sequence where there is no tile
 MAX_TOKENS = MAX_ROWS  # new tokens of the largest batch
-WRITE_BUFFERS = 16  # sequences whose new tokens are on their way to the cache
+WRITE_BUFFERS = 64  # sequences whose new tokens are on their way to the cache
 TILES_LOADED = 1  # whose loads may be early: those after them wait for the MXU
 HEADS_PER_SET = 2  # KV heads whose queries are the rows of one matmul: they fill a register
 HEAD_SETS = 4
@@ -75,6 +74,8 @@ ROW_SETS = HEAD_SETS
 QUERY_ROWS = ROW_SETS * SET_ROWS
 SCORE_SETS = 4  # whose rows of scores are kept
 SCORE_ROWS = SCORE_SETS * SET_ROWS  # of them, for each row of K
+FIRST_TILES = 2  # of the first wave, scored while the others are on their way
+FIRST_STEPS = TILES_PER_WAVE // FIRST_TILES
 LOADS = 3  # queries, keys, values
 
 
@@ -86,12 +87,6 @@ def for_each(first, end, body):
         return 0
 
     lax.fori_loop(first, end, run, 0)
-
-
-def for_each_digit(count, most, body):
-    """Runs `body(size)` for each binary digit of `count`, which is at most `most`: that is code for a few sizes, and no loop."""
-    for digit in range(most.bit_length()):
-        pl.when(count & (1 << digit) != 0)(functools.partial(body, 1 << digit))
 
 
 def quotient(value, divisor):
@@ -191,9 +186,9 @@ class DecodeKernel(PagedKernel):
     tile_first: Ref  # int32[TILE_BUFFERS]: its first token
     tile_left: Ref  # int32[TILE_BUFFERS]: tokens of its sequence from there on
     last_slot: Ref  # int32[MAX_ROWS + 1]: the last tile of each sequence so far
-    kv_sem: Ref  # DMA[WAVE_BUFFERS]: fetches
+    kv_sem: Ref  # DMA[WAVE_BUFFERS + FIRST_STEPS]: fetches
     load_sem: Ref  # DMA[LOADS]: queries, keys, values
-    write_sem: Ref  # DMA[WRITE_BUFFERS]: cache writes
+    write_sem: Ref  # DMA[1]: cache writes
     out_sem: Ref  # DMA[1]: outputs
 
     computed_tokens = TILE
@@ -207,15 +202,30 @@ class DecodeKernel(PagedKernel):
         loads = self.load_copies()
         for load in loads:
             load.start()
-        # The first iteration finds a wave before the first, with no tile in it: nobody reads what that leaves.
-        for_each(0, TILES_PER_WAVE, self.clear_slot)
         ahead = (jnp.int32(0), jnp.int32(0))
-        ahead = lax.fori_loop(1, LOOKAHEAD, self.fetch_first_wave, ahead)
+        ahead = lax.fori_loop(1, LOOKAHEAD + 1, self.fetch_first_wave, ahead)
         for load in loads:
             load.wait()
         for_each(0, pl.cdiv(self.num_seqs, PACKED_AT_ONCE), self.make_new_rows)
-        wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        for_each(0, FIRST_STEPS, self.score_first_tiles)
+        wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(1), jnp.bool_(True), *ahead))
         self.write_results(wave)
+
+    def fetch_first_wave(self, wave, ahead):
+        """Starts the fetch of a wave before the loop, as `fetch_wave`."""
+        ahead = self.fetch_wave(wave, *ahead)
+        return ahead
+
+    def fetch_sem(self, wave, i):
+        """The semaphore of the pages of a tile: one for each wave, and one for each step of the first."""
+        return jnp.where(wave == 1, WAVE_BUFFERS + i // FIRST_TILES, lax.rem(wave, WAVE_BUFFERS))
+
+    def score_first_tiles(self, step):
+        """Makes the scores of some tiles of the first wave, while the others are still on their way."""
+        first = step * FIRST_TILES
+        self.wait_and_patch(self.slot(1, first), FIRST_TILES, WAVE_BUFFERS + step)
+        for i in range(FIRST_TILES):
+            self.keep_scores(1, first + i)
 
     def load_copies(self):
         """The copies of what the kernel loads at its start, of all sequences."""
@@ -233,14 +243,14 @@ class DecodeKernel(PagedKernel):
         ]
         for result in results:
             result.start()
-        for_each(0, jnp.minimum(self.num_seqs, WRITE_BUFFERS), self.drain_write)
+        self.wait_for_all_writes()
         for result in results:
             result.wait()
 
     def iterate(self, carry):
         """Computes a wave's values and the next wave's scores; fetches a wave LOOKAHEAD waves later."""
         wave, _, *ahead = carry
-        self.wait_and_patch(wave + 1)
+        self.wait_and_patch(self.slot(wave + 1, 0), TILES_PER_WAVE, lax.rem(wave + 1, WAVE_BUFFERS))
         ahead = self.compute_wave(wave, ahead)
         more = self.tile_left[self.slot(wave + 1, 0)] > 0
         return wave + 1, more, *ahead
@@ -251,17 +261,7 @@ class DecodeKernel(PagedKernel):
         """The buffer of tile `i` of a wave."""
         return lax.rem(wave, WAVE_BUFFERS) * TILES_PER_WAVE + i
 
-    def clear_slot(self, slot):
-        self.tile_seq[slot] = NO_SEQ
-        self.tile_first[slot] = 0
-        self.tile_left[slot] = 0
-
     # ---- fetch K and V: whole pages
-
-    def fetch_first_wave(self, wave, ahead):
-        """Starts the fetch of a wave before the loop, as `fetch_wave`."""
-        ahead = self.fetch_wave(wave, *ahead)
-        return ahead
 
     def fetch_wave(self, wave, *ahead):
         """Starts the fetch of a wave whose first tile is at `ahead`: a sequence, and a token of it; returns the next wave's."""
@@ -292,50 +292,39 @@ class DecodeKernel(PagedKernel):
         return seq, jnp.where(last, 0, first + TILE)
 
     def fetch_page(self, physical, wave, i, page):
-        slot, sem = self.slot(wave, i), self.kv_sem.at[lax.rem(wave, WAVE_BUFFERS)]
-        pltpu.make_async_copy(self.cache_hbm.at[physical], self.kv.at[slot, page], sem).start()
+        target = self.kv.at[self.slot(wave, i), page]
+        pltpu.make_async_copy(self.cache_hbm.at[physical], target, self.kv_sem.at[self.fetch_sem(wave, i)]).start()
 
-    def wait_for_wave(self, wave):
-        left = self.tile_left[self.slot(wave, 0)]
-        first_slot, sem = self.slot(wave, 0), self.kv_sem.at[lax.rem(wave, WAVE_BUFFERS)]
+    def wait_for_tiles(self, first, count, sem):
+        """Waits for all pages of some tiles at once, by their bytes."""
+        tokens = (jnp.clip(self.tile_left[first + i], 0, TILE) for i in range(count))
+        pages = sum(quotient(some + (PAGE_SIZE - 1), PAGE_SIZE) for some in tokens)
+        # Not for none, because nothing may ever have come by that semaphore.
+        pl.when(pages > 0)(functools.partial(wait_for_bytes, self.cache_hbm.at[pl.ds(0, pages)], self.kv_sem.at[sem]))
 
-        @pl.when(left >= WAVE_TOKENS)
-        def wait_for_full_wave():
-            wait_for_bytes(self.kv.at[pl.ds(first_slot, TILES_PER_WAVE)], sem)
+    def first_open(self, slot):
+        """The first sequence that goes on after a tile."""
+        seq = self.tile_seq[slot]
+        return jnp.where(self.tile_left[slot] > TILE, seq, jnp.minimum(seq + 1, self.num_seqs))
 
-        @pl.when(left < WAVE_TOKENS)
-        def wait_for_pages():
-            tokens = (jnp.clip(self.tile_left[self.slot(wave, i)], 0, TILE) for i in range(TILES_PER_WAVE))
-            pages = sum(quotient(some + (PAGE_SIZE - 1), PAGE_SIZE) for some in tokens)
-
-            def wait_for_some(count):
-                wait_for_bytes(self.some_pages(first_slot, count), sem)
-
-            for_each_digit(pages, TILES_PER_WAVE * TILE_PAGES, wait_for_some)
-
-    def some_pages(self, slot, count):
-        """The buffers of a power of two of pages: some of a tile, or those of several tiles."""
-        if count < TILE_PAGES:
-            return self.kv.at[slot, pl.ds(0, count)]
-        return self.kv.at[pl.ds(slot, count // TILE_PAGES)]
-
-    def first_open(self, wave):
-        """The first sequence that goes on after a wave. Those before it, from that of the wave's first tile on, end in it."""
-        last = self.slot(wave, TILES_PER_WAVE - 1)
-        seq = self.tile_seq[last]
-        return jnp.where(self.tile_left[last] > TILE, seq, jnp.minimum(seq + 1, self.num_seqs))
-
-    def wait_and_patch(self, wave):
-        """Waits for a wave; stores the new token and clears what lies behind it where a sequence ends."""
-        self.wait_for_wave(wave)
+    def wait_and_patch(self, first_tile, tiles, sem):
+        """Waits for some tiles in a row; stores the new token and clears what lies behind it where a sequence ends."""
+        self.wait_for_tiles(first_tile, tiles, sem)
         # Not before all tiles have arrived: the bytes that a wait counts may be another tile's.
-        for_each(self.tile_seq[self.slot(wave, 0)], self.first_open(wave), self.patch_last_tile)
+        first, end = self.tile_seq[first_tile], self.first_open(first_tile + tiles - 1)
+        for_each(0, quotient(end - first + 1, 2), functools.partial(self.patch_last_tiles, first, end))
 
-    def patch_last_tile(self, seq):
-        slot = self.last_slot[seq]
-        left = self.tile_left[slot]
-        self.update_cache(seq, slot, left)
-        self.clear_tail(slot, left)
+    def patch_last_tiles(self, first, end, pair):
+        """Patches the last tiles of two sequences, whose latencies hide each other; the last of an odd number is both of them."""
+        seqs = first + 2 * pair, jnp.minimum(first + 2 * pair + 1, end - 1)
+        slots = [self.last_slot[seq] for seq in seqs]
+        lefts = [self.tile_left[slot] for slot in slots]
+        self.update_cache(seqs, slots, lefts)
+
+        @pl.when(jnp.minimum(*lefts) < TILE)
+        def clear_tails():
+            for slot, left in zip(slots, lefts, strict=True):
+                self.clear_tail(slot, left)
 
     # ---- queries and outputs: a row of `q_in` and `out_all` is a sequence
 
@@ -350,35 +339,52 @@ class DecodeKernel(PagedKernel):
 
     # ---- update cache: tokens share a sublane tile, so the new one is written with those around it
 
-    def update_cache(self, seq, slot, left):
-        """Puts the new token into the tile in which its sequence ends after `left` tokens; starts its way to the cache."""
+    def update_cache(self, seqs, buffers, lefts):
+        """Puts new tokens into the buffers in which their sequences end after `lefts` tokens; starts their way to the cache.
+
+        All are put in before any is on its way: so the latencies of several hide each other, and one may be there twice.
+        """
+        copies = [functools.partial(self.start_write, *ends) for ends in zip(seqs, buffers, lefts, strict=True)]
+        wanted = [*(seq != seqs[-1] for seq in seqs[:-1]), True]
+        for seq, buffer, left in zip(seqs, buffers, lefts, strict=True):
+            self.put_new_token(seq, buffer, left)
+        for start, is_wanted in zip(copies, wanted, strict=True):
+            pl.when(is_wanted)(start)
+
+    def start_write(self, seq, buffer, left):
+        """Starts the way of a sequence's new token to the cache."""
+        entry = seq * PAGES_PER_SEQ + quotient(self.kv_lens[seq] - 1, PAGE_SIZE)
+        self.cache_write(seq, self.page_indices[entry]).start()
+
+    # Each sequence has a buffer of its own, so that no write is waited for before the last.
+
+    def write_place(self, seq):
+        """The buffer of a sequence's new token on its way to the cache, and the number of its semaphore."""
+        return seq, 0
+
+    def wait_for_all_writes(self):
+        """Waits until all new tokens are in the cache."""
+        wait_for_bytes(self.new_out.at[pl.ds(0, self.num_seqs)], self.write_sem.at[0])
+
+    def put_new_token(self, seq, slot, left):
+        """Puts the new token into the tile in which its sequence ends after `left` tokens, and into its copy."""
         token = left - 1
-        buffer = remainder(seq, WRITE_BUFFERS)
-
-        @pl.when(seq >= WRITE_BUFFERS)
-        def wait_for_buffer():
-            self.wait_for_writes(seq - WRITE_BUFFERS)
-
         page, place = quotient(token, PAGE_SIZE), remainder(token, SUBLANE_TILE)
         tokens = sublane_tile(token)
         mask = self.new_token_mask(place)
+        buffer, _ = self.write_place(seq)
         for plane, new in enumerate([self.packed[seq, i] for i in range(KV_PLANES)]):
             for head in range(KV_HEADS):
                 rows = self.patched((slot, page, plane, head, tokens), head, new, mask)
                 self.kv[slot, page, plane, head, tokens] = rows
                 self.new_out[buffer, plane, head] = rows
-        entry = seq * PAGES_PER_SEQ + quotient(self.kv_lens[seq] - 1, PAGE_SIZE)
-        self.cache_write(seq, self.page_indices[entry]).start()
 
     def cache_write(self, seq, page):
         """The copy of the sublane tile with a sequence's new token to a page of the cache."""
-        buffer = remainder(seq, WRITE_BUFFERS)
+        buffer, sem = self.write_place(seq)
         position = self.kv_lens[seq] - 1
         target = self.cache_hbm.at[page, :, :, sublane_tile(position)]
-        return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
-
-    def wait_for_writes(self, seq):
-        self.cache_write(seq, 0).wait()  # as many bytes, whichever page they go to
+        return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[sem])
 
     # As words of two tokens, so that the old ones stay bit for bit whatever they are.
 
@@ -406,10 +412,6 @@ class DecodeKernel(PagedKernel):
         """The bits of new rows, in every place of a word."""
         bits = pltpu.bitcast(rows, jnp.uint32)  # a bfloat16 is the high half of a float32
         return bits | (bits >> 16)
-
-    def drain_write(self, i):
-        """Waits for the writes of one of the last sequences."""
-        self.wait_for_writes(self.num_seqs - 1 - i)
 
     # ---- one tile: softmax, and the running softmax of its sequence
 
@@ -614,9 +616,9 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
             pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_first
             pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_left
             pltpu.SMEM((MAX_ROWS + 1,), jnp.int32),  # last_slot
-            pltpu.SemaphoreType.DMA((WAVE_BUFFERS,)),  # kv_sem
+            pltpu.SemaphoreType.DMA((WAVE_BUFFERS + FIRST_STEPS,)),  # kv_sem
             pltpu.SemaphoreType.DMA((LOADS,)),  # load_sem
-            pltpu.SemaphoreType.DMA((WRITE_BUFFERS,)),  # write_sem
+            pltpu.SemaphoreType.DMA((1,)),  # write_sem
             pltpu.SemaphoreType.DMA((1,)),  # out_sem
         ],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True),

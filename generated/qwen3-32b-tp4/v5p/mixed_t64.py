@@ -36,7 +36,7 @@ What was specialized:
 - mixed, between blocks: each block makes its own first scores; other tiles, or the splitting of words, may come between
 - mixed, sums of probabilities: on the vector unit; this needs no MXU lanes
 - mixed, values: whole registers of lanes; the MXU takes them as they lie in the cache
-- VMEM: 22,806,528 bytes counted, 33,554,432 allowed, 67,108,864 available
+- VMEM: 23,003,136 bytes counted, 33,554,432 allowed, 67,108,864 available
 """
 
 import dataclasses
@@ -78,7 +78,6 @@ REGISTER_ROWS = 16  # rows of queries in a register
 DECODE_TILE = 1024  # tokens that are fetched and computed at once, of one sequence
 DECODE_TILES_PER_WAVE = 4  # which fill the waits of each other
 DECODE_LOOKAHEAD = 4  # waves from the fetch of one to its softmax
-DECODE_WAVE_TOKENS = DECODE_TILES_PER_WAVE * DECODE_TILE
 DECODE_WAVE_BUFFERS = DECODE_LOOKAHEAD + 1  # waves that are fetched or computed
 DECODE_TILE_BUFFERS = DECODE_WAVE_BUFFERS * DECODE_TILES_PER_WAVE
 DECODE_TILE_PAGES = DECODE_TILE // PAGE_SIZE
@@ -86,7 +85,7 @@ DECODE_MAX_ROWS = 64  # sequences of the largest batch
 DECODE_PACKED_AT_ONCE = 8  # sequences whose new tokens are packed at once
 DECODE_NO_SEQ = DECODE_MAX_ROWS  # in place of a sequence where there is no tile
 DECODE_MAX_TOKENS = DECODE_MAX_ROWS  # new tokens of the largest batch
-DECODE_WRITE_BUFFERS = 16  # sequences whose new tokens are on their way to the cache
+DECODE_WRITE_BUFFERS = 64  # sequences whose new tokens are on their way to the cache
 DECODE_TILES_LOADED = 1  # whose loads may be early: those after them wait for the MXU
 DECODE_HEADS_PER_SET = 1  # KV heads whose queries are the rows of one matmul: they fill a register
 DECODE_HEAD_SETS = 2
@@ -104,6 +103,8 @@ DECODE_TOKEN_COLUMNS = 2  # rows of K of one token, all heads
 DECODE_HEAD_COLUMNS = 1  # of them those of one head
 DECODE_COLUMNS = DECODE_TILE * DECODE_TOKEN_COLUMNS  # rows of K, and of V, of all heads of a tile
 DECODE_CLEARED_TILES = 16  # sublane tiles that are cleared at once
+DECODE_FIRST_TILES = 1  # of the first wave, scored while the others are on their way
+DECODE_FIRST_STEPS = DECODE_TILES_PER_WAVE // DECODE_FIRST_TILES
 DECODE_LOADS = 3  # queries, keys, values
 MIXED_Q_BLOCK = 64  # query tokens of a query block
 MIXED_Q_ROWS = GROUP * MIXED_Q_BLOCK  # their rows of one KV head
@@ -158,12 +159,6 @@ def for_each(first, end, body):
     lax.fori_loop(first, end, run, 0)
 
 
-def for_each_digit(count, most, body):
-    """Runs `body(size)` for each binary digit of `count`, which is at most `most`: that is code for a few sizes, and no loop."""
-    for digit in range(most.bit_length()):
-        pl.when(count & (1 << digit) != 0)(functools.partial(body, 1 << digit))
-
-
 def quotient(value, divisor):
     """`value // divisor` of what is not negative, by a power of two: one shift, where a division of signed numbers is ten."""
     return value >> (divisor.bit_length() - 1)
@@ -206,6 +201,11 @@ def lane_partial_sum(p):
 def lane_partial_max(scores):
     """The largest of scores, a part of each in every lane."""
     return functools.reduce(jnp.maximum, [scores[:, lane : lane + LANES] for lane in range(0, scores.shape[1], LANES)])
+
+
+def max_lanes(parts):
+    """Such maxima whole, the same in every lane."""
+    return jnp.broadcast_to(jnp.max(parts, axis=1, keepdims=True), parts.shape)
 
 
 def reduce_lanes(parts):
@@ -360,9 +360,9 @@ class DecodeKernel(PagedKernel):
     tile_first: Ref  # int32[DECODE_TILE_BUFFERS]: its first token
     tile_left: Ref  # int32[DECODE_TILE_BUFFERS]: tokens of its sequence from there on
     last_slot: Ref  # int32[DECODE_MAX_ROWS + 1]: the last tile of each sequence so far
-    kv_sem: Ref  # DMA[DECODE_WAVE_BUFFERS]: fetches
+    kv_sem: Ref  # DMA[DECODE_WAVE_BUFFERS + DECODE_FIRST_STEPS]: fetches
     load_sem: Ref  # DMA[DECODE_LOADS]: queries, keys, values
-    write_sem: Ref  # DMA[DECODE_WRITE_BUFFERS]: cache writes
+    write_sem: Ref  # DMA[1]: cache writes
     out_sem: Ref  # DMA[1]: outputs
 
     computed_tokens = DECODE_TILE
@@ -376,16 +376,31 @@ class DecodeKernel(PagedKernel):
         loads = self.load_copies()
         for load in loads:
             load.start()
-        # The first iteration finds a wave before the first, with no tile in it: nobody reads what that leaves.
-        for_each(0, DECODE_TILES_PER_WAVE, self.clear_slot)
         self.load_column_tokens()
         ahead = (jnp.int32(0), jnp.int32(0))
-        ahead = lax.fori_loop(1, DECODE_LOOKAHEAD, self.fetch_first_wave, ahead)
+        ahead = lax.fori_loop(1, DECODE_LOOKAHEAD + 1, self.fetch_first_wave, ahead)
         for load in loads:
             load.wait()
         for_each(0, pl.cdiv(self.num_seqs, DECODE_PACKED_AT_ONCE), self.pack_new_tokens)
-        wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(0), jnp.bool_(True), *ahead))
+        for_each(0, DECODE_FIRST_STEPS, self.score_first_tiles)
+        wave, *_ = lax.while_loop(more_waves, self.iterate, (jnp.int32(1), jnp.bool_(True), *ahead))
         self.write_results(wave)
+
+    def fetch_first_wave(self, wave, ahead):
+        """Starts the fetch of a wave before the loop, as `fetch_wave`."""
+        ahead = self.fetch_wave(wave, *ahead)
+        return ahead
+
+    def fetch_sem(self, wave, i):
+        """The semaphore of the pages of a tile: one for each wave, and one for each step of the first."""
+        return jnp.where(wave == 1, DECODE_WAVE_BUFFERS + i // DECODE_FIRST_TILES, lax.rem(wave, DECODE_WAVE_BUFFERS))
+
+    def score_first_tiles(self, step):
+        """Makes the scores of some tiles of the first wave, while the others are still on their way."""
+        first = step * DECODE_FIRST_TILES
+        self.wait_and_patch(self.slot(1, first), DECODE_FIRST_TILES, DECODE_WAVE_BUFFERS + step)
+        for i in range(DECODE_FIRST_TILES):
+            self.keep_scores(1, first + i)
 
     def load_copies(self):
         """The copies of what the kernel loads at its start, of all sequences."""
@@ -403,14 +418,14 @@ class DecodeKernel(PagedKernel):
         ]
         for result in results:
             result.start()
-        for_each(0, jnp.minimum(self.num_seqs, DECODE_WRITE_BUFFERS), self.drain_write)
+        self.wait_for_all_writes()
         for result in results:
             result.wait()
 
     def iterate(self, carry):
         """Computes a wave's values and the next wave's scores; fetches a wave DECODE_LOOKAHEAD waves later."""
         wave, _, *ahead = carry
-        self.wait_and_patch(wave + 1)
+        self.wait_and_patch(self.slot(wave + 1, 0), DECODE_TILES_PER_WAVE, lax.rem(wave + 1, DECODE_WAVE_BUFFERS))
         ahead = self.compute_wave(wave, ahead)
         more = self.tile_left[self.slot(wave + 1, 0)] > 0
         return wave + 1, more, *ahead
@@ -421,17 +436,7 @@ class DecodeKernel(PagedKernel):
         """The buffer of tile `i` of a wave."""
         return lax.rem(wave, DECODE_WAVE_BUFFERS) * DECODE_TILES_PER_WAVE + i
 
-    def clear_slot(self, slot):
-        self.tile_seq[slot] = DECODE_NO_SEQ
-        self.tile_first[slot] = 0
-        self.tile_left[slot] = 0
-
     # ---- fetch K and V: whole pages
-
-    def fetch_first_wave(self, wave, ahead):
-        """Starts the fetch of a wave before the loop, as `fetch_wave`."""
-        ahead = self.fetch_wave(wave, *ahead)
-        return ahead
 
     def fetch_wave(self, wave, *ahead):
         """Starts the fetch of a wave whose first tile is at `ahead`: a sequence, and a token of it; returns the next wave's."""
@@ -462,50 +467,39 @@ class DecodeKernel(PagedKernel):
         return seq, jnp.where(last, 0, first + DECODE_TILE)
 
     def fetch_page(self, physical, wave, i, page):
-        slot, sem = self.slot(wave, i), self.kv_sem.at[lax.rem(wave, DECODE_WAVE_BUFFERS)]
-        pltpu.make_async_copy(self.cache_hbm.at[physical], self.kv.at[slot, pl.ds(page * PAGE_ROWS, PAGE_ROWS)], sem).start()
+        target = self.kv.at[self.slot(wave, i), pl.ds(page * PAGE_ROWS, PAGE_ROWS)]
+        pltpu.make_async_copy(self.cache_hbm.at[physical], target, self.kv_sem.at[self.fetch_sem(wave, i)]).start()
 
-    def wait_for_wave(self, wave):
-        left = self.tile_left[self.slot(wave, 0)]
-        first_slot, sem = self.slot(wave, 0), self.kv_sem.at[lax.rem(wave, DECODE_WAVE_BUFFERS)]
+    def wait_for_tiles(self, first, count, sem):
+        """Waits for all pages of some tiles at once, by their bytes."""
+        tokens = (jnp.clip(self.tile_left[first + i], 0, DECODE_TILE) for i in range(count))
+        pages = sum(quotient(some + (PAGE_SIZE - 1), PAGE_SIZE) for some in tokens)
+        # Not for none, because nothing may ever have come by that semaphore.
+        pl.when(pages > 0)(functools.partial(wait_for_bytes, self.cache_hbm.at[pl.ds(0, pages)], self.kv_sem.at[sem]))
 
-        @pl.when(left >= DECODE_WAVE_TOKENS)
-        def wait_for_full_wave():
-            wait_for_bytes(self.kv.at[pl.ds(first_slot, DECODE_TILES_PER_WAVE)], sem)
+    def first_open(self, slot):
+        """The first sequence that goes on after a tile."""
+        seq = self.tile_seq[slot]
+        return jnp.where(self.tile_left[slot] > DECODE_TILE, seq, jnp.minimum(seq + 1, self.num_seqs))
 
-        @pl.when(left < DECODE_WAVE_TOKENS)
-        def wait_for_pages():
-            tokens = (jnp.clip(self.tile_left[self.slot(wave, i)], 0, DECODE_TILE) for i in range(DECODE_TILES_PER_WAVE))
-            pages = sum(quotient(some + (PAGE_SIZE - 1), PAGE_SIZE) for some in tokens)
-
-            def wait_for_some(count):
-                wait_for_bytes(self.some_pages(first_slot, count), sem)
-
-            for_each_digit(pages, DECODE_TILES_PER_WAVE * DECODE_TILE_PAGES, wait_for_some)
-
-    def some_pages(self, slot, count):
-        """The buffers of a power of two of pages: some of a tile, or those of several tiles."""
-        if count < DECODE_TILE_PAGES:
-            return self.kv.at[slot, pl.ds(0, count * PAGE_ROWS)]
-        return self.kv.at[pl.ds(slot, count // DECODE_TILE_PAGES)]
-
-    def first_open(self, wave):
-        """The first sequence that goes on after a wave. Those before it, from that of the wave's first tile on, end in it."""
-        last = self.slot(wave, DECODE_TILES_PER_WAVE - 1)
-        seq = self.tile_seq[last]
-        return jnp.where(self.tile_left[last] > DECODE_TILE, seq, jnp.minimum(seq + 1, self.num_seqs))
-
-    def wait_and_patch(self, wave):
-        """Waits for a wave; stores the new token and clears what lies behind it where a sequence ends."""
-        self.wait_for_wave(wave)
+    def wait_and_patch(self, first_tile, tiles, sem):
+        """Waits for some tiles in a row; stores the new token and clears what lies behind it where a sequence ends."""
+        self.wait_for_tiles(first_tile, tiles, sem)
         # Not before all tiles have arrived: the bytes that a wait counts may be another tile's.
-        for_each(self.tile_seq[self.slot(wave, 0)], self.first_open(wave), self.patch_last_tile)
+        first, end = self.tile_seq[first_tile], self.first_open(first_tile + tiles - 1)
+        for_each(0, quotient(end - first + 1, 2), functools.partial(self.patch_last_tiles, first, end))
 
-    def patch_last_tile(self, seq):
-        slot = self.last_slot[seq]
-        left = self.tile_left[slot]
-        self.update_cache(seq, slot, left)
-        self.clear_tail(slot, left)
+    def patch_last_tiles(self, first, end, pair):
+        """Patches the last tiles of two sequences, whose latencies hide each other; the last of an odd number is both of them."""
+        seqs = first + 2 * pair, jnp.minimum(first + 2 * pair + 1, end - 1)
+        slots = [self.last_slot[seq] for seq in seqs]
+        lefts = [self.tile_left[slot] for slot in slots]
+        self.update_cache(seqs, slots, lefts)
+
+        @pl.when(jnp.minimum(*lefts) < DECODE_TILE)
+        def clear_tails():
+            for slot, left in zip(slots, lefts, strict=True):
+                self.clear_tail(slot, left)
 
     # ---- queries and outputs: a row of `q_in` and `out_all` is a sequence
 
@@ -520,40 +514,53 @@ class DecodeKernel(PagedKernel):
 
     # The new token goes into the fetched tokens, and from a copy of its sublane tile back to its page.
 
-    def update_cache(self, seq, buffer, left):
-        """Puts the new token into the buffer in which its sequence ends after `left` tokens; starts its way to the cache."""
+    def update_cache(self, seqs, buffers, lefts):
+        """Puts new tokens into the buffers in which their sequences end after `lefts` tokens; starts their way to the cache.
 
-        @pl.when(seq >= DECODE_WRITE_BUFFERS)
-        def wait_for_buffer():
-            self.wait_for_writes(seq - DECODE_WRITE_BUFFERS)
+        All are put in before any is on its way: so the latencies of several hide each other, and one may be there twice.
+        """
+        copies = [functools.partial(self.start_write, *ends) for ends in zip(seqs, buffers, lefts, strict=True)]
+        wanted = [*(seq != seqs[-1] for seq in seqs[:-1]), True]
+        for seq, buffer, left in zip(seqs, buffers, lefts, strict=True):
+            self.put_new_token(seq, buffer, left)
+        for start, is_wanted in zip(copies, wanted, strict=True):
+            pl.when(is_wanted)(start)
 
+    def start_write(self, seq, buffer, left):
+        """Starts the way of a sequence's new token to the cache."""
+        entry = seq * PAGES_PER_SEQ + quotient(self.kv_lens[seq] - 1, PAGE_SIZE)
+        self.cache_write(seq, self.page_indices[entry]).start()
+
+    # Each sequence has a buffer of its own, so that no write is waited for before the last.
+
+    def write_place(self, seq):
+        """The buffer of a sequence's new token on its way to the cache, and the number of its semaphore."""
+        return seq, 0
+
+    def wait_for_all_writes(self):
+        """Waits until all new tokens are in the cache."""
+        wait_for_bytes(self.new_out.at[pl.ds(0, self.num_seqs)], self.write_sem.at[0])
+
+    def put_new_token(self, seq, buffer, left):
+        """Puts the new token into the buffer in which its sequence ends after `left` tokens, and into its copy."""
         token = left - 1
         rows = rows_of_tile(quotient(token, SUBLANE_TILE))
         is_new = token_of_word(SUBLANE_TILE) == remainder(token, SUBLANE_TILE)
         words = jnp.where(is_new, self.new_words(seq), rows_as_words(self.kv[buffer, rows]))
         self.kv[buffer, rows] = words_as_rows(words)
-        self.new_out[remainder(seq, DECODE_WRITE_BUFFERS)] = words_as_rows(words)
-        entry = seq * PAGES_PER_SEQ + quotient(self.kv_lens[seq] - 1, PAGE_SIZE)
-        self.cache_write(seq, self.page_indices[entry]).start()
+        write_buffer, _ = self.write_place(seq)
+        self.new_out[write_buffer] = words_as_rows(words)
 
     def cache_write(self, seq, page):
         """The copy of the sublane tile with a sequence's new token to a page of the cache."""
-        buffer = remainder(seq, DECODE_WRITE_BUFFERS)
+        buffer, sem = self.write_place(seq)
         position = self.kv_lens[seq] - 1
         target = self.cache_hbm.at[page, rows_of_tile(quotient(remainder(position, PAGE_SIZE), SUBLANE_TILE))]
-        return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[buffer])
-
-    def wait_for_writes(self, seq):
-        """Waits until the new token of a sequence is in the cache."""
-        self.cache_write(seq, 0).wait()  # as many bytes, whichever page they go to
+        return pltpu.make_async_copy(self.new_out.at[buffer], target, self.write_sem.at[sem])
 
     def new_words(self, seq):
         """The words of a sequence's new token, in the place of each token of a sublane tile."""
         return self.packed[seq]
-
-    def drain_write(self, i):
-        """Waits for the writes of one of the last sequences."""
-        self.wait_for_writes(self.num_seqs - 1 - i)
 
     # ---- one tile: softmax, and the running softmax of its sequence
 
@@ -563,12 +570,12 @@ class DecodeKernel(PagedKernel):
         The probabilities of a tile wait for scores of the next wave. Otherwise the compiler would make those of all tiles at
         the start, and the MXU would wait for them.
         """
-        softmax = self.softmax(wave, 0, self.tile_max[0])
+        softmax = self.softmax(wave, 0, self.largest_of_tile(0))
         for i in range(DECODE_TILES_PER_WAVE):
             made = self.keep_scores(wave + 1, i)
             p, tile_max, tile_sum = softmax
             if i + 1 < DECODE_TILES_PER_WAVE:
-                softmax = self.softmax(wave, i + 1, paced_by(self.tile_max[i + 1], made))
+                softmax = self.softmax(wave, i + 1, paced_by(self.largest_of_tile(i + 1), made))
             state = self.merge(wave, i, state, tile_max, tile_sum, self.accumulate_pv(wave, i, p))
             if i >= DECODE_TILES_LOADED:
                 self.wait_for_scores(wave, i - DECODE_TILES_LOADED)
@@ -595,8 +602,15 @@ class DecodeKernel(PagedKernel):
         scores = jnp.where(self.visible_tokens(wave, i), scores * SCORE_SCALE, MASKED)
         self.scores[i] = scores
         largest = self.spread_maxima(lane_partial_max(scores))
-        self.tile_max[i] = jnp.broadcast_to(jnp.max(largest, axis=1, keepdims=True), self.row_max.shape)
+        self.tile_max[i] = largest if is_last_of_wave(i) else max_lanes(largest)
         return made[:SUBLANES, :LANES]
+
+    def largest_of_tile(self, i):
+        """The largest score of a tile, the same in every lane.
+
+        Of the last tile of a wave this is found here, in the next iteration: nothing would hide its latency before.
+        """
+        return max_lanes(self.tile_max[i]) if is_last_of_wave(i) else self.tile_max[i]
 
     def softmax(self, wave, i, tile_max):
         """Probabilities relative to the tile's own maximum, with that and their sum, the same in every lane."""
@@ -728,6 +742,11 @@ def more_waves(carry):
     return carry[1]
 
 
+def is_last_of_wave(i):
+    """Whether a tile of a wave is known to be its last. Before the loop that is known of none."""
+    return isinstance(i, int) and i == DECODE_TILES_PER_WAVE - 1
+
+
 def copy_of_tokens(source, target, sem):
     """A copy of the rows of all new tokens."""
     return pltpu.make_async_copy(source.at[pl.ds(0, DECODE_MAX_TOKENS)], target.at[pl.ds(0, DECODE_MAX_TOKENS)], sem)
@@ -789,9 +808,9 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
             pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_first
             pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_left
             pltpu.SMEM((DECODE_MAX_ROWS + 1,), jnp.int32),  # last_slot
-            pltpu.SemaphoreType.DMA((DECODE_WAVE_BUFFERS,)),  # kv_sem
+            pltpu.SemaphoreType.DMA((DECODE_WAVE_BUFFERS + DECODE_FIRST_STEPS,)),  # kv_sem
             pltpu.SemaphoreType.DMA((DECODE_LOADS,)),  # load_sem
-            pltpu.SemaphoreType.DMA((DECODE_WRITE_BUFFERS,)),  # write_sem
+            pltpu.SemaphoreType.DMA((1,)),  # write_sem
             pltpu.SemaphoreType.DMA((1,)),  # out_sem
         ],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_LIMIT, disable_bounds_checks=True),

@@ -147,7 +147,7 @@ def _run(
     xp: Any = jnp if in_trace else np
     kv_lens, page_indices, cu_q_lens, cu_kv_lens, distribution = map(xp.asarray, metadata)
     limits, rows = adapter.engine.limits, len(kv_lens)
-    require_axes(("queries", "keys", "values", "kv_cache_fused"), arrays, (3, 3, 3, 5))
+    require_axes(("queries", "keys", "values", "kv_cache_fused"), arrays, Adapter.axes[:4])
     adapter.require_sizes([*adapter.array_sizes(*arrays), adapter.rows_size(rows)])
 
     first: Any = layout.cdiv(cu_kv_lens[:-1], limits.page_size)  # of each row's pages

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from rpac.adapters._arguments import spec_lines
 from rpac.adapters._common import Adapter
 from rpac.adapters._install import Installation, begin, engines_of, refusing
 from rpac.adapters.sglang_jax.grouped import PEER, fused
 from rpac.contract.arrays import joins_rows
+from rpac.contract.attention import KV_LAYOUTS
 from rpac.errors import SelectionError
 
 TESTED: Final = ("0.0.2",)
@@ -19,8 +21,6 @@ PACKAGE: Final = "sgl_jax"
 
 _KERNEL: Final = f"{PACKAGE}.srt.layers.attention.flash_attn_kernel.flash_attention"
 _POOL: Final = f"{PACKAGE}.srt.mem_cache.memory_pool"
-
-LAYOUTS: Final = ("interleaved", "separate")
 
 # Methods of the server's pool that take its rows for tokens, with K and V of each head side by side.
 _BY_TOKEN: Final = (
@@ -56,14 +56,15 @@ def install(engine: Any, *, validate: bool = True, any_version: bool = False) ->
             f"more: the pool of {PEER} has them in two rows, and its own kernel takes no such heads either; use the server's "
             "backend native for this model"
         )
-    function = fused(Adapter(one, PEER, validate, LAYOUTS))
+    function = fused(Adapter(one, PEER, validate, KV_LAYOUTS))
     installed = begin("sglang-jax", PACKAGE, TESTED, any_version)
     try:
-        installed.replace(_KERNEL, "ragged_paged_attention", lambda old: function)
+        installed.replace(_KERNEL, "ragged_paged_attention", function)
         if one.kv_layout != "interleaved":
             why = (
                 f"must not be with kv_layout {one.kv_layout}: it takes single tokens out of pages of the server's layout; run "
-                "the backend fa and keep the cache on the device, or build with\nserving:\n  kv_layout: interleaved"
+                "the backend fa and keep the cache on the device, or build with"
+                + spec_lines(serving={"kv_layout": "interleaved"})
             )
             for name in _BY_TOKEN:
                 used = f"the server's MHATokenToKVPool.{name} is called with bundle {one.name}"

@@ -8,11 +8,12 @@ from typing import Any, Final
 
 import numpy as np
 
-from rpac.adapters._arguments import Programs
-from rpac.adapters._common import Adapter
-from rpac.adapters._install import Installation, begin, engines_of, named, of_layers, refusing, require_page
+from rpac.adapters._arguments import Programs, spec_lines
+from rpac.adapters._common import Adapter, LatentAdapter
+from rpac.adapters._install import Installation, begin, engines_of, method, named, of_layers, refusing, require_page
 from rpac.adapters.tpu_inference import grouped, latent
-from rpac.contract.arrays import LANES, align, latent_lanes
+from rpac.contract.arrays import LANES, align
+from rpac.contract.attention import KV_LAYOUTS
 from rpac.errors import SelectionError
 
 TESTED: Final = ("0.32.0",)
@@ -26,8 +27,6 @@ _BATCHED: Final = f"{_KERNELS}.experimental.batched_rpa.wrapper"
 _MLA: Final = f"{_KERNELS}.mla.v2.kernel"
 _INTERFACE: Final = f"{PACKAGE}.layers.common.attention_interface"
 _MANAGER: Final = f"{PACKAGE}.runner.kv_cache_manager"
-
-LAYOUTS: Final = ("interleaved", "separate")
 
 # Methods of the server's KVCacheManager that cut pages into tokens along the second axis of the cache.
 _BY_TOKEN: Final = ("get_kv_cache_for_block_ids", "transfer_kv_cache", "insert_request_with_kv_cache")
@@ -56,15 +55,19 @@ def install(engine: Any, *, validate: bool = True, any_version: bool = False) ->
 
 
 def _replace(installed: Installation, engines: Sequence[Programs], validate: bool) -> None:
-    of_latent = [one for one in engines if one.model.rope_dim is not None]
-    of_heads = [one for one in engines if one.model.rope_dim is None]
-    narrow = [one for one in of_heads if one.model.head_dim == HEAD_DIM_64]
-    wide = [one for one in of_heads if one.model.head_dim != HEAD_DIM_64]
+    of_latent = [LatentAdapter(one, grouped.PEER, validate) for one in engines if one.model.rope_dim is not None]
+    of_heads = [Adapter(one, grouped.PEER, validate, KV_LAYOUTS) for one in engines if one.model.rope_dim is None]
+    narrow = [one for one in of_heads if one.engine.model.head_dim == HEAD_DIM_64]
+    wide = [one for one in of_heads if one.engine.model.head_dim != HEAD_DIM_64]
+    if len(of_latent) > 1:
+        raise SelectionError(
+            f"found {len(of_latent)} engines of latent attention, bundles {' and '.join(one.engine.name for one in of_latent)}; "
+            f"must be at most one: no argument of {grouped.PEER}'s MLA v2 says which layers a call is of; install one of them"
+        )
 
-    def serve(module: str, name: str, make: Callable[[Adapter], Any], served: Sequence[Programs]) -> None:
-        functions = [make(Adapter(one, grouped.PEER, validate, LAYOUTS)) for one in served]
-        installed.replace(module, name, lambda old: of_layers(served, functions))
-        installed.replace(module, "get_kv_cache_shape", lambda old: _grouped_shape(served))
+    def serve(module: str, name: str, make: Callable[[Adapter], Any], served: Sequence[Adapter]) -> None:
+        installed.replace(module, name, of_layers(served, make))
+        installed.replace(module, "get_kv_cache_shape", _grouped_shape(served))
 
     if narrow:
         serve(_RPA_HD64, "ragged_paged_attention_hd64", grouped.rpa_hd64, narrow)
@@ -72,24 +75,19 @@ def _replace(installed: Installation, engines: Sequence[Programs], validate: boo
         serve(_RPA_V3, "ragged_paged_attention", grouped.rpa_v3, wide)
         if named(f"{PACKAGE}.envs", "USE_BATCHED_RPA_KERNEL"):
             serve(_BATCHED, "ragged_paged_attention", grouped.batched_rpa, wide)
-    if of_latent:
-        (one,) = of_latent  # latent attention has one kind of layer
-        installed.replace(
-            _MLA, "mla_ragged_paged_attention", lambda old: latent.mla_ragged_paged_attention(one, validate=validate)
-        )
-        installed.replace(_MLA, "get_kv_cache_shape", lambda old: _latent_shape(one))
+    for one in of_latent:
+        installed.replace(_MLA, "mla_ragged_paged_attention", latent.mla(one))
+        installed.replace(_MLA, "get_kv_cache_shape", _latent_shape(one))
     if of_heads:
         for name, axis in (("dcp_forward", "decode"), ("pcp_forward", "prefill")):
             why = "must not be used: it runs a kernel of its own, which no bundle replaces; start the server without it"
-            used = f"{axis} context parallelism is used with bundle {of_heads[0].name}"
+            used = f"{axis} context parallelism is used with {of_heads[0].bundle}"
             installed.replace(_INTERFACE, name, refusing(used, why))
     if engines[0].kv_layout != "interleaved":
         _refuse_moves(installed, engines[0])
 
 
-def _grouped_shape(engines: Sequence[Programs]) -> Callable[..., tuple[int, ...]]:
-    adapters = {id(one): Adapter(one, grouped.PEER, layouts=LAYOUTS) for one in engines}
-
+def _grouped_shape(adapters: Sequence[Adapter]) -> Callable[..., tuple[int, ...]]:
     def get_kv_cache_shape(
         total_num_pages: int,
         page_size: int,
@@ -99,22 +97,20 @@ def _grouped_shape(engines: Sequence[Programs]) -> Callable[..., tuple[int, ...]
         kv_layout: Any = None,
     ) -> tuple[int, ...]:
         """The bundle's cache of so many pages; `kv_layout` is batched RPA's own, and only its default is there."""
-        asked = {
-            "kv_heads": actual_num_kv_heads,
-            "head_dim": actual_head_dim,
-            "kv_dtype": np.dtype(kv_dtype).name,
-            "page_size": page_size,
-        }
-        one = require_page(asked, engines)
-        adapters[id(one)].require_neutral(kv_layout=kv_layout)
-        return (total_num_pages, *adapters[id(one)].page_shape)
+        one = require_page(
+            adapters,
+            kv_heads=actual_num_kv_heads,
+            head_dim=actual_head_dim,
+            kv_dtype=np.dtype(kv_dtype).name,
+            page_size=page_size,
+        )
+        one.require_neutral(kv_layout=kv_layout)
+        return (total_num_pages, *one.page_shape)
 
     return get_kv_cache_shape
 
 
-def _latent_shape(engine: Programs) -> Callable[..., tuple[int, ...]]:
-    lanes = latent_lanes(engine.model)
-
+def _latent_shape(adapter: LatentAdapter) -> Callable[..., tuple[int, ...]]:
     def get_kv_cache_shape(
         total_num_pages: int,
         page_size: int,
@@ -124,14 +120,14 @@ def _latent_shape(engine: Programs) -> Callable[..., tuple[int, ...]]:
         transpose_kv_cache: bool = False,
     ) -> tuple[int, ...]:
         """The bundle's cache of so many pages; `kv_packing` and `transpose_kv_cache` choose among the server's own layouts."""
-        require_page({"kv_dtype": np.dtype(kv_dtype).name, "page_size": page_size}, [engine])
-        if align(kv_dim, LANES) != lanes:
-            model = engine.model
+        require_page([adapter], kv_dtype=np.dtype(kv_dtype).name, page_size=page_size)
+        if align(kv_dim, LANES) != adapter.page_shape[-1]:
+            model = adapter.engine.model
             raise SelectionError(
                 f"the cache that the server asks for has {kv_dim} numbers a token; must have {model.head_dim} + "
-                f"{model.rope_dim}, as in bundle {engine.name}; build with the model's kv_lora_rank and rope_dim"
+                f"{model.rope_dim}, as in {adapter.bundle}; build with the model's kv_lora_rank and rope_dim"
             )
-        return (total_num_pages, page_size, lanes)
+        return (total_num_pages, *adapter.page_shape)
 
     return get_kv_cache_shape
 
@@ -139,7 +135,7 @@ def _latent_shape(engine: Programs) -> Callable[..., tuple[int, ...]]:
 def _refuse_moves(installed: Installation, engine: Programs) -> None:
     """Refuses what moves pages by the server's own shape: prefill on other devices, connectors, offloading."""
     fix = (
-        "use\nserving:\n  kv_layout: interleaved"
+        "use" + spec_lines(serving={"kv_layout": "interleaved"})
         if engine.kv_layout == "separate"
         else "serve this model on one server"
     )
@@ -150,18 +146,17 @@ def _refuse_moves(installed: Installation, engine: Programs) -> None:
         used = f"the server's {name}, which moves pages between its engines, is used"
         installed.override(_MANAGER, "KVCacheManager", name, refusing(used, by_token))
 
-    def make(old: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(old)
-        def initialize_kv_cache(self: Any, *args: Any, **options: Any) -> Any:
-            config = self.runner.vllm_config.kv_transfer_config
-            if config is not None:
-                raise SelectionError(
-                    f"kv_connector is {config.kv_connector}; must be none with kv_layout {engine.kv_layout}: it moves "
-                    f"pages, and was never tested with pages of bundle {engine.name}'s layout; start the server without "
-                    f"--kv-transfer-config, or {fix}"
-                )
-            return old(self, *args, **options)
+    old = method(_MANAGER, "KVCacheManager", "initialize_kv_cache")
 
-        return initialize_kv_cache
+    @wraps(old)
+    def initialize_kv_cache(self: Any, *args: Any, **options: Any) -> Any:
+        config = self.runner.vllm_config.kv_transfer_config
+        if config is not None:
+            raise SelectionError(
+                f"kv_connector is {config.kv_connector}; must be none with kv_layout {engine.kv_layout}: it moves "
+                f"pages, and was never tested with pages of bundle {engine.name}'s layout; start the server without "
+                f"--kv-transfer-config, or {fix}"
+            )
+        return old(self, *args, **options)
 
-    installed.override(_MANAGER, "KVCacheManager", "initialize_kv_cache", make)
+    installed.override(_MANAGER, "KVCacheManager", "initialize_kv_cache", initialize_kv_cache)

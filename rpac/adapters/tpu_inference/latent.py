@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from rpac.adapters._arguments import Programs, Result, require_axes
 from rpac.adapters._common import LatentAdapter
@@ -24,7 +25,11 @@ def mla_ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Ca
     `num_kv_pages_per_block`, `num_queries_per_block`, `vmem_limit_bytes`, `decode_batch_size`, `mixed_q_split`, `s_dtype`,
     `two_step_flash_attention`, `p_same_dtype_as_v`.
     """
-    adapter = LatentAdapter(engine, PEER, validate)
+    return mla(LatentAdapter(engine, PEER, validate))
+
+
+def mla(adapter: LatentAdapter) -> Callable[..., Result]:
+    """The function of MLA v2's signature over an adapter."""
 
     def attention(
         ql_nope: Any,
@@ -65,7 +70,7 @@ def mla_ragged_paged_attention(engine: Programs, *, validate: bool = True) -> Ca
         adapter.require_scale("sm_scale", sm_scale)
         adapter.kv_scales(k_scale, v_scale)
         require_axes(("ql_nope",), (ql_nope,), (3,))
-        packed = len(getattr(cache_kv, "shape", ())) == PACKED_AXES
+        packed = np.ndim(cache_kv) == PACKED_AXES
         out, cache = adapter.run(
             ql_nope.swapaxes(0, 1),
             q_pe,

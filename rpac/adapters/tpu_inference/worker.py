@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from rpac.adapters._install import Installation
 from rpac.adapters.tpu_inference.install import install
 from rpac.engine import load_layers
 from rpac.errors import TargetError
@@ -18,20 +19,22 @@ ANY_VERSION: Final = "rpac_any_version"
 
 
 class WorkerExtension:
-    """What vLLM adds to its worker class, and calls between the start of the devices and the model's."""
+    """What vLLM adds to the bases of its worker class. It calls the method between the start of the devices and the model's."""
 
-    @staticmethod
-    def init_worker_extension(worker: Any) -> None:
+    vllm_config: Any  # the worker's own
+    rpac_installation: Installation
+
+    def init_worker_extension(self) -> None:
         """Loads the bundle that the worker's `additional_config` names as `rpac_bundle`, with all its kinds of layers, and
         installs it. `rpac_allow_compile` and `rpac_any_version` are those arguments of `rpac.load` and `install`.
 
         Raises TargetError where it names none, and as `rpac.load` and `install` do: then the worker does not start.
         """
-        config = worker.vllm_config.additional_config or {}
+        config = self.vllm_config.additional_config or {}
         if not config.get(BUNDLE):
             raise TargetError(
                 f"additional_config has no {BUNDLE}; must name a bundle; start vLLM with "
                 f'--additional-config \'{{"{BUNDLE}": "build/NAME.rpac"}}\''
             )
         engines = load_layers(config[BUNDLE], allow_compile=bool(config.get(ALLOW_COMPILE, False)))
-        worker.rpac_installation = install(engines, any_version=bool(config.get(ANY_VERSION, False)))
+        self.rpac_installation = install(engines, any_version=bool(config.get(ANY_VERSION, False)))

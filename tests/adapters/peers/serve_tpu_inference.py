@@ -314,8 +314,11 @@ def start_worker(path: str) -> None:
     """What vLLM calls in its worker when it is told of rpac's extension."""
     from rpac.adapters.tpu_inference.worker import WorkerExtension
 
-    worker = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={"rpac_bundle": path}))
-    WorkerExtension.init_worker_extension(worker)
+    class Worker(WorkerExtension):
+        vllm_config = SimpleNamespace(additional_config={"rpac_bundle": path})
+
+    worker = Worker()
+    worker.init_worker_extension()
     claim(f"the worker's extension replaces {len(worker.rpac_installation.replaced)} names", True)
     worker.rpac_installation.uninstall()
 

@@ -45,12 +45,18 @@ SOFTMAX = (
     Bug(
         "the largest score not kept",
         "DecodeKernel.keep_scores",
-        "self.tile_max[i] = jnp.broadcast_to(jnp.max(largest, axis=1, keepdims=True), self.row_max.shape)",
+        "self.tile_max[i] = largest if is_last_of_wave(i) else max_lanes(largest)",
+    ),
+    Bug(
+        "a part of the largest score of a wave's last tile taken for the whole",
+        "DecodeKernel.largest_of_tile",
+        "max_lanes(self.tile_max[i])",
+        "self.tile_max[i]",
     ),
     Bug(
         "probabilities of a wave's first tile for all",
         "DecodeKernel.compute_tiles",
-        "softmax = self.softmax(wave, i + 1, paced_by(self.tile_max[i + 1], made))",
+        "softmax = self.softmax(wave, i + 1, paced_by(self.largest_of_tile(i + 1), made))",
     ),
     Bug(
         "scores kept in a tile that is fetched",
@@ -63,7 +69,7 @@ SOFTMAX = (
     Bug("the last token not seen", "DecodeKernel.visible_tokens", "token < left", "token < left - 1"),
     Bug(
         "what lies behind the last token not cleared",
-        "DecodeKernel.patch_last_tile",
+        "DecodeKernel.patch_last_tiles.clear_tails",
         "self.clear_tail(slot, left)",
     ),
 )
@@ -110,10 +116,10 @@ UPDATES = (
         "pl.cdiv(self.num_seqs, PACKED_AT_ONCE)",
         "pl.cdiv(self.num_seqs, PACKED_AT_ONCE) - 1",
     ),
-    Bug("the new token behind its place", "DecodeKernel.update_cache", "left - 1", "left"),
+    Bug("the new token behind its place", "DecodeKernel.put_new_token", "left - 1", "left"),
     Bug(
         "the new token written to the next page",
-        "DecodeKernel.update_cache",
+        "DecodeKernel.start_write",
         "quotient(self.kv_lens[seq] - 1, PAGE_SIZE)",
         "quotient(self.kv_lens[seq], PAGE_SIZE)",
     ),
@@ -125,13 +131,13 @@ UPDATES = (
     ),
     Bug(
         "the new token not attended to",
-        "DecodeKernel.update_cache",
+        "DecodeKernel.put_new_token",
         "self.kv[buffer, rows] = words_as_rows(words)",
     ),
     Bug(
         "no wait for a cache write before its buffer is used again",
-        "DecodeKernel.update_cache.wait_for_buffer",
-        "self.wait_for_writes(seq - WRITE_BUFFERS)",
+        "DecodeKernel.update_cache",
+        "pl.when(is_wanted & (seq >= WRITE_BUFFERS))(functools.partial(self.wait_for_writes, seq - WRITE_BUFFERS))",
     ),
 )
 FEATURES = (

@@ -74,8 +74,8 @@ WAITS = (
     Bug("no wait for queries, keys and values", "DecodeKernel.attend", "load.wait()"),
     Bug(
         "no wait for a cache write before its buffer is used again",
-        "DecodeKernel.update_cache.wait_for_buffer",
-        "self.wait_for_writes(seq - WRITE_BUFFERS)",
+        "DecodeKernel.update_cache",
+        "pl.when(is_wanted & (seq >= WRITE_BUFFERS))(functools.partial(self.wait_for_writes, seq - WRITE_BUFFERS))",
     ),
     Bug("no wait for the last cache writes", "DecodeKernel.drain", "self.wait_for_writes(self.num_seqs - 1 - index)"),
     Bug(
@@ -88,7 +88,7 @@ WAITS = (
 UPDATES = (
     Bug(
         "the new token written to the next page",
-        "DecodeKernel.update_cache",
+        "DecodeKernel.start_write",
         "quotient(self.kv_lens[seq] - 1, PAGE_SIZE)",
         "quotient(self.kv_lens[seq], PAGE_SIZE)",
     ),
@@ -100,12 +100,12 @@ UPDATES = (
     ),
     Bug(
         "the new token not attended to",
-        "DecodeKernel.update_cache",
+        "DecodeKernel.put_new_token",
         "self.kv[buffer, rows] = words_as_rows(words)",
     ),
     Bug(
         "the new token not written",
-        "DecodeKernel.update_cache",
+        "DecodeKernel.start_write",
         "self.cache_write(seq, self.page_indices[entry]).start()",
         hangs=True,
     ),

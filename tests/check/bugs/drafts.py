@@ -50,8 +50,8 @@ WAVES = (
     Bug(
         "new tokens not put into the wave before the last",
         "DecodeKernel.wait_and_patch",
-        "self.tile_left[self.slot(wave, 0)] < WAVE_TOKENS + DECODE_LEN",
-        "self.tile_left[self.slot(wave, 0)] <= WAVE_TOKENS",
+        "self.tile_left[first_tile] < tiles * TILE + DECODE_LEN",
+        "self.tile_left[first_tile] <= tiles * TILE",
         hangs=True,
     ),
     Bug("no wait for the last cache writes", "DecodeKernel.drain_write", "self.wait_for_writes(self.num_seqs - 1 - i)"),

@@ -24,14 +24,14 @@ DECODE = (
     ),
     Bug(
         "what lies behind the last token not cleared",
-        "DecodeKernel.patch_last_tile",
+        "DecodeKernel.patch_last_tiles.clear_tails",
         "self.clear_tail(slot, left)",
     ),
-    Bug("the new token not attended to", "DecodeKernel.update_cache", "self.kv[*at] = rows"),
+    Bug("the new token not attended to", "DecodeKernel.put_new_token", "self.kv[*at] = rows"),
     Bug(
         "no wait for a cache write before its buffer is used again",
-        "DecodeKernel.update_cache.wait_for_buffer",
-        "self.wait_for_writes(seq - WRITE_BUFFERS)",
+        "DecodeKernel.update_cache",
+        "pl.when(is_wanted & (seq >= WRITE_BUFFERS))(functools.partial(self.wait_for_writes, seq - WRITE_BUFFERS))",
     ),
 )
 STAGED = (

@@ -33,7 +33,7 @@ PAIRS = (
     ),
     Bug(
         "what lies behind the last token not cleared",
-        "DecodeKernel.patch_last_tile",
+        "DecodeKernel.patch_last_tiles.clear_tails",
         "self.clear_tail(slot, left)",
     ),
 )
