@@ -17,7 +17,7 @@ import numpy as np
 
 from rpac.errors import ScheduleError
 from rpac.schedule.hlo import Array, Module, Operation
-from rpac.schedule.layout import is_linear, places
+from rpac.schedule.layout import is_linear, places, words
 from rpac.schedule.memory import Words, words_of
 
 Elements = np.ndarray[Any, Any]
@@ -245,23 +245,33 @@ def _attribute(operation: Operation, pattern: str) -> str:
 # Between arrays and the words that a kernel sees
 
 
-def from_words(words: Words, to: Array) -> Integers | None:
-    """An array of the call, or one that a kernel's scalars wrote. None where words are not its elements in order."""
-    if not to.is_scalars or not is_linear(to) or len(words) != to.count:
+def from_words(given: Words, to: Array) -> Integers | None:
+    """An array that a kernel's scalars wrote. None where words are not its elements in order."""
+    return from_elements(given, to) if is_linear(to) else None
+
+
+def from_elements(given: Words, to: Array) -> Integers | None:
+    """An array of the call, whose elements are given in order, however they lie in memory."""
+    if not to.is_scalars or len(given) != to.count:
         return None
-    if isinstance(words, array):
-        return _known(np.array(words, np.int32).astype(_DTYPES[to.dtype]).reshape(to.dims))
-    values: Elements = np.array([word or 0 for word in words], dtype=np.int64).astype(_DTYPES[to.dtype])
-    known: Elements = np.array([word is not None for word in words], dtype=np.bool_)
+    if isinstance(given, array):
+        return _known(np.array(given, np.int32).astype(_DTYPES[to.dtype]).reshape(to.dims))
+    values: Elements = np.array([word or 0 for word in given], dtype=np.int64).astype(_DTYPES[to.dtype])
+    known: Elements = np.array([word is not None for word in given], dtype=np.bool_)
     return Integers(values.reshape(to.dims), known.reshape(to.dims))
 
 
 def to_words(value: Value, of: Array) -> Words | None:
-    """What a kernel's scalars can read of an array; None where nothing of it is known."""
-    if not isinstance(value, Integers) or not is_linear(of) or not of.is_scalars:
+    """What a kernel's scalars can read of an array; None where nothing of it is known.
+
+    Where its elements lie in another order than that of their indices, all of them must be known.
+    """
+    if not isinstance(value, Integers) or not of.is_scalars:
         return None
     if value.known.all():
-        return words_of(value.values)
+        return words_of(value.values) if is_linear(of) else words(value.values.reshape(-1).tolist(), of)
+    if not is_linear(of):
+        return None
     numbers: list[int] = value.values.reshape(-1).astype(np.int32).tolist()
     return [n if known else None for n, known in zip(numbers, value.known.reshape(-1).tolist(), strict=True)]
 
@@ -279,5 +289,5 @@ def parameters_of(module: Module, given: Mapping[int, Words]) -> dict[int, Value
     for operation in module.computations[module.entry].operations:
         if operation.opcode == "parameter" and int(operation.arguments) in given:
             number = int(operation.arguments)
-            found[number] = from_words(given[number], operation.shapes[0])
+            found[number] = from_elements(given[number], operation.shapes[0])
     return found

@@ -142,9 +142,21 @@ def test_a_bitcast_takes_elements_by_their_place_in_memory() -> None:
     assert words[:130] == [*range(128), 256, 257] and words[1024:1026] == [128, 129]
 
 
-def test_a_tiled_table_is_not_given_to_a_kernel_as_if_it_were_a_list() -> None:
-    assert operand("%r = s32[2,2]{1,0:T(8,128)} reshape(%p)", "%x = s32[2,2]{1,0:T(8,128)} copy(%r)") is None
+def test_a_tiled_table_is_given_to_a_kernel_as_it_lies_in_memory() -> None:
+    words = operand("%r = s32[2,2]{1,0:T(8,128)} reshape(%p)", "%x = s32[2,2]{1,0:T(8,128)} copy(%r)")
+    assert words == [1, 2, *[0] * 126, 3, 4, *[0] * (7 * 128 - 2)]
     assert operand("%x = s32[1,4]{1,0:T(1,128)} reshape(%p)") == [1, 2, 3, 4]
+
+
+def test_a_tiled_table_can_be_an_argument_of_the_call() -> None:
+    """Its elements are given in the order of their indices, however XLA lays it out."""
+    table = list(range(8 * 256))
+    text = entry(
+        "%x = s32[8,256]{1,0:T(8,128)} parameter(0)",
+        f"ROOT %k = f32[4]{{0}} custom-call(%x), {KERNEL}",
+    )
+    words = ran(text, {0: table})[-1][1][0]
+    assert words[:130] == [*range(128), 256, 257] and words[1024:1026] == [128, 129]
 
 
 def test_what_a_kernel_writes_by_scalars_reaches_the_next_through_xla() -> None:

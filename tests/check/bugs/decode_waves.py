@@ -89,6 +89,7 @@ WAITS = (
         "DecodeKernel.iterate",
         "self.wait_and_patch(self.slot(wave + 1, 0), TILES_PER_WAVE, lax.rem(wave + 1, WAVE_BUFFERS))",
         "self.wait_and_patch(self.slot(wave + 1, 0), TILES_PER_WAVE - 1, lax.rem(wave + 1, WAVE_BUFFERS))",
+        hangs=True,
     ),
     Bug(
         "the next wave's semaphore waited on",
