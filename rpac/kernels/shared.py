@@ -92,10 +92,6 @@ class Shared:
         """Where page `page` of a block is in a buffer."""
         return "pl.ds(page * PAGE_ROWS, PAGE_ROWS)" if self.layout == "interleaved" else "page"
 
-    def first_pages(self, count: str) -> str:
-        """Where the first pages of a block are."""
-        return f"pl.ds(0, {count} * PAGE_ROWS)" if self.layout == "interleaved" else f"pl.ds(0, {count})"
-
     @property
     def to_mxu(self) -> str:
         """What follows keys or values on their way to the MXU."""

@@ -187,7 +187,6 @@ def wave_constants(spec: Spec, tiles: DecodeWaves) -> list[Constant]:
         tile("TILE", tiles.tile, "tokens that are fetched and computed at once, of one sequence"),
         tile("TILES_PER_WAVE", tiles.tiles_per_wave, "which fill the waits of each other"),
         tile("LOOKAHEAD", tiles.lookahead, "waves from the fetch of one to its softmax"),
-        tile("WAVE_TOKENS", "TILES_PER_WAVE * TILE"),
         tile("WAVE_BUFFERS", "LOOKAHEAD + 1", "waves that are fetched or computed"),
         tile("TILE_BUFFERS", "WAVE_BUFFERS * TILES_PER_WAVE"),
         tile("TILE_PAGES", "TILE // PAGE_SIZE"),

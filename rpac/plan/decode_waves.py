@@ -297,7 +297,9 @@ def _fetch_options(spec: Spec, read: Read) -> tuple[Fetch, ...]:
 def is_legal(spec: Spec, tiles: DecodeWaves) -> bool:
     """Whether the kernel works with these tiles at all."""
     pages = tiles.tile // spec.serving.page_size
-    whole_pages = tiles.tile % spec.serving.page_size == 0 and pages & (pages - 1) == 0  # waits count in powers of two
+    whole_pages = (
+        tiles.tile % spec.serving.page_size == 0 and pages & (pages - 1) == 0
+    )  # kernels divide by tiles with shifts
     return whole_pages and (spec.serving.kv_layout != "interleaved" or reads_all_heads(spec))
 
 
