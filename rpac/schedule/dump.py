@@ -25,7 +25,9 @@ _SCHEDULE = re.compile(r"\d+-(.+)-\d+-packed-bundles-post-ra\.txt")
 _UTILIZATION = re.compile(r"\d+-(.+)-\d+-pre-delay_hlo-static-per-bundle-utilization\.txt")
 _LAST = re.compile(r"\d+-TLP-\d+-pre-delay_hlo-static-per-bundle-utilization\.txt")
 _HLO = re.compile(r"\d+-TLP-hlo\.txt")
-_NO_OPERATION: Final = frozenset({"TLP", "<late-initialization>", "<late-finalization>"})
+TOP: Final = "TLP"
+"""The module itself: its schedule calls those of its operations."""
+_NO_OPERATION: Final = frozenset({TOP, "<late-initialization>", "<late-finalization>"})
 
 _ENVIRONMENT: Final = {
     "JAX_PLATFORMS": "cpu",
@@ -54,8 +56,10 @@ class Dump:
     utilizations: Mapping[str, str]
 
 
-def dump_command(command: Sequence[str], target: str, *, timeout: float = 900.0, cwd: Path | None = None) -> Dump:
-    """Runs `command`, which must compile exactly one call for `target`, and collects its dump.
+def dump_command(
+    command: Sequence[str], target: str, *, timeout: float = 900.0, cwd: Path | None = None, top: bool = False
+) -> Dump:
+    """Runs `command`, which must compile exactly one call for `target`, and collects its dump, as `collect` does.
 
     The command must print a line `libtpu VERSION` before it compiles, for only its own process knows. Once the schedules
     are written it is stopped: the assembly listing that follows takes as long again. Raises ScheduleError where it
@@ -82,7 +86,7 @@ def dump_command(command: Sequence[str], target: str, *, timeout: float = 900.0,
             raise ScheduleError(
                 f"the compile for {target} did not say which libtpu it used; it must print `libtpu VERSION`"
             )
-        return collect(dumped, target, version[1])
+        return collect(dumped, target, version[1], top=top)
 
 
 def _await(process: subprocess.Popen[bytes], dumped: Path, timeout: float) -> int | None:
@@ -118,17 +122,21 @@ def dump_export(exported: bytes, target: str, *, donate: Sequence[int] = (), tim
         return dump_command(command, target, timeout=timeout)
 
 
-def collect(folder: Path, target: str, compiler: str) -> Dump:
-    """Reads a dump folder. Raises ScheduleError where it holds no HLO module, more than one, or no schedule."""
+def collect(folder: Path, target: str, compiler: str, *, top: bool = False) -> Dump:
+    """Reads a dump folder; with `top`, also the schedule of the module itself, as TOP.
+
+    Raises ScheduleError where it holds no HLO module, more than one, or no schedule.
+    """
     modules: list[Path] = []
     schedules: dict[str, str] = {}
     utilizations: dict[str, str] = {}
+    left_out = _NO_OPERATION - {TOP} if top else _NO_OPERATION
     for path in sorted(folder.iterdir()):
         if _HLO.fullmatch(path.name):
             modules.append(path)
         for pattern, found in ((_SCHEDULE, schedules), (_UTILIZATION, utilizations)):
             match = pattern.fullmatch(path.name)
-            if match and not match[1].endswith("schedule-analysis") and match[1] not in _NO_OPERATION:
+            if match and not match[1].endswith("schedule-analysis") and match[1] not in left_out:
                 found[match[1]] = path.read_bytes().decode()
     if len(modules) != 1 or not schedules:
         raise ScheduleError(

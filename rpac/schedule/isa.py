@@ -125,7 +125,7 @@ _VECTOR_STEMS: Final = frozenset(
         "vmpack", "vmunpack", "vcombine", "vweird", "vmad", "vfma", "vsmask", "vmatmul", "vmatpush", "vmatpush1",
         "vmatpush2", "vmatpush3", "vmatprep", "vlatch", "vdwg", "vrot", "vperm", "vpermute", "vxpose", "vbcast",
         "vset", "vsetpat", "vsettm", "vsetiar", "vrng", "vpow", "vpow2", "vrcp", "vexp2", "vrsqrt", "vtanh", "vlog2", "verf",
-        "vsin", "vcos", "vpop", "vld", "vst", "vpush", "vtrace", "vdelay", "vphi"
+        "vsin", "vcos", "vpop", "vld", "vst", "vpush", "vtrace", "vdelay", "vphi", "vc", "vmac", "vmovacc", "vcosq", "vsinq"
     }
 )
 # fmt: on

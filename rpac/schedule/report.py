@@ -129,7 +129,7 @@ class Call:
             writes = any(array.is_scalars for array in operation.shapes)
             return self._walk(operation, operands).written if writes else {}
 
-        run(self.module, parameters, kernel, lambda operation: None)
+        run(self.module, parameters, kernel, lambda operation, operands: None)
         return found
 
     def walk_kernel(self, name: str, operands: Mapping[int, Words], *, trace: bool = False) -> Walk:
@@ -154,7 +154,7 @@ class Call:
             kernels.append(self._kernel(operation.name, done))
             return done.written
 
-        run(self.module, parameters, kernel, lambda operation: xla.append(self._operation(operation)))
+        run(self.module, parameters, kernel, lambda operation, operands: xla.append(self._operation(operation)))
         kernel_seconds = sum(kernel.seconds for kernel in kernels)
         seconds = kernel_seconds + sum(operation.seconds for operation in xla)
         moved = sum(k.read_bytes + k.written_bytes for k in kernels) + sum(x.read_bytes + x.written_bytes for x in xla)

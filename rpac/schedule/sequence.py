@@ -13,25 +13,36 @@ from rpac.schedule.scalars import Value, computed, decided, evaluate, from_words
 Kernel = Callable[[Operation, dict[int, Words]], Mapping[int, Words]]
 """Runs one kernel: from its int32 operands by index, as far as they are known, to what its scalars write, by result."""
 
+Other = Callable[[Operation, Callable[[], dict[int, Words]]], object]
+"""Runs one operation of XLA. The second argument makes its int32 operands by index, as far as they are known."""
+
+Inside = Callable[[str], bool]
+"""Whether the operations of a computation, which a loop, a conditional or a call runs, are followed one by one."""
+
 _MOST_ITERATIONS: Final = 1 << 16
 _MOST_FLOATS: Final = 1 << 16
 """Floats that a kernel can hold as scalars: more do not fit into SMEM."""
 
 
-def run(module: Module, parameters: Mapping[int, Words], kernel: Kernel, other: Callable[[Operation], object]) -> None:
+def run(
+    module: Module, parameters: Mapping[int, Words], kernel: Kernel, other: Other, inside: Inside | None = None
+) -> None:
     """Calls `kernel` for each kernel that runs, and `other` for each operation of XLA that takes time, in their order.
 
-    A loop or conditional without kernels is one operation of XLA. Raises ScheduleError for one with kernels where it is
-    not known how often, or which way, it runs.
+    A loop or conditional without kernels is one operation of XLA, or what `inside` says. Raises ScheduleError for one that is
+    followed where it is not known how often, or which way, it runs.
     """
-    _Run(module, kernel, other).computation(module.entry, parameters_of(module, parameters))
+    _Run(module, kernel, other, inside or module.holds_kernel).computation(
+        module.entry, parameters_of(module, parameters)
+    )
 
 
 class _Run:
-    def __init__(self, module: Module, kernel: Kernel, other: Callable[[Operation], object]) -> None:
+    def __init__(self, module: Module, kernel: Kernel, other: Other, inside: Inside) -> None:
         self.module = module
         self.kernel = kernel
         self.other = other
+        self.inside = inside
 
     def computation(self, name: str, arguments: Mapping[int, Value]) -> Value:
         found: dict[str, Value] = {}
@@ -48,7 +59,7 @@ class _Run:
         if operation.is_kernel:
             return self._kernel(operation, inputs)
         inside = [name for names in operation.called.values() for name in names]
-        if any(self.module.holds_kernel(name) for name in inside):
+        if any(self.inside(name) for name in inside):
             if operation.opcode == "while":
                 return self._loop(operation, inputs[0])
             if operation.opcode == "conditional":
@@ -57,10 +68,10 @@ class _Run:
                 return self.computation(inside[0], dict(enumerate(inputs)))
             raise ScheduleError(f"%{operation.name}: a kernel runs inside of a {operation.opcode}; it cannot be timed")
         if not operation.is_free:
-            self.other(operation)
+            self.other(operation, lambda: self._operands(operation, inputs))
         return evaluate(self.module, operation, inputs)
 
-    def _kernel(self, operation: Operation, inputs: Sequence[Value]) -> Value:
+    def _operands(self, operation: Operation, inputs: Sequence[Value]) -> dict[int, Words]:
         operands: dict[int, Words] = {}
         for index, (name, value) in enumerate(zip(operation.inputs, inputs, strict=True)):
             array = self.module[name].shapes[0]
@@ -69,7 +80,10 @@ class _Run:
             words = [0] * array.count if floats else to_words(value, array)
             if words is not None:
                 operands[index] = words
-        written = self.kernel(operation, operands)
+        return operands
+
+    def _kernel(self, operation: Operation, inputs: Sequence[Value]) -> Value:
+        written = self.kernel(operation, self._operands(operation, inputs))
         results = tuple(
             from_words(written[index], array) if index in written else None
             for index, array in enumerate(operation.shapes)

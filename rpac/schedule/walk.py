@@ -50,7 +50,8 @@ class Wait:
 class Walk:
     """A finished walk. Cycles are of the model's clock; `executed[i]` counts how often VLIW instruction i was issued.
 
-    written: the int32 words that the scalar program's DMAs left in the kernel's results, by result.
+    written: the int32 words that the scalar program's DMAs left in the kernel's results, by result. channel_free_at: when the HBM
+    channel has moved all that was started, which may be after the end.
     """
 
     schedule: Schedule
@@ -65,6 +66,7 @@ class Walk:
     executed: tuple[int, ...]
     transfers: tuple[Transfer, ...]
     written: Mapping[int, Words]
+    channel_free_at: float
 
 
 def walk(
@@ -74,21 +76,25 @@ def walk(
     *,
     trace: bool = False,
     max_cycles: float = 1e12,
+    backlog: float = 0.0,
 ) -> Walk:
     """Runs a kernel's schedule with its scalar operands.
 
     `operands`: int32 values by operand index, flattened, or an `Image` of an operand's memory; those that the scalar program
     does not read may be missing, and a word that is not known is None.
-    `trace`: also record every transfer. Raises ScheduleError where an operand is missing or has another length than the
+    `trace`: also record every transfer. `backlog`: for how many cycles the HBM channel is still busy with transfers that were
+    started before. Raises ScheduleError where an operand is missing or has another length than the
     schedule says, where control flow needs a value that is not known (it names it), where a wait is never satisfied,
     where a check in the kernel fails, and past `max_cycles`.
     """
     program = schedule if isinstance(schedule, Program) else translate(schedule)
-    return _Walker(program, operands, model, trace).run(max_cycles)
+    return _Walker(program, operands, model, trace, backlog).run(max_cycles)
 
 
 class _Walker:
-    def __init__(self, program: Program, operands: Mapping[int, Words], model: Model, trace: bool) -> None:
+    def __init__(
+        self, program: Program, operands: Mapping[int, Words], model: Model, trace: bool, backlog: float
+    ) -> None:
         self.program = program
         self.schedule = program.schedule
         self.layout = program.layout
@@ -97,7 +103,7 @@ class _Walker:
         self.contents = Contents(program.layout, operands, program.schedule.name)
         # Where the other core does its half at the same time, each has half of the channel.
         share = model.bytes_per_cycle / program.schedule.cores
-        self.channel = Channel(share, model.cycles(model.latency_s), model.cycles(model.setup_s))
+        self.channel = Channel(share, model.cycles(model.latency_s), model.cycles(model.setup_s), backlog)
         self.local_latency = model.cycles(model.local_latency_s)
         self.semaphores: dict[int, Semaphore] = {}
         self.waits: dict[int, list[float]] = {}
@@ -133,6 +139,7 @@ class _Walker:
             executed=executed,
             transfers=tuple(self.transfers or ()),
             written=self.contents.written(),
+            channel_free_at=self.channel.free_at,
         )
 
     def _functions(self) -> dict[int, Callable[[float], tuple[int, float]]]:

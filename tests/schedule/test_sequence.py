@@ -23,7 +23,7 @@ def ran(text: str, parameters: Mapping[int, Sequence[int]], written: Mapping[str
         found.append((operation.name, {index: list(words) for index, words in operands.items()}))
         return written.get(operation.name, {})
 
-    run(parse_module(text), parameters, kernel, lambda operation: found.append((operation.name, {})))
+    run(parse_module(text), parameters, kernel, lambda operation, operands: found.append((operation.name, {})))
     return found
 
 
