@@ -21,6 +21,7 @@ from rpac.cli.common import (
     tuned_of,
     tuned_option,
 )
+from rpac.cli.predict_steps import predict_steps
 from rpac.cli.terminal import table
 from rpac.contract.units import traffic
 from rpac.devices.chip import TPU_TARGETS
@@ -62,6 +63,11 @@ HEADER = ("batch", "name", "program", "us", "MBU", "MFU", "kernels us", "compute
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Plot MBU and MFU against context length in this file.")
 @click.option("--detail", is_flag=True, help="Show waits, loops, slots, spills and XLA operations of each batch.")
+@click.option(
+    "--step",
+    metavar="MODULE:FUNCTION",
+    help="Predict the model's whole step: your function, as `rpac build --step` takes it, around the programs of the spec.",
+)
 @any_compiler_option
 @click.option("--no-cache", is_flag=True, help="Compile again for the schedules, and cache none.")
 @tuned_option
@@ -75,6 +81,7 @@ def predict_command(
     emit_to: Path | None,
     plot: Path | None,
     detail: bool,
+    step: str | None,
     any_compiler: bool,
     no_cache: bool,
     tuned_in: Path | None,
@@ -91,6 +98,11 @@ def predict_command(
         check_emit(emit_to)
     targets = tuple(dict.fromkeys(targets))
     store, tuned = store_of(no_cache), tuned_of(tuned_in)
+    if step is not None:
+        if emit_to is not None or plot is not None:
+            raise click.UsageError("--step goes with neither --emit nor --plot")
+        predict_steps(paths, targets, step, asked, store, tuned, detail, any_compiler, as_json)
+        return
     chosen = [(path, layer) for path in paths for layer in layers_in(path)]
     pairs = [
         (programs, workload)

@@ -45,6 +45,11 @@ class Store:
         self.problem = None if root is None else _problem(root)
         self._root = None if self.problem else root
 
+    @property
+    def root(self) -> Path | None:
+        """The folder; None where nothing is kept."""
+        return self._root
+
     def read(self, key: str) -> dict[str, bytes] | None:
         """The files of an entry, or None. Never raises for a bad entry: it is removed."""
         if self._root is None:

@@ -6,6 +6,7 @@ removed whatever happens.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -56,15 +57,26 @@ class Dump:
     utilizations: Mapping[str, str]
 
 
-def dump_command(
-    command: Sequence[str], target: str, *, timeout: float = 900.0, cwd: Path | None = None, top: bool = False
-) -> Dump:
-    """Runs `command`, which must compile exactly one call for `target`, and collects its dump, as `collect` does.
+def dump_command(command: Sequence[str], target: str, *, timeout: float = 900.0, cwd: Path | None = None) -> Dump:
+    """Runs `command`, which must compile exactly one call for `target`, and collects its dump.
 
     The command must print a line `libtpu VERSION` before it compiles, for only its own process knows. Once the schedules
     are written it is stopped: the assembly listing that follows takes as long again. Raises ScheduleError where it
     fails (with the end of what it printed), takes longer than `timeout` seconds, or leaves no schedule.
     """
+    with _dumped(command, target, timeout, cwd) as (folder, compiler):
+        return collect(folder, target, compiler)
+
+
+def dump_step(command: Sequence[str], target: str, *, timeout: float = 900.0) -> Dump | None:
+    """As `dump_command`, with the schedule of the module itself as TOP; None for a command that ends well and compiles nothing."""
+    with _dumped(command, target, timeout, None) as (folder, compiler):
+        return collect(folder, target, compiler, top=True) if any(folder.iterdir()) else None
+
+
+@contextlib.contextmanager
+def _dumped(command: Sequence[str], target: str, timeout: float, cwd: Path | None) -> Iterator[tuple[Path, str]]:
+    """The folder with what a command's compile left, and the version of libtpu that it printed."""
     with tempfile.TemporaryDirectory(prefix="rpac-dump-") as folder:
         dumped, printed, errors = (Path(folder, name) for name in ("dump", "out", "err"))
         dumped.mkdir()
@@ -86,7 +98,7 @@ def dump_command(
             raise ScheduleError(
                 f"the compile for {target} did not say which libtpu it used; it must print `libtpu VERSION`"
             )
-        return collect(dumped, target, version[1], top=top)
+        yield dumped, version[1]
 
 
 def _await(process: subprocess.Popen[bytes], dumped: Path, timeout: float) -> int | None:

@@ -7,7 +7,7 @@ copies and collectives, and waits for them. The scheduled HLO module has the sam
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -295,6 +295,17 @@ def moved_bytes(module: Module, operation: Operation) -> tuple[int, int]:
                 if rows is not None:
                     read += min(0, rows - module[operand].shapes[0].bytes)
     return read, written
+
+
+def looked_up_bytes(module: Module, numbers: Iterable[int]) -> dict[int, int]:
+    """Bytes of arguments of the call, by number; of those that are only looked up in, those of the rows."""
+    arrays = {
+        int(o.arguments): o.shapes[0].bytes
+        for o in module.computations[module.entry].operations
+        if o.opcode == "parameter"
+    }
+    rows = {number: _rows(module, module.entry, number) for number in numbers}
+    return {number: arrays[number] if found is None else found for number, found in rows.items()}
 
 
 def _rows(module: Module, computation: str, number: int) -> int | None:
