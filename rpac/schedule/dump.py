@@ -69,7 +69,7 @@ def dump_command(command: Sequence[str], target: str, *, timeout: float = 900.0,
 
 
 def dump_step(command: Sequence[str], target: str, *, timeout: float = 900.0) -> Dump | None:
-    """As `dump_command`, with the schedule of the module itself as TOP; None for a command that ends well and compiles nothing."""
+    """As `dump_command`, with the schedule of the module itself as TOP; None where it ends well and compiles nothing."""
     with _dumped(command, target, timeout, None) as (folder, compiler):
         return collect(folder, target, compiler, top=True) if any(folder.iterdir()) else None
 

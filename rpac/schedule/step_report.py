@@ -114,8 +114,8 @@ class StepReport:
             return ""
         rate = self.interconnect.ring_bytes_per_s / 1e9
         return (
-            f"; collectives: {traffic(self.collective_bytes)} in {micros(self.collective_seconds)} us at {rate:.0f} GB/s a chip and "
-            f"{self.interconnect.hop_s * 1e6:g} us a hop (assumed)"
+            f"; collectives: {traffic(self.collective_bytes)} in {micros(self.collective_seconds)} us at {rate:.0f} GB/s a chip "
+            f"and {self.interconnect.hop_s * 1e6:g} us a hop (assumed)"
         )
 
 
