@@ -25,7 +25,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu is installed to compile,
 from aiohttp import web
 
 import rpac
-from serve import model
+from serve import toy as model
 from serve.compiled import keep_compiled
 from serve.connections import ConnectionLimits, Gate, listening
 from serve.generate import Generator

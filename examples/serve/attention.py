@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 import rpac
-from serve.model import Attend
+from serve.toy import Attend
 
 
 class PagedAttention:

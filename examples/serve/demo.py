@@ -23,7 +23,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 from tabulate import tabulate
 
-from serve import model
+from serve import toy as model
 from serve.load import Request, compare, requests, send_all
 
 SEED, REQUESTS, RATE = 0, 120, 10.0

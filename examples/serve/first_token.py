@@ -25,7 +25,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from serve import model  # noqa: E402
+from serve import toy as model  # noqa: E402
 from serve.compiled import keep_compiled  # noqa: E402
 from serve.generate import Generator  # noqa: E402
 

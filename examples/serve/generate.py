@@ -12,7 +12,7 @@ import numpy as np
 
 import rpac
 from rpac.serving import Scheduler, Step
-from serve import model
+from serve import toy as model
 from serve.attention import PagedAttention
 
 

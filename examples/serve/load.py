@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import aiohttp
 import numpy as np
 
-from serve import model
+from serve import toy as model
 
 TIE = 1e-4
 """Logits have a standard deviation of 1. Paged and dense attention sum in another order, which moves a logit by some

@@ -40,7 +40,7 @@ def engine(small_bundle: Path) -> rpac.Engine:
 @pytest.fixture(scope="session")
 def llama() -> tuple[Any, Any]:
     """A configuration of two layers, and its weights."""
-    from serve import model
+    from serve import toy as model
 
     config = model.Config(layers=2)
     return config, model.init(config, 0)

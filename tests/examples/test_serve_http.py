@@ -13,7 +13,7 @@ import aiohttp
 import numpy as np
 import pytest
 from clients import PROMPT, against, lines, running, tokens_of, until
-from serve import model
+from serve import toy as model
 from serve.app import MAX_BODY
 from serve.demo import server
 from serve.generate import Generator

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from serve import model
+from serve import toy as model
 from serve.generate import Generator, StepError
 from serve.load import Request, compare, requests
 

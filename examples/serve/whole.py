@@ -1,0 +1,17 @@
+"""The whole step of a checkpoint, for a bundle that holds it:
+
+    MODEL=models/llama PYTHONPATH=examples rpac build spec.yaml --step serve.whole:step
+
+`MODEL` is the checkpoint's folder, of which only config.json is read. `DTYPE` is bfloat16 or float32, by default the
+checkpoint's own.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from serve.config import read_config
+from serve.model import make_step
+
+step, step_arrays = make_step(read_config(Path(os.environ["MODEL"]), os.environ.get("DTYPE")))
