@@ -19,30 +19,41 @@ Other = Callable[[Operation, Callable[[], dict[int, Words]]], object]
 Inside = Callable[[str], bool]
 """Whether the operations of a computation, which a loop, a conditional or a call runs, are followed one by one."""
 
+Undecided = Callable[[Operation], object]
+"""Is told of a loop without kernels that runs as often as data says. Its body is followed once."""
+
 _MOST_ITERATIONS: Final = 1 << 16
 _MOST_FLOATS: Final = 1 << 16
 """Floats that a kernel can hold as scalars: more do not fit into SMEM."""
 
 
 def run(
-    module: Module, parameters: Mapping[int, Words], kernel: Kernel, other: Other, inside: Inside | None = None
+    module: Module,
+    parameters: Mapping[int, Words],
+    kernel: Kernel,
+    other: Other,
+    inside: Inside | None = None,
+    undecided: Undecided | None = None,
 ) -> None:
     """Calls `kernel` for each kernel that runs, and `other` for each operation of XLA that takes time, in their order.
 
     A loop or conditional without kernels is one operation of XLA, or what `inside` says. Raises ScheduleError for one that is
-    followed where it is not known how often, or which way, it runs.
+    followed where it is not known how often, or which way, it runs; of loops without kernels, `undecided` is told instead.
     """
-    _Run(module, kernel, other, inside or module.holds_kernel).computation(
+    _Run(module, kernel, other, inside or module.holds_kernel, undecided).computation(
         module.entry, parameters_of(module, parameters)
     )
 
 
 class _Run:
-    def __init__(self, module: Module, kernel: Kernel, other: Other, inside: Inside) -> None:
+    def __init__(
+        self, module: Module, kernel: Kernel, other: Other, inside: Inside, undecided: Undecided | None
+    ) -> None:
         self.module = module
         self.kernel = kernel
         self.other = other
         self.inside = inside
+        self.undecided = undecided
 
     def computation(self, name: str, arguments: Mapping[int, Value]) -> Value:
         found: dict[str, Value] = {}
@@ -97,6 +108,9 @@ class _Run:
             raise ScheduleError(f"%{operation.name}: a loop without condition and body; another compiler version?")
         for _ in range(_MOST_ITERATIONS):
             goes_on = decided(computed(self.module, condition, [state]))
+            if goes_on is None and self.undecided is not None and not self.module.holds_kernel(body):
+                self.undecided(operation)
+                return self.computation(body, {0: state})
             if goes_on is None:
                 raise ScheduleError(
                     f"%{operation.name}: how often this loop runs its kernels follows neither from the call's parameters "

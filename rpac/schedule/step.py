@@ -88,14 +88,17 @@ CATEGORIES: Final = {
 
 @dataclass(frozen=True)
 class Timed:
-    """A step that was followed to its end. copied_bytes: of asynchronous copies. wires_seconds: of collectives, hidden or not."""
+    """A step that was followed to its end. copied_bytes: of asynchronous copies. wires_seconds: of collectives, hidden or not.
+
+    loops_once: loops that run as often as data says, and were followed once.
+    """
 
     events: tuple[Event, ...]
     seconds: float
     copied_bytes: int
     collectives: tuple[Collective, ...]
     wires_seconds: float
-    attention: tuple[Walk, ...]
+    loops_once: tuple[str, ...]
 
 
 class StepCall:
@@ -165,28 +168,28 @@ class _Run:
         self.timeline = Timeline(call.model)
         self.events: list[Event] = []
         self.collectives: list[Collective] = []
-        self.attention: list[Walk] = []
         self.wires_seconds = 0.0
+        self.loops_once: list[str] = []
         self.prefetched = _prefetched(call.module)
         self.followed = _followed(call)
 
     def timed(self) -> Timed:
-        run(self.module, self.parameters, self._kernel, self._other, self.followed.__contains__)
+        run(self.module, self.parameters, self._kernel, self._other, self.followed.__contains__, self._once)
         return Timed(
             tuple(self.events),
             self.timeline.now,
             round(self.timeline.copied),
             tuple(self.collectives),
             self.wires_seconds,
-            tuple(self.attention),
+            tuple(self.loops_once),
         )
 
+    def _once(self, operation: Operation) -> None:
+        self.loops_once.append(operation.name)
+
     def _kernel(self, operation: Operation, operands: dict[int, Words]) -> Mapping[int, Words]:
-        is_attention = ATTENTION.match(operation.name) is not None
-        done = self._by_schedule(operation, operands, "attention" if is_attention else "kernels")
-        if is_attention:
-            self.attention.append(done)
-        return done.written
+        category = "attention" if ATTENTION.match(operation.name) else "kernels"
+        return self._by_schedule(operation, operands, category).written
 
     def _other(self, operation: Operation, operands: Callable[[], dict[int, Words]]) -> None:
         started, collective = operation.opcode in _STARTED, collective_of(self.module, operation)

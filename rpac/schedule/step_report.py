@@ -32,6 +32,7 @@ STEP_DEFINITIONS: Final = {
     "not hidden",
     "copied_bytes": "what asynchronous copies move, which overlap with other work",
     "assumed_operations": "operations whose integer operands are data, such as token ids, and were taken to be 0",
+    "loops_once": "loops that run as often as data says, such as copies of pages, and were followed once",
 }
 
 _TOP: Final = 12
@@ -85,6 +86,7 @@ class StepReport:
     collective_bytes: int
     by_bytes_seconds: float
     assumed_operations: int
+    loops_once: int
     parts: tuple[Part, ...]
     operations: tuple[OperationReport, ...]
     interconnect: Interconnect | None
@@ -143,6 +145,7 @@ def step_report(call: StepCall, timed: Timed, work: Work, tokens: int, devices: 
         collective_bytes=sum(one.bytes for one in timed.collectives),
         by_bytes_seconds=sum(e.seconds for e in timed.events if e.reason and e.category != "collectives"),
         assumed_operations=sum(event.assumed for event in timed.events),
+        loops_once=len(timed.loops_once),
         parts=_parts(timed),
         operations=_operations(timed.events),
         interconnect=call.wires if timed.collectives else None,
