@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-
 import jax.numpy as jnp
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
