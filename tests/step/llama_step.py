@@ -94,3 +94,10 @@ def sharded_arrays(kind: str, tokens: int, limits: Any) -> Any:
     layer = {"wq": heads, "wk": heads, "wv": heads, "wo": P("kv", None, None), "up": P(None, "kv"), "down": P("kv")}
     shardings = {"params": {"embedding": P(), "layers": [layer] * LAYERS, "head": P(None, "kv")}}
     return {**found, "shardings": shardings}
+
+
+only_mixed = step
+
+
+def only_mixed_arrays(kind: str, tokens: int, limits: Any) -> Any:
+    return step_arrays(kind, tokens, limits) if kind == "mixed" else None

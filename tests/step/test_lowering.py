@@ -13,8 +13,9 @@ import pytest
 from jax import export
 
 from rpac.batch import Batch
+from rpac.files.store import Store
 from rpac.step import StepTask
-from rpac.step.worker import compile_step, lower_step, step_of
+from rpac.step.worker import checked_functions, compile_step, lower_step, step_of
 
 TASK = Callable[..., StepTask]
 
@@ -34,7 +35,9 @@ def test_both_forms_compute_what_dense_attention_does(task: TASK) -> None:
     described = llama_step.step_arrays("decode", 16, None)["params"]
     params = jax.tree.map(lambda one: jnp.array(rng.standard_normal(one.shape, np.float32) * 0.1), described)
     stacked = {**params, "layers": jax.tree.map(lambda *layers: jnp.stack(layers), *params["layers"])}
-    listed, scanned = (loaded(lower_step(task(f"llama_step:{name}"), {})) for name in ("step", "scanned"))
+    listed, scanned = (
+        loaded(lower_step(task(f"llama_step:{name}"), {}, Store(None))[0]) for name in ("step", "scanned")
+    )
     dims = step_of(task()).caches[0]  # type: ignore[union-attr]
     caches = [jnp.zeros(dims.shape, dims.dtype) for _ in range(llama_step.LAYERS)]
     one_cache = [jnp.zeros(dims.shape, dims.dtype)]
@@ -51,9 +54,9 @@ def test_both_forms_compute_what_dense_attention_does(task: TASK) -> None:
     assert np.array_equal(token[:2], np.argmax(logits[:2], axis=-1))
 
 
-def test_a_step_that_the_model_does_not_want_is_left_out(task: TASK, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_step, "step_arrays", lambda kind, tokens, limits: None)
-    assert lower_step(task(), {}) is None
+def test_a_step_that_the_model_does_not_want_is_left_out(task: TASK) -> None:
+    assert checked_functions([task(), task()]) == [True, True]
+    assert step_of(task("llama_step:only_mixed")) is None
 
 
 def loaded(lowered: Any) -> Callable[..., Any]:
