@@ -52,6 +52,16 @@ class StepArray(NamedTuple):
     def nbytes_of_device(self, mesh: Mesh) -> int:
         return math.prod(self.part(mesh)) * BITS[self.dtype] // 8
 
+    def as_data(self) -> list[Any]:
+        """Plain data for a manifest."""
+        return [self.name, self.dtype, list(self.shape), [list(cut) for cut in self.cuts]]
+
+    @classmethod
+    def from_data(cls, data: Sequence[Any]) -> StepArray:
+        """The inverse of `as_data`, of data that a manifest's reader has checked."""
+        name, dtype, shape, cuts = data
+        return cls(name, tuple(shape), dtype, tuple(map(tuple, cuts)))
+
     @classmethod
     def of(cls, dims: ArrayDims, mesh: Mesh) -> StepArray:
         """An argument or a result of a program, of all devices together."""

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from rpac.contract.mesh import Mesh
 from rpac.contract.step import BITS, ModelSignature, StepArray, cuts_fit, tree_of
-from rpac.errors import CompileError
+from rpac.errors import CompileError, Problem, SpecError
 from rpac.step.task import StepTask
 
 ARRAYS: Final = "_arrays"  # what the name of the function that describes the arrays ends in
@@ -48,33 +48,46 @@ class Described:
         return ModelSignature(self.params_arrays, self.cache_layers, tree_of(numbered, "caches"))
 
 
-def load_function(reference: str, folder: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The step and the function that describes its arrays. Raises CompileError where one is missing, or its module fails."""
-    module_name, _, name = reference.partition(":")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+def load_function(task: StepTask) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The step and the function that describes its arrays. Raises SpecError where one is missing, or its module fails."""
+    module_name, _, name = task.function.partition(":")
+    if task.folder not in sys.path:
+        sys.path.insert(0, task.folder)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is None or not (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise CompileError(f"step {reference}: its module cannot be imported: {told(error)}") from error
-        raise CompileError(
-            f"step {reference}: found no module {error.name!r} in {folder} or among the installed packages; must be "
-            "package.module:function; run rpac in the folder that has the package, or install it"
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise _cannot_import(task, error) from error
+        raise _refused(
+            task,
+            f"{task.function}, but there is no module {error.name!r} in {task.folder} or among the installed packages",
+            "must be package.module:function",
+            "run rpac in the folder that holds the package, or install it",
         ) from error
     except Exception as error:
-        raise CompileError(f"step {reference}: its module cannot be imported: {told(error)}") from error
+        raise _cannot_import(task, error) from error
     found = []
-    for wanted, what in ((name, "the step"), (name + ARRAYS, "a function that describes the arrays of the step")):
+    for wanted, what in ((name, "the step"), (name + ARRAYS, "the function that describes its arrays")):
         function = getattr(module, wanted, None)
         if not callable(function):
             has = ", ".join(one for one, value in vars(module).items() if callable(value) and not one.startswith("_"))
-            raise CompileError(
-                f"step {reference}: {module.__file__} has no function {wanted!r}; must have it: {what}; "
-                f"define it there (it has {has or 'none'})"
+            raise _refused(
+                task,
+                f"{task.function}, but {module.__file__} has no function {wanted!r} ({has or 'none at all'})",
+                f"must have it: {what}",
+                "define it, or name another function",
             )
         found.append(function)
     return found[0], found[1]
+
+
+def _cannot_import(task: StepTask, error: Exception) -> SpecError:
+    found = f"{task.function}, whose module cannot be imported: {told(error)}"
+    return _refused(task, found, "must be a module that can be imported where the bundle is built", "correct it")
+
+
+def _refused(task: StepTask, found: str, allowed: str, fix: str) -> SpecError:
+    return SpecError([Problem(task.file, None, None, "step", found, allowed, fix)])
 
 
 def describe(task: StepTask, arrays: Callable[..., Any]) -> Described | None:

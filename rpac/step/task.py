@@ -15,11 +15,12 @@ from rpac.spec import Spec
 class StepTask:
     """One step to lower: the user's `function`, as `package.module:name`, around the program of each kind of layer.
 
-    `folder` is where its module is looked for first.
+    `folder` is where its module is looked for first. `file` is the spec's.
     """
 
     function: str
     folder: str
+    file: str
     limits: Limits
     programs: Mapping[str, Task]
 
@@ -56,5 +57,6 @@ def steps_of(spec: Spec, tasks: Sequence[Task], function: str, folder: str) -> l
     limits = Limits.of(spec)
     order = [part.layer for part in spec.parts]
     return [
-        StepTask(function, folder, limits, {layer: programs[layer] for layer in order}) for programs in found.values()
+        StepTask(function, folder, spec.file, limits, {layer: programs[layer] for layer in order})
+        for programs in found.values()
     ]

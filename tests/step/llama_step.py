@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,3 +94,47 @@ def sharded_arrays(kind: str, tokens: int, limits: Any) -> Any:
     layer = {"wq": heads, "wk": heads, "wv": heads, "wo": P("kv", None, None), "up": P(None, "kv"), "down": P("kv")}
     shardings = {"params": {"embedding": P(), "layers": [layer] * LAYERS, "head": P(None, "kv")}}
     return {**found, "shardings": shardings}
+
+
+only_mixed = step
+
+
+def only_mixed_arrays(kind: str, tokens: int, limits: Any) -> Any:
+    return step_arrays(kind, tokens, limits) if kind == "mixed" else None
+
+
+def layered(attend: Any, params: Any, caches: Any, token_ids: Any, positions: Any, batch: Any) -> Any:
+    """As `step`, for a spec whose first kind of layers has a window. Named tuples come back as named tuples."""
+    x = params["embedding"][token_ids]
+    after = {}
+    for name, layer in zip(("window", "full"), params["layers"], strict=True):
+        out, after[name] = attend(*qkv(layer, x, positions), caches[name], layer=name)
+        x = rest(layer, x, out)
+    return Output(x, None), after
+
+
+class Output(NamedTuple):
+    x: Any
+    rest: Any
+
+
+def layered_arrays(kind: str, tokens: int, limits: Any) -> Any:
+    found = step_arrays(kind, tokens, limits)
+    return {"params": found["params"], "caches": {"window": "window", "full": "full"}}
+
+
+def sharded(*args: Any) -> Any:
+    return step(*args)
+
+
+def spelled_otherwise(attend: Any, weights: Any, kv: Any, ids: Any, where: Any, batch: Any, heat: Any) -> Any:
+    """`step` in other words: it is lowered to the same text."""
+    outputs, after = step(attend, weights, kv, ids, where, batch, heat)
+    return {name: outputs[name] for name in sorted(outputs)}, list(after)
+
+
+def warmer(attend: Any, params: Any, caches: Any, token_ids: Any, positions: Any, batch: Any, temperature: Any) -> Any:
+    return step(attend, params, caches, token_ids, positions, batch, temperature + 1)
+
+
+spelled_otherwise_arrays = warmer_arrays = step_arrays
