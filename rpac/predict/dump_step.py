@@ -27,7 +27,7 @@ from rpac.step.task import StepTask
 def to_json(task: StepTask) -> str:
     """For another process."""
     programs = {layer: one.to_json() for layer, one in task.programs.items()}
-    of_step = {"function": task.function, "folder": task.folder, "limits": asdict(task.limits)}
+    of_step = {"function": task.function, "folder": task.folder, "file": task.file, "limits": asdict(task.limits)}
     return json.dumps({**of_step, "programs": programs})
 
 
@@ -36,7 +36,7 @@ def from_json(text: str) -> StepTask:
     data = json.loads(text)
     programs = {layer: Task.from_json(one) for layer, one in data["programs"].items()}
     limits = Limits(**{**data["limits"], "token_buckets": tuple(data["limits"]["token_buckets"])})
-    return StepTask(data["function"], data["folder"], limits, programs)
+    return StepTask(data["function"], data["folder"], data["file"], limits, programs)
 
 
 def key_of(target: str, lowered: str, tools: dict[str, str]) -> str:
