@@ -21,7 +21,7 @@ from rpac.cli.common import (
     tuned_of,
     tuned_option,
 )
-from rpac.cli.predict_steps import predict_steps
+from rpac.cli.predict_steps import predict_steps, step_option
 from rpac.cli.terminal import table
 from rpac.contract.units import traffic
 from rpac.devices.chip import TPU_TARGETS
@@ -63,11 +63,7 @@ HEADER = ("batch", "name", "program", "us", "MBU", "MFU", "kernels us", "compute
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Plot MBU and MFU against context length in this file.")
 @click.option("--detail", is_flag=True, help="Show waits, loops, slots, spills and XLA operations of each batch.")
-@click.option(
-    "--step",
-    metavar="MODULE:FUNCTION",
-    help="Predict the model's whole step: your function, as `rpac build --step` takes it, around the programs of the spec.",
-)
+@step_option
 @any_compiler_option
 @click.option("--no-cache", is_flag=True, help="Compile again for the schedules, and cache none.")
 @tuned_option

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import click
 
-from rpac.bundle import Place, names_bundle
+from rpac.bundle import Place
 from rpac.cli.common import print_json
 from rpac.cli.terminal import table
+from rpac.contract.step import REFERENCE
 from rpac.contract.units import traffic
-from rpac.errors import BatchError
 from rpac.files.store import Store
 from rpac.plan.tuned import Tuned
 from rpac.predict import Asked, expected
@@ -37,13 +38,8 @@ def predict_steps(
 ) -> None:
     """Predicts each batch on the steps of each spec for each target, and prints them side by side.
 
-    Raises BatchError where a path is a bundle, and as `rpac.predict.steps` does.
+    `function`: empty for the one that each spec or bundle names. Raises as `rpac.predict.steps`.
     """
-    bundles = [path for path in paths if names_bundle(path)]
-    if bundles:
-        raise BatchError(
-            f"--step: {bundles[0]} is a bundle; must be a spec: give the one that the bundle was built from"
-        )
     progress = partial(click.echo, err=True)
     predictions = []
     for target in targets:
@@ -62,6 +58,23 @@ def predict_steps(
         print_json({"predictions": [one.to_json() for one in predictions]})
     else:
         _print(predictions, len(targets) > 1, detail)
+
+
+def checked_function(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """The value of `--step`: None without it, empty for the function that a spec or a bundle names."""
+    if value and not re.fullmatch(REFERENCE, value):
+        raise click.BadParameter(f"{value!r} is not package.module:function.", context, option)
+    return value
+
+
+step_option = click.option(
+    "--step",
+    metavar="[MODULE:FUNCTION]",
+    is_flag=False,
+    flag_value="",
+    callback=checked_function,
+    help="Predict the model's whole step: this function of yours, or without a value the one that the spec or the bundle names.",
+)
 
 
 def _print(predictions: Sequence[StepPrediction], with_target: bool, detail: bool) -> None:

@@ -60,7 +60,7 @@ def main(task_path: str, facts_path: str, store: str) -> None:
             sys.exit(f"{task.label}: the model wants no such step; its {task.function}_arrays returns None")
         lowered = hashlib.sha256(step.lower().as_text().encode()).hexdigest()
         key = key_of(task.target, lowered, toolchain())
-        Path(facts_path).write_text(json.dumps({**_facts(step), "key": key}))
+        Path(facts_path).write_text(json.dumps({**_facts(step), "key": key, "lowered": lowered}))
         if not store or Store(Path(store)).read(key) is None:
             compile_step(step)
     except RpacError as error:

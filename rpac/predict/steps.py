@@ -15,25 +15,23 @@ import numpy as np
 
 from rpac.batch import Batch, Limits
 from rpac.batch.select import select
-from rpac.build import all_tasks, chosen_targets
+from rpac.bundle import Place, names_bundle, read_manifest
 from rpac.contract.attention import Attention
 from rpac.contract.program import Variant
 from rpac.contract.step import TOKEN_ARRAYS
-from rpac.devices.chip import TPU_TARGETS, is_tpu
-from rpac.devices.toolchain import toolchain
-from rpac.errors import TargetError
+from rpac.errors import BundleError, Problem, ScheduleError, SpecError
 from rpac.files.store import Store
 from rpac.plan.tuned import Tuned, TunedTiles
 from rpac.predict.dump_step import to_json
-from rpac.predict.programs import DUMP, Progress
+from rpac.predict.programs import DUMP, Progress, layers_in, programs_of
 from rpac.predict.run import needed_work
-from rpac.schedule import Dump, Work, check_compiler
+from rpac.schedule import Dump, Work
 from rpac.schedule.dump import dump_step
 from rpac.schedule.memory import Words, words_of
 from rpac.schedule.step import StepCall, Timed, looked_up_bytes
 from rpac.schedule.step_report import StepReport, step_report
 from rpac.spec import load_spec
-from rpac.step import StepTask, steps_of
+from rpac.step import StepTask
 from rpac.traffic.trace import Workload
 
 TIMEOUT_S: Final = 3600.0
@@ -54,7 +52,10 @@ class StepSchedules:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of one spec and target, by variant; one is compiled when first asked for."""
+    """The steps of one spec or bundle and target, by variant; one is compiled when first asked for.
+
+    `built`: of a bundle's steps, the hash of what each was lowered to.
+    """
 
     name: str
     target: str
@@ -62,6 +63,7 @@ class Steps:
     limits: Limits
     context_lens: tuple[int, ...]
     tasks: Mapping[Variant, StepTask]
+    built: Mapping[Variant, str]
     store: Store
     progress: Progress
     any_compiler: bool = False
@@ -71,6 +73,13 @@ class Steps:
         """Raises ScheduleError where the step cannot be compiled or read."""
         if variant not in self._found:
             dump, facts = self._dumped(self.tasks[variant])
+            built = self.built.get(variant, facts["lowered"])
+            if built != facts["lowered"]:
+                raise ScheduleError(
+                    f"{self.tasks[variant].label}: {self.tasks[variant].function} is not the function that the bundle was built "
+                    f"with: it is lowered to {facts['lowered'][:12]}, and the bundle's step to {built[:12]}; run rpac in the "
+                    "folder of that function, or build the bundle again"
+                )
             arguments = tuple((name, tuple(shape), dtype) for name, shape, dtype in facts["arguments"])
             self._found[variant] = StepSchedules(
                 StepCall(dump, any_compiler=self.any_compiler),
@@ -120,7 +129,7 @@ class StepPrediction:
 
 
 def steps_to_predict(
-    path: Path,
+    path: Place,
     target: str,
     function: str,
     folder: Path,
@@ -130,25 +139,51 @@ def steps_to_predict(
     any_compiler: bool = False,
     tuned: Tuned = TunedTiles.of,
 ) -> Steps:
-    """The steps that a spec would build for a TPU target around `function`, `package.module:name`, looked for in `folder` first.
+    """The steps that a spec would build for a TPU target, or that a bundle holds for it, around `function`.
 
-    Raises SpecError, PlanError; TargetError where the target is no TPU; ScheduleError for a compiler that is not verified,
-    unless `any_compiler`.
+    `function` is `package.module:name`, looked for in `folder` first; where it is empty, the one that the spec or the bundle
+    names. Raises as `programs_of`; SpecError or BundleError where none is named; ScheduleError later, where the function is not
+    the one that a bundle's step was built of.
     """
-    if not is_tpu(target):
-        raise TargetError(f"target {target!r} has no schedule to predict from; must be one of {', '.join(TPU_TARGETS)}")
-    if not any_compiler:
-        check_compiler(toolchain()["libtpu"])
-    spec = load_spec(path)
-    chosen_targets(spec, [target])
-    tasks = steps_of(spec, all_tasks(spec, [target], tuned), function, str(folder))
+    layers = layers_in(path)
+    parts = [
+        programs_of(path, target, store, progress, any_compiler=any_compiler, layer=layer, tuned=tuned)
+        for layer in layers
+    ]
+    if names_bundle(path):
+        manifest = read_manifest(path)
+        built = manifest.steps.get(target)
+        if built is None and not function:
+            raise BundleError(f"{path}: has no steps for {target}; name a function with --step package.module:function")
+        name, limits = manifest.name, manifest.limits
+        own = function or (built.function if built else "")
+        hashes = {} if built is None or function else {one.variant: one.lowered_sha256 for one in built.programs}
+    else:
+        spec = load_spec(path)
+        name, limits, hashes, own = spec.name, Limits.of(spec), {}, function or spec.step
+        if not own:
+            allowed = "must name your function where --step does not"
+            raise SpecError(
+                [Problem(spec.file, None, None, "step", "no such key", allowed, "add package.module:function")]
+            )
+    tasks = {
+        variant: StepTask(
+            own,
+            str(folder),
+            str(path),
+            limits,
+            {layer: part.tasks[variant] for layer, part in zip(layers, parts, strict=True)},
+        )
+        for variant in parts[0].tasks
+    }
     return Steps(
-        spec.name,
+        name,
         target,
-        {part.layer: part.model for part in spec.parts},
-        Limits.of(spec),
-        spec.serving.context_lens,
-        {Variant(task.kind, task.tokens): task for task in tasks},  # type: ignore[arg-type]
+        {layer: part.model for layer, part in zip(layers, parts, strict=True)},
+        limits,
+        parts[0].context_lens,
+        tasks,
+        hashes,
         store,
         progress,
         any_compiler,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_a_scan_over_layers_is_followed_layer_by_layer(dumps: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (("--step", "nowhere:step"), 6, "found no module 'nowhere'"),
+        (("--step", "nowhere:step"), 6, "nowhere"),
         (("--step", "llama_step:step", "--plot", "x.png"), 2, "--step goes with neither --emit nor --plot"),
     ],
 )
@@ -55,7 +56,13 @@ def test_what_cannot_be_predicted_says_why(options: tuple[str, ...], code: int, 
     assert message in " ".join(done.stderr.split())
 
 
-def test_a_bundle_is_refused(tmp_path: Path, dumps: Path) -> None:
-    done = rpac("predict", tmp_path / "x.rpac", "--target", "tpu7x", "--step", "a:b", cache=dumps)
+def test_a_bundle_of_another_function_is_refused(bundled: Callable[..., Path], dumps: Path) -> None:
+    done = rpac("predict", bundled(), "--target", "tpu7x", "--step", cache=dumps)
+    assert done.returncode == 4
+    assert "has no steps for tpu7x" in done.stderr
+
+
+def test_a_spec_that_names_no_function_says_so(dumps: Path) -> None:
+    done = rpac(*PREDICT, "--step", cache=dumps)
     assert done.returncode == 2
-    assert "must be a spec" in done.stderr
+    assert "step: found no such key; must name your function" in done.stderr
