@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ STEP_DEFINITIONS: Final = {
     "copied_bytes": "what asynchronous copies move, which overlap with other work",
     "assumed_operations": "operations whose integer operands are data, such as token ids, and were taken to be 0",
     "loops_once": "loops that run as often as data says, such as copies of pages, and were followed once",
+    "layer_seconds": "from the start of each attention kernel to the start of the next",
 }
 
 _TOP: Final = 12
@@ -87,6 +89,7 @@ class StepReport:
     by_bytes_seconds: float
     assumed_operations: int
     loops_once: int
+    layer_seconds: tuple[float, ...]
     parts: tuple[Part, ...]
     operations: tuple[OperationReport, ...]
     interconnect: Interconnect | None
@@ -146,11 +149,21 @@ def step_report(call: StepCall, timed: Timed, work: Work, tokens: int, devices: 
         by_bytes_seconds=sum(e.seconds for e in timed.events if e.reason and e.category != "collectives"),
         assumed_operations=sum(event.assumed for event in timed.events),
         loops_once=len(timed.loops_once),
+        layer_seconds=_layers(timed.events),
         parts=_parts(timed),
         operations=_operations(timed.events),
         interconnect=call.wires if timed.collectives else None,
         model=call.model,
     )
+
+
+def _layers(events: Sequence[Event]) -> tuple[float, ...]:
+    now, starts = 0.0, []
+    for event in events:
+        if event.category == "attention":
+            starts.append(now)
+        now += event.seconds
+    return tuple(after - before for before, after in itertools.pairwise(starts))
 
 
 def _parts(timed: Timed) -> tuple[Part, ...]:
