@@ -27,6 +27,7 @@ from rpac.cli.common import (
     tuned_of,
     tuned_option,
 )
+from rpac.cli.predict_steps import step_option
 from rpac.cli.terminal import Lines
 from rpac.devices.chip import TPU_TARGETS
 from rpac.files.publish import publish_file, refuse_foreign_file
@@ -68,6 +69,7 @@ Number = TypeVar("Number", int, float)
     type=click.Path(path_type=Path),
     help="What `rpac check --json` wrote of one of the specs; repeat.",
 )
+@step_option
 @any_compiler_option
 @jobs_option
 @click.option("--no-cache", is_flag=True, help="Compile again for the schedules, and cache none.")
@@ -84,6 +86,7 @@ def report_command(
     layers: tuple[str, ...],
     prices: tuple[str, ...],
     checks: tuple[Path, ...],
+    step: str | None,
     any_compiler: bool,
     jobs: int | None,
     no_cache: bool,
@@ -114,6 +117,7 @@ def report_command(
         jobs=jobs or os.cpu_count() or 1,
         tuned=tuned_of(tuned_in),
         command=shlex.join(["rpac", *sys.argv[1:]]),
+        step=step,
     )
     lines = Lines()
     lines.say(f"predicting {', '.join(map(str, paths))}, {request.jobs} at a time")

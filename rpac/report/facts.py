@@ -15,6 +15,8 @@ MEANINGS: Final[Mapping[str, str]] = {
     "tokens_per_second": "new tokens of a batch over all_layers_seconds, on the devices of one replica",
     "dollars_per_million_tokens": "price of the chips of one replica for all_layers_seconds, over the batch's new tokens, "
     "times a million; attention alone, with the chips always busy",
+    "whole_steps": "the model's whole step as `rpac predict --step` predicts it; needed bytes are those of the parameters too, "
+    "and needed flops those of all matrix products as compiled",
 }
 
 
@@ -103,6 +105,24 @@ class Step:
 
 
 @dataclass(frozen=True)
+class WholeStep:
+    """One batch through the model's whole step: all layers, and what is around them. MBU and MFU are those of one device.
+
+    `parts`: shares of the time by what takes it. `by_bytes`: the share that no schedule was walked for.
+    """
+
+    batch: str
+    program: str
+    function: str
+    seconds: float
+    tokens_per_second_per_chip: float
+    mbu: float
+    mfu: float
+    parts: Mapping[str, float]
+    by_bytes: float
+
+
+@dataclass(frozen=True)
 class Option:
     """One spec or bundle on one kind of chip: what one may rent. `devices` and `chips` are those of one replica.
 
@@ -121,6 +141,7 @@ class Option:
     compiler: str
     compiler_verified: bool
     constants: tuple[str, ...]
+    whole_steps: tuple[WholeStep, ...] = ()
 
     @property
     def label(self) -> str:

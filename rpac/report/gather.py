@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rpac.bundle import Place
 from rpac.contract.kind import KINDS
@@ -19,6 +20,7 @@ from rpac.report.facts import Kernel, Layer, Memory, Option, Report, Step, Timin
 from rpac.report.peers import peer_versions, peers_of
 from rpac.report.predictions import Observer, Predict, Predicted, predict_all
 from rpac.report.request import Request, givens_of, missing_of, subject_of
+from rpac.report.whole_steps import whole_steps
 
 SECONDS_AN_HOUR = 3600.0
 
@@ -39,12 +41,16 @@ def gather(
     predicted = predict_all(givens, request, store, observer or Observer(), predict_one)
     if not any(one.found for one in predicted):
         raise next(error for one in predicted for _, error in one.refused)
-    options = []
+    options, without_steps = [], list[str]()
     for given in givens:
         for target in given.targets:
             mine = [one for one in predicted if (one.given, one.target) == (given, target)]
             if any(one.found for one in mine):
-                options.append(_option(mine, request))
+                workloads = list(dict.fromkeys(prediction.workload for one in mine for prediction in one.found))
+                working = (observer or Observer()).working
+                steps, missing = whole_steps(given, target, workloads, request, store, working)
+                options.append(replace(_option(mine, request), whole_steps=steps))
+                without_steps += missing
     versions = {name: value for name, value in toolchain().items() if not name.endswith("_files")}
     return Report(
         tuple(subject_of(given, request.checks) for given in givens),
@@ -54,6 +60,7 @@ def gather(
             *missing_of(givens, request),
             *dict.fromkeys(note for one in predicted for note in one.crowded()),  # the same on every target
             *(reason for one in predicted for reason in one.reasons()),
+            *without_steps,
         ),
         {**versions, "peers": ", ".join(peer_versions())},
         request.command,

@@ -19,7 +19,8 @@ from rpac.spec import Spec, load_spec
 class Request:
     """What a report is asked for. `targets`: all that each spec or bundle has, where empty. `layers`: how many layers of each
     kind the model has, by `KIND` or, for one of several specs, by `SPEC:KIND`; a kind has no name where it is the only one.
-    `prices`: dollars an hour for one chip.
+    `prices`: dollars an hour for one chip. `step`: the function of whole steps, empty for the one that each spec or bundle names,
+    None where none are predicted.
     """
 
     targets: tuple[str, ...] = ()
@@ -32,11 +33,15 @@ class Request:
     jobs: int = 1
     tuned: Tuned = TunedTiles.of
     command: str = ""
+    step: str | None = None
 
 
 @dataclass(frozen=True)
 class Given:
-    """Where a spec or a bundle is, with the spec that it is or was built from."""
+    """Where a spec or a bundle is, with the spec that it is or was built from.
+
+    `step`: the function of whole steps that it names, if any.
+    """
 
     path: Place
     name: str
@@ -44,6 +49,7 @@ class Given:
     spec_hash: str
     digest: str | None
     targets: tuple[str, ...]
+    step: str = ""
 
     def layers(self, kind: str, request: Request) -> int | None:
         """How many layers of a kind there are, where the request says it."""
@@ -73,16 +79,17 @@ def _given(path: Place, request: Request) -> Given:
         names = tuple(dict.fromkeys(one.name for one in manifest.targets.values()))
         found = digest(manifest)
         name, spec_hash = manifest.name, manifest.spec_hash
+        step = next((one.function for one in manifest.steps.values()), "")
     else:
         spec, found = load_spec(path), None
-        name, spec_hash, names = spec.name, spec.hash, spec.targets
+        name, spec_hash, names, step = spec.name, spec.hash, spec.targets, spec.step
     targets = request.targets or tuple(filter(is_tpu, names))
     if not targets:
         raise TargetError(
             f"{path}: found no TPU target, only {', '.join(names)}; must have one of {', '.join(TPU_TARGETS)}, because only "
             "they have schedules to predict from; name one with --target, or add it to the spec's targets"
         )
-    return Given(path, name, spec, spec_hash, found, targets)
+    return Given(path, name, spec, spec_hash, found, targets, step)
 
 
 def _check_layers(givens: Sequence[Given], request: Request) -> None:
@@ -131,6 +138,12 @@ def missing_of(givens: Sequence[Given], request: Request) -> list[str]:
         for given in givens
         if given.spec_hash not in checked
     ]
+    if request.step is None:
+        found += [
+            f"{given.name}: the time of its whole steps of {given.step}. Give `--step`."
+            for given in givens
+            if given.step
+        ]
     kinds = [(given, part.layer) for given in givens for part in given.spec.parts]
     unknown = dict.fromkeys(kind for given, kind in kinds if given.layers(kind, request) is None)
     if unknown:
