@@ -17,11 +17,12 @@ from jax import export
 from rpac.contract.step import LoweredStep
 from rpac.devices.chip import chip, is_tpu
 from rpac.devices.client import build_string
+from rpac.engine.custom_calls import COMPILED_AWAY, outside_calls
 from rpac.errors import CompileError, RpacError
 from rpac.files.store import Store
 from rpac.lower.worker import set_flags
 from rpac.step.checks import check_compiled, check_traced
-from rpac.step.function import describe, load_function
+from rpac.step.function import describe, load_function, place_of
 from rpac.step.program import Step
 from rpac.step.task import StepTask
 
@@ -146,12 +147,21 @@ def _compiled(step: Step, lowered: Any) -> tuple[bytes, dict[str, int]]:
 
 
 def exported(step: Step) -> bytes:
-    """The step's portable form. Of one device it names none: it is for any."""
+    """The step's portable form. Of one device it names none: it is for any. Raises CompileError for one that no server takes."""
     portable = step
     if step.topology is not None and step.task.mesh.devices == 1:
         portable = Step(step.task, step.function, step.described, on_topology=False)
     with portable.context():
         made = export.export(portable.jitted, platforms=(portable.platform,))(*portable.shapes)
+    allowed, found = outside_calls(made)
+    found -= COMPILED_AWAY
+    if found:
+        named = f"only {', '.join(sorted(allowed))}" if allowed else "nothing"
+        raise CompileError(
+            f"{step.task.label}: {place_of(step.function)} calls {', '.join(sorted(found))} outside of the compiler; must call "
+            f"{named} there, because a server refuses a bundle that calls other functions of its process; compute it in "
+            "another way, or before the step"
+        )
     return bytes(made.serialize(vjp_order=0))
 
 
@@ -178,7 +188,7 @@ def reported(label: str) -> Iterator[None]:
         raise
     except Exception as error:
         detail = "\n  ".join(str(error).strip().splitlines()[:12])
-        if _NO_ROOM.search(str(error)):
+        if _NO_ROOM.search(detail.splitlines()[0] if detail else ""):
             raise CompileError(
                 f"{label}: the step does not fit HBM, by the compiler:\n  {detail}\nlower serving.num_pages or the largest of "
                 "serving.token_buckets, or spread the model over more devices with `parallel`"
