@@ -20,7 +20,7 @@ from rpac.build import all_tasks
 from rpac.contract.units import size
 from rpac.spec import load_spec
 from rpac.step import steps_of
-from rpac.step.checks import check_compiled, check_traced
+from rpac.step.checks import check_compiled, check_traced, copied_params
 from rpac.step.worker import exported, memory_of, step_of
 
 
@@ -48,8 +48,11 @@ def main(spec_file: str, function: str, target: str, kind: str, tokens: str, num
     sizes = [size(n) for n in (len(executable), len(exported(step)), memory["temp_bytes"], memory["argument_bytes"])]
     devices = task.mesh.devices
     times = [f"{one:.1f}" for one in seconds]
+    copied = ", ".join(one.name for one in copied_params(step, compiled)) or "none"
     print(
-        "|", " | ".join([f"{spec.name}, {function}", f"{target} x {devices}", f"{kind}/{tokens}", *times, *sizes]), "|"
+        "|",
+        " | ".join([f"{spec.name}, {function}", f"{target} x {devices}", f"{kind}/{tokens}", *times, *sizes, copied]),
+        "|",
     )
 
 
