@@ -19,7 +19,7 @@ MAX_CONSTANTS: Final = 1 << 20
 LEAST_COPY: Final = 1 << 20
 """Bytes of a parameter of which it is worth to say that it is copied."""
 
-_COPIED: Final = re.compile(r' copy(?:-start)?\([^\n]*op_name="leaves\[(\d+)\]"')
+_COPIED: Final = re.compile(r' copy\([^\n]*op_name="leaves\[(\d+)\]"')
 _ALIASES: Final = re.compile(r"input_output_alias=\{(.*?)\}, entry")
 _ALIAS: Final = re.compile(r"\{(\d*)\}: \((\d+), \{\}")
 _ENTRY: Final = re.compile(r"^ENTRY .*?^\}", re.MULTILINE | re.DOTALL)
@@ -105,8 +105,9 @@ def copied_params(step: Step, compiled: Any) -> list[StepArray]:
     """The parameters that the compiled step copies whole in every call: the compiler wants them in another layout than the one
     that arrays of their shape have.
     """
-    held = step.described.params_arrays
-    found = sorted({int(index) for index in _COPIED.findall(compiled.as_text())})
+    held, entry = step.described.params_arrays, _ENTRY.search(compiled.as_text())
+    # Of the entry alone: a copy inside of a fusion is how the fusion reads its operand.
+    found = sorted({int(index) for index in _COPIED.findall(entry[0])}) if entry else []
     return [held[index] for index in found if index < len(held) and held[index].nbytes >= LEAST_COPY]
 
 
