@@ -76,6 +76,11 @@ def set_of_outputs(*args: Any) -> Any:
     return Point(x), after
 
 
+def calling_out(*args: Any) -> Any:
+    x, after = layers(*args[:5])
+    return jnp.linalg.cholesky(x.T @ x), after
+
+
 @jax.tree_util.register_pytree_node_class
 class Point:
     def __init__(self, x: Any) -> None:
@@ -91,7 +96,7 @@ class Point:
 
 for function in (
     baked, printing, reversed_caches, one_cache_less, another_dtype, no_pair, old_cache, raising, wrong_query, unknown_layer,
-    set_of_outputs,
+    set_of_outputs, calling_out,
 ):  # fmt: skip
     globals()[f"{function.__name__}_arrays"] = step_arrays
 

@@ -48,7 +48,10 @@ def test_what_a_trace_shows_is_refused_before_anything_compiles(task: TASK, name
         checked_functions([task(f"bad_steps:{name}")])
 
 
-def test_outputs_of_a_class_that_a_bundle_cannot_hold(task: TASK) -> None:
+def test_what_no_server_would_take(task: TASK) -> None:
+    calls = r"\(calling_out\) calls lapack_spotrf_ffi outside of the compiler; must call nothing there"
+    with pytest.raises(CompileError, match=calls):
+        lower_step(task("bad_steps:calling_out"), {}, Store(None))
     with pytest.raises(CompileError, match="outputs is a Point; must be a dict, a list, a tuple or a named tuple"):
         lower_step(task("bad_steps:set_of_outputs"), {}, Store(None))
 

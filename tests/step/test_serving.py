@@ -14,6 +14,7 @@ from made import bundle_of, dense, random_params
 from watching import compiles, python
 
 import rpac
+from rpac.check.deployment import serve_check
 from rpac.engine import CanaryRun, Event
 from rpac.errors import CheckError, SelectionError, TargetError
 from rpac.spec import Spec, parse_spec
@@ -155,6 +156,13 @@ def test_executables_of_another_runtime(path: Path, monkeypatch: pytest.MonkeyPa
     ):
         rpac.load_steps(path, target="cpu")
     assert not rpac.load_steps(path, target="cpu", allow_compile=True).ready
+
+
+def test_serve_check_loads_the_steps_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rpac.check.deployment._run_programs", lambda *_: None)
+    report = serve_check(path, "cpu", seed=1, allow_compile=True)
+    assert [one.name for one in report.steps] == ["verify", "load", "warm", "steps"]
+    assert report.steps[-1].detail == "3 steps of llama_step:step ready, from the executable tier"
 
 
 def test_two_devices_compute_what_one_does(tmp_path: Path, spec: Spec, path: Path) -> None:
