@@ -28,8 +28,9 @@ from rpac.predict.run import needed_work
 from rpac.schedule import Dump, Work
 from rpac.schedule.dump import dump_step
 from rpac.schedule.memory import Words, words_of
-from rpac.schedule.step import StepCall, Timed, looked_up_bytes
+from rpac.schedule.step import StepCall, Timed
 from rpac.schedule.step_report import StepReport, step_report
+from rpac.schedule.traffic import looked_up_bytes
 from rpac.spec import load_spec
 from rpac.step import StepTask
 from rpac.traffic.trace import Workload

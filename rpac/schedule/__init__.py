@@ -3,6 +3,7 @@
     function.py -> dump.py (compilers.py): what the compiler leaves of a call
     parse.py -> program.py -> walk.py (over memory.py, hbm.py) -> loops.py: one kernel
         -> hlo.py -> scalars.py (layout.py), operands.py -> sequence.py -> report.py, call_report.py: the call around them
+    identical.py, traffic.py, matmuls.py, interconnect.py, timeline.py -> step.py -> step_report.py: a model's whole step
 
 `predict(function, *shapes, target=...)` times any jitted function with Pallas kernels. `Call(dump).predict(parameters, work)`
 times a whole call that is compiled already; `walk(schedule, operands, model)` one kernel. Never needed by a serving process.

@@ -7,7 +7,7 @@ copies and collectives, and waits for them. The scheduled HLO module has the sam
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +15,7 @@ from rpac.devices.chip import chip
 from rpac.errors import ScheduleError
 from rpac.schedule.compilers import check_compiler
 from rpac.schedule.dump import TOP, Dump
-from rpac.schedule.hlo import BITS, Module, Operation, parse_module
+from rpac.schedule.hlo import Module, Operation, parse_module
 from rpac.schedule.identical import schedule_names
 from rpac.schedule.interconnect import Collective, collective_of, interconnect_of, seconds_of
 from rpac.schedule.matmuls import flops_of
@@ -25,6 +25,7 @@ from rpac.schedule.parse import parse_schedule
 from rpac.schedule.program import Program, translate
 from rpac.schedule.sequence import run
 from rpac.schedule.timeline import Timeline
+from rpac.schedule.traffic import copied_bytes, moved_bytes
 from rpac.schedule.walk import Walk, walk
 
 ATTENTION: Final = re.compile(r"rpa_\w+")
@@ -49,7 +50,6 @@ _AWAITED: Final = (
 _NO_WORK: Final = re.compile(
     r'custom_call_target="(?:ConcatBitcast|PrepareAsyncCall\w+|Sharding|SPMD\w+|AssumeGather\w+)"'
 )
-_LOOKUPS: Final = ("gather", "dynamic-slice")
 _PREFETCH: Final = "cross_program_prefetch_index"
 _MOST_ASSUMED: Final = 1 << 18
 _COUNTED: Final = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+[A-Z]*\s*: \s*\{", re.MULTILINE)
@@ -273,59 +273,6 @@ class _Run:
         flops = self.call.flops(operation)
         seconds = self.timeline.stream(flops / chip(self.call.dump.target).peak_bf16_flops, read + written)
         self.events.append(Event(operation.name, operation.opcode, category, seconds, read, written, flops, "", reason))
-
-
-def copied_bytes(module: Module, operation: Operation) -> int:
-    """What an asynchronous copy moves through the HBM channel: of a slice, the slice alone."""
-    if operation.opcode == "copy-start":
-        return sum(module.traffic(operation))
-    if "slice" not in operation.opcode:
-        return sum(moved_bytes(module, operation))
-    # (operands, result, context): a slice in VMEM has no bytes of its own in HBM, but is read from there.
-    moved = [array for array in operation.shapes if array.dims]
-    last = moved[-1]
-    size = last.count * BITS.get(last.dtype, 0) // 8
-    return size + last.bytes if any(array.bytes for array in moved[:-1]) else last.bytes
-
-
-def moved_bytes(module: Module, operation: Operation) -> tuple[int, int]:
-    """(bytes read, bytes written) in HBM; of an operand that is only looked up in, the rows that are read."""
-    read, written = module.traffic(operation)
-    for names in operation.called.values():
-        for name in names:
-            for number, operand in enumerate(operation.inputs):
-                rows = _rows(module, name, number)
-                if rows is not None:
-                    read += min(0, rows - module[operand].shapes[0].bytes)
-    return read, written
-
-
-def looked_up_bytes(module: Module, numbers: Iterable[int]) -> dict[int, int]:
-    """Bytes of arguments of the call, by number; of those that are only looked up in, those of the rows."""
-    arrays = {
-        int(o.arguments): o.shapes[0].bytes
-        for o in module.computations[module.entry].operations
-        if o.opcode == "parameter"
-    }
-    rows = {number: _rows(module, module.entry, number) for number in numbers}
-    return {number: arrays[number] if found is None else found for number, found in rows.items()}
-
-
-def _rows(module: Module, computation: str, number: int) -> int | None:
-    """Bytes of the rows that a computation reads of a parameter; None where it reads the whole."""
-    of = module.computations[computation].operations
-    name = next((o.name for o in of if o.opcode == "parameter" and int(o.arguments) == number), None)
-    found = 0
-    for user in (o for o in of if name in o.inputs):
-        inner = [called for names in user.called.values() for called in names]
-        if user.opcode in _LOOKUPS and user.inputs[0] == name:
-            rows: int | None = user.shapes[0].count * BITS.get(user.shapes[0].dtype, 0) // 8
-        else:
-            rows = _rows(module, inner[0], user.inputs.index(name or "")) if inner else None
-        if rows is None:
-            return None
-        found += rows
-    return found or None
 
 
 def _followed(call: StepCall) -> frozenset[str]:

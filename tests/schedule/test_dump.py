@@ -10,6 +10,7 @@ import pytest
 
 from rpac.errors import ScheduleError
 from rpac.schedule import Call, collect, dump_command, dump_export
+from rpac.schedule.dump import TOP, dump_step
 
 FAKE = r"""
 import os, pathlib, re, sys, time
@@ -32,6 +33,13 @@ def test_a_dump_is_collected_by_operation_and_its_folder_removed() -> None:
     found = dump_command(python(FAKE + "time.sleep(60)"), "tpu7x", timeout=30)
     assert (found.compiler, found.hlo, found.schedules) == ("1.2.3", "hlo", {"my.kernel-1": "schedule"})
     assert set(Path(tempfile.gettempdir()).glob("rpac-dump-*")) <= before
+
+
+def test_the_dump_of_a_step_has_the_schedule_of_the_module_itself() -> None:
+    found = dump_step(python(FAKE + "time.sleep(60)"), "tpu7x", timeout=30)
+    assert found is not None
+    assert found.schedules == {"my.kernel-1": "schedule", TOP: "not an operation"}
+    assert dump_step(python("print('libtpu 1.2.3')"), "tpu7x", timeout=30) is None
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import pytest
 from rpac.schedule import Dump
 from rpac.schedule.dump import TOP
 from rpac.schedule.hlo import parse_module
-from rpac.schedule.step import CATEGORIES, StepCall, Timed, looked_up_bytes, moved_bytes
+from rpac.schedule.step import CATEGORIES, StepCall, Timed
+from rpac.schedule.traffic import looked_up_bytes, moved_bytes
 
 from .sharded_step import FIXTURE, HIDDEN, LAYERS, VOCABULARY, WIDTH
 
