@@ -188,12 +188,13 @@ class _Run:
         self.loops_once.append(operation.name)
 
     def _kernel(self, operation: Operation, operands: dict[int, Words]) -> Mapping[int, Words]:
+        self._between()
         category = "attention" if ATTENTION.match(operation.name) else "kernels"
         return self._by_schedule(operation, operands, category).written
 
     def _other(self, operation: Operation, operands: Callable[[], dict[int, Words]]) -> None:
         started, collective = operation.opcode in _STARTED, collective_of(self.module, operation)
-        self._between(operation)
+        self._between()
         if operation.opcode in _AWAITED or operation.opcode.endswith("-done"):
             self._await(operation)
         elif collective is not None:
@@ -204,7 +205,7 @@ class _Run:
         elif not (operation.opcode.endswith("-update") or _NO_WORK.search(operation.attributes)):
             self._work(operation, operands())
 
-    def _between(self, operation: Operation) -> None:
+    def _between(self) -> None:
         self.timeline.pass_by(self.call.call_seconds)
         self.events.append(Event("calls", "", "calls", self.call.call_seconds, 0, 0, 0, "calls"))
 
