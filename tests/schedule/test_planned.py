@@ -63,7 +63,7 @@ def walks(call: Call, given: Batch) -> list[tuple[str, Walk]]:
         found.append((operation.name.partition(".")[0], done))
         return done.written
 
-    run(call.module, given, kernel, lambda operation: None)
+    run(call.module, given, kernel, lambda operation, operands: None)
     return found
 
 

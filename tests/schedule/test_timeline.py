@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from rpac.schedule.model import Model, model_of
+from rpac.schedule import Call, Model, model_of, parse_schedule, walk
 from rpac.schedule.timeline import Timeline
+
+from .gather import PAGES, SEQS
+from .test_fixtures import LENS, TABLE, load
 
 MIB = 2**20
 
@@ -51,3 +54,21 @@ def test_what_was_started_in_an_earlier_iteration_is_the_oldest(model: Model) ->
     timeline.start_copy("started", 4 * MIB)
     assert timeline.wait("renamed") == pytest.approx(5e-6)
     assert timeline.wait("nothing") == 0
+
+
+def test_a_kernel_waits_for_the_transfers_that_were_started_before_it(model: Model) -> None:
+    call = Call(load("tpu7x"), model)
+    name = call.kernels[0].name
+    schedule = parse_schedule(call.dump.schedules[name], "tpu7x", name)
+    operands = call.operands({LENS: [1] * SEQS, TABLE: list(range(PAGES))})[name]
+    alone = walk(schedule, operands, model)
+    timeline = Timeline(model)
+    timeline.start_copy("weights", 100 * MIB)
+    behind = timeline.walk(lambda backlog: walk(schedule, operands, model, backlog=float(backlog)))
+    assert behind.transfers == alone.transfers
+    assert behind.read_bytes == alone.read_bytes
+    assert behind.issued == alone.issued
+    late = (behind.cycles - alone.cycles) / model.clock_hz
+    assert 90e-6 < late <= 100e-6  # of the copy's 100 us a part passes before the kernel's first transfer
+    assert timeline.now == pytest.approx(behind.cycles / model.clock_hz)
+    assert timeline.backlog == 0
