@@ -1,8 +1,9 @@
 """Child process: lowers one step, and compiles it for its schedules unless the store has them already.
 
-python -m rpac.predict.dump_step TASK.json FACTS.json STORE
+python -m rpac.predict.dump_step TASK.json FACTS.json STORE LOWERED
 
-FACTS.json is written first: what the step takes, and the key of its schedules in the store.
+FACTS.json is written first: what the step takes, and the key of its schedules in the store. LOWERED is the hash of what a
+bundle's step was lowered to, or empty: another step is refused before it is compiled.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def key_of(target: str, lowered: str, tools: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def main(task_path: str, facts_path: str, store: str) -> None:
+def main(task_path: str, facts_path: str, store: str, built: str = "") -> None:
     """Exits with 1 and the reason where the step cannot be lowered or compiled."""
     flags = os.environ[DUMP_FLAGS]
     prepare()  # else the user's own settings would schedule something that no build ships
@@ -59,8 +60,14 @@ def main(task_path: str, facts_path: str, store: str) -> None:
         if step is None:
             sys.exit(f"{task.label}: the model wants no such step; its {task.function}_arrays returns None")
         lowered = hashlib.sha256(step.lower().as_text().encode()).hexdigest()
+        if built not in ("", lowered):
+            sys.exit(
+                f"{task.label}: {task.function} is not the function that the bundle was built with: it is lowered to "
+                f"{lowered[:12]}, and the bundle's step to {built[:12]}; run rpac in the folder of that function, or build the "
+                "bundle again"
+            )
         key = key_of(task.target, lowered, toolchain())
-        Path(facts_path).write_text(json.dumps({**_facts(step), "key": key, "lowered": lowered}))
+        Path(facts_path).write_text(json.dumps({**_facts(step), "key": key}))
         if not store or Store(Path(store)).read(key) is None:
             compile_step(step)
     except RpacError as error:

@@ -19,7 +19,7 @@ from rpac.bundle import Place, names_bundle, read_manifest
 from rpac.contract.attention import Attention
 from rpac.contract.program import Variant
 from rpac.contract.step import TOKEN_ARRAYS
-from rpac.errors import BundleError, Problem, ScheduleError, SpecError
+from rpac.errors import BundleError, Problem, SpecError
 from rpac.files.store import Store
 from rpac.plan.tuned import Tuned, TunedTiles
 from rpac.predict.dump_step import to_json
@@ -73,14 +73,7 @@ class Steps:
     def schedules(self, variant: Variant) -> StepSchedules:
         """Raises ScheduleError where the step cannot be compiled or read."""
         if variant not in self._found:
-            dump, facts = self._dumped(self.tasks[variant])
-            built = self.built.get(variant, facts["lowered"])
-            if built != facts["lowered"]:
-                raise ScheduleError(
-                    f"{self.tasks[variant].label}: {self.tasks[variant].function} is not the function that the bundle was built "
-                    f"with: it is lowered to {facts['lowered'][:12]}, and the bundle's step to {built[:12]}; run rpac in the "
-                    "folder of that function, or build the bundle again"
-                )
+            dump, facts = self._dumped(self.tasks[variant], self.built.get(variant, ""))
             arguments = tuple((name, tuple(shape), dtype) for name, shape, dtype in facts["arguments"])
             self._found[variant] = StepSchedules(
                 StepCall(dump, any_compiler=self.any_compiler),
@@ -90,12 +83,12 @@ class Steps:
             )
         return self._found[variant]
 
-    def _dumped(self, task: StepTask) -> tuple[Dump, dict[str, Any]]:
+    def _dumped(self, task: StepTask, built: str) -> tuple[Dump, dict[str, Any]]:
         self.progress(f"lowering {task.label}, and compiling it where its schedules are not known yet")
         with tempfile.TemporaryDirectory(prefix="rpac-step-") as folder:
             path, facts = Path(folder, "task.json"), Path(folder, "facts.json")
             path.write_text(to_json(task))
-            arguments = [str(path), str(facts), str(self.store.root or "")]
+            arguments = [str(path), str(facts), str(self.store.root or ""), built]
             dump = dump_step(
                 [sys.executable, "-m", "rpac.predict.dump_step", *arguments], task.target, timeout=TIMEOUT_S
             )
@@ -144,7 +137,7 @@ def steps_to_predict(
 
     `function` is `package.module:name`, looked for in `folder` first; where it is empty, the one that the spec or the bundle
     names. Raises as `programs_of`; SpecError or BundleError where none is named; ScheduleError later, where the function is not
-    the one that a bundle's step was built of.
+    the one that a bundle was built with.
     """
     layers = layers_in(path)
     parts = [

@@ -31,22 +31,6 @@ from rpac.schedule.walk import Walk, walk
 ATTENTION: Final = re.compile(r"rpa_\w+")
 """How the kernels of rpac's programs are called."""
 
-_STARTED: Final = (
-    "copy-start",
-    "slice-start",
-    "dynamic-slice-start",
-    "dynamic-update-slice-start",
-    "async-start",
-    "call-start",
-)
-_AWAITED: Final = (
-    "copy-done",
-    "slice-done",
-    "dynamic-slice-done",
-    "dynamic-update-slice-done",
-    "async-done",
-    "call-done",
-)
 _NO_WORK: Final = re.compile(
     r'custom_call_target="(?:ConcatBitcast|PrepareAsyncCall\w+|Sharding|SPMD\w+|AssumeGather\w+)"'
 )
@@ -193,13 +177,13 @@ class _Run:
         return self._by_schedule(operation, operands, category).written
 
     def _other(self, operation: Operation, operands: Callable[[], dict[int, Words]]) -> None:
-        started, collective = operation.opcode in _STARTED, collective_of(self.module, operation)
+        collective = collective_of(self.module, operation)
         self._between()
-        if operation.opcode in _AWAITED or operation.opcode.endswith("-done"):
+        if operation.opcode.endswith("-done"):
             self._await(operation)
         elif collective is not None:
             self._collective(operation, collective)
-        elif started:
+        elif operation.opcode.endswith("-start"):
             size = 0 if operation.name in self.prefetched else copied_bytes(self.module, operation)
             self.timeline.start_copy(operation.name, size)
         elif not (operation.opcode.endswith("-update") or _NO_WORK.search(operation.attributes)):
