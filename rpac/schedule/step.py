@@ -65,7 +65,7 @@ CATEGORIES: Final = {
     "matrix products": "operations of XLA that hold a matrix product, with what is fused into them",
     "vector work": "all other operations of XLA: norms, rotary embeddings, activations, gathers, copies by the core",
     "collectives": "what the core waits for collectives",
-    "copies": "what the core waits for asynchronous copies",
+    "copies": "what the core waits for asynchronous copies, also where DMAs of an operation queue behind them",
     "calls": "the instructions of the program that calls the operations",
 }
 
@@ -234,15 +234,20 @@ class _Run:
     def _by_schedule(
         self, operation: Operation, operands: dict[int, Words], category: str, *, assumed: bool = False
     ) -> Walk:
-        began = self.timeline.now
+        began, backlog = self.timeline.now, self.timeline.backlog
         done = self.timeline.walk(lambda backlog: self.call.walked(operation, operands, backlog))
+        late = 0.0
+        if backlog:
+            alone = self.call.walked(operation, operands, 0)
+            late = max(0.0, done.cycles - alone.cycles) / self.call.model.clock_hz
+            self.events.append(Event(operation.name, operation.opcode, "copies", late, 0, 0, 0))
         cores = done.schedule.cores
         self.events.append(
             Event(
                 operation.name,
                 operation.opcode,
                 category,
-                self.timeline.now - began,
+                self.timeline.now - began - late,
                 done.read_bytes * cores,
                 done.written_bytes * cores,
                 self.call.flops(operation),

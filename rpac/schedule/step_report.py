@@ -183,7 +183,12 @@ def _operations(events: Sequence[Event]) -> tuple[OperationReport, ...]:
     groups: dict[tuple[str, str, str], list[Event]] = defaultdict(list)
     for event in events:
         if event.category != "calls":
-            groups[event.schedule or event.opcode, event.category, event.reason].append(event)
+            name = event.schedule or (
+                "DMAs behind copies"
+                if not event.opcode.endswith("-done") and event.category == "copies"
+                else event.opcode
+            )
+            groups[name, event.category, event.reason].append(event)
     found = []
     for (name, category, reason), of in groups.items():
         timed_by = "schedule" if of[0].schedule else "bytes" if reason else "wait"
