@@ -15,7 +15,7 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow test-adapters test-init lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-models report-peers report-browser bench-kernels bench-chunks bench-scheduling \
+.PHONY: demo test test-newest test-slow test-adapters test-init lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-models report-peers report-browser bench-kernels bench-steps bench-chunks bench-scheduling \
 	same calibrate release build-all serve-demo clean
 
 demo: $(VENV)/ready
@@ -110,6 +110,10 @@ ifneq ($(NEWEST_PYTHON),)
 	$(MAKE) $(NEWEST)/ready
 	$(NEWEST)/bin/python benchmarks/kernels.py
 endif
+
+# docs/steps-predicted.md: whole steps of public models. Hours where nothing is cached.
+bench-steps: $(VENV)/ready
+	$(BIN)/python benchmarks/predicted_steps.py
 
 bench-chunks: $(VENV)/ready
 	$(BIN)/python benchmarks/chunks.py --target tpu7x

@@ -1,6 +1,6 @@
 """Predicts whole steps of public models, beside what others have measured, and writes the tables of docs/steps-predicted.md.
 
-    python -m benchmarks.predicted_steps [--only qwen3-8b]     # results are kept in benchmarks/steps/results.json
+    python benchmarks/predicted_steps.py [--only qwen3-8b]     # results are kept in benchmarks/steps/results.json
 
 Of a model the first FIRST layers are compiled and walked, and its other layers take as long as the last of them do. `--whole`
 compiles all layers instead, as `rpac predict --step` does: the page states how far the two are apart.
