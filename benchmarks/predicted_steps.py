@@ -236,6 +236,11 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
     PAGE.write_text(text)
 
 
+def _kept() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return found
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -247,12 +252,13 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="write the page from the kept results alone")
     given = parser.parse_args()
     os.environ["RPAC_TUNED"] = "none"
-    results: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = _kept()
     for name, target, batch in () if given.page else dict.fromkeys(wanted()):
         key = f"{name} {target} {batch}" + (" whole" if given.whole else "")
         if given.only in key and results.get(key, {}).get("libtpu") != toolchain()["libtpu"]:
-            results[key] = predicted(MODELS[name], target, batch, given.whole)
-            print(f"{key}: {1e3 * results[key]['seconds']:.3f} ms", flush=True)
+            found = predicted(MODELS[name], target, batch, given.whole)
+            print(f"{key}: {1e3 * found['seconds']:.3f} ms", flush=True)
+            results = {**_kept(), key: found}  # another process may have kept some meanwhile
             RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     write_page(results)
 

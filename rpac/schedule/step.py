@@ -7,6 +7,7 @@ copies and collectives, and waits for them. The scheduled HLO module has the sam
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -122,7 +123,8 @@ class StepCall:
         name = self.schedules.get(operation.name)
         if name is None:
             raise ScheduleError(f"the dump has no schedule of {operation.name} ({operation.opcode})")
-        key = (name, backlog, *((index, tuple(operands[index])) for index in sorted(operands)))
+        given = (operands[index] for index in sorted(operands))
+        key = (name, backlog, *((w.tobytes() if isinstance(w, array) else tuple(w)) for w in given))
         if key not in self._walks:
             try:
                 self._walks[key] = walk(self._program(name), operands, self.model, backlog=float(backlog))
