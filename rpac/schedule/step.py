@@ -123,8 +123,8 @@ class StepCall:
         name = self.schedules.get(operation.name)
         if name is None:
             raise ScheduleError(f"the dump has no schedule of {operation.name} ({operation.opcode})")
-        given = (operands[index] for index in sorted(operands))
-        key = (name, backlog, *((w.tobytes() if isinstance(w, array) else tuple(w)) for w in given))
+        given = [(index, operands[index]) for index in sorted(operands)]
+        key = (name, backlog, *((index, w.tobytes() if isinstance(w, array) else tuple(w)) for index, w in given))
         if key not in self._walks:
             try:
                 self._walks[key] = walk(self._program(name), operands, self.model, backlog=float(backlog))
