@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 WIDTH, HIDDEN, VOCABULARY, LAYERS = 2880, 2880, 201088, 24
 Q_HEADS, KV_HEADS, HEAD_DIM, THETA = 64, 8, 64, 150_000.0
 EXPERTS, CHOSEN, LIMIT = 32, 4, 7.0
+PADDED_WIDTH = 2944  # of the embedding: with rows that are no whole lanes, XLA copies all of it in every call
 HEADS: Final = ("kv", "copy")
 
 
@@ -27,7 +28,7 @@ def decoder(layers: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
     kinds = ["sliding", "full"] * (layers // 2)
 
     def step(attend: Any, params: Any, caches: Any, token_ids: Any, positions: Any, batch: Any) -> Any:
-        x = params["embedding"][token_ids]
+        x = params["embedding"][token_ids][:, :WIDTH]
         after = []
         for kind, layer, cache in zip(kinds, params["layers"], caches, strict=True):
             normed = rms_norm(x, layer["attention_norm"])
@@ -67,7 +68,7 @@ def decoder(layers: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
             "up": (weight(EXPERTS, WIDTH, HIDDEN), P(HEADS)),
             "down": (weight(EXPERTS, HIDDEN, WIDTH), P(HEADS)),
         }
-        embedding, head = (weight(VOCABULARY, WIDTH), P(HEADS)), (weight(WIDTH, VOCABULARY), P(None, HEADS))
+        embedding, head = (weight(VOCABULARY, PADDED_WIDTH), P(HEADS)), (weight(WIDTH, VOCABULARY), P(None, HEADS))
         tree = {"embedding": embedding, "layers": [table] * layers, "norm": (weight(WIDTH), P()), "head": head}
         params, cuts = (
             jax.tree.map(lambda pair, index=index: pair[index], tree, is_leaf=lambda node: isinstance(node, tuple))

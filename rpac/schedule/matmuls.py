@@ -8,18 +8,17 @@ from typing import Final
 
 from rpac.schedule.hlo import Module, Operation
 
-_LABELS: Final = re.compile(r"dim_labels=\w+_(\w+)->\w+")
+_LABELS: Final = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _CONTRACTED: Final = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
-_DILATED: Final = re.compile(r"\b[lr]hs_dilate=")
+_WINDOW: Final = re.compile(r"window=\{([^}]*)\}")
 
 
 def flops_of(module: Module, operation: Operation) -> int:
-    """Flops of the matrix products in an operation and in what it calls; a multiply-add is two.
-
-    A convolution that stands for a batch of products has the batch as a dilated window, of which each result uses one place.
-    """
-    if operation.opcode in ("dot", "convolution"):
+    """Flops of the matrix products in an operation and in what it calls; a multiply-add is two."""
+    if operation.opcode == "dot":
         return 2 * math.prod(operation.shapes[0].dims) * _contracted(module, operation)
+    if operation.opcode == "convolution":
+        return _convolution(module, operation)
     return sum(
         flops_of(module, inner)
         for names in operation.called.values()
@@ -29,14 +28,40 @@ def flops_of(module: Module, operation: Operation) -> int:
 
 
 def _contracted(module: Module, operation: Operation) -> int:
-    left, right = (module[name].shapes[0].dims for name in operation.inputs[:2])
-    if operation.opcode == "dot":
-        match = _CONTRACTED.search(operation.attributes)
-        return math.prod(left[int(n)] for n in (match[1] if match else "").split(",") if n)
+    left = module[operation.inputs[0]].shapes[0].dims
+    match = _CONTRACTED.search(operation.attributes)
+    return math.prod(left[int(n)] for n in (match[1] if match else "").split(",") if n)
+
+
+def _convolution(module: Module, operation: Operation) -> int:
+    """XLA makes convolutions of matrix products. Those of a batch have the batch as a window, and most of its places lie in
+    padding, so only pairs of a result and a place that holds an element are counted.
+    """
     labels = _LABELS.search(operation.attributes)
     if labels is None:
         return 0
-    dilated = _DILATED.search(operation.attributes) is not None
-    return math.prod(
-        size for size, label in zip(right, labels[1], strict=True) if label == "i" or not (dilated or label == "o")
+    left, right, result = (
+        dict(zip(names, dims, strict=True))
+        for names, dims in zip(
+            labels.groups(),
+            (*(module[i].shapes[0].dims for i in operation.inputs[:2]), operation.shapes[0].dims),
+            strict=True,
+        )
     )
+    spatial = sorted(label for label in right if label.isdigit())
+    pairs = math.prod(_pairs(operation, at, left[dim], right[dim], result[dim]) for at, dim in enumerate(spatial))
+    return 2 * result["b"] * result["f"] * right["i"] * pairs
+
+
+def _pairs(operation: Operation, at: int, size: int, window: int, results: int) -> int:
+    """How many pairs of a result and a place of its window hold an element, along one spatial dimension."""
+    found = _WINDOW.search(operation.attributes)
+    fields = dict(re.findall(r"(\w+)=(\S+)", found[1] if found else ""))
+
+    def value(name: str, default: int) -> int:
+        return int(fields[name].split("x")[at]) if name in fields else default
+
+    before = int(fields["pad"].split("x")[at].partition("_")[0]) if "pad" in fields else 0
+    stride, spread, reach = value("stride", 1), value("lhs_dilate", 1), value("rhs_dilate", 1)
+    places = (o * stride + k * reach - before for o in range(results) for k in range(window))
+    return sum(1 for place in places if 0 <= place <= (size - 1) * spread and place % spread == 0)
