@@ -40,17 +40,14 @@ def _convolution(module: Module, operation: Operation) -> int:
     labels = _LABELS.search(operation.attributes)
     if labels is None:
         return 0
+    arrays = (*(module[name].shapes[0] for name in operation.inputs[:2]), operation.shapes[0])
     left, right, result = (
-        dict(zip(names, dims, strict=True))
-        for names, dims in zip(
-            labels.groups(),
-            (*(module[i].shapes[0].dims for i in operation.inputs[:2]), operation.shapes[0].dims),
-            strict=True,
-        )
+        dict(zip(names, array.dims, strict=True)) for names, array in zip(labels.groups(), arrays, strict=True)
     )
     spatial = sorted(label for label in right if label.isdigit())
-    pairs = math.prod(_pairs(operation, at, left[dim], right[dim], result[dim]) for at, dim in enumerate(spatial))
-    return 2 * result["b"] * result["f"] * right["i"] * pairs
+    pairs: int = math.prod(_pairs(operation, at, left[dim], right[dim], result[dim]) for at, dim in enumerate(spatial))
+    flops: int = 2 * result["b"] * result["f"] * right["i"] * pairs
+    return flops
 
 
 def _pairs(operation: Operation, at: int, size: int, window: int, results: int) -> int:
