@@ -133,4 +133,4 @@ _VECTOR_STEMS: Final = frozenset(
 
 def is_vector(opcode: str) -> bool:
     """Whether an opcode is a vector instruction that this package knows: one slot, no effect on scalars."""
-    return opcode.partition(".")[0].partition("-")[0] in _VECTOR_STEMS
+    return opcode.partition(".")[0] in _VECTOR_STEMS
