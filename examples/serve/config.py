@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rpac.spec.parse import HEAD_DIMS
 from serve.errors import CheckpointError
 from serve.rope import Linear, Llama3, Rope, Yarn
 
@@ -46,6 +47,11 @@ class Config:
     @property
     def layers(self) -> int:
         return len(self.windows)
+
+    @property
+    def kernel_head_dim(self) -> int:
+        """The length of a head in attention: the next one that rpac has kernels for, as `rpac init` has it in the spec."""
+        return next((size for size in HEAD_DIMS if size >= self.head_dim), self.head_dim)
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from serve.answers import error_body
+
 LINGERING_S = 2.0  # for the rest of a body that nobody wants
 
 
@@ -106,7 +108,7 @@ class Connection(asyncio.Protocol):
 
 def refusal(why: str) -> bytes:
     """A whole answer for a client that no handler will see."""
-    body = json.dumps({"error": why}).encode()
+    body = json.dumps(error_body(503, why)).encode()
     head = (
         "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"

@@ -85,10 +85,10 @@ def forward(
     after = []
     for kind, layer, cache in zip(config.kinds, params["layers"], caches, strict=True):
         queries, keys, values = project(config, layer, x, rotation)
-        out, cache, *_ = attend(
-            queries, _narrowed(keys, cache.dtype), _narrowed(values, cache.dtype), cache, layer=kind
-        )
-        x = x + _linear(layer, "o", out.reshape(len(out), -1))
+        keys, values = _narrowed(keys, cache.dtype), _narrowed(values, cache.dtype)
+        heads = (_padded(one, config.kernel_head_dim) for one in (queries, keys, values))
+        out, cache, *_ = attend(*heads, cache, layer=kind)
+        x = x + _linear(layer, "o", out[..., : config.head_dim].reshape(len(x), -1))
         x = x + mlp(layer, rms_norm(x, layer["mlp_norm"], config.epsilon))
         after.append(cache)
     return x, after
@@ -135,3 +135,7 @@ def _narrowed(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         most = float(jnp.finfo(dtype).max)
         x = jnp.clip(x, -most, most)
     return x.astype(dtype)
+
+
+def _padded(x: jax.Array, length: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[-1])))

@@ -38,7 +38,8 @@ def sample(logits: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.A
 
 
 def _drawn(logits: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.Array:
-    scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
+    below = logits - logits.max(axis=-1, keepdims=True)  # so that a small temperature gives no infinity
+    scaled = below / jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
     kept = lax.cond((sampling.top_p < 1).any(), lambda: nucleus(scaled, sampling.top_p), lambda: scaled)
 
     def noise(seed: jax.Array, position: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The serving example on a cache so small that a load preempts, with programs lowered here."""
+"""The example server on a small checkpoint that is written here, with a cache so small that a load preempts."""
 
 from __future__ import annotations
 
@@ -9,46 +9,86 @@ from typing import Any
 
 import pytest
 
-import rpac
 from rpac.build import sources_of
 from rpac.bundle import write_bundle
+from rpac.init.draft import make_draft
+from rpac.init.servers import SERVERS, Request
 from rpac.lower import tasks_of
-from rpac.spec import load_spec
+from rpac.spec import Spec, parse_spec
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+NUM_PAGES = 24  # of which a sequence of full length takes 8
+FLAGS = {
+    "max_model_len": 128,
+    "page_size": 16,
+    "max_num_seqs": 16,
+    "max_num_tokens": 64,
+    "num_pages": NUM_PAGES,
+}
+SMALL = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
 
-@pytest.fixture(scope="session")
-def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """8 pages a sequence, 24 in all."""
+
+def spec_of(folder: Path, dtype: str = "float32") -> Spec:
+    """What `rpac init` writes for a checkpoint, with one token bucket, so that little is compiled."""
+    draft = make_draft(folder, Request(SERVERS["vllm"], "v6e", 1, FLAGS, dtype), "rpac init")
+    spec = parse_spec(draft.text, "spec.yaml")
+    serving = dataclasses.replace(spec.serving, token_buckets=spec.serving.token_buckets[-1:], prefill_chunk=32)
+    return dataclasses.replace(spec, serving=serving)
+
+
+def write_small_bundle(path: Path, spec: Spec) -> None:
+    """A bundle with portable programs for the CPU alone."""
     from rpac.lower.worker import lower
 
-    spec = load_spec(EXAMPLES / "serve" / "spec.yaml")
-    spec = dataclasses.replace(spec, serving=dataclasses.replace(spec.serving, max_model_len=128, num_pages=24))
     tasks = tasks_of(spec, sources_of(spec, ["cpu"]))
-    path = tmp_path_factory.mktemp("serve") / "small.rpac"
     write_bundle(path, spec, [lower(task, {"jax": "any", "libtpu_build": "none"}) for task in tasks])
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from serve.tiny import write_checkpoint
+
+    folder = tmp_path_factory.mktemp("models") / "small"
+    write_checkpoint(folder, SMALL)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("serve") / "small.rpac"
+    write_small_bundle(path, spec_of(checkpoint))
     return path
 
 
 @pytest.fixture(scope="session")
-def engine(small_bundle: Path) -> rpac.Engine:
-    return rpac.load(small_bundle, target="cpu")
+def steps(checkpoint: Path, bundle: Path) -> Any:
+    from serve.app import make_steps
+
+    return make_steps(checkpoint, str(bundle), "cpu")
 
 
 @pytest.fixture(scope="session")
-def llama() -> tuple[Any, Any]:
-    """A configuration of two layers, and its weights."""
-    from serve import toy as model
+def llama(checkpoint: Path) -> tuple[Any, Any]:
+    """The model and its weights."""
+    from serve.checkpoint import load_params
+    from serve.config import read_config
 
-    config = model.Config(layers=2)
-    return config, model.init(config, 0)
+    config = read_config(checkpoint)
+    return config, load_params(checkpoint, config)
+
+
+@pytest.fixture(scope="session")
+def text(checkpoint: Path) -> Any:
+    from serve.text import Text
+
+    return Text(checkpoint)
 
 
 @pytest.fixture
-def generator(engine: rpac.Engine, llama: tuple[Any, Any]) -> Any:
-    """A new one, with empty caches, on the programs that are compiled already."""
+def generator(steps: Any) -> Any:
+    """A new one, with empty caches, on steps that are compiled already."""
     from serve.generate import Generator
 
-    return Generator(engine, *llama)
+    return Generator(steps)
