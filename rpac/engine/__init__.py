@@ -16,12 +16,14 @@ from rpac.engine.events import (
     ProgramFailed,
     ProgramReady,
 )
-from rpac.engine.loading import load, load_layers
+from rpac.engine.loading import load, load_layers, load_steps
+from rpac.engine.steps import BoundSteps, StepEngine
 from rpac.engine.warmup import Warming
 
 __all__ = [
     "BatchRefused",
     "BatchRun",
+    "BoundSteps",
     "CanaryRun",
     "Count",
     "Engine",
@@ -30,7 +32,9 @@ __all__ = [
     "Observer",
     "ProgramFailed",
     "ProgramReady",
+    "StepEngine",
     "Warming",
     "load",
     "load_layers",
+    "load_steps",
 ]

@@ -11,7 +11,6 @@ from typing import Final
 
 from jax import export
 
-from rpac.contract.program import Variant
 from rpac.errors import BundleError
 
 _ALLOWED: Final = {"tpu": frozenset({"tpu_custom_call"})}
@@ -21,14 +20,23 @@ _ALLOWED: Final = {"tpu": frozenset({"tpu_custom_call"})}
 _CALL: Final = re.compile(r'custom_call\s*@(?:"([^"]*)"|([\w$.-]+))|call_target_name\s*=\s*"([^"]*)"')
 
 
-def refuse_custom_calls(variant: Variant, exported: export.Exported) -> None:
-    """Raises BundleError where a program calls anything that programs of its platforms never need."""
-    of_each = [_ALLOWED.get(platform, frozenset()) for platform in exported.platforms]
-    allowed = frozenset.intersection(*of_each) if of_each else frozenset()
-    found = {next(filter(None, call), "") for call in _CALL.findall(exported.mlir_module())} - allowed
+def refuse_custom_calls(what: str, exported: export.Exported, compiled_away: frozenset[str] = frozenset()) -> None:
+    """Raises BundleError where an export calls anything that programs of its platforms never need.
+
+    `compiled_away`: what it may name too, because the compiler itself replaces it.
+    """
+    allowed, found = outside_calls(exported)
+    found -= compiled_away
     if found:
         needs = "call only " + ", ".join(sorted(allowed)) if allowed else "call nothing outside of itself"
         raise BundleError(
-            f"program {variant}: its export calls {', '.join(sorted(found))}; must {needs}; do not use this bundle: no build "
+            f"{what}: its export calls {', '.join(sorted(found))}; must {needs}; do not use this bundle: no build "
             "of rpac makes such a program; build it again from its spec"
         )
+
+
+def outside_calls(exported: export.Exported) -> tuple[frozenset[str], set[str]]:
+    """What programs of an export's platforms may call outside of themselves, and what this one calls beyond that."""
+    of_each = [_ALLOWED.get(platform, frozenset()) for platform in exported.platforms]
+    allowed = frozenset.intersection(*of_each) if of_each else frozenset()
+    return allowed, {next(filter(None, call), "") for call in _CALL.findall(exported.mlir_module())} - allowed
