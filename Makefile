@@ -22,10 +22,17 @@ demo: $(VENV)/ready
 	$(BIN)/rpac build specs/llama3-8b.yaml --target tpu7x --target cpu
 	$(BIN)/python examples/demo.py build/llama3-8b.rpac
 
-# A server of a small Llama on rpac's attention, under load, and the time to its first token.
+# A server of a small checkpoint with random weights under load, from a bundle with its whole step; and the time to the first
+# token, compared with jit.
+DEMO := build/serve-demo
+serve-demo: export PYTHONPATH := examples$(if $(PYTHONPATH),:$(PYTHONPATH))
 serve-demo: $(VENV)/ready
-	$(BIN)/rpac build examples/serve/spec.yaml --this-cpu
-	PYTHONPATH=examples$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m serve.demo build/serve-demo.rpac examples/serve/spec.yaml
+	$(BIN)/python -m serve.tiny $(DEMO)
+	$(BIN)/rpac init $(DEMO) --dtype float32 --max-model-len 256 --block-size 16 --max-num-seqs 16 \
+		--max-num-batched-tokens 64 --num-gpu-blocks-override 32 --force -o $(DEMO).yaml
+	MODEL=$(DEMO) $(BIN)/rpac build $(DEMO).yaml --target cpu --this-cpu --step serve.whole:step
+	$(BIN)/python -m serve.demo $(DEMO) $(DEMO).rpac
+	$(BIN)/python -m serve.first_token $(DEMO) $(DEMO).rpac $(DEMO).yaml
 
 test: $(VENV)/ready lint generated
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"

@@ -16,22 +16,15 @@ from pathlib import Path
 
 import rpac
 from serve.api import make_app
-from serve.checkpoint import load_params
+from serve.bundle import open_bundle
 from serve.compiled import keep_compiled
 from serve.connections import ConnectionLimits, Gate, listening
 from serve.errors import CheckpointError
 from serve.generate import Generator
-from serve.steps import JitSteps, open_bundle, sharding_of
 from serve.text import Text
 from serve.worker import Worker
 
 LOG = logging.getLogger("serve")
-
-
-def make_steps(model: Path, bundle: str, target: str | None = None) -> JitSteps:
-    """The steps of a checkpoint. Raises CheckpointError, and what `rpac.load` raises."""
-    engines, config = open_bundle(bundle, model, target)
-    return JitSteps(engines, config, load_params(model, config, sharding_of(engines)))
 
 
 async def serve(name: str, text: Text, worker: Worker, options: argparse.Namespace) -> None:
@@ -76,7 +69,7 @@ def main() -> None:
         keep_compiled(options.compile_cache)
     try:
         text = Text(options.model)
-        steps = make_steps(options.model, options.bundle, options.target)
+        steps = open_bundle(options.bundle, options.model, options.target)
     except (CheckpointError, rpac.RpacError) as error:
         sys.exit(str(error))
     steps.warm()

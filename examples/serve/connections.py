@@ -120,7 +120,9 @@ def refusal(why: str) -> bytes:
 async def listening(app: web.Application, gate: Gate, host: str, port: int) -> AsyncIterator[int]:
     """Serves an application on a port, which is yielded: another one than was asked for where that is 0."""
     # A handler ends when its client goes.
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=5, lingering_time=LINGERING_S)
+    runner = web.AppRunner(
+        app, access_log=None, handler_cancellation=True, shutdown_timeout=5, lingering_time=LINGERING_S
+    )
     await runner.setup()
     assert runner.server is not None
     make_protocol = runner.server

@@ -1,8 +1,8 @@
 """From the start of a process to its first token: with a bundle, and with everything compiled by jit from nothing.
 
-    PYTHONPATH=examples python -m serve.first_token build/model build/model.rpac build/model.yaml
+    PYTHONPATH=examples python -m serve.first_token build/model build/model.rpac build/model.yaml [RUNS]
 
-runs fresh processes of each kind in turn, so that other load on the machine affects all kinds alike, and prints a table.
+runs fresh processes of each kind in turn, so that other load on the machine affects both alike, and prints a table.
 `bundle` loads the bundle. `jit` generates the same kernels from the spec, traces them and compiles them with the model, as a
 server without rpac would. Both read the same checkpoint, and must give the same token.
 """
@@ -21,19 +21,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 SPAWNED = float(os.environ.get("SPAWNED", time.time()))  # wall clock, by the parent
 
 PROMPT = list(range(1, 33))
-RUNS = 3
 COLUMNS = {"first_token": "first token", "first_token_cores": "(cores)", "all": "all steps", "all_cores": "(cores)"}
 
 
-def main(model: str, bundle: str, spec: str) -> None:
+def main(model: str, bundle: str, spec: str, count: str = "1") -> None:
     ways = {"jit": ("jit", model, spec), "bundle": ("bundle", model, bundle)}
-    runs = [{way: started(*arguments) for way, arguments in ways.items()} for _ in range(RUNS)]
+    runs = [{way: started(*arguments) for way, arguments in ways.items()} for _ in range(int(count))]
     tokens = {found["token"] for run in runs for found in run.values()}
     if len(tokens) != 1:
         sys.exit(f"the tokens differ: {tokens}")
     fastest = {way: {key: min(run[way][key] for run in runs) for key in COLUMNS} for way in ways}
     print(
-        f"fresh processes on {os.cpu_count()} cores, each figure the least of {RUNS}; in brackets the time of all cores:\n"
+        f"fresh processes on {os.cpu_count()} cores, each figure the least of {count}; in brackets the time of all cores:\n"
     )
     rows = [(way, *(f"{fastest[way][key]:.2f} s" for key in COLUMNS)) for way in ways]
     print(tabulated(rows))
@@ -65,9 +64,9 @@ def measure(way: str, model: str, source: str) -> None:
 
     folder = Path(model)
     if way == "bundle":
-        from serve.app import make_steps
+        from serve.bundle import open_bundle
 
-        steps = make_steps(folder, source, "cpu")
+        steps = open_bundle(source, folder, "cpu")
     else:
         from serve.scratch import make_scratch
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from rpac.serving import Scheduler, Step
 from serve.sampling import Sampling
-from serve.steps import JitSteps
+from serve.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Totals:
 class Generator:
     """Continues prompts, many at once. Not safe to call from several threads."""
 
-    def __init__(self, steps: JitSteps) -> None:
+    def __init__(self, steps: Steps) -> None:
         self.steps = steps
         self.scheduler = Scheduler(steps.limits)
         self.totals = Totals()

@@ -64,9 +64,9 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def steps(checkpoint: Path, bundle: Path) -> Any:
-    from serve.app import make_steps
+    from serve.bundle import open_bundle
 
-    return make_steps(checkpoint, str(bundle), "cpu")
+    return open_bundle(str(bundle), checkpoint, "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 from conftest import SMALL
 from safetensors.numpy import load_file, save_file
+from serve.bundle import config_for, open_bundle
 from serve.checkpoint import load_params
 from serve.config import Config, read_config
 from serve.errors import CheckpointError
 from serve.rope import Linear, Llama3, Rope, Yarn
-from serve.steps import open_bundle
 from serve.text import Text
 from serve.tiny import SETTINGS, write_checkpoint
+
+from rpac.bundle import read_manifest
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
@@ -216,8 +218,7 @@ def test_a_bundle_of_another_model_is_refused(checkpoint: Path, bundle: Path, tm
     assert "model.sliding_window: found None; must be 8" in refused(model_type="mistral", sliding_window=8)
     qwen2 = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     assert "layers: found one kind; must be full, sliding" in refused(head_dim=64, **qwen2)
-    _, config = open_bundle(str(bundle), checkpoint, "cpu")
-    assert config.dtype == "float32"
+    assert config_for(str(bundle), read_manifest(bundle), checkpoint).dtype == "float32"
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(folder: Path) -> None:
