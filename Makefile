@@ -15,7 +15,7 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow test-adapters test-init lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-models report-peers report-browser bench-kernels bench-chunks bench-scheduling \
+.PHONY: demo test test-newest test-slow test-adapters test-init test-serve lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-models report-peers report-browser bench-kernels bench-chunks bench-scheduling \
 	same calibrate release build-all serve-demo clean
 
 demo: $(VENV)/ready
@@ -56,6 +56,10 @@ test-adapters: $(VENV)/ready
 # `rpac init` on every decoder of the transformers package, in an environment under build/init.
 test-init: $(VENV)/ready
 	NEWEST_PYTHON="$(NEWEST_PYTHON)" $(BIN)/python -m pytest -m slow -rA tests/init
+
+# The example server on checkpoints that transformers writes, in an environment under build/serve.
+test-serve: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow -rA tests/examples/test_serve_transformers.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -11,7 +11,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import SMALL
 from safetensors.numpy import load_file, save_file
 from serve.bundle import config_for, open_bundle
 from serve.checkpoint import load_params
@@ -20,6 +19,7 @@ from serve.errors import CheckpointError
 from serve.rope import Linear, Llama3, Rope, Yarn
 from serve.text import Text
 from serve.tiny import SETTINGS, write_checkpoint
+from served import SMALL
 
 from rpac.bundle import read_manifest
 

@@ -10,11 +10,11 @@ from typing import Any
 import aiohttp
 import pytest
 from clients import MODEL, PROMPT, body, completed, events, metrics_of, running, streamed, tokens_of, until
-from conftest import NUM_PAGES
 from serve.api import MAX_BODY
 from serve.generate import Generator
 from serve.text import Text
 from serve.worker import Worker
+from served import NUM_PAGES
 
 Test = Callable[[aiohttp.ClientSession, Worker], Awaitable[None]]
 Against = Callable[..., None]

@@ -11,12 +11,12 @@ from typing import Any
 import aiohttp
 import pytest
 from clients import PROMPT, running, tokens_of, until
-from conftest import NUM_PAGES
 from serve.answers import error_body
 from serve.connections import ConnectionLimits
 from serve.generate import Generator
 from serve.text import Text
 from serve.worker import Worker
+from served import NUM_PAGES
 
 SOON = ConnectionLimits(headers_s=0.4, body_s=0.4)
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"

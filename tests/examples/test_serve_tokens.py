@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import NUM_PAGES
 from serve.dense import dense_logits
 from serve.generate import Generator, Request, StepError
 from serve.load import Request as Asked
 from serve.load import compare, requests
 from serve.rope import Rope, angles, rotate
+from served import NUM_PAGES
 
 SEED = 1
 LENGTH = 128

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from clients import MODEL, completed, running
 from command import ROOT
-from conftest import NUM_PAGES, spec_of, write_small_bundle
 from serve.bundle import open_bundle
 from serve.generate import Generator, Request
 from serve.load import requests
 from serve.text import Text
 from serve.tiny import CHAT, byte_tokenizer
 from serve.worker import Worker
+from served import NUM_PAGES, spec_of, write_small_bundle
 
 PACKAGES = ["torch==2.13.0", "transformers==5.24.0", "openai==3.57.0"]
 PEERS = Path(__file__).with_name("peers")
