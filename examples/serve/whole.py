@@ -12,6 +12,9 @@ import os
 from pathlib import Path
 
 from serve.config import read_config
+from serve.errors import CheckpointError
 from serve.model import make_step
 
+if "MODEL" not in os.environ:
+    raise CheckpointError("the environment", "MODEL", "no value", "must be the folder of a checkpoint", "set it")
 step, step_arrays = make_step(read_config(Path(os.environ["MODEL"]), os.environ.get("DTYPE")))

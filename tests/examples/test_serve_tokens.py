@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +20,7 @@ from serve.load import compare, requests
 from serve.rope import Rope, angles, rotate
 from served import NUM_PAGES
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SEED = 1
 LENGTH = 128
 
@@ -99,6 +105,22 @@ def test_after_a_step_that_failed_every_request_can_be_served_from_the_start(ste
             assert generator.scheduler.running == ()
     assert failures == 1
     assert compare(*llama, load, LENGTH).wrong == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
+def test_devices_that_share_the_heads_give_the_same_tokens(devices: int, tmp_path: Path) -> None:
+    """Of 2 KV heads, four devices hold two copies each."""
+    script = Path(__file__).with_name("on_devices.py")
+    paths = os.pathsep.join([str(EXAMPLES), str(script.parent), *sys.path])
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    done = subprocess.run(
+        [sys.executable, script, str(devices), tmp_path / "model"],
+        capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\d{3} tokens, 0 ties\n", done.stdout)
 
 
 def test_rotary_positions_leave_products_dependent_on_distance_alone() -> None:
