@@ -78,7 +78,12 @@ class Verdict:
 
 
 def compare(
-    config: Config, params: Params, load: Sequence[Request], length: int, ends: Collection[int] = ()
+    config: Config,
+    params: Params,
+    load: Sequence[Request],
+    length: int,
+    ends: Collection[int] = (),
+    tie: float = TIE,
 ) -> Verdict:
     """Compares every token with dense attention over all tokens before it, for prompts and answers up to `length`.
 
@@ -97,7 +102,7 @@ def compare(
             row = logits[index, len(one.prompt) + place - 1]
             gap = float(row.max() - row[token])
             tokens += 1
-            ties += 0 < gap <= TIE
-            if gap > TIE:
+            ties += 0 < gap <= tie
+            if gap > tie:
                 wrong.append(f"request {index}, token {place}: {token} is {gap:.2g} below {int(row.argmax())}")
     return Verdict(tokens, ties, tuple(wrong))

@@ -23,9 +23,9 @@ FLAGS = {
 SMALL = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
 
 
-def spec_of(folder: Path, devices: int = 1) -> Spec:
+def spec_of(folder: Path, devices: int = 1, dtype: str = "float32") -> Spec:
     """What `rpac init` writes for a checkpoint, with one token bucket, so that little is compiled."""
-    draft = make_draft(folder, Request(SERVERS["vllm"], "v6e", devices, FLAGS, "float32"), "rpac init")
+    draft = make_draft(folder, Request(SERVERS["vllm"], "v6e", devices, FLAGS, dtype), "rpac init")
     spec = parse_spec(draft.text, "spec.yaml")
     serving = dataclasses.replace(spec.serving, token_buckets=spec.serving.token_buckets[-1:], prefill_chunk=32)
     return dataclasses.replace(spec, serving=serving)

@@ -49,6 +49,7 @@ MODELS = {
 
 
 def main(folder: Path, requests: Path) -> None:
+    torch.set_num_threads(1)  # the models are so small that more threads only wait for each other
     asked = json.loads(requests.read_text())
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), bos_token="<|begin|>", eos_token="<|end|>"
