@@ -20,8 +20,19 @@ from rpac.build import all_tasks
 from rpac.contract.units import size
 from rpac.spec import load_spec
 from rpac.step import steps_of
-from rpac.step.checks import check_compiled, check_traced
+from rpac.step.checks import check_compiled, check_traced, copied_params
 from rpac.step.worker import exported, memory_of, step_of
+
+
+class Clock:
+    """Seconds within it: on the wall, and of all this process's threads on CPUs, which other work on the machine changes less."""
+
+    def __enter__(self) -> Clock:
+        self._start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wall, self.cpu = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
 
 
 def main(spec_file: str, function: str, target: str, kind: str, tokens: str, num_pages: str = "") -> None:
@@ -32,24 +43,23 @@ def main(spec_file: str, function: str, target: str, kind: str, tokens: str, num
     [task] = steps_of(spec, tasks, f"models:{function}", str(Path(__file__).parent))
     step = step_of(task)
     assert step is not None
-    start = time.perf_counter()
-    check_traced(step)
-    lowered = step.lower()
-    seconds = [time.perf_counter() - start]
-    start = time.perf_counter()
-    with step.context():
+    with Clock() as lowering:
+        check_traced(step)
+        lowered = step.lower()
+    with Clock() as compiling, step.context():
         compiled = lowered.compile()
-    seconds.append(time.perf_counter() - start)
-    start = time.perf_counter()
-    memory = memory_of(compiled)
-    check_compiled(step, compiled, memory)
-    seconds.append(time.perf_counter() - start)
+    with Clock() as checking:
+        memory = memory_of(compiled)
+        check_compiled(step, compiled, memory)
     executable = compiled.runtime_executable().serialize()
     sizes = [size(n) for n in (len(executable), len(exported(step)), memory["temp_bytes"], memory["argument_bytes"])]
     devices = task.mesh.devices
-    times = [f"{one:.1f}" for one in seconds]
+    times = [f"{one.wall:.1f}" for one in (lowering, compiling, checking)] + [f"{compiling.cpu:.1f}"]
+    copied = ", ".join(one.name for one in copied_params(step, compiled)) or "none"
     print(
-        "|", " | ".join([f"{spec.name}, {function}", f"{target} x {devices}", f"{kind}/{tokens}", *times, *sizes]), "|"
+        "|",
+        " | ".join([f"{spec.name}, {function}", f"{target} x {devices}", f"{kind}/{tokens}", *times, *sizes, copied]),
+        "|",
     )
 
 

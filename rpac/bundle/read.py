@@ -96,9 +96,9 @@ def read_steps(
         target = choose(manifest)
         steps = manifest.steps.get(target.name)
         if steps is None:
-            has = f"for {', '.join(manifest.steps)} alone" if manifest.steps else "none"
+            has = f"steps of {', '.join(manifest.steps)} alone" if manifest.steps else "no steps"
             raise BundleError(
-                f"{storage.place}: holds steps {has}; must have those of {target.name}; build it with "
+                f"{storage.place}: has {has}; must have those of {target.name}; build it with "
                 "`rpac build SPEC --step package.module:function`"
             )
         return LoadedSteps(manifest, target, steps, {blob.sha256: storage.blob(blob) for blob in steps.blobs})

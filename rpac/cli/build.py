@@ -119,6 +119,9 @@ def build(
     click.echo(table(("target", "program", "tokens", "source", "export", "executable"), rows))
     if built.steps:
         click.echo(table(STEP_HEADER, [_step_row(one) for one in built.steps]))
+        for one in built.steps:
+            for note in one.notes:
+                click.echo(f"{one.target} step {one.kind} t{one.tokens}: {note}")
     if for_server is not None:
         pins = ", ".join(f"{name} {version}" for name, version in for_server.pins.items())
         click.echo(f"built for {for_server} with {pins}")
@@ -197,6 +200,7 @@ def _step_facts(one: LoweredStep) -> dict[str, object]:
         "exported_bytes": len(one.exported),
         "executable_bytes": None if one.executable is None else len(one.executable),
         "memory": dict(one.memory),
+        "notes": list(one.notes),
     }
 
 

@@ -92,7 +92,9 @@ class ModelSignature(NamedTuple):
 
 @dataclass(frozen=True)
 class LoweredStep:
-    """The step of one kind and token bucket, lowered. `lowered_sha256` is of its StableHLO text."""
+    """The step of one kind and token bucket, lowered. `lowered_sha256` is of its StableHLO text; `notes` say what its author may
+    want to change.
+    """
 
     target: str
     kind: str
@@ -107,6 +109,7 @@ class LoweredStep:
     topology: str | None
     toolchain: Mapping[str, str]
     memory: Mapping[str, int]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from rpac.errors import BundleError
 _ALLOWED: Final = {"tpu": frozenset({"tpu_custom_call"})}
 """By platform: a Pallas kernel, which runs on the TPU itself. Portable programs call nothing."""
 
+COMPILED_AWAY: Final = frozenset({"ApproxTopK"})
+"""What a whole step may name too: XLA itself replaces it by its own code, on every platform."""
+
 # In both forms of the text: `custom_call @name(...)`, and the generic form with an attribute.
 _CALL: Final = re.compile(r'custom_call\s*@(?:"([^"]*)"|([\w$.-]+))|call_target_name\s*=\s*"([^"]*)"')
 

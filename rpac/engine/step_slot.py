@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import jax
 
@@ -13,7 +13,7 @@ from rpac.batch import Limits
 from rpac.contract.arrays import ArrayDims, metadata_specs
 from rpac.contract.step import TOKEN_ARRAYS, StepArray, StepProgram, builder
 from rpac.devices.placement import Placement, put
-from rpac.engine.custom_calls import refuse_custom_calls
+from rpac.engine.custom_calls import COMPILED_AWAY, refuse_custom_calls
 from rpac.engine.events import ProgramReady, Recorder, Tier
 from rpac.engine.runtime import check_signature, compile_export, deserialized, on_devices, read_export
 from rpac.engine.step_arguments import Leaves
@@ -21,8 +21,6 @@ from rpac.errors import CheckError
 
 StepRun = Callable[[Sequence[jax.Array], Sequence[Any]], Sequence[jax.Array]]
 """The parameters' leaves, then the caches, the batch and the rest -> the caches, then the outputs."""
-
-COMPILED_AWAY: Final = frozenset({"ApproxTopK"})  # which XLA replaces by its own code on every platform
 
 
 def batch_arrays(limits: Limits, tokens: int, placement: Placement) -> tuple[StepArray, ...]:

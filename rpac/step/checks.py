@@ -16,6 +16,10 @@ from rpac.step.program import Step
 MAX_CONSTANTS: Final = 1 << 20
 """Bytes of constants that a step may hold: tables, not parameters. They are in every executable, and in its HBM."""
 
+LEAST_COPY: Final = 1 << 20
+"""Bytes of a parameter of which it is worth to say that it is copied."""
+
+_COPIED: Final = re.compile(r' copy\([^\n]*op_name="leaves\[(\d+)\]"')
 _ALIASES: Final = re.compile(r"input_output_alias=\{(.*?)\}, entry")
 _ALIAS: Final = re.compile(r"\{(\d*)\}: \((\d+), \{\}")
 _ENTRY: Final = re.compile(r"^ENTRY .*?^\}", re.MULTILINE | re.DOTALL)
@@ -95,6 +99,16 @@ def _copy_of(cache: StepArray, step: Step, text: str) -> str:
         return ""
     name = _NAME.search(found[0])
     return name[1] if name else found[0].split("(")[0].strip("= ")
+
+
+def copied_params(step: Step, compiled: Any) -> list[StepArray]:
+    """The parameters that the compiled step copies whole in every call: the compiler wants them in another layout than the one
+    that arrays of their shape have.
+    """
+    held, entry = step.described.params_arrays, _ENTRY.search(compiled.as_text())
+    # Of the entry alone: a copy inside of a fusion is how the fusion reads its operand.
+    found = sorted({int(index) for index in _COPIED.findall(entry[0])}) if entry else []
+    return [held[index] for index in found if index < len(held) and held[index].nbytes >= LEAST_COPY]
 
 
 def check_memory(step: Step, memory: dict[str, int]) -> None:

@@ -82,8 +82,12 @@ class Step:
             options["out_shardings"] = tuple(
                 map(self._sharding, (*self.caches, *self._output_arrays(self._shapes_of_results())))
             )
+
         # An executable has no argument list but its own: without keep_unused, those it ignores would be missing from it.
-        return jax.jit(self._flat, donate_argnums=tuple(self.donated), keep_unused=True, **options)
+        def step(*leaves: jax.Array) -> Any:  # whose name the compiled module has
+            return self._flat(*leaves)
+
+        return jax.jit(step, donate_argnums=tuple(self.donated), keep_unused=True, **options)
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:

@@ -15,13 +15,15 @@ import jax
 from jax import export
 
 from rpac.contract.step import LoweredStep
+from rpac.contract.units import size
 from rpac.devices.chip import chip, is_tpu
 from rpac.devices.client import build_string
+from rpac.engine.custom_calls import COMPILED_AWAY, outside_calls
 from rpac.errors import CompileError, RpacError
 from rpac.files.store import Store
 from rpac.lower.worker import set_flags
-from rpac.step.checks import check_compiled, check_traced
-from rpac.step.function import describe, load_function
+from rpac.step.checks import check_compiled, check_traced, copied_params
+from rpac.step.function import describe, load_function, place_of
 from rpac.step.program import Step
 from rpac.step.task import StepTask
 
@@ -99,7 +101,7 @@ def lower_step(
         facts = json.loads(files[FACTS])
         executable, toolchain = files.get("executable"), {**tools, **facts["toolchain"]}
         if this_cpu and task.target == "cpu":
-            (executable, facts["memory"]), cached = _compiled(step, lowered), False
+            (executable, facts["memory"], facts["notes"]), cached = _compiled(step, lowered), False
             toolchain["cpu_build"] = build_string(jax.local_devices(backend="cpu")[0].client)
         made = LoweredStep(
             target=task.target,
@@ -115,6 +117,7 @@ def lower_step(
             topology=step.topology,
             toolchain=toolchain,
             memory=facts["memory"],
+            notes=tuple(facts["notes"]),
         )
         return made, cached
 
@@ -129,29 +132,43 @@ def _key(step: Step, text: str, tools: Mapping[str, str]) -> str:
 
 def _files(step: Step, lowered: Any) -> dict[str, bytes]:
     """What is kept of a step."""
-    files, facts = {"exported": exported(step)}, dict[str, Any](memory={}, toolchain={})
+    files, facts = {"exported": exported(step)}, dict[str, Any](memory={}, toolchain={}, notes=[])
     if is_tpu(step.task.target):
-        files["executable"], facts["memory"] = _compiled(step, lowered)
+        files["executable"], facts["memory"], facts["notes"] = _compiled(step, lowered)
         facts["toolchain"] = {"libtpu_build": build_string(step.devices[0].client)}
     return {**files, FACTS: json.dumps(facts, sort_keys=True).encode()}
 
 
-def _compiled(step: Step, lowered: Any) -> tuple[bytes, dict[str, int]]:
-    """The executable of a lowered step, checked, and its memory."""
+def _compiled(step: Step, lowered: Any) -> tuple[bytes, dict[str, int], list[str]]:
+    """The executable of a lowered step, checked, its memory, and what its author may want to change."""
     with step.context():
         compiled = lowered.compile()
     memory = memory_of(compiled)
     check_compiled(step, compiled, memory)
-    return compiled.runtime_executable().serialize(), memory
+    notes = [
+        f"{one} is copied in every call, {size(one.nbytes_of_device(step.task.mesh))} on each device: the compiler wants it in "
+        "another layout; make its last axis a multiple of 128, or store it transposed"
+        for one in copied_params(step, compiled)
+    ]
+    return compiled.runtime_executable().serialize(), memory, notes
 
 
 def exported(step: Step) -> bytes:
-    """The step's portable form. Of one device it names none: it is for any."""
+    """The step's portable form. Of one device it names none: it is for any. Raises CompileError for one that no server takes."""
     portable = step
     if step.topology is not None and step.task.mesh.devices == 1:
         portable = Step(step.task, step.function, step.described, on_topology=False)
     with portable.context():
         made = export.export(portable.jitted, platforms=(portable.platform,))(*portable.shapes)
+    allowed, found = outside_calls(made)
+    found -= COMPILED_AWAY
+    if found:
+        named = f"only {', '.join(sorted(allowed))}" if allowed else "nothing"
+        raise CompileError(
+            f"{step.task.label}: {place_of(step.function)} calls {', '.join(sorted(found))} outside of the compiler; must call "
+            f"{named} there, because a server refuses a bundle that calls other functions of its process; compute it in "
+            "another way, or before the step"
+        )
     return bytes(made.serialize(vjp_order=0))
 
 
@@ -178,7 +195,7 @@ def reported(label: str) -> Iterator[None]:
         raise
     except Exception as error:
         detail = "\n  ".join(str(error).strip().splitlines()[:12])
-        if _NO_ROOM.search(str(error)):
+        if _NO_ROOM.search(detail.splitlines()[0] if detail else ""):
             raise CompileError(
                 f"{label}: the step does not fit HBM, by the compiler:\n  {detail}\nlower serving.num_pages or the largest of "
                 "serving.token_buckets, or spread the model over more devices with `parallel`"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from made import bundle_of
 
 from rpac.build import all_tasks
 from rpac.spec import Spec, load_spec
@@ -17,6 +18,13 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="session")
 def spec() -> Spec:
     return load_spec(HERE / "llama-step.yaml")
+
+
+@pytest.fixture(scope="session")
+def path(tmp_path_factory: pytest.TempPathFactory, spec: Spec) -> Path:
+    """A bundle with the step of llama_step for each kind, with executables for this CPU."""
+    folder = tmp_path_factory.mktemp("steps")
+    return bundle_of(folder / "a.rpac", spec, "llama_step:step", ("decode", "prefill", "mixed"), native=True)
 
 
 @pytest.fixture(scope="session")

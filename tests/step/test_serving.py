@@ -14,19 +14,14 @@ from made import bundle_of, dense, random_params
 from watching import compiles, python
 
 import rpac
+from rpac.check.deployment import serve_check
 from rpac.engine import CanaryRun, Event
-from rpac.errors import CheckError, SelectionError
+from rpac.errors import CheckError, SelectionError, TargetError
 from rpac.spec import Spec, parse_spec
 
-KINDS = ("decode", "prefill", "mixed")
 STEPS = 2000
 PAGES = [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 ONE = np.float32(1)
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory, spec: Spec) -> Path:
-    return bundle_of(tmp_path_factory.mktemp("steps") / "a.rpac", spec, "llama_step:step", KINDS, native=True)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +55,7 @@ def test_a_prompt_and_its_decode_give_what_dense_attention_gives(path: Path, par
             wanted = dense(params, token_ids[sequence : sequence + 1, : row.kv_len]) @ params["head"]
             np.testing.assert_allclose(outputs["logits"][row.row], wanted[0], rtol=1e-4, atol=1e-4)
             assert outputs["token"][row.row] == np.argmax(wanted[0])
-    assert {variant.kind for variant in engine.counts} == set(KINDS)
+    assert {variant.kind for variant in engine.counts} == {variant.kind for variant in engine.programs}
 
 
 def test_no_step_of_thousands_traces_lowers_or_compiles(path: Path, params: Any) -> None:
@@ -152,6 +147,22 @@ def test_a_step_that_was_not_built_is_refused(tmp_path: Path, spec: Spec, params
     with pytest.raises(SelectionError, match="needs the program prefill/16"):
         model.step("prefill", 16)
     assert not caches[0].is_deleted()
+
+
+def test_executables_of_another_runtime(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rpac.engine.loading.build_string", lambda client: "jaxlib 0 on another CPU")
+    with pytest.raises(
+        TargetError, match=r"was compiled for .*; this process has 'jaxlib 0 on another CPU'; must be the same"
+    ):
+        rpac.load_steps(path, target="cpu")
+    assert not rpac.load_steps(path, target="cpu", allow_compile=True).ready
+
+
+def test_serve_check_loads_the_steps_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rpac.check.deployment._run_programs", lambda *_: None)
+    report = serve_check(path, "cpu", seed=1, allow_compile=True)
+    assert [one.name for one in report.steps] == ["verify", "load", "warm", "steps"]
+    assert report.steps[-1].detail == "3 steps of llama_step:step ready, from the executable tier"
 
 
 def test_two_devices_compute_what_one_does(tmp_path: Path, spec: Spec, path: Path) -> None:
