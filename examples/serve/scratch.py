@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 import rpac
 from rpac.batch import Limits
-from rpac.build import sources_of
+from rpac.build import all_tasks
 from rpac.contract.arrays import index_of
 from rpac.contract.mesh import ONE_DEVICE
 from rpac.devices.placement import Placement
-from rpac.lower import Task, tasks_of
+from rpac.lower import Task
 from rpac.lower.worker import load_program
 from rpac.spec import Spec, load_spec
 from serve.checkpoint import load_params
@@ -29,9 +29,8 @@ from serve.steps import JitSteps
 class ScratchEngine:
     """As much of an `rpac.Engine` as `JitSteps` needs, for one kind of layers on one device."""
 
-    def __init__(self, spec: Spec, layer: str) -> None:
-        (part,) = (part for part in spec.parts if part.layer == layer)
-        tasks = [task for task in tasks_of(spec, sources_of(spec, ["cpu"])) if task.layer == layer]
+    def __init__(self, part: Spec) -> None:
+        tasks = all_tasks(part, ["cpu"])
         self.limits = Limits.of(part)
         self.programs: dict[rpac.Variant, Task] = {rpac.Variant(task.kind, task.tokens): task for task in tasks}
         self.placement = Placement(ONE_DEVICE, jax.devices()[:1])
@@ -52,5 +51,5 @@ def make_scratch(folder: Path, spec_path: str) -> JitSteps:
     """The steps of a checkpoint, of which nothing is compiled yet."""
     spec = load_spec(spec_path)
     config = read_config(folder, spec.model.q_dtype)
-    engines: Any = {part.layer: ScratchEngine(spec, part.layer) for part in spec.parts}
+    engines: Any = {part.layer: ScratchEngine(part) for part in spec.parts}
     return JitSteps(engines, config, load_params(folder, config))

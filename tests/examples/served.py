@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from rpac.build import sources_of
+from rpac.build import all_tasks
 from rpac.bundle import write_bundle
 from rpac.init.draft import make_draft
 from rpac.init.servers import SERVERS, Request
-from rpac.lower import tasks_of
 from rpac.spec import Spec, parse_spec
 
 NUM_PAGES = 24  # of which a sequence of full length takes 8
@@ -35,5 +34,5 @@ def write_small_bundle(path: Path, spec: Spec) -> None:
     """A bundle with portable programs for the CPU alone."""
     from rpac.lower.worker import lower
 
-    tasks = tasks_of(spec, sources_of(spec, ["cpu"]))
-    write_bundle(path, spec, [lower(task, {"jax": "any", "libtpu_build": "none"}) for task in tasks])
+    tools = {"jax": "any", "libtpu_build": "none"}
+    write_bundle(path, spec, [lower(task, tools) for task in all_tasks(spec, ["cpu"])])

@@ -30,7 +30,7 @@ NAMES = (
     "llama3", "llama-biases-linear", "llama-tied-yarn", "mistral-window", "mistral", "qwen2", "qwen2-two-kinds", "qwen3",
 )  # fmt: skip
 REQUESTS, SEED = 300, 5
-TIE = 2e-4  # logits have a standard deviation of 1.6, and two sums of 100 terms in float32 differ by up to 5e-5
+TIE = 1e-4  # logits have a standard deviation of 1.6, and those of the two differ by up to 4e-5 in float32
 pytestmark = pytest.mark.slow
 
 
@@ -97,7 +97,8 @@ def test_greedy_tokens_are_those_of_transformers(models: Path, load: list[Any], 
     totals = generator.totals
     print(f"{name}: {tokens} tokens equal, {ties} ties; {totals}")
     assert ties <= totals.tokens / 1000
-    assert totals.preemptions > 0
+    if not generator.steps.limits.is_local:  # pages before a window are given back, so no sequence grows
+        assert totals.preemptions > 0
     assert totals.shared_tokens > 0
     assert generator.scheduler.tables.num_free == NUM_PAGES
 

@@ -18,6 +18,8 @@ from serve.steps import WholeSteps
 from serve.tiny import write_checkpoint
 from watching import compiles
 
+from rpac.errors import BatchError
+
 # Layers of two kinds, and heads that are padded.
 SETTINGS: dict[str, Any] = {
     "model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 160, "head_dim": None,
@@ -76,10 +78,7 @@ def test_a_server_without_a_bundle_gives_the_same_tokens(folder: Path) -> None:
 
 
 def test_steps_that_were_built_for_other_weights_are_refused(folder: Path, tmp_path: Path) -> None:
-    import rpac
-
     write_checkpoint(tmp_path / "other", {**SETTINGS, "intermediate_size": 96})
-    with pytest.raises(
-        rpac.BatchError, match=r"params\['layers'\]\[0\]\['down'\] is float32\[96, 64\]; must be float32\[160, 64\]"
-    ):
+    wrong = r"params\['layers'\]\[0\]\['down'\] is float32\[96, 64\]; must be float32\[160, 64\]"
+    with pytest.raises(BatchError, match=wrong):
         open_bundle(str(folder.with_suffix(".rpac")), tmp_path / "other", "cpu")
