@@ -79,6 +79,8 @@ async def complete(
     served = request.app[SERVED]
     start = time.perf_counter()
     asked = read(await body_of(request), served.name)
+    if not served.worker.is_serving:
+        raise Stopping("the server ends; ask another one")
     # Beside the event loop, because a long prompt takes a while.
     prompt = await asyncio.to_thread(tokens_of, served, asked)
     stream = Stream()
@@ -147,23 +149,35 @@ async def pieces_of(tokens: Counted, decoder: Decoder) -> AsyncIterator[Piece]:
 async def send(
     request: web.Request, answer: Completion, pieces: AsyncIterator[Piece], with_usage: bool
 ) -> web.StreamResponse:
-    """Sends the pieces as server-sent events."""
+    """Sends the pieces as server-sent events. A client that does not read them in time is disconnected."""
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
     await response.prepare(request)
+    seconds = request.app[SERVED].gate.limits.event_s
+    try:
+        async for data in events_of(answer, pieces, with_usage):
+            async with asyncio.timeout(seconds):
+                await response.write(data)
+        await response.write_eof()
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()
+    return response
+
+
+async def events_of(answer: Completion, pieces: AsyncIterator[Piece], with_usage: bool) -> AsyncIterator[bytes]:
+    """The events of an answer, of which the last may be an error."""
     count = 0
     try:
         for chunk in answer.first():
-            await response.write(event(chunk))
+            yield event(chunk)
         async for piece in pieces:
             count += len(piece.ids)
-            await response.write(event(answer.chunk(*piece)))
+            yield event(answer.chunk(*piece))
         if with_usage:
-            await response.write(event(answer.usage(count)))
-        await response.write(DONE)
+            yield event(answer.usage(count))
+        yield DONE
     except (Failed, Stopping) as error:
-        await response.write(event(error_body(503, str(error))))
-    await response.write_eof()
-    return response
+        yield event(error_body(503, str(error)))
 
 
 async def models(request: web.Request) -> web.Response:

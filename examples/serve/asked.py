@@ -15,9 +15,9 @@ from typing import Any
 from serve.generate import Request
 
 MOST_STOPS = 4
-DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it; a chat may use all the room there is
-# Parameters that are not there, with the values that ask for nothing.
-NOT_THERE: Mapping[str, tuple[Any, ...]] = {
+DEFAULT_TOKENS = 16  # of a completion, as OpenAI has it; a chat may use all the room that is left
+# Parameters that this server does not have, with the values that ask for nothing.
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "n": (None, 1),
     "best_of": (None, 1),
     "echo": (None, False),
@@ -115,7 +115,7 @@ def _body(body: bytes, model: str) -> Mapping[str, Any]:
         raise Invalid(f"model must be given; this server has {model!r}", "model")
     if data["model"] != model:
         raise Invalid(f"model {data['model']!r:.80} does not exist; must be {model!r}", "model", "model_not_found", 404)
-    for name, off in NOT_THERE.items():
+    for name, off in UNSUPPORTED.items():
         if name in data and data[name] not in off:
             raise Invalid(
                 f"{name} is {data[name]!r:.80}; this server does not have it: leave it out", name, "unsupported"

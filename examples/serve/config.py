@@ -63,7 +63,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Family:
-    """What a model's class does beside its keys. A bias is there, or not, or as a key says.
+    """What a model's class does beside its keys. Biases are true, false, or the key that says so.
 
     `window` is the default of `sliding_window`, or None if no layer has one. With `late`, layers have it only if
     `use_sliding_window` says so, and from `max_window_layers` on. `head_dim` is the default of that key.
@@ -124,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
             )
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(path, "", "no file", "must be there", "give a folder as model hubs have it") from None
+        raise CheckpointError(path, "", "no file", "must exist", "give a folder as model hubs have it") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(path, "", str(error), "must be JSON", "download the file again") from error
     if not isinstance(found, dict):

@@ -1,7 +1,7 @@
 """How many connections there may be, and how long each may take to send a request.
 
 aiohttp bounds the size of headers and bodies, but not the time that they take: a client that sends nothing, or a byte now and
-then, would hold its connection for ever.
+then, would hold its connection for ever. So would one that does not read its answer.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ LINGERING_S = 2.0  # for the rest of a body that nobody wants
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Connections at once. Seconds for the headers of a request, and for its body."""
+    """Connections at once. Seconds for the headers of a request, for its body, and for a client to take an event."""
 
     most: int = 1024
     headers_s: float = 10.0
     body_s: float = 10.0
+    event_s: float = 30.0
 
 
 class Gate:

@@ -111,9 +111,7 @@ def _overlap(text: str, stop: str) -> int:
 def _tokenizer(folder: Path) -> Tokenizer:
     path = folder / TOKENIZER
     if not path.exists():
-        raise CheckpointError(
-            path, "", "no file", "must be there", "write it with `save_pretrained` of a fast tokenizer"
-        )
+        raise CheckpointError(path, "", "no file", "must exist", "write it with `save_pretrained` of a fast tokenizer")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no class of its own

@@ -224,13 +224,13 @@ def test_the_pages_of_a_client_that_goes_are_free_again(against: Against) -> Non
 
 def test_a_client_that_goes_while_it_waits_is_forgotten(against: Against, generator: Generator) -> None:
     async def test(session: aiohttp.ClientSession, worker: Worker) -> None:
-        long = [asyncio.create_task(tokens_of(session, [n] * 100, 28)) for n in range(5)]  # 7 pages each, of 24
+        long = [asyncio.create_task(tokens_of(session, [n] * 100, 10)) for n in range(5)]  # 7 pages each, of 24
         await until(worker, accepted=5)
-        gone = asyncio.create_task(tokens_of(session, [9] * 100, 28))
+        gone = asyncio.create_task(tokens_of(session, [9] * 100, 10))
         await until(worker, accepted=6)  # behind two others, because only three run at a time
         gone.cancel()
-        assert [len(answer) for answer in await asyncio.gather(*long)] == [28] * 5
-        assert generator.totals.tokens == 5 * 28
+        assert [len(answer) for answer in await asyncio.gather(*long)] == [10] * 5
+        assert generator.totals.tokens == 5 * 10
         await until(worker, running=0, waiting=0, free_pages=NUM_PAGES)
 
     against(test)

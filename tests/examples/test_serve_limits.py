@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 from clients import PROMPT, running, tokens_of, until
 from serve.answers import error_body
 from serve.connections import ConnectionLimits
@@ -136,6 +137,27 @@ def test_an_answer_may_take_longer_than_a_request(
         assert time.monotonic() - start > 2 * SOON.headers_s
 
     against(SOON, test)
+
+
+def test_a_client_that_does_not_read_its_answer_is_disconnected(
+    against: Against, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its buffers are taken to be full from the start."""
+
+    async def never(response: web.StreamResponse, data: bytes) -> None:
+        await asyncio.Event().wait()
+
+    async def test(session: aiohttp.ClientSession, port: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(web.StreamResponse, "write", never)
+            body = json.dumps({"model": "small", "prompt": [1, 2], "max_tokens": 100, "stream": True}).encode()
+            found, seconds = await answer_to(port, POST + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert b"200 OK" in found
+        assert b"data:" not in found
+        assert 0.3 < seconds < 5
+        assert len(await tokens_of(session, PROMPT, 2)) == 2
+
+    against(ConnectionLimits(event_s=0.4), test)
 
 
 def test_a_connection_too_many_is_told_so_and_later_ones_are_served(against: Against) -> None:
