@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -38,6 +39,8 @@ def open_bundle(path: str, folder: Path, target: str | None = None) -> Steps:
 def config_for(path: str, manifest: Manifest, folder: Path) -> Config:
     """The model of a checkpoint folder, in the dtype of a bundle. Raises CheckpointError if the bundle is for another."""
     config = read_config(folder, manifest.model.q_dtype)
+    longest = manifest.limits.max_kv_len
+    config = replace(config, windows=tuple(_effective(window, longest) for window in config.windows))
     kinds = dict(zip(config.kinds, config.windows, strict=True))
     targets = {target.layer: target for target in manifest.targets.values()}
     if set(kinds) != set(targets):
@@ -63,8 +66,7 @@ def _check(
     path: str, manifest: Manifest, config: Config, model: Attention, taken: tuple[str, ...], window: int | None
 ) -> None:
     """Refuses a bundle whose attention is not that of these layers. The heads of a bundle are those of one device."""
-    mesh, longest = manifest.mesh, manifest.limits.max_kv_len
-    hides_nothing = window is not None and window >= longest and model.sliding_window is None
+    mesh = manifest.mesh
     facts = (  # a key of the spec, what the bundle has, and what the checkpoint needs
         ("arguments", taken, TAKEN),
         ("parallel.data", mesh.data, 1),
@@ -72,13 +74,18 @@ def _check(
         ("model.kv_heads", model.kv_heads * mesh.kv, config.kv_heads),
         ("model.head_dim", model.head_dim, config.kernel_head_dim),
         ("model.sm_scale", round(model.sm_scale, 6), round(config.head_dim**-0.5, 6)),
-        ("model.sliding_window", model.sliding_window, None if hides_nothing else window),
+        ("model.sliding_window", _effective(model.sliding_window, manifest.limits.max_kv_len), window),
         ("model.soft_cap", model.soft_cap, None),
         ("serving.decode_len", manifest.limits.decode_len, 1),
     )
     for key, found, wanted in facts:
         if found != wanted:
             raise _misfit(path, key, str(found), str(wanted))
+
+
+def _effective(window: int | None, longest: int) -> int | None:
+    """A window, or None for one that hides nothing of the longest sequence: `rpac init` leaves it out of the spec."""
+    return None if window is None or window >= longest else window
 
 
 def _misfit(path: str, key: str, found: str, wanted: str) -> CheckpointError:

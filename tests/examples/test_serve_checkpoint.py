@@ -214,6 +214,8 @@ def test_a_bundle_of_another_model_is_refused(checkpoint: Path, bundle: Path, tm
     assert "model.sliding_window: found None; must be 8" in refused(model_type="mistral", sliding_window=8)
     qwen2 = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     assert "layers: found one kind; must be full, sliding" in refused(head_dim=64, **qwen2)
+    write_checkpoint(tmp_path / "other", {**SMALL, **qwen2, "sliding_window": 128})  # hides nothing of 128 tokens
+    assert config_for(str(bundle), read_manifest(bundle), tmp_path / "other").kinds == ("", "")
     assert config_for(str(bundle), read_manifest(bundle), checkpoint).dtype == "float32"
 
 
