@@ -43,13 +43,14 @@ def rebuild(
     jobs: int | None = None,
     observer: Observer | None = None,
     tuned: Tuned = TunedTiles.of,
+    step: str = "",
 ) -> Rebuilt:
     """Builds the bundle at a path or URL again, in an empty folder, with nothing from a cache, and compares every byte.
 
-    Whole steps need the user's function, by the name that the manifest has, in the working directory or installed.
-    Raises BundleError for one that is damaged; SpecError where there is no such function; TargetError where this environment is
-    not the one that the manifest names, or where the bundle has executables for one CPU, which XLA makes anew each time; and
-    what a build raises.
+    A bundle with whole steps needs the user's function, which is run: `step` names it, as the bundle does, so that no bundle
+    says by itself what is imported here. Raises BundleError for one that is damaged; SpecError where there is no such function;
+    TargetError where `step` is not the bundle's, where this environment is not the one that the manifest names, or where the
+    bundle has executables for one CPU, which XLA makes anew each time; and what a build raises.
     """
     found = read_files(bundle)
     place, manifest = os.fspath(bundle), found.manifest
@@ -64,16 +65,27 @@ def rebuild(
         spec_file = Path(folder, SPEC)
         spec_file.write_bytes(found.files[SPEC])
         spec = load_spec(spec_file)
+        _require_step(place, step, {spec.step, *(one.function for one in manifest.steps.values())} - {""})
         held = {name: found.files[name] for name in manifest.files if name != SPEC}
         other_kernel = next(_of_files(held, kernels_of(spec, manifest, tuned)), "")
         if other_kernel:
             return Rebuilt(found, other_kernel)  # what follows from it need not be compiled
-        step = next((one.function for one in manifest.steps.values()), "")
         targets, for_server = targets_of(manifest), server(manifest.server) if manifest.server else None
         built = build(
             spec, targets, Path(folder), Cache(None), jobs, observer, tuned=tuned, server=for_server, step=step
         )
         return Rebuilt(found, first_difference(found, read_files(built.path)))
+
+
+def _require_step(place: str, step: str, named: set[str]) -> None:
+    """Raises TargetError unless the caller names the function that a bundle's steps are of."""
+    if named != {step} - {""}:
+        found = " and ".join(sorted(named)) or "none"
+        given = f"--step {step}" if step else "no --step"
+        raise TargetError(
+            f"{place}: found {given}; must name the function of the bundle's steps, {found}, because a rebuild runs its code; "
+            + (f"pass --step {found} in the folder that has its module" if named else "leave --step out")
+        )
 
 
 def require_same_kernels(bundle: Path, manifest: Manifest, tuned: Tuned = TunedTiles.of) -> None:

@@ -118,8 +118,9 @@ def build(
     ]
     click.echo(table(("target", "program", "tokens", "source", "export", "executable"), rows))
     if built.steps:
-        click.echo(table(STEP_HEADER, [_step_row(one) for one in built.steps]))
-        for one in built.steps:
+        ordered = sorted(built.steps, key=lambda one: (chosen.index(one.target), one.kind, one.tokens))
+        click.echo(table(STEP_HEADER, [_step_row(one) for one in ordered]))
+        for one in ordered:
             for note in one.notes:
                 click.echo(f"{one.target} step {one.kind} t{one.tokens}: {note}")
     if for_server is not None:

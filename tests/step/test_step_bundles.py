@@ -16,8 +16,9 @@ from made import HERE
 from rpac.bundle import read_manifest, verify_bundle
 from rpac.bundle.manifest import MANIFEST, _seal, parse, render
 from rpac.contract.step import builder, leaves_of, tree_of
-from rpac.errors import BundleError
+from rpac.errors import BundleError, TargetError
 from rpac.files.store import Store
+from rpac.rebuild import rebuild
 from rpac.spec import load_spec
 from rpac.step import StepTask
 from rpac.step.worker import lower_step
@@ -51,11 +52,21 @@ def test_a_build_and_what_inspect_says(listing: tuple[Path, str]) -> None:
 @pytest.mark.slow
 def test_a_rebuild_makes_the_steps_again_where_the_function_is(listing: tuple[Path, str], tmp_path: Path) -> None:
     path, _ = listing
-    done = rpac("rebuild", path, cache=tmp_path, cwd=HERE)
+    step = "llama_step:only_mixed"
+    done = rpac("rebuild", path, "--step", step, cache=tmp_path, cwd=HERE)
     assert "the same bytes" in done.stdout, done.stderr
-    done = rpac("rebuild", path, cache=tmp_path, cwd=tmp_path)
+    done = rpac("rebuild", path, "--step", step, cache=tmp_path, cwd=tmp_path)
     assert done.returncode == 2
     assert "found llama_step:only_mixed, but there is no module 'llama_step' in" in done.stderr
+
+
+def test_a_rebuild_runs_no_function_that_a_bundle_names_by_itself(listing: tuple[Path, str]) -> None:
+    path, _ = listing
+    for given, text in (("", "no --step"), ("os:walk", "--step os:walk")):
+        with pytest.raises(
+            TargetError, match=f"found {text}; must name the function of .* steps, llama_step:only_mixed"
+        ):
+            rebuild(path, step=given)
 
 
 def test_the_cache_goes_by_what_a_step_is_lowered_to(task: Callable[..., StepTask], tmp_path: Path) -> None:
