@@ -101,11 +101,11 @@ async def complete(
 
 def tokens_of(served: Served, asked: Asked) -> Sequence[int]:
     """The tokens of a prompt. Raises Invalid."""
+    if asked.messages is not None:
+        return served.text.encode_chat(asked.messages)
     prompt = asked.prompt
     if isinstance(prompt, str):
         return served.text.encode(prompt)
-    if prompt and isinstance(prompt[0], dict):
-        return served.text.encode_chat(prompt)
     vocabulary = served.worker.generator.steps.vocabulary
     for index, token in enumerate(prompt):
         if not 0 <= token < vocabulary:

@@ -52,12 +52,13 @@ class Invalid(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, but for its tokens. `prompt` is a text, token ids, or the messages of a chat.
+    """A request, but for its tokens. `prompt` is a text or token ids; `messages` are those of a chat in its place.
 
     `with_ids` is `return_token_ids`, which vLLM has too: the choices of an answer then hold the new tokens as `token_ids`.
     """
 
-    prompt: str | Sequence[int] | Sequence[Mapping[str, str]]
+    prompt: str | Sequence[int]
+    messages: Sequence[Mapping[str, str]] | None
     max_tokens: int | None
     temperature: float
     top_p: float
@@ -76,23 +77,29 @@ def read_completion(body: bytes, model: str) -> Asked:
     """A request to /v1/completions. Raises Invalid."""
     data = _body(body, model)
     count = _integer(data, "max_tokens", 1)
-    return _asked(data, _prompt(data), DEFAULT_TOKENS if count is None else count)
+    return _asked(data, _prompt(data), None, DEFAULT_TOKENS if count is None else count)
 
 
 def read_chat(body: bytes, model: str) -> Asked:
     """A request to /v1/chat/completions. Raises Invalid."""
     data = _body(body, model)
     name = "max_tokens" if data.get("max_completion_tokens") is None else "max_completion_tokens"
-    return _asked(data, _messages(data), _integer(data, name, 1))
+    return _asked(data, "", _messages(data), _integer(data, name, 1))
 
 
-def _asked(data: Mapping[str, Any], prompt: Any, max_tokens: int | None) -> Asked:
+def _asked(
+    data: Mapping[str, Any],
+    prompt: str | Sequence[int],
+    messages: Sequence[Mapping[str, str]] | None,
+    max_tokens: int | None,
+) -> Asked:
     options = data.get("stream_options") or {}
     if not isinstance(options, dict):
         raise Invalid("stream_options must be an object", "stream_options")
     seed = _integer(data, "seed", -(1 << 63))
     return Asked(
         prompt=prompt,
+        messages=messages,
         max_tokens=max_tokens,
         temperature=_number(data, "temperature", 1.0, 0.0, 2.0),
         top_p=_top_p(data),
