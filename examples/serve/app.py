@@ -24,8 +24,6 @@ from serve.generate import Generator
 from serve.text import Text
 from serve.worker import Worker
 
-LOG = logging.getLogger("serve")
-
 
 async def serve(name: str, text: Text, worker: Worker, options: argparse.Namespace) -> None:
     """Serves until the process is told to end. Requests that run then have `--drain` seconds to finish."""
@@ -64,7 +62,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    for name in ("serve", "rpac"):
+        logging.getLogger(name).setLevel(logging.INFO)
     if options.compile_cache is not None:
         keep_compiled(options.compile_cache)
     try:

@@ -169,3 +169,4 @@ class Worker:
         for name in list(self._streams):
             self._fail(name, Stopping("the server ends; ask another one"))
         self._stopped = True
+        self._drained.set()  # nobody waits for the rest any more
