@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ from command import ROOT, rpac
 from serve.bundle import open_bundle
 from serve.checkpoint import load_params
 from serve.config import read_config
+from serve.demo import metrics_of, server
 from serve.generate import Generator, Request
-from serve.load import compare, requests
+from serve.load import compare, requests, send_all
 from serve.scratch import make_scratch
 from serve.steps import WholeSteps
+from serve.text import Text
 from serve.tiny import write_checkpoint
 from watching import compiles
 
@@ -69,6 +74,23 @@ def test_the_tokens_are_those_of_dense_attention_and_nothing_is_compiled(folder:
     verdict = compare(config, load_params(folder, config), load, 128)
     assert verdict.wrong == ()
     assert verdict.ties <= verdict.tokens / 1000
+
+
+def test_hundreds_of_requests_over_http_are_answered_as_by_dense_attention(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process of its own, whose cache has room for a few of them at once."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    config = read_config(folder)
+    load = requests(300, config.vocabulary, np.random.default_rng(3), rate=100)
+    with server(str(folder), str(folder.with_suffix(".rpac"))) as url:
+        asyncio.run(send_all(url, folder.name, load))
+        found = metrics_of(url)
+    verdict = compare(config, load_params(folder, config), load, 128, Text(folder).ends)
+    assert verdict.wrong == ()
+    assert found["serve_preemptions_total"] > 0
+    assert found["serve_shared_prompt_tokens_total"] > 0
+    assert (found["serve_running"], found["serve_waiting"], found["serve_free_pages"]) == (0, 0, 24)
 
 
 def test_a_server_without_a_bundle_gives_the_same_tokens(folder: Path) -> None:
