@@ -112,17 +112,18 @@ def copied_params(step: Step, compiled: Any) -> list[StepArray]:
 
 
 def check_memory(step: Step, memory: dict[str, int]) -> None:
-    """Raises CompileError where a step needs more HBM than a device has: its arguments, and what `memory` has of the compiled
-    step.
+    """Raises CompileError where a step needs more HBM than a device has: its arguments and outputs, and what `memory` has of the
+    compiled step.
     """
+    mesh, outputs = step.task.mesh, step.signature.outputs  # which raises for outputs that a bundle cannot hold
     if not is_tpu(step.task.target):
         return
-    mesh, device = step.task.mesh, chip(step.task.target)
+    device = chip(step.task.target)
     needs = {
         "parameters": sum(one.nbytes_of_device(mesh) for one in step.described.params_arrays),
         "caches": sum(one.nbytes_of_device(mesh) for one in step.caches),
         "temporaries": memory.get("temp_bytes", 0),
-        "outputs": memory.get("output_bytes", 0) - memory.get("alias_bytes", 0),
+        "outputs": sum(one.nbytes_of_device(mesh) for one in outputs),
         "code": memory.get("code_bytes", 0),
     }
     if sum(needs.values()) <= device.usable_hbm_bytes:

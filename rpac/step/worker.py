@@ -30,7 +30,7 @@ from rpac.step.task import StepTask
 FACTS: Final = "facts.json"
 FORMAT: Final = 1  # of what is kept of a step
 _NO_ROOM: Final = re.compile(
-    r"(exhausted|exceed|out of memory).*\bhbm\b|\bhbm\b.*(exhausted|exceed|out of memory)", re.I | re.S
+    r"(exhausted|exceed|out of memory).*\bhbm\b|\bhbm\b.*(exhausted|exceed|out of memory)", re.I
 )
 
 
@@ -91,8 +91,9 @@ def lower_step(
     assert step is not None  # `checked_functions` leaves those out
     with reported(task.label):
         check_traced(step)
-        lowered = step.lower()
-        text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+        signature, lowered = step.signature, step.lower()
+        # With the names of scopes and functions, which the compiler writes into what it makes.
+        text = hashlib.sha256(lowered.as_text(debug_info=True).encode()).hexdigest()
         key = _key(step, text, tools)
         files, cached = store.read(key), True
         if files is None:
@@ -109,7 +110,7 @@ def lower_step(
             tokens=task.tokens,
             function=task.function,
             model=step.described.model,
-            signature=step.signature,
+            signature=signature,
             exported=files["exported"],
             executable=executable,
             lowered_sha256=text,

@@ -71,7 +71,7 @@ def unknown_layer(attend: Any, params: Any, caches: Any, token_ids: Any, positio
     return attend(q, k, v, caches[0], layer="full")
 
 
-def set_of_outputs(*args: Any) -> Any:
+def own_class(*args: Any) -> Any:
     x, after = layers(*args[:5])
     return Point(x), after
 
@@ -96,7 +96,7 @@ class Point:
 
 for function in (
     baked, printing, reversed_caches, one_cache_less, another_dtype, no_pair, old_cache, raising, wrong_query, unknown_layer,
-    set_of_outputs, calling_out,
+    own_class, calling_out,
 ):  # fmt: skip
     globals()[f"{function.__name__}_arrays"] = step_arrays
 
