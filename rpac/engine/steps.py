@@ -88,6 +88,11 @@ class StepEngine:
         ready = f"{len(self.ready)} of {len(self._slots)} ready"
         return f"<StepEngine {self.name}, {self.function} for {self.target} on {devices}: {steps}; {ready}>"
 
+    @property
+    def device(self) -> jax.Device:
+        """The device that steps run on, or the first of several."""
+        return self.placement.devices[0]
+
     @cached_property
     def programs(self) -> Mapping[Variant, StepProgram]:
         """What the bundle says of each step that this engine can run."""

@@ -16,6 +16,7 @@ from watching import compiles, python
 import rpac
 from rpac.check.deployment import serve_check
 from rpac.engine import CanaryRun, Event
+from rpac.engine.metrics import EngineCollector, text_of
 from rpac.errors import CheckError, SelectionError, TargetError
 from rpac.spec import Spec, parse_spec
 
@@ -156,6 +157,14 @@ def test_executables_of_another_runtime(path: Path, monkeypatch: pytest.MonkeyPa
     ):
         rpac.load_steps(path, target="cpu")
     assert not rpac.load_steps(path, target="cpu", allow_compile=True).ready
+
+
+def test_metrics_of_steps(path: Path) -> None:
+    engine = rpac.load_steps(path, target="cpu")
+    engine.warm([rpac.Variant("decode", 16)])
+    text = text_of(EngineCollector(engine))
+    labels = f'bundle="llama-step",device="{engine.device}",kind="decode",target="cpu",tokens="16"'
+    assert f"rpac_program_ready{{{labels}}} 1.0" in text
 
 
 def test_serve_check_loads_the_steps_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
