@@ -12,7 +12,7 @@ BISECTIONS = 32  # halves the interval of a float32 probability to nothing
 
 
 class Sampling(NamedTuple):
-    """How each row of a batch chooses, `[max_num_seqs]` each. A row that is not used may hold anything but NaN.
+    """How each row of a batch chooses, `[rows]` each. A row that is not used may hold anything but NaN.
 
     `temperature` float32: 0 takes the most likely token. `top_p` float32, above 0 and up to 1: only the most likely tokens
     that have this much probability together. `seed` uint32: with it and a token's position, a choice can be repeated,

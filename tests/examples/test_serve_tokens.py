@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,7 +23,9 @@ from serve.dense import dense_logits
 from serve.generate import Generator, Request, StepError
 from serve.load import Request as Asked
 from serve.load import compare, requests
+from serve.model import make_step
 from serve.rope import Rope, angles, rotate
+from serve.steps import Metadata
 from served import NUM_PAGES, spec_of, write_small_bundle
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -152,6 +156,22 @@ def test_rotary_positions_leave_products_dependent_on_distance_alone() -> None:
 
     assert product(9, 4) == pytest.approx(product(105, 100), abs=1e-3)
     assert product(9, 4) != pytest.approx(product(9, 3), abs=1e-1)
+
+
+@pytest.mark.parametrize(("tokens", "sampled"), [(8, 8), (64, 16)])
+def test_a_step_samples_for_no_more_rows_than_it_has_tokens(llama: Any, tokens: int, sampled: int) -> None:
+    config, params = llama
+    step, arrays = make_step(config)
+    described = arrays("decode", tokens, SimpleNamespace(max_num_seqs=16))
+
+    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.int32)
+
+    batch = Metadata(ints(16), ints(128), ints(17), ints(3))
+    caches = [jnp.zeros((1, 1))] * config.layers
+    dense = partial(step, lambda queries, keys, values, cache, layer: (queries, cache))
+    found, _ = jax.eval_shape(dense, params, caches, ints(tokens), ints(tokens), batch, *described["extra"])
+    assert (found.shape, found.dtype) == ((sampled,), np.int32)
 
 
 def test_a_dense_token_depends_on_none_that_follow(llama: Any) -> None:
