@@ -111,7 +111,8 @@ def read_config(folder: Path, dtype: str | None = None) -> Config:
         mlp_bias=values.flag(family.mlp_bias),
         qk_norm=family.qk_norm,
         tied=values.flag("tie_word_embeddings"),
-        dtype=dtype or values.word(values.name("dtype", "torch_dtype"), DTYPES, f"choose one with --dtype {DTYPES[0]}"),
+        dtype=dtype
+        or values.word(values.name("dtype", "torch_dtype"), DTYPES, f"build the step with DTYPE={DTYPES[0]}"),
     )
 
 
