@@ -74,9 +74,7 @@ def _files(folder: Path) -> Mapping[str, Path]:
             with _opened(path) as file:
                 has = set(file.keys())
             for tensor in sorted(name for name, where in files.items() if where == path and name not in has):
-                raise CheckpointError(
-                    path, tensor, "no such tensor", f"must be there, by {INDEX}", "download both again"
-                )
+                raise CheckpointError(path, tensor, "no such tensor", f"must exist, by {INDEX}", "download both again")
         return files
     if not (folder / SINGLE).exists():
         raise CheckpointError(
@@ -90,7 +88,7 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except FileNotFoundError:
-        raise CheckpointError(path, "", "no file", f"must be there, by {INDEX}", "download it") from None
+        raise CheckpointError(path, "", "no file", f"must exist, by {INDEX}", "download it") from None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(path, "", str(error), "must be a safetensors file", "download it again") from error
 
@@ -104,7 +102,7 @@ def _check_names(folder: Path, config: Config, wanted: set[str], files: Mapping[
         near = difflib.get_close_matches(missing[0], extra, 1)
         has = f"no such tensor, but {near[0]}" if near else "no such tensor"
         raise CheckpointError(
-            folder, missing[0], f"{has} ({len(missing)} are missing)", "must be there, by config.json",
+            folder, missing[0], f"{has} ({len(missing)} are missing)", "must exist, by config.json",
             "download all files of the checkpoint, or correct config.json",
         )  # fmt: skip
     if extra:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rpac.spec.parse import HEAD_DIMS
 from serve.errors import CheckpointError
 from serve.rope import Linear, Llama3, Rope, Yarn
 
@@ -48,6 +49,11 @@ class Config:
         return len(self.windows)
 
     @property
+    def kernel_head_dim(self) -> int:
+        """The length of a head in attention: the next one that rpac has kernels for, as `rpac init` has it in the spec."""
+        return next((size for size in HEAD_DIMS if size >= self.head_dim), self.head_dim)
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """The kind of each layer, as `rpac init` names them in a spec: all "" unless some have a window and others not."""
         if len(set(self.windows)) == 1:
@@ -57,7 +63,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Family:
-    """What a model's class does beside its keys. A bias is there, or not, or as a key says.
+    """What a model's class does beside its keys. Biases are true, false, or the key that says so.
 
     `window` is the default of `sliding_window`, or None if no layer has one. With `late`, layers have it only if
     `use_sliding_window` says so, and from `max_window_layers` on. `head_dim` is the default of that key.
@@ -105,7 +111,8 @@ def read_config(folder: Path, dtype: str | None = None) -> Config:
         mlp_bias=values.flag(family.mlp_bias),
         qk_norm=family.qk_norm,
         tied=values.flag("tie_word_embeddings"),
-        dtype=dtype or values.word(values.name("dtype", "torch_dtype"), DTYPES, f"choose one with --dtype {DTYPES[0]}"),
+        dtype=dtype
+        or values.word(values.name("dtype", "torch_dtype"), DTYPES, f"build the step with DTYPE={DTYPES[0]}"),
     )
 
 
@@ -118,7 +125,7 @@ def read_json(path: Path) -> dict[str, Any]:
             )
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(path, "", "no file", "must be there", "give a folder as model hubs have it") from None
+        raise CheckpointError(path, "", "no file", "must exist", "give a folder as model hubs have it") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(path, "", str(error), "must be JSON", "download the file again") from error
     if not isinstance(found, dict):

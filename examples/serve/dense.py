@@ -27,7 +27,7 @@ def dense_logits(config: Config, params: Params, token_ids: jax.Array) -> jax.Ar
         return logits(config, params, x)
 
     def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, cache: jax.Array, layer: str) -> Any:
-        grouped = queries.reshape(length, config.kv_heads, -1, config.head_dim)
+        grouped = queries.reshape(length, config.kv_heads, -1, queries.shape[-1])
         scores = jnp.einsum("qhgd,khd->hgqk", grouped, keys) * config.head_dim**-0.5
         visible = (distance >= 0) & (distance < len(cache))
         probabilities = jax.nn.softmax(jnp.where(visible, scores.astype(jnp.float32), -jnp.inf)).astype(values.dtype)

@@ -39,15 +39,17 @@ def make_step(config: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
         sampling: Sampling,
         copies: jax.Array,
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """The token that follows each row of the batch, int32 `[max_num_seqs]`, and the caches.
+        """The token that follows each row of the batch, int32 `[min(max_num_seqs, tokens)]`, and the caches.
 
         `token_ids` and `positions` are int32 `[tokens]`, `caches` has one array a layer, and `batch` is the metadata.
         `copies`, int32 `[max_num_seqs, 2]`, are pages to copy in every cache before all else, from and to, ahead of rows of
         -1. A row that is not of the batch, or whose prompt is not computed to its end, gets a token without a meaning.
         """
         x, caches = forward(config, attend, params, copy_pages(caches, copies), token_ids, positions)
-        rows = jnp.clip(batch.cu_q_lens[1:] - 1, 0, len(token_ids) - 1)
-        return sample(logits(config, params, x[rows]), positions[rows], sampling), caches
+        count = min(len(batch.kv_lens), len(token_ids))  # each row has a token
+        last = jnp.clip(batch.cu_q_lens[1 : count + 1] - 1, 0, len(token_ids) - 1)
+        chosen = jax.tree.map(lambda one: one[:count], sampling)
+        return sample(logits(config, params, x[last]), positions[last], chosen), caches
 
     def step_arrays(kind: str, tokens: int, limits: Any) -> dict[str, Any]:
         """Shapes, dtypes and partitions of what is not rpac's; the same for every kind and token bucket."""
@@ -85,10 +87,10 @@ def forward(
     after = []
     for kind, layer, cache in zip(config.kinds, params["layers"], caches, strict=True):
         queries, keys, values = project(config, layer, x, rotation)
-        out, cache, *_ = attend(
-            queries, _narrowed(keys, cache.dtype), _narrowed(values, cache.dtype), cache, layer=kind
-        )
-        x = x + _linear(layer, "o", out.reshape(len(out), -1))
+        keys, values = _narrowed(keys, cache.dtype), _narrowed(values, cache.dtype)
+        heads = (_padded(one, config.kernel_head_dim) for one in (queries, keys, values))
+        out, cache, *_ = attend(*heads, cache, layer=kind)
+        x = x + _linear(layer, "o", out[..., : config.head_dim].reshape(len(x), -1))
         x = x + mlp(layer, rms_norm(x, layer["mlp_norm"], config.epsilon))
         after.append(cache)
     return x, after
@@ -135,3 +137,7 @@ def _narrowed(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
         most = float(jnp.finfo(dtype).max)
         x = jnp.clip(x, -most, most)
     return x.astype(dtype)
+
+
+def _padded(x: jax.Array, length: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[-1])))

@@ -12,7 +12,7 @@ BISECTIONS = 32  # halves the interval of a float32 probability to nothing
 
 
 class Sampling(NamedTuple):
-    """How each row of a batch chooses, `[max_num_seqs]` each. A row that is not used may hold anything but NaN.
+    """How each row of a batch chooses, `[rows]` each. A row that is not used may hold anything but NaN.
 
     `temperature` float32: 0 takes the most likely token. `top_p` float32, above 0 and up to 1: only the most likely tokens
     that have this much probability together. `seed` uint32: with it and a token's position, a choice can be repeated,
@@ -38,7 +38,8 @@ def sample(logits: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.A
 
 
 def _drawn(logits: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.Array:
-    scaled = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
+    below = logits - logits.max(axis=-1, keepdims=True)  # so that a small temperature gives no infinity
+    scaled = below / jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
     kept = lax.cond((sampling.top_p < 1).any(), lambda: nucleus(scaled, sampling.top_p), lambda: scaled)
 
     def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
