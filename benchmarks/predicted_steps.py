@@ -170,14 +170,16 @@ def tables(results: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 def _predicted_table(results: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| model | target, devices | batch | ms | tokens/s a chip | MBU | MFU | attention | matrix products | collectives |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| model | target, devices | batch | ms | tokens/s a chip | MBU | MFU | attention | matrix products | collectives | copies |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, target, batch in dict.fromkeys(wanted()):
         one = results.get(f"{name} {target} {batch}")
         if one is None or batch not in BATCHES or name == "qwen3-8b":
             continue
-        shares = [f"{one['shares'].get(part, 0.0):.0%}" for part in ("attention", "matrix products", "collectives")]
+        shares = [
+            f"{one['shares'].get(part, 0.0):.0%}" for part in ("attention", "matrix products", "collectives", "copies")
+        ]
         figures = [
             f"{1e3 * one['seconds']:.2f}",
             f"{one['tokens_per_second_per_chip']:,.0f}",
