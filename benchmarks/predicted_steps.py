@@ -163,6 +163,7 @@ def tables(results: dict[str, dict[str, Any]]) -> dict[str, str]:
     """The page's tables by name."""
     return {
         "predicted": _predicted_table(results),
+        "whole": _whole_table(results),
         "decode": _decode_table(results),
         "prefill": _prefill_table(results),
     }
@@ -170,7 +171,8 @@ def tables(results: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 def _predicted_table(results: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| model | target, devices | batch | ms | tokens/s a chip | MBU | MFU | attention | matrix products | collectives | copies |",
+        "| model | target, devices | batch | ms | tokens/s a chip | MBU | MFU | attention | matrix products | collectives | "
+        "copies |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, target, batch in dict.fromkeys(wanted()):
