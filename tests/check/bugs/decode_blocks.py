@@ -37,8 +37,8 @@ READING = (
     Bug(
         "the last block left out",
         "DecodeKernel.next_block",
-        "(block + 1) * BLOCK >= self.kv_lens[seq]",
-        "(block + 2) * BLOCK > self.kv_lens[seq]",
+        "(block + 1) * BLOCK >= self.row_len(seq)",
+        "(block + 2) * BLOCK > self.row_len(seq)",
         hangs=True,
     ),
 )

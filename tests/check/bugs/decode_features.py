@@ -13,13 +13,13 @@ BOTH = (
     Bug(
         "a page before the window fetched",
         "DecodeKernel.first_token",
-        "self.kv_lens[seq] - WINDOW",
-        "self.kv_lens[seq] - WINDOW - PAGE_SIZE",
+        "self.row_len(seq) - WINDOW",
+        "self.row_len(seq) - WINDOW - PAGE_SIZE",
     ),
     Bug(
         "the first page of the window not fetched",
         "DecodeKernel.first_token",
-        "self.kv_lens[seq] - WINDOW",
+        "self.row_len(seq) - WINDOW",
         "self.kv_lens[seq] - WINDOW + PAGE_SIZE",
     ),
     Bug(
@@ -33,8 +33,8 @@ CHUNKS = (
     Bug(
         "the chunk of the next token seen",
         "DecodeKernel.first_token",
-        "jnp.maximum(self.kv_lens[seq] - 1, 0)",
-        "self.kv_lens[seq]",
+        "jnp.maximum(self.row_len(seq) - 1, 0)",
+        "self.row_len(seq)",
     ),
 )
 # The rest of kernels by blocks.
@@ -94,7 +94,7 @@ CHUNKS_OF_BLOCKS = (
         "tokens counted from the sequence's start",
         "DecodeKernel.seen_len",
         "self.kv_lens[seq] - self.first_token(seq)",
-        "self.kv_lens[seq]",
+        "self.row_len(seq)",
     ),
 )
 # The rest of kernels by waves.

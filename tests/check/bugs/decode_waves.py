@@ -11,9 +11,9 @@ from small import SEPARATE, small_plan
 FETCHES = (
     Bug(
         "the next page fetched in place of each",
-        "DecodeKernel.fetch_tile",
-        "self.page_indices[first_entry + page]",
-        "self.page_indices[first_entry + page + 1]",
+        "DecodeKernel.page_id",
+        "self.page_indices[entry + page]",
+        "self.page_indices[entry + page + 1]",
     ),
     Bug(
         "a last page of one token not fetched",
@@ -360,9 +360,9 @@ UPDATES = (
 PAST_THE_END = (
     Bug(
         "the page table read past its end",
-        "DecodeKernel.fetch_tile",
-        "jnp.minimum(first_entry + page, LAST_ENTRY)",
-        "first_entry + page",
+        "DecodeKernel.page_id",
+        "jnp.minimum(entry + page, LAST_ENTRY)",
+        "entry + page",
         says="Out-of-bounds read",
     ),
 )

@@ -100,8 +100,8 @@ HEADS = (
 )
 # Rows of mixed kernels, whose lengths differ.
 ROWS = (
-    Bug("prefill rows left out", "MixedKernel.sequences", "self.distribution[0]", "self.distribution[1]"),
-    Bug("mixed rows left out", "MixedKernel.sequences", "self.distribution[2]", "self.distribution[1]"),
+    Bug("prefill rows left out", "MixedKernel.checked_sequences", "self.distribution[0]", "self.distribution[1]"),
+    Bug("mixed rows left out", "MixedKernel.checked_sequences", "self.distribution[2]", "self.distribution[1]"),
     Bug(
         "queries and outputs one row early",
         "MixedKernel.q_start",
