@@ -20,7 +20,7 @@ BOTH = (
         "the first page of the window not fetched",
         "DecodeKernel.first_token",
         "self.row_len(seq) - WINDOW",
-        "self.kv_lens[seq] - WINDOW + PAGE_SIZE",
+        "self.row_len(seq) - WINDOW + PAGE_SIZE",
     ),
     Bug(
         "sinks as logarithms to base 2",
@@ -93,7 +93,7 @@ CHUNKS_OF_BLOCKS = (
     Bug(
         "tokens counted from the sequence's start",
         "DecodeKernel.seen_len",
-        "self.kv_lens[seq] - self.first_token(seq)",
+        "self.row_len(seq) - self.first_token(seq)",
         "self.row_len(seq)",
     ),
 )

@@ -17,16 +17,16 @@ FETCHES = (
     ),
     Bug(
         "a last page of one token not fetched",
-        "DecodeKernel.fetch_tile",
-        "page * PAGE_SIZE < left",
-        "page * PAGE_SIZE < left - 1",
+        "DecodeKernel.fetch_pages",
+        "page * PAGE_SIZE < fetched",
+        "page * PAGE_SIZE < fetched - 1",
         hangs=True,
     ),
     Bug(
         "a page behind the last token fetched",
-        "DecodeKernel.fetch_tile",
-        "page * PAGE_SIZE < left",
-        "page * PAGE_SIZE <= left",
+        "DecodeKernel.fetch_pages",
+        "page * PAGE_SIZE < fetched",
+        "page * PAGE_SIZE <= fetched",
     ),
     Bug(
         "a wave fetched over the one before it",

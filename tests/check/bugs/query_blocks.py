@@ -105,8 +105,8 @@ ROWS = (
     Bug(
         "queries and outputs one row early",
         "MixedKernel.q_start",
-        "self.cu_q_lens[seq]",
-        "jnp.maximum(self.cu_q_lens[seq] - 1, 0)",
+        "self.q_starts[seq]",
+        "jnp.maximum(self.q_starts[seq] - 1, 0)",
     ),
     Bug(
         "copies of one token left out",
