@@ -60,8 +60,8 @@ FETCHES = (
     Bug(
         "the last wave left out",
         "DecodeKernel.iterate",
-        "self.tile_left[self.slot(wave + 1, 0)]",
-        "self.tile_left[self.slot(wave + 2, 0)]",
+        "self.tile_seq[self.slot(wave + 1, 0)]",
+        "self.tile_seq[self.slot(wave + 2, 0)]",
     ),
 )
 WAITS = (
