@@ -72,12 +72,12 @@ WAITS = (
     ),
     Bug(
         "pages behind a tile waited for",
-        "DecodeKernel.wait_for_tiles",
-        "jnp.clip(self.tile_left[first + i], 0, TILE)",
-        "jnp.maximum(self.tile_left[first + i], 0)",
+        "DecodeKernel.pages_of_tile",
+        "jnp.clip(self.tile_left[slot], 0, TILE)",
+        "jnp.maximum(self.tile_left[slot], 0)",
         hangs=True,
     ),
-    Bug("no wait for a partial page", "DecodeKernel.wait_for_tiles", "some + (PAGE_SIZE - 1)", "some"),
+    Bug("no wait for a partial page", "DecodeKernel.pages_of_tile", "tokens + (PAGE_SIZE - 1)", "tokens"),
     Bug(
         "no wave waited for or patched",
         "DecodeKernel.iterate",
