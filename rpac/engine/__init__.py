@@ -8,6 +8,7 @@ from rpac.engine.engine import Engine
 from rpac.engine.events import (
     BatchRefused,
     BatchRun,
+    CallOverdue,
     CanaryRun,
     Count,
     Event,
@@ -22,6 +23,7 @@ from rpac.engine.warmup import Warming
 __all__ = [
     "BatchRefused",
     "BatchRun",
+    "CallOverdue",
     "CanaryRun",
     "Count",
     "Engine",

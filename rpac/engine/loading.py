@@ -39,6 +39,7 @@ def load(
     timeout_s: float | None = None,
     expect_digest: str | None = None,
     trust: str | os.PathLike[str] | Policy | None = None,
+    watchdog_s: float | None = None,
 ) -> Engine:
     """The engine of a bundle for one device, by default this process's first (`target="cpu"`: its CPU); or for as many
     `devices` as its spec's `parallel` says, in the order of its mesh, by default this process's first ones.
@@ -51,7 +52,8 @@ def load(
     the bundle may take, of a store that may be slow; by default as long as it takes. `expect_digest`: the digest that `rpac
     inspect` shows of the bundle that you mean; it covers every file, and another bundle is refused before anything of it is
     used. `trust`: the file of a trust policy, or what `rpac.trust.load_policy` made of one; nothing of the bundle is deserialized
-    before its attestations hold what the policy asks.
+    before its attestations hold what the policy asks. `watchdog_s`: seconds after which a call that has not returned is told to
+    the observer and the log, and named by `engine.overdue`; by default nobody watches.
     Raises BundleError; TrustError for a policy that cannot be used; or TargetError naming what the bundle has and what was found.
     """
     own_runtime()
@@ -78,7 +80,7 @@ def load(
             "load in the processes whose devices these are"
         )
     use_executables = _use_executables(os.fspath(path), loaded.target, found[0], allow_compile)
-    return Engine(loaded, found[:count], use_executables, observer)
+    return Engine(loaded, found[:count], use_executables, observer, watchdog_s)
 
 
 def _approve(trust: str | os.PathLike[str] | Policy | None) -> Approve | None:

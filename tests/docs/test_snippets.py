@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import re
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from samples import PAGES, ROOT
 import rpac
 from rpac.bundle import read_manifest
 from rpac.bundle.wheel import wheel_of
+from rpac.engine import CallOverdue
 from rpac.trust.keys import generate, policy_lines, read_private
 from rpac.trust.sign import sign
 
@@ -114,6 +116,11 @@ def test_open(names: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     assert engine.ready == engine.programs.keys()
     assert caplog.text.count('"event": "CanaryRun"') == len(engine.programs)
     assert caplog.text.count('"event": "BatchRun"') == 1
+
+
+def test_watchdog(names: dict[str, Any]) -> None:
+    done = run("watchdog", {**names, "rpac": rpac, "os": os, "CallOverdue": CallOverdue})
+    assert done["engine"].overdue is None
 
 
 def test_load(names: dict[str, Any]) -> None:
