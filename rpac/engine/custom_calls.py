@@ -1,7 +1,8 @@
 """Holds what an export calls outside of itself against a list, before anything compiles it.
 
 A bundle is data that somebody made. Its export can name any function that is registered in this process, and a call with
-arguments that such a function does not expect ends the process, or worse. rpac's own programs need few.
+arguments that such a function does not expect ends the process, or worse. rpac's own programs need few. The same is true of
+transfers to the host: nobody answers them here, so a program that has one waits for ever.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from typing import Final
 
 from jax import export
 
-from rpac.contract.program import Variant
 from rpac.errors import BundleError
 
 _ALLOWED: Final = {"tpu": frozenset({"tpu_custom_call"})}
@@ -21,14 +21,22 @@ _ALLOWED: Final = {"tpu": frozenset({"tpu_custom_call"})}
 _CALL: Final = re.compile(r'custom_call\s*@(?:"([^"]*)"|([\w$.-]+))|call_target_name\s*=\s*"([^"]*)"')
 
 
-def refuse_custom_calls(variant: Variant, exported: export.Exported) -> None:
-    """Raises BundleError where a program calls anything that programs of its platforms never need."""
+_TRANSFER: Final = re.compile(r"\b(?:stablehlo|mhlo)\.(infeed|outfeed|send|recv)\b")
+
+
+def refuse_custom_calls(what: str, exported: export.Exported) -> None:
+    """Raises BundleError where an export calls anything that programs of its platforms never need, or waits for the host.
+
+    `what` names it in the message. Each export of a bundle is held against the list before it is compiled: those of programs, and
+    those that have programs inside.
+    """
     of_each = [_ALLOWED.get(platform, frozenset()) for platform in exported.platforms]
     allowed = frozenset.intersection(*of_each) if of_each else frozenset()
-    found = {next(filter(None, call), "") for call in _CALL.findall(exported.mlir_module())} - allowed
+    text = exported.mlir_module()
+    found = {next(filter(None, call), "") for call in _CALL.findall(text)} - allowed | set(_TRANSFER.findall(text))
     if found:
         needs = "call only " + ", ".join(sorted(allowed)) if allowed else "call nothing outside of itself"
         raise BundleError(
-            f"program {variant}: its export calls {', '.join(sorted(found))}; must {needs}; do not use this bundle: no build "
+            f"{what}: its export calls {', '.join(sorted(found))}; must {needs}; do not use this bundle: no build "
             "of rpac makes such a program; build it again from its spec"
         )

@@ -106,7 +106,7 @@ def _exported(data: bytes, program: Program, mesh: Mesh) -> export.Exported:
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         raise _unusable(program, "read its export", error) from error
     _check_signature(program, exported, mesh)
-    refuse_custom_calls(program.variant, exported)
+    refuse_custom_calls(f"program {program.variant}", exported)
     return exported
 
 

@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 from calls import call
-from jax import export, lax
+from forged import endless
 from prometheus_client.parser import text_string_to_metric_families
 
 from rpac.bundle import write_bundle
@@ -211,15 +210,3 @@ def test_a_server_ends_itself_where_a_program_never_returns(tmp_path: Path, tiny
     assert done.returncode == 75, done.stdout + done.stderr
     assert json.loads(done.stdout) == ["decode/8", 1, "decode/8"]
     assert "program decode/8 has not returned for" in done.stderr
-
-
-def endless(exported: bytes) -> bytes:
-    """An export of the same signature that never returns."""
-    avals = export.deserialize(bytearray(exported)).in_avals
-
-    def attention(queries: Any, keys: Any, values: Any, kv_cache: Any, kv_lens: Any, *metadata: Any) -> Any:
-        count = lax.while_loop(lambda n: n >= 0, lambda n: n ^ 1, kv_lens[0] * 0)
-        return queries + count.astype(queries.dtype), kv_cache
-
-    jitted = jax.jit(attention, donate_argnums=3, keep_unused=True)
-    return bytes(export.export(jitted, platforms=["cpu"])(*avals).serialize())
