@@ -15,7 +15,7 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow test-adapters test-init lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-models report-peers report-browser bench-kernels bench-chunks bench-scheduling \
+.PHONY: demo test test-newest test-slow fuzz test-adapters test-init lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-models report-peers report-browser bench-kernels bench-chunks bench-scheduling \
 	same calibrate release build-all serve-demo clean
 
 demo: $(VENV)/ready
@@ -41,6 +41,12 @@ endif
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(JOBS) -m slow
+
+# The fuzz tests for MINUTES in all, from a new seed, or from SEED. What finds a fault is kept in tests/fuzz/corpus.
+MINUTES ?= 15
+FUZZ_TESTS := 12
+fuzz: $(VENV)/ready
+	RPAC_FUZZ_SECONDS=$$(( 60 * $(MINUTES) / $(FUZZ_TESTS) )) RPAC_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -rA tests/fuzz
 
 # The adapters beside the packages that they stand in for, in environments under build/adapters.
 test-adapters: $(VENV)/ready

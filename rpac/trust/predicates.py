@@ -57,4 +57,6 @@ def failure(predicate_type: str, predicate: Mapping[str, Any]) -> str:
     if predicate.get(key) != PASSED:
         return f"its {key} is {predicate.get(key)!r}"
     unchecked = predicate.get(UNCHECKED) or []
+    if not isinstance(unchecked, list):
+        return f"its {UNCHECKED} is {unchecked!r}"
     return f"it leaves out {', '.join(map(str, unchecked))}" if unchecked else ""
