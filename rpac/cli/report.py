@@ -27,6 +27,7 @@ from rpac.cli.common import (
     tuned_of,
     tuned_option,
 )
+from rpac.cli.sign import policy_of
 from rpac.cli.terminal import Lines
 from rpac.devices.chip import TPU_TARGETS
 from rpac.files.publish import publish_file, refuse_foreign_file
@@ -68,6 +69,16 @@ Number = TypeVar("Number", int, float)
     type=click.Path(path_type=Path),
     help="What `rpac check --json` wrote of one of the specs; repeat.",
 )
+@click.option(
+    "--key", metavar="FILE", type=click.Path(path_type=Path), help="Public key whose statements count for receipts."
+)
+@click.option(
+    "--policy",
+    "policy_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Trust policy whose keys count for receipts.",
+)
 @any_compiler_option
 @jobs_option
 @click.option("--no-cache", is_flag=True, help="Compile again for the schedules, and cache none.")
@@ -84,6 +95,8 @@ def report_command(
     layers: tuple[str, ...],
     prices: tuple[str, ...],
     checks: tuple[Path, ...],
+    key: Path | None,
+    policy_file: Path | None,
     any_compiler: bool,
     jobs: int | None,
     no_cache: bool,
@@ -92,9 +105,9 @@ def report_command(
 ) -> None:
     """Compare chips for the attention of each SPEC or BUNDLE on one page that needs no network.
 
-    The page has predicted times, MBU, MFU and what limits them, memory, tiles, other kernels, checks and provenance. What is
-    not known is named. Without any batches, those that the spec expects are predicted, and shorter ones. Schedules are cached,
-    so that a second report is fast.
+    The page has predicted times, MBU, MFU and what limits them, memory, tiles, other kernels, checks, receipts of signed
+    bundles, and provenance. What is not known is named. Without any batches, those that the spec expects are predicted, and
+    shorter ones. Schedules are cached, so that a second report is fast.
     """
     if output is None and not as_json:
         raise click.UsageError("give -o FILE for a page, --json for its data, or both")
@@ -114,6 +127,7 @@ def report_command(
         jobs=jobs or os.cpu_count() or 1,
         tuned=tuned_of(tuned_in),
         command=shlex.join(["rpac", *sys.argv[1:]]),
+        policy=None if key is None and policy_file is None else policy_of(key, policy_file),
     )
     lines = Lines()
     lines.say(f"predicting {', '.join(map(str, paths))}, {request.jobs} at a time")
