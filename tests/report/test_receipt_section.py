@@ -50,8 +50,6 @@ def test_a_signed_bundle_has_its_receipt_on_the_page(gathered: Gathered, bundle:
 
 def test_without_a_key_the_receipt_is_what_is_missing(gathered: Gathered, bundle: Path) -> None:
     report = gathered(bundle, TINY, targets=("v6e",), quick=True)
-    assert (
-        "tiny: no receipt. Sign the bundle with `rpac sign`, then give `--key FILE` or `--policy FILE`."
-        in report.missing
-    )
+    (line,) = [one for one in report.missing if "no receipt" in one]
+    assert line.endswith(": no receipt. Sign the bundle with `rpac sign`, then give `--key FILE` or `--policy FILE`.")
     assert "<h2>Receipt" not in page(report)
