@@ -15,12 +15,12 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow fuzz test-adapters test-init lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-models report-peers report-browser bench-kernels bench-chunks bench-scheduling \
+.PHONY: demo test test-newest test-slow fuzz test-adapters test-init lint support samples generate generated check mutations bench-cpu bench-gpu bench-peers bench-models report-peers report-browser bench-kernels bench-chunks bench-scheduling \
 	same calibrate lock test-oldest release build-all serve-demo clean
 
 demo: $(VENV)/ready
-	$(BIN)/rpac build specs/llama3-8b.yaml --target tpu7x --target cpu
-	$(BIN)/python examples/demo.py build/llama3-8b.rpac
+	start=$$(date +%s); $(BIN)/rpac build specs/llama3-8b.yaml --target tpu7x --target cpu && \
+		RPAC_DEMO_START=$$start $(BIN)/python examples/demo.py build/llama3-8b.rpac build/demo.json
 
 # A server of a small Llama on rpac's attention, under load, and the time to its first token.
 serve-demo: $(VENV)/ready
@@ -79,6 +79,10 @@ generated: $(VENV)/ready
 
 check: $(VENV)/ready
 	@for spec in $(SPECS); do echo "== $$spec"; $(BIN)/rpac check $$spec || exit; done
+
+# How many bugs, planted into kernels, the check catches: build/mutations.json, for `rpac sign --mutations`. Takes hours.
+mutations: $(VENV)/ready
+	$(BIN)/python tests/check/plant_bugs.py build/mutations.json
 
 build-all: $(VENV)/ready
 	@for spec in $(SPECS); do $(BIN)/rpac build $$spec || exit; done

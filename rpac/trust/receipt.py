@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from rpac.bundle.manifest import Manifest, Target, digest
 from rpac.devices.chip import chip, is_tpu
-from rpac.trust.predicates import BENCH, PREDICTION, PROVENANCE, SUMMARY, TESTS, failure, time_text
+from rpac.trust.predicates import BENCH, DEMO, MUTATIONS, PREDICTION, PROVENANCE, SUMMARY, TESTS, failure, time_text
 from rpac.trust.verify import Attestation
 
 FORMAT: Final = "rpac receipt"
@@ -49,6 +49,9 @@ def receipt(
     be used at all, such as a signature that does not match. `max_age`: what is older is stale.
     """
     evidence = [_judged(*wanted, manifest, attestations, now, max_age) for wanted in _wanted(manifest)]
+    demo = _judged(
+        DEMO, "", manifest, attestations, now, max_age
+    )  # says how soon it runs, and is no part of the evidence
     if not policy:
         evidence = [replace(one, why=NO_KEY) if one.state == UNVERIFIED else one for one in evidence]
     held = [one for one in evidence if one.state == HOLDS]
@@ -72,7 +75,7 @@ def receipt(
         "coverage": {"percent": round(100 * len(held) / len(evidence)), "holds": len(held), "of": len(evidence)},
         "max_age_days": max_age.days,
         "evidence": [_plain(one, now) for one in evidence],
-        "fields": [*_lineage(manifest, evidence, now), *_envelopes(manifest, evidence, now)],
+        "fields": [*_lineage(manifest, evidence, demo, now), *_envelopes(manifest, evidence, now)],
         "blockers": blockers,
     }
 
@@ -134,7 +137,9 @@ def _other_tool(one: Attestation, manifest: Manifest) -> str:
     return ""
 
 
-def _lineage(manifest: Manifest, evidence: Sequence[Evidence], now: datetime) -> Iterator[dict[str, Any]]:
+def _lineage(
+    manifest: Manifest, evidence: Sequence[Evidence], demo: Evidence, now: datetime
+) -> Iterator[dict[str, Any]]:
     made = {
         "spec": manifest.spec_hash,
         "files": {name: content.sha256 for name, content in manifest.files.items()},
@@ -147,8 +152,14 @@ def _lineage(manifest: Manifest, evidence: Sequence[Evidence], now: datetime) ->
     tested = next(one for one in evidence if one.kind == TESTS)
     yield _field("batches checked", len(_rows(_of(tested, "rpac_batches"))) or None, TESTS, tested, now)
     yield _field("worst error", _worst(tested), TESTS, tested, now)
-    yield _field("mutations caught", _of(tested, "rpac_mutations"), TESTS, tested, now)
-    yield _field("seconds to the first demo", None, "no kind of statement has it")
+    yield _field("mutations caught", _caught(tested), TESTS, tested, now)
+    seconds = _of(demo, "results", "seconds")
+    yield _field("seconds to the first demo", seconds if _is_number(seconds) else None, DEMO, demo, now)
+
+
+def _caught(tested: Evidence) -> str | None:
+    caught, of = _of(tested, MUTATIONS, "caught"), _of(tested, MUTATIONS, "of")
+    return f"{caught} of {of}" if _is_number(caught) and _is_number(of) else None
 
 
 def _envelopes(manifest: Manifest, evidence: Sequence[Evidence], now: datetime) -> Iterator[dict[str, Any]]:
