@@ -191,7 +191,7 @@ test-oldest: build/lock/ready
 	build/lock/bin/uv venv -q --clear --python $(PYTHON) build/oldest
 	build/lock/bin/uv pip install -q --no-build --python $(OLDEST) --resolution lowest-direct -r pyproject.toml \
 		--extra plot --extra tune --extra remote --extra metrics --extra trust
-	build/lock/bin/uv pip install -q --no-build --python $(OLDEST) pytest hypothesis jsonschema aiohttp in-toto-attestation
+	build/lock/bin/uv pip install -q --no-build --python $(OLDEST) pip pytest hypothesis jsonschema aiohttp in-toto-attestation
 	PYTHONPATH=$(CURDIR) $(OLDEST) -m pytest -q -m "not slow and not compile" tests/trust tests/cli tests/bundle tests/predict \
 		tests/engine/test_observing.py tests/engine/test_storage.py tests/engine/test_loading.py tests/tune/test_executors.py
 

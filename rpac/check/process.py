@@ -74,7 +74,15 @@ def environment(scratch: Path, more: Mapping[str, str]) -> dict[str, str]:
     """What such a process has: of this one's environment what JAX and Python need, `scratch` as its home, and `more`."""
     kept = {name: value for name, value in os.environ.items() if name in KEPT or name.startswith(KEPT_PREFIXES)}
     homes = dict.fromkeys(("HOME", "TMPDIR", "XDG_CACHE_HOME"), str(scratch))
+    kept["PYTHONPATH"] = os.pathsep.join(_python_path())
     return {name: value for name, value in {**kept, **homes, **more}.items() if name not in DROPPED}
+
+
+def _python_path() -> list[str]:
+    """Where Python looks first, from any folder; and where this rpac is, which may be a checkout that is the current folder."""
+    given = [str(Path(one).absolute()) for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one]
+    own = str(Path(__file__).parents[2])
+    return given if own in given or own.startswith(sys.prefix) else [*given, own]
 
 
 def run_apart(

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from forged import TRAPS, calling, endless, trapping, zeroing
 import rpac
 from rpac.bundle import describe, write_bundle
 from rpac.bundle.manifest import _seal
-from rpac.check import isolated
+from rpac.check import isolated, process
 from rpac.check.isolated import isolated_serve_check
 from rpac.check.process import Ended, ProcessLimits, run_apart
 from rpac.contract.program import Variant
@@ -198,6 +199,16 @@ def test_it_sees_no_secret_no_open_file_and_a_folder_of_its_own(
     assert said["limits"]["RLIMIT_DATA"] == [2 << 30, 2 << 30]
     assert said["limits"]["RLIMIT_CPU"][0] <= 30 * (os.cpu_count() or 1) + 1
     assert not [link for link in said["open"] if "open.txt" in link]
+
+
+def test_it_finds_the_rpac_of_its_caller_from_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "relative")
+    found = process.environment(tmp_path / "scratch", {})["PYTHONPATH"].split(os.pathsep)
+    own = str(Path(rpac.__file__).parents[1])
+    assert found == [str(tmp_path / "relative")] + [own] * (not own.startswith(sys.prefix))
 
 
 @pytest.mark.parametrize(
