@@ -27,7 +27,7 @@ KEPT: Final = frozenset({
     "PATH", "LANG", "LANGUAGE", "TZ", "PYTHONPATH", "PYTHONHOME", "PYTHONHASHSEED", "VIRTUAL_ENV", "LD_LIBRARY_PATH",
     "ALLOW_MULTIPLE_LIBTPU_LOAD", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
 })  # fmt: skip
-KEPT_PREFIXES: Final = ("LC_", "JAX_", "XLA_", "TPU_", "LIBTPU_", "PJRT_")
+KEPT_PREFIXES: Final = ("LC_", "JAX_", "XLA_", "TPU_", "CLOUD_TPU_", "LIBTPU_", "MEGASCALE_", "PJRT_")
 DROPPED: Final = frozenset({"JAX_COMPILATION_CACHE_DIR"})  # what is written there runs in other processes later
 
 DEFAULT_SECONDS: Final = 1800.0
