@@ -44,7 +44,7 @@ test-slow: $(VENV)/ready
 
 # The fuzz tests for MINUTES in all, from a new seed, or from SEED. What finds a fault is kept in tests/fuzz/corpus.
 MINUTES ?= 15
-FUZZ_TESTS := 12
+FUZZ_TESTS := 14
 fuzz: $(VENV)/ready
 	RPAC_FUZZ_SECONDS=$$(( 60 * $(MINUTES) / $(FUZZ_TESTS) )) RPAC_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -rA tests/fuzz
 
