@@ -40,18 +40,21 @@ from rpac.errors import (
 if TYPE_CHECKING:
     from rpac.batch import Batch, Limits
     from rpac.contract.program import Variant
-    from rpac.engine import Count, Engine, load, load_layers
+    from rpac.engine import BoundSteps, Count, Engine, StepEngine, load, load_layers, load_steps
     from rpac.serving.alibi import alibi_slopes
     from rpac.serving.merge import merge, merge_across
 
 _LAZY = {
     "Batch": "rpac.batch",
+    "BoundSteps": "rpac.engine",
     "Count": "rpac.engine",
     "Engine": "rpac.engine",
     "Limits": "rpac.batch",
     "Variant": "rpac.bundle",
     "load": "rpac.engine",
+    "StepEngine": "rpac.engine",
     "load_layers": "rpac.engine",
+    "load_steps": "rpac.engine",
     "alibi_slopes": "rpac.serving.alibi",
     "merge": "rpac.serving.merge",
     "merge_across": "rpac.serving.merge",
@@ -60,6 +63,7 @@ _LAZY = {
 __all__ = [
     "Batch",
     "BatchError",
+    "BoundSteps",
     "BundleError",
     "CheckError",
     "CompileError",
@@ -76,12 +80,14 @@ __all__ = [
     "ScheduleError",
     "SelectionError",
     "SpecError",
+    "StepEngine",
     "TargetError",
     "TrustError",
     "Variant",
     "alibi_slopes",
     "load",
     "load_layers",
+    "load_steps",
     "merge",
     "merge_across",
 ]

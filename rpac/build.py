@@ -10,6 +10,7 @@ from pathlib import Path
 from rpac.bundle.manifest import Manifest
 from rpac.bundle.write import is_bundle, stage_bundle
 from rpac.contract.program import Lowered, Source
+from rpac.contract.step import LoweredStep
 from rpac.devices.servers import Server
 from rpac.devices.toolchain import toolchain
 from rpac.errors import OutputError, TargetError
@@ -20,6 +21,8 @@ from rpac.oracle.expected import canary_answers
 from rpac.plan import KernelPlan, plan_spec
 from rpac.plan.tuned import Tuned, TunedTiles
 from rpac.spec import Spec
+from rpac.step import steps_of
+from rpac.step.pool import lower_steps, wanted_steps
 
 GENERATED_MARK = "SPEC_SHA256"
 
@@ -39,11 +42,12 @@ class Observer:
 
 @dataclass(frozen=True)
 class Built:
-    """A published bundle and the variants in it."""
+    """A published bundle, and the variants and steps in it."""
 
     path: Path
     manifest: Manifest
     lowered: tuple[Lowered, ...]
+    steps: tuple[LoweredStep, ...] = ()
 
 
 def chosen_targets(spec: Spec, wanted: Sequence[str]) -> tuple[str, ...]:
@@ -78,12 +82,14 @@ def build(
     this_cpu: bool = False,
     tuned: Tuned = TunedTiles.of,
     server: Server | None = None,
+    step: str = "",
 ) -> Built:
     """Builds `folder/NAME.rpac`. The folder is held from the start, so that a second build into it fails at once.
 
     With `this_cpu` the programs of the cpu target get executables for the CPU of this machine. With `server` the
-    toolchain must be the one that it pins. Raises TargetError, PlanError, CompileError or OutputError; then what was there is as
-    it was.
+    toolchain must be the one that it pins. `step` names the user's function in place of the spec's own `step`: every kind and
+    token bucket that it describes is built as a whole step of the model too. Its module is looked for in the working directory
+    first. Raises SpecError, TargetError, PlanError, CompileError or OutputError; then what was there is as it was.
     """
     if server is not None:
         server.require(toolchain())
@@ -91,22 +97,27 @@ def build(
     observer.phase(f"{spec.name}: planning the kernels for {', '.join(targets)}")
     tasks = all_tasks(spec, targets, tuned)
     on_cpu = sum(task.target == "cpu" for task in tasks) if this_cpu else 0
-    observer.planned(len(tasks) + on_cpu)
+    steps = steps_of(spec, tasks, step or spec.step, str(Path.cwd())) if step or spec.step else []
     path = folder / f"{spec.name}.rpac"
     with publish(path, is_bundle, wait_s) as stage:
+        if steps:
+            observer.phase(f"{spec.name}: tracing {steps[0].function}")
+            steps = wanted_steps(steps)
+        observer.planned(len(tasks) + on_cpu + len(steps))
         lowered = lower_all(tasks, cache, jobs, lambda task, what: observer.program(task.label, what))
         if this_cpu:
             lowered = add_cpu_executables(
                 tasks, lowered, jobs, lambda label: observer.program(label, "compiled for this CPU")
             )
+        made = lower_steps(steps, cache.store, jobs, lambda one, what: observer.program(one.label, what), this_cpu)
         observer.phase(f"{spec.name}: computing the canaries' expected answers")
         canaries: dict[tuple[str, str, int], bytes] = {}
         for part in spec.parts:
             variants = [(one.kind, one.tokens) for one in lowered if one.layer == part.layer]
             canaries |= canary_answers(part, variants, cache.store)
         observer.phase(f"{path}: writing the bundle")
-        manifest = stage_bundle(stage, spec, lowered, canaries=canaries, server=str(server or ""))
-    return Built(path, manifest, tuple(lowered))
+        manifest = stage_bundle(stage, spec, lowered, canaries=canaries, server=str(server or ""), steps=made)
+    return Built(path, manifest, tuple(lowered), tuple(made))
 
 
 def generate(spec: Spec, folder: Path, tuned: Tuned = TunedTiles.of) -> list[Source]:

@@ -110,7 +110,8 @@ def _of_bundle(path: Place, targets: Sequence[str]) -> Side:
 def _facts(spec: Spec) -> dict[str, str]:
     layers = {part.layer: plain(part.model) for part in spec.parts if part.layer}
     whole = {"model": plain(spec.model), "layers": layers, "serving": plain(spec.serving)}
-    return dict(_flat({**whole, "parallel": spec.mesh.as_dict(), "targets": list(spec.targets)}))
+    step = {"step": spec.step} if spec.step else {}
+    return dict(_flat({**whole, "parallel": spec.mesh.as_dict(), **step, "targets": list(spec.targets)}))
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from rpac.bundle.manifest import SPEC, Manifest, as_data, digest
 from rpac.bundle.read import BundleFiles, read_files
 from rpac.bundle.storage import blob_name
 from rpac.contract.program import Content, Program
+from rpac.contract.step import StepProgram
 from rpac.devices.servers import server
 from rpac.errors import TargetError
 from rpac.lower import Cache
@@ -42,11 +43,14 @@ def rebuild(
     jobs: int | None = None,
     observer: Observer | None = None,
     tuned: Tuned = TunedTiles.of,
+    step: str = "",
 ) -> Rebuilt:
     """Builds the bundle at a path or URL again, in an empty folder, with nothing from a cache, and compares every byte.
 
-    Raises BundleError for one that is damaged; TargetError where this environment is not the one that the manifest names, or
-    where the bundle has executables for one CPU, which XLA makes anew each time; and what a build raises.
+    A bundle with whole steps needs the user's function, which is run: `step` names it, as the bundle does, so that no bundle
+    says by itself what is imported here. Raises BundleError for one that is damaged; SpecError where there is no such function;
+    TargetError where `step` is not the bundle's, where this environment is not the one that the manifest names, or where the
+    bundle has executables for one CPU, which XLA makes anew each time; and what a build raises.
     """
     found = read_files(bundle)
     place, manifest = os.fspath(bundle), found.manifest
@@ -61,13 +65,27 @@ def rebuild(
         spec_file = Path(folder, SPEC)
         spec_file.write_bytes(found.files[SPEC])
         spec = load_spec(spec_file)
+        _require_step(place, step, {spec.step, *(one.function for one in manifest.steps.values())} - {""})
         held = {name: found.files[name] for name in manifest.files if name != SPEC}
         other_kernel = next(_of_files(held, kernels_of(spec, manifest, tuned)), "")
         if other_kernel:
             return Rebuilt(found, other_kernel)  # what follows from it need not be compiled
         targets, for_server = targets_of(manifest), server(manifest.server) if manifest.server else None
-        built = build(spec, targets, Path(folder), Cache(None), jobs, observer, tuned=tuned, server=for_server)
+        built = build(
+            spec, targets, Path(folder), Cache(None), jobs, observer, tuned=tuned, server=for_server, step=step
+        )
         return Rebuilt(found, first_difference(found, read_files(built.path)))
+
+
+def _require_step(place: str, step: str, named: set[str]) -> None:
+    """Raises TargetError unless the caller names the function that a bundle's steps are of."""
+    if named != {step} - {""}:
+        found = " and ".join(sorted(named)) or "none"
+        given = f"--step {step}" if step else "no --step"
+        raise TargetError(
+            f"{place}: found {given}; must name the function of the bundle's steps, {found}, because a rebuild runs its code; "
+            + (f"pass --step {found} in the folder that has its module" if named else "leave --step out")
+        )
 
 
 def require_same_kernels(bundle: Path, manifest: Manifest, tuned: Tuned = TunedTiles.of) -> None:
@@ -112,7 +130,9 @@ def _differences(before: BundleFiles, after: BundleFiles) -> Iterator[str]:
             yield f"{label} is in {'this bundle' if label in programs else 'the rebuild'} alone"
             continue
         for tier in TIERS:
-            blobs = [_blob(one.files, getattr(of[label], tier)) for one, of in ((before, programs), (after, again))]
+            blobs = [
+                _blob(one.files, getattr(of[label], tier, None)) for one, of in ((before, programs), (after, again))
+            ]
             yield from _of_bytes(f"{label}, {tier}", *blobs)
     facts, others = (dict(_flat(as_data(one.manifest))) for one in (before, after))
     for name in dict.fromkeys((*facts, *others)):
@@ -125,10 +145,13 @@ def _of_files(before: Mapping[str, bytes], after: Mapping[str, bytes]) -> Iterat
         yield from _of_bytes(name, before.get(name), after.get(name))
 
 
-def _programs(manifest: Manifest) -> Iterator[tuple[str, Program]]:
+def _programs(manifest: Manifest) -> Iterator[tuple[str, Program | StepProgram]]:
     for target in manifest.targets.values():
         for program in target.programs:
             yield f"target {target.key}, program {program.variant}", program
+    for name, steps in manifest.steps.items():
+        for step in steps.programs:
+            yield f"target {name}, step {step.variant}", step
 
 
 def _blob(files: Mapping[str, bytes], blob: Content | None) -> bytes | None:

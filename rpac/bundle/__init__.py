@@ -11,13 +11,24 @@ is the engine's.
 """
 
 from rpac.bundle.manifest import Manifest, Target, digest
-from rpac.bundle.read import LoadedTarget, Texts, describe, read_manifest, read_target, read_texts, verify_bundle
+from rpac.bundle.read import (
+    LoadedSteps,
+    LoadedTarget,
+    Texts,
+    describe,
+    read_manifest,
+    read_steps,
+    read_target,
+    read_texts,
+    verify_bundle,
+)
 from rpac.bundle.storage import Place, is_reference, names_bundle
 from rpac.bundle.write import is_bundle, stage_bundle, write_bundle
 from rpac.contract.program import Content, Program, Variant
 
 __all__ = [
     "Content",
+    "LoadedSteps",
     "LoadedTarget",
     "Manifest",
     "Place",
@@ -31,6 +42,7 @@ __all__ = [
     "is_reference",
     "names_bundle",
     "read_manifest",
+    "read_steps",
     "read_target",
     "read_texts",
     "stage_bundle",

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from rpac.batch import Limits
-from rpac.bundle.schema import Node
+from rpac.bundle.schema import SHA256, Node
+from rpac.bundle.steps import parse_steps, steps_data
 from rpac.contract import arrays as layout
 from rpac.contract.attention import Attention, plain
 from rpac.contract.features import ARGUMENTS, Choice, Count, Flag, Number, Values, features_of
@@ -21,6 +22,7 @@ from rpac.contract.features import RESULTS as EXTRA_RESULTS
 from rpac.contract.kind import KINDS, Kind
 from rpac.contract.mesh import AXES, ONE_DEVICE, Mesh
 from rpac.contract.program import Content, Program, Variant
+from rpac.contract.step import Steps
 from rpac.errors import BundleError
 
 SCHEMA = 2  # 2: each program has a canary
@@ -37,7 +39,6 @@ READ_ARGS = ("queries", *_CACHE_AND_BATCH)  # where the cache is not updated
 LATENT_ARGS = ("queries", "queries_rope", "new_kv", "new_rope", *_CACHE_AND_BATCH)  # of latent attention
 RESULTS = ("out", "kv_cache")
 
-_SHA256 = r"[0-9a-f]{64}"
 _NAME = r"[a-z0-9][a-z0-9.-]{0,63}"
 _SERVER = r"[a-z0-9-]+==[0-9A-Za-z.+!-]{1,64}"
 _LAYER = r"[a-z0-9][a-z0-9-]{0,31}"
@@ -77,7 +78,7 @@ class Manifest:
     """A whole bundle. `kv_layout` is the spec's, `files` maps paths in it (`spec.yaml`, `source/...`) to what must be there.
 
     `model`, `limits` and the arrays of programs are of one device of `mesh`. `server` is what it was built for, if for one:
-    such as `vllm==0.32.0`.
+    such as `vllm==0.32.0`. `steps` are those of each target by its name, where the build had a step.
     """
 
     name: str
@@ -89,11 +90,13 @@ class Manifest:
     files: Mapping[str, Content]
     mesh: Mesh = ONE_DEVICE
     server: str = ""
+    steps: Mapping[str, Steps] = field(default_factory=dict)
 
     @property
     def blobs(self) -> frozenset[Content]:
-        """Every blob of every target."""
-        return frozenset(blob for target in self.targets.values() for blob in target.blobs)
+        """Every blob of every target and its steps."""
+        of_targets = frozenset(blob for target in self.targets.values() for blob in target.blobs)
+        return of_targets | frozenset(blob for steps in self.steps.values() for blob in steps.blobs)
 
 
 def render(manifest: Manifest) -> bytes:
@@ -123,6 +126,7 @@ def as_data(manifest: Manifest) -> dict[str, Any]:
         },
         **({} if manifest.mesh == ONE_DEVICE else {"mesh": manifest.mesh.as_dict()}),
         **({"server": manifest.server} if manifest.server else {}),
+        **({"steps": {name: steps_data(one) for name, one in manifest.steps.items()}} if manifest.steps else {}),
     }
 
 
@@ -205,7 +209,8 @@ def _document(data: bytes, file: str) -> Any:
 
 def _manifest(root: Node) -> Manifest:
     fields = root.fields(
-        "schema", "digest", "name", "spec_hash", "model", "kv_layout", "limits", "targets", "files", optional=("mesh", "server")
+        "schema", "digest", "name", "spec_hash", "model", "kv_layout", "limits", "targets", "files",
+        optional=("mesh", "server", "steps"),
     )  # fmt: skip
     limits = _limits(fields["limits"])
     files = {path: _file(path, node) for path, node in fields["files"].items().items()}
@@ -217,16 +222,25 @@ def _manifest(root: Node) -> Manifest:
                 raise fields["files"].refuse(f"a list of files with source/{program.source} ({name})")
     if SPEC not in files:
         raise fields["files"].refuse(f"a list of files with {SPEC}")
+    mesh = _mesh(fields["mesh"]) if "mesh" in fields else ONE_DEVICE
+    layers = {
+        name: [one.layer for one in targets.values() if one.name == name]
+        for name in {one.name for one in targets.values()}
+    }
+    steps = parse_steps(fields["steps"], layers, limits, mesh) if "steps" in fields else {}
+    if "steps" in fields and not steps:
+        raise fields["steps"].refuse("an object with the steps of one target or more, or left out")
     return Manifest(
         name=fields["name"].text(_NAME, "a spec's name"),
-        spec_hash=fields["spec_hash"].text(_SHA256, "64 hex digits"),
+        spec_hash=fields["spec_hash"].text(SHA256, "64 hex digits"),
         model=model,
         kv_layout=fields["kv_layout"].choice(layout.TOKEN_AXES),
         limits=limits.of_layers({one.layer: one.model or model for one in targets.values()} or {"": model}),
         targets=targets,
         files=files,
-        mesh=_mesh(fields["mesh"]) if "mesh" in fields else ONE_DEVICE,
+        mesh=mesh,
         server=fields["server"].text(_SERVER, "a server and its version") if "server" in fields else "",
+        steps=steps,
     )
 
 
@@ -275,12 +289,7 @@ def _limits(node: Node) -> Limits:
 
 def _file(path: str, node: Node) -> Content:
     Node(node.file, "files", path).text(rf"{SPEC}|source/{_PATH}", f"{SPEC} or a plain path under source/")
-    return _content(node, MAX_FILE_BYTES)
-
-
-def _content(node: Node, limit: int) -> Content:
-    fields = node.fields("sha256", "size")
-    return Content(fields["sha256"].text(_SHA256, "64 hex digits"), fields["size"].integer(1, limit))
+    return node.content(MAX_FILE_BYTES)
 
 
 def _target(name: str, node: Node, limits: Limits, model: Attention) -> Target:
@@ -329,9 +338,9 @@ def _program(node: Node, limits: Limits, args: tuple[str, ...]) -> Program:
         plan=fields["plan"].mapping(),
         args=_arrays(fields["args"], args, tuple(one.name for one in ARGUMENTS)),
         results=_arrays(fields["results"], RESULTS, EXTRA_RESULTS),
-        exported=_content(fields["exported"], MAX_BLOB_BYTES),
-        executable=None if executable.value is None else _content(executable, MAX_BLOB_BYTES),
-        canary=None if canary.value is None else _content(canary, MAX_CANARY_BYTES),
+        exported=fields["exported"].content(MAX_BLOB_BYTES),
+        executable=None if executable.value is None else executable.content(MAX_BLOB_BYTES),
+        canary=None if canary.value is None else canary.content(MAX_CANARY_BYTES),
         flags=fields["flags"].strings(),
         aliases=fields["aliases"].mapping(),
         memory=fields["memory"].mapping(),

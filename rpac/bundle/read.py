@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rpac.bundle.manifest import MANIFEST, SPEC, Manifest, Target, as_data, digest, render
 from rpac.bundle.storage import REBUILD, Place, Storage, blob_name, open_bundle
+from rpac.contract.step import Steps
 from rpac.errors import BundleError
 
 if TYPE_CHECKING:
@@ -37,6 +38,16 @@ class LoadedTarget:
 
     manifest: Manifest
     target: Target
+    blobs: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class LoadedSteps:
+    """The steps of one target of a bundle with their blobs' bytes by hash, each checked against it."""
+
+    manifest: Manifest
+    target: Target
+    steps: Steps
     blobs: Mapping[str, bytes]
 
 
@@ -68,6 +79,29 @@ def read_target(
         manifest = _approved(storage, approve)
         target = choose(manifest)
         return LoadedTarget(manifest, target, {blob.sha256: storage.blob(blob) for blob in target.blobs})
+
+    return _in_time(path, timeout_s, lambda: _read(path, read))
+
+
+def read_steps(
+    path: Place,
+    choose: Callable[[Manifest], Target],
+    timeout_s: float | None = None,
+    approve: Approve | None = None,
+) -> LoadedSteps:
+    """As `read_target`, the bytes of the target's steps in place of its programs'. Raises BundleError where it has none."""
+
+    def read(storage: Storage) -> LoadedSteps:
+        manifest = _approved(storage, approve)
+        target = choose(manifest)
+        steps = manifest.steps.get(target.name)
+        if steps is None:
+            has = f"steps of {', '.join(manifest.steps)} alone" if manifest.steps else "no steps"
+            raise BundleError(
+                f"{storage.place}: has {has}; must have those of {target.name}; build it with "
+                "`rpac build SPEC --step package.module:function`"
+            )
+        return LoadedSteps(manifest, target, steps, {blob.sha256: storage.blob(blob) for blob in steps.blobs})
 
     return _in_time(path, timeout_s, lambda: _read(path, read))
 

@@ -9,7 +9,10 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from rpac.contract.program import Content
 from rpac.errors import BundleError
+
+SHA256 = r"[0-9a-f]{64}"
 
 
 class Node:
@@ -79,6 +82,11 @@ class Node:
         if not isinstance(self.value, str) or self.value not in allowed:
             raise self.refuse(f"one of {', '.join(sorted(allowed))}")
         return self.value
+
+    def content(self, limit: int) -> Content:
+        """The hash of a file and its size, which is at most `limit` bytes."""
+        fields = self.fields("sha256", "size")
+        return Content(fields["sha256"].text(SHA256, "64 hex digits"), fields["size"].integer(1, limit))
 
     def strings(self) -> dict[str, str]:
         """An object whose values are all strings."""

@@ -2,7 +2,7 @@
 
 from rpac.check.batches import CheckBatch, batches_of
 from rpac.check.report import CheckReport, CompileResult, Result
-from rpac.check.run import check_neighbors, check_source, check_spec
+from rpac.check.run import check_bad_rows, check_neighbors, check_source, check_spec
 
 __all__ = [
     "CheckBatch",
@@ -10,6 +10,7 @@ __all__ = [
     "CompileResult",
     "Result",
     "batches_of",
+    "check_bad_rows",
     "check_neighbors",
     "check_source",
     "check_spec",

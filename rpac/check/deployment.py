@@ -17,7 +17,7 @@ from rpac.contract.arrays import cdiv
 from rpac.contract.program import Variant
 from rpac.devices.backends import skip_absent_tpu
 from rpac.devices.client import build_string
-from rpac.engine import CanaryRun, Engine, Event, ProgramReady, load_layers
+from rpac.engine import CanaryRun, Engine, Event, ProgramReady, StepEngine, load_layers, load_steps
 from rpac.engine.probe import probe
 from rpac.engine.runtime import Results
 from rpac.errors import CheckError, RpacError
@@ -134,8 +134,11 @@ def _check(
     engines: dict[str, Engine] = {}
     events: list[Event] = []
 
+    def given() -> dict[str, Any]:
+        return {"devices": _devices(bundle), "observer": events.append, **options}
+
     def opened() -> str:
-        engines.update(load_layers(bundle, target, devices=_devices(bundle), observer=events.append, **options))
+        engines.update(load_layers(bundle, target, **given()))
         engine, *_ = engines.values()
         device = engine.device
         return f"target {engine.target} on {device} ({device.device_kind}; {build_string(device.client)})"
@@ -147,6 +150,9 @@ def _check(
         steps.layer = layer
         if steps.run("warm", lambda: _warmed(engine, events)):  # noqa: B023  (runs now)
             _run_programs(steps, engine, events, rng, batches)
+    steps.layer = ""
+    if next(iter(engines.values())).target in read_manifest(bundle).steps:
+        steps.run("steps", lambda: _steps_warmed(load_steps(bundle, target, **given()), events))
 
 
 def _devices(bundle: Place) -> list[jax.Device] | None:
@@ -164,6 +170,14 @@ def _warmed(engine: Engine, events: Sequence[Event]) -> str:
     engine.warm()
     tiers = sorted({event.tier for event in events if isinstance(event, ProgramReady)})
     return f"{len(engine.ready)} programs ready, from the {' and '.join(tiers)} tier"
+
+
+def _steps_warmed(engine: StepEngine, events: list[Event]) -> str:
+    """Loads the steps. They are not run: their parameters are the server's."""
+    events.clear()
+    engine.warm()
+    tiers = sorted({event.tier for event in events if isinstance(event, ProgramReady)})
+    return f"{len(engine.ready)} steps of {engine.function} ready, from the {' and '.join(tiers)} tier"
 
 
 def _run_programs(steps: _Steps, engine: Engine, events: list[Event], rng: np.random.Generator, batches: int) -> None:

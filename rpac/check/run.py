@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rpac.check.arrays import Arguments, Array, make_arguments
+from rpac.check.bad_rows import contained, draw_wrong, with_wrong
 from rpac.check.batches import CheckBatch, batches_of, neighbors_of
 from rpac.check.compare import Difference, compare, lse_notes
 from rpac.check.execute import TIME_LIMIT, Outcome, Run, modes_of, prepare_run
@@ -33,6 +34,7 @@ from rpac.plan.tuned import Tuned, TunedTiles
 from rpac.spec import Spec
 
 RANDOM_BATCHES = 2
+WRONG_BATCHES = 3  # of each source
 SPARE_PAGES = 2  # of no sequence
 
 Expected = tuple[NDArray[np.float32], Array, NDArray[np.float32] | None]  # out, cache and lse, where there is one
@@ -132,6 +134,8 @@ def check_source(
             yield prepared.held_against_oracle(batch, args, wanted, mode)[0]
     if neighbors is not None:
         yield from _check_neighbors(prepared, neighbors, modes[0], None)
+        if spec.serving.bounds_checks:
+            yield from _check_bad_rows(prepared, neighbors, modes[0], WRONG_BATCHES)
 
 
 def check_neighbors(
@@ -164,6 +168,41 @@ def _check_neighbors(
         found = reach(spec, args, clean, dirty, [poison.row for poison in together], outcome)
         name = f"{batch.name}, {', '.join(map(str, together))}"
         yield prepared.result(replace(batch, name=name), mode, found, outcome, seconds)
+
+
+def check_bad_rows(
+    spec: Spec,
+    plan: KernelPlan,
+    source: Source,
+    *,
+    count: int = WRONG_BATCHES,
+    mode: str = "",
+    seed: int = 0,
+    time_limit: float = TIME_LIMIT,
+) -> Iterator[Result]:
+    """Runs a batch of several rows against the oracle, then `count` times with wrong numbers in its metadata, drawn for each
+    source: no bit of another row may change, nor a page that is not of a row with a wrong number.
+
+    Yields nothing where a batch has room for one row only.
+    """
+    batch = neighbors_of(spec, plan)
+    if batch is not None:
+        prepared = _Prepared.of(spec, plan, source, [batch], (), seed, time_limit)
+        yield from _check_bad_rows(prepared, batch, mode or modes_of(plan)[0], count)
+
+
+def _check_bad_rows(prepared: _Prepared, batch: CheckBatch, mode: str, count: int) -> Iterator[Result]:
+    spec, kind = prepared.spec, prepared.plan.kind
+    args = prepared.arguments(batch)
+    result, clean = prepared.held_against_oracle(batch, args, prepared.expected(args), mode)
+    yield result
+    rng = prepared.drawn(f"wrong numbers, {prepared.source.path}")
+    for _ in range(count):
+        wrong = draw_wrong(spec, kind, args, rng)
+        spoiled = with_wrong(args, wrong)
+        outcome, seconds = prepared.timed(spoiled, mode)
+        found = contained(spec, kind, args, clean, spoiled, outcome)
+        yield prepared.result(replace(batch, name=", ".join(map(str, wrong))), mode, found, outcome, seconds)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from rpac.cli.common import (
 )
 from rpac.cli.terminal import Lines, table
 from rpac.contract.program import Lowered
+from rpac.contract.step import REFERENCE, LoweredStep
 from rpac.contract.units import size
 from rpac.devices.servers import server
 from rpac.errors import CheckError, TargetError
@@ -32,6 +34,7 @@ from rpac.plan.tuned import Tuned
 from rpac.spec import Spec, load_spec
 
 GENERATED = Path("generated")
+STEP_HEADER = ("target", "step", "tokens", "temporaries", "export", "executable")
 MOST_LINES = 40  # of the difference in one file
 
 
@@ -54,6 +57,11 @@ MOST_LINES = 40  # of the difference in one file
     metavar="SERVER==VERSION",
     help="Build with the toolchain that vllm, tpu-inference or sglang-jax of a version pins, or say what to install.",
 )
+@click.option(
+    "--step",
+    metavar="MODULE:FUNCTION",
+    help="Build whole steps of a model too, around this function of yours; in place of the spec's own `step`.",
+)
 @json_option
 def build(
     spec_file: Path,
@@ -65,6 +73,7 @@ def build(
     this_cpu: bool,
     wait_s: float,
     server_name: str | None,
+    step: str | None,
     as_json: bool,
 ) -> None:
     """Build SPEC into the bundle OUT/NAME.rpac, for all of its targets or for those given."""
@@ -72,6 +81,8 @@ def build(
     for_server = server(server_name) if server_name is not None else None
     spec = load_spec(spec_file)
     chosen = job.chosen_targets(spec, targets)
+    if step is not None and not re.fullmatch(REFERENCE, step):
+        raise click.BadParameter(f"{step!r} is not package.module:function.", param_hint="--step")
     if this_cpu and "cpu" not in chosen:
         raise TargetError(
             f"{spec_file}: found --this-cpu without the target cpu; add cpu to targets, or leave --this-cpu out"
@@ -81,22 +92,42 @@ def build(
             f"{spec_file}: --this-cpu is for one device, but the spec is for {spec.mesh.devices}; leave --this-cpu out"
         )
     built = job.build(
-        spec, chosen, out, cache_of(no_cache), jobs, observer, wait_s, this_cpu, tuned_of(tuned_in), for_server
+        spec,
+        chosen,
+        out,
+        cache_of(no_cache),
+        jobs,
+        observer,
+        wait_s,
+        this_cpu,
+        tuned_of(tuned_in),
+        for_server,
+        step or "",
     )
     seconds = observer.lines.seconds
     if as_json:
         variants = [_facts(one) for one in built.lowered]
-        print_json({"bundle": str(built.path), "spec_hash": spec.hash, "seconds": seconds, "variants": variants})
+        steps = {"steps": [_step_facts(one) for one in built.steps]} if built.steps else {}
+        print_json(
+            {"bundle": str(built.path), "spec_hash": spec.hash, "seconds": seconds, "variants": variants, **steps}
+        )
         return
     rows = [
         (one.target, one.kind, one.tokens, one.source.path, size(len(one.exported)), _size_of(one.executable))
         for one in sorted(built.lowered, key=lambda one: (chosen.index(one.target), one.kind, one.tokens))
     ]
     click.echo(table(("target", "program", "tokens", "source", "export", "executable"), rows))
+    if built.steps:
+        ordered = sorted(built.steps, key=lambda one: (chosen.index(one.target), one.kind, one.tokens))
+        click.echo(table(STEP_HEADER, [_step_row(one) for one in ordered]))
+        for one in ordered:
+            for note in one.notes:
+                click.echo(f"{one.target} step {one.kind} t{one.tokens}: {note}")
     if for_server is not None:
         pins = ", ".join(f"{name} {version}" for name, version in for_server.pins.items())
         click.echo(f"built for {for_server} with {pins}")
-    click.echo(f"{built.path}: {len(rows)} programs in {seconds:.1f} s")
+    steps_too = f" and {len(built.steps)} steps of {built.steps[0].function}" if built.steps else ""
+    click.echo(f"{built.path}: {len(rows)} programs{steps_too} in {seconds:.1f} s")
 
 
 class BuildObserver(job.Observer):
@@ -160,6 +191,23 @@ def _facts(one: Lowered) -> dict[str, object]:
         "exported_bytes": len(one.exported),
         "executable_bytes": None if one.executable is None else len(one.executable),
     }
+
+
+def _step_facts(one: LoweredStep) -> dict[str, object]:
+    return {
+        "target": one.target,
+        "kind": one.kind,
+        "tokens": one.tokens,
+        "exported_bytes": len(one.exported),
+        "executable_bytes": None if one.executable is None else len(one.executable),
+        "memory": dict(one.memory),
+        "notes": list(one.notes),
+    }
+
+
+def _step_row(one: LoweredStep) -> tuple[object, ...]:
+    temporary = size(one.memory["temp_bytes"]) if one.memory else "-"
+    return one.target, one.kind, one.tokens, temporary, size(len(one.exported)), _size_of(one.executable)
 
 
 def _size_of(data: bytes | None) -> str:

@@ -12,9 +12,11 @@ from rpac.bundle import Place, describe, verify_bundle
 from rpac.cli.common import PLACE, command, json_option, print_json
 from rpac.cli.terminal import table
 from rpac.contract.mesh import Mesh
+from rpac.contract.step import StepArray
 from rpac.contract.units import size
 
 _SHAPE = ("q_heads", "kv_heads", "head_dim", "q_dtype", "kv_dtype", "sm_scale")
+STEP_HEADER = ("target", "step", "tokens", "temporaries", "export", "executable")
 HEADER = ("target", "device kind", "program", "tokens", "source", "export", "executable")
 
 
@@ -47,6 +49,15 @@ def inspect(bundle: Place, as_json: bool) -> None:
         tools = ", ".join(f"{key} {value}" for key, value in target["toolchain"].items() if not key.endswith("_files"))
         click.echo(f"{name}: {tools}{_features(target.get('model', {}))}")
     click.echo(table(HEADER, [_row(name, one) for name, one in _programs(facts)]))
+    steps = facts.get("steps", {})
+    for name, one in steps.items():
+        params = sum(StepArray.from_data(array).nbytes for array in one["params"])
+        click.echo(
+            f"{name} steps of {one['function']}: {len(one['params'])} arrays of parameters, {size(params)}; "
+            f"{len(one['caches'])} caches"
+        )
+    if steps:
+        click.echo(table(STEP_HEADER, [_step_row(name, one) for name in steps for one in steps[name]["programs"]]))
 
 
 def _features(model: Mapping[str, Any]) -> str:
@@ -64,5 +75,13 @@ def _programs(facts: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _row(target: str, one: Mapping[str, Any]) -> tuple[str, ...]:
-    sizes = ["-" if one[tier] is None else size(one[tier]["size"]) for tier in ("exported", "executable")]
-    return (target, one["device_kind"], one["kind"], str(one["tokens"]), one["source"], *sizes)
+    return (target, one["device_kind"], one["kind"], str(one["tokens"]), one["source"], *_sizes(one))
+
+
+def _step_row(target: str, one: Mapping[str, Any]) -> tuple[str, ...]:
+    temporary = size(one["memory"]["temp_bytes"]) if one["memory"] else "-"
+    return (target, one["kind"], str(one["tokens"]), temporary, *_sizes(one))
+
+
+def _sizes(one: Mapping[str, Any]) -> list[str]:
+    return ["-" if one[tier] is None else size(one[tier]["size"]) for tier in ("exported", "executable")]

@@ -23,10 +23,18 @@ from rpac.trust.summary import summary
     "--key", metavar="FILE", type=click.Path(path_type=Path),
     help="Private key that signs a verification summary beside the bundle, which must be a folder.",
 )  # fmt: skip
+@click.option(
+    "--step",
+    metavar="MODULE:FUNCTION",
+    default="",
+    help="The function of the bundle's whole steps, which is run: from the working directory, or installed.",
+)
 @jobs_option
 @tuned_option
 @json_option
-def rebuild_command(bundle: str, key: Path | None, jobs: int | None, tuned_in: Path | None, as_json: bool) -> None:
+def rebuild_command(
+    bundle: str, key: Path | None, step: str, jobs: int | None, tuned_in: Path | None, as_json: bool
+) -> None:
     """Build BUNDLE, a path or a URL, again from its own spec, and compare every byte.
 
     The environment must be the one that the bundle was built in. Nothing is taken from a cache.
@@ -36,7 +44,7 @@ def rebuild_command(bundle: str, key: Path | None, jobs: int | None, tuned_in: P
     """
     folder, signer = (None, None) if key is None else (folder_of(bundle), read_private(key))
     observer = BuildObserver()
-    done = rebuild(bundle, jobs, observer, tuned_of(tuned_in))
+    done = rebuild(bundle, jobs, observer, tuned_of(tuned_in), step)
     made = summary(done.found.manifest, done.found.attestations)
     signed = None
     if not done.difference and folder is not None and signer is not None:

@@ -99,7 +99,8 @@ class Serving:
 
     `decode_len`: new tokens of every decode row, the last accepted one and the drafts behind it. `tree_mask`: which of them
     each sees is an argument of every program; without it each sees those before it. `log_sum_exp`: programs return the
-    logarithm of each softmax's denominator too, so that parts of an attention can be merged.
+    logarithm of each softmax's denominator too, so that parts of an attention can be merged. `bounds_checks`: a sequence whose
+    lengths or page ids cannot be gets NaN, and nothing that is not its own is read or written.
     """
 
     page_size: int
@@ -114,6 +115,7 @@ class Serving:
     log_sum_exp: bool = False
     decode_len: int = 1
     tree_mask: bool = False
+    bounds_checks: bool = True
 
     @property
     def pages_per_seq(self) -> int:

@@ -266,6 +266,15 @@ FEATURES: Final[tuple[Feature, ...]] = (
             constants="MAX_SEQS * DECODE_LEN",
         ),
     ),
+    Feature(
+        "bounds_checks", "serving", Flag(), True,
+        title="no bounds checks",
+        words="{0}; with false, kernels trust the numbers of a batch: a wrong one reads or writes another sequence's pages",
+        off="true",
+        not_latent="",
+        example={"serving": {"bounds_checks": "false"}},
+        servers=False,
+    ),
 )  # fmt: skip
 
 BY_KEY: Final = {feature.key: feature for feature in FEATURES}

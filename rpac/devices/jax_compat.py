@@ -31,6 +31,11 @@ def target_mesh(device_kind: str) -> AbstractContextManager[object]:
     return context
 
 
+def place_of_equation(equation: Any) -> str:
+    """The file, line and function of the user's code that an equation of a jaxpr comes from."""
+    return str(source_info_util.summarize(equation.source_info))
+
+
 def interpret_params() -> pltpu.InterpretParams:
     """How kernels are checked: memory nobody wrote is NaN, reads out of bounds raise, races are looked for."""
     known = {field.name for field in dataclasses.fields(pltpu.InterpretParams)}

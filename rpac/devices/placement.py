@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from rpac.contract.arrays import ArrayDims
-from rpac.contract.mesh import AXES, Mesh
+from rpac.contract.arrays import ArrayDims, Shape
+from rpac.contract.mesh import AXES, Cut, Mesh
 
 
 class Placement:
@@ -28,9 +28,13 @@ class Placement:
 
     def sharding(self, dims: ArrayDims) -> jax.sharding.Sharding:
         """Of an argument or a result of a program."""
+        return self.cut(self.mesh.cuts(dims))
+
+    def cut(self, cuts: Sequence[Cut]) -> jax.sharding.Sharding:
+        """Of an array that is cut so along its axes; one without an entry is whole."""
         if len(self.devices) == 1:
             return jax.sharding.SingleDeviceSharding(self.devices[0])
-        return NamedSharding(self._devices, partition(self.mesh, dims))
+        return NamedSharding(self._devices, PartitionSpec(*(cut or None for cut in cuts)))
 
     @property
     def local(self) -> tuple[jax.Device, ...]:
@@ -44,9 +48,13 @@ class Placement:
 
     def joiner(self, dims: ArrayDims) -> Callable[[Sequence[jax.Array]], jax.Array]:
         """What makes the whole array of one part on each device of this process, in their order; nothing is copied."""
+        return self.joiner_of(self.mesh.whole(dims).shape, self.mesh.cuts(dims))
+
+    def joiner_of(self, shape: Shape, cuts: Sequence[Cut]) -> Callable[[Sequence[jax.Array]], jax.Array]:
+        """As `joiner`, of a whole array of this shape that is cut so."""
         if len(self.devices) == 1:
             return lambda parts: parts[0]
-        shape, sharding = self.mesh.whole(dims).shape, self.sharding(dims)
+        sharding = self.cut(cuts)
         return lambda parts: jax.make_array_from_single_device_arrays(shape, sharding, list(parts))
 
     def parts(self, array: jax.Array) -> list[jax.Array]:

@@ -17,12 +17,14 @@ from rpac.engine.events import (
     ProgramFailed,
     ProgramReady,
 )
-from rpac.engine.loading import load, load_layers
+from rpac.engine.loading import load, load_layers, load_steps
+from rpac.engine.steps import BoundSteps, StepEngine
 from rpac.engine.warmup import Warming
 
 __all__ = [
     "BatchRefused",
     "BatchRun",
+    "BoundSteps",
     "CallOverdue",
     "CanaryRun",
     "Count",
@@ -32,7 +34,9 @@ __all__ = [
     "Observer",
     "ProgramFailed",
     "ProgramReady",
+    "StepEngine",
     "Warming",
     "load",
     "load_layers",
+    "load_steps",
 ]

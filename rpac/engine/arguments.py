@@ -33,7 +33,7 @@ class Arguments:
         self.check_shapes(args)
         for (dims, _), wanted, arg in zip(self._expected, self._shardings, args, strict=True):
             if isinstance(arg, jax.Array):
-                self._check_placed(dims, wanted, arg)
+                check_placed(dims.name, wanted, arg, self._placement)
         self._check_donated(args[self._cache_index])
 
     def check_cache(self, cache: Any) -> None:
@@ -41,7 +41,7 @@ class Arguments:
         dims, dtype = self._expected[self._cache_index]
         self._check_array(dims, dtype, cache)
         self._check_donated(cache)
-        self._check_placed(dims, self._shardings[self._cache_index], cache)
+        check_placed(dims.name, self._shardings[self._cache_index], cache, self._placement)
 
     def _check_donated(self, cache: Any) -> None:
         if not isinstance(cache, jax.Array):
@@ -59,19 +59,22 @@ class Arguments:
         if getattr(arg, "shape", None) != dims.shape or getattr(arg, "dtype", None) != dtype:
             refuse(dims, arg, f", kv_layout {self._kv_layout}" if dims.name == "kv_cache" else "")
 
-    def _check_placed(self, dims: ArrayDims, wanted: jax.sharding.Sharding, array: jax.Array) -> None:
-        if array.is_deleted():
-            raise deleted(dims.name)
-        if device_order(array.sharding) != self._placement.devices:
-            found = device_order(array.sharding) or sorted(array.devices(), key=lambda device: device.id)
-            raise BatchError(
-                f"{dims.name} is on {listed(found)}; must be on {self._placement}; move it with jax.device_put"
-            )
-        if len(self._placement.devices) > 1 and not array.sharding.is_equivalent_to(wanted, array.ndim):
-            raise BatchError(
-                f"{dims.name} is sharded as {array.sharding}; must be as {wanted}; "
-                f'put it into engine.sharding("{dims.name}")'
-            )
+
+def check_placed(
+    name: str, wanted: jax.sharding.Sharding, array: jax.Array, placement: Placement, fix: str = ""
+) -> None:
+    """Raises BatchError for an array that was deleted, or does not lie on the devices of `placement` as `wanted`.
+
+    `fix`: what to do about another sharding; by default for an argument of a program's call.
+    """
+    if array.is_deleted():
+        raise deleted(name)
+    if device_order(array.sharding) != placement.devices:
+        found = device_order(array.sharding) or sorted(array.devices(), key=lambda device: device.id)
+        raise BatchError(f"{name} is on {listed(found)}; must be on {placement}; move it with jax.device_put")
+    if len(placement.devices) > 1 and not array.sharding.is_equivalent_to(wanted, array.ndim):
+        fix = fix or f'put it into engine.sharding("{name}")'
+        raise BatchError(f"{name} is sharded as {array.sharding}; must be as {wanted}; {fix}")
 
 
 def in_order(taken: Sequence[ArrayDims], args: Sequence[Any], extra: Mapping[str, Any]) -> tuple[Any, ...]:

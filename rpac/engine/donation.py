@@ -20,25 +20,29 @@ _donating: set[int] = set()
 
 
 @contextlib.contextmanager
-def donating(cache: jax.Array) -> Iterator[None]:
-    """Within it no other call donates this cache. Raises BatchError where one does, or did."""
-    key = id(cache)  # which nothing else has while the caller holds the array
+def donating(*caches: jax.Array) -> Iterator[None]:
+    """Within it no other call donates these caches. Raises BatchError where one does, or did, or one is given twice."""
+    keys = {id(cache) for cache in caches}  # which nothing else has while the caller holds the arrays
+    if len(keys) < len(caches):
+        raise BatchError(
+            "one kv_cache is given twice; must be an array of its own for each layer; make them with new_caches()"
+        )
     with _lock:
-        taken = key in _donating
+        taken = not _donating.isdisjoint(keys)
         if not taken:
-            _donating.add(key)
+            _donating.update(keys)
     if taken:
         raise BatchError(
             "kv_cache is being donated to another call, in another thread; must be one call's alone; give each thread a cache "
             "of its own, or pass on the one that the other call returns"
         )
     try:
-        if cache.is_deleted():
+        if any(cache.is_deleted() for cache in caches):
             raise deleted("kv_cache")
         yield
     finally:
         with _lock:
-            _donating.discard(key)
+            _donating.difference_update(keys)
 
 
 def deleted(name: str) -> BatchError:

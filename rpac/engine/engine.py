@@ -13,9 +13,8 @@ import jax
 import numpy as np
 
 from rpac.batch import Limits
-from rpac.batch import validate as validate_metadata
 from rpac.batch.build import Integers
-from rpac.batch.select import advice, select
+from rpac.batch.select import advice
 from rpac.bundle import LoadedTarget
 from rpac.contract.arrays import ArrayDims, index_of, metadata_specs
 from rpac.contract.attention import Attention
@@ -24,6 +23,7 @@ from rpac.contract.program import Program, Variant
 from rpac.devices.placement import Placement
 from rpac.devices.process import require_runtime
 from rpac.engine.arguments import in_order, refuse, shown
+from rpac.engine.choose import Chooser
 from rpac.engine.donation import donating
 from rpac.engine.events import BatchRun, Count, Observer, Recorder, Totals
 from rpac.engine.fill import fill, places
@@ -74,6 +74,7 @@ class Engine:
             )
             for program in loaded.target.programs
         }
+        self._chooser = Chooser(self._slots, self.limits, self.placement.mesh)
         self._canary_turn = threading.Lock()
         self._taken = loaded.target.programs[0].args  # all programs of a spec take the same, but for the token bucket
         self._metadata = metadata_specs(self.limits)
@@ -164,7 +165,7 @@ class Engine:
 
     def select(self, tokens: int, distribution: Sequence[int] | Int32s) -> Variant:
         """The variant that runs a batch; `rpac.batch.select.select` over what this engine holds."""
-        return select(self._slots, self.limits, tokens, distribution)
+        return self._chooser.select(tokens, distribution)
 
     def warm(
         self, variants: Iterable[Variant] | None = None, *, canary: bool = False, background: bool = False
@@ -301,47 +302,10 @@ class Engine:
                     f"{dims.name} is traced; must be an array with values: the program is chosen on the host; "
                     "inside jit use engine.traced or engine.program"
                 )
-        replicas = [self._of_replicas(dims, array) for dims, array in zip(self._metadata, metadata, strict=True)]
-        variants, rows, new = set(), 0, 0
-        for kv_lens, page_indices, ends, parts in zip(*replicas, strict=True):
-            if validate:
-                validate_metadata(self.limits, tokens, kv_lens, page_indices, ends, parts)
-            chosen = self.select(tokens, parts)
-            variants.add(chosen if parts[2] else None)
-            rows += int(parts[2])
-            new += int(ends[parts[2]])
-        variant = self._common(variants, tokens)
+        variant, event = self._chooser.choose(tokens, metadata, validate)
         slot = self._slots[variant]
         slot.arguments.check(args)
-        return BatchRun(variant, rows=rows, tokens=new, padding=len(replicas[0]) * tokens - new), slot.ready()
-
-    def _of_replicas(self, dims: ArrayDims, array: Any) -> list[Int32s]:
-        """The part of each data-parallel replica, `dims`, of an array of the batch's metadata."""
-        count = self.placement.mesh.data
-        if not isinstance(array, (np.ndarray, jax.Array)):
-            refuse(self.placement.mesh.whole(dims), array)
-        if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
-            raise BatchError(
-                f"{dims.name} lies on devices of several processes; must be read on the host, by each of them; give the whole "
-                "array as numpy, the same in every process"
-            )
-        found = np.asarray(array)
-        if count > 1 and found.shape != (count * dims.shape[0],):
-            refuse(self.placement.mesh.whole(dims), array)
-        if dims.name == "distribution" and found.shape != (3 * count,):
-            refuse(dims, array)
-        return [found] if count == 1 else np.split(found, count)
-
-    def _common(self, variants: set[Variant | None], tokens: int) -> Variant:
-        """The program that all replicas can run: their own where it is the same, else the one that takes any batch."""
-        busy = variants - {None}
-        if not busy:
-            return self.select(tokens, (0, 0, 0))
-        (first, *others) = busy
-        variant = Variant("mixed", tokens) if others or first is None else first
-        if variant not in self._slots:
-            raise SelectionError(advice(self._slots, self.limits, variant))
-        return variant
+        return event, slot.ready()
 
     def _tokens(self, queries: Any) -> int:
         """Query rows of one replica."""

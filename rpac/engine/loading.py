@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from rpac.bundle import Manifest, Target, digest, read_manifest, read_target
+from rpac.bundle import Manifest, Target, digest, read_manifest, read_steps, read_target
 from rpac.devices.backends import skip_absent_tpu
 from rpac.devices.chip import PLATFORMS
 from rpac.devices.client import build_string
 from rpac.devices.process import own_runtime
 from rpac.engine.engine import Engine
 from rpac.engine.events import Observer
+from rpac.engine.steps import StepEngine
 from rpac.errors import BundleError, TargetError
 
 if TYPE_CHECKING:
@@ -56,31 +57,72 @@ def load(
     the observer and the log, and named by `engine.overdue`; by default nobody watches.
     Raises BundleError; TrustError for a policy that cannot be used; or TargetError naming what the bundle has and what was found.
     """
+    found = _found(target, device, devices, trust, expect_digest)
+    choose = partial(_choose, os.fspath(path), target, layer, found[0], expect_digest)
+    loaded = read_target(path, choose, timeout_s, _approve(trust))
+    chosen = _for_mesh(os.fspath(path), loaded.manifest, found, device is not None or devices is not None)
+    without = [str(program.variant) for program in loaded.target.programs if program.executable is None]
+    use_executables = _use_executables(os.fspath(path), loaded.target, without, chosen[0], allow_compile)
+    return Engine(loaded, chosen, use_executables, observer, watchdog_s)
+
+
+def load_steps(
+    path: str | os.PathLike[str],
+    target: str | None = None,
+    *,
+    device: jax.Device | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    allow_compile: bool = False,
+    observer: Observer | None = None,
+    timeout_s: float | None = None,
+    expect_digest: str | None = None,
+    trust: str | os.PathLike[str] | Policy | None = None,
+    watchdog_s: float | None = None,
+) -> StepEngine:
+    """The whole steps of a bundle that was built with a step, for all kinds of its layers; the arguments are those of `load`,
+    and what it raises. Raises BundleError where the bundle has no steps for the target.
+    """
+    found = _found(target, device, devices, trust, expect_digest)
+    choose = partial(_choose, os.fspath(path), target, None, found[0], expect_digest)
+    loaded = read_steps(path, choose, timeout_s, _approve(trust))
+    chosen = _for_mesh(os.fspath(path), loaded.manifest, found, device is not None or devices is not None)
+    without = [f"step {program.variant}" for program in loaded.steps.programs if program.executable is None]
+    use_executables = _use_executables(os.fspath(path), loaded.target, without, chosen[0], allow_compile)
+    return StepEngine(loaded, chosen, use_executables, observer, watchdog_s)
+
+
+def _found(
+    target: str | None,
+    device: jax.Device | None,
+    devices: Sequence[jax.Device] | None,
+    trust: object,
+    expect_digest: str | None,
+) -> list[jax.Device]:
+    """The devices that the caller names, or those of this process."""
     own_runtime()
     if trust is None and expect_digest is None:
         _say_once_that_nothing_is_trusted()
-    found = _local_devices(target) if device is None and devices is None else _given_devices(device, devices)
-    loaded = read_target(
-        path, partial(_choose, os.fspath(path), target, layer, found[0], expect_digest), timeout_s, _approve(trust)
-    )
-    count = loaded.manifest.mesh.devices
-    chosen = device is not None or devices is not None
+    return _local_devices(target) if device is None and devices is None else _given_devices(device, devices)
+
+
+def _for_mesh(path: str, manifest: Manifest, found: list[jax.Device], chosen: bool) -> list[jax.Device]:
+    """The devices of a bundle's mesh among those found. Raises TargetError where they are too few, or too many `chosen`."""
+    count = manifest.mesh.devices
     if len(found) < count or (chosen and len(found) > count):
         fix = "give as many"
         if not chosen and jax.process_count() > 1:
             found_all = len(jax.devices())
             fix = f"pass devices=jax.devices() in each of the {jax.process_count()} processes, which have {found_all} together"
         raise TargetError(
-            f"{os.fspath(path)}: found {len(found)} devices; the bundle's programs run on {count}; {fix}, or build with other "
+            f"{path}: found {len(found)} devices; the bundle's programs run on {count}; {fix}, or build with other "
             "numbers under `parallel`"
         )
     if jax.process_count() > 1 and not any(one.process_index == jax.process_index() for one in found[:count]):
         raise TargetError(
-            f"{os.fspath(path)}: found no device of this process ({jax.process_index()}) among those given; must have one; "
+            f"{path}: found no device of this process ({jax.process_index()}) among those given; must have one; "
             "load in the processes whose devices these are"
         )
-    use_executables = _use_executables(os.fspath(path), loaded.target, found[0], allow_compile)
-    return Engine(loaded, found[:count], use_executables, observer, watchdog_s)
+    return found[:count]
 
 
 def _approve(trust: str | os.PathLike[str] | Policy | None) -> Approve | None:
@@ -138,8 +180,9 @@ def load_layers(path: str | os.PathLike[str], target: str | None = None, **optio
 
 
 def _choose(
-    path: str, target: str | None, layer: str, device: jax.Device, expect_digest: str | None, manifest: Manifest
+    path: str, target: str | None, layer: str | None, device: jax.Device, expect_digest: str | None, manifest: Manifest
 ) -> Target:
+    """The target for a device, of one kind of layers; of any kind where `layer` is None."""
     if expect_digest is not None and digest(manifest) != expect_digest:
         raise BundleError(
             f"{path}: its digest is {digest(manifest)}; must be {expect_digest}, as expect_digest says; get the bundle that you "
@@ -156,7 +199,7 @@ def _choose(
             "load a target of this device's kind, or build one"
         )
     for one in of_device:
-        if one.layer == layer:
+        if layer in (None, one.layer):
             return one
     names = ", ".join(repr(one.layer) for one in of_device)
     raise TargetError(
@@ -165,9 +208,10 @@ def _choose(
     )
 
 
-def _use_executables(path: str, target: Target, device: jax.Device, allow_compile: bool) -> bool:
-    """Whether the executables run here. Raises TargetError where they do not and nothing else may."""
-    without = [str(program.variant) for program in target.programs if program.executable is None]
+def _use_executables(
+    path: str, target: Target, without: Sequence[str], device: jax.Device, allow_compile: bool
+) -> bool:
+    """Whether the executables run here. `without`: what has none. Raises TargetError where they do not and nothing else may."""
     if without and target.name in PLATFORMS:
         return False  # a portable target has that tier alone, unless it was built for one CPU
     misfit = (

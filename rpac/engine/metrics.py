@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from rpac.contract.program import Program, Variant
+from rpac.contract.program import Variant
 from rpac.engine.events import Count, Totals
 
 PLACE = ("bundle", "target", "device")
@@ -23,7 +23,7 @@ COUNTERS = {
 
 
 class Engine(Protocol):
-    """What metrics read of an engine."""
+    """What metrics read of an engine, or of an engine of steps."""
 
     @property
     def name(self) -> str: ...
@@ -35,7 +35,7 @@ class Engine(Protocol):
     def device(self) -> Any: ...
 
     @property
-    def programs(self) -> Mapping[Variant, Program]: ...
+    def programs(self) -> Mapping[Variant, object]: ...
 
     @property
     def totals(self) -> Totals: ...

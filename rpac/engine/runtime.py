@@ -14,7 +14,7 @@ import numpy as np
 from jax import export
 from jax.extend.backend import get_compile_options
 
-from rpac.contract.arrays import index_of
+from rpac.contract.arrays import Shape, index_of
 from rpac.contract.mesh import Mesh
 from rpac.contract.program import Program
 from rpac.devices.placement import Placement, put
@@ -25,6 +25,8 @@ from rpac.errors import BundleError, TargetError
 Results = tuple[jax.Array, ...]
 Run = Callable[[Sequence[Any]], Results]
 Traceable = Callable[..., Results]
+
+SHOWN_ARRAYS = 20  # of a signature in a message
 
 
 def load_traceable(data: bytes, program: Program, mesh: Mesh) -> Traceable:
@@ -44,13 +46,9 @@ def load_portable(data: bytes, program: Program, placement: Placement) -> Run:
     Raises BundleError where the export is not of the manifest's shapes or calls what no program needs.
     """
     exported = _exported(data, program, placement.mesh)
-    try:
-        taken, made = (tuple(placement.sharding(dims) for dims in part) for part in (program.args, program.results))
-        donated = index_of(program.args, "kv_cache")
-        call = jax.jit(exported.call, in_shardings=taken, out_shardings=made, donate_argnums=donated)
-        compiled = call.lower(*exported.in_avals).compile()
-    except (ValueError, jax.errors.JaxRuntimeError) as error:
-        raise _unusable(program, f"compile its export for {placement}", error) from error
+    taken, made = (tuple(placement.sharding(dims) for dims in part) for part in (program.args, program.results))
+    donated = [index_of(program.args, "kv_cache")]
+    compiled = compile_export(f"program {program.variant}", exported, taken, made, donated, placement)
 
     if all(sharding.is_fully_addressable for sharding in taken):
         return lambda args: tuple(compiled(*args))
@@ -63,56 +61,91 @@ def load_portable(data: bytes, program: Program, placement: Placement) -> Run:
     return run
 
 
+def compile_export(
+    what: str,
+    exported: export.Exported,
+    taken: Sequence[jax.sharding.Sharding],
+    made: Sequence[jax.sharding.Sharding],
+    donated: Sequence[int],
+    placement: Placement,
+) -> Callable[..., Any]:
+    """An export, compiled for its devices. `what` it is, for messages. Raises TargetError."""
+    try:
+        call = jax.jit(
+            exported.call, in_shardings=tuple(taken), out_shardings=tuple(made), donate_argnums=tuple(donated)
+        )
+        compiled: Callable[..., Any] = call.lower(*exported.in_avals).compile()
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        raise unusable(what, f"compile its export for {placement}", error) from error
+    return compiled
+
+
 def load_native(data: bytes, program: Program, placement: Placement) -> Run:
     """Hands an executable's raw bytes to the client of its devices; nothing is traced or compiled.
 
     Raises TargetError where the client does not take them.
     """
-    # Without an assignment it would run on the device numbers that it was compiled for, whichever these are.
-    ids = np.array([[device.id for device in placement.devices]])
-    options = get_compile_options(num_replicas=1, num_partitions=ids.size, device_assignment=ids)
-    try:
-        loaded = placement.devices[0].client.deserialize_executable(data, list(placement.devices), options)
-    except jax.errors.JaxRuntimeError as error:
-        raise TargetError(
-            f"program {program.variant}: the runtime of {placement} does not take its executable ({error}); "
-            "build the bundle again for these devices and this runtime"
-        ) from error
+    loaded = deserialized(data, f"program {program.variant}", placement)
     shardings = [placement.sharding(dims) for dims in program.args]
     joiners = [placement.joiner(dims) for dims in program.results]
-    here = all(sharding.is_fully_addressable for sharding in shardings)
 
     def run(args: Sequence[Any]) -> Results:
         # Only what lies on the host is moved: the cache must be donated as the caller's own array.
-        there = [isinstance(arg, jax.Array) for arg in args]
-        hosted = [(arg, to) for arg, to, known in zip(args, shardings, there, strict=True) if not known]
-        if here:
-            moved = iter(jax.device_put([arg for arg, _ in hosted], [to for _, to in hosted]))
-        else:
-            moved = iter([put(arg, to) for arg, to in hosted])
-        results = loaded.execute_sharded(
-            [arg if known else next(moved) for arg, known in zip(args, there, strict=True)]
-        )
+        results = loaded.execute_sharded(on_devices(args, shardings))
         parts = results.disassemble_into_single_device_arrays()
         return tuple(join(part) for join, part in zip(joiners, parts, strict=True))
 
     return run
 
 
-def _exported(data: bytes, program: Program, mesh: Mesh) -> export.Exported:
+def deserialized(data: bytes, what: str, placement: Placement) -> Any:
+    """The runtime's own object of an executable's bytes. Raises TargetError where it does not take them."""
+    # Without an assignment it would run on the device numbers that it was compiled for, whichever these are.
+    ids = np.array([[device.id for device in placement.devices]])
+    options = get_compile_options(num_replicas=1, num_partitions=ids.size, device_assignment=ids)
+    try:
+        return placement.devices[0].client.deserialize_executable(data, list(placement.devices), options)
+    except jax.errors.JaxRuntimeError as error:
+        raise TargetError(
+            f"{what}: the runtime of {placement} does not take its executable ({error}); "
+            "build the bundle again for these devices and this runtime"
+        ) from error
+
+
+def on_devices(arrays: Sequence[Any], shardings: Sequence[jax.sharding.Sharding]) -> list[jax.Array]:
+    """The arrays, those of the host moved to where they belong; the others as they are."""
+    there = [isinstance(array, jax.Array) for array in arrays]
+    hosted = [(array, to) for array, to, known in zip(arrays, shardings, there, strict=True) if not known]
+    if all(sharding.is_fully_addressable for _, sharding in hosted):
+        moved = iter(jax.device_put([array for array, _ in hosted], [to for _, to in hosted]))
+    else:
+        moved = iter([put(array, to) for array, to in hosted])
+    return [array if known else next(moved) for array, known in zip(arrays, there, strict=True)]
+
+
+def read_export(data: bytes, what: str) -> export.Exported:
+    """An export that this jax can read. Raises TargetError."""
     try:
         exported = export.deserialize(bytearray(data))
         _check_version(exported)
     except (ValueError, jax.errors.JaxRuntimeError) as error:
-        raise _unusable(program, "read its export", error) from error
-    _check_signature(program, exported, mesh)
-    refuse_custom_calls(f"program {program.variant}", exported)
+        raise unusable(what, "read its export", error) from error
     return exported
 
 
-def _unusable(program: Program, what: str, error: Exception) -> TargetError:
+def _exported(data: bytes, program: Program, mesh: Mesh) -> export.Exported:
+    what = f"program {program.variant}"
+    exported = read_export(data, what)
+    wanted = [(dims.dtype, dims.shape) for dims in map(mesh.whole, (*program.args, *program.results))]
+    check_signature(what, exported, wanted)
+    refuse_custom_calls(what, exported)
+    return exported
+
+
+def unusable(what: str, do: str, error: Exception) -> TargetError:
+    """The error for an export that this jax cannot use."""
     return TargetError(
-        f"program {program.variant}: jax {jax.__version__} cannot {what} ({error}); "
+        f"{what}: jax {jax.__version__} cannot {do} ({error}); "
         "build the bundle again with this jax, or serve with the jax that built it"
     )
 
@@ -126,11 +159,16 @@ def _check_version(exported: export.Exported) -> None:
         raise ValueError(f"found calling convention {found}; must be {low} to {high}")
 
 
-def _check_signature(program: Program, exported: export.Exported, mesh: Mesh) -> None:
-    wanted = [f"{dims.dtype}{list(dims.shape)}" for dims in map(mesh.whole, (*program.args, *program.results))]
+def check_signature(what: str, exported: export.Exported, arrays: Sequence[tuple[str, Shape]]) -> None:
+    """Raises BundleError where an export does not take and return these arrays, each a dtype and a whole shape."""
+    wanted = [f"{dtype}{list(shape)}" for dtype, shape in arrays]
     found = [f"{aval.dtype.name}{list(aval.shape)}" for aval in (*exported.in_avals, *exported.out_avals)]
     if found != wanted:
+        at = next((index for index, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), -1)
+        short = len(wanted) <= SHOWN_ARRAYS
+        takes, must = (
+            ", ".join(one) if short else f"{len(one)} arrays, number {at} {one[at]}" for one in (found, wanted)
+        )
         raise BundleError(
-            f"program {program.variant}: its export takes and returns {', '.join(found)}; must be {', '.join(wanted)}, "
-            "as the manifest says; build the bundle again"
+            f"{what}: its export takes and returns {takes}; must be {must}, as the manifest says; build the bundle again"
         )

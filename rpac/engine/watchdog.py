@@ -11,14 +11,16 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias, TypeVar
 
 import jax
 
 from rpac.contract.program import Variant
 from rpac.engine.events import CallOverdue
-from rpac.engine.runtime import Results, Run
 from rpac.errors import TargetError
+
+Results = TypeVar("Results", bound=Sequence[jax.Array])
+Run: TypeAlias = Callable[..., Results]
 
 _LOOKS: Final = 8  # in the time that a call may take
 _LONGEST_S: Final = 1.0  # between two looks
@@ -72,21 +74,21 @@ class Watchdog:
         named = self._named
         return None if named is None else named.variant
 
-    def watched(self, variant: Variant, run: Run) -> Run:
-        """`run`, watched."""
+    def watched(self, variant: Variant, run: Run[Results], which: int = 0) -> Run[Results]:
+        """`run`, watched; `which` of its results is looked at, one that is not donated to the next call."""
 
-        def call(args: Sequence[Any]) -> Results:
+        def call(*args: Any) -> Results:
             one = _Call(variant)
             self._calls.append(one)
             if self._thread is None:
                 self._start()
             try:
-                results = run(args)
+                results = run(*args)
             except BaseException:
                 one.failed = True
                 raise
-            one.result = weakref.ref(results[0])
-            self._last = (one, results[0])
+            one.result = weakref.ref(results[which])
+            self._last = (one, results[which])
             return results
 
         return call

@@ -13,7 +13,7 @@ from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.literals import dtype_name
 from rpac.kernels.model_constants import model_constants
 from rpac.kernels.semaphores import BLOCK_SHAPES, WAVE_SHAPES, window_constants
-from rpac.kernels.shared import scratch_of, shared_context
+from rpac.kernels.shared import decode_rows, of_kind, scratch_of, shared_context
 from rpac.kernels.waves import NAMES, Queries, wave_constants, window_begin
 from rpac.plan import KernelPlan, LatentBlockTiles, LatentWaves
 from rpac.plan.buffers import new_buffers, page_buffers
@@ -145,11 +145,11 @@ def latent_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     """The prefill or mixed kernel of a plan."""
     tiles = plan.block
     assert isinstance(tiles, LatentBlockTiles)
-    constants = [*_model_constants(spec, plan), *_block_constants(spec, tiles)]
+    constants = [*_model_constants(spec, plan), *decode_rows(plan), *_block_constants(spec, tiles)]
     context = {
         "kernel_class": f"{plan.kind.capitalize()}Kernel",
         "call": latent_call(spec, plan.kind, recipe),
-        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _BLOCK_SHAPES, constants, {}),
+        "scratch": scratch_of(of_kind(plan.kind, tiles.scratch(spec, plan.recipe)), _BLOCK_SHAPES, constants, {}),
         "summary": _SUMMARIES[plan.kind],
         "merge": f"latent_{_words(spec)}",
     }

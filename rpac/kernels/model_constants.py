@@ -24,6 +24,7 @@ def model_constants(spec: Spec, plan: KernelPlan) -> list[Constant]:
     """The constants of a model and its cache, the same for all kernels; those that a source names are in it."""
     model, serving = spec.model, spec.serving
     rows = RowDims.of(model)
+    few_keys = not model.causal and not model.update_cache  # then queries may be more than the tokens that they see
     lanes, joined = head_lanes(model), joins_rows(model)
     return [
         number("LANES", LANES),
@@ -43,6 +44,13 @@ def model_constants(spec: Spec, plan: KernelPlan) -> list[Constant]:
         number("MAX_SEQS", serving.max_num_seqs),
         number("PAGE_SIZE", serving.page_size, "tokens"),
         number("PAGES_PER_SEQ", serving.pages_per_seq),
+        number("ROW_TOKENS", "PAGES_PER_SEQ * PAGE_SIZE", "that a sequence's page table has room for"),
+        number("LEAST_LEN", 1 if few_keys else serving.decode_len, "tokens of a decode row"),
+        number("CHUNK_LEAST", 1 if few_keys else serving.prefill_chunk, "tokens of a sequence"),
+        number("MAX_NEW", serving.max_num_tokens if few_keys else "ROW_TOKENS", "new tokens that a sequence may have"),
+        number(
+            "CHECKED_PAGES", 8, "page ids that are checked before the first of them is used: as many wait in registers"
+        ),
         number("TABLE_ENTRIES", padded_entries(spec), "of the page tables, up to whole rows"),
         number("DECODE_LEN", serving.decode_len, "new tokens of a decode row"),
         number("CHUNK", serving.prefill_chunk, "new tokens of every sequence"),

@@ -13,7 +13,7 @@ from rpac.kernels.calls import call_of
 from rpac.kernels.constants import Constant, number, tile
 from rpac.kernels.model_constants import model_constants
 from rpac.kernels.semaphores import BLOCK_SHAPES, window_constants
-from rpac.kernels.shared import CLEARED_AT_ONCE, by_head_features, scratch_of
+from rpac.kernels.shared import CLEARED_AT_ONCE, by_head_features, decode_rows, of_kind, scratch_of
 from rpac.plan import BlockTiles, KernelPlan, RowDims
 from rpac.plan.buffers import new_buffers, page_buffers
 from rpac.plan.by_head import SORTED_TOKENS
@@ -80,7 +80,11 @@ def query_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
     tiles, made = plan.block, recipe.block
     assert isinstance(tiles, BlockTiles)
     assert made is not None
-    constants = [*model_constants(spec, plan), *_tile_constants(spec, tiles, made, plan.recipe.by_head)]
+    constants = [
+        *model_constants(spec, plan),
+        *decode_rows(plan),
+        *_tile_constants(spec, tiles, made, plan.recipe.by_head),
+    ]
     ways = {
         "local": spec.model.late,
         "pipelined": made.pipelined,
@@ -93,7 +97,9 @@ def query_blocks(spec: Spec, plan: KernelPlan, recipe: Recipe) -> Kernel:
         "kernel_class": f"{plan.kind.capitalize()}Kernel",
         "summary": _SUMMARIES[plan.kind],
         "block": QueryBlocks.of(spec, made, recipe.by_head),
-        "scratch": scratch_of(tiles.scratch(spec, plan.recipe), _shapes(spec, plan.recipe), constants, _NAMES),
+        "scratch": scratch_of(
+            of_kind(plan.kind, tiles.scratch(spec, plan.recipe)), _shapes(spec, plan.recipe), constants, _NAMES
+        ),
     }
     return Kernel("skeletons/query_blocks.py.jinja", context, constants, f"{plan.kind.upper()}_")
 

@@ -13,6 +13,10 @@ WAVE_SHAPES: Final[Mapping[str, str]] = {
     "tile_first": "TILE_BUFFERS",
     "tile_left": "TILE_BUFFERS",
     "last_slot": "MAX_ROWS + 1",
+    "tile_tokens": "TILE_BUFFERS",
+    "good_rows": "1",
+    "bad_row": "MAX_ROWS + 1",
+    "written": "WRITE_BUFFERS",
     "windows": "TABLE_WINDOWS * WINDOW_ENTRIES",
     "windows_end": "TABLE_WAVES",
     "tile_place": "TABLE_WAVES * TILES_PER_WAVE",
@@ -32,6 +36,12 @@ BLOCK_WINDOW_SHAPES: Final[Mapping[str, str]] = {
 }
 BLOCK_SHAPES: Final[Mapping[str, str]] = {
     **BLOCK_WINDOW_SHAPES,
+    "fetched": "KV_BUFFERS",
+    "bad_row": "MAX_SEQS",
+    "q_starts": "MAX_SEQS",
+    "q_lens": "MAX_SEQS",
+    "row_lens": "MAX_SEQS",
+    "updated": "PAGE_BUFFERS",
     "table_rows": "TABLE_ROWS * LANES",
     "update_at": "2",
     "page_ids": "PAGE_BUFFERS",

@@ -14,10 +14,11 @@ from rpac.contract.arrays import (
 from rpac.contract.attention import Attention
 from rpac.contract.features import ARGUMENTS
 from rpac.kernels.calls import Call, call_of, program_of
-from rpac.kernels.constants import Constant
+from rpac.kernels.constants import Constant, tile
 from rpac.kernels.literals import dtype
 from rpac.kernels.model_constants import computed_in, padding_rows
-from rpac.plan import Buffer, DecodeWaves, KernelPlan, RowDims
+from rpac.plan import Buffer, DecodeBlocks, DecodeWaves, KernelPlan, RowDims
+from rpac.plan.bounds import MIXED
 from rpac.plan.buffers import sublane_tile_tokens
 from rpac.plan.page_table import entries_of, padded_entries
 from rpac.plan.recipe import Recipe, Write
@@ -38,7 +39,8 @@ class Shared:
     Dtypes are expressions of the source: `mxu_dtype` is what probabilities, keys and values are on their way to the MXU.
     `row`: a head's K (or V) is a whole row of registers, a padded one, or joined in one with the other. `cache_view`: how
     the cache is seen: as rows of 128 lanes, or by tiles of rows. `new_tokens` of a decode row: one, or several. `pad`,
-    `unpad`, `kv_rows` and `scaled` are given an expression. `pads_table`: page tables in HBM need padding.
+    `unpad`, `kv_rows` and `scaled` are given an expression. `pads_table`: page tables in HBM need padding. `pages`: whether
+    page ids are checked.
     """
 
     layout: str
@@ -58,6 +60,7 @@ class Shared:
     tensor_scale: bool
     head_scales: bool
     pads_table: bool
+    pages: Literal["checked", "trusted"]
 
     @classmethod
     def of(cls, spec: Spec, recipe: Recipe) -> Shared:
@@ -85,6 +88,7 @@ class Shared:
             tensor_scale=model.kv_scale == "tensor",
             head_scales=model.kv_scale is not None,
             pads_table=padded_entries(spec) > entries_of(spec),
+            pages="checked" if spec.serving.bounds_checks else "trusted",
         )
 
     @property
@@ -200,6 +204,18 @@ def scratch_of(
         name = names.get(buffer.name, buffer.name)
         made.append(Scratch(name, declaration, f"{elements}[{shape}]: {buffer.note}"))
     return made
+
+
+def of_kind(kind: str, buffers: Iterable[Buffer]) -> list[Buffer]:
+    """Those scratch arrays of a kernel of query blocks that batches of a kind need."""
+    return [one for one in buffers if kind == "mixed" or one.name not in MIXED]
+
+
+def decode_rows(plan: KernelPlan) -> list[Constant]:
+    """How many sequences the decode kernel takes that a mixed program has before its other one."""
+    if not isinstance(plan.decode, DecodeBlocks | DecodeWaves):
+        return []
+    return [tile("DECODE_ROWS", plan.decode.max_rows, "sequences of the largest batch for the decode kernel")]
 
 
 def _cache_view(spec: Spec) -> Literal["rows", "packed_lane_tiles", "latent_tiles"]:

@@ -24,6 +24,7 @@ from rpac.spec import Spec
 
 NAMES = {"unit_out": "new_out", "unit_sem": "write_sem"}  # of scratch arrays, other than in the plan
 ORDERS = {"token_pairs": "values_first", "all_heads": "paced"}  # of the work of an iteration, by how K and V are read
+ROWS_AT_ONCE = 64
 PACKED_AT_ONCE = 8  # new tokens: as many hide each other's latencies
 NEW_TOKENS = {  # an argument: its array in HBM, the one that the kernel reads, and the one in between if it comes by head
     "queries": ("q_hbm", "q_in", "q_by_head"),
@@ -194,6 +195,7 @@ def wave_constants(spec: Spec, tiles: DecodeWaves) -> list[Constant]:
         tile(
             "PACKED_AT_ONCE", math.gcd(tiles.max_rows, PACKED_AT_ONCE), "sequences whose new tokens are packed at once"
         ),
+        tile("ROWS_AT_ONCE", math.gcd(tiles.max_rows, ROWS_AT_ONCE), "sequences that a step of a loop over all takes"),
         tile("NO_SEQ", "MAX_ROWS", "in place of a sequence where there is no tile"),
         tile("MAX_TOKENS", "MAX_ROWS * DECODE_LEN" if several else "MAX_ROWS", "new tokens of the largest batch"),
         tile("WRITE_BUFFERS", tiles.write_buffers, "sequences whose new tokens are on their way to the cache"),

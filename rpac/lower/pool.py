@@ -47,7 +47,7 @@ def lower_all(
         progress(tasks[index], "compiled")
 
     calls = {index: partial(_lower, task, tools) for index, task in enumerate(tasks) if index not in done}
-    _run_all(calls, lambda index: tasks[index].label, jobs, keep, lambda index: progress(tasks[index], COMPILING))
+    run_all(calls, lambda index: tasks[index].label, jobs, keep, lambda index: progress(tasks[index], COMPILING))
     return [done[index] for index in range(len(tasks))]
 
 
@@ -74,11 +74,11 @@ def add_cpu_executables(
         for index, task in enumerate(tasks)
         if task.target == "cpu"
     }
-    _run_all(calls, lambda index: tasks[index].label, jobs, keep)
+    run_all(calls, lambda index: tasks[index].label, jobs, keep)
     return list(done.values())
 
 
-def _run_all(
+def run_all(
     calls: Mapping[int, Callable[[], Result]],
     label: Callable[[int], str],
     jobs: int | None,

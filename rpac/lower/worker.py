@@ -45,7 +45,7 @@ def load_program(source: Source) -> Program:
 
 def lower(task: Task, toolchain: Mapping[str, str]) -> Lowered:
     """Exports a variant and compiles it for its target. Raises CompileError, naming the tile, the need and the limit."""
-    _set_flags()
+    set_flags()
     with _reported(task):
         return _lower_tpu(task, toolchain) if is_tpu(task.target) else _lower_portable(task, toolchain)
 
@@ -55,14 +55,14 @@ def compile_only(task: Task) -> None:
 
     Raises CompileError.
     """
-    _set_flags()
+    set_flags()
     with _reported(task):
         _compiled(_OnTopology(replace(task, mesh=ONE_DEVICE)))
 
 
 def lowered_text(task: Task) -> str:
     """What a task's program is lowered to, as text: the same for programs that differ in names and comments alone."""
-    _set_flags()
+    set_flags()
     if not is_tpu(task.target):
         jitted, shapes = _program(replace(task, mesh=ONE_DEVICE))
         return str(jitted.trace(*shapes).lower(lowering_platforms=(PLATFORMS[task.target],)).as_text())
@@ -78,7 +78,8 @@ def compile_for_cpu(task: Task, data: bytes) -> tuple[bytes, str]:
     return compiled.runtime_executable().serialize(), build_string(jax.local_devices(backend="cpu")[0].client)
 
 
-def _set_flags() -> None:
+def set_flags() -> None:
+    """Sets what makes an export and an executable the same in every folder."""
     for name, value in JAX_FLAGS.items():
         jax.config.update(name, int(value) if value.isdigit() else value)
 

@@ -10,6 +10,7 @@ from typing import Final
 from rpac.contract.arrays import LANES, SUBLANES, align, head_lanes, nbytes
 from rpac.devices.chip import Chip
 from rpac.plan.access import decode_mask_of, read_of, write_of
+from rpac.plan.bounds import block_checks
 from rpac.plan.buffers import (
     Buffer,
     RowDims,
@@ -87,6 +88,7 @@ class DecodeBlocks:
             Buffer("acc", (query_rows, head_lanes(model)), "float32", "running output"),
             Buffer("out_rows", (*out, model.q_heads, model.head_dim), model.q_dtype, "outputs on their way out"),
             *lse_rows(spec, (*out, align(model.q_heads, SUBLANES), LANES)),
+            *block_checks(spec, self.buffers, self.max_rows, self.write_buffers),
             *self._windows(spec, recipe),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
             *load_sem(spec),

@@ -18,6 +18,7 @@ from rpac.contract.arrays import (
     packing,
 )
 from rpac.plan.access import decode_mask_of, kv_matmul_options, reads_all_heads, write_of
+from rpac.plan.bounds import wave_checks
 from rpac.plan.buffers import (
     Buffer,
     RowDims,
@@ -154,6 +155,7 @@ class DecodeWaves:
             Buffer("tile_first", (buffers,), "smem", "its first token"),
             Buffer("tile_left", (buffers,), "smem", "tokens of its sequence from there on"),
             Buffer("last_slot", (self.max_rows + 1,), "smem", "the last tile of each sequence so far"),
+            *wave_checks(spec, recipe.page_table, buffers, self.max_rows, self.write_buffers),
             *self.windows(spec, recipe),
             Buffer("kv_sem", (self.wave_buffers + self.first_steps(recipe),), "dma", "fetches"),
             *load_sem(spec),

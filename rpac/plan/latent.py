@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from rpac.contract.arrays import LANES, SUBLANES, Shape, align, latent_lanes, nbytes, packing
+from rpac.plan.bounds import query_checks, wave_checks
 from rpac.plan.buffers import (
     MERGE_TOKENS,
     SHORTER_LOOKAHEADS,
@@ -78,6 +79,7 @@ class LatentWaves(DecodeWaves):
             Buffer("tile_first", (buffers,), "smem", "its first token"),
             Buffer("tile_left", (buffers,), "smem", "tokens of its sequence from there on"),
             Buffer("last_slot", (self.max_rows + 1,), "smem", "the last tile of each sequence so far"),
+            *wave_checks(spec, recipe.page_table, buffers, self.max_rows, self.write_buffers),
             *self.windows(spec, recipe),
             Buffer("kv_sem", (self.wave_buffers,), "dma", "fetches"),
             Buffer("load_sem", (LOADS,), "dma", "queries, their rotary parts, new tokens"),
@@ -147,6 +149,7 @@ class LatentBlockTiles:
             Buffer("row_sum", (rows, LANES), "float32", "running sum, the same in every lane"),
             Buffer("acc", (rows, model.head_dim), "float32", "running output"),
             Buffer("out_rows", (1, *queries, model.head_dim), model.q_dtype, "an output block on its way out"),
+            *query_checks(spec, self.buffers, updated),
             *query_windows(spec, recipe, self.block, self.buffers, self.update_lookahead),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
             Buffer("new_sem", (fetched,), "dma", "new tokens"),

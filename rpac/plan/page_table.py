@@ -42,7 +42,7 @@ def scalar_bytes(spec: Spec, table: PageTable) -> Iterator[int]:
 
 
 def window_bytes(buffers: Iterable[Buffer]) -> int:
-    """Bytes of the windows among a kernel's scratch arrays, and of what belongs to them, in SMEM."""
+    """Bytes of the windows among a kernel's scratch arrays in SMEM, of what belongs to them, and of what checks keep."""
     return sum(INT32_BYTES * math.prod(one.shape) for one in buffers if one.name in _IN_SMEM)
 
 
@@ -162,6 +162,10 @@ def query_windows(spec: Spec, recipe: Recipe, block: int, buffers: int, update_l
 
 _IN_SMEM: Final = frozenset(
     (
+        "bad_row",
+        "q_starts",
+        "q_lens",
+        "row_lens",
         "windows",
         "windows_end",
         "tile_place",

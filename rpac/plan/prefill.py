@@ -11,6 +11,7 @@ from rpac.contract.arrays import LANES, SUBLANES, align, head_lanes, joins_rows,
 from rpac.contract.attention import Attention
 from rpac.devices.chip import Chip
 from rpac.plan.access import read_of, write_of
+from rpac.plan.bounds import query_checks
 from rpac.plan.buffers import (
     MERGE_TOKENS,
     SHORTER_LOOKAHEADS,
@@ -186,6 +187,7 @@ class BlockTiles:
             Buffer("out_rows", (1, *queries), model.q_dtype, "an output block on its way out"),
             *lse_rows(spec, (self.q_block * align(model.q_heads, SUBLANES), LANES)),
             *(log_rows if transposed and spec.serving.log_sum_exp else ()),
+            *query_checks(spec, self.buffers, updated),
             *query_windows(spec, recipe, self.block, self.buffers, self.update_lookahead),
             Buffer("kv_sem", (self.buffers,), "dma", "fetches"),
             Buffer("new_sem", (fetched,), "dma", "new keys and values"),

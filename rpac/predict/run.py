@@ -115,10 +115,15 @@ def emit(programs: Programs, workload: Workload, folder: Path) -> list[str]:
 
 
 def scalars_of(batch: Batch, args: Sequence[ArrayDims]) -> dict[int, Words]:
-    """A batch's metadata by parameter number of a program with arguments `args`."""
+    """A batch's metadata by parameter number of a program with arguments `args`.
+
+    Where the batch has more pages than the program's cache, sequences share some: that changes no time, and page ids that the
+    cache does not have would.
+    """
+    pages = args[index_of(args, "kv_cache")].shape[0]
     arrays = {
         "kv_lens": batch.kv_lens,
-        "page_indices": batch.page_indices,
+        "page_indices": batch.page_indices % pages,
         "cu_q_lens": batch.cu_q_lens,
         "distribution": batch.distribution,
     }

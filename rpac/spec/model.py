@@ -27,7 +27,7 @@ class Spec:
 
     `model` and `serving` are of one device of `mesh`: with `parallel` in the spec, the text has the heads of all together.
     `layers`: the kinds of attention layers of a model that has several, by name; `parts` are specs of one kind each, which
-    know its name and the `whole`.
+    know its name and the `whole`. `step` names the user's function for whole steps of the model, as `package.module:function`.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Spec:
     layers: tuple[tuple[str, Attention], ...] = ()
     layer: str = ""
     whole: Spec | None = field(default=None, compare=False, repr=False)
+    step: str = ""
 
     def meaning(self) -> dict[str, Any]:
         """The spec as plain data; comments and layout of the file are gone.
@@ -53,6 +54,7 @@ class Spec:
             "serving": plain(self.serving),
             "targets": list(self.targets),
             **({} if self.mesh == ONE_DEVICE else {"mesh": self.mesh.as_dict()}),
+            **({"step": self.step} if self.step else {}),
             **({"layers": {name: plain(model) for name, model in self.layers}} if self.layers else {}),
         }
 

@@ -20,6 +20,7 @@ from rpac.contract.attention import (
 )
 from rpac.contract.features import MAX_MODEL_LEN, features_of
 from rpac.contract.mesh import ONE_DEVICE, Mesh
+from rpac.contract.step import REFERENCE
 from rpac.errors import SpecError
 from rpac.spec.drafts import check_drafts, check_kinds, check_room, check_rows
 from rpac.spec.features import read_features
@@ -28,7 +29,7 @@ from rpac.spec.mask import check_mask, check_mask_lengths
 from rpac.spec.model import NO_TARGETS, TARGETS, Spec, default_token_buckets
 from rpac.spec.nodes import MAX_SIZE, Report, Section, compose
 
-ROOT_KEYS = ("name", "model", "layers", "serving", "parallel", "targets")
+ROOT_KEYS = ("name", "model", "layers", "serving", "parallel", "step", "targets")
 MODEL_KEYS = (
     "attention",
     "q_heads",
@@ -136,9 +137,10 @@ def _read(text: str, report: Report) -> Spec | None:
     model_section = root.section("model", MODEL_KEYS, HOMES)
     serving_section = root.section("serving", SERVING_KEYS, HOMES)
     targets = root.words("targets", TARGETS, "[tpu7x, cpu]", NO_TARGETS)
+    step = root.text("step", REFERENCE, "must be package.module:function", "my_model:step") if root.has("step") else ""
     model = None if model_section is None else _model(model_section)
     serving = None if serving_section is None else _serving(serving_section)
-    if name is None or model is None or serving is None or targets is None:
+    if name is None or model is None or serving is None or targets is None or step is None:
         return None
     assert model_section is not None and serving_section is not None
     mesh = _mesh(root, model)
@@ -164,7 +166,9 @@ def _read(text: str, report: Report) -> Spec | None:
         elif part.group > MAX_GROUP and (layer or len(parts) == 1):
             _refuse_group(*kinds[layer], part, mesh)
     model = parts.pop("")
-    return Spec(name, model, serving, targets, source=text, file=report.file, mesh=mesh, layers=tuple(parts.items()))
+    return Spec(
+        name, model, serving, targets, source=text, file=report.file, mesh=mesh, layers=tuple(parts.items()), step=step
+    )
 
 
 def _layers(root: Section, base: Section, model: Attention) -> dict[str, tuple[Section, Attention]]:

@@ -138,6 +138,7 @@ def _keys() -> list[tuple[str, str, str]]:
         *_feature_rows("serving"),
         ("parallel.tensor", f"devices that share the heads; tensor times data is at most {rules.MAX_DEVICES}", "1"),
         ("parallel.data", "replicas", "1"),
+        ("step", "package.module:function, a function of yours: see [steps](steps.md)", "no whole steps of the model"),
     ]
 
 

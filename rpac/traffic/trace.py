@@ -41,7 +41,7 @@ class Workload:
         ends = itertools.accumulate(pages)
         tables = [list(range(end - count, end)) for end, count in zip(ends, pages, strict=True)]
         context = [kv - q for q, kv in zip(self.q_lens, self.kv_lens, strict=True)]
-        # How many pages the cache has does not change what a program does.
+        # How many pages the cache has does not change how long a program takes.
         roomy = replace(limits, num_pages=max(limits.num_pages, sum(pages)))
         try:
             return Batch.build(roomy, list(self.q_lens), context, tables)

@@ -48,6 +48,7 @@ def provenance(place: str, manifest: Manifest, builder: str, tuned: Path | None)
                 "targets": list(dict.fromkeys(one.name for one in manifest.targets.values())),
                 "thisCpu": any(one.executable is not None for target in cpu for one in target.programs),
                 "server": manifest.server,
+                **({"step": next(iter(manifest.steps.values())).function} if manifest.steps else {}),
             },
             "internalParameters": {"flags": programs},
             "resolvedDependencies": [

@@ -55,10 +55,10 @@ def test_what_a_program_may_call_goes_by_its_platforms(platforms: tuple[str, ...
 
     exported: Any = Stub()
     if not refused:
-        refuse_custom_calls("program decode/8", exported)
+        refuse_custom_calls(f"program {DECODE}", exported)
         return
     with pytest.raises(BundleError, match=f"its export calls {refused}; must call"):
-        refuse_custom_calls("program decode/8", exported)
+        refuse_custom_calls(f"program {DECODE}", exported)
 
 
 def test_a_bundle_of_another_digest_is_refused_before_anything_of_it_is_used(

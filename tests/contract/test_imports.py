@@ -19,7 +19,7 @@ ORDER = [
     "errors", "_version",
     "contract", "spec", "batch", "files", "devices", "serving",
     "plan", "init", "traffic", "kernels", "oracle",
-    "lower", "bundle", "trust", "schedule", "engine", "adapters",
+    "lower", "bundle", "trust", "schedule", "engine", "adapters", "step",
     "check", "build", "rebuild", "diff", "predict", "report", "tune", "bench", "cli",
 ]  # fmt: skip
 

@@ -24,12 +24,20 @@ import numpy as np
 import pytest
 from command import rpac as command
 from jax import lax
+from models import tiny_llama
 from samples import PAGES, ROOT
 
 import rpac
-from rpac.bundle import read_manifest
+from rpac.build import all_tasks
+from rpac.bundle import read_manifest, write_bundle
 from rpac.bundle.wheel import wheel_of
+from rpac.devices.toolchain import toolchain
 from rpac.engine import CallOverdue
+from rpac.files.store import Store
+from rpac.lower.worker import lower
+from rpac.spec import load_spec
+from rpac.step import steps_of
+from rpac.step.worker import lower_step
 from rpac.trust.keys import generate, policy_lines, read_private
 from rpac.trust.sign import sign
 
@@ -95,6 +103,21 @@ def test_first(built: Callable[[str], Path], tmp_path: Path) -> None:
         [sys.executable, "-c", snippet("first")], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.stdout == "[(1, 4, 128), (3, 4, 128)]\n", done.stderr
+
+
+def test_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the one step that its batch needs, made in this process."""
+    spec = load_spec(ROOT / "specs" / "tiny.yaml")
+    tasks = [one for one in all_tasks(spec, ["cpu"]) if (one.kind, one.tokens) == ("mixed", 8)]
+    steps = steps_of(spec, tasks, "models.tiny_llama:step", str(Path(__file__).parent))
+    lowered = [lower(one, toolchain()) for one in tasks]
+    made = [lower_step(one, toolchain(), Store(None))[0] for one in steps]
+    write_bundle(tmp_path / "build" / "tiny.rpac", spec, lowered, steps=made)
+    monkeypatch.chdir(tmp_path)
+    params = jax.tree.map(lambda one: np.ones(one.shape, one.dtype), tiny_llama.step_arrays("mixed", 8, None)["params"])
+    done = run("steps", {"params": params})
+    assert done["outputs"]["logits"].shape == (4, tiny_llama.VOCABULARY)
+    assert done["engine"].counts == {rpac.Variant("mixed", 8): rpac.Count(calls=1, rows=2, tokens=4, padding=4)}
 
 
 def test_serve(names: dict[str, Any]) -> None:

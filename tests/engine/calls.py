@@ -1,17 +1,14 @@
-"""Calls of the stand-in programs of tiny, what JAX compiles meanwhile, and fresh processes."""
+"""Calls of the stand-in programs of tiny."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from watching import compiles as compiles
+from watching import python as python
 
 from rpac.batch import Batch, Limits
 from rpac.contract.program import Variant
@@ -53,27 +50,3 @@ def metadata(batch: Batch) -> list[Any]:
 def call(engine: Engine, q_lens: Sequence[int], **options: Any) -> tuple[jax.Array, jax.Array]:
     batch = batch_of(q_lens)
     return engine(*arrays(engine, batch.tokens), *metadata(batch), **options)
-
-
-@contextmanager
-def compiles() -> Iterator[list[str]]:
-    """What JAX traces, lowers or compiles meanwhile."""
-    seen: list[str] = []
-
-    def listen(event: str, _: float, **__: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def python(code: str, *args: str, **env: str) -> Any:
-    """The JSON that a fresh process prints last."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **env}
-    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])

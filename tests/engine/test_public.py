@@ -12,10 +12,10 @@ import rpac
 
 def test_the_public_names_are_these_and_all_there() -> None:
     assert rpac.__all__ == [
-        "Batch", "BatchError", "BundleError", "CheckError", "CompileError", "Count", "Engine", "Limits",
+        "Batch", "BatchError", "BoundSteps", "BundleError", "CheckError", "CompileError", "Count", "Engine", "Limits",
         "ModelError", "OutOfPagesError", "OutputError", "PageError", "PlanError", "Problem", "RpacError", "ScheduleError",
-        "SelectionError", "SpecError", "TargetError", "TrustError", "Variant", "alibi_slopes", "load", "load_layers", "merge",
-        "merge_across",
+        "SelectionError", "SpecError", "StepEngine", "TargetError", "TrustError", "Variant", "alibi_slopes", "load",
+        "load_layers", "load_steps", "merge", "merge_across",
     ]  # fmt: skip
     assert all(getattr(rpac, name) is not None for name in rpac.__all__)
     assert set(rpac.__all__) <= set(dir(rpac))

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rpac.bundle import write_bundle
 from rpac.contract.program import Variant
-from rpac.engine import CallOverdue, Engine, load
+from rpac.engine import CallOverdue, Engine, load, watchdog
 from rpac.engine.watchdog import Watchdog
 from rpac.errors import TargetError
 from rpac.spec import Spec
@@ -43,31 +44,37 @@ class Result:
 
 
 class Watched:
-    """A watchdog whose thread never looks by itself, and what it told."""
+    """A watchdog of 10 s whose thread never looks by itself, and what it told; its clock goes when `look` says so."""
 
-    def __init__(self, limit_s: float = 0.01) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(watchdog, "time", SimpleNamespace(monotonic=lambda: self.now))
         self.told: list[CallOverdue] = []
-        self.dog = Watchdog(limit_s, self.told.append)
+        self.dog = Watchdog(10, self.told.append)
         self.dog._start = lambda: None  # type: ignore[method-assign]
 
     def begin(self, variant: Variant, result: Any) -> None:
         self.dog.watched(variant, lambda args: (result,))([])
 
-    def look(self, after_s: float = 0.02) -> list[CallOverdue]:
-        time.sleep(after_s)
+    def look(self, after_s: float = 20) -> list[CallOverdue]:
+        self.now += after_s
         self.dog.look()
         told, self.told[:] = list(self.told), []
         return told
 
 
-def test_a_program_that_hangs_is_named_once_and_until_it_is_done() -> None:
-    watched = Watched()
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    return Watched(monkeypatch)
+
+
+def test_a_program_that_hangs_is_named_once_and_until_it_is_done(watched: Watched) -> None:
     sound, stuck = Result(ready=True), Result()
     watched.begin(DECODE, sound)
     watched.begin(MIXED, stuck)
     (told,) = watched.look()
     assert (told.variant, told.waiting) == (MIXED, 1)
-    assert told.seconds > 0.01
+    assert told.seconds == 20
     assert watched.dog.overdue == MIXED
     assert watched.look() == []
     stuck.ready = True
@@ -79,9 +86,8 @@ def test_a_program_that_hangs_is_named_once_and_until_it_is_done() -> None:
     ]  # whose result is dropped: the watchdog holds the last one
 
 
-def test_the_oldest_call_is_named_and_not_those_behind_it() -> None:
+def test_the_oldest_call_is_named_and_not_those_behind_it(watched: Watched) -> None:
     """A server drops the results of layers, and hands on the last one."""
-    watched = Watched()
     watched.begin(DECODE, Result(ready=True))
     watched.begin(MIXED, Result())
     watched.begin(DECODE, Result())
@@ -93,22 +99,20 @@ def test_the_oldest_call_is_named_and_not_those_behind_it() -> None:
     assert watched.dog.overdue is None
 
 
-def test_a_busy_device_is_no_hang_although_results_are_dropped() -> None:
+def test_a_busy_device_is_no_hang_although_results_are_dropped(watched: Watched) -> None:
     """The host runs ahead: at each look the last call is not done, and those before it are gone."""
-    watched = Watched(limit_s=0.05)
     before: Result | None = None
     for _ in range(20):
         for _ in range(3):
             watched.begin(DECODE, latest := Result())
-        assert watched.look(0.01) == []
+        assert watched.look(4) == []
         if before is not None:
             before.ready = True
         before = latest
     assert len(watched.dog._calls) < 10
 
 
-def test_a_result_that_its_caller_donates_is_no_hang() -> None:
-    watched = Watched()
+def test_a_result_that_its_caller_donates_is_no_hang(watched: Watched) -> None:
     watched.begin(DECODE, donated := Result())
     donated.deleted = True
     assert watched.look() == []
@@ -116,8 +120,8 @@ def test_a_result_that_its_caller_donates_is_no_hang() -> None:
     assert watched.look() == []
 
 
-def test_a_call_that_never_leaves_the_runtime_is_named_while_others_go_on() -> None:
-    watched, inside, leave = Watched(), threading.Event(), threading.Event()
+def test_a_call_that_never_leaves_the_runtime_is_named_while_others_go_on(watched: Watched) -> None:
+    inside, leave = threading.Event(), threading.Event()
 
     def blocks(args: Any) -> Any:
         inside.set()
@@ -147,10 +151,10 @@ def test_a_limit_that_is_no_time_is_refused(bundle: Path, limit_s: float) -> Non
 
 def test_calls_that_return_are_not_told_and_the_thread_ends_with_the_engine(bundle: Path) -> None:
     events: list[Any] = []
-    engine = load(bundle, target="cpu", observer=events.append, watchdog_s=0.08)
+    engine = load(bundle, target="cpu", observer=events.append, watchdog_s=2)
     for _ in range(3):
         out, _ = call(engine, [1, 5])
-        time.sleep(0.1)
+        time.sleep(0.3)  # the thread looks in between
     assert out.is_ready()
     assert engine.overdue is None
     assert not [event for event in events if isinstance(event, CallOverdue)]

@@ -14,6 +14,7 @@ import pytest
 from rpac.contract.attention import Attention
 from rpac.contract.program import Source
 from rpac.kernels import render, templates_dir
+from rpac.kernels.shared import of_kind
 from rpac.plan import KernelPlan, plan_spec
 from rpac.spec import Spec, load_spec, parse_spec
 
@@ -163,10 +164,7 @@ def test_a_page_table_that_ends_within_a_tile_is_not_read_past_its_end() -> None
         serving = replace(SEPARATE.serving, max_model_len=pages * SEPARATE.serving.page_size)
         spec = replace(SEPARATE, serving=serving)
         text = render(spec, plan_of(spec, "tpu7x", "decode")).text
-        return (
-            "jnp.minimum(first_entry + page, LAST_ENTRY)" in text
-            and "LAST_ENTRY = MAX_SEQS * PAGES_PER_SEQ - 1" in text
-        )
+        return "jnp.minimum(entry + page, LAST_ENTRY)" in text and "LAST_ENTRY = MAX_SEQS * PAGES_PER_SEQ - 1" in text
 
     assert not clamped(32)
     assert clamped(33)
@@ -205,7 +203,8 @@ def test_every_buffer_of_a_plan_is_declared_and_a_parameter_once() -> None:
         fields = re.findall(r"^    (\w+): Ref  # \w+\[.*\]: (.*)$", text, flags=re.MULTILINE)
         notes = [note for _, note in fields if not note.startswith("the memory of")]
         declared = re.findall(r"^            pltpu\..*,  # (\w+)$", text, flags=re.MULTILINE)
-        assert notes == [buffer.note for buffer in tiles.scratch(spec, plan.recipe)]  # type: ignore[union-attr]
+        buffers = of_kind(kind, tiles.scratch(spec, plan.recipe))  # type: ignore[union-attr]
+        assert notes == [buffer.note for buffer in buffers]
         assert declared == [name for name, note in fields if not note.startswith("the memory of")]
 
 

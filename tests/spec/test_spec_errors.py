@@ -153,7 +153,7 @@ ONE_EDIT = {
     "key unknown": ("q_heads: 4", "q_heads: 4\n  color: red", f"4:3: model.color: found an unknown key; must be one of {MODEL}; remove it"),
     "key of another meaning": ("q_heads: 4", "q_heads: 4\n  q_scale: 0.5", f"4:3: model.q_scale: found an unknown key; must be one of {MODEL}; remove it and multiply the queries, or multiply model.sm_scale by it"),
     "key of a server": ("page_size: 16", "page_size: 16\n  max_num_batched_tokens: 32", f"10:3: serving.max_num_batched_tokens: found an unknown key; must be one of {SERVING}; write it as serving.max_num_tokens"),
-    "key misplaced": ("name: tiny", "name: tiny\npage_size: 16", "2:1: page_size: found an unknown key; must be one of name, model, layers, serving, parallel, targets; move it under serving"),
+    "key misplaced": ("name: tiny", "name: tiny\npage_size: 16", "2:1: page_size: found an unknown key; must be one of name, model, layers, serving, parallel, step, targets; move it under serving"),
     "key too deep": ("q_heads: 4", "q_heads: 4\n  name: x", f"4:3: model.name: found an unknown key; must be one of {MODEL}; move it to the top level"),
     "key twice": ("q_heads: 4", "q_heads: 4\n  q_heads: 4", "4:3: model.q_heads: found a second value; must be given once; remove this one or line 3"),
     "key missing": ("  q_heads: 4\n", "", f"3:3: model.q_heads: found no such key; {HEADS}; add `q_heads: 32`"),

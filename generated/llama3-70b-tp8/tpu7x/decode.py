@@ -46,6 +46,9 @@ LANE_TILES = 1  # rows of LANES lanes that hold one head's K
 MAX_SEQS = 64
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 64
+ROW_TOKENS = PAGES_PER_SEQ * PAGE_SIZE  # that a sequence's page table has room for
+LEAST_LEN = 1  # tokens of a decode row
+CHECKED_PAGES = 8  # page ids that are checked before the first of them is used: as many wait in registers
 SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * log2(e): probabilities are powers of two
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 PRECISION = None  # of matmuls: bfloat16 products are exact in float32
@@ -190,6 +193,11 @@ def pack_token(keys, values, packed, token):
         packed[pl.ds(token * WORD_ROWS + tile, KV_HEADS, stride=LANE_TILES)] = words[:, lanes]
 
 
+def is_page(physical, cache):
+    """Whether a page id is one of the cache's: below zero it is a large number, too."""
+    return physical.astype(jnp.uint32) < jnp.uint32(cache.shape[0])
+
+
 def swap_heads(rows):
     """`[tokens, heads, HEAD_DIM]` with tokens and heads swapped, or back. XLA keeps it by head, so nothing moves here."""
     return jnp.swapaxes(rows, 0, 1)
@@ -262,6 +270,8 @@ class DecodeKernel(PagedKernel):
     tile_first: Ref  # int32[TILE_BUFFERS]: its first token
     tile_left: Ref  # int32[TILE_BUFFERS]: tokens of its sequence from there on
     last_slot: Ref  # int32[MAX_ROWS + 1]: the last tile of each sequence so far
+    bad_row: Ref  # int32[MAX_ROWS + 1]: whether each sequence is bad, so far
+    good_rows: Ref  # int32[1]: how many sequences are not bad, of those that have come to their end
     kv_sem: Ref  # DMA[WAVE_BUFFERS + FIRST_STEPS]: fetches
     load_sem: Ref  # DMA[LOADS]: queries, keys, values
     write_sem: Ref  # DMA[1]: cache writes
@@ -270,11 +280,12 @@ class DecodeKernel(PagedKernel):
     computed_tokens = TILE
 
     def run(self):
-        self.num_seqs = self.distribution[0]
+        self.num_seqs = jnp.clip(self.distribution[0], 0, MAX_ROWS)
         pl.when(self.num_seqs > 0)(self.attend)
 
     def attend(self):
         """Attends to all tokens of all sequences."""
+        self.good_rows[0] = 0
         loads = self.load_copies()
         for load in loads:
             load.start()
@@ -316,6 +327,7 @@ class DecodeKernel(PagedKernel):
 
     def write_results(self, wave):
         """Writes the outputs of all sequences; `wave` is the one after the last."""
+        pl.when(self.good_rows[0] < self.num_seqs)(functools.partial(for_each, 0, self.num_seqs, self.spoil_bad_row))
         results = [
             copy_of_tokens(self.out_all, self.out_hbm, self.out_sem.at[0]),
         ]
@@ -330,7 +342,7 @@ class DecodeKernel(PagedKernel):
         wave, _, *ahead = carry
         self.wait_and_patch(self.slot(wave + 1, 0), TILES_PER_WAVE, lax.rem(wave + 1, WAVE_BUFFERS))
         ahead = self.compute_wave(wave, ahead)
-        more = self.tile_left[self.slot(wave + 1, 0)] > 0
+        more = self.tile_seq[self.slot(wave + 1, 0)] < NO_SEQ
         return wave + 1, more, *ahead
 
     # ---- the tiles in flight: each one's sequence, its first token, and the tokens that the sequence has from there on
@@ -350,16 +362,13 @@ class DecodeKernel(PagedKernel):
     def fetch_tile(self, wave, i, seq, first):
         """The same for one tile."""
         live, some_seq = seq < self.num_seqs, jnp.minimum(seq, self.num_seqs - 1)
-        left = jnp.where(live, self.kv_lens[some_seq] - first, 0)
+        left = jnp.where(live, self.row_len(some_seq) - first, 0)
         self.tile_seq[self.slot(wave, i)] = jnp.where(live, seq, NO_SEQ)
         self.last_slot[jnp.where(live, seq, NO_SEQ)] = self.slot(wave, i)
         self.tile_first[self.slot(wave, i)] = first
-        self.tile_left[self.slot(wave, i)] = left
         first_entry = some_seq * PAGES_PER_SEQ + quotient(first, PAGE_SIZE)
-        for page in range(TILE_PAGES):
-            # Not under the condition: a load that waits for it costs more.
-            physical = self.page_indices[first_entry + page]
-            pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
+        left = self.fetch_pages(wave, i, first_entry, left)
+        self.tile_left[self.slot(wave, i)] = left
         seq, first = self.next_tile(seq, first, left)
         return seq, first
 
@@ -369,14 +378,40 @@ class DecodeKernel(PagedKernel):
         seq = jnp.where(last, seq + 1, seq)
         return seq, jnp.where(last, 0, first + TILE)
 
+    def fetch_pages(self, wave, i, entry, left):
+        """Starts the fetch of a tile's pages, of which `entry` says where the first one's id is: up to the first bad id.
+
+        Returns how many tokens its sequence has left, none of them behind a bad id.
+        """
+        fetched = left
+        for first in range(0, TILE_PAGES, CHECKED_PAGES):
+            pages = range(first, min(first + CHECKED_PAGES, TILE_PAGES))
+            # Not under a condition: a load that waits for it costs more.
+            ids = [self.page_id(entry, page) for page in pages]
+            end = ROW_TOKENS
+            for page, physical in reversed(list(zip(pages, ids))):
+                end = jnp.where(is_page(physical, self.cache_hbm), end, page * PAGE_SIZE)
+            fetched = jnp.minimum(fetched, end)
+            for page, physical in zip(pages, ids):
+                pl.when(page * PAGE_SIZE < fetched)(functools.partial(self.fetch_page, physical, wave, i, page))
+        return fetched
+
+    def pages_of_tile(self, slot):
+        """How many pages of a tile are fetched."""
+        tokens = jnp.clip(self.tile_left[slot], 0, TILE)
+        return quotient(tokens + (PAGE_SIZE - 1), PAGE_SIZE)
+
+    def page_id(self, entry, page):
+        """The id of a page of a tile; `entry` is where that of the tile's first page is."""
+        return self.page_indices[entry + page]
+
     def fetch_page(self, physical, wave, i, page):
         target = self.kv.at[self.slot(wave, i), pl.ds(page * PAGE_ROWS, PAGE_ROWS)]
         pltpu.make_async_copy(self.cache_hbm.at[physical], target, self.kv_sem.at[self.fetch_sem(wave, i)]).start()
 
     def wait_for_tiles(self, first, count, sem):
         """Waits for all pages of some tiles at once, by their bytes."""
-        tokens = (jnp.clip(self.tile_left[first + i], 0, TILE) for i in range(count))
-        pages = sum(quotient(some + (PAGE_SIZE - 1), PAGE_SIZE) for some in tokens)
+        pages = sum(self.pages_of_tile(first + i) for i in range(count))
         # Not for none, because nothing may ever have come by that semaphore.
         pl.when(pages > 0)(functools.partial(wait_for_bytes, self.cache_hbm.at[pl.ds(0, pages)], self.kv_sem.at[sem]))
 
@@ -385,6 +420,19 @@ class DecodeKernel(PagedKernel):
         seq = self.tile_seq[slot]
         return jnp.where(self.tile_left[slot] > TILE, seq, jnp.minimum(seq + 1, self.num_seqs))
 
+    def is_good(self, seq, slot):
+        """Whether a sequence is good, as far as a tile of it tells: fewer tokens are left there if it is not."""
+        left = self.tile_left[slot]
+        return (left > 0) & (self.tile_first[slot] + left == self.kv_lens[seq])
+
+    def spoil_bad_row(self, seq):
+        pl.when(self.bad_row[seq] > 0)(functools.partial(self.spoil_row, seq))
+
+    def spoil_row(self, seq):
+        """Makes a sequence's results NaN."""
+        for array in (self.out_all,):
+            for row in self.rows_of_seq(seq):
+                array[row] = jnp.full(array.shape[1:], jnp.nan, array.dtype)
     def wait_and_patch(self, first_tile, tiles, sem):
         """Waits for some tiles in a row; stores the new token and clears what lies behind it where a sequence ends."""
         self.wait_for_tiles(first_tile, tiles, sem)
@@ -397,6 +445,8 @@ class DecodeKernel(PagedKernel):
         seqs = first + 2 * pair, jnp.minimum(first + 2 * pair + 1, end - 1)
         slots = [self.last_slot[seq] for seq in seqs]
         lefts = [self.tile_left[slot] for slot in slots]
+        self.good = [self.is_good(seq, slot) for seq, slot in zip(seqs, slots, strict=True)]
+        lefts = [jnp.maximum(left, 1) for left in lefts]  # a bad sequence may have none
         self.update_cache(seqs, slots, lefts)
 
         @pl.when(jnp.minimum(*lefts) < TILE)
@@ -404,7 +454,16 @@ class DecodeKernel(PagedKernel):
             for slot, left in zip(slots, lefts, strict=True):
                 self.clear_tail(slot, left)
 
+        # Not before the writes are on their way: loads of scalars wait for stores.
+        for seq, good in zip(seqs, self.good, strict=True):
+            self.bad_row[seq] = jnp.where(good, 0, 1)
+        counted = self.good[0], self.good[1] & (seqs[0] != seqs[1])
+        self.good_rows[0] += sum(one.astype(jnp.int32) for one in counted)
     # ---- queries and outputs: a row of `q_in` and `out_all` is a sequence
+
+    def rows_of_seq(self, seq):
+        """The rows of a sequence in these."""
+        return [seq]
 
     def load_queries(self, wave, i):
         """The queries of a tile's sequence, float32[Q_HEADS, HEAD_LANES]."""
@@ -426,8 +485,8 @@ class DecodeKernel(PagedKernel):
         wanted = [*(seq != seqs[-1] for seq in seqs[:-1]), True]
         for seq, buffer, left in zip(seqs, buffers, lefts, strict=True):
             self.put_new_token(seq, buffer, left)
-        for start, is_wanted in zip(copies, wanted, strict=True):
-            pl.when(is_wanted)(start)
+        for start, is_written in zip(copies, [one & good for one, good in zip(wanted, self.good, strict=True)], strict=True):
+            pl.when(is_written)(start)
 
     def start_write(self, seq, buffer, left):
         """Starts the way of a sequence's new token to the cache."""
@@ -442,7 +501,8 @@ class DecodeKernel(PagedKernel):
 
     def wait_for_all_writes(self):
         """Waits until all new tokens are in the cache."""
-        wait_for_bytes(self.new_out.at[pl.ds(0, self.num_seqs)], self.write_sem.at[0])
+        rows = self.good_rows[0]
+        pl.when(rows > 0)(functools.partial(wait_for_bytes, self.new_out.at[pl.ds(0, rows)], self.write_sem.at[0]))
 
     def put_new_token(self, seq, buffer, left):
         """Puts the new token into the buffer in which its sequence ends after `left` tokens, and into its copy."""
@@ -606,6 +666,16 @@ class DecodeKernel(PagedKernel):
         for index in range(HEAD_SETS):
             yield queries[index * SET_ROWS : (index + 1) * SET_ROWS]
 
+    # ---- bounds checks: `bad_row` says of which sequences a number cannot be
+
+    def is_row(self, seq):
+        """Whether the number of a sequence's tokens can be one: from LEAST_LEN to ROW_TOKENS."""
+        return (self.kv_lens[seq] - LEAST_LEN).astype(jnp.uint32) <= jnp.uint32(ROW_TOKENS - LEAST_LEN)
+
+    def row_len(self, seq):
+        """The number of a sequence's tokens; 0 where that cannot be."""
+        return jnp.where(self.is_row(seq), self.kv_lens[seq], 0)
+
     def load_column_tokens(self):
         """Says for each score which token it is of; NO_TOKEN where the query has another KV head than K."""
         row = lax.broadcasted_iota(jnp.int32, self.column_token.shape, 0)
@@ -724,6 +794,8 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
             pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_first
             pltpu.SMEM((TILE_BUFFERS,), jnp.int32),  # tile_left
             pltpu.SMEM((MAX_ROWS + 1,), jnp.int32),  # last_slot
+            pltpu.SMEM((MAX_ROWS + 1,), jnp.int32),  # bad_row
+            pltpu.SMEM((1,), jnp.int32),  # good_rows
             pltpu.SemaphoreType.DMA((WAVE_BUFFERS + FIRST_STEPS,)),  # kv_sem
             pltpu.SemaphoreType.DMA((LOADS,)),  # load_sem
             pltpu.SemaphoreType.DMA((1,)),  # write_sem

@@ -60,6 +60,11 @@ LANE_TILES = 1  # rows of LANES lanes that hold one head's K
 MAX_SEQS = 64
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 64
+ROW_TOKENS = PAGES_PER_SEQ * PAGE_SIZE  # that a sequence's page table has room for
+LEAST_LEN = 1  # tokens of a decode row
+MAX_NEW = ROW_TOKENS  # new tokens that a sequence may have
+CHECKED_PAGES = 8  # page ids that are checked before the first of them is used: as many wait in registers
+DECODE_LEN = 1  # new tokens of a decode row
 SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * log2(e): probabilities are powers of two
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 PRECISION = None  # of matmuls: bfloat16 products are exact in float32
@@ -103,6 +108,7 @@ DECODE_CLEARED_TILES = 16  # sublane tiles that are cleared at once
 DECODE_FIRST_TILES = 1  # of the first wave, scored while the others are on their way
 DECODE_FIRST_STEPS = DECODE_TILES_PER_WAVE // DECODE_FIRST_TILES
 DECODE_LOADS = 3  # queries, keys, values
+MIXED_DECODE_ROWS = 64  # sequences of the largest batch for the decode kernel
 MIXED_Q_BLOCK = 256  # query tokens of a query block
 MIXED_Q_ROWS = GROUP * MIXED_Q_BLOCK  # their rows of one KV head
 MIXED_KV_BLOCK = 1024  # tokens that are fetched at once
@@ -253,27 +259,46 @@ def pack_token(keys, values, packed, token):
         packed[pl.ds(token * WORD_ROWS + tile, KV_HEADS, stride=LANE_TILES)] = words[:, lanes]
 
 
+def is_page(physical, cache):
+    """Whether a page id is one of the cache's: below zero it is a large number, too."""
+    return physical.astype(jnp.uint32) < jnp.uint32(cache.shape[0])
+
+
 class PagedKernel:
     """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
 
-    def start_page(self, first, buffer, page):
+    def start_block(self, kv_end, seq, entry, block, buffer):
+        """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`, without pages of bad ids.
+
+        `entry` is the first of its sequence in the page tables that is used.
+        """
+        first = entry + block * self.block_pages
+        self.fetched[buffer] = 0
+        self.start_pages(kv_end, block, functools.partial(self.start_page, seq, first, buffer))
+        is_short = self.fetched[buffer] < self.pages_of(kv_end, block)
+        self.bad_row[seq] = jnp.where(is_short, 1, self.bad_row[seq])
+
+    def start_page(self, seq, first, buffer, page):
         """Starts to fetch a page of a block; `first` is the place of the block's first page in the page table."""
         physical = self.page_indices[first + page]
-        place = self.kv.at[buffer, pl.ds(page * PAGE_ROWS, PAGE_ROWS)]
-        pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer]).start()
+        found = (self.bad_row[seq] == 0) & is_page(physical, self.cache_hbm)
+        pl.when(found)(self.page_copy(physical, buffer, page).start)
+        self.fetched[buffer] += found.astype(jnp.int32)
 
-    def wait_page(self, buffer, page):
+    def wait_block(self, kv_end, block, buffer):
+        """Waits for the copies that `start_block` started."""
+        self.wait_pages(buffer, self.fetched[buffer])
+
+    def page_copy(self, physical, buffer, page):
         place = self.kv.at[buffer, pl.ds(page * PAGE_ROWS, PAGE_ROWS)]
-        pltpu.make_async_copy(place, place, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
+        return pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer])
 
     def pages_of(self, kv_end, block):
         """How many pages of a block hold tokens below `kv_end`."""
         return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * self.block_pages, self.block_pages)
 
-    def start_block(self, kv_end, seq, block, buffer):
-        """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`."""
-        first = seq * PAGES_PER_SEQ + block * self.block_pages
-        start_page = functools.partial(self.start_page, first, buffer)
+    def start_pages(self, kv_end, block, start_page):
+        """Starts the fetch of each page of a block that holds tokens below `kv_end`."""
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -283,17 +308,18 @@ class PagedKernel:
 
         pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, start_page))
 
-    def wait_block(self, kv_end, block, buffer):
-        """Waits for the copies that `start_block` started."""
-        wait_page = functools.partial(self.wait_page, buffer)
-        pages = self.pages_of(kv_end, block)
+    def wait_pages(self, buffer, pages):
+        """Waits for some pages of a block."""
 
         @pl.when(pages == self.block_pages)
         def wait_for_full_block():
             whole = self.kv.at[buffer]
             pltpu.make_async_copy(whole, whole, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
 
-        pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, wait_page))
+        pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, functools.partial(self.wait_page, buffer)))
+
+    def wait_page(self, buffer, page):
+        self.page_copy(0, buffer, page).wait()  # as many bytes, wherever they come from
 
     def clear_tail(self, buffer, valid):
         """Zeroes the tokens from `valid` to the end of those that are computed: a probability of 0 does not hide a NaN in V."""
@@ -357,6 +383,8 @@ class DecodeKernel(PagedKernel):
     tile_first: Ref  # int32[DECODE_TILE_BUFFERS]: its first token
     tile_left: Ref  # int32[DECODE_TILE_BUFFERS]: tokens of its sequence from there on
     last_slot: Ref  # int32[DECODE_MAX_ROWS + 1]: the last tile of each sequence so far
+    bad_row: Ref  # int32[DECODE_MAX_ROWS + 1]: whether each sequence is bad, so far
+    good_rows: Ref  # int32[1]: how many sequences are not bad, of those that have come to their end
     kv_sem: Ref  # DMA[DECODE_WAVE_BUFFERS + DECODE_FIRST_STEPS]: fetches
     load_sem: Ref  # DMA[DECODE_LOADS]: queries, keys, values
     write_sem: Ref  # DMA[1]: cache writes
@@ -365,11 +393,12 @@ class DecodeKernel(PagedKernel):
     computed_tokens = DECODE_TILE
 
     def run(self):
-        self.num_seqs = self.distribution[0]
+        self.num_seqs = jnp.clip(self.distribution[0], 0, DECODE_MAX_ROWS)
         pl.when(self.num_seqs > 0)(self.attend)
 
     def attend(self):
         """Attends to all tokens of all sequences."""
+        self.good_rows[0] = 0
         loads = self.load_copies()
         for load in loads:
             load.start()
@@ -410,6 +439,7 @@ class DecodeKernel(PagedKernel):
 
     def write_results(self, wave):
         """Writes the outputs of all sequences; `wave` is the one after the last."""
+        pl.when(self.good_rows[0] < self.num_seqs)(functools.partial(for_each, 0, self.num_seqs, self.spoil_bad_row))
         results = [
             copy_of_tokens(self.out_all, self.out_hbm, self.out_sem.at[0]),
         ]
@@ -424,7 +454,7 @@ class DecodeKernel(PagedKernel):
         wave, _, *ahead = carry
         self.wait_and_patch(self.slot(wave + 1, 0), DECODE_TILES_PER_WAVE, lax.rem(wave + 1, DECODE_WAVE_BUFFERS))
         ahead = self.compute_wave(wave, ahead)
-        more = self.tile_left[self.slot(wave + 1, 0)] > 0
+        more = self.tile_seq[self.slot(wave + 1, 0)] < DECODE_NO_SEQ
         return wave + 1, more, *ahead
 
     # ---- the tiles in flight: each one's sequence, its first token, and the tokens that the sequence has from there on
@@ -444,16 +474,13 @@ class DecodeKernel(PagedKernel):
     def fetch_tile(self, wave, i, seq, first):
         """The same for one tile."""
         live, some_seq = seq < self.num_seqs, jnp.minimum(seq, self.num_seqs - 1)
-        left = jnp.where(live, self.kv_lens[some_seq] - first, 0)
+        left = jnp.where(live, self.row_len(some_seq) - first, 0)
         self.tile_seq[self.slot(wave, i)] = jnp.where(live, seq, DECODE_NO_SEQ)
         self.last_slot[jnp.where(live, seq, DECODE_NO_SEQ)] = self.slot(wave, i)
         self.tile_first[self.slot(wave, i)] = first
-        self.tile_left[self.slot(wave, i)] = left
         first_entry = some_seq * PAGES_PER_SEQ + quotient(first, PAGE_SIZE)
-        for page in range(DECODE_TILE_PAGES):
-            # Not under the condition: a load that waits for it costs more.
-            physical = self.page_indices[first_entry + page]
-            pl.when(page * PAGE_SIZE < left)(functools.partial(self.fetch_page, physical, wave, i, page))
+        left = self.fetch_pages(wave, i, first_entry, left)
+        self.tile_left[self.slot(wave, i)] = left
         seq, first = self.next_tile(seq, first, left)
         return seq, first
 
@@ -463,14 +490,40 @@ class DecodeKernel(PagedKernel):
         seq = jnp.where(last, seq + 1, seq)
         return seq, jnp.where(last, 0, first + DECODE_TILE)
 
+    def fetch_pages(self, wave, i, entry, left):
+        """Starts the fetch of a tile's pages, of which `entry` says where the first one's id is: up to the first bad id.
+
+        Returns how many tokens its sequence has left, none of them behind a bad id.
+        """
+        fetched = left
+        for first in range(0, DECODE_TILE_PAGES, CHECKED_PAGES):
+            pages = range(first, min(first + CHECKED_PAGES, DECODE_TILE_PAGES))
+            # Not under a condition: a load that waits for it costs more.
+            ids = [self.page_id(entry, page) for page in pages]
+            end = ROW_TOKENS
+            for page, physical in reversed(list(zip(pages, ids))):
+                end = jnp.where(is_page(physical, self.cache_hbm), end, page * PAGE_SIZE)
+            fetched = jnp.minimum(fetched, end)
+            for page, physical in zip(pages, ids):
+                pl.when(page * PAGE_SIZE < fetched)(functools.partial(self.fetch_page, physical, wave, i, page))
+        return fetched
+
+    def pages_of_tile(self, slot):
+        """How many pages of a tile are fetched."""
+        tokens = jnp.clip(self.tile_left[slot], 0, DECODE_TILE)
+        return quotient(tokens + (PAGE_SIZE - 1), PAGE_SIZE)
+
+    def page_id(self, entry, page):
+        """The id of a page of a tile; `entry` is where that of the tile's first page is."""
+        return self.page_indices[entry + page]
+
     def fetch_page(self, physical, wave, i, page):
         target = self.kv.at[self.slot(wave, i), pl.ds(page * PAGE_ROWS, PAGE_ROWS)]
         pltpu.make_async_copy(self.cache_hbm.at[physical], target, self.kv_sem.at[self.fetch_sem(wave, i)]).start()
 
     def wait_for_tiles(self, first, count, sem):
         """Waits for all pages of some tiles at once, by their bytes."""
-        tokens = (jnp.clip(self.tile_left[first + i], 0, DECODE_TILE) for i in range(count))
-        pages = sum(quotient(some + (PAGE_SIZE - 1), PAGE_SIZE) for some in tokens)
+        pages = sum(self.pages_of_tile(first + i) for i in range(count))
         # Not for none, because nothing may ever have come by that semaphore.
         pl.when(pages > 0)(functools.partial(wait_for_bytes, self.cache_hbm.at[pl.ds(0, pages)], self.kv_sem.at[sem]))
 
@@ -479,6 +532,19 @@ class DecodeKernel(PagedKernel):
         seq = self.tile_seq[slot]
         return jnp.where(self.tile_left[slot] > DECODE_TILE, seq, jnp.minimum(seq + 1, self.num_seqs))
 
+    def is_good(self, seq, slot):
+        """Whether a sequence is good, as far as a tile of it tells: fewer tokens are left there if it is not."""
+        left = self.tile_left[slot]
+        return (left > 0) & (self.tile_first[slot] + left == self.kv_lens[seq])
+
+    def spoil_bad_row(self, seq):
+        pl.when(self.bad_row[seq] > 0)(functools.partial(self.spoil_row, seq))
+
+    def spoil_row(self, seq):
+        """Makes a sequence's results NaN."""
+        for array in (self.out_all,):
+            for row in self.rows_of_seq(seq):
+                array[row] = jnp.full(array.shape[1:], jnp.nan, array.dtype)
     def wait_and_patch(self, first_tile, tiles, sem):
         """Waits for some tiles in a row; stores the new token and clears what lies behind it where a sequence ends."""
         self.wait_for_tiles(first_tile, tiles, sem)
@@ -491,6 +557,8 @@ class DecodeKernel(PagedKernel):
         seqs = first + 2 * pair, jnp.minimum(first + 2 * pair + 1, end - 1)
         slots = [self.last_slot[seq] for seq in seqs]
         lefts = [self.tile_left[slot] for slot in slots]
+        self.good = [self.is_good(seq, slot) for seq, slot in zip(seqs, slots, strict=True)]
+        lefts = [jnp.maximum(left, 1) for left in lefts]  # a bad sequence may have none
         self.update_cache(seqs, slots, lefts)
 
         @pl.when(jnp.minimum(*lefts) < DECODE_TILE)
@@ -498,7 +566,16 @@ class DecodeKernel(PagedKernel):
             for slot, left in zip(slots, lefts, strict=True):
                 self.clear_tail(slot, left)
 
+        # Not before the writes are on their way: loads of scalars wait for stores.
+        for seq, good in zip(seqs, self.good, strict=True):
+            self.bad_row[seq] = jnp.where(good, 0, 1)
+        counted = self.good[0], self.good[1] & (seqs[0] != seqs[1])
+        self.good_rows[0] += sum(one.astype(jnp.int32) for one in counted)
     # ---- queries and outputs: a row of `q_in` and `out_all` is a sequence
+
+    def rows_of_seq(self, seq):
+        """The rows of a sequence in these."""
+        return [seq]
 
     def load_queries(self, wave, i):
         """The queries of a tile's sequence, float32[Q_HEADS, HEAD_LANES]."""
@@ -520,8 +597,8 @@ class DecodeKernel(PagedKernel):
         wanted = [*(seq != seqs[-1] for seq in seqs[:-1]), True]
         for seq, buffer, left in zip(seqs, buffers, lefts, strict=True):
             self.put_new_token(seq, buffer, left)
-        for start, is_wanted in zip(copies, wanted, strict=True):
-            pl.when(is_wanted)(start)
+        for start, is_written in zip(copies, [one & good for one, good in zip(wanted, self.good, strict=True)], strict=True):
+            pl.when(is_written)(start)
 
     def start_write(self, seq, buffer, left):
         """Starts the way of a sequence's new token to the cache."""
@@ -536,7 +613,8 @@ class DecodeKernel(PagedKernel):
 
     def wait_for_all_writes(self):
         """Waits until all new tokens are in the cache."""
-        wait_for_bytes(self.new_out.at[pl.ds(0, self.num_seqs)], self.write_sem.at[0])
+        rows = self.good_rows[0]
+        pl.when(rows > 0)(functools.partial(wait_for_bytes, self.new_out.at[pl.ds(0, rows)], self.write_sem.at[0]))
 
     def put_new_token(self, seq, buffer, left):
         """Puts the new token into the buffer in which its sequence ends after `left` tokens, and into its copy."""
@@ -700,6 +778,16 @@ class DecodeKernel(PagedKernel):
         for index in range(DECODE_HEAD_SETS):
             yield queries[index * DECODE_SET_ROWS : (index + 1) * DECODE_SET_ROWS]
 
+    # ---- bounds checks: `bad_row` says of which sequences a number cannot be
+
+    def is_row(self, seq):
+        """Whether the number of a sequence's tokens can be one: from LEAST_LEN to ROW_TOKENS."""
+        return (self.kv_lens[seq] - LEAST_LEN).astype(jnp.uint32) <= jnp.uint32(ROW_TOKENS - LEAST_LEN)
+
+    def row_len(self, seq):
+        """The number of a sequence's tokens; 0 where that cannot be."""
+        return jnp.where(self.is_row(seq), self.kv_lens[seq], 0)
+
     def load_column_tokens(self):
         """Says for each score which token it is of; DECODE_NO_TOKEN where the query has another KV head than K."""
         row = lax.broadcasted_iota(jnp.int32, self.column_token.shape, 0)
@@ -791,6 +879,8 @@ def attend_decode(queries, keys, values, cache, kv_lens, page_indices, distribut
             pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_first
             pltpu.SMEM((DECODE_TILE_BUFFERS,), jnp.int32),  # tile_left
             pltpu.SMEM((DECODE_MAX_ROWS + 1,), jnp.int32),  # last_slot
+            pltpu.SMEM((DECODE_MAX_ROWS + 1,), jnp.int32),  # bad_row
+            pltpu.SMEM((1,), jnp.int32),  # good_rows
             pltpu.SemaphoreType.DMA((DECODE_WAVE_BUFFERS + DECODE_FIRST_STEPS,)),  # kv_sem
             pltpu.SemaphoreType.DMA((DECODE_LOADS,)),  # load_sem
             pltpu.SemaphoreType.DMA((1,)),  # write_sem
@@ -836,6 +926,12 @@ class MixedKernel(PagedKernel):
     row_sum: Ref  # float32[KV_HEADS, MIXED_Q_ROWS, LANES]: running sum, the same in every lane
     acc: Ref  # float32[KV_HEADS, MIXED_Q_ROWS, HEAD_LANES]: running output
     out_rows: Ref  # bfloat16[1, MIXED_Q_BLOCK, Q_HEADS, HEAD_DIM]: an output block on its way out
+    fetched: Ref  # int32[MIXED_KV_BUFFERS]: pages that are fetched into each buffer
+    bad_row: Ref  # int32[MAX_SEQS]: whether each sequence is bad
+    q_starts: Ref  # int32[MAX_SEQS]: the row of each sequence's first new token
+    q_lens: Ref  # int32[MAX_SEQS]: the number of its new tokens
+    row_lens: Ref  # int32[MAX_SEQS]: the number of its tokens
+    updated: Ref  # int32[MIXED_PAGE_BUFFERS]: whether each page under update is written
     kv_sem: Ref  # DMA[MIXED_KV_BUFFERS]: fetches
     new_sem: Ref  # DMA[MIXED_NEW_BUFFERS]: new keys and values
     old_sem: Ref  # DMA[MIXED_PAGE_BUFFERS]: pages that hold old tokens
@@ -854,6 +950,7 @@ class MixedKernel(PagedKernel):
     def attend(self):
         """Goes through the query blocks of all sequences, and for each through the KV blocks that it sees."""
         start = (self.first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        lax.fori_loop(self.first_seq, self.end_seq, self.check_row, self.first_seq * DECODE_LEN)
         # The first block comes while the last pages go, if none of these is in it.
         early = self.first_page(self.first_seq) >= self.block_pages
         self.update_pages(functools.partial(self.start_fetch, 0, start, early))
@@ -879,7 +976,7 @@ class MixedKernel(PagedKernel):
         end = self.kv_end(seq, q_block)
         valid = jnp.minimum(end - block * MIXED_KV_BLOCK, MIXED_KV_BLOCK)
         last = (block + 1) * MIXED_KV_BLOCK >= end
-        first_query = self.kv_lens[seq] - self.q_len(seq) + q_block * MIXED_Q_BLOCK
+        first_query = self.row_len(seq) - self.q_len(seq) + q_block * MIXED_Q_BLOCK
         pl.when(block == 0)(functools.partial(self.load_query_block, seq, q_block, q_step))
         self.wait_block(end, block, buffer)
         pl.when(last)(functools.partial(self.clear_tail, buffer, valid))
@@ -897,6 +994,7 @@ class MixedKernel(PagedKernel):
         """Starts to write the output of a query block, once that of the block before, `sent`, has been written."""
         pl.when(q_step > 0)(functools.partial(self.wait_output, sent))
         self.store_output()
+        pl.when(self.bad_row[seq] > 0)(functools.partial(for_each, 0, self.out_rows.shape[1], self.spoil_output))
         self.for_copies(seq, q_block, self.out_copy, start_copy)
 
     def wait_output(self, sent):
@@ -906,20 +1004,20 @@ class MixedKernel(PagedKernel):
 
     def sequences(self):
         """The first sequence of the kernel, and the end of them."""
-        return self.distribution[0], self.distribution[2]
+        return self.checked_sequences()
 
     def q_start(self, seq):
         """The row of a sequence's first new token."""
-        return self.cu_q_lens[seq]
+        return self.q_starts[seq]
 
     def q_len(self, seq):
         """The number of its new tokens."""
-        return self.cu_q_lens[seq + 1] - self.cu_q_lens[seq]
+        return self.q_lens[seq]
 
     def queries_end(self, seq, q_block):
         """The number of tokens of a sequence up to the last query of a block."""
         new = self.q_len(seq)
-        return self.kv_lens[seq] - new + jnp.minimum((q_block + 1) * MIXED_Q_BLOCK, new)
+        return self.row_len(seq) - new + jnp.minimum((q_block + 1) * MIXED_Q_BLOCK, new)
 
     def for_copies(self, seq, q_block, make_copy, act):
         """Acts on copies `make_copy(row of queries, token of the block, tokens)` that together hold a query block.
@@ -933,6 +1031,45 @@ class MixedKernel(PagedKernel):
             def act_on_part(size=size):
                 first = tokens & ~(2 * size - 1)
                 act(make_copy(self.q_start(seq) + q_block * MIXED_Q_BLOCK + first, first, size))
+
+    # ---- Bounds checks: `bad_row` says of which sequences a number cannot be.
+
+    def num_tokens(self):
+        """The number of rows of queries."""
+        return self.q_hbm.shape[0]
+
+    def checked_sequences(self):
+        """The first sequence that is no decode row, and the end of them."""
+        first = jnp.clip(self.distribution[0], 0, MIXED_DECODE_ROWS)
+        return first, jnp.clip(self.distribution[2], first, MAX_SEQS)
+
+    def check_row(self, seq, start):
+        """Finds a sequence's new tokens, from `start` on, where those of the one before end; returns their end."""
+        end = jnp.clip(self.cu_q_lens[seq + 1], start, self.num_tokens())
+        new = jnp.minimum(end - start, MAX_NEW)
+        least = new
+        is_row = (self.kv_lens[seq] >= least) & (self.kv_lens[seq] <= ROW_TOKENS)
+        self.q_starts[seq], self.q_lens[seq] = start, new
+        self.row_lens[seq] = jnp.where(is_row, self.kv_lens[seq], least)
+        self.bad_row[seq] = jnp.where(is_row, 0, 1)
+        return end
+
+    def row_len(self, seq):
+        """The number of a sequence's tokens; where that cannot be, the least that it has."""
+        return self.row_lens[seq]
+
+    def check_page(self, seq, page, buffer):
+        """Whether a page is to be updated: there are new tokens for it, its sequence is not bad, and nor is its id."""
+        physical = self.page_indices[seq * PAGES_PER_SEQ + page]
+        first, end = self.new_span(seq, page)
+        has_id = is_page(physical, self.cache_hbm)
+        self.bad_row[seq] = jnp.where(has_id, self.bad_row[seq], 1)
+        self.updated[buffer] = jnp.where(has_id & (first < end) & (self.bad_row[seq] == 0), 1, 0)
+        return self.updated[buffer] > 0
+
+    def spoil_output(self, i):
+        """Makes a part of an output block NaN."""
+        self.out_rows[0, i] = jnp.full(self.out_rows.shape[2:], jnp.nan, self.out_rows.dtype)
 
     # ---- Update of the cache: page by page, old tokens are kept and new ones put in.
 
@@ -954,27 +1091,28 @@ class MixedKernel(PagedKernel):
         """Updates one page, and loads what a later one needs."""
         step, seq, page, *fetched = carry
         fetched = self.load_page(step + MIXED_UPDATE_LOOKAHEAD, *fetched)
-        self.merge_page(step, seq, page)
+        pl.when(self.updated[lax.rem(step, MIXED_PAGE_BUFFERS)] > 0)(functools.partial(self.merge_page, step, seq, page))
         return step + 1, *self.next_page(seq, page), *fetched
 
     def wait_last_write(self, steps, index):
         """Waits for one of the last writes: all have as many bytes."""
-        page = self.first_page(self.first_seq)
-        self.page_write(self.first_seq, page, lax.rem(steps - 1 - index, MIXED_PAGE_BUFFERS)).wait()
+        page, buffer = self.first_page(self.first_seq), lax.rem(steps - 1 - index, MIXED_PAGE_BUFFERS)
+        write = self.page_write(self.first_seq, page, buffer)
+        pl.when(self.updated[buffer] > 0)(write.wait)
 
     def first_page(self, seq):
         """The first page of a sequence that gets new tokens."""
-        return lax.div(self.kv_lens[seq] - self.q_len(seq), PAGE_SIZE)
+        return lax.div(self.row_len(seq) - self.q_len(seq), PAGE_SIZE)
 
     def next_page(self, seq, page):
         """The page after a page, maybe of the next sequence."""
-        last = (page + 1) * PAGE_SIZE >= self.kv_lens[seq]
+        last = (page + 1) * PAGE_SIZE >= self.row_len(seq)
         next_seq = jnp.where(last, seq + 1, seq)
         return next_seq, jnp.where(last, self.first_page(jnp.minimum(next_seq, self.end_seq - 1)), page + 1)
 
     def new_span(self, seq, page):
         """The new tokens of a page, as a range within it."""
-        kv_len = self.kv_lens[seq]
+        kv_len = self.row_len(seq)
         first = jnp.maximum(kv_len - self.q_len(seq) - page * PAGE_SIZE, 0)
         return first, jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
 
@@ -992,10 +1130,14 @@ class MixedKernel(PagedKernel):
     def start_page_copies(self, step, seq, page, buffer):
         """Starts them once the buffer is free."""
 
-        @pl.when(step >= MIXED_PAGE_BUFFERS)
+        @pl.when((step >= MIXED_PAGE_BUFFERS) & (self.updated[buffer] > 0))
         def wait_for_buffer():
             self.page_write(seq, page, buffer).wait()  # the write of MIXED_PAGE_BUFFERS steps ago: as many bytes, this semaphore
 
+        pl.when(self.check_page(seq, page, buffer))(functools.partial(self.load_tokens, step, seq, page, buffer))
+
+    def load_tokens(self, step, seq, page, buffer):
+        """Starts the copies of a page's new tokens, and of its old ones if it has any."""
         for copy in self.new_token_copies(seq, page, lax.rem(step, MIXED_NEW_BUFFERS)):
             copy.start()
         first, end = self.new_span(seq, page)
@@ -1030,7 +1172,7 @@ class MixedKernel(PagedKernel):
     def new_token_copies(self, seq, page, buffer):
         """The copies of a page's new keys and values."""
         # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
-        wanted = self.q_start(seq) + page * PAGE_SIZE - (self.kv_lens[seq] - self.q_len(seq))
+        wanted = self.q_start(seq) + page * PAGE_SIZE - (self.row_len(seq) - self.q_len(seq))
         source = jnp.clip(wanted, 0, self.k_hbm.shape[0] - MIXED_NEW_TOKENS)
         take = pl.ds(source, MIXED_NEW_TOKENS)
         put = pl.ds(PAGE_SIZE + source - wanted, MIXED_NEW_TOKENS)
@@ -1088,7 +1230,7 @@ class MixedKernel(PagedKernel):
             self.for_query_copies(seq, q_block, lax.rem(q_step, MIXED_KV_BUFFERS), start_copy)
 
         end = self.kv_end(seq, q_block)
-        self.start_block(end, seq, block, lax.rem(step, MIXED_KV_BUFFERS))
+        self.start_block(end, seq, seq * PAGES_PER_SEQ, block, lax.rem(step, MIXED_KV_BUFFERS))
 
     def next_fetch(self, at):
         """The step after a step, if there is one."""
@@ -1415,6 +1557,12 @@ def attend_mixed(queries, keys, values, cache, out, kv_lens, page_indices, cu_q_
             pltpu.VMEM((KV_HEADS, MIXED_Q_ROWS, LANES), jnp.float32),  # row_sum
             pltpu.VMEM((KV_HEADS, MIXED_Q_ROWS, HEAD_LANES), jnp.float32),  # acc
             pltpu.VMEM((1, MIXED_Q_BLOCK, Q_HEADS, HEAD_DIM), jnp.bfloat16),  # out_rows
+            pltpu.SMEM((MIXED_KV_BUFFERS,), jnp.int32),  # fetched
+            pltpu.SMEM((MAX_SEQS,), jnp.int32),  # bad_row
+            pltpu.SMEM((MAX_SEQS,), jnp.int32),  # q_starts
+            pltpu.SMEM((MAX_SEQS,), jnp.int32),  # q_lens
+            pltpu.SMEM((MAX_SEQS,), jnp.int32),  # row_lens
+            pltpu.SMEM((MIXED_PAGE_BUFFERS,), jnp.int32),  # updated
             pltpu.SemaphoreType.DMA((MIXED_KV_BUFFERS,)),  # kv_sem
             pltpu.SemaphoreType.DMA((MIXED_NEW_BUFFERS,)),  # new_sem
             pltpu.SemaphoreType.DMA((MIXED_PAGE_BUFFERS,)),  # old_sem

@@ -24,6 +24,8 @@ HEAD_DIM = 128
 MAX_SEQS = 64
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 128
+ROW_TOKENS = PAGES_PER_SEQ * PAGE_SIZE  # that a sequence's page table has room for
+DECODE_LEN = 1  # new tokens of a decode row
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 DTYPE = jnp.bfloat16
 WORD = jnp.uint16  # an integer as wide as DTYPE
@@ -61,6 +63,24 @@ def cache_words(kv_cache, step):
 def cdiv(value, by):
     """`value / by` rounded up, of what is not negative."""
     return lax.div(value + (by - 1), by)
+
+
+def good_rows(kv_lens, edges, page_indices, num_pages):
+    """Which sequences have numbers that can be; sequence s has rows [edges[s], edges[s + 1]) of the queries."""
+    new = edges[1:] - edges[:-1]
+    fits = (kv_lens >= new) & (kv_lens <= ROW_TOKENS)
+    ids = page_indices.reshape(MAX_SEQS, PAGES_PER_SEQ)
+    first_token = jnp.arange(PAGES_PER_SEQ) * PAGE_SIZE
+    used = first_token < kv_lens[:, None]
+    return fits & (((ids >= 0) & (ids < num_pages)) | ~used).all(axis=1)
+
+
+def spoil_bad_rows(rows, edges, good, end):
+    """Results by row of the queries, NaN for those of bad sequences before `end`."""
+    row = jnp.arange(len(rows))
+    seq = jnp.searchsorted(edges[1:], row, side="right")
+    bad = (row < edges[end]) & ~good[jnp.minimum(seq, MAX_SEQS - 1)]
+    return jnp.where(bad.reshape(-1, *[1] * (rows.ndim - 1)), jnp.nan, rows)
 
 
 def split_kv(rows):
@@ -125,15 +145,20 @@ def update_rows(kv_cache, keys, values, kv_lens, page_indices, num_seqs):
     """Writes the new tokens of the sequences [0, num_seqs) in place; they are the first rows of `keys` and `values`."""
     rows = new_rows(keys, values)
 
+    token = jnp.arange(min(rows.shape[TOKEN_AXIS] // DECODE_LEN, MAX_SEQS) * DECODE_LEN)
+    written = (token < num_seqs) & (kv_lens[token // DECODE_LEN] > 0)
+    order = jnp.argsort(~written)
+
     def write(token, kv_cache):
         words, token = cache_words(kv_cache, token)
+        token = order[token]
         seq, position = new_token(token, kv_lens)
         page = page_indices[seq * PAGES_PER_SEQ + lax.div(position, PAGE_SIZE)]
         row = lax.dynamic_slice_in_dim(rows, token, 1, TOKEN_AXIS)
         words = lax.dynamic_update_slice(words, row[None], token_start(page, lax.rem(position, PAGE_SIZE)))
         return as_values(words)
 
-    return lax.fori_loop(0, num_seqs, write, kv_cache)
+    return lax.fori_loop(0, written.sum(), write, kv_cache)
 
 
 def attend_decode(queries, kv_cache, kv_lens, page_indices, num_seqs):
@@ -211,9 +236,12 @@ def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indice
     The first rows of `queries` are the new tokens of the sequences in order: `cu_q_lens` is not used. Rows past the last
     sequence are zero in `out`.
     """
-    num_seqs = distribution[0]
+    num_seqs = jnp.clip(distribution[0], 0, min(MAX_SEQS, len(queries) // DECODE_LEN))
+    edges = jnp.arange(MAX_SEQS + 1) * DECODE_LEN
+    good = good_rows(kv_lens, edges, page_indices, len(kv_cache))
+    kv_lens = jnp.where(good, kv_lens, 0)
     kv_cache = update_rows(kv_cache, keys, values, kv_lens, page_indices, num_seqs)
     out = attend_decode(queries, kv_cache, kv_lens, page_indices, num_seqs)
     padding = (0, len(queries) - len(out))
     out = jnp.pad(out, (padding, (0, 0), (0, 0)))
-    return out, kv_cache
+    return spoil_bad_rows(out, edges, good, num_seqs), kv_cache

@@ -54,6 +54,8 @@ HEAD_LANES = 128  # of a row of the cache
 MAX_SEQS = 64
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 128
+ROW_TOKENS = PAGES_PER_SEQ * PAGE_SIZE  # that a sequence's page table has room for
+CHUNK_LEAST = 512  # tokens of a sequence
 CHUNK = 512  # new tokens of every sequence
 SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * log2(e): probabilities are powers of two
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
@@ -152,6 +154,11 @@ def with_rows_of_ones(values):
     return jnp.concatenate([values, jnp.ones((ONES_ROWS, values.shape[1]), values.dtype)])
 
 
+def is_page(physical, cache):
+    """Whether a page id is one of the cache's: below zero it is a large number, too."""
+    return physical.astype(jnp.uint32) < jnp.uint32(cache.shape[0])
+
+
 def swap_heads(rows):
     """`[tokens, heads, HEAD_DIM]` with tokens and heads swapped, or back. XLA keeps it by head, so nothing moves here."""
     return jnp.swapaxes(rows, 0, 1)
@@ -160,24 +167,38 @@ def swap_heads(rows):
 class PagedKernel:
     """What kernels share that fetch blocks of `block_pages` whole pages, and compute `computed_tokens` tokens at once."""
 
-    def start_page(self, first, buffer, page):
+    def start_block(self, kv_end, seq, entry, block, buffer):
+        """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`, without pages of bad ids.
+
+        `entry` is the first of its sequence in the page tables that is used.
+        """
+        first = entry + block * self.block_pages
+        self.fetched[buffer] = 0
+        self.start_pages(kv_end, block, functools.partial(self.start_page, seq, first, buffer))
+        is_short = self.fetched[buffer] < self.pages_of(kv_end, block)
+        self.bad_row[seq] = jnp.where(is_short, 1, self.bad_row[seq])
+
+    def start_page(self, seq, first, buffer, page):
         """Starts to fetch a page of a block; `first` is the place of the block's first page in the page table."""
         physical = self.page_indices[first + page]
-        place = self.kv.at[buffer, page]
-        pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer]).start()
+        found = (self.bad_row[seq] == 0) & is_page(physical, self.cache_hbm)
+        pl.when(found)(self.page_copy(physical, buffer, page).start)
+        self.fetched[buffer] += found.astype(jnp.int32)
 
-    def wait_page(self, buffer, page):
+    def wait_block(self, kv_end, block, buffer):
+        """Waits for the copies that `start_block` started."""
+        self.wait_pages(buffer, self.fetched[buffer])
+
+    def page_copy(self, physical, buffer, page):
         place = self.kv.at[buffer, page]
-        pltpu.make_async_copy(place, place, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
+        return pltpu.make_async_copy(self.cache_hbm.at[physical], place, self.kv_sem.at[buffer])
 
     def pages_of(self, kv_end, block):
         """How many pages of a block hold tokens below `kv_end`."""
         return jnp.minimum(pl.cdiv(kv_end, PAGE_SIZE) - block * self.block_pages, self.block_pages)
 
-    def start_block(self, kv_end, seq, block, buffer):
-        """Starts to fetch a block into a buffer, as far as there are tokens below `kv_end`."""
-        first = seq * PAGES_PER_SEQ + block * self.block_pages
-        start_page = functools.partial(self.start_page, first, buffer)
+    def start_pages(self, kv_end, block, start_page):
+        """Starts the fetch of each page of a block that holds tokens below `kv_end`."""
         pages = self.pages_of(kv_end, block)
 
         @pl.when(pages == self.block_pages)
@@ -187,17 +208,18 @@ class PagedKernel:
 
         pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, start_page))
 
-    def wait_block(self, kv_end, block, buffer):
-        """Waits for the copies that `start_block` started."""
-        wait_page = functools.partial(self.wait_page, buffer)
-        pages = self.pages_of(kv_end, block)
+    def wait_pages(self, buffer, pages):
+        """Waits for some pages of a block."""
 
         @pl.when(pages == self.block_pages)
         def wait_for_full_block():
             whole = self.kv.at[buffer]
             pltpu.make_async_copy(whole, whole, self.kv_sem.at[buffer]).wait()  # as many bytes, wherever they come from
 
-        pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, wait_page))
+        pl.when(pages < self.block_pages)(functools.partial(for_each, 0, pages, functools.partial(self.wait_page, buffer)))
+
+    def wait_page(self, buffer, page):
+        self.page_copy(0, buffer, page).wait()  # as many bytes, wherever they come from
 
     cleared_planes = (V_PLANE,)
 
@@ -266,6 +288,9 @@ class PrefillKernel(PagedKernel):
     row_sum: Ref  # float32[KV_HEADS, SUBLANES, Q_ROWS]: running sum, the same in every sublane
     acc: Ref  # float32[KV_HEADS, VALUE_ROWS, Q_ROWS]: running output
     out_rows: Ref  # bfloat16[1, Q_HEADS, Q_BLOCK, HEAD_DIM]: an output block on its way out
+    fetched: Ref  # int32[KV_BUFFERS]: pages that are fetched into each buffer
+    bad_row: Ref  # int32[MAX_SEQS]: whether each sequence is bad
+    updated: Ref  # int32[PAGE_BUFFERS]: whether each page under update is written
     kv_sem: Ref  # DMA[KV_BUFFERS]: fetches
     new_sem: Ref  # DMA[NEW_BUFFERS]: new keys and values
     old_sem: Ref  # DMA[PAGE_BUFFERS]: pages that hold old tokens
@@ -284,6 +309,7 @@ class PrefillKernel(PagedKernel):
     def attend(self):
         """Goes through the query blocks of all sequences, and for each through the KV blocks that it sees."""
         start = (self.first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        for_each(0, self.end_seq, self.check_row)
         # The first block comes while the last pages go, if none of these is in it.
         early = self.first_page(self.first_seq) >= self.block_pages
         self.update_pages(functools.partial(self.start_fetch, 0, start, early))
@@ -309,7 +335,7 @@ class PrefillKernel(PagedKernel):
         end = self.kv_end(seq, q_block)
         valid = jnp.minimum(end - block * KV_BLOCK, KV_BLOCK)
         last = (block + 1) * KV_BLOCK >= end
-        first_query = self.kv_lens[seq] - self.q_len(seq) + q_block * Q_BLOCK
+        first_query = self.row_len(seq) - self.q_len(seq) + q_block * Q_BLOCK
         pl.when(block == 0)(functools.partial(self.load_query_block, seq, q_block, q_step))
         pl.when(~scored)(functools.partial(self.wait_block, end, block, buffer))
         pl.when(last)(functools.partial(self.clear_tail, buffer, valid))
@@ -328,6 +354,7 @@ class PrefillKernel(PagedKernel):
         """Starts to write the output of a query block, once that of the block before, `sent`, has been written."""
         pl.when(q_step > 0)(functools.partial(self.wait_output, sent))
         self.store_output()
+        pl.when(self.bad_row[seq] > 0)(functools.partial(for_each, 0, self.out_rows.shape[1], self.spoil_output))
         self.for_copies(seq, q_block, self.out_copy, start_copy)
 
     def wait_output(self, sent):
@@ -337,7 +364,7 @@ class PrefillKernel(PagedKernel):
 
     def sequences(self):
         """The first sequence of the kernel, and the end of them."""
-        return jnp.int32(0), self.distribution[1]
+        return jnp.int32(0), jnp.clip(self.distribution[1], 0, min(MAX_SEQS, self.num_tokens() // CHUNK))
 
     def q_start(self, seq):
         """The row of a sequence's first new token."""
@@ -349,11 +376,41 @@ class PrefillKernel(PagedKernel):
 
     def queries_end(self, seq, q_block):
         """The number of tokens of a sequence up to the last query of a block."""
-        return self.kv_lens[seq] - CHUNK + (q_block + 1) * Q_BLOCK
+        return self.row_len(seq) - CHUNK + (q_block + 1) * Q_BLOCK
 
     def for_copies(self, seq, q_block, make_copy, act):
         """Acts on the copy `make_copy(row of queries, token of the block, tokens)` that holds a query block."""
         act(make_copy(pl.multiple_of(self.q_start(seq) + q_block * Q_BLOCK, Q_BLOCK), 0, Q_BLOCK))
+
+    # ---- Bounds checks: `bad_row` says of which sequences a number cannot be.
+
+    def num_tokens(self):
+        """The number of rows of queries."""
+        return self.q_hbm.shape[1]
+
+    def check_row(self, seq):
+        self.bad_row[seq] = jnp.where(self.is_row(seq), 0, 1)
+
+    def is_row(self, seq):
+        """Whether the number of a sequence's tokens can be one: from CHUNK_LEAST to ROW_TOKENS."""
+        return (self.kv_lens[seq] - CHUNK_LEAST).astype(jnp.uint32) <= jnp.uint32(ROW_TOKENS - CHUNK_LEAST)
+
+    def row_len(self, seq):
+        """The number of a sequence's tokens; where that cannot be, CHUNK_LEAST."""
+        return jnp.where(self.is_row(seq), self.kv_lens[seq], CHUNK_LEAST)
+
+    def check_page(self, seq, page, buffer):
+        """Whether a page is to be updated: there are new tokens for it, its sequence is not bad, and nor is its id."""
+        physical = self.page_indices[seq * PAGES_PER_SEQ + page]
+        first, end = self.new_span(seq, page)
+        has_id = is_page(physical, self.cache_hbm)
+        self.bad_row[seq] = jnp.where(has_id, self.bad_row[seq], 1)
+        self.updated[buffer] = jnp.where(has_id & (first < end) & (self.bad_row[seq] == 0), 1, 0)
+        return self.updated[buffer] > 0
+
+    def spoil_output(self, i):
+        """Makes a part of an output block NaN."""
+        self.out_rows[0, i] = jnp.full(self.out_rows.shape[2:], jnp.nan, self.out_rows.dtype)
 
     # ---- Update of the cache: page by page, old tokens are kept and new ones put in.
 
@@ -375,27 +432,28 @@ class PrefillKernel(PagedKernel):
         """Updates one page, and loads what a later one needs."""
         step, seq, page, *fetched = carry
         fetched = self.load_page(step + UPDATE_LOOKAHEAD, *fetched)
-        self.merge_page(step, seq, page)
+        pl.when(self.updated[lax.rem(step, PAGE_BUFFERS)] > 0)(functools.partial(self.merge_page, step, seq, page))
         return step + 1, *self.next_page(seq, page), *fetched
 
     def wait_last_write(self, steps, index):
         """Waits for one of the last writes: all have as many bytes."""
-        page = self.first_page(self.first_seq)
-        self.page_write(self.first_seq, page, lax.rem(steps - 1 - index, PAGE_BUFFERS)).wait()
+        page, buffer = self.first_page(self.first_seq), lax.rem(steps - 1 - index, PAGE_BUFFERS)
+        write = self.page_write(self.first_seq, page, buffer)
+        pl.when(self.updated[buffer] > 0)(write.wait)
 
     def first_page(self, seq):
         """The first page of a sequence that gets new tokens."""
-        return lax.div(self.kv_lens[seq] - self.q_len(seq), PAGE_SIZE)
+        return lax.div(self.row_len(seq) - self.q_len(seq), PAGE_SIZE)
 
     def next_page(self, seq, page):
         """The page after a page, maybe of the next sequence."""
-        last = (page + 1) * PAGE_SIZE >= self.kv_lens[seq]
+        last = (page + 1) * PAGE_SIZE >= self.row_len(seq)
         next_seq = jnp.where(last, seq + 1, seq)
         return next_seq, jnp.where(last, self.first_page(jnp.minimum(next_seq, self.end_seq - 1)), page + 1)
 
     def new_span(self, seq, page):
         """The new tokens of a page, as a range within it."""
-        kv_len = self.kv_lens[seq]
+        kv_len = self.row_len(seq)
         first = jnp.maximum(kv_len - self.q_len(seq) - page * PAGE_SIZE, 0)
         return first, jnp.minimum(kv_len - page * PAGE_SIZE, PAGE_SIZE)
 
@@ -413,10 +471,14 @@ class PrefillKernel(PagedKernel):
     def start_page_copies(self, step, seq, page, buffer):
         """Starts them once the buffer is free."""
 
-        @pl.when(step >= PAGE_BUFFERS)
+        @pl.when((step >= PAGE_BUFFERS) & (self.updated[buffer] > 0))
         def wait_for_buffer():
             self.page_write(seq, page, buffer).wait()  # the write of PAGE_BUFFERS steps ago: as many bytes, this semaphore
 
+        pl.when(self.check_page(seq, page, buffer))(functools.partial(self.load_tokens, step, seq, page, buffer))
+
+    def load_tokens(self, step, seq, page, buffer):
+        """Starts the copies of a page's new tokens, and of its old ones if it has any."""
         for copy in self.new_token_copies(seq, page, lax.rem(step, NEW_BUFFERS)):
             copy.start()
         first, end = self.new_span(seq, page)
@@ -444,7 +506,7 @@ class PrefillKernel(PagedKernel):
         def wait_for_old_tokens():
             self.old_page_copy(seq, page, buffer).wait()
 
-        self.tokens_before = remainder(self.q_start(seq) + self.q_len(seq) - self.kv_lens[seq], SORTED_TOKENS)
+        self.tokens_before = remainder(self.q_start(seq) + self.q_len(seq) - self.row_len(seq), SORTED_TOKENS)
         merge = functools.partial(self.merge_tokens, buffer, new_buffer, first, end)
         for_each(lax.div(first, MERGE_TOKENS), pl.cdiv(end, MERGE_TOKENS), merge)
         self.page_write(seq, page, buffer).start()
@@ -452,7 +514,7 @@ class PrefillKernel(PagedKernel):
     def new_token_copies(self, seq, page, buffer):
         """The copies of a page's new keys and values."""
         # A copy has a fixed size: it is moved back at the end of the array, and lands moved by as much.
-        wanted = self.q_start(seq) + page * PAGE_SIZE - (self.kv_lens[seq] - self.q_len(seq))
+        wanted = self.q_start(seq) + page * PAGE_SIZE - (self.row_len(seq) - self.q_len(seq))
         wanted &= -SORTED_TOKENS  # whole sublane tiles; merging makes up for it
         source = jnp.clip(wanted, 0, self.k_hbm.shape[1] - NEW_TOKENS)
         take = pl.ds(pl.multiple_of(source, SORTED_TOKENS), NEW_TOKENS)
@@ -532,7 +594,7 @@ class PrefillKernel(PagedKernel):
             self.for_query_copies(seq, q_block, lax.rem(q_step, KV_BUFFERS), start_copy)
 
         end = self.kv_end(seq, q_block)
-        self.start_block(end, seq, block, lax.rem(step, KV_BUFFERS))
+        self.start_block(end, seq, seq * PAGES_PER_SEQ, block, lax.rem(step, KV_BUFFERS))
 
     def next_fetch(self, at):
         """The step after a step, if there is one."""
@@ -889,6 +951,9 @@ def attend_prefill(queries, keys, values, cache, kv_lens, page_indices, distribu
             pltpu.VMEM((KV_HEADS, SUBLANES, Q_ROWS), jnp.float32),  # row_sum
             pltpu.VMEM((KV_HEADS, VALUE_ROWS, Q_ROWS), jnp.float32),  # acc
             pltpu.VMEM((1, Q_HEADS, Q_BLOCK, HEAD_DIM), jnp.bfloat16),  # out_rows
+            pltpu.SMEM((KV_BUFFERS,), jnp.int32),  # fetched
+            pltpu.SMEM((MAX_SEQS,), jnp.int32),  # bad_row
+            pltpu.SMEM((PAGE_BUFFERS,), jnp.int32),  # updated
             pltpu.SemaphoreType.DMA((KV_BUFFERS,)),  # kv_sem
             pltpu.SemaphoreType.DMA((NEW_BUFFERS,)),  # new_sem
             pltpu.SemaphoreType.DMA((PAGE_BUFFERS,)),  # old_sem

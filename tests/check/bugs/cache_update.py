@@ -23,7 +23,7 @@ BOTH = (
     Bug(
         "no wait for the last cache writes",
         "PrefillKernel.wait_last_write",
-        "self.page_write(self.first_seq, page, lax.rem(steps - 1 - index, PAGE_BUFFERS)).wait()",
+        "pl.when(self.updated[buffer] > 0)(write.wait)",
     ),
     Bug(
         "the next page written in place of each",

@@ -37,8 +37,8 @@ READING = (
     Bug(
         "the last block left out",
         "DecodeKernel.next_block",
-        "(block + 1) * BLOCK >= self.kv_lens[seq]",
-        "(block + 2) * BLOCK > self.kv_lens[seq]",
+        "(block + 1) * BLOCK >= self.row_len(seq)",
+        "(block + 2) * BLOCK > self.row_len(seq)",
         hangs=True,
     ),
 )
@@ -62,7 +62,7 @@ WAITS = (
     Bug("no wait for a block", "DecodeKernel.wait_and_patch", "self.wait_block(kv_len, block, buffer)"),
     Bug(
         "no wait for a full block",
-        "PagedKernel.wait_block.wait_for_full_block",
+        "PagedKernel.wait_pages.wait_for_full_block",
         "pltpu.make_async_copy(whole, whole, self.kv_sem.at[buffer]).wait()",
     ),
     Bug(

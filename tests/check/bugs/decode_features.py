@@ -13,14 +13,14 @@ BOTH = (
     Bug(
         "a page before the window fetched",
         "DecodeKernel.first_token",
-        "self.kv_lens[seq] - WINDOW",
-        "self.kv_lens[seq] - WINDOW - PAGE_SIZE",
+        "self.row_len(seq) - WINDOW",
+        "self.row_len(seq) - WINDOW - PAGE_SIZE",
     ),
     Bug(
         "the first page of the window not fetched",
         "DecodeKernel.first_token",
-        "self.kv_lens[seq] - WINDOW",
-        "self.kv_lens[seq] - WINDOW + PAGE_SIZE",
+        "self.row_len(seq) - WINDOW",
+        "self.row_len(seq) - WINDOW + PAGE_SIZE",
     ),
     Bug(
         "sinks as logarithms to base 2",
@@ -33,8 +33,8 @@ CHUNKS = (
     Bug(
         "the chunk of the next token seen",
         "DecodeKernel.first_token",
-        "jnp.maximum(self.kv_lens[seq] - 1, 0)",
-        "self.kv_lens[seq]",
+        "jnp.maximum(self.row_len(seq) - 1, 0)",
+        "self.row_len(seq)",
     ),
 )
 # The rest of kernels by blocks.
@@ -93,8 +93,8 @@ CHUNKS_OF_BLOCKS = (
     Bug(
         "tokens counted from the sequence's start",
         "DecodeKernel.seen_len",
-        "self.kv_lens[seq] - self.first_token(seq)",
-        "self.kv_lens[seq]",
+        "self.row_len(seq) - self.first_token(seq)",
+        "self.row_len(seq)",
     ),
 )
 # The rest of kernels by waves.

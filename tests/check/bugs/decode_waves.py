@@ -11,22 +11,22 @@ from small import SEPARATE, small_plan
 FETCHES = (
     Bug(
         "the next page fetched in place of each",
-        "DecodeKernel.fetch_tile",
-        "self.page_indices[first_entry + page]",
-        "self.page_indices[first_entry + page + 1]",
+        "DecodeKernel.page_id",
+        "self.page_indices[entry + page]",
+        "self.page_indices[entry + page + 1]",
     ),
     Bug(
         "a last page of one token not fetched",
-        "DecodeKernel.fetch_tile",
-        "page * PAGE_SIZE < left",
-        "page * PAGE_SIZE < left - 1",
+        "DecodeKernel.fetch_pages",
+        "page * PAGE_SIZE < fetched",
+        "page * PAGE_SIZE < fetched - 1",
         hangs=True,
     ),
     Bug(
         "a page behind the last token fetched",
-        "DecodeKernel.fetch_tile",
-        "page * PAGE_SIZE < left",
-        "page * PAGE_SIZE <= left",
+        "DecodeKernel.fetch_pages",
+        "page * PAGE_SIZE < fetched",
+        "page * PAGE_SIZE <= fetched",
     ),
     Bug(
         "a wave fetched over the one before it",
@@ -60,8 +60,8 @@ FETCHES = (
     Bug(
         "the last wave left out",
         "DecodeKernel.iterate",
-        "self.tile_left[self.slot(wave + 1, 0)]",
-        "self.tile_left[self.slot(wave + 2, 0)]",
+        "self.tile_seq[self.slot(wave + 1, 0)]",
+        "self.tile_seq[self.slot(wave + 2, 0)]",
     ),
 )
 WAITS = (
@@ -72,12 +72,12 @@ WAITS = (
     ),
     Bug(
         "pages behind a tile waited for",
-        "DecodeKernel.wait_for_tiles",
-        "jnp.clip(self.tile_left[first + i], 0, TILE)",
-        "jnp.maximum(self.tile_left[first + i], 0)",
+        "DecodeKernel.pages_of_tile",
+        "jnp.clip(self.tile_left[slot], 0, TILE)",
+        "jnp.maximum(self.tile_left[slot], 0)",
         hangs=True,
     ),
-    Bug("no wait for a partial page", "DecodeKernel.wait_for_tiles", "some + (PAGE_SIZE - 1)", "some"),
+    Bug("no wait for a partial page", "DecodeKernel.pages_of_tile", "tokens + (PAGE_SIZE - 1)", "tokens"),
     Bug(
         "no wave waited for or patched",
         "DecodeKernel.iterate",
@@ -360,9 +360,9 @@ UPDATES = (
 PAST_THE_END = (
     Bug(
         "the page table read past its end",
-        "DecodeKernel.fetch_tile",
-        "jnp.minimum(first_entry + page, LAST_ENTRY)",
-        "first_entry + page",
+        "DecodeKernel.page_id",
+        "jnp.minimum(entry + page, LAST_ENTRY)",
+        "entry + page",
         says="Out-of-bounds read",
     ),
 )

@@ -100,13 +100,13 @@ HEADS = (
 )
 # Rows of mixed kernels, whose lengths differ.
 ROWS = (
-    Bug("prefill rows left out", "MixedKernel.sequences", "self.distribution[0]", "self.distribution[1]"),
-    Bug("mixed rows left out", "MixedKernel.sequences", "self.distribution[2]", "self.distribution[1]"),
+    Bug("prefill rows left out", "MixedKernel.checked_sequences", "self.distribution[0]", "self.distribution[1]"),
+    Bug("mixed rows left out", "MixedKernel.checked_sequences", "self.distribution[2]", "self.distribution[1]"),
     Bug(
         "queries and outputs one row early",
         "MixedKernel.q_start",
-        "self.cu_q_lens[seq]",
-        "jnp.maximum(self.cu_q_lens[seq] - 1, 0)",
+        "self.q_starts[seq]",
+        "jnp.maximum(self.q_starts[seq] - 1, 0)",
     ),
     Bug(
         "copies of one token left out",

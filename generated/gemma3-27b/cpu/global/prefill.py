@@ -24,6 +24,7 @@ HEAD_DIM = 128
 MAX_SEQS = 64
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 128
+ROW_TOKENS = PAGES_PER_SEQ * PAGE_SIZE  # that a sequence's page table has room for
 CHUNK = 512  # new tokens of every sequence
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 DTYPE = jnp.bfloat16
@@ -62,6 +63,24 @@ def cache_words(kv_cache, step):
 def cdiv(value, by):
     """`value / by` rounded up, of what is not negative."""
     return lax.div(value + (by - 1), by)
+
+
+def good_rows(kv_lens, edges, page_indices, num_pages):
+    """Which sequences have numbers that can be; sequence s has rows [edges[s], edges[s + 1]) of the queries."""
+    new = edges[1:] - edges[:-1]
+    fits = (kv_lens >= new) & (kv_lens <= ROW_TOKENS)
+    ids = page_indices.reshape(MAX_SEQS, PAGES_PER_SEQ)
+    first_token = jnp.arange(PAGES_PER_SEQ) * PAGE_SIZE
+    used = first_token < kv_lens[:, None]
+    return fits & (((ids >= 0) & (ids < num_pages)) | ~used).all(axis=1)
+
+
+def spoil_bad_rows(rows, edges, good, end):
+    """Results by row of the queries, NaN for those of bad sequences before `end`."""
+    row = jnp.arange(len(rows))
+    seq = jnp.searchsorted(edges[1:], row, side="right")
+    bad = (row < edges[end]) & ~good[jnp.minimum(seq, MAX_SEQS - 1)]
+    return jnp.where(bad.reshape(-1, *[1] * (rows.ndim - 1)), jnp.nan, rows)
 
 
 def split_kv(rows):
@@ -124,6 +143,7 @@ def update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, first
 
     def sequence(seq, kv_cache):
         start, count = new_tokens(cu_q_lens, seq)
+        count = jnp.where(kv_lens[seq] > 0, count, 0)  # of a bad sequence none
         end = kv_lens[seq]
         begin = end - count
 
@@ -162,6 +182,7 @@ def attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, firs
 
     def sequence(seq, out):
         start, count = new_tokens(cu_q_lens, seq)
+        count = jnp.where(kv_lens[seq] > 0, count, 0)  # of a bad sequence none
         begin = kv_lens[seq] - count
 
         def q_block(index, out):
@@ -220,7 +241,10 @@ def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indice
     Sequence s has rows [s * CHUNK, (s + 1) * CHUNK) of `queries`: `cu_q_lens` is not used. Rows past the last sequence
     are zero in `out`.
     """
-    num_seqs = distribution[1]
+    num_seqs = jnp.clip(distribution[1], 0, min(MAX_SEQS, len(queries) // CHUNK))
+    edges = jnp.arange(MAX_SEQS + 1) * CHUNK
+    good = good_rows(kv_lens, edges, page_indices, len(kv_cache))
+    kv_lens = jnp.where(good, kv_lens, 0)
     kv_cache = update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, 0, num_seqs)
     tokens = len(queries)
     queries = jnp.pad(as_words(queries), ((0, Q_BLOCK), (0, 0), (0, 0)))
@@ -228,4 +252,4 @@ def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indice
     out = attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, 0, num_seqs)
     is_token = jnp.arange(tokens) < num_seqs * CHUNK
     out = as_values(jnp.where(is_token[:, None, None], out[:tokens], WORD(0)))
-    return out, kv_cache
+    return spoil_bad_rows(out, edges, good, num_seqs), kv_cache

@@ -24,6 +24,8 @@ HEAD_DIM = 128
 MAX_SEQS = 64
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 128
+ROW_TOKENS = PAGES_PER_SEQ * PAGE_SIZE  # that a sequence's page table has room for
+DECODE_LEN = 1  # new tokens of a decode row
 WINDOW = 1024  # tokens that a query sees, itself the last of them
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 DTYPE = jnp.bfloat16
@@ -65,6 +67,25 @@ def cache_words(kv_cache, step):
 def cdiv(value, by):
     """`value / by` rounded up, of what is not negative."""
     return lax.div(value + (by - 1), by)
+
+
+def good_rows(kv_lens, edges, page_indices, num_pages):
+    """Which sequences have numbers that can be; sequence s has rows [edges[s], edges[s + 1]) of the queries."""
+    new = edges[1:] - edges[:-1]
+    fits = (kv_lens >= new) & (kv_lens <= ROW_TOKENS)
+    ids = page_indices.reshape(MAX_SEQS, PAGES_PER_SEQ)
+    first_token = jnp.arange(PAGES_PER_SEQ) * PAGE_SIZE
+    used = first_token < kv_lens[:, None]
+    used &= first_token + PAGE_SIZE > (kv_lens - new)[:, None] + 1 - WINDOW
+    return fits & (((ids >= 0) & (ids < num_pages)) | ~used).all(axis=1)
+
+
+def spoil_bad_rows(rows, edges, good, end):
+    """Results by row of the queries, NaN for those of bad sequences before `end`."""
+    row = jnp.arange(len(rows))
+    seq = jnp.searchsorted(edges[1:], row, side="right")
+    bad = (row < edges[end]) & ~good[jnp.minimum(seq, MAX_SEQS - 1)]
+    return jnp.where(bad.reshape(-1, *[1] * (rows.ndim - 1)), jnp.nan, rows)
 
 
 def split_kv(rows):
@@ -141,15 +162,20 @@ def update_rows(kv_cache, keys, values, kv_lens, page_indices, num_seqs):
     """Writes the new tokens of the sequences [0, num_seqs) in place; they are the first rows of `keys` and `values`."""
     rows = new_rows(keys, values)
 
+    token = jnp.arange(min(rows.shape[TOKEN_AXIS] // DECODE_LEN, MAX_SEQS) * DECODE_LEN)
+    written = (token < num_seqs) & (kv_lens[token // DECODE_LEN] > 0)
+    order = jnp.argsort(~written)
+
     def write(token, kv_cache):
         words, token = cache_words(kv_cache, token)
+        token = order[token]
         seq, position = new_token(token, kv_lens)
         page = page_indices[seq * PAGES_PER_SEQ + lax.div(position, PAGE_SIZE)]
         row = lax.dynamic_slice_in_dim(rows, token, 1, TOKEN_AXIS)
         words = lax.dynamic_update_slice(words, row[None], token_start(page, lax.rem(position, PAGE_SIZE)))
         return as_values(words)
 
-    return lax.fori_loop(0, num_seqs, write, kv_cache)
+    return lax.fori_loop(0, written.sum(), write, kv_cache)
 
 
 def attend_decode(queries, kv_cache, kv_lens, page_indices, num_seqs):
@@ -237,6 +263,7 @@ def update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, first
 
     def sequence(seq, kv_cache):
         start, count = new_tokens(cu_q_lens, seq)
+        count = jnp.where(kv_lens[seq] > 0, count, 0)  # of a bad sequence none
         end = kv_lens[seq]
         begin = end - count
 
@@ -275,6 +302,7 @@ def attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, firs
 
     def sequence(seq, out):
         start, count = new_tokens(cu_q_lens, seq)
+        count = jnp.where(kv_lens[seq] > 0, count, 0)  # of a bad sequence none
         begin = kv_lens[seq] - count
 
         def q_block(index, out):
@@ -336,7 +364,14 @@ def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indice
 
     Rows past the last sequence are zero in `out`.
     """
-    decodes, end = distribution[0], distribution[2]
+    decodes = jnp.clip(distribution[0], 0, min(MAX_SEQS, len(queries) // DECODE_LEN))
+    end = jnp.clip(distribution[2], decodes, MAX_SEQS)
+    # Edges that fall or pass the queries are moved to where no sequence gets rows of one before it.
+    row = jnp.arange(MAX_SEQS + 1)
+    cu_q_lens = jnp.where(row <= decodes, row * DECODE_LEN, jnp.clip(cu_q_lens, 0, len(queries)))
+    cu_q_lens = edges = lax.cummax(cu_q_lens)
+    good = good_rows(kv_lens, edges, page_indices, len(kv_cache))
+    kv_lens = jnp.where(good, kv_lens, 0)
     kv_cache = update_rows(kv_cache, keys, values, kv_lens, page_indices, decodes)
     kv_cache = update_pages(kv_cache, keys, values, kv_lens, page_indices, cu_q_lens, decodes, end)
     tokens = len(queries)
@@ -347,4 +382,4 @@ def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indice
     out = attend_blocks(out, queries, kv_cache, kv_lens, page_indices, cu_q_lens, decodes, end)
     is_token = jnp.arange(tokens) < cu_q_lens[end]
     out = as_values(jnp.where(is_token[:, None, None], out[:tokens], WORD(0)))
-    return out, kv_cache
+    return spoil_bad_rows(out, edges, good, end), kv_cache
