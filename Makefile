@@ -15,17 +15,24 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow fuzz test-adapters test-init lint support samples generate generated check mutations bench-cpu bench-gpu bench-peers bench-models report-peers report-browser bench-kernels bench-chunks bench-scheduling \
+.PHONY: demo test test-newest test-slow fuzz test-adapters test-init test-serve lint support samples generate generated check mutations bench-cpu bench-gpu bench-peers bench-models report-peers report-browser bench-kernels bench-chunks bench-scheduling \
 	same calibrate lock test-oldest release build-all serve-demo clean
 
 demo: $(VENV)/ready
 	start=$$(date +%s); $(BIN)/rpac build specs/llama3-8b.yaml --target tpu7x --target cpu && \
 		RPAC_DEMO_START=$$start $(BIN)/python examples/demo.py build/llama3-8b.rpac build/demo.json
 
-# A server of a small Llama on rpac's attention, under load, and the time to its first token.
+# A server of a small checkpoint with random weights under load, from a bundle with its whole step; and the time to the first
+# token, compared with jit.
+DEMO := build/serve-demo
+serve-demo: export PYTHONPATH := examples$(if $(PYTHONPATH),:$(PYTHONPATH))
 serve-demo: $(VENV)/ready
-	$(BIN)/rpac build examples/serve/spec.yaml --this-cpu
-	PYTHONPATH=examples$${PYTHONPATH:+:$$PYTHONPATH} $(BIN)/python -m serve.demo build/serve-demo.rpac examples/serve/spec.yaml
+	$(BIN)/python -m serve.tiny $(DEMO)
+	$(BIN)/rpac init $(DEMO) --dtype float32 --max-model-len 256 --block-size 16 --max-num-seqs 16 \
+		--max-num-batched-tokens 64 --num-gpu-blocks-override 32 --force -o $(DEMO).yaml
+	MODEL=$(DEMO) $(BIN)/rpac build $(DEMO).yaml --target cpu --this-cpu --step serve.whole:step
+	$(BIN)/python -m serve.demo $(DEMO) $(DEMO).rpac
+	$(BIN)/python -m serve.first_token $(DEMO) $(DEMO).rpac $(DEMO).yaml
 
 test: $(VENV)/ready lint generated
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
@@ -55,6 +62,10 @@ test-adapters: $(VENV)/ready
 # `rpac init` on every decoder of the transformers package, in an environment under build/init.
 test-init: $(VENV)/ready
 	NEWEST_PYTHON="$(NEWEST_PYTHON)" $(BIN)/python -m pytest -m slow -rA tests/init
+
+# The example server on checkpoints that transformers writes, in an environment under build/serve.
+test-serve: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow -rA tests/examples/test_serve_transformers.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

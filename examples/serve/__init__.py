@@ -1,4 +1,4 @@
-"""A server of a small Llama on rpac's attention: continuous batching, shared prefixes, tokens streamed over HTTP.
+"""A server of checkpoint folders with OpenAI's API, from a bundle that holds the model's whole step: docs/example-server.md.
 
-PYTHONPATH=examples python -m serve.app build/serve-demo.rpac
+PYTHONPATH=examples python -m serve.app models/llama build/llama.rpac
 """

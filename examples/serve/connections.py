@@ -1,7 +1,7 @@
 """How many connections there may be, and how long each may take to send a request.
 
 aiohttp bounds the size of headers and bodies, but not the time that they take: a client that sends nothing, or a byte now and
-then, would hold its connection for ever.
+then, would hold its connection for ever. So would one that does not read its answer.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from serve.answers import error_body
+
 LINGERING_S = 2.0  # for the rest of a body that nobody wants
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Connections at once. Seconds for the headers of a request, and for its body."""
+    """Connections at once. Seconds for the headers of a request, for its body, and for a client to take an event."""
 
     most: int = 1024
     headers_s: float = 10.0
     body_s: float = 10.0
+    event_s: float = 30.0
 
 
 class Gate:
@@ -106,7 +109,7 @@ class Connection(asyncio.Protocol):
 
 def refusal(why: str) -> bytes:
     """A whole answer for a client that no handler will see."""
-    body = json.dumps({"error": why}).encode()
+    body = json.dumps(error_body(503, why)).encode()
     head = (
         "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -118,7 +121,9 @@ def refusal(why: str) -> bytes:
 async def listening(app: web.Application, gate: Gate, host: str, port: int) -> AsyncIterator[int]:
     """Serves an application on a port, which is yielded: another one than was asked for where that is 0."""
     # A handler ends when its client goes.
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=5, lingering_time=LINGERING_S)
+    runner = web.AppRunner(
+        app, access_log=None, handler_cancellation=True, shutdown_timeout=5, lingering_time=LINGERING_S
+    )
     await runner.setup()
     assert runner.server is not None
     make_protocol = runner.server

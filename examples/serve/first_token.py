@@ -1,102 +1,91 @@
-"""From the start of a process to its first token, once: with a bundle, or with attention generated and compiled here.
+"""From the start of a process to its first token: with a bundle, and with everything compiled by jit from nothing.
 
-    PYTHONPATH=examples python -m serve.first_token bundle build/serve-demo.rpac [COMPILE_CACHE]
-    PYTHONPATH=examples python -m serve.first_token scratch examples/serve/spec.yaml [COMPILE_CACHE]
+    PYTHONPATH=examples python -m serve.first_token build/model build/model.rpac build/model.yaml [RUNS]
 
-Prints JSON, in seconds: `model`, the imports of Python and jax, and the weights, with jax's first compile of anything;
-`attention`, until the program of the first step is ready, which is what a bundle is for; `all`, the same for every program,
-which a server must wait for that no request shall wait; `first_token`, everything from the start, the compiles of the
-model's own pieces included. `attention_cores` and `all_cores` are the time of all cores, which other work on the machine
-moves less.
+runs fresh processes of each kind in turn, so that other load on the machine affects both alike, and prints a table.
+`bundle` loads the bundle. `jit` generates the same kernels from the spec, traces them and compiles them with the model, as a
+server without rpac would. Both read the same checkpoint, and must give the same token.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 SPAWNED = float(os.environ.get("SPAWNED", time.time()))  # wall clock, by the parent
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-
-from serve import model  # noqa: E402
-from serve.compiled import keep_compiled  # noqa: E402
-from serve.generate import Generator  # noqa: E402
-
-PROMPT = list(range(32))  # one prefill chunk
-FIRST = ("prefill", 64)
+PROMPT = list(range(1, 33))
+COLUMNS = {"one": "its step ready", "one_cores": "(cores)", "all": "all steps ready", "all_cores": "(cores)"}
 
 
-def from_bundle(path: str) -> Any:
-    import rpac
-
-    engine = rpac.load(path, target="cpu")
-    engine.warm([rpac.Variant(*FIRST)])
-    return engine
-
-
-class Scratch:
-    """The same kernels without a bundle: generated, traced and compiled here. It has as much of an engine as one step needs."""
-
-    def __init__(self, path: str) -> None:
-        from rpac.batch import Limits
-        from rpac.build import sources_of
-        from rpac.lower import tasks_of
-        from rpac.spec import load_spec
-
-        spec = load_spec(path)
-        self.limits = Limits.of(spec)
-        self.device = jax.devices()[0]
-        self.programs = {(task.kind, task.tokens): task for task in tasks_of(spec, sources_of(spec, ["cpu"]))}
-        self._compiled: dict[tuple[str, int], Any] = {}
-        self._compile(FIRST)
-
-    def warm(self) -> None:
-        for variant in self.programs:
-            self._compile(variant)
-
-    def _compile(self, variant: tuple[str, int]) -> None:
-        from rpac.lower.worker import load_program
-
-        if variant not in self._compiled:
-            task = self.programs[variant]
-            shapes = [jax.ShapeDtypeStruct(one.shape, jnp.dtype(one.dtype)) for one in task.args]
-            self._compiled[variant] = jax.jit(load_program(task.source), donate_argnums=3).lower(*shapes).compile()
-
-    def __call__(self, *args: Any, validate: bool) -> Any:
-        return self._compiled[FIRST](*args)
+def main(model: str, bundle: str, spec: str, count: str = "1") -> None:
+    ways = {"jit": ("jit", model, spec), "bundle": ("bundle", model, bundle)}
+    runs = [{way: started(*arguments) for way, arguments in ways.items()} for _ in range(int(count))]
+    tokens = {found["token"] for run in runs for found in run.values()}
+    if len(tokens) != 1:
+        sys.exit(f"the tokens differ: {tokens}")
+    fastest = {way: {key: min(run[way][key] for run in runs) for key in COLUMNS} for way in ways}
+    print(
+        f"fresh processes on {os.cpu_count()} cores, each figure the least of {count}; in brackets the time of all cores:\n"
+    )
+    rows = [(way, *(f"{fastest[way][key]:.2f} s" for key in COLUMNS)) for way in ways]
+    print(tabulated(rows))
+    one, every = (fastest["jit"][key] / fastest["bundle"][key] for key in ("one", "all"))
+    print(
+        f"\nwith the bundle the first token comes {every:.1f} times sooner from a server that has all steps ready before it "
+        f"takes a request, and {one:.1f} times sooner from one that has only the step of this token"
+    )
 
 
-def now() -> np.ndarray:
-    """Seconds of the wall clock, and seconds of all cores together."""
-    return np.array([time.time(), time.process_time()])
+def tabulated(rows: list[tuple[str, ...]]) -> str:
+    from tabulate import tabulate
+
+    return tabulate(rows, headers=("", *COLUMNS.values()), tablefmt="simple")
 
 
-def main(mode: str, path: str, cache: str | None = None) -> None:
-    if cache is not None:
-        keep_compiled(cache)
-    config = model.Config()
-    params = jax.block_until_ready(model.init(config, 0))
-    made = now()
-    engine = {"bundle": from_bundle, "scratch": Scratch}[mode](path)
-    ready = now()
-    generator = Generator(engine, config, params)
-    generator.scheduler.add(PROMPT, 1)
-    (token,) = generator.step()
+def started(*arguments: str) -> dict[str, Any]:
+    """What one fresh process measures."""
+    environment = {**os.environ, "SPAWNED": str(time.time())}
+    command = [sys.executable, "-m", "serve.first_token", *arguments]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def measure(way: str, model: str, source: str) -> None:
+    """Prints JSON, in seconds since the process was started: the first token if only its step is made ready, and if all are."""
+    from serve.generate import Generator, Request
+
+    folder = Path(model)
+    if way == "bundle":
+        from serve.bundle import open_bundle
+
+        steps = open_bundle(source, folder, "cpu")
+    else:
+        from serve.scratch import make_scratch
+
+        steps = make_scratch(folder, source)
+    generator = Generator(steps)
+    generator.add(Request(PROMPT, 1))
+    tokens: list[int] = []
+    while not tokens:
+        tokens = [one.token for one in generator.step()]
     first = now()
-    engine.warm()
-    every = ready + now() - first
-    found = {"model": made[0] - SPAWNED, "first_token": first[0] - SPAWNED}
-    found["attention"], found["attention_cores"] = (ready - made).tolist()
-    found["all"], found["all_cores"] = (every - made).tolist()
-    print(json.dumps({**found, "token": token.token}))
+    steps.warm()
+    every = now()  # in the other order, the token would come now
+    print(json.dumps({**dict(zip(COLUMNS, (*first, *every), strict=True)), "token": tokens[0]}))
+
+
+def now() -> tuple[float, float]:
+    """Seconds since the process was started, and seconds of all cores together."""
+    return time.time() - SPAWNED, time.process_time()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    (measure if sys.argv[1] in ("jit", "bundle") else main)(*sys.argv[1:])

@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-import rpac
 from rpac.serving import Scheduler, Step
-from serve import model
-from serve.attention import PagedAttention
+from serve.sampling import Sampling
+from serve.steps import Steps
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, and how it is continued: by up to `max_tokens` tokens, or by as many as there is room for.
+
+    A token of `ends` is the last one. `temperature`, `top_p` and `seed` are those of `serve.sampling.Sampling`.
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    ends: frozenset[int] = frozenset()
 
 
 class Token(NamedTuple):
-    """A new token of a request. `last` is set if no more follow."""
+    """A new token of a request. `end` says why no more follow, and is empty if more do."""
 
     request: int
     token: int
-    last: bool
+    end: Literal["", "stop", "length"]
 
 
 @dataclass
 class Totals:
-    """What the scheduler did so far."""
+    """What happened so far. `shared_tokens` are prompt tokens that were found in the cache."""
 
     steps: int = 0
+    step_seconds: float = 0.0
+    prompt_tokens: int = 0
     tokens: int = 0
     preemptions: int = 0
     shared_tokens: int = 0
@@ -36,58 +51,79 @@ class Totals:
 
 
 class Generator:
-    """Continues prompts greedily, many at once."""
+    """Continues prompts, many at once. Not safe to call from several threads."""
 
-    def __init__(self, engine: rpac.Engine, config: model.Config, params: model.Params) -> None:
-        self.engine = engine
-        self.scheduler = Scheduler(engine.limits)
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+        self.scheduler = Scheduler(steps.limits)
         self.totals = Totals()
-        self.config = config
-        self._params = params
-        self._attention = PagedAttention(engine, config.layers)
+        self._caches = steps.new_caches()
+        self._requests: dict[int, Request] = {}
 
-    def warm(self) -> None:
-        """Compiles what steps run, so that no request has to wait for a compile."""
-        self.engine.warm()
-        for tokens in self.engine.limits.token_buckets:
-            zeros = np.zeros(tokens, np.int32)
-            x = model.forward(self.config, self._params, zeros, zeros, lambda _, queries, *__: queries)
-            greedy(self.config, self._params, x, self._sample_rows(np.zeros(0, np.int32)))
+    def add(self, request: Request) -> int:
+        """The name of a request that waits from here on. Raises BatchError if it can never run."""
+        room = max(self.scheduler.max_tokens - len(request.prompt), 1)  # add refuses a prompt that leaves no room
+        name = self.scheduler.add(request.prompt, room if request.max_tokens is None else request.max_tokens)
+        self._requests[name] = request
+        self.totals.prompt_tokens += len(request.prompt)
+        return name
+
+    def remove(self, name: int) -> None:
+        """Ends a request that runs or waits."""
+        self.scheduler.remove(name)
+        del self._requests[name]
 
     def step(self) -> list[Token]:
         """Runs one step. Returns nothing if there is nothing to do, or if the step only computed parts of prompts.
 
-        Raises StepError where the model fails. All that ran then wait to be computed again; it is for the caller to
-        remove those that were in the step.
+        Raises StepError if the model fails. All that ran then wait to be computed again; the caller removes those that
+        were in the step.
         """
         step = self.scheduler.step()
         if step is None:
             return []
+        start = time.perf_counter()
         try:
-            tokens = self._run(step)
+            found, self._caches = self.steps(step, self._caches, self._sampling(step))
         except Exception as error:
             self.scheduler.undo(step)
-            self._attention.reset()
+            self._caches = self.steps.new_caches()  # the call may have lost those that it was given
             raise StepError(step.sequences) from error
         self.totals.steps += 1
+        self.totals.step_seconds += time.perf_counter() - start
         self.totals.tokens += len(step.sampled)
         self.totals.preemptions += len(step.preempted)
         self.totals.shared_tokens += step.shared
         self.totals.copied_pages += len(step.copies)
-        ended = set(self.scheduler.commit(step, tokens))
-        return [Token(name, token, name in ended) for name, token in zip(step.sampled, tokens.tolist(), strict=True)]
+        rows = {name: row for row, name in enumerate(step.sequences)}
+        tokens = found[[rows[name] for name in step.sampled]] if step.sampled else np.zeros(0, np.int32)
+        complete = set(self.scheduler.commit(step, tokens))
+        return [
+            self._token(name, token, name in complete)
+            for name, token in zip(step.sampled, tokens.tolist(), strict=True)
+        ]
 
-    def _run(self, step: Step) -> np.ndarray:
-        self._attention.copy_pages(step.copies)
-        x = model.forward(self.config, self._params, step.token_ids, step.positions, self._attention.of(step.batch))
-        tokens = greedy(self.config, self._params, x, self._sample_rows(step.samples))
-        return np.asarray(tokens)[: len(step.samples)]
+    def _token(self, name: int, token: int, is_last: bool) -> Token:
+        if token in self._requests[name].ends:
+            if not is_last:
+                self.scheduler.remove(name)
+            del self._requests[name]
+            return Token(name, token, "stop")
+        if is_last:
+            del self._requests[name]
+        return Token(name, token, "length" if is_last else "")
 
-    def _sample_rows(self, samples: np.ndarray) -> np.ndarray:
-        """Pads to a fixed number of rows, so that the last piece is compiled once for each bucket."""
-        rows = np.zeros(self.engine.limits.max_num_seqs, np.int32)
-        rows[: len(samples)] = samples
-        return rows
+    def _sampling(self, step: Step) -> Sampling:
+        rows = self.steps.limits.max_num_seqs
+        chosen = Sampling(np.zeros(rows, np.float32), np.ones(rows, np.float32), np.zeros(rows, np.uint32))
+        for row, name in enumerate(step.sequences):
+            request = self._requests[name]
+            chosen.temperature[row], chosen.top_p[row], chosen.seed[row] = (
+                request.temperature,
+                request.top_p,
+                request.seed,
+            )
+        return chosen
 
 
 class StepError(Exception):
@@ -96,9 +132,3 @@ class StepError(Exception):
     def __init__(self, requests: tuple[int, ...]) -> None:
         super().__init__(f"the step of requests {', '.join(map(str, requests))} failed")
         self.requests = requests
-
-
-@partial(jax.jit, static_argnums=0)
-def greedy(config: model.Config, params: model.Params, x: jax.Array, rows: jax.Array) -> jax.Array:
-    """The most likely token after each of these rows; the lowest id of several that are equally likely."""
-    return jnp.argmax(model.logits(config, params, x[rows]), axis=-1)

@@ -1,142 +1,143 @@
-"""A Llama in plain JAX: RMSNorm, rotary positions, grouped-query attention, SwiGLU. Weights are made from a seed.
+"""A decoder of the Llama family in plain JAX, as one pure step: tokens in, the next token of every sequence out.
 
-Everything but attention works on rows of tokens, so the same layers serve a ragged batch and a dense one:
-`forward` is given the attention as a function.
+Llama, Mistral, Qwen2 and Qwen3 differ in what `serve.config.Config` says of them. Attention and the caches of keys and values
+are rpac's: a step is given its program as `attend`. `make_step` makes the two functions that `rpac build --step` takes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
-"""layer, queries [tokens, q_heads, head_dim], keys and values [tokens, kv_heads, head_dim] -> as queries."""
+from serve import weights
+from serve.config import Config
+from serve.rope import angles, rotate
+from serve.sampling import Sampling, sample
+from serve.weights import Params
 
+Attend = Callable[..., Any]
+"""`attend(queries, keys, values, kv_cache, layer=kind)` gives `(out, kv_cache)`; see docs/batch-contract.md."""
 
-@dataclass(frozen=True)
-class Config:
-    layers: int = 4
-    vocabulary: int = 512
-    width: int = 256
-    hidden: int = 688
-    q_heads: int = 8
-    kv_heads: int = 2
-    head_dim: int = 128
-    rope_theta: float = 10_000.0
-    epsilon: float = 1e-5
+Caches = Sequence[jax.Array]
 
 
-class Layer(NamedTuple):
-    attention_norm: jax.Array  # [width]
-    wq: jax.Array  # [width, q_heads, head_dim]
-    wk: jax.Array  # [width, kv_heads, head_dim]
-    wv: jax.Array
-    wo: jax.Array  # [q_heads, head_dim, width]
-    ffn_norm: jax.Array  # [width]
-    gate: jax.Array  # [width, hidden]
-    up: jax.Array
-    down: jax.Array  # [hidden, width]
+def make_step(config: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`step` of a model, and the function beside it that describes its arrays."""
+
+    def step(
+        attend: Attend,
+        params: Params,
+        caches: Caches,
+        token_ids: jax.Array,
+        positions: jax.Array,
+        batch: Any,
+        sampling: Sampling,
+        copies: jax.Array,
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """The token that follows each row of the batch, int32 `[min(max_num_seqs, tokens)]`, and the caches.
+
+        `token_ids` and `positions` are int32 `[tokens]`, `caches` has one array a layer, and `batch` is the metadata.
+        `copies`, int32 `[max_num_seqs, 2]`, are pages to copy in every cache before all else, from and to, ahead of rows of
+        -1. A row that is not of the batch, or whose prompt is not computed to its end, gets a token without a meaning.
+        """
+        x, caches = forward(config, attend, params, copy_pages(caches, copies), token_ids, positions)
+        count = min(len(batch.kv_lens), len(token_ids))  # each row has a token
+        last = jnp.clip(batch.cu_q_lens[1 : count + 1] - 1, 0, len(token_ids) - 1)
+        chosen = jax.tree.map(lambda one: one[:count], sampling)
+        return sample(logits(config, params, x[last]), positions[last], chosen), caches
+
+    def step_arrays(kind: str, tokens: int, limits: Any) -> dict[str, Any]:
+        """Shapes, dtypes and partitions of what is not rpac's; the same for every kind and token bucket."""
+        rows = limits.max_num_seqs
+        sampling = Sampling(*(jax.ShapeDtypeStruct((rows,), dtype) for dtype in (np.float32, np.float32, np.uint32)))
+        return {
+            "params": weights.shapes(config),
+            "caches": list(config.kinds),
+            "extra": (sampling, jax.ShapeDtypeStruct((rows, 2), np.int32)),
+            "shardings": {"params": weights.cuts(config)},
+        }
+
+    return step, step_arrays
 
 
-class Params(NamedTuple):
-    embedding: jax.Array  # [vocabulary, width]
-    layers: tuple[Layer, ...]
-    norm: jax.Array  # [width]
-    head: jax.Array  # [width, vocabulary]
+def copy_pages(caches: Caches, copies: jax.Array) -> list[jax.Array]:
+    """Caches with pages copied, `copies` `[n, 2]` from and to, ahead of rows of -1. No page is both read and written.
+
+    A loop, because its state stays in place: XLA copies a whole cache that goes through a condition.
+    """
+
+    def copied(index: jax.Array, caches: list[jax.Array]) -> list[jax.Array]:
+        source, target = copies[index]
+        return [cache.at[target].set(cache[source]) for cache in caches]
+
+    return lax.fori_loop(0, (copies[:, 1] >= 0).sum(), copied, list(caches))
 
 
-def init(config: Config, seed: int) -> Params:
-    """float32 weights, on the default device."""
-    rng = np.random.default_rng(seed)
-
-    def weight(fan_in: int, *shape: int) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(shape, np.float32) * fan_in**-0.5)
-
-    c = config
-    layers = tuple(
-        Layer(
-            attention_norm=jnp.ones(c.width),
-            wq=weight(c.width, c.width, c.q_heads, c.head_dim),
-            wk=weight(c.width, c.width, c.kv_heads, c.head_dim),
-            wv=weight(c.width, c.width, c.kv_heads, c.head_dim),
-            wo=weight(c.q_heads * c.head_dim, c.q_heads, c.head_dim, c.width),
-            ffn_norm=jnp.ones(c.width),
-            gate=weight(c.width, c.width, c.hidden),
-            up=weight(c.width, c.width, c.hidden),
-            down=weight(c.hidden, c.hidden, c.width),
-        )
-        for _ in range(c.layers)
-    )
-    return Params(weight(1, c.vocabulary, c.width), layers, jnp.ones(c.width), weight(c.width, c.width, c.vocabulary))
+def forward(
+    config: Config, attend: Attend, params: Params, caches: Caches, token_ids: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, list[jax.Array]]:
+    """The last layer's output for each token, `[tokens, width]`, before the final norm; and the caches."""
+    x = params["embedding"][token_ids]
+    rotation = angles(config.rope, config.head_dim, positions, x.dtype)
+    after = []
+    for kind, layer, cache in zip(config.kinds, params["layers"], caches, strict=True):
+        queries, keys, values = project(config, layer, x, rotation)
+        keys, values = _narrowed(keys, cache.dtype), _narrowed(values, cache.dtype)
+        heads = (_padded(one, config.kernel_head_dim) for one in (queries, keys, values))
+        out, cache, *_ = attend(*heads, cache, layer=kind)
+        x = x + _linear(layer, "o", out[..., : config.head_dim].reshape(len(x), -1))
+        x = x + mlp(layer, rms_norm(x, layer["mlp_norm"], config.epsilon))
+        after.append(cache)
+    return x, after
 
 
-def forward(config: Config, params: Params, token_ids: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
-    """The last layer's output for each token, `[tokens, width]`. Works inside jit, and outside of it in jitted pieces."""
-    x = embed(params, token_ids)
-    for index, layer in enumerate(params.layers):
-        attended = attend(index, *project(config, layer, x, positions))
-        x = complete(config, layer, x, attended)
-    return x
+def project(
+    config: Config, layer: Mapping[str, jax.Array], x: jax.Array, rotation: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries `[tokens, q_heads, head_dim]`, and keys and values `[tokens, kv_heads, head_dim]`, rotated to their positions."""
+    x = rms_norm(x, layer["attention_norm"], config.epsilon)
+    queries, keys, values = (_linear(layer, name, x).reshape(len(x), -1, config.head_dim) for name in ("q", "k", "v"))
+    if config.qk_norm:
+        queries = rms_norm(queries, layer["q_norm"], config.epsilon)
+        keys = rms_norm(keys, layer["k_norm"], config.epsilon)
+    return rotate(queries, *rotation), rotate(keys, *rotation), values
 
 
-@jax.jit
-def embed(params: Params, token_ids: jax.Array) -> jax.Array:
-    return params.embedding[token_ids]
+def mlp(layer: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
+    return _linear(layer, "down", jax.nn.silu(_linear(layer, "gate", x)) * _linear(layer, "up", x))
 
 
-@partial(jax.jit, static_argnums=0)
-def project(config: Config, layer: Layer, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries and keys, rotated to their positions, and values."""
-    x = rms_norm(x, layer.attention_norm, config.epsilon)
-    queries, keys, values = (jnp.einsum("tw,whd->thd", x, weight) for weight in (layer.wq, layer.wk, layer.wv))
-    return rotate(queries, positions, config.rope_theta), rotate(keys, positions, config.rope_theta), values
-
-
-@partial(jax.jit, static_argnums=0)
-def complete(config: Config, layer: Layer, x: jax.Array, attended: jax.Array) -> jax.Array:
-    """The rest of a layer, after its attention."""
-    x = x + jnp.einsum("thd,hdw->tw", attended, layer.wo)
-    inner = rms_norm(x, layer.ffn_norm, config.epsilon)
-    return x + (jax.nn.silu(inner @ layer.gate) * (inner @ layer.up)) @ layer.down
-
-
-@partial(jax.jit, static_argnums=0)
 def logits(config: Config, params: Params, x: jax.Array) -> jax.Array:
-    """`[tokens, vocabulary]` float32."""
-    return rms_norm(x, params.norm, config.epsilon) @ params.head
+    """float32 `[rows, vocabulary]` from the output of the last layer for some rows."""
+    x = rms_norm(x, params["norm"], config.epsilon)
+    head = params["embedding"].T if config.tied else params["head"]
+    return jnp.dot(x, head, preferred_element_type=jnp.float32)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon) * weight
+    """Over the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return weight * wide.astype(x.dtype)
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary positions, the two halves of head_dim as the real and the imaginary parts, as Llama's checkpoints have them."""
-    half = x.shape[-1] // 2
-    angles = positions[:, None, None] * theta ** (-jnp.arange(half) / half)
-    real, imaginary = x[..., :half], x[..., half:]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return jnp.concatenate([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
+def _linear(layer: Mapping[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
+    x = x @ layer[name]
+    return x + layer[f"{name}_bias"] if f"{name}_bias" in layer else x
 
 
-@partial(jax.jit, static_argnums=0)
-def dense_logits(config: Config, params: Params, token_ids: jax.Array) -> jax.Array:
-    """`[sequences, length, vocabulary]` of whole sequences, with plain causal attention and no cache: the reference."""
+def _narrowed(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """In the dtype of a cache. A number that is too large for 8 bits becomes the largest, and not NaN."""
+    if jnp.finfo(dtype).max < jnp.finfo(x.dtype).max:
+        most = float(jnp.finfo(dtype).max)
+        x = jnp.clip(x, -most, most)
+    return x.astype(dtype)
 
-    def attend(_: int, queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-        length = len(queries)
-        grouped = queries.reshape(length, config.kv_heads, -1, config.head_dim)
-        scores = jnp.einsum("qhgd,khd->hgqk", grouped, keys) * config.head_dim**-0.5
-        weights = jax.nn.softmax(jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf))
-        return jnp.einsum("hgqk,khd->qhgd", weights, values).reshape(queries.shape)
 
-    def one(tokens: jax.Array) -> jax.Array:
-        return logits(config, params, forward(config, params, tokens, jnp.arange(len(tokens)), attend))
-
-    return jax.lax.map(one, token_ids)
+def _padded(x: jax.Array, length: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[-1])))

@@ -7,11 +7,11 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from rpac.errors import RpacError
-from serve.generate import Generator, StepError, Token
+from serve.generate import Generator, Request, StepError, Token
 
 LOG = logging.getLogger("serve")
 
@@ -24,7 +24,11 @@ class Busy(Exception):
 
 
 class Failed(Exception):
-    """The step that computed a request failed, or the server is stopping."""
+    """The step that computed a request failed."""
+
+
+class Stopping(Exception):
+    """The server ends."""
 
 
 class Stream:
@@ -67,6 +71,8 @@ class Worker:
         self._streams: dict[int, Stream] = {}
         self._names: dict[Stream, int] = {}
         self._stopped = False
+        self._draining = False
+        self._drained = threading.Event()
         self._thread = threading.Thread(target=self._run, name="generator", daemon=True)
 
     def start(self) -> None:
@@ -77,9 +83,19 @@ class Worker:
         self._commands.put(self._stop)
         self._thread.join()
 
-    def submit(self, stream: Stream, prompt: Sequence[int], max_new_tokens: int) -> None:
+    @property
+    def is_serving(self) -> bool:
+        """Whether new requests are taken."""
+        return self._thread.is_alive() and not self._draining
+
+    def drain(self, seconds: float) -> bool:
+        """Takes no new requests, and waits for those that it has, but not longer than this. Returns whether all ended."""
+        self._commands.put(self._drain)
+        return self._drained.wait(seconds)
+
+    def submit(self, stream: Stream, request: Request) -> None:
         """Submits a request, from any thread. The stream says what became of it."""
-        self._commands.put(lambda: self._add(stream, prompt, max_new_tokens))
+        self._commands.put(lambda: self._add(stream, request))
 
     def cancel(self, stream: Stream) -> None:
         """Cancels a request, from any thread. Does nothing if the request has ended."""
@@ -94,24 +110,28 @@ class Worker:
             except Exception as error:
                 LOG.exception("a step failed; its requests end, the others go on")
                 for name in error.requests if isinstance(error, StepError) else list(self._streams):
-                    self._fail(name, "a step failed on the server; try again")
+                    self._fail(name, Failed("a step failed on the server; try again"))
             self.state = self._state(self.state.accepted)
 
     def _take_commands(self) -> None:
         scheduler = self.generator.scheduler
         idle = not (scheduler.running or scheduler.waiting)
+        if idle and self._draining:
+            self._drained.set()
         with contextlib.suppress(queue.Empty):
             while not self._stopped:
                 self._commands.get(block=idle)()
                 idle = False
 
-    def _add(self, stream: Stream, prompt: Sequence[int], max_new_tokens: int) -> None:
-        scheduler = self.generator.scheduler
-        if len(scheduler.waiting) >= self._most_waiting:
+    def _add(self, stream: Stream, request: Request) -> None:
+        if self._draining:
+            stream.put(Stopping("the server ends; ask another one"))
+            return
+        if len(self.generator.scheduler.waiting) >= self._most_waiting:
             stream.put(Busy(f"{self._most_waiting} requests wait already; try again later"))
             return
         try:
-            name = scheduler.add(prompt, max_new_tokens)
+            name = self.generator.add(request)
         except RpacError as error:
             stream.put(error)
             return
@@ -122,7 +142,7 @@ class Worker:
     def _remove(self, stream: Stream) -> None:
         name = self._names.get(stream)
         if name is not None:
-            self.generator.scheduler.remove(name)
+            self.generator.remove(name)
             self._forget(name)
 
     def _state(self, accepted: int) -> State:
@@ -131,18 +151,22 @@ class Worker:
 
     def _deliver(self, token: Token) -> None:
         self._streams[token.request].put(token)
-        if token.last:
+        if token.end:
             self._forget(token.request)
 
-    def _fail(self, name: int, why: str) -> None:
-        self._streams[name].put(Failed(why))
-        self.generator.scheduler.remove(name)
+    def _fail(self, name: int, why: Exception) -> None:
+        self._streams[name].put(why)
+        self.generator.remove(name)
         self._forget(name)
 
     def _forget(self, name: int) -> None:
         del self._names[self._streams.pop(name)]
 
+    def _drain(self) -> None:
+        self._draining = True
+
     def _stop(self) -> None:
         for name in list(self._streams):
-            self._fail(name, "the server stops")
+            self._fail(name, Stopping("the server ends; ask another one"))
         self._stopped = True
+        self._drained.set()  # nobody waits for the rest any more

@@ -93,6 +93,14 @@ class Scheduler:
         """The sequences that have none, the next to be admitted first."""
         return tuple(one.name for one in self._waiting)
 
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens that a sequence may have, its prompt and its new tokens together."""
+        # The last new token is handed out and never computed, so it needs no place in the cache.
+        limits = self.limits
+        fits = limits.most_pages(limits.max_kv_len) <= limits.num_pages
+        return (limits.max_kv_len if fits else limits.num_pages * limits.page_size) + 1
+
     def add(self, tokens: Integers, max_new_tokens: int) -> int:
         """A sequence that waits to be continued by up to `max_new_tokens`, one at least; returns its name.
 
@@ -101,14 +109,10 @@ class Scheduler:
         prompt = integers("tokens", tokens, INT32.min)
         if not prompt.size:
             raise BatchError("tokens are empty; must be one at least, for the next follows from it")
-        # The last new token is handed out and never computed, so it needs no place in the cache.
-        limits = self.limits
-        fits = limits.most_pages(limits.max_kv_len) <= limits.num_pages
-        most = (limits.max_kv_len if fits else limits.num_pages * limits.page_size) + 1
-        if max_new_tokens < 1 or prompt.size + max_new_tokens > most:
+        if max_new_tokens < 1 or prompt.size + max_new_tokens > self.max_tokens:
             raise BatchError(
                 f"found {prompt.size} tokens and max_new_tokens {max_new_tokens}; must be 1 or more new tokens, and "
-                f"at most {most} in all; shorten it, or build with a larger max_model_len and num_pages"
+                f"at most {self.max_tokens} in all; shorten it, or build with a larger max_model_len and num_pages"
             )
         self._next += 1
         room = np.zeros(prompt.size + max_new_tokens, np.int32)

@@ -1,54 +1,61 @@
-"""The serving example on a cache so small that a load preempts, with programs lowered here."""
+"""The example server on a small checkpoint that is written here."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-import rpac
-from rpac.build import sources_of
-from rpac.bundle import write_bundle
-from rpac.lower import tasks_of
-from rpac.spec import load_spec
+from served import SMALL, spec_of, write_small_bundle
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 
 @pytest.fixture(scope="session")
-def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """8 pages a sequence, 24 in all."""
-    from rpac.lower.worker import lower
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from serve.tiny import write_checkpoint
 
-    spec = load_spec(EXAMPLES / "serve" / "spec.yaml")
-    spec = dataclasses.replace(spec, serving=dataclasses.replace(spec.serving, max_model_len=128, num_pages=24))
-    tasks = tasks_of(spec, sources_of(spec, ["cpu"]))
+    folder = tmp_path_factory.mktemp("models") / "small"
+    write_checkpoint(folder, SMALL)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("serve") / "small.rpac"
-    write_bundle(path, spec, [lower(task, {"jax": "any", "libtpu_build": "none"}) for task in tasks])
+    write_small_bundle(path, spec_of(checkpoint))
     return path
 
 
 @pytest.fixture(scope="session")
-def engine(small_bundle: Path) -> rpac.Engine:
-    return rpac.load(small_bundle, target="cpu")
+def steps(checkpoint: Path, bundle: Path) -> Any:
+    from serve.bundle import open_bundle
+
+    return open_bundle(str(bundle), checkpoint, "cpu")
 
 
 @pytest.fixture(scope="session")
-def llama() -> tuple[Any, Any]:
-    """A configuration of two layers, and its weights."""
-    from serve import model
+def llama(checkpoint: Path) -> tuple[Any, Any]:
+    """The model and its weights."""
+    from serve.checkpoint import load_params
+    from serve.config import read_config
 
-    config = model.Config(layers=2)
-    return config, model.init(config, 0)
+    config = read_config(checkpoint)
+    return config, load_params(checkpoint, config)
+
+
+@pytest.fixture(scope="session")
+def text(checkpoint: Path) -> Any:
+    from serve.text import Text
+
+    return Text(checkpoint)
 
 
 @pytest.fixture
-def generator(engine: rpac.Engine, llama: tuple[Any, Any]) -> Any:
-    """A new one, with empty caches, on the programs that are compiled already."""
+def generator(steps: Any) -> Any:
+    """A new one, with empty caches, on steps that are compiled already."""
     from serve.generate import Generator
 
-    return Generator(engine, *llama)
+    return Generator(steps)

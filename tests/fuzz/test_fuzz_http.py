@@ -7,81 +7,95 @@ import json
 import random
 import re
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from command import ROOT
 from fuzzing import fuzz, mutate_text, mutate_tree
 
 from rpac.batch import Limits
-from rpac.serving import Scheduler
 
 sys.path.insert(0, str(ROOT / "examples"))
 
 LIMITS = Limits(page_size=16, pages_per_seq=8, max_num_seqs=4, num_pages=24, prefill_chunk=16, token_buckets=(8, 32))
-BODY = {"prompt": [1, 2, 3], "max_new_tokens": 4}
+BODY = {"model": "small", "prompt": [66, 67, 68], "max_tokens": 4, "temperature": 0.5, "stop": ["xy"], "seed": 3}
+CHAT = {"model": "small", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "stream": False}
 STATUS = re.compile(rb"\AHTTP/1\.[01] (\d{3}) ")
 
 
-class Generator:
-    """The example's generator with no model: each new token is 7."""
+class Steps:
+    """A model that always goes on with the same token."""
 
-    def __init__(self) -> None:
-        self.scheduler = Scheduler(LIMITS)
-        self.totals = SimpleNamespace(steps=0)
-        self.config = SimpleNamespace(vocabulary=512)
-        self.engine = SimpleNamespace(counts={}, limits=LIMITS)
+    limits = LIMITS
+    vocabulary = 256
 
-    def step(self) -> list[Any]:
-        from serve.generate import Token
+    def new_caches(self) -> None:
+        return None
 
-        step = self.scheduler.step()
-        if step is None:
-            return []
-        import numpy as np
-
-        ended = set(self.scheduler.commit(step, np.full(len(step.sampled), 7, np.int32)))
-        return [Token(name, 7, name in ended) for name in step.sampled]
+    def __call__(self, step: Any, caches: None, sampling: Any) -> tuple[Any, None]:
+        return np.full(LIMITS.max_num_seqs, 97, np.int32), None
 
 
 def request(
-    body: bytes, head: bytes = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    body: bytes, head: bytes = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 ) -> bytes:
     return head + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body
 
 
 def make(rng: random.Random) -> bytes:
-    body = json.dumps(BODY).encode()
-    match rng.randrange(4):
+    chat = rng.random() < 0.4
+    sound = CHAT if chat else BODY
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+        if chat
+        else b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+    )
+    body = json.dumps(sound).encode()
+    match rng.randrange(5):
         case 0:
-            return mutate_text(rng, request(body))
+            return mutate_text(rng, request(body, head))
         case 1:
-            return request(mutate_text(rng, body))
+            return request(mutate_text(rng, body), head)
         case 2:
-            head = rng.choice(
-                [b"GET /stats", b"PUT /generate", b"GET /", b"HEAD /stats", b"OPTIONS *", b"POST /generate?x=\xff"]
+            first = rng.choice(
+                [
+                    b"GET /metrics",
+                    b"PUT /v1/completions",
+                    b"GET /",
+                    b"HEAD /health",
+                    b"OPTIONS *",
+                    b"GET /v1/models/\xff%00",
+                ]
             )
-            return request(body, head + b" HTTP/1.1\r\nHost: x\r\n")
+            return request(body, first + b" HTTP/1.1\r\nHost: x\r\n")
         case _:
-            return request(json.dumps(mutate_tree(rng, BODY)).encode("utf-8", "surrogatepass"))
+            tree = mutate_tree(rng, {**sound, "stream": rng.random() < 0.5})
+            return request(json.dumps(tree).encode("utf-8", "surrogatepass"), head)
 
 
-def test_requests(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("aiohttp")
     from serve import connections
-    from serve.app import make_app
+    from serve.api import make_app
     from serve.connections import ConnectionLimits, Gate, listening
+    from serve.generate import Generator
+    from serve.text import Text
+    from serve.tiny import write_checkpoint
     from serve.worker import Worker
+
+    write_checkpoint(tmp_path / "small")
+    text = Text(tmp_path / "small")
 
     monkeypatch.setattr(connections, "LINGERING_S", 0.05)
 
     async def run() -> None:
-        worker = Worker(Generator(), 100)  # type: ignore[arg-type]
+        worker = Worker(Generator(Steps()), 100)  # type: ignore[arg-type]
         worker.start()
         gate = Gate(ConnectionLimits())
         try:
-            async with listening(make_app(worker, gate), gate, "127.0.0.1", 0) as port:
+            async with listening(make_app("small", text, worker, gate), gate, "127.0.0.1", 0) as port:
                 loop = asyncio.get_running_loop()
 
                 def answered(data: bytes) -> None:
@@ -94,7 +108,7 @@ def test_requests(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
                     ]
                     assert not failed, f"the server logged {failed}"
                     ok = asyncio.run_coroutine_threadsafe(exchange(port, request(json.dumps(BODY).encode())), loop)
-                    assert ok.result(30).count(b'{"token": 7}') == 4, "the next client is not served"
+                    assert b'"completion_tokens": 4' in ok.result(30), "the next client is not served"
 
                 await asyncio.to_thread(fuzz, "requests", 150, make, answered)
         finally:

@@ -224,6 +224,7 @@ def test_a_step_that_could_not_run_is_computed_again() -> None:
 
 def test_the_longest_sequence_that_fits_is_served_alone() -> None:
     server = Server()
+    assert server.scheduler.max_tokens == 25
     server.add([1] * 20, 5)  # 24 tokens in the cache, for the last is not computed
     server.add([2] * 20, 5)
     server.finish()
