@@ -15,7 +15,7 @@ from rpac.check import check_bad_rows
 from rpac.check.arrays import Arguments, make_arguments
 from rpac.check.bad_rows import Wrong, contained, rows_of, with_wrong
 from rpac.check.batches import neighbors_of
-from rpac.check.execute import Outcome
+from rpac.check.execute import COMPILED, Outcome, prepare_run
 from rpac.contract.program import Source
 from rpac.kernels import render
 from rpac.plan import KernelPlan
@@ -60,9 +60,18 @@ def test_a_kernel_contains_wrong_numbers(spec: Spec, kind: str) -> None:
 
 
 def test_a_program_without_bounds_checks_is_caught() -> None:
+    """By one page id: other wrong numbers make such a program run forever."""
     spec = EVERY["interleaved, plain"]
     plan = plan_of(trusting(spec), "decode")
-    assert failures(spec, plan, count=20, source=render(trusting(spec), plan)) != []
+    batch = neighbors_of(spec, plan)
+    assert batch is not None
+    args = make_arguments(
+        spec, batch, plan.tokens[-1], batch.pages(spec.serving.page_size) + 2, np.random.default_rng(0)
+    )
+    written = (int(args.kv_lens[0]) - 1) // spec.serving.page_size
+    spoiled = with_wrong(args, [Wrong("page_indices", written, -1)])
+    run = prepare_run(plan, render(trusting(spec), plan))
+    assert not contained(spec, "decode", args, run(args, COMPILED), spoiled, run(spoiled, COMPILED)).ok
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
