@@ -15,12 +15,12 @@ NEWEST_PYTHON := $(shell for python in python3.14 python3.13 python3.12 \
 	"$$python" -c pass 2>/dev/null && echo "$$python" && break; done)
 NEWEST := .venv-newest
 
-.PHONY: demo test test-newest test-slow test-adapters test-init test-serve lint support samples generate generated check bench-cpu bench-gpu bench-peers bench-models report-peers report-browser bench-kernels bench-steps bench-chunks bench-scheduling \
-	same calibrate release build-all serve-demo clean
+.PHONY: demo test test-newest test-slow fuzz test-adapters test-init test-serve lint support samples generate generated check mutations bench-cpu bench-gpu bench-peers bench-models report-peers report-browser bench-kernels bench-steps bench-chunks bench-scheduling \
+	same calibrate lock test-oldest release build-all serve-demo clean
 
 demo: $(VENV)/ready
-	$(BIN)/rpac build specs/llama3-8b.yaml --target tpu7x --target cpu
-	$(BIN)/python examples/demo.py build/llama3-8b.rpac
+	start=$$(date +%s); $(BIN)/rpac build specs/llama3-8b.yaml --target tpu7x --target cpu && \
+		RPAC_DEMO_START=$$start $(BIN)/python examples/demo.py build/llama3-8b.rpac build/demo.json
 
 # A server of a small checkpoint with random weights under load, from a bundle with its whole step; and the time to the first
 # token, compared with jit.
@@ -48,6 +48,12 @@ endif
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -n $(JOBS) -m slow
+
+# The fuzz tests for MINUTES in all, from a new seed, or from SEED. What finds a fault is kept in tests/fuzz/corpus.
+MINUTES ?= 15
+FUZZ_TESTS := 14
+fuzz: $(VENV)/ready
+	RPAC_FUZZ_SECONDS=$$(( 60 * $(MINUTES) / $(FUZZ_TESTS) )) RPAC_FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -rA tests/fuzz
 
 # The adapters beside the packages that they stand in for, in environments under build/adapters.
 test-adapters: $(VENV)/ready
@@ -84,6 +90,10 @@ generated: $(VENV)/ready
 
 check: $(VENV)/ready
 	@for spec in $(SPECS); do echo "== $$spec"; $(BIN)/rpac check $$spec || exit; done
+
+# How many bugs, planted into kernels, the check catches: build/mutations.json, for `rpac sign --mutations`. Takes hours.
+mutations: $(VENV)/ready
+	$(BIN)/python tests/check/plant_bugs.py build/mutations.json
 
 build-all: $(VENV)/ready
 	@for spec in $(SPECS); do $(BIN)/rpac build $$spec || exit; done
@@ -137,27 +147,69 @@ bench-scheduling: $(VENV)/ready
 same: $(VENV)/ready
 	$(BIN)/python benchmarks/same.py $(OTHER) --schedules
 
-# The source archive and the wheel in dist/, checked in an environment that has nothing else.
+# The source archive, the wheel and its SBOM in dist/; the wheel is checked in an environment that has nothing else.
 # RPAC_HOME=https://github.com/OWNER/rpac makes the links of the package's description absolute; see hatch_build.py.
-release: $(VENV)/ready
+# KEY=FILE, a private key of `rpac keygen`, signs the provenance of all of them; see release/provenance.py.
+release: $(VENV)/ready build/sbom/ready
 	rm -rf dist build/release
-	$(BIN)/python -m build --outdir dist
-	$(PYTHON) -m venv build/release
-	build/release/bin/python -m pip install -q dist/*.whl
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(PYTHON) -m venv --without-pip build/release
+	$(BIN)/python -m pip --python build/release/bin/python install -q dist/*.whl
 	cd build/release && bin/rpac specs tiny && bin/rpac build tiny.yaml --target cpu && bin/rpac inspect build/tiny.rpac
+	build/sbom/bin/python release/sbom.py dist/*.whl build/release/bin/python dist/rpac.cdx.json
+ifdef KEY
+	$(BIN)/python release/provenance.py sign dist --key $(KEY)
+else
+	@echo "no KEY: the files in dist/ have no provenance"
+endif
 
 calibrate: $(VENV)/ready
 	$(BIN)/python benchmarks/calibrate.py
 
-$(VENV)/ready: pyproject.toml
+# Environments have exactly the packages of the lock, each with its hash. LOCK= takes the newest that pyproject.toml allows instead.
+LOCK ?= requirements-dev.txt
+INSTALL = $(if $(LOCK),\
+	$(1)/bin/python -m pip install -q --require-hashes -r $(LOCK) && \
+	$(1)/bin/python -m pip install -q --no-build-isolation --no-deps -e .,\
+	$(1)/bin/python -m pip install -q -e '.[dev]')
+
+$(VENV)/ready: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -e '.[dev]'
+	$(call INSTALL,$(VENV))
 	@touch $@
 
-$(NEWEST)/ready: pyproject.toml
+$(NEWEST)/ready: pyproject.toml $(LOCK)
 	$(NEWEST_PYTHON) -m venv $(NEWEST)
-	$(NEWEST)/bin/python -m pip install -q -e '.[dev]'
+	$(call INSTALL,$(NEWEST))
 	@touch $@
+
+build/sbom/ready: requirements-release.txt
+	$(PYTHON) -m venv build/sbom
+	build/sbom/bin/python -m pip install -q --require-hashes -r requirements-release.txt
+	@touch $@
+
+# Writes the locks anew, with the newest packages that pyproject.toml allows, for each Python from 3.11 on.
+UV_LOCK = build/lock/bin/uv pip compile -q --upgrade --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command "make lock"
+lock: build/lock/ready
+	$(UV_LOCK) --extra dev pyproject.toml -o requirements-dev.txt
+	$(UV_LOCK) requirements-release.in -o requirements-release.txt
+
+build/lock/ready:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install -q uv
+	@touch $@
+
+# Tests that use each dependency, with the oldest releases that pyproject.toml allows.
+OLDEST := build/oldest/bin/python
+test-oldest: build/lock/ready
+	build/lock/bin/uv venv -q --clear --python $(PYTHON) build/oldest
+	build/lock/bin/uv pip install -q --no-build --python $(OLDEST) --resolution lowest-direct -r pyproject.toml \
+		--extra plot --extra tune --extra remote --extra metrics --extra trust
+	build/lock/bin/uv pip install -q --no-build --python $(OLDEST) pip pytest hypothesis jsonschema aiohttp in-toto-attestation
+	PYTHONPATH=$(CURDIR) $(OLDEST) -m pytest -q -W ignore::DeprecationWarning -m "not slow and not compile" \
+		tests/trust tests/bundle tests/predict/test_plot.py tests/cli/test_small_commands.py tests/tune/test_executors.py \
+		tests/engine/test_observing.py tests/engine/test_storage.py tests/engine/test_loading.py
 
 clean:
 	rm -rf build $(VENV) $(NEWEST)

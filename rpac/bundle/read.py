@@ -150,12 +150,12 @@ class BundleFiles:
     attestations: bytes | None
 
 
-def read_files(path: Place) -> BundleFiles:
+def read_files(path: Place, approve: Approve | None = None) -> BundleFiles:
     """All files of the bundle at `path`. Raises as `verify_bundle` does."""
 
     def read(storage: Storage) -> BundleFiles:
         files: dict[str, bytes] = {}
-        manifest = _verify(storage, files.__setitem__)
+        manifest = _verify(storage, files.__setitem__, approve)
         return BundleFiles(manifest, {MANIFEST: render(manifest), **files}, storage.attestations())
 
     return _read(path, read)

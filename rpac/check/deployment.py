@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from rpac.batch import Limits
-from rpac.bundle import Place, read_manifest, verify_bundle
+from rpac.bundle import Manifest, Place, read_manifest, verify_bundle
 from rpac.contract.arrays import cdiv
 from rpac.contract.program import Variant
 from rpac.devices.backends import skip_absent_tpu
@@ -31,47 +31,51 @@ MAX_NEW = 256  # new tokens of a batch, unless one prefill chunk has more
 
 @dataclass(frozen=True)
 class Step:
-    """One row of the report; `detail` says what was found, or what is wrong and what to do."""
+    """One row of the report; `detail` says what was found, or what is wrong and what to do. `exit_code` is 0 where it is ok."""
 
     name: str
     ok: bool
     detail: str
     seconds: float
+    exit_code: int = 0
 
 
 @dataclass(frozen=True)
 class ServeReport:
-    """`exit_code` is 0, or that of the first error."""
+    """What was found of a bundle, in order."""
 
     bundle: str
     seed: int
     steps: tuple[Step, ...]
-    exit_code: int
+
+    @property
+    def exit_code(self) -> int:
+        """0, or that of the first error."""
+        return next((step.exit_code for step in self.steps if not step.ok), 0)
 
 
 class _Steps:
-    """Runs steps one by one; what a step raises is its row, and decides the exit code."""
+    """Runs steps one by one; what a step raises is its row."""
 
-    def __init__(self, progress: Callable[[Step], None]) -> None:
+    def __init__(self, progress: Callable[[Step], None], starting: Callable[[str], None]) -> None:
         self.done: list[Step] = []
-        self.exit_code = 0
         self.layer = ""  # what the steps are of, where a model has several kinds of layers
         self._progress = progress
+        self._starting = starting
 
     def run(self, name: str, what: Callable[[], str]) -> bool:
         name = f"{self.layer} {name}".strip()
-        start = time.perf_counter()
+        self._starting(name)
+        start, exit_code = time.perf_counter(), 0
         try:
-            ok, detail = True, what()
+            detail = what()
         except RpacError as error:
-            ok, detail = False, str(error)
-            self.exit_code = self.exit_code or error.exit_code
+            detail, exit_code = str(error), error.exit_code
         except Exception as error:  # whatever the runtime does with a program, the report must come
-            ok, detail = False, f"raised {type(error).__name__}: {error}"
-            self.exit_code = self.exit_code or CheckError.exit_code
-        self.done.append(Step(name, ok, detail, time.perf_counter() - start))
+            detail, exit_code = f"raised {type(error).__name__}: {error}", CheckError.exit_code
+        self.done.append(Step(name, not exit_code, detail, time.perf_counter() - start, exit_code))
         self._progress(self.done[-1])
-        return ok
+        return not exit_code
 
 
 def serve_check(
@@ -83,42 +87,72 @@ def serve_check(
     allow_compile: bool = False,
     trust: str | os.PathLike[str] | None = None,
     progress: Callable[[Step], None] = lambda step: None,
+    starting: Callable[[str], None] = lambda name: None,
 ) -> ServeReport:
     """Checks that a bundle, a path or a URL, serves on this process's first device (`target="cpu"`: its CPU). In each of
     several processes of `jax.distributed`, with one `seed`: on all of their devices, and each judges its own.
 
     `batches` random batches are drawn from `seed` for each program. `trust`: the file of a trust policy, which must hold before
-    anything is loaded. Takes the device memory of one cache. Never raises
-    for a bundle that does not serve: the report says why, and a step that others need ends it.
+    anything is loaded. `starting` is called with the name of each step, `progress` with what came of it. Takes the device memory
+    of one cache. Never raises for a bundle that does not serve: the report says why, and a step that others need ends it.
+
+    It runs the bundle's programs in this process. For a bundle that may end the process, see `rpac.check.isolated`.
     """
-    steps = _Steps(progress)
+    steps = _Steps(progress, starting)
+    if steps.run("verify", lambda: verified_detail(verify_bundle(bundle))):
+        _check(steps, bundle, target, seed, batches, {"allow_compile": allow_compile, "trust": trust})
+    return ServeReport(os.fspath(bundle), seed, tuple(steps.done))
+
+
+def serve_check_verified(
+    bundle: Place,
+    target: str | None,
+    *,
+    seed: int,
+    batches: int,
+    allow_compile: bool,
+    expect_digest: str,
+    progress: Callable[[Step], None],
+    starting: Callable[[str], None],
+) -> ServeReport:
+    """As `serve_check`, of a bundle that was verified elsewhere and must have this digest: without that step."""
+    steps = _Steps(progress, starting)
+    _check(steps, bundle, target, seed, batches, {"allow_compile": allow_compile, "expect_digest": expect_digest})
+    return ServeReport(os.fspath(bundle), seed, tuple(steps.done))
+
+
+def verified_detail(manifest: Manifest) -> str:
+    """What the step says that read and hashed every file."""
+    files = len(manifest.blobs) + len(manifest.files)
+    return f"{manifest.name}, spec {manifest.spec_hash[:16]}: {files} files hashed"
+
+
+def _check(
+    steps: _Steps, bundle: Place, target: str | None, seed: int, batches: int, options: Mapping[str, Any]
+) -> None:
+    """All steps from the load on; `options` are those of `rpac.load`."""
     engines: dict[str, Engine] = {}
     events: list[Event] = []
 
-    def options() -> dict[str, Any]:
-        return {
-            "devices": _devices(bundle),
-            "allow_compile": allow_compile,
-            "observer": events.append,
-            "trust": trust,
-        }
+    def given() -> dict[str, Any]:
+        return {"devices": _devices(bundle), "observer": events.append, **options}
 
     def opened() -> str:
-        engines.update(load_layers(bundle, target, **options()))
+        engines.update(load_layers(bundle, target, **given()))
         engine, *_ = engines.values()
         device = engine.device
         return f"target {engine.target} on {device} ({device.device_kind}; {build_string(device.client)})"
 
+    if not steps.run("load", opened):
+        return
     rng = np.random.default_rng(seed)
-    if steps.run("verify", lambda: _verified(bundle)) and steps.run("load", opened):
-        for layer, engine in engines.items():
-            steps.layer = layer
-            if steps.run("warm", lambda: _warmed(engine, events)):  # noqa: B023  (runs now)
-                _run_programs(steps, engine, events, rng, batches)
-        steps.layer = ""
-        if next(iter(engines.values())).target in read_manifest(bundle).steps:
-            steps.run("steps", lambda: _steps_warmed(load_steps(bundle, target, **options()), events))
-    return ServeReport(os.fspath(bundle), seed, tuple(steps.done), steps.exit_code)
+    for layer, engine in engines.items():
+        steps.layer = layer
+        if steps.run("warm", lambda: _warmed(engine, events)):  # noqa: B023  (runs now)
+            _run_programs(steps, engine, events, rng, batches)
+    steps.layer = ""
+    if next(iter(engines.values())).target in read_manifest(bundle).steps:
+        steps.run("steps", lambda: _steps_warmed(load_steps(bundle, target, **given()), events))
 
 
 def _devices(bundle: Place) -> list[jax.Device] | None:
@@ -130,12 +164,6 @@ def _devices(bundle: Place) -> list[jax.Device] | None:
     if jax.process_count() == 1:
         return None
     return list(jax.devices()[:count])
-
-
-def _verified(bundle: Place) -> str:
-    manifest = verify_bundle(bundle)
-    files = len(manifest.blobs) + len(manifest.files)
-    return f"{manifest.name}, spec {manifest.spec_hash[:16]}: {files} files hashed"
 
 
 def _warmed(engine: Engine, events: Sequence[Event]) -> str:

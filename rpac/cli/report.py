@@ -28,6 +28,7 @@ from rpac.cli.common import (
     tuned_option,
 )
 from rpac.cli.predict_steps import step_option
+from rpac.cli.sign import policy_of
 from rpac.cli.terminal import Lines
 from rpac.devices.chip import TPU_TARGETS
 from rpac.files.publish import publish_file, refuse_foreign_file
@@ -70,6 +71,16 @@ Number = TypeVar("Number", int, float)
     help="What `rpac check --json` wrote of one of the specs; repeat.",
 )
 @step_option
+@click.option(
+    "--key", metavar="FILE", type=click.Path(path_type=Path), help="Public key whose statements count for receipts."
+)
+@click.option(
+    "--policy",
+    "policy_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Trust policy whose keys count for receipts.",
+)
 @any_compiler_option
 @jobs_option
 @click.option("--no-cache", is_flag=True, help="Compile again for the schedules, and cache none.")
@@ -87,6 +98,8 @@ def report_command(
     prices: tuple[str, ...],
     checks: tuple[Path, ...],
     step: str | None,
+    key: Path | None,
+    policy_file: Path | None,
     any_compiler: bool,
     jobs: int | None,
     no_cache: bool,
@@ -95,9 +108,9 @@ def report_command(
 ) -> None:
     """Compare chips for the attention of each SPEC or BUNDLE on one page that needs no network.
 
-    The page has predicted times, MBU, MFU and what limits them, memory, tiles, other kernels, checks and provenance. What is
-    not known is named. Without any batches, those that the spec expects are predicted, and shorter ones. Schedules are cached,
-    so that a second report is fast.
+    The page has predicted times, MBU, MFU and what limits them, memory, tiles, other kernels, checks, receipts of signed
+    bundles, and provenance. What is not known is named. Without any batches, those that the spec expects are predicted, and
+    shorter ones. Schedules are cached, so that a second report is fast.
     """
     if output is None and not as_json:
         raise click.UsageError("give -o FILE for a page, --json for its data, or both")
@@ -118,6 +131,7 @@ def report_command(
         tuned=tuned_of(tuned_in),
         command=shlex.join(["rpac", *sys.argv[1:]]),
         step=step,
+        policy=None if key is None and policy_file is None else policy_of(key, policy_file),
     )
     lines = Lines()
     lines.say(f"predicting {', '.join(map(str, paths))}, {request.jobs} at a time")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rpac.bundle import Place
-from rpac.cli.common import PLACE, command, json_option, print_json
+from rpac.cli.common import PLACE, Amount, command, json_option, print_json
 from rpac.cli.terminal import table
 from rpac.spec import TARGETS
 
@@ -39,6 +38,18 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Trust policy that must hold before anything is loaded.",
 )
+@click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=Amount(0, min_open=True),
+    default=1800,
+    show_default=True,
+    help="Time that the bundle's process may take.",
+)
+@click.option(
+    "--memory", metavar="GIB", type=Amount(0, min_open=True),
+    help="Memory of its own that the bundle's process may have. Default: 3/4 of the machine's.",
+)  # fmt: skip
 @json_option
 def serve_check_command(
     bundle: Place,
@@ -47,29 +58,39 @@ def serve_check_command(
     seed: int | None,
     allow_compile: bool,
     policy: Path | None,
+    timeout: float,
+    memory: float | None,
     as_json: bool,
 ) -> None:
     """Check that BUNDLE serves on this machine.
 
-    Hashes every file, loads the bundle, warms it up, and runs every canary and some random batches.
+    Hashes every file, loads the bundle, warms it up, and runs every canary and some random batches. All but the first
+    happens in a process of its own, with limits on time and memory: a bundle that ends it is reported.
 
     \b
-    Exit codes: 0 it serves, 1 the output of a program is wrong, 2 wrong usage, 3 incompatible target or toolchain,
-    4 corrupt or untrusted bundle.
+    Exit codes: 0 it serves, 1 the output of a program is wrong or its process was ended, 2 wrong usage,
+    3 incompatible target or toolchain, 4 corrupt or untrusted bundle.
     """
-    if target == "cpu":
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported, which would look for a TPU otherwise
-    from rpac.check.deployment import serve_check
+    from rpac.check.isolated import isolated_serve_check
+    from rpac.check.process import ProcessLimits
 
     def progress(step: Step) -> None:
         click.echo(f"{step.seconds:7.1f} s  {step.name}: {'ok' if step.ok else 'FAILED'}", err=True)
 
     seed = secrets.randbits(32) if seed is None else seed
-    report = serve_check(
-        bundle, target, seed=seed, batches=batches, allow_compile=allow_compile, trust=policy, progress=progress
+    limits = ProcessLimits(timeout, 0 if memory is None else int(memory * 2**30))
+    report = isolated_serve_check(
+        bundle,
+        target,
+        seed=seed,
+        batches=batches,
+        allow_compile=allow_compile,
+        trust=policy,
+        limits=limits,
+        progress=progress,
     )
     if as_json:
-        print_json(asdict(report))
+        print_json({**asdict(report), "exit_code": report.exit_code})
     else:
         failed = [one for one in report.steps if not one.ok]
         click.echo(table(("step", "result", "s", "found"), [_row(one) for one in report.steps]))

@@ -14,9 +14,9 @@ from rpac.cli.common import command, json_option, print_json, tuned_folder, tune
 from rpac.cli.terminal import table
 from rpac.rebuild import require_same_kernels
 from rpac.trust import Attestation, Policy, Verdict, load_policy, verdict
-from rpac.trust.evidence import bench, predictions, tests
+from rpac.trust.evidence import bench, demo, mutations, predictions, tests
 from rpac.trust.keys import PRIVATE, PUBLIC, generate, policy_lines, read_private, read_public
-from rpac.trust.predicates import BENCH, PREDICTION, PROVENANCE, TESTS, time_text
+from rpac.trust.predicates import BENCH, DEMO, PREDICTION, PROVENANCE, TESTS, time_text
 from rpac.trust.provenance import LOCAL_BUILDER, provenance
 from rpac.trust.sign import folder_of
 from rpac.trust.sign import sign as sign_bundle
@@ -47,6 +47,11 @@ def keygen_command(out: Path) -> None:
 @click.option("--predict", metavar="FILE", type=file_type, help="Also sign what `rpac predict BUNDLE --json` wrote.")
 @click.option("--bench", "bench_file", metavar="FILE", type=file_type, help="Also sign what `rpac bench BUNDLE` wrote.")
 @click.option(
+    "--mutations", "mutations_file", metavar="FILE", type=file_type,
+    help="With --check: how many planted bugs it catches, as `make mutations` found.",
+)  # fmt: skip
+@click.option("--demo", "demo_file", metavar="FILE", type=file_type, help="Also sign what `make demo` wrote.")
+@click.option(
     "--no-provenance", is_flag=True, help="Sign only the files given, on a machine that did not build the bundle."
 )
 @click.option(
@@ -64,6 +69,8 @@ def sign_command(
     check: Path | None,
     predict: Path | None,
     bench_file: Path | None,
+    mutations_file: Path | None,
+    demo_file: Path | None,
     no_provenance: bool,
     builder: str,
     countersign: tuple[Path, ...],
@@ -82,12 +89,17 @@ def sign_command(
     if not no_provenance:
         user = (tuned_folder() if tuned_in is None else tuned_in) if str(tuned_in) != "none" else None
         made[PROVENANCE] = provenance(bundle, manifest, builder, user if user is not None and user.is_dir() else None)
+    if not no_provenance or mutations_file is not None:
         require_same_kernels(folder, manifest, tuned_of(tuned_in))
-    for kind, path, read in ((TESTS, check, tests), (PREDICTION, predict, predictions), (BENCH, bench_file, bench)):
+    if check is not None:
+        made[TESTS] = tests(check, manifest, None if mutations_file is None else mutations(mutations_file))
+    elif mutations_file is not None:
+        raise click.UsageError("--mutations is part of the statement of a check; give --check too")
+    for kind, path, read in ((PREDICTION, predict, predictions), (BENCH, bench_file, bench), (DEMO, demo_file, demo)):
         if path is not None:
             made[kind] = read(path, manifest)
     if not made and not others:
-        raise click.UsageError("found nothing to sign; give --check, --predict, --bench or --countersign")
+        raise click.UsageError("found nothing to sign; give --check, --predict, --bench, --demo or --countersign")
     signed = sign_bundle(folder, manifest, made, signer, countersign=others)
     if as_json:
         print_json(

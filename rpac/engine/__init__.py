@@ -8,6 +8,7 @@ from rpac.engine.engine import Engine
 from rpac.engine.events import (
     BatchRefused,
     BatchRun,
+    CallOverdue,
     CanaryRun,
     Count,
     Event,
@@ -24,6 +25,7 @@ __all__ = [
     "BatchRefused",
     "BatchRun",
     "BoundSteps",
+    "CallOverdue",
     "CanaryRun",
     "Count",
     "Engine",

@@ -1,7 +1,8 @@
 """Holds what an export calls outside of itself against a list, before anything compiles it.
 
 A bundle is data that somebody made. Its export can name any function that is registered in this process, and a call with
-arguments that such a function does not expect ends the process, or worse. rpac's own programs need few.
+arguments that such a function does not expect ends the process, or worse. rpac's own programs need few. The same is true of
+transfers to the host: nobody answers them here, so a program that has one waits for ever.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ COMPILED_AWAY: Final = frozenset({"ApproxTopK"})
 
 # In both forms of the text: `custom_call @name(...)`, and the generic form with an attribute.
 _CALL: Final = re.compile(r'custom_call\s*@(?:"([^"]*)"|([\w$.-]+))|call_target_name\s*=\s*"([^"]*)"')
+_TRANSFER: Final = re.compile(r"\b(?:stablehlo|mhlo)\.(infeed|outfeed|send|recv)\b")
 
 
 def refuse_custom_calls(what: str, exported: export.Exported, compiled_away: frozenset[str] = frozenset()) -> None:
-    """Raises BundleError where an export calls anything that programs of its platforms never need.
+    """Raises BundleError where an export calls anything that programs of its platforms never need, or waits for the host.
 
-    `compiled_away`: what it may name too, because the compiler itself replaces it.
+    `what` names it in the message. `compiled_away`: what it may name too, because the compiler itself replaces it.
     """
     allowed, found = outside_calls(exported)
     found -= compiled_away
@@ -39,7 +41,9 @@ def refuse_custom_calls(what: str, exported: export.Exported, compiled_away: fro
 
 
 def outside_calls(exported: export.Exported) -> tuple[frozenset[str], set[str]]:
-    """What programs of an export's platforms may call outside of themselves, and what this one calls beyond that."""
+    """What programs of an export's platforms may call outside of themselves, and what this one calls or waits for beyond that."""
     of_each = [_ALLOWED.get(platform, frozenset()) for platform in exported.platforms]
     allowed = frozenset.intersection(*of_each) if of_each else frozenset()
-    return allowed, {next(filter(None, call), "") for call in _CALL.findall(exported.mlir_module())} - allowed
+    text = exported.mlir_module()
+    called = {next(filter(None, call), "") for call in _CALL.findall(text)} - allowed
+    return allowed, called | set(_TRANSFER.findall(text))

@@ -31,6 +31,7 @@ from rpac.engine.program import Slot
 from rpac.engine.runtime import Results, Run, Traceable
 from rpac.engine.traced import run_selected
 from rpac.engine.warmup import Warming
+from rpac.engine.watchdog import Watchdog
 from rpac.errors import BatchError, SelectionError, TargetError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Engine:
         devices: Sequence[jax.Device],
         use_executables: bool,
         observer: Observer | None = None,
+        watchdog_s: float | None = None,
     ) -> None:
         self.name: str = loaded.manifest.name
         self.layer: str = loaded.target.layer
@@ -58,9 +60,17 @@ class Engine:
         self.target: str = loaded.target.name
         self.placement = Placement(loaded.manifest.mesh, devices)
         self._recorder = Recorder(observer)
+        self._watchdog = None if watchdog_s is None else Watchdog(watchdog_s, self._recorder.overdue)
         self._slots = {
             program.variant: Slot(
-                program, self.limits, self.kv_layout, loaded.blobs, self.placement, use_executables, self._recorder
+                program,
+                self.limits,
+                self.kv_layout,
+                loaded.blobs,
+                self.placement,
+                use_executables,
+                self._recorder,
+                self._watchdog,
             )
             for program in loaded.target.programs
         }
@@ -147,6 +157,11 @@ class Engine:
     def totals(self) -> Totals:
         """The sums of all events so far, at one moment."""
         return self._recorder.totals()
+
+    @property
+    def overdue(self) -> Variant | None:
+        """The program that has not returned for longer than `watchdog_s`, now; None where all is well, or without a watchdog."""
+        return None if self._watchdog is None else self._watchdog.overdue
 
     def select(self, tokens: int, distribution: Sequence[int] | Int32s) -> Variant:
         """The variant that runs a batch; `rpac.batch.select.select` over what this engine holds."""

@@ -64,7 +64,19 @@ class CanaryRun:
     seconds: float
 
 
-Event = BatchRun | BatchRefused | ProgramReady | ProgramFailed | CanaryRun
+@dataclass(frozen=True)
+class CallOverdue:
+    """A call did not return within the engine's `watchdog_s`, and `waiting` calls, itself included, wait for its program.
+
+    Nothing can end a program on a device: drain the server, and end the process.
+    """
+
+    variant: Variant
+    seconds: float
+    waiting: int
+
+
+Event = BatchRun | BatchRefused | ProgramReady | ProgramFailed | CanaryRun | CallOverdue
 
 
 class Observer(Protocol):
@@ -74,14 +86,14 @@ class Observer(Protocol):
 
 
 class JsonLog:
-    """An observer that writes each event as a line of JSON to a logger, refusals and failures as warnings."""
+    """An observer that writes each event as a line of JSON to a logger, refusals, failures and overdue calls as warnings."""
 
     def __init__(self, logger: logging.Logger = _LOG, level: int = logging.INFO) -> None:
         self._logger = logger
         self._level = level
 
     def __call__(self, event: Event, /) -> None:
-        level = logging.WARNING if isinstance(event, (BatchRefused, ProgramFailed)) else self._level
+        level = logging.WARNING if isinstance(event, (BatchRefused, ProgramFailed, CallOverdue)) else self._level
         if self._logger.isEnabledFor(level):
             data = {key: str(value) if key == "variant" else value for key, value in asdict(event).items()}
             self._logger.log(level, "%s", json.dumps({"event": type(event).__name__, **data}))
@@ -99,13 +111,16 @@ class Count:
 
 @dataclass(frozen=True)
 class Totals:
-    """All events so far: what ran by variant, refusals by the error's class, and the last of each other kind."""
+    """All events so far: what ran by variant, refusals by the error's class, failures and overdue calls by variant, and
+    the last of each other kind.
+    """
 
     counts: Mapping[Variant, Count]
     refused: Mapping[str, int]
     ready: Mapping[Variant, ProgramReady]
     failed: Mapping[Variant, int]
     canaries: Mapping[Variant, CanaryRun]
+    overdue: Mapping[Variant, int]
 
 
 class Recorder:
@@ -123,6 +138,7 @@ class Recorder:
         self._ready: dict[Variant, ProgramReady] = {}
         self._failed: Counter[Variant] = Counter()
         self._canaries: dict[Variant, CanaryRun] = {}
+        self._overdue: Counter[Variant] = Counter()
 
     def record(self, event: Event) -> None:
         """Counts an event and tells the observer."""
@@ -146,6 +162,16 @@ class Recorder:
         """Records that a batch was refused with this error."""
         self.record(BatchRefused(type(error).__name__, str(error)))
 
+    def overdue(self, event: CallOverdue) -> None:
+        """Records that a program does not return, and says so in the log, which a server may have and no observer."""
+        _LOG.error(
+            "program %s has not returned for %.1f s, and %d calls wait for it; nothing can end it but the end of this process",
+            event.variant,
+            event.seconds,
+            event.waiting,
+        )
+        self.record(event)
+
     def failed(self, variant: Variant, error: Exception) -> None:
         """Records that a program is not ready because of this error."""
         self.record(ProgramFailed(variant, type(error).__name__, str(error)))
@@ -164,6 +190,7 @@ class Recorder:
                 dict(self._ready),
                 dict(self._failed),
                 dict(self._canaries),
+                dict(self._overdue),
             )
 
     def _add(self, event: Event) -> None:
@@ -185,3 +212,5 @@ class Recorder:
                 self._ready.pop(event.variant, None)
             case CanaryRun():
                 self._canaries[event.variant] = event
+            case CallOverdue():
+                self._overdue[event.variant] += 1

@@ -40,6 +40,7 @@ def load(
     timeout_s: float | None = None,
     expect_digest: str | None = None,
     trust: str | os.PathLike[str] | Policy | None = None,
+    watchdog_s: float | None = None,
 ) -> Engine:
     """The engine of a bundle for one device, by default this process's first (`target="cpu"`: its CPU); or for as many
     `devices` as its spec's `parallel` says, in the order of its mesh, by default this process's first ones.
@@ -52,7 +53,8 @@ def load(
     the bundle may take, of a store that may be slow; by default as long as it takes. `expect_digest`: the digest that `rpac
     inspect` shows of the bundle that you mean; it covers every file, and another bundle is refused before anything of it is
     used. `trust`: the file of a trust policy, or what `rpac.trust.load_policy` made of one; nothing of the bundle is deserialized
-    before its attestations hold what the policy asks.
+    before its attestations hold what the policy asks. `watchdog_s`: seconds after which a call that has not returned is told to
+    the observer and the log, and named by `engine.overdue`; by default nobody watches.
     Raises BundleError; TrustError for a policy that cannot be used; or TargetError naming what the bundle has and what was found.
     """
     found = _found(target, device, devices, trust, expect_digest)
@@ -61,7 +63,7 @@ def load(
     chosen = _for_mesh(os.fspath(path), loaded.manifest, found, device is not None or devices is not None)
     without = [str(program.variant) for program in loaded.target.programs if program.executable is None]
     use_executables = _use_executables(os.fspath(path), loaded.target, without, chosen[0], allow_compile)
-    return Engine(loaded, chosen, use_executables, observer)
+    return Engine(loaded, chosen, use_executables, observer, watchdog_s)
 
 
 def load_steps(
@@ -75,6 +77,7 @@ def load_steps(
     timeout_s: float | None = None,
     expect_digest: str | None = None,
     trust: str | os.PathLike[str] | Policy | None = None,
+    watchdog_s: float | None = None,
 ) -> StepEngine:
     """The whole steps of a bundle that was built with a step, for all kinds of its layers; the arguments are those of `load`,
     and what it raises. Raises BundleError where the bundle has no steps for the target.
@@ -85,7 +88,7 @@ def load_steps(
     chosen = _for_mesh(os.fspath(path), loaded.manifest, found, device is not None or devices is not None)
     without = [f"step {program.variant}" for program in loaded.steps.programs if program.executable is None]
     use_executables = _use_executables(os.fspath(path), loaded.target, without, chosen[0], allow_compile)
-    return StepEngine(loaded, chosen, use_executables, observer)
+    return StepEngine(loaded, chosen, use_executables, observer, watchdog_s)
 
 
 def _found(

@@ -52,6 +52,7 @@ class EngineCollector(Collector):
             name: CounterMetricFamily(f"rpac_program_{name}", text, labels=LABELS) for name, text in COUNTERS.items()
         }
         failed = CounterMetricFamily("rpac_program_failures", "Loads and canaries that failed.", labels=LABELS)
+        overdue = CounterMetricFamily("rpac_program_overdue", "Calls that did not return in time.", labels=LABELS)
         ready = GaugeMetricFamily("rpac_program_ready", "1 where a call loads and compiles nothing.", labels=LABELS)
         seconds = GaugeMetricFamily("rpac_program_load_seconds", "What the load took.", labels=LABELS)
         errors = GaugeMetricFamily("rpac_program_canary_error", "Relative error of the last canary.", labels=LABELS)
@@ -67,6 +68,7 @@ class EngineCollector(Collector):
                 for name, family in families.items():
                     family.add_metric(labels, getattr(count, name))
                 failed.add_metric(labels, totals.failed.get(variant, 0))
+                overdue.add_metric(labels, totals.overdue.get(variant, 0))
                 ready.add_metric(labels, variant in totals.ready)
                 if variant in totals.ready:
                     seconds.add_metric(labels, totals.ready[variant].seconds)
@@ -74,7 +76,7 @@ class EngineCollector(Collector):
                     errors.add_metric(labels, totals.canaries[variant].error)
             for error, times in totals.refused.items():
                 refused.add_metric((*place, error), times)
-        yield from (*families.values(), failed, ready, seconds, errors, refused)
+        yield from (*families.values(), failed, overdue, ready, seconds, errors, refused)
 
 
 def text_of(collector: EngineCollector) -> str:

@@ -17,6 +17,7 @@ from rpac.engine.arguments import Arguments, in_order
 from rpac.engine.events import CanaryRun, ProgramReady, Recorder, Tier
 from rpac.engine.probe import probe
 from rpac.engine.runtime import Results, Run, Traceable, load_native, load_portable, load_traceable
+from rpac.engine.watchdog import Watchdog
 from rpac.errors import BundleError, CheckError
 from rpac.oracle.canary import Verdict, canary
 
@@ -33,6 +34,7 @@ class Slot:
         placement: Placement,
         use_executable: bool,
         recorder: Recorder,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.program = program
         self.arguments = Arguments(program, kv_layout, placement)
@@ -40,6 +42,7 @@ class Slot:
         self._kv_layout = kv_layout
         self._placement = placement
         self._recorder = recorder
+        self._watchdog = watchdog
         self._exported = blobs[program.exported.sha256]
         self._executable = blobs[program.executable.sha256] if use_executable and program.executable else None
         self._answer = blobs[program.canary.sha256] if program.canary else None
@@ -141,4 +144,6 @@ class Slot:
         tier: Tier = "portable" if self._executable is None else "executable"
         load = load_portable if self._executable is None else load_native
         run = load(data, self.program, self._placement)
+        if self._watchdog is not None:
+            run = self._watchdog.watched(self.program.variant, run)
         return run, ProgramReady(self.program.variant, tier, len(data), time.perf_counter() - start)

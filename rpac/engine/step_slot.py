@@ -17,6 +17,7 @@ from rpac.engine.custom_calls import COMPILED_AWAY, refuse_custom_calls
 from rpac.engine.events import ProgramReady, Recorder, Tier
 from rpac.engine.runtime import check_signature, compile_export, deserialized, on_devices, read_export
 from rpac.engine.step_arguments import Leaves
+from rpac.engine.watchdog import Watchdog
 from rpac.errors import CheckError
 
 StepRun = Callable[[Sequence[jax.Array], Sequence[Any]], Sequence[jax.Array]]
@@ -45,6 +46,7 @@ class StepSlot:
         placement: Placement,
         use_executable: bool,
         recorder: Recorder,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.program = program
         batch = batch_arrays(limits, program.variant.tokens, placement)
@@ -57,6 +59,7 @@ class StepSlot:
         self._results = (*caches, *program.signature.outputs)
         self._placement = placement
         self._recorder = recorder
+        self._watchdog = watchdog
         self._exported = blobs[program.exported.sha256]
         self._executable = blobs[program.executable.sha256] if use_executable and program.executable else None
         self._run: StepRun | None = None
@@ -131,6 +134,10 @@ class StepSlot:
         data = self._exported if self._executable is None else self._executable
         tier: Tier = "portable" if self._executable is None else "executable"
         run = self.portable() if self._executable is None else self._native(data)
+        if self._watchdog is not None:
+            run = self._watchdog.watched(
+                self.program.variant, run, which=-1
+            )  # the first ones are caches, which are donated
         self._executable = None  # tens of megabytes, which the runtime has now
         return run, ProgramReady(self.program.variant, tier, len(data), time.perf_counter() - start)
 

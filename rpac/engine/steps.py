@@ -27,6 +27,7 @@ from rpac.engine.step_arguments import Leaves
 from rpac.engine.step_canary import check_step
 from rpac.engine.step_slot import StepSlot
 from rpac.engine.warmup import Warming
+from rpac.engine.watchdog import Watchdog
 from rpac.errors import BatchError, SelectionError
 
 StepCall = Callable[..., tuple[Any, Any]]
@@ -46,6 +47,7 @@ class StepEngine:
         devices: Sequence[jax.Device],
         use_executables: bool,
         observer: Observer | None = None,
+        watchdog_s: float | None = None,
     ) -> None:
         manifest, model = loaded.manifest, loaded.steps.model
         self.name: str = manifest.name
@@ -54,6 +56,7 @@ class StepEngine:
         self.limits: Limits = manifest.limits
         self.placement = Placement(manifest.mesh, devices)
         self._recorder = Recorder(observer)
+        self._watchdog = None if watchdog_s is None else Watchdog(watchdog_s, self._recorder.overdue)
         dims = {
             one.layer: one.programs[0].args[index_of(one.programs[0].args, "kv_cache")]
             for one in manifest.targets.values()
@@ -78,6 +81,7 @@ class StepEngine:
                 self.placement,
                 use_executables,
                 self._recorder,
+                self._watchdog,
             )
             for program in loaded.steps.programs
         }
@@ -112,6 +116,11 @@ class StepEngine:
     def ready(self) -> frozenset[Variant]:
         """The steps whose calls load and compile nothing any more."""
         return frozenset(variant for variant, slot in self._slots.items() if slot.is_ready)
+
+    @property
+    def overdue(self) -> Variant | None:
+        """The step that has not returned for longer than `watchdog_s`, now; None where all is well, or without a watchdog."""
+        return None if self._watchdog is None else self._watchdog.overdue
 
     @property
     def totals(self) -> Totals:

@@ -13,6 +13,7 @@ from rpac.lower.task import Task
 
 FACTS = "facts.json"
 TIERS = ("exported", "executable")
+_OBJECTS = ("toolchain", "flags", "aliases", "memory")
 
 
 class Cache:
@@ -29,7 +30,7 @@ class Cache:
             return None
         try:
             return _lowered(task, files)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             self.store.drop(key)
             return None
 
@@ -43,11 +44,13 @@ class Cache:
 
 def facts_of(lowered: Lowered) -> dict[str, Any]:
     """What is stored beside the blobs; the rest of a `Lowered` is in its task."""
-    names = ("device_kind", "topology", "toolchain", "flags", "aliases", "memory")
-    return {name: getattr(lowered, name) for name in names}
+    return {name: getattr(lowered, name) for name in ("device_kind", "topology", *_OBJECTS)}
 
 
 def _lowered(task: Task, files: Mapping[str, bytes]) -> Lowered:
+    facts = json.loads(files[FACTS])
+    if not all(isinstance(facts[name], dict) for name in _OBJECTS) or not isinstance(facts["device_kind"], str):
+        raise ValueError("facts of another form")
     return Lowered(
         task.target,
         task.kind,
@@ -57,5 +60,5 @@ def _lowered(task: Task, files: Mapping[str, bytes]) -> Lowered:
         files["exported"],
         files.get("executable"),
         layer=task.layer,
-        **json.loads(files[FACTS]),
+        **facts,
     )

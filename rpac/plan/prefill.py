@@ -368,7 +368,9 @@ def is_legal(spec: Spec, kind: str, buckets: Sequence[int], tiles: BlockTiles) -
         fitting = tiles.q_block <= max(power_of_two_from(buckets[-1]), MIN_Q_BLOCK)
     whole_iterations = model.kv_heads % tiles.heads == 0 and model.kv_heads % tiles.diagonal_heads == 0
     two_chunks = tiles.q_block <= (model.attention_chunk or tiles.q_block)  # in which a block lies, at most
-    return whole_pages and whole_tiles and whole_iterations and fitting and two_chunks and len(copies) == 1
+    whole_steps = model.group * tiles.q_block % tiles.step_rows == 0
+    whole = whole_pages and whole_tiles and whole_iterations and whole_steps
+    return whole and fitting and two_chunks and copies == {tiles.copy_sizes}
 
 
 def most_steps(device: Chip, kind: str, read: Read, scores: Scores) -> tuple[int, int]:

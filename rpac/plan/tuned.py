@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from rpac.contract.attention import plain
+from rpac.contract.kind import KINDS
 from rpac.errors import PlanError
 from rpac.plan.decode_blocks import DecodeBlocks
 from rpac.plan.decode_waves import DecodeWaves
@@ -36,6 +37,7 @@ EVIDENCE_FIELDS: Final = (
 # In doublings: how far the largest bucket, and each end of the lengths, may be from those of the case borrowed from.
 NEAR: Final = 2.0
 MAY_DIFFER: Final = ("tokens", "length_class")  # of the case that borrows and of the case borrowed from
+_MOST: Final = 2**31  # far above any bucket or length
 
 # What tiles do not depend on, or what another part of the key says.
 _NO_PART: Final = {
@@ -194,6 +196,7 @@ def _entry(data: Any, where: str, place: str) -> Entry:
     entry = _fields(data, names, where)
     if not isinstance(entry["key"], dict):
         raise ValueError(f"{where}.key: found {entry['key']!r}; must be an object")
+    _check_case(entry["key"], f"{where}.key")
     tiles = _fields(entry["tiles"], TILES_FIELDS, f"{where}.tiles")
     evidence = _fields(entry["evidence"], EVIDENCE_FIELDS, f"{where}.evidence")
     if not (evidence["score"] is None or (type(evidence["score"]) is float and evidence["score"] > 0)):
@@ -204,6 +207,19 @@ def _entry(data: Any, where: str, place: str) -> Entry:
     if not isinstance(recipe, dict):
         raise ValueError(f"{where}.{OVERRIDE}: found {recipe!r}; must be an object")
     return Entry(entry["key"], tiles, evidence, f"{place}: {where}", recipe)
+
+
+def _check_case(key: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError where a case lacks what it is compared by; the rest of it is only equal to another's or not."""
+    if key.get("kind") not in KINDS:
+        raise ValueError(f"{where}.kind: found {key.get('kind')!r}; must be one of {', '.join(KINDS)}")
+    for name, sizes in (("tokens", 1), ("length_class", 2)):
+        found = key.get(name)
+        numbers = found if isinstance(found, list) else []
+        sound = all(type(one) is int and 0 < one <= _MOST for one in numbers)
+        if not sound or len(numbers) < sizes or (name == "length_class" and len(numbers) > sizes):
+            what = "two integers" if name == "length_class" else "integers, one at least"
+            raise ValueError(f"{where}.{name}: found {found!r:.80}; must be a list of {what}, above 0")
 
 
 def _fields(data: Any, names: Sequence[str], where: str) -> dict[str, Any]:

@@ -162,7 +162,7 @@ class Option:
 class Subject:
     """A spec or a bundle as given. `digest`: that of a bundle's manifest, which covers every file.
 
-    `check` is None where none was given.
+    `check` is None where none was given, `receipt` where no key was or where it is a spec; its form is that of `rpac receipt`.
     """
 
     name: str
@@ -172,6 +172,7 @@ class Subject:
     digest: str | None
     shape: str
     check: Check | None
+    receipt: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def gather(
                 without_steps += missing
     versions = {name: value for name, value in toolchain().items() if not name.endswith("_files")}
     return Report(
-        tuple(subject_of(given, request.checks) for given in givens),
+        tuple(subject_of(given, request) for given in givens),
         tuple(options),
         tuple(dict.fromkeys(step.batch for option in options for step in option.steps)),
         (

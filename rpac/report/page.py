@@ -17,6 +17,7 @@ from rpac.contract.units import size, traffic
 from rpac.errors import OutputError
 from rpac.report.charts import Line, chart, check_charts, swatch
 from rpac.report.facts import MEANINGS, Layer, Option, Report, Timing
+from rpac.trust.issue import EVIDENCE_HEADER, FIELDS_HEADER, evidence_rows, field_rows
 
 MARK: Final = '<meta name="generator" content="rpac report">'
 _MARK_WITHIN: Final = 512  # bytes from the start of a page
@@ -97,6 +98,10 @@ def page(report: Report) -> str:
         decisions=list(_decisions(report)),
         name_of=functools.partial(_name, report),
         data=report.to_json(),
+        evidence_header=EVIDENCE_HEADER,
+        evidence_rows=evidence_rows,
+        fields_header=FIELDS_HEADER,
+        field_rows=field_rows,
         meanings=MEANINGS,
     )  # fmt: skip
     return text.rstrip("\n") + "\n"

@@ -13,6 +13,8 @@ from rpac.predict import Asked, names_apart
 from rpac.report.checks import Check
 from rpac.report.facts import Subject
 from rpac.spec import Spec, load_spec
+from rpac.trust import Policy
+from rpac.trust.issue import issue
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Request:
     """What a report is asked for. `targets`: all that each spec or bundle has, where empty. `layers`: how many layers of each
     kind the model has, by `KIND` or, for one of several specs, by `SPEC:KIND`; a kind has no name where it is the only one.
     `prices`: dollars an hour for one chip. `step`: the function of whole steps, empty for the one that each spec or bundle names,
-    None where none are predicted.
+    None where none are predicted. `policy`: whose statements count for the receipts of bundles; None for no receipts.
     """
 
     targets: tuple[str, ...] = ()
@@ -34,6 +36,7 @@ class Request:
     tuned: Tuned = TunedTiles.of
     command: str = ""
     step: str | None = None
+    policy: Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,12 @@ def missing_of(givens: Sequence[Given], request: Request) -> list[str]:
             for given in givens
             if given.step
         ]
+    if request.policy is None:
+        found += [
+            f"{given.name}: no receipt. Sign the bundle with `rpac sign`, then give `--key FILE` or `--policy FILE`."
+            for given in givens
+            if given.digest is not None
+        ]
     kinds = [(given, part.layer) for given in givens for part in given.spec.parts]
     unknown = dict.fromkeys(kind for given, kind in kinds if given.layers(kind, request) is None)
     if unknown:
@@ -156,8 +165,8 @@ def missing_of(givens: Sequence[Given], request: Request) -> list[str]:
     return found
 
 
-def subject_of(given: Given, checks: Sequence[Check]) -> Subject:
-    """What the page says of a spec or a bundle before anything is predicted."""
+def subject_of(given: Given, request: Request) -> Subject:
+    """What the page says of a spec or a bundle before anything is predicted. Raises BundleError for one that is damaged."""
     model, devices = given.spec.model, given.spec.mesh.devices
     spread = f", {devices} devices" if devices > 1 else ""
     return Subject(
@@ -168,5 +177,6 @@ def subject_of(given: Given, checks: Sequence[Check]) -> Subject:
         given.digest,
         f"{model.q_heads} query heads, {model.kv_heads} KV heads of {model.head_dim} on a device, {model.kv_dtype} cache "
         f"({given.spec.serving.kv_layout}), pages of {given.spec.serving.page_size}{spread}",
-        next((check for check in checks if check.spec_hash == given.spec_hash), None),
+        next((check for check in request.checks if check.spec_hash == given.spec_hash), None),
+        None if given.digest is None or request.policy is None else issue(given.path, request.policy),
     )

@@ -48,6 +48,8 @@ def _parse(line: bytes, place: str) -> Envelope:
             raise ValueError(f"payloadType is {found.payload_type!r}")
         if not found.signatures:
             raise ValueError("no signature")
+        if not all(isinstance(keyid, str) for keyid in found.signatures):
+            raise ValueError("a key id that is no text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, Error) as error:
         raise BundleError(
             f"{place}: found no DSSE envelope of an in-toto statement ({type(error).__name__}: {error}); it was changed or "

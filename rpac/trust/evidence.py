@@ -1,23 +1,26 @@
-"""Predicates from the files of other commands: checks, predictions and benches, each held against the bundle."""
+"""Predicates from the files of other commands: checks, predictions, benches and demos, each held against the bundle."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from rpac.bundle.manifest import SPEC, Manifest, digest
 from rpac.errors import Problem, TrustError
-from rpac.trust.predicates import PASSED, UNCHECKED
+from rpac.trust.predicates import MUTATIONS, PASSED, UNCHECKED
+from rpac.trust.provenance import own_files
 
 MAX_EVIDENCE_BYTES: Final = 32 << 20
 _SOURCE: Final = "source/"
 
 
-def tests(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """The predicate of what `rpac check --json` wrote: an in-toto test result, which fails where a check failed.
+def tests(path: Path, manifest: Manifest, planted: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The predicate of what `rpac check --json` wrote: an in-toto test result, which fails where a check failed. `planted`: what
+    `mutations` makes of a file, where there is one.
 
     Raises TrustError where the file is none, or where it checked other kernels than the bundle holds.
     """
@@ -48,8 +51,41 @@ def tests(path: Path, manifest: Manifest) -> dict[str, Any]:
             "rpac_worstErrors": _worst(rows),
             "rpac_compiled": {row["target"]: row["programs"] for row in data["compiled"]},
             UNCHECKED: sorted(ours.keys() - checked.keys()),
-            "rpac_mutations": None,  # `rpac check` plants no bugs: it is missing, and says so
+            MUTATIONS: planted,  # `rpac check` plants no bugs: without a file it is missing, and says so
         }
+
+
+def mutations(path: Path) -> dict[str, Any]:
+    """What `make mutations` found: how many planted bugs the check of this rpac caught, of how many.
+
+    Raises TrustError where the file is none, or is of another rpac: other kernels may have other bugs that go unseen.
+    """
+    command = "`make mutations`"
+    data = _document(path, command)
+    with _Reading(path, command):
+        _same(path, "format", data["format"], "rpac mutations", command)
+        for name, now in own_files().items():
+            _same(path, f"files.{name}", data["files"][name], now, command, "of this rpac")
+        bugs: Sequence[Mapping[str, Any]] = data["bugs"]
+        if not bugs:
+            raise _refusal(path, "no bugs", "must have one or more", command)
+        missed = sorted(str(one["name"]) for one in bugs if one["caught"] is not True)
+        return {"caught": len(bugs) - len(missed), "of": len(bugs), "missed": missed, "files": own_files()}
+
+
+def demo(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """The predicate of what `make demo` wrote: seconds until a bundle's output was seen to be right, from the start of its build.
+
+    Raises TrustError where the file is none, or is of another bundle.
+    """
+    command = "`make demo`"
+    data = _document(path, command)
+    with _Reading(path, command):
+        _same(path, "format", data["format"], "rpac demo", command)
+        _same(path, "bundle.digest", data["bundle"]["digest"], digest(manifest), command)
+        if not is_seconds(data["seconds"]):
+            raise _refusal(path, f"seconds {data['seconds']!r}", "must be a time above 0", command)
+        return {"results": data}
 
 
 def predictions(path: Path, manifest: Manifest) -> dict[str, Any]:
@@ -99,6 +135,10 @@ def bench(path: Path, manifest: Manifest) -> dict[str, Any]:
         if not data["complete"]:
             raise _refusal(path, f"{len(data['entries'])} of {data['cases']} results", "must be complete", command)
         return {"results": data}
+
+
+def is_seconds(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0  # type: ignore[arg-type,operator]
 
 
 class _Reading:
@@ -162,13 +202,14 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _same(path: Path, where: str, found: object, wanted: object, command: str) -> None:
+def _same(
+    path: Path, where: str, found: object, wanted: object, command: str, whose: str = "as the bundle has it"
+) -> None:
     if found != wanted:
         raise TrustError(
             [
                 Problem(
-                    str(path), None, None, where, repr(found), f"must be {wanted!r}, as the bundle has it",
-                    f"make it again for this bundle with {command}",
+                    str(path), None, None, where, repr(found), f"must be {wanted!r}, {whose}", f"make it again with {command}",
                 )
             ]
         )  # fmt: skip

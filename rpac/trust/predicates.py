@@ -10,6 +10,7 @@ PROVENANCE: Final = "provenance"
 TESTS: Final = "test-result"
 PREDICTION: Final = "prediction"
 BENCH: Final = "bench"
+DEMO: Final = "demo"
 SUMMARY: Final = "verification-summary"
 
 TYPES: Final[Mapping[str, str]] = {
@@ -17,6 +18,7 @@ TYPES: Final[Mapping[str, str]] = {
     TESTS: "https://in-toto.io/attestation/test-result/v0.1",
     PREDICTION: "urn:rpac:attestation:prediction:v1",
     BENCH: "urn:rpac:attestation:bench:v1",
+    DEMO: "urn:rpac:attestation:demo:v1",
     SUMMARY: "https://slsa.dev/verification_summary/v1",
 }
 NAMES: Final[Mapping[str, str]] = {uri: name for name, uri in TYPES.items()}
@@ -28,6 +30,7 @@ _TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
 _RESULTS: Final[Mapping[str, str]] = {TESTS: "result", SUMMARY: "verificationResult"}  # the key that must say PASSED
 PASSED: Final = "PASSED"
 UNCHECKED: Final = "rpac_unchecked"  # kernels of the bundle that a check did not run
+MUTATIONS: Final = "rpac_mutations"  # bugs that were planted into kernels, and how many of them the check caught
 
 
 def name_of(predicate_type: str) -> str:
@@ -57,4 +60,6 @@ def failure(predicate_type: str, predicate: Mapping[str, Any]) -> str:
     if predicate.get(key) != PASSED:
         return f"its {key} is {predicate.get(key)!r}"
     unchecked = predicate.get(UNCHECKED) or []
+    if not isinstance(unchecked, list):
+        return f"its {UNCHECKED} is {unchecked!r}"
     return f"it leaves out {', '.join(map(str, unchecked))}" if unchecked else ""

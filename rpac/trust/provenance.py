@@ -53,14 +53,19 @@ def provenance(place: str, manifest: Manifest, builder: str, tuned: Path | None)
             "internalParameters": {"flags": programs},
             "resolvedDependencies": [
                 *(_package(name, tools) for name in PACKAGES),
-                {"name": "rpac", "uri": f"pkg:pypi/rpac@{tools['rpac']}", "digest": {FILES: _tree(FOLDER.parent)}},
-                {"name": "templates", "digest": {FILES: _tree(templates_dir())}},
+                {"name": "rpac", "uri": f"pkg:pypi/rpac@{tools['rpac']}", "digest": {FILES: own_files()["rpac"]}},
+                {"name": "templates", "digest": {FILES: own_files()["templates"]}},
                 {"name": "tuned tiles of the package", "digest": {FILES: _tree(FOLDER)}},
                 *([] if tuned is None else [{"name": "tuned tiles of the user", "digest": {FILES: _tree(tuned)}}]),
             ],
         },
         "runDetails": {"builder": {"id": builder, "version": {name: tools[name] for name in ("rpac", "python")}}},
     }  # fmt: skip
+
+
+def own_files() -> dict[str, str]:
+    """Hashes over the files of this rpac, and over those of its templates."""
+    return {"rpac": _tree(FOLDER.parent), "templates": _tree(templates_dir())}
 
 
 def require_toolchain(place: str, manifest: Manifest) -> None:

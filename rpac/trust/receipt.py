@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 from rpac.bundle.manifest import Manifest, Target, digest
 from rpac.devices.chip import chip, is_tpu
-from rpac.trust.predicates import BENCH, PREDICTION, PROVENANCE, SUMMARY, TESTS, failure, time_text
+from rpac.trust.predicates import BENCH, DEMO, MUTATIONS, PREDICTION, PROVENANCE, SUMMARY, TESTS, failure, time_text
 from rpac.trust.verify import Attestation
 
 FORMAT: Final = "rpac receipt"
@@ -49,6 +49,9 @@ def receipt(
     be used at all, such as a signature that does not match. `max_age`: what is older is stale.
     """
     evidence = [_judged(*wanted, manifest, attestations, now, max_age) for wanted in _wanted(manifest)]
+    demo = _judged(
+        DEMO, "", manifest, attestations, now, max_age
+    )  # says how soon it runs, and is no part of the evidence
     if not policy:
         evidence = [replace(one, why=NO_KEY) if one.state == UNVERIFIED else one for one in evidence]
     held = [one for one in evidence if one.state == HOLDS]
@@ -72,7 +75,7 @@ def receipt(
         "coverage": {"percent": round(100 * len(held) / len(evidence)), "holds": len(held), "of": len(evidence)},
         "max_age_days": max_age.days,
         "evidence": [_plain(one, now) for one in evidence],
-        "fields": [*_lineage(manifest, evidence, now), *_envelopes(manifest, evidence, now)],
+        "fields": [*_lineage(manifest, evidence, demo, now), *_envelopes(manifest, evidence, now)],
         "blockers": blockers,
     }
 
@@ -109,18 +112,22 @@ def _judged(
 def _targets(one: Attestation) -> set[str]:
     """The targets that times are of."""
     if one.kind == PREDICTION:
-        return {str(each.get("target")) for each in one.predicate.get("predictions", [])}
-    return {str(one.predicate.get("results", {}).get("bundle", {}).get("target")).partition(".")[0]}
+        return {str(_at(each, "target")) for each in _rows(_at(one.predicate, "predictions"))}
+    return {str(_at(one.predicate, "results", "bundle", "target")).partition(".")[0]}
 
 
 def _other_tool(one: Attestation, manifest: Manifest) -> str:
     """A tool of which the evidence had another version than the build."""
     claims: list[tuple[str, Mapping[str, Any]]] = []
     if one.kind == PREDICTION:
-        claims = [(str(each.get("target")), {"libtpu": each.get("compiler")}) for each in one.predicate["predictions"]]
-    elif one.kind == SUMMARY:
         claims = [
-            (target.name, one.predicate.get("verifier", {}).get("version", {})) for target in manifest.targets.values()
+            (str(_at(each, "target")), {"libtpu": _at(each, "compiler")})
+            for each in _rows(_at(one.predicate, "predictions"))
+        ]
+    elif one.kind == SUMMARY:
+        versions = _at(one.predicate, "verifier", "version")
+        claims = [
+            (target.name, versions if isinstance(versions, Mapping) else {}) for target in manifest.targets.values()
         ]
     for target in manifest.targets.values():
         for name, versions in claims:
@@ -130,7 +137,9 @@ def _other_tool(one: Attestation, manifest: Manifest) -> str:
     return ""
 
 
-def _lineage(manifest: Manifest, evidence: Sequence[Evidence], now: datetime) -> Iterator[dict[str, Any]]:
+def _lineage(
+    manifest: Manifest, evidence: Sequence[Evidence], demo: Evidence, now: datetime
+) -> Iterator[dict[str, Any]]:
     made = {
         "spec": manifest.spec_hash,
         "files": {name: content.sha256 for name, content in manifest.files.items()},
@@ -141,10 +150,16 @@ def _lineage(manifest: Manifest, evidence: Sequence[Evidence], now: datetime) ->
     builder = None if not _counts(proof) else _of(proof, "runDetails", "builder", "id")
     yield _field("builder", builder, PROVENANCE, proof, now)
     tested = next(one for one in evidence if one.kind == TESTS)
-    yield _field("batches checked", len(_of(tested, "rpac_batches") or []) or None, TESTS, tested, now)
+    yield _field("batches checked", len(_rows(_of(tested, "rpac_batches"))) or None, TESTS, tested, now)
     yield _field("worst error", _worst(tested), TESTS, tested, now)
-    yield _field("mutations caught", _of(tested, "rpac_mutations"), TESTS, tested, now)
-    yield _field("seconds to the first demo", None, "no kind of statement has it")
+    yield _field("mutations caught", _caught(tested), TESTS, tested, now)
+    seconds = _of(demo, "results", "seconds")
+    yield _field("seconds to the first demo", seconds if _is_number(seconds) else None, DEMO, demo, now)
+
+
+def _caught(tested: Evidence) -> str | None:
+    caught, of = _of(tested, MUTATIONS, "caught"), _of(tested, MUTATIONS, "of")
+    return f"{caught} of {of}" if _is_number(caught) and _is_number(of) else None
 
 
 def _envelopes(manifest: Manifest, evidence: Sequence[Evidence], now: datetime) -> Iterator[dict[str, Any]]:
@@ -173,36 +188,55 @@ def _temporary_bytes(target: Target) -> int | None:
 
 
 def _predicted(one: Evidence, target: Target) -> Any:
-    return [
-        {"program": each["program"], "batch": each["batch"]["label"], "seconds": each["seconds"]}
-        for each in _of(one, "predictions") or []
-        if each["target"] == target.name
-    ] or None
+    return _times(
+        (_at(each, "program"), _at(each, "batch", "label"), _at(each, "seconds"))
+        for each in _rows(_of(one, "predictions"))
+        if _at(each, "target") == target.name
+    )
 
 
 def _measured(one: Evidence) -> Any:
     """Median seconds of each program and batch, as the file of `rpac bench` has them."""
-    return [
-        {
-            "program": f"{each['kind']}/{each['tokens']}",
-            "batch": each["label"],
-            "seconds": each["timing"]["spread"]["median"],
-        }
-        for each in _of(one, "results", "entries") or []
-    ] or None
+    return _times(
+        (
+            f"{_at(each, 'kind')}/{_at(each, 'tokens')}",
+            _at(each, "label"),
+            _at(each, "timing", "spread", "median"),
+        )
+        for each in _rows(_of(one, "results", "entries"))
+    )
+
+
+def _times(found: Iterable[tuple[Any, Any, Any]]) -> list[dict[str, Any]] | None:
+    """Seconds of a program and a batch each; None where there are none, or where one is no time."""
+    rows = [{"program": str(program), "batch": str(batch), "seconds": seconds} for program, batch, seconds in found]
+    return rows if rows and all(_is_number(row["seconds"]) for row in rows) else None
 
 
 def _worst(one: Evidence) -> float | None:
-    errors = list((_of(one, "rpac_worstErrors") or {}).values())
-    return None if not errors or None in errors else max(errors)
+    errors = _of(one, "rpac_worstErrors")
+    values = list(errors.values()) if isinstance(errors, Mapping) else []
+    return max(values) if values and all(map(_is_number, values)) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _of(one: Evidence, *path: str) -> Any:
     """A value of the predicate; None where it is not there, or where the statement does not count."""
-    value: Any = one.found.predicate if one.found is not None and _counts(one) else None
+    return _at(one.found.predicate, *path) if one.found is not None and _counts(one) else None
+
+
+def _at(value: Any, *path: str) -> Any:
+    """A value in plain data of any form; None where it is not there."""
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
+
+
+def _rows(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _counts(one: Evidence) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -41,6 +41,11 @@ def render_statement(manifest: Manifest, predicate_type: str, predicate: Mapping
         {"name": name, "digest": {"sha256": sha256}} for name, sha256 in subjects_of(manifest).items()
     ]
     subjects[0]["annotations"] = {DIGEST: digest(manifest)}
+    return statement_text(subjects, predicate_type, predicate)
+
+
+def statement_text(subjects: Sequence[Mapping[str, Any]], predicate_type: str, predicate: Mapping[str, Any]) -> bytes:
+    """A statement about any subjects, as a payload."""
     statement = {"_type": STATEMENT, "subject": subjects, "predicateType": predicate_type, "predicate": predicate}
     return json.dumps(statement, sort_keys=True, allow_nan=False).encode()
 

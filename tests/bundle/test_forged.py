@@ -6,10 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import pytest
-from jax import export
+from forged import calling
 
 import rpac
 from rpac.bundle import describe, write_bundle
@@ -19,17 +17,6 @@ from rpac.errors import BundleError
 from rpac.spec import Spec
 
 DECODE = rpac.Variant("decode", 8)
-
-
-def calling(exported: bytes) -> bytes:
-    """An export of the same signature that calls a function of the process: LAPACK's, as JAX registers it."""
-    avals = export.deserialize(bytearray(exported)).in_avals
-
-    def attention(queries: Any, keys: Any, values: Any, kv_cache: Any, *metadata: Any) -> Any:
-        factor = jnp.linalg.cholesky(jnp.eye(2, dtype=jnp.float32))
-        return queries * factor[0, 0].astype(queries.dtype), kv_cache
-
-    return bytes(export.export(jax.jit(attention, donate_argnums=3), platforms=["cpu"])(*avals).serialize())
 
 
 def test_an_export_that_calls_a_function_of_the_process_is_refused(
@@ -54,6 +41,8 @@ def test_an_export_that_calls_a_function_of_the_process_is_refused(
         (("tpu",), '%0 = stablehlo.custom_call @"xla_ffi_python_cpu_callback"(%arg0)', "xla_ffi_python_cpu_callback"),
         (("cuda",), '"stablehlo.custom_call"(%0) <{call_target_name = "lapack_sgetrf_ffi"}>', "lapack_sgetrf_ffi"),
         (("cpu",), "%0 = stablehlo.add %arg0, %arg1", ""),
+        (("tpu",), '%0 = "stablehlo.outfeed"(%arg0, %token) <{outfeed_config = ""}>', "outfeed"),
+        (("cpu",), "%0:2 = stablehlo.infeed %token", "infeed"),
     ],
 )
 def test_what_a_program_may_call_goes_by_its_platforms(platforms: tuple[str, ...], text: str, refused: str) -> None:

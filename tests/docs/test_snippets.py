@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import re
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from rpac.build import all_tasks
 from rpac.bundle import read_manifest, write_bundle
 from rpac.bundle.wheel import wheel_of
 from rpac.devices.toolchain import toolchain
+from rpac.engine import CallOverdue
 from rpac.files.store import Store
 from rpac.lower.worker import lower
 from rpac.spec import load_spec
@@ -137,6 +139,11 @@ def test_open(names: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     assert engine.ready == engine.programs.keys()
     assert caplog.text.count('"event": "CanaryRun"') == len(engine.programs)
     assert caplog.text.count('"event": "BatchRun"') == 1
+
+
+def test_watchdog(names: dict[str, Any]) -> None:
+    done = run("watchdog", {**names, "rpac": rpac, "os": os, "CallOverdue": CallOverdue})
+    assert done["engine"].overdue is None
 
 
 def test_load(names: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ def rows(batch: rpac.Batch, token_ids: Any) -> tuple[Any, Any]:
 
 def test_a_prompt_and_its_decode_give_what_dense_attention_gives(path: Path, params: Any) -> None:
     """Two sequences: one prefills a whole chunk, the other a few tokens in a mixed step; then both decode."""
-    engine = rpac.load_steps(path, target="cpu")
+    engine = rpac.load_steps(path, target="cpu", watchdog_s=60)
     model = engine.bind(engine.put(params))
     token_ids = np.random.default_rng(2).integers(0, llama_step.VOCABULARY, (2, 20)).astype(np.int32)
     caches, tables = engine.new_caches(), [[1, 7], [4, 2]]
@@ -57,6 +57,7 @@ def test_a_prompt_and_its_decode_give_what_dense_attention_gives(path: Path, par
             np.testing.assert_allclose(outputs["logits"][row.row], wanted[0], rtol=1e-4, atol=1e-4)
             assert outputs["token"][row.row] == np.argmax(wanted[0])
     assert {variant.kind for variant in engine.counts} == {variant.kind for variant in engine.programs}
+    assert engine.overdue is None
 
 
 def test_no_step_of_thousands_traces_lowers_or_compiles(path: Path, params: Any) -> None:

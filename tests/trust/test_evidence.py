@@ -22,6 +22,7 @@ from rpac.predict import Prediction, Workload
 from rpac.schedule import CallReport, model_of
 from rpac.trust import evidence
 from rpac.trust.predicates import TESTS, TYPES, failure
+from rpac.trust.provenance import own_files
 
 SOURCE = "tpu7x/decode.py"
 ROW = Result(SOURCE, "decode", ("tpu7x",), "eager", "one", 8, 1e-3, 4e-3, True, (), (), 1.0)
@@ -113,6 +114,27 @@ def test_a_bench_is_signed_whole(tmp_path: Path, manifest: Manifest) -> None:
     assert evidence.bench(put(tmp_path, data), manifest) == {"results": data}
 
 
+def demonstrated(manifest: Manifest, **changes: Any) -> Any:
+    return {"format": "rpac demo", "bundle": {"digest": digest(manifest)}, "seconds": 41.5, "from": "build", **changes}
+
+
+def planted(*missed: str, **changes: Any) -> Any:
+    bugs = [{"name": name, "caught": name not in missed} for name in ("a", "b", "c")]
+    return {"format": "rpac mutations", "files": own_files(), "bugs": bugs, **changes}
+
+
+def test_a_demo_says_how_long_it_took(tmp_path: Path, manifest: Manifest) -> None:
+    data = demonstrated(manifest)
+    assert evidence.demo(put(tmp_path, data), manifest) == {"results": data}
+
+
+def test_planted_bugs_are_part_of_a_test_result(tmp_path: Path, manifest: Manifest) -> None:
+    found = evidence.mutations(put(tmp_path, planted("b")))
+    assert (found["caught"], found["of"], found["missed"]) == (2, 3, ["b"])
+    made = evidence.tests(put(tmp_path, check(manifest)), manifest, found)
+    assert made["rpac_mutations"] == found
+
+
 REFUSED: dict[str, tuple[Callable[[Path, Manifest], object], Callable[[Manifest], Any], str]] = {
     "check: no file": (evidence.tests, lambda m: None, r"no JSON that can be read .*; make it with `rpac check SPEC --json`"),
     "check: no JSON": (evidence.tests, lambda m: "{", r"no JSON that can be read"),
@@ -133,6 +155,14 @@ REFUSED: dict[str, tuple[Callable[[Path, Manifest], object], Callable[[Manifest]
         evidence.bench, lambda m: benched(m, bundle={"digest": "ab"}), r"bundle\.digest: found 'ab'; .* as the bundle has it",
     ),
     "bench: another file": (evidence.bench, lambda m: benched(m, format="x"), "format: found 'x'; must be 'rpac bench'"),
+    "demo: another bundle": (
+        evidence.demo, lambda m: demonstrated(m, bundle={"digest": "ab"}), r"bundle\.digest: found 'ab'; .* as the bundle has it",
+    ),
+    "demo: no time": (evidence.demo, lambda m: demonstrated(m, seconds=True), "found seconds True; must be a time above 0"),
+    "mutations: of another rpac": (
+        lambda path, m: evidence.mutations(path), lambda m: planted(files={"rpac": "ab"}), r"rpac: found 'ab'; .* of this rpac",
+    ),
+    "mutations: none": (lambda path, m: evidence.mutations(path), lambda m: planted(bugs=[]), "found no bugs; must have one"),
     "bench: cut short": (evidence.bench, lambda m: benched(m, complete=False), "found 1 of 1 results; must be complete"),
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from rpac.contract.arrays import ArrayDims
 from rpac.contract.attention import Attention
 from rpac.contract.program import Content
 from rpac.trust import Attestation, receipt
-from rpac.trust.predicates import BENCH, PREDICTION, PROVENANCE, SUMMARY, TESTS, TYPES
+from rpac.trust.predicates import BENCH, DEMO, PREDICTION, PROVENANCE, SUMMARY, TESTS, TYPES
 
 GOLDEN = Path(__file__).with_name("receipt.json")
 SCHEMA = json.loads(Path(receipt.__file__).with_name("receipt.schema.json").read_text())
@@ -61,7 +61,16 @@ def everything() -> dict[str, Attestation]:
     return {
         PROVENANCE: stated(PROVENANCE, {"runDetails": {"builder": {"id": "https://ci.example/7"}}}, 3),
         SUMMARY: stated(SUMMARY, {"verificationResult": "PASSED", "verifier": {"version": TOOLS}}, 2),
-        TESTS: stated(TESTS, {**TESTED, "rpac_batches": ["one", "two"], "rpac_worstErrors": {"tpu7x/decode.py": 1e-3}}),
+        TESTS: stated(
+            TESTS,
+            {
+                **TESTED,
+                "rpac_batches": ["one", "two"],
+                "rpac_worstErrors": {"tpu7x/decode.py": 1e-3},
+                "rpac_mutations": {"caught": 451, "of": 452, "missed": ["x"]},
+            },
+        ),
+        DEMO: stated(DEMO, {"results": {"seconds": 41.5}}),
         PREDICTION: stated(PREDICTION, {"predictions": [TIME]}),
         BENCH: stated(BENCH, {"results": {"bundle": {"target": "tpu7x"}, "entries": [entry]}}),
     }
@@ -88,7 +97,8 @@ def test_the_golden_receipt() -> None:
     """Half of the evidence, one part of it stale. To write the file again, print what `made` returns."""
     found = everything()
     found[PROVENANCE] = replace(found[PROVENANCE], signed=NOW - timedelta(days=31))
-    del found[BENCH], found[SUMMARY]
+    del found[BENCH], found[SUMMARY], found[DEMO]
+    del found[TESTS].predicate["rpac_mutations"]  # type: ignore[attr-defined]
     assert made(found) == json.loads(GOLDEN.read_text())
 
 
@@ -105,6 +115,7 @@ def test_with_everything_it_is_complete() -> None:
     known = fields(data)
     assert known["tpu7x: measured"]["value"] == [{"program": "decode/8", "batch": "decode 4x40", "seconds": 5e-6}]
     assert known["tpu7x: predicted"]["value"][0]["seconds"] == 4e-6
+    assert (known["mutations caught"]["value"], known["seconds to the first demo"]["value"]) == ("451 of 452", 41.5)
     assert (known["builder"]["value"], known["builder"]["age_days"]) == ("https://ci.example/7", 3)
     assert known["tpu7x: cache bytes of a layer"]["value"] == 64 * 16 * 2 * 2 * 128 * 2
 
