@@ -197,8 +197,8 @@ class Engine:
 
         It is the portable program, compiled with what is around it; inside, the cache is updated in place, if the
         outer jit donates it. Called outside jit it compiles at its first call, and copies the cache. Shapes and dtypes
-        are checked when it is traced. No value raises: build the metadata with `rpac.Batch`, which checks them. Raises SelectionError where
-        the bundle has no such program.
+        are checked when it is traced. No value raises: build the metadata with `rpac.Batch`, which checks them. Raises
+        SelectionError where the bundle has no such program.
         """
         require_runtime()
         return self._slot(Variant(kind, tokens)).traceable()
@@ -212,8 +212,8 @@ class Engine:
 
         The programs are those of the token bucket of `queries`. Nothing can raise for a value inside jit: where the
         distribution breaks the contract, or its program was not built, `out` is NaN in every row and the cache is as
-        it was. Rows with other wrong values get NaN (docs/batch-contract.md): build the metadata with `rpac.Batch`. Raises BatchError or
-        SelectionError while it is traced, for shapes, dtypes and the token bucket.
+        it was. Rows with other wrong values get NaN (docs/batch-contract.md): build the metadata with `rpac.Batch`. Raises
+        BatchError or SelectionError while it is traced, for shapes, dtypes and the token bucket.
         """
         require_runtime()
         given = in_order(self._taken, args, extra)
