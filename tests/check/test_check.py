@@ -316,10 +316,14 @@ def test_the_kernels_of_tiny_pass_in_both_modes_once_for_all_targets_that_share_
     assert {result.mode for result in report.results} == {"eager", "on_wait"}
     assert {result.targets for result in report.results} == {("tpu7x", "v6e")}
     rows_with_poison = [result for result in report.results if result.batch.startswith("neighbors, ")]
-    assert {result.kind for result in rows_with_poison} == set(kinds)
-    assert all(result.error == result.tolerance == 0 for result in rows_with_poison)
-    others = [result for result in report.results if result.batch != "empty" and result not in rows_with_poison]
-    assert all(0 < result.error < result.tolerance for result in others)
+    with_wrong_numbers = [result for result in report.results if "] = " in result.batch]
+    compared = [*rows_with_poison, *with_wrong_numbers]
+    assert {result.kind for result in rows_with_poison} == {result.kind for result in with_wrong_numbers} == set(kinds)
+    assert all(result.error == result.tolerance == 0 for result in compared)
+    others = [result for result in report.results if result.batch != "empty" and result not in compared]
+    assert all(result.error < result.tolerance for result in others)
+    # A random batch may be one token long, and then its attention is exact.
+    assert all(0 < result.error for result in others if not result.batch.startswith("random"))
 
 
 def test_kinds_choose_what_is_checked_and_processes_change_nothing() -> None:
@@ -370,17 +374,19 @@ def test_a_kernel_that_cannot_be_loaded_fails_and_does_not_raise() -> None:
 
 @pytest.mark.interpreter
 def test_after_a_kernel_that_raised_the_next_one_runs_as_if_nothing_were() -> None:
-    plan = blocks_plan(TINY)
-    source = render(TINY, plan)
+    # With bounds checks a page id from behind the table's end would be a wrong one like any other.
+    spec = replace(TINY, serving=replace(TINY.serving, bounds_checks=False))
+    plan = blocks_plan(spec)
+    source = render(spec, plan)
     batch = CheckBatch("short", (1, 1), (17, 3), 2)
-    entry = "seq * PAGES_PER_SEQ + block * self.block_pages"
+    entry = "entry + block * self.block_pages"
     outside = Bug("pages past the table's end", "PagedKernel.start_block", entry, f"{entry} + BLOCK_PAGES").apply(
         source
     )
-    (bad,) = check_source(TINY, plan, outside, batches=[batch], modes=["eager"])
+    (bad,) = check_source(spec, plan, outside, batches=[batch], modes=["eager"])
     assert "Out-of-bounds read" in bad.notes[0]
     assert not bad.ok
-    (good,) = check_source(TINY, plan, source, batches=[batch], modes=["eager"])
+    (good,) = check_source(spec, plan, source, batches=[batch], modes=["eager"])
     assert good.ok
 
 

@@ -71,7 +71,8 @@ def samples(page: Path) -> list[Sample]:
 def found(samples: list[Sample], folder: Path, cache: Path) -> Iterator[str]:
     """What the source of each sample of one page says now. Commands run in `folder`, which is empty."""
     shutil.copytree(ROOT / "specs", folder / "specs")
-    shutil.copytree(HERE / "models", folder / "models")
+    for name in ("models", "my_models"):
+        shutil.copytree(HERE / name, folder / name)
     for sample in samples:
         yield excerpt(sample.source) if sample.kind == "excerpt" else run(sample.source, folder, cache)
 

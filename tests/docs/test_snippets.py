@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from command import rpac as command
 from jax import lax
-from models import tiny_llama
+from my_models import tiny_llama
 from samples import PAGES, ROOT
 
 import rpac
@@ -109,7 +109,7 @@ def test_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the one step that its batch needs, made in this process."""
     spec = load_spec(ROOT / "specs" / "tiny.yaml")
     tasks = [one for one in all_tasks(spec, ["cpu"]) if (one.kind, one.tokens) == ("mixed", 8)]
-    steps = steps_of(spec, tasks, "models.tiny_llama:step", str(Path(__file__).parent))
+    steps = steps_of(spec, tasks, "my_models.tiny_llama:step", str(Path(__file__).parent))
     lowered = [lower(one, toolchain()) for one in tasks]
     made = [lower_step(one, toolchain(), Store(None))[0] for one in steps]
     write_bundle(tmp_path / "build" / "tiny.rpac", spec, lowered, steps=made)

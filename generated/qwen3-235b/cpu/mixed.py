@@ -26,7 +26,6 @@ MAX_SEQS = 64
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 128
 ROW_TOKENS = PAGES_PER_SEQ * PAGE_SIZE  # that a sequence's page table has room for
-DECODE_LEN = 1  # new tokens of a decode row
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 KV_DTYPE = jnp.float8_e4m3fn  # of the cache
 KV_SMALLEST_NORMAL = 0.015625
@@ -186,8 +185,8 @@ def update_rows(kv_cache, keys, values, kv_lens, page_indices, num_seqs):
     """Writes the new tokens of the sequences [0, num_seqs) in place; they are the first rows of `keys` and `values`."""
     rows = new_rows(keys, values)
 
-    token = jnp.arange(min(rows.shape[TOKEN_AXIS] // DECODE_LEN, MAX_SEQS) * DECODE_LEN)
-    written = (token < num_seqs) & (kv_lens[token // DECODE_LEN] > 0)
+    token = jnp.arange(min(rows.shape[TOKEN_AXIS], MAX_SEQS))
+    written = (token < num_seqs) & (kv_lens[token] > 0)
     order = jnp.argsort(~written)
 
     def write(token, kv_cache):
@@ -382,11 +381,11 @@ def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indice
     """
     keys = rounded(over_scales(keys, kv_scales[0]))
     values = rounded(over_scales(values, kv_scales[1]))
-    decodes = jnp.clip(distribution[0], 0, min(MAX_SEQS, len(queries) // DECODE_LEN))
+    decodes = jnp.clip(distribution[0], 0, min(MAX_SEQS, len(queries)))
     end = jnp.clip(distribution[2], decodes, MAX_SEQS)
     # Edges that fall or pass the queries are moved to where no sequence gets rows of one before it.
     row = jnp.arange(MAX_SEQS + 1)
-    cu_q_lens = jnp.where(row <= decodes, row * DECODE_LEN, jnp.clip(cu_q_lens, 0, len(queries)))
+    cu_q_lens = jnp.where(row <= decodes, row, jnp.clip(cu_q_lens, 0, len(queries)))
     cu_q_lens = edges = lax.cummax(cu_q_lens)
     good = good_rows(kv_lens, edges, page_indices, len(kv_cache))
     kv_lens = jnp.where(good, kv_lens, 0)

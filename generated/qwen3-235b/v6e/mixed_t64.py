@@ -67,7 +67,6 @@ ROW_TOKENS = PAGES_PER_SEQ * PAGE_SIZE  # that a sequence's page table has room 
 LEAST_LEN = 1  # tokens of a decode row
 MAX_NEW = ROW_TOKENS  # new tokens that a sequence may have
 CHECKED_PAGES = 8  # page ids that are checked before the first of them is used: as many wait in registers
-DECODE_LEN = 1  # new tokens of a decode row
 SCORE_SCALE = 0.12751743082459868  # 0.08838834764831845 (the softmax scale) * log2(e): probabilities are powers of two
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 PRECISION = None  # of matmuls: bfloat16 products are exact in float32
@@ -890,7 +889,7 @@ class MixedKernel(PagedKernel):
     def attend(self):
         """Goes through the query blocks of all sequences, and for each through the KV blocks that it sees."""
         start = (self.first_seq, jnp.int32(0), jnp.int32(0), jnp.int32(0))
-        lax.fori_loop(self.first_seq, self.end_seq, self.check_row, self.first_seq * DECODE_LEN)
+        lax.fori_loop(self.first_seq, self.end_seq, self.check_row, self.first_seq)
         # The first block comes while the last pages go, if none of these is in it.
         early = self.first_page(self.first_seq) >= self.block_pages
         self.update_pages(functools.partial(self.start_fetch, 0, start, early))

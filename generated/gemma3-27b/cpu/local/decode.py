@@ -26,7 +26,6 @@ MAX_SEQS = 64
 PAGE_SIZE = 128  # tokens
 PAGES_PER_SEQ = 128
 ROW_TOKENS = PAGES_PER_SEQ * PAGE_SIZE  # that a sequence's page table has room for
-DECODE_LEN = 1  # new tokens of a decode row
 WINDOW = 1024  # tokens that a query sees, itself the last of them
 MASKED = -2e+38  # finite, so that a row that is all masked stays a number
 DTYPE = jnp.bfloat16
@@ -150,8 +149,8 @@ def update_rows(kv_cache, keys, values, kv_lens, page_indices, num_seqs):
     """Writes the new tokens of the sequences [0, num_seqs) in place; they are the first rows of `keys` and `values`."""
     rows = new_rows(keys, values)
 
-    token = jnp.arange(min(rows.shape[TOKEN_AXIS] // DECODE_LEN, MAX_SEQS) * DECODE_LEN)
-    written = (token < num_seqs) & (kv_lens[token // DECODE_LEN] > 0)
+    token = jnp.arange(min(rows.shape[TOKEN_AXIS], MAX_SEQS))
+    written = (token < num_seqs) & (kv_lens[token] > 0)
     order = jnp.argsort(~written)
 
     def write(token, kv_cache):
@@ -245,8 +244,8 @@ def ragged_paged_attention(queries, keys, values, kv_cache, kv_lens, page_indice
     The first rows of `queries` are the new tokens of the sequences in order: `cu_q_lens` is not used. Rows past the last
     sequence are zero in `out`.
     """
-    num_seqs = jnp.clip(distribution[0], 0, min(MAX_SEQS, len(queries) // DECODE_LEN))
-    edges = jnp.arange(MAX_SEQS + 1) * DECODE_LEN
+    num_seqs = jnp.clip(distribution[0], 0, min(MAX_SEQS, len(queries)))
+    edges = jnp.arange(MAX_SEQS + 1)
     good = good_rows(kv_lens, edges, page_indices, len(kv_cache))
     kv_lens = jnp.where(good, kv_lens, 0)
     kv_cache = update_rows(kv_cache, keys, values, kv_lens, page_indices, num_seqs)
