@@ -108,6 +108,12 @@ def rows_of(spec: Spec, kind: str, args: Arguments) -> Rows:
     return Rows(end, edges, np.arange(end) < decodes, np.array(good, bool))
 
 
+def pages_of(args: Arguments, row: int) -> Int32s:
+    """The pages of the cache that a row's part of the page tables names."""
+    table: Int32s = args.page_indices.reshape(len(args.kv_lens), -1)[row]
+    return table[(table >= 0) & (table < len(args.kv_cache))]
+
+
 def contained(spec: Spec, kind: str, args: Arguments, clean: Outcome, spoiled: Arguments, found: Outcome) -> Difference:
     """How far a run of `spoiled` is from `clean`, the run of `args`, where it must not be off by a bit."""
     if clean.out is None or clean.kv_cache is None or found.out is None or found.kv_cache is None:
@@ -125,7 +131,7 @@ def contained(spec: Spec, kind: str, args: Arguments, clean: Outcome, spoiled: A
                 notes.append(f"{name} of row {row} changes, whose numbers are right")
             if not after.is_good[row] and not np.isnan(got[mine].astype(np.float32)).all():
                 notes.append(f"{name} of row {row} is not NaN, though its numbers cannot be")
-    moved = _moved_pages(spec, args, clean.kv_cache, spoiled, found.kv_cache, same, after.end)
+    moved = _moved_pages(args, clean.kv_cache, spoiled, found.kv_cache, same, after.end)
     if len(moved):
         notes.append(
             f"{len(moved)} pages of the cache change, first {owner(args, int(moved[0]), 0, spec.serving.page_size)}"
@@ -147,7 +153,6 @@ def _is_same(spec: Spec, args: Arguments, spoiled: Arguments, before: Rows, afte
 
 
 def _moved_pages(
-    spec: Spec,
     args: Arguments,
     clean: NDArray[np.generic],
     spoiled: Arguments,
@@ -156,17 +161,13 @@ def _moved_pages(
     end: int,
 ) -> NDArray[np.int64]:
     """The pages that changed and may not: a row that is what it was has its own, and other live rows may write theirs."""
-    table: Int32s = spoiled.page_indices.reshape(spec.serving.max_num_seqs, -1)
     want = args.kv_cache.copy()
     free = np.zeros(len(want), bool)
     for row in range(end):
-        mine = table[row][(table[row] >= 0) & (table[row] < len(want))]
-        if row in same:
-            want[mine] = clean[mine]
-        else:
-            free[mine] = True
+        free[pages_of(spoiled, row)] = True
     for row in same:
-        mine = table[row][(table[row] >= 0) & (table[row] < len(want))]
+        mine = pages_of(spoiled, row)
+        want[mine] = clean[mine]
         free[mine] = False
     differs = (bits(found) != bits(want)).reshape(len(want), -1).any(axis=1)
     return np.flatnonzero(differs & ~free)

@@ -11,7 +11,7 @@ import pytest
 from small import TINY
 
 from rpac.check.arrays import Arguments, make_arguments
-from rpac.check.bad_rows import draw_wrong, rows_of, with_wrong
+from rpac.check.bad_rows import draw_wrong, pages_of, rows_of, with_wrong
 from rpac.check.batches import neighbors_of
 from rpac.contract.arrays import BITS, index_of
 from rpac.files.store import Store, default_cache_dir
@@ -36,8 +36,7 @@ def plan_of(kind: str, target: str) -> KernelPlan:
 
 def own_pages(spec: Spec, args: Arguments, kind: str) -> set[int]:
     """The pages of the cache that are in the tables of live rows."""
-    table = args.page_indices.reshape(spec.serving.max_num_seqs, -1)[: rows_of(spec, kind, args).end]
-    return set(table[(table >= 0) & (table < len(args.kv_cache))].tolist())
+    return {int(page) for row in range(rows_of(spec, kind, args).end) for page in pages_of(args, row)}
 
 
 def copies_outside(kind: str, target: str, args: Arguments) -> list[str]:
