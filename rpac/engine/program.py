@@ -6,7 +6,6 @@ import math
 import threading
 import time
 from collections.abc import Mapping
-from typing import NoReturn
 
 import jax
 
@@ -15,15 +14,16 @@ from rpac.contract.program import Program
 from rpac.devices.placement import Placement
 from rpac.engine.arguments import Arguments, in_order
 from rpac.engine.events import CanaryRun, ProgramReady, Recorder, Tier
+from rpac.engine.prepared import Prepared
 from rpac.engine.probe import probe
 from rpac.engine.runtime import Results, Run, Traceable, load_native, load_portable, load_traceable
 from rpac.engine.watchdog import Watchdog
-from rpac.errors import BundleError, CheckError
+from rpac.errors import BundleError
 from rpac.oracle.canary import Verdict, canary
 
 
-class Slot:
-    """Loads its program once, whoever asks first; everybody else who needs it waits for that."""
+class Slot(Prepared[Run]):
+    """A program, which is loaded once."""
 
     def __init__(
         self,
@@ -36,49 +36,24 @@ class Slot:
         recorder: Recorder,
         watchdog: Watchdog | None = None,
     ) -> None:
+        super().__init__(program.variant, f"program {program.variant}", placement, recorder)
         self.program = program
         self.arguments = Arguments(program, kv_layout, placement)
         self._limits = limits
         self._kv_layout = kv_layout
-        self._placement = placement
-        self._recorder = recorder
         self._watchdog = watchdog
         self._exported = blobs[program.exported.sha256]
         self._executable = blobs[program.executable.sha256] if use_executable and program.executable else None
         self._answer = blobs[program.canary.sha256] if program.canary else None
-        self._run: Run | None = None
         self._traceable: Traceable | None = None
-        self._wrong: str | None = None  # what its canary found
-        self._loading = threading.Lock()
         self._tracing = threading.Lock()  # of its own: a model is traced while programs compile
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether a call of this program loads and compiles nothing."""
-        return self._run is not None and self._wrong is None
-
-    def ready(self) -> Run:
-        """What runs the program; loads or compiles it the first time. Raises CheckError where its canary failed."""
-        if self._run is None:
-            event = None
-            try:
-                with self._loading:
-                    if self._run is None:
-                        self._run, event = self._load()
-            except Exception as error:
-                self._recorder.failed(self.program.variant, error)
-                raise
-            if event is not None:  # told without the lock: an observer may call the engine
-                self._recorder.record(event)
-        self._refuse_wrong()
-        return self._run
 
     def traceable(self) -> Traceable:
         """The portable program as a function for use inside jit; it checks shapes and dtypes when it is traced.
 
         Raises CheckError where the canary failed.
         """
-        self._refuse_wrong()
+        self.require_sound()
         with self._tracing:
             if self._traceable is None:
                 self._traceable = load_traceable(self._exported, self.program, self._placement.mesh)
@@ -101,7 +76,7 @@ class Slot:
             verdict = self._judged(run)
             seconds = time.perf_counter() - start
         if verdict.notes:
-            self._fail_canary("; ".join(verdict.notes))
+            raise self.refuse("; ".join(verdict.notes), "the oracle's answer")
         self._recorder.record(CanaryRun(self.program.variant, verdict.error, seconds))
 
     def _judged(self, run: Run) -> Verdict:
@@ -122,21 +97,6 @@ class Slot:
             raise BundleError(
                 f"program {variant}: its canary is of no use ({error}); build the bundle again"
             ) from error
-
-    def _fail_canary(self, what: str) -> NoReturn:
-        variant = self.program.variant
-        self._wrong = (
-            f"program {variant} on {self._placement}: its canary failed: {what}; must be the oracle's answer; do not serve "
-            "with this pair of compiler and runtime: install those of the bundle's toolchain, or build the bundle again "
-            "with these"
-        )
-        failure = CheckError(self._wrong)
-        self._recorder.failed(variant, failure)
-        raise failure
-
-    def _refuse_wrong(self) -> None:
-        if self._wrong is not None:
-            raise CheckError(self._wrong)
 
     def _load(self) -> tuple[Run, ProgramReady]:
         start = time.perf_counter()

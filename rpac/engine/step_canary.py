@@ -62,7 +62,7 @@ def check_step(
     for name, found, wanted in zip(_names(slot, len(caches)), *compared, strict=True):
         error = _error(found, wanted)
         if not error <= TOLERANCE.get(wanted.dtype.name, MOST_OTHERS):
-            raise slot.refuse(f"{name} differs by {error:.3g}")
+            raise slot.refuse(f"{name} differs by {error:.3g}", "what the portable step gives")
         worst = max(worst, error)
     recorder.record(CanaryRun(slot.program.variant, worst, time.perf_counter() - start))
 

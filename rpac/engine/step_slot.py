@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,10 +14,10 @@ from rpac.contract.step import TOKEN_ARRAYS, StepArray, StepProgram, builder
 from rpac.devices.placement import Placement, put
 from rpac.engine.custom_calls import COMPILED_AWAY, refuse_custom_calls
 from rpac.engine.events import ProgramReady, Recorder, Tier
+from rpac.engine.prepared import Prepared
 from rpac.engine.runtime import check_signature, compile_export, deserialized, on_devices, read_export
 from rpac.engine.step_arguments import Leaves
 from rpac.engine.watchdog import Watchdog
-from rpac.errors import CheckError
 
 StepRun = Callable[[Sequence[jax.Array], Sequence[Any]], Sequence[jax.Array]]
 """The parameters' leaves, then the caches, the batch and the rest -> the caches, then the outputs."""
@@ -30,8 +29,8 @@ def batch_arrays(limits: Limits, tokens: int, placement: Placement) -> tuple[Ste
     return tuple(StepArray.of(dims, placement.mesh) for dims in own)
 
 
-class StepSlot:
-    """Loads its step once, whoever asks first; everybody else who needs it waits for that.
+class StepSlot(Prepared[StepRun]):
+    """A step, which is loaded once.
 
     `arguments` are the arrays that it takes after the parameters: the caches, and `rest`, which is the batch and then `extra`.
     """
@@ -48,6 +47,7 @@ class StepSlot:
         recorder: Recorder,
         watchdog: Watchdog | None = None,
     ) -> None:
+        super().__init__(program.variant, f"step {program.variant}", placement, recorder)
         self.program = program
         batch = batch_arrays(limits, program.variant.tokens, placement)
         self.arguments = (*caches, *batch, *program.signature.extra)
@@ -57,40 +57,9 @@ class StepSlot:
         self._params = params
         self._caches = caches
         self._results = (*caches, *program.signature.outputs)
-        self._placement = placement
-        self._recorder = recorder
         self._watchdog = watchdog
         self._exported = blobs[program.exported.sha256]
         self._executable = blobs[program.executable.sha256] if use_executable and program.executable else None
-        self._run: StepRun | None = None
-        self._wrong: str | None = None  # what its canary found
-        self._loading = threading.Lock()
-
-    @property
-    def what(self) -> str:
-        return f"step {self.program.variant}"
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether a call of this step loads and compiles nothing."""
-        return self._run is not None and self._wrong is None
-
-    def ready(self) -> StepRun:
-        """What runs the step; loads or compiles it the first time. Raises CheckError where its canary failed."""
-        if self._run is None:
-            event = None
-            try:
-                with self._loading:
-                    if self._run is None:
-                        self._run, event = self._load()
-            except Exception as error:
-                self._recorder.failed(self.program.variant, error)
-                raise
-            if event is not None:  # told without the lock: an observer may call the engine
-                self._recorder.record(event)
-        if self._wrong is not None:
-            raise CheckError(self._wrong)
-        return self._run
 
     def portable(self) -> StepRun:
         """What runs the step's portable export, compiled here. Raises BundleError or TargetError for one that is of no use."""
@@ -117,17 +86,6 @@ class StepSlot:
             return list(compiled(*params, *placed))
 
         return run
-
-    def refuse(self, why: str) -> CheckError:
-        """Makes every later use of the step raise the error that this returns."""
-        self._wrong = (
-            f"{self.what} on {self._placement}: its canary failed: {why}; must be what the portable step gives; do not serve "
-            "with this pair of compiler and runtime: install those of the bundle's toolchain, or build the bundle again "
-            "with these"
-        )
-        failure = CheckError(self._wrong)
-        self._recorder.failed(self.program.variant, failure)
-        return failure
 
     def _load(self) -> tuple[StepRun, ProgramReady]:
         start = time.perf_counter()
